@@ -1,0 +1,53 @@
+# Two commands do everything on a fresh machine with Python 3.11 to 3.13: `make demo` and `make test`.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+DEMO_EXTRAS := train,openvino,tensorrt-rtx,demo
+TEST_EXTRAS := $(DEMO_EXTRAS),onnxsim,dev
+
+.PHONY: demo test slow check fix bench clean
+
+demo: $(VENV)/.demo
+	$(BIN)/edgepet demo --dir demo
+
+test: $(VENV)/.test
+	$(BIN)/python -m pytest -m "not slow" --cov --cov-report=term
+
+slow: $(VENV)/.test
+	$(BIN)/python -m pytest -m slow
+
+check: $(VENV)/.test
+	$(BIN)/ruff format --check edgepet exporters calibration tests benchmarks
+	$(BIN)/ruff check edgepet exporters calibration tests benchmarks
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/python -m pytest -m "not slow" --cov --cov-report=term
+
+fix: $(VENV)/.test
+	$(BIN)/ruff check --fix edgepet exporters calibration tests benchmarks
+	$(BIN)/ruff format edgepet exporters calibration tests benchmarks
+
+bench: $(VENV)/.bench
+	$(BIN)/python benchmarks/latency.py
+	$(BIN)/python benchmarks/export.py
+	$(BIN)/python benchmarks/training.py
+	$(BIN)/python benchmarks/accuracy.py --dir bench
+
+clean:
+	rm -rf $(VENV) demo bench build dist
+
+$(BIN)/python:
+	$(PYTHON) -c 'import sys; sys.exit(None if (3, 11) <= sys.version_info < (3, 14) else "edgepet needs Python 3.11 to 3.13: make PYTHON=python3.12 ...")'
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.demo: pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet --editable '.[$(DEMO_EXTRAS)]'
+	touch $@
+
+$(VENV)/.test: pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet --editable '.[$(TEST_EXTRAS)]'
+	touch $@ $(VENV)/.demo
+
+$(VENV)/.bench: pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet --editable '.[$(TEST_EXTRAS),peft]'
+	touch $@ $(VENV)/.test $(VENV)/.demo

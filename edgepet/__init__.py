@@ -1,0 +1,65 @@
+"""One vision backbone and fifty tasks on an edge device: PET deltas, folded, exported, measured and packed.
+
+The public names are imported when they are first used, so that ``import edgepet`` costs nothing on a device.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from edgepet.delta import Delta as Delta
+    from edgepet.deploy import ExportOptions as ExportOptions
+    from edgepet.deploy import export as export
+    from edgepet.deploy import merge as merge
+    from edgepet.deploy import verify as verify
+    from edgepet.errors import EdgepetError as EdgepetError
+    from edgepet.methods import METHODS as METHODS
+    from edgepet.methods import SSF as SSF
+    from edgepet.methods import Consolidator as Consolidator
+    from edgepet.methods import LoRA as LoRA
+    from edgepet.ondevice import bench as bench
+    from edgepet.ondevice import evaluate as evaluate
+    from edgepet.ondevice import inspect as inspect
+    from edgepet.ondevice import storage as storage
+    from edgepet.pack import read_pack as read_pack
+    from edgepet.pack import write_pack as write_pack
+    from edgepet.runtime import Device as Device
+    from edgepet.training import train as train
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "Consolidator": "edgepet.methods",
+    "Delta": "edgepet.delta",
+    "Device": "edgepet.runtime",
+    "EdgepetError": "edgepet.errors",
+    "ExportOptions": "edgepet.deploy",
+    "LoRA": "edgepet.methods",
+    "METHODS": "edgepet.methods",
+    "SSF": "edgepet.methods",
+    "bench": "edgepet.ondevice",
+    "evaluate": "edgepet.ondevice",
+    "export": "edgepet.deploy",
+    "inspect": "edgepet.ondevice",
+    "merge": "edgepet.deploy",
+    "read_pack": "edgepet.pack",
+    "storage": "edgepet.ondevice",
+    "train": "edgepet.training",
+    "verify": "edgepet.deploy",
+    "write_pack": "edgepet.pack",
+}
+
+__all__ = [*_HOME, "__version__"]
+
+
+def __getattr__(name: str) -> Any:
+    home = _HOME.get(name)
+    if home is None:
+        raise AttributeError(f"module 'edgepet' has no attribute {name!r}")
+    return getattr(importlib.import_module(home), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,88 @@
+"""What one task adds to a backbone: updates, a head, labels, and where they came from."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from edgepet.errors import InputError
+from edgepet.spec import NpArray, Preprocess
+from edgepet.updates import Targeted, factors
+
+_TASK = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")  # it becomes a file name on the device
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Head:
+    """The task's classifier: logits = features @ weight.T + bias; ``weight`` (C, d), ``bias`` (C,)."""
+
+    weight: NpArray
+    bias: NpArray
+
+    def __call__(self, features: NpArray) -> NpArray:
+        """Logits (n, C) of pooled features (n, d)."""
+        logits: NpArray = features @ self.weight.T + self.bias
+        return logits
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Score:
+    """Top-1 accuracy as a fraction of 1, on ``n`` images."""
+
+    top1: float
+    n: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Delta:
+    """One task, ready to be folded into the backbone it names.
+
+    ``updates`` of one target apply in order. ``method`` and ``training`` are provenance: nothing that applies a delta
+    reads them.
+    """
+
+    task: str
+    backbone: str
+    fingerprint: str
+    updates: tuple[Targeted, ...]
+    head: Head
+    labels: tuple[str, ...]
+    preprocess: Preprocess
+    method: str
+    val: Score
+    settings: Mapping[str, object] = field(default_factory=dict)
+    training: Mapping[str, object] = field(default_factory=dict)
+    licences: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if _TASK.fullmatch(self.task) is None:
+            raise InputError(
+                "task", "needs a name of letters, digits, '.', '_' and '-', at most 64", got=repr(self.task[:80])
+            )
+        classes, width = self.head.weight.shape
+        if self.head.bias.shape != (classes,) or len(self.labels) != classes:
+            raise InputError(
+                self.task,
+                f"a head {(classes, width)} needs {classes} biases and labels",
+                got=f"{self.head.bias.shape[0]} and {len(self.labels)}",
+            )
+        if len(set(self.labels)) != classes:
+            raise InputError(self.task, "needs labels that differ", got=", ".join(self.labels))
+
+    @property
+    def targets(self) -> tuple[str, ...]:
+        """Names of the backbone tensors that this delta changes, sorted."""
+        return tuple(sorted({targeted.target.tensor for targeted in self.updates}))
+
+    def arrays(self) -> Iterator[NpArray]:
+        """Every distinct array of the updates once, though several updates may share it."""
+        seen = {id(array): array for targeted in self.updates for array in factors(targeted.update).values()}
+        yield from seen.values()
+
+    @property
+    def stored_values(self) -> int:
+        """Numbers that the updates carry, each shared array once, permutations and head left out."""
+        return sum(int(array.size) for array in self.arrays() if np.asarray(array).dtype.kind == "f")

@@ -1,0 +1,77 @@
+"""What edgepet refuses, and how it says so.
+
+    EdgepetError
+    ├── InputError            3  input, model, file or machine at fault
+    │   ├── PackError         3  a pack that is not what the format says
+    │   └── BackboneError     3  a delta on a backbone it was not made for
+    ├── CheckError            4  a check ran and said no
+    └── MissingError          5  a package or backend is not installed
+
+The number is the exit code of the command line. A bug is none of these: it keeps its traceback.
+"""
+
+from __future__ import annotations
+
+import importlib
+from types import ModuleType
+from typing import ClassVar
+
+
+class EdgepetError(Exception):
+    """One message: where, what, got; then what to do.
+
+    Args:
+        where: the file, tensor or option at fault.
+        what: what was needed there.
+        got: what was found instead.
+        fix: the next thing to do, one line.
+    """
+
+    exit_code: ClassVar[int] = 3
+
+    def __init__(self, where: str, what: str, *, got: object = None, fix: str | None = None) -> None:
+        self.where, self.what, self.got, self.fix = where, what, got, fix
+        message = f"{where}: {what}"
+        if got is not None:
+            message += f", got {got}"
+        if fix is not None:
+            message += f"\n  fix: {fix}"
+        super().__init__(message)
+
+
+class InputError(EdgepetError):
+    """Input, model, file or machine at fault."""
+
+
+class PackError(InputError):
+    """A file that claims to be a pack and is not one."""
+
+
+class BackboneError(InputError):
+    """A delta meets a backbone that it was not trained on."""
+
+
+class CheckError(EdgepetError):
+    """A comparison or a budget that failed."""
+
+    exit_code = 4
+
+
+class MissingError(EdgepetError):
+    """A package or backend that is not installed here."""
+
+    exit_code = 5
+
+
+def require(module: str, *, extra: str, purpose: str) -> ModuleType:
+    """Import ``module`` or say which extra brings it.
+
+    Raises:
+        MissingError: ``module`` is not installed.
+    """
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise MissingError(
+            purpose, f"needs the package {module!r}", got=str(error), fix=f"pip install 'edgepet[{extra}]'"
+        ) from error

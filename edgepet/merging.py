@@ -1,0 +1,52 @@
+"""Fold a delta into dense weights: all checks first, then all results, never in place."""
+
+from __future__ import annotations
+
+from edgepet.delta import Delta
+from edgepet.errors import BackboneError, InputError
+from edgepet.spec import Base, NpArray
+from edgepet.updates import check, fold, in_precision_of
+
+
+def merge(base: Base, delta: Delta) -> dict[str, NpArray]:
+    """The backbone's tensors with ``delta`` folded in.
+
+    Tensors that the delta leaves alone are the very arrays of ``base``; the others are new, in the base's dtype.
+    There is no way back from a merged weight: keep the base and merge from it again, which is exact.
+
+    Raises:
+        BackboneError: ``delta`` was trained on another backbone.
+        InputError: an update names a tensor that is not there, or does not fit it.
+    """
+    require_backbone(base, delta)
+    for targeted in delta.updates:
+        tensor = base.tensors.get(targeted.target.tensor)
+        if tensor is None:
+            raise InputError(f"{delta.task}: {targeted.target}", f"is no tensor of {base.name}")
+        check(targeted, tensor.shape, where=delta.task, fix=f"use the backbone it was trained on, {delta.fingerprint}")
+    merged = dict(base.tensors)
+    for targeted in delta.updates:
+        tensor = merged[targeted.target.tensor]
+        update = in_precision_of(targeted.update, tensor)
+        merged[targeted.target.tensor] = fold(type(targeted)(targeted.target, update), tensor)
+    return merged
+
+
+def require_backbone(base: Base, delta: Delta) -> None:
+    """Refuse a delta whose backbone is not ``base``, by content and not by name.
+
+    Raises:
+        BackboneError: the fingerprints differ.
+    """
+    if base.fingerprint != delta.fingerprint:
+        raise BackboneError(
+            f"task {delta.task!r}",
+            f"was trained on {delta.backbone} {short(delta.fingerprint)}",
+            got=f"{base.name} {short(base.fingerprint)}",
+            fix=f"pass --backbone {delta.backbone} with the weights that it was trained on",
+        )
+
+
+def short(fingerprint: str) -> str:
+    """A fingerprint as people compare it: the first 12 digits."""
+    return fingerprint.removeprefix("sha256:")[:12]

@@ -1,0 +1,127 @@
+"""Words that every room shares: arrays, targets, sites, preprocessing."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, Literal, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from edgepet.errors import InputError
+
+NpArray: TypeAlias = npt.NDArray[Any]
+Array: TypeAlias = Any  # a NumPy array or a torch tensor: formulas use only operators that both have
+Tensors: TypeAlias = Mapping[str, NpArray]
+Tuned: TypeAlias = Mapping[str, Mapping[str, Array]]  # site name -> method tensor name -> value
+
+Precision: TypeAlias = Literal["fp32", "fp16", "int8"]
+PRECISIONS: tuple[Precision, ...] = ("fp32", "fp16", "int8")
+
+_TARGET = re.compile(
+    r"(?P<tensor>[A-Za-z0-9_]+(?:\.[A-Za-z0-9_]+)*)(?:\[(?P<rows>N:N|:(?=,))(?:, (?P<cols>N:N))?\])?".replace(
+        "N", "(?:0|[1-9][0-9]*)"
+    )
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """A state-dict name with an optional block of rows and columns: ``blocks.0.mlp.fc2.weight[:, 384:768]``.
+
+    A convolution kernel (out, in, kh, kw) is seen as (out, in * kh * kw).
+    """
+
+    tensor: str
+    rows: tuple[int, int] | None = None
+    cols: tuple[int, int] | None = None
+
+    @classmethod
+    def parse(cls, text: str, *, where: str) -> Target:
+        """Read the written form.
+
+        Raises:
+            InputError: ``text`` is not a name with an optional block.
+        """
+        match = _TARGET.fullmatch(text)
+        if match is None:
+            raise InputError(where, "a target is NAME, NAME[a:b] or NAME[a:b, c:d]", got=repr(text))
+
+        def span(part: str | None) -> tuple[int, int] | None:
+            if part is None or part == ":":
+                return None
+            start, stop = (int(number) for number in part.split(":"))
+            if start >= stop:
+                raise InputError(where, "a block's end must be greater than its start", got=repr(text))
+            return start, stop
+
+        return cls(match["tensor"], span(match["rows"]), span(match["cols"]))
+
+    def __str__(self) -> str:
+        if self.rows is None and self.cols is None:
+            return self.tensor
+        rows = ":" if self.rows is None else f"{self.rows[0]}:{self.rows[1]}"
+        return (
+            f"{self.tensor}[{rows}]" if self.cols is None else f"{self.tensor}[{rows}, {self.cols[0]}:{self.cols[1]}]"
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Site:
+    """A layer of the backbone where a method can act.
+
+    ``kind`` is "linear", "conv" or "norm", or "tensor" for one bare parameter. ``blocks`` names row blocks of a fused
+    weight, as timm's ``qkv`` has: q = (0, d), k = (d, 2d), v = (2d, 3d). ``channel_axis`` is where the layer's output
+    has its channels: declared, never guessed from a shape.
+    """
+
+    name: str
+    kind: Literal["linear", "conv", "norm", "tensor"]
+    weight: str
+    bias: str | None
+    in_features: int
+    out_features: int
+    channel_axis: Literal[-1, 1] = -1
+    blocks: tuple[tuple[str, tuple[int, int]], ...] = ()
+
+    def block(self, name: str) -> tuple[int, int] | None:
+        """The rows called ``name``, or None where this layer has no such block."""
+        return dict(self.blocks).get(name)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Preprocess:
+    """How an image becomes the network's input, in timm's words (``timm.data.resolve_data_config``).
+
+    ``image_size`` is (height, width) in pixels; ``crop`` is timm's ``crop_mode``; ``mean`` and ``std`` are per channel
+    of an RGB image scaled to 0..1.
+    """
+
+    image_size: tuple[int, int]
+    interpolation: Literal["bicubic", "bilinear"] = "bicubic"
+    crop_fraction: float = 1.0
+    crop: Literal["center", "squash"] = "center"
+    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
+    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+
+    def as_json(self) -> dict[str, object]:
+        return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Base:
+    """A backbone's dense tensors, as merging needs them: no framework, no classifier.
+
+    ``fingerprint`` is taken at the native image size; ``tensors`` may hold a position table resampled to another one.
+    """
+
+    name: str
+    fingerprint: str
+    tensors: Tensors
+
+
+def as_float(tensor: NpArray, dtype: npt.DTypeLike = np.float32) -> NpArray:
+    """``tensor`` in ``dtype``, not copied where it is already."""
+    return np.asarray(tensor, dtype=dtype)
