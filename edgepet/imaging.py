@@ -1,0 +1,110 @@
+"""One image becomes the network's input, in Pillow and NumPy, byte for byte as timm's evaluation transform does it.
+
+Source: ``timm.data.create_transform(..., is_training=False)`` and torchvision's ``Resize`` and ``CenterCrop`` on
+Pillow images, timm 1.0.
+"""
+
+from __future__ import annotations
+
+import math
+import struct
+from pathlib import Path
+from typing import TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, UnidentifiedImageError
+
+from edgepet.errors import InputError
+from edgepet.spec import Preprocess
+
+Pixels: TypeAlias = NDArray[np.uint8]  # (..., height, width, 3), RGB
+
+# A closed list: left alone, Pillow hands a PostScript file called photo.png to Ghostscript.
+_FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
+
+# What Pillow's decoders raise on damaged bytes; they have no common base.
+_DAMAGED = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError)
+
+# A file of 1 x 100000 pixels takes a hundred bytes, and gigabytes once its short side is 224.
+_MOST_RESIZED_PIXELS = 100_000_000
+
+_RESAMPLING = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
+
+
+def load_pixels(path: Path, preprocess: Preprocess) -> Pixels:
+    """Decode, resize and crop one file to (height, width, 3).
+
+    The first frame is taken, and EXIF orientation is left as timm leaves it: not applied.
+
+    Raises:
+        InputError: the file is missing, damaged or no image, or so elongated that resizing it would fill the memory.
+    """
+    try:
+        with Image.open(path, formats=_FORMATS) as file:
+            image = _rgb(file)
+    except UnidentifiedImageError as error:
+        raise _unreadable(path, "bytes of no known image format") from error
+    except _DAMAGED as error:
+        raise _unreadable(path, getattr(error, "strerror", None) or str(error)) from error
+    height, width = _resized(image.height, image.width, preprocess)
+    if height * width > _MOST_RESIZED_PIXELS:
+        raise InputError(
+            str(path),
+            f"must fit {_MOST_RESIZED_PIXELS} pixels when resized",
+            got=f"{image.width} x {image.height} resized to {width} x {height}",
+            fix="crop the image or remove it",
+        )
+    return to_pixels(image, preprocess)
+
+
+def to_pixels(image: Image.Image, preprocess: Preprocess) -> Pixels:
+    """Resize and crop a decoded image of any mode to (height, width, 3); ``image`` is not modified."""
+    image = _rgb(image)
+    height, width = _resized(image.height, image.width, preprocess)
+    image = image.resize((width, height), _RESAMPLING[preprocess.interpolation])
+    crop_height, crop_width = preprocess.image_size
+    top, left = _crop_start(height, crop_height), _crop_start(width, crop_width)
+    return np.array(image.crop((left, top, left + crop_width, top + crop_height)), dtype=np.uint8)
+
+
+def normalize(pixels: Pixels, preprocess: Preprocess) -> NDArray[np.float32]:
+    """(x / 255 - mean) / std: (..., H, W, 3) becomes a new contiguous (..., 3, H, W).
+
+    Each step is rounded to float32 as torchvision's ``Normalize`` rounds it, so the values are equal, not just close.
+    """
+    values = np.ascontiguousarray(np.moveaxis(pixels, -1, -3), dtype=np.float32)
+    values /= np.float32(255)
+    values -= np.asarray(preprocess.mean, dtype=np.float32)[:, None, None]
+    values /= np.asarray(preprocess.std, dtype=np.float32)[:, None, None]
+    return values
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+    if isinstance(image.info.get("transparency"), bytes):
+        # ``convert`` drops a palette's alpha table, as timm's loader lets it, but with a warning.
+        image = image.copy()
+        del image.info["transparency"]
+    return image.convert("RGB")
+
+
+def _resized(height: int, width: int, preprocess: Preprocess) -> tuple[int, int]:
+    """The (height, width) before the crop, with the rounding of timm's three branches."""
+    to_height, to_width = (math.floor(edge / preprocess.crop_fraction) for edge in preprocess.image_size)
+    if preprocess.crop == "squash":
+        return to_height, to_width
+    if to_height == to_width:  # torchvision's Resize(int) truncates the long side
+        if width <= height:
+            return int(to_width * height / width), to_width
+        return to_height, int(to_height * width / height)
+    ratio = min(height / to_height, width / to_width)  # timm's ResizeKeepRatio rounds both
+    return round(height / ratio), round(width / ratio)
+
+
+def _crop_start(edge: int, crop: int) -> int:
+    """Where a centre crop starts; negative where the image is smaller, which ``Image.crop`` fills with black."""
+    return -((crop - edge) // 2) if crop > edge else round((edge - crop) / 2)
+
+
+def _unreadable(path: Path, got: str) -> InputError:
+    return InputError(str(path), "is not a readable image", got=got, fix="replace the file or remove it")

@@ -1,0 +1,80 @@
+"""The PET methods. To add one: its file, and its line in ``METHODS``."""
+
+from __future__ import annotations
+
+import math
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import fields
+from typing import Any
+
+from edgepet.errors import InputError
+from edgepet.methods.baselines import Full, LinearProbe
+from edgepet.methods.consolidator import Consolidator
+from edgepet.methods.lora import LoRA
+from edgepet.methods.method import ActivationPath, Method, Recipe
+from edgepet.methods.ssf import SSF
+
+__all__ = [
+    "METHODS",
+    "SSF",
+    "ActivationPath",
+    "Consolidator",
+    "Full",
+    "LinearProbe",
+    "LoRA",
+    "Method",
+    "Recipe",
+    "configure",
+]
+
+METHODS: dict[str, type[Method]] = {
+    "linear-probe": LinearProbe,
+    "full": Full,
+    "ssf": SSF,
+    "lora": LoRA,
+    "consolidator": Consolidator,
+}
+
+
+def configure(name: str, settings: Mapping[str, str] = types.MappingProxyType({})) -> Method:
+    """The method called ``name`` with settings as people type them: ``rank=4``, ``on=q,k,v``, ``shuffle=true``.
+
+    Raises:
+        InputError: no such method or setting, or a value of another type.
+    """
+    kind: Any = METHODS.get(name)
+    if kind is None:
+        raise InputError("--method", f"is one of {', '.join(METHODS)}", got=repr(name))
+    known = {field.name for field in fields(kind)}
+    types_of = typing.get_type_hints(kind)
+    values: dict[str, Any] = {}
+    for key, text in settings.items():
+        if key not in known:
+            has = f"has the settings {', '.join(sorted(known))}" if known else "has no settings"
+            raise InputError(f"--set {key}", f"{name} {has}", got=repr(key))
+        try:
+            values[key] = _parse(text, types_of[key])
+        except ValueError as error:
+            raise InputError(f"--set {key}", f"needs {_spelled(types_of[key])}", got=repr(text)) from error
+    method: Method = kind(**values)
+    return method
+
+
+def _parse(text: str, kind: Any) -> Any:
+    if typing.get_origin(kind) is tuple:
+        return tuple(_parse(part, typing.get_args(kind)[0]) for part in text.split(","))
+    if kind is bool:
+        if text not in ("true", "false"):
+            raise ValueError(text)
+        return text == "true"
+    if kind is float and not math.isfinite(float(text)):
+        raise ValueError(text)
+    return kind(text)
+
+
+def _spelled(kind: Any) -> str:
+    if typing.get_origin(kind) is tuple:
+        return f"{_spelled(typing.get_args(kind)[0]).removeprefix('a ')}s with commas between"
+    return {int: "a whole number", float: "a number", bool: "true or false", str: "a name"}[kind]

@@ -1,0 +1,56 @@
+"""The two baselines that every PET method is judged by: only the head, and everything."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+
+from edgepet.methods.method import Recipe
+from edgepet.spec import NpArray, Site, Target, Tensors, Tuned
+from edgepet.updates import Replace, Targeted
+
+
+@dataclass(frozen=True, slots=True)
+class LinearProbe:
+    """A linear classifier on frozen features: no update at all."""
+
+    name: ClassVar[str] = "linear-probe"
+    paper: ClassVar[str] = "baseline"
+    recipe: ClassVar[Recipe] = Recipe(lr=0.0, epochs=100)  # an epoch on remembered features costs milliseconds
+    starts_as_identity: ClassVar[bool] = True
+
+    def sites(self, layers: Sequence[Site]) -> tuple[Site, ...]:
+        del layers
+        return ()
+
+    def start(self, site: Site, base: Tensors, rng: np.random.Generator) -> Mapping[str, NpArray]:
+        del site, base, rng
+        return {}
+
+    def lower(self, base: Tensors, sites: Sequence[Site], tuned: Tuned) -> tuple[Targeted, ...]:
+        del base, sites, tuned
+        return ()
+
+
+@dataclass(frozen=True, slots=True)
+class Full:
+    """Full fine-tuning: every floating-point tensor of the backbone is trained and shipped."""
+
+    name: ClassVar[str] = "full"
+    paper: ClassVar[str] = "baseline"
+    recipe: ClassVar[Recipe] = Recipe(lr=1e-4)
+    starts_as_identity: ClassVar[bool] = True
+
+    def sites(self, layers: Sequence[Site]) -> tuple[Site, ...]:
+        return tuple(site for site in layers if site.kind == "tensor")
+
+    def start(self, site: Site, base: Tensors, rng: np.random.Generator) -> Mapping[str, NpArray]:
+        del rng
+        return {"value": base[site.weight].astype(np.float32)}
+
+    def lower(self, base: Tensors, sites: Sequence[Site], tuned: Tuned) -> tuple[Targeted, ...]:
+        del base
+        return tuple(Targeted(Target(site.weight), Replace(tuned[site.name]["value"])) for site in sites)

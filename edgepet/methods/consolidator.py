@@ -1,0 +1,115 @@
+"""Consolidator: grouped linear branches beside every linear layer, folded twice.
+
+Hao et al. 2023, "Consolidator: Mergeable Adapter with Grouped Connections for Visual Adaptation", arXiv:2305.00603,
+section 3: y' = W x + b + sum_i droppath(T_i x[order_i] + c_i) with T_i block-diagonal. Adaptation to storage: branches
+of one order whose groups nest are summed into one block-diagonal matrix. Loading to inference: it is added to W.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import ClassVar
+
+import numpy as np
+
+from edgepet.errors import InputError
+from edgepet.methods.method import Recipe
+from edgepet.spec import Array, NpArray, Site, Target, Tensors, Tuned
+from edgepet.updates import Add, Grouped, Targeted
+
+
+@dataclass(frozen=True, slots=True)
+class Consolidator:
+    """One branch for each number in ``groups`` on every linear layer whose sides it divides.
+
+    With ``shuffle`` every branch reads the input channels in its own order: viewed as g groups and transposed.
+    ``drop_path`` is the probability that one sample skips one layer's branches while training.
+    """
+
+    groups: tuple[int, ...] = (384,)
+    shuffle: bool = False
+    drop_path: float = 0.2
+
+    name: ClassVar[str] = "consolidator"
+    paper: ClassVar[str] = "Hao et al. 2023, arXiv:2305.00603"
+    recipe: ClassVar[Recipe] = Recipe(lr=5e-3)
+    starts_as_identity: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        if not self.groups or min(self.groups) < 1 or len(set(self.groups)) != len(self.groups):
+            raise InputError("consolidator", "needs groups that differ and are at least 1", got=self.groups)
+        if not 0 <= self.drop_path < 1:
+            raise InputError("consolidator", "needs a drop_path in [0, 1)", got=self.drop_path)
+
+    def sites(self, layers: Sequence[Site]) -> tuple[Site, ...]:
+        return tuple(site for site in layers if site.kind == "linear" and self._fitting(site))
+
+    def start(self, site: Site, base: Tensors, rng: np.random.Generator) -> Mapping[str, NpArray]:
+        del base
+        tensors: dict[str, NpArray] = {}
+        for g in self._fitting(site):
+            shape = (g, site.out_features // g, site.in_features // g)
+            tensors[f"{g}.weight"] = rng.uniform(-1e-3, 1e-3, shape).astype(np.float32)
+            if site.bias is not None:
+                tensors[f"{g}.bias"] = rng.uniform(-1e-3, 1e-3, site.out_features).astype(np.float32)
+        return tensors
+
+    def lower(self, base: Tensors, sites: Sequence[Site], tuned: Tuned) -> tuple[Targeted, ...]:
+        del base
+        updates = []
+        for site in sites:
+            branches = {g: tuned[site.name][f"{g}.weight"] for g in self._fitting(site)}
+            for g, blocks in (branches if self.shuffle else _summed(branches)).items():
+                order = _order(site.in_features, g) if self.shuffle and g > 1 else None
+                updates.append(Targeted(Target(site.weight), Grouped(blocks, order)))
+            if site.bias is not None:
+                shift = sum(tuned[site.name][f"{g}.bias"] for g in branches)
+                updates.append(Targeted(Target(site.bias), Add(shift)))
+        return tuple(updates)
+
+    def forward(self, site: Site, x: Array, y: Array, tuned: Mapping[str, Array], *, training: bool) -> Array:
+        import torch
+
+        branches: Array = 0
+        for g in self._fitting(site):
+            read = x[..., torch.from_numpy(_order(site.in_features, g))] if self.shuffle else x
+            cut = read.reshape(*x.shape[:-1], g, -1)
+            weight = tuned[f"{g}.weight"].to(y.dtype)
+            if cut.shape[-1] == 1:  # as many groups as inputs: a product of elements, no matrix
+                out = cut.to(y.dtype) * weight[:, :, 0]
+            else:
+                out = torch.einsum("...gi,goi->...go", cut.to(y.dtype), weight)
+            branches = branches + out.reshape(y.shape)
+            if f"{g}.bias" in tuned:
+                branches = branches + tuned[f"{g}.bias"].to(y.dtype)
+        if training and self.drop_path > 0:
+            keep = 1 - self.drop_path
+            kept = torch.rand((y.shape[0],) + (1,) * (y.ndim - 1), device=y.device) < keep
+            branches = branches * (kept.to(y.dtype) / keep)
+        return y + branches
+
+    def _fitting(self, site: Site) -> tuple[int, ...]:
+        return tuple(g for g in self.groups if site.out_features % g == 0 and site.in_features % g == 0)
+
+
+def _summed(branches: Mapping[int, NpArray]) -> dict[int, NpArray]:
+    """Branches whose groups nest, as one: the blocks of 2g groups lie inside the blocks of g groups."""
+    summed: dict[int, NpArray] = {}
+    for g in sorted(branches):
+        wide = next((h for h in summed if g % h == 0), None)
+        if wide is None:
+            summed[g] = np.array(branches[g], order="C")  # the reshape below must be a view of it
+            continue
+        ratio, (_, rows, cols) = g // wide, branches[g].shape
+        inner = summed[wide].reshape(wide, ratio, rows, ratio, cols)
+        each = np.arange(ratio)
+        inner[:, each, :, each, :] += branches[g].reshape(wide, ratio, rows, cols).swapaxes(0, 1)
+    return summed
+
+
+@lru_cache(maxsize=64)
+def _order(channels: int, g: int) -> NpArray:
+    """Column c of a branch reads input column order[c]; one array for all layers of a width: a pack stores it once."""
+    return np.arange(channels).reshape(g, channels // g).T.reshape(-1)

@@ -1,0 +1,57 @@
+"""SSF: scale and shift what a layer puts out.
+
+Lian et al. 2022, "Scaling & Shifting Your Features", arXiv:2210.08823, section 3.2:
+y' = gamma * (W x + b) + beta, hence W' = diag(gamma) W and b' = gamma * b + beta.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+
+from edgepet.methods.method import Recipe
+from edgepet.spec import Array, NpArray, Site, Target, Tensors, Tuned
+from edgepet.updates import Add, Scale, Targeted
+
+
+@dataclass(frozen=True, slots=True)
+class SSF:
+    """Per-channel scale and shift after every linear, convolution and norm layer.
+
+    A layer without a bias has nothing to write a shift into: there only the scale is trained.
+    """
+
+    name: ClassVar[str] = "ssf"
+    paper: ClassVar[str] = "Lian et al. 2022, arXiv:2210.08823"
+    recipe: ClassVar[Recipe] = Recipe(lr=5e-3)
+    starts_as_identity: ClassVar[bool] = False
+
+    def sites(self, layers: Sequence[Site]) -> tuple[Site, ...]:
+        return tuple(site for site in layers if site.kind in ("linear", "conv", "norm"))
+
+    def start(self, site: Site, base: Tensors, rng: np.random.Generator) -> Mapping[str, NpArray]:
+        del base
+        gamma = rng.normal(1.0, 0.02, site.out_features).astype(np.float32)
+        if site.bias is None:
+            return {"gamma": gamma}
+        return {"gamma": gamma, "beta": rng.normal(0.0, 0.02, site.out_features).astype(np.float32)}
+
+    def lower(self, base: Tensors, sites: Sequence[Site], tuned: Tuned) -> tuple[Targeted, ...]:
+        del base
+        updates = []
+        for site in sites:
+            scale = Scale(tuned[site.name]["gamma"])
+            updates.append(Targeted(Target(site.weight), scale))
+            if site.bias is not None:
+                shift = Add(tuned[site.name]["beta"])
+                updates += [Targeted(Target(site.bias), scale), Targeted(Target(site.bias), shift)]
+        return tuple(updates)
+
+    def forward(self, site: Site, x: Array, y: Array, tuned: Mapping[str, Array], *, training: bool) -> Array:
+        del x, training
+        shape = (-1, 1, 1) if site.channel_axis == 1 else (-1,)
+        scaled = y * tuned["gamma"].reshape(shape).to(y.dtype)
+        return scaled + tuned["beta"].reshape(shape).to(y.dtype) if "beta" in tuned else scaled

@@ -1,0 +1,241 @@
+"""The ``train`` verb: images and a backbone in, a pack and its work folder out. Needs the ``train`` extra."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import cast
+
+import numpy as np
+import torch
+
+from edgepet.backbones import Backbone, load_backbone
+from edgepet.data import few_shots, load_set, open_split
+from edgepet.delta import Delta, Score
+from edgepet.errors import CheckError, InputError
+from edgepet.imaging import normalize
+from edgepet.merging import merge
+from edgepet.methods import Method, configure
+from edgepet.methods.method import count
+from edgepet.pack import Codec, read_pack, write_pack
+from edgepet.parity import ALGEBRA
+from edgepet.spec import NpArray
+from edgepet.tune import (
+    AUGMENTATIONS,
+    Augmentation,
+    Fit,
+    Pixels,
+    Plan,
+    Say,
+    TunedModel,
+    algebra_error,
+    extract,
+    fast_bfloat16,
+    fit,
+)
+from edgepet.work import work_folder, write_work
+
+ALGEBRA_IMAGES = 8  # float64 is slow, and one image already exercises every tensor
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BackboneFacts:
+    name: str
+    fingerprint: str
+    bytes: int
+    description: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainReport:
+    """What ``train`` made. ``val`` is of the pack as stored, in float32; ``trainable_params`` leaves the head out.
+
+    ``algebra_max_abs`` is the largest difference of logits between tuned and merged network in float64.
+    """
+
+    pack: Path
+    work: Path
+    method: str
+    trainable_params: int
+    head_params: int
+    pack_bytes: int
+    epochs: int
+    best_epoch: int
+    seconds: float
+    images_per_second: float
+    precision: str
+    val: Score
+    algebra_max_abs: float
+    algebra_limit: float
+    backbone: BackboneFacts
+
+
+def train(
+    data: Path,
+    backbone: str,
+    method: str | Method,
+    output: Path,
+    *,
+    settings: Mapping[str, str] | None = None,
+    image_size: int | None = None,
+    epochs: int | None = None,
+    batch_size: int = 32,
+    lr: float | None = None,
+    shots: int | None = None,
+    seed: int = 0,
+    val_fraction: float = 0.2,
+    augment: Sequence[str] = (),
+    precision: str = "auto",
+    codec: Codec = "fp16",
+    say: Say = lambda step: None,
+    stage: Callable[[str], None] = lambda name: None,
+) -> TrainReport:
+    """Tune ``method`` on the images in ``data`` and write ``output`` (``TASK.pet``) and ``TASK.work`` beside it.
+
+    Args:
+        data: a folder with train/, val/ and perhaps test/, each of class folders; or one folder of class folders.
+        backbone: a timm name, ``NAME@FILE`` or ``demo:NAME``.
+        settings: the method's settings as text, where ``method`` is a name.
+        image_size: pixels of the square input; None is the architecture's own.
+        shots: images of each class to train on, chosen by ``seed``; None is all.
+        precision: "fp32", "bf16" (autocast) or "auto": bf16 where it is measured to be faster here.
+        say: told of every step; stage: told the name of what begins.
+
+    Raises:
+        InputError: data, backbone or settings at fault.
+        CheckError: the merged network is not the tuned one.
+    """
+    began = time.perf_counter()
+    chosen = configure(method, settings or {}) if isinstance(method, str) else method
+    _check_options(output, precision, epochs, batch_size, augment)
+    stage("read images")
+    chosen_set = open_split(data, "train", val_fraction=val_fraction, seed=seed)
+    classes = chosen_set.classes
+    if shots is not None:
+        chosen_set = few_shots(chosen_set, shots, seed)
+    held_set = open_split(data, "val", val_fraction=val_fraction, seed=seed)
+    stage("load backbone")
+    loaded = load_backbone(backbone, image_size=image_size)
+    train_set, val_set = (Pixels(*load_set(part, loaded.preprocess)) for part in (chosen_set, held_set))
+    bf16 = fast_bfloat16() if precision == "auto" else precision == "bf16"
+    recipe = chosen.recipe
+    plan = Plan(
+        epochs=epochs or recipe.epochs,
+        lr=lr or recipe.lr,
+        head_lr=recipe.head_lr,
+        batch_size=batch_size,
+        weight_decay=recipe.weight_decay,
+        warmup=recipe.warmup,
+        label_smoothing=recipe.label_smoothing,
+        augment=cast(tuple[Augmentation, ...], tuple(augment)),
+        autocast=bf16,
+        seed=seed,
+    )
+    model = TunedModel(loaded, chosen, len(classes), seed=seed)
+    stage("tune")
+    fitted = fit(model, train_set, val_set, loaded.preprocess, plan, say)
+    stage("prove and pack")
+    max_abs, limit = _prove(model, loaded, val_set.pixels)
+    delta = extract(
+        model,
+        loaded,
+        task=output.stem,
+        labels=classes,
+        preprocess=loaded.preprocess,
+        val=fitted.val,
+        training=_provenance(plan, fitted, len(train_set), shots),
+    )
+    pack_bytes, score = _write(output, delta, codec, loaded, val_set)
+    spread = np.random.default_rng(seed).permutation(len(val_set))  # folders come class by class
+    write_work(work_folder(output), delta, model.arrays(), val_set.pixels[spread], val_set.labels[spread])
+    return TrainReport(
+        pack=output,
+        work=work_folder(output),
+        method=chosen.name,
+        trainable_params=count(chosen, loaded.layers, loaded.tensors),
+        head_params=delta.head.weight.size + delta.head.bias.size,
+        pack_bytes=pack_bytes,
+        epochs=plan.epochs,
+        best_epoch=fitted.best_epoch,
+        seconds=time.perf_counter() - began,
+        images_per_second=fitted.images_per_second,
+        precision="bf16" if bf16 else "fp32",
+        val=score,
+        algebra_max_abs=max_abs,
+        algebra_limit=limit,
+        backbone=BackboneFacts(
+            name=loaded.label,
+            fingerprint=loaded.fingerprint,
+            bytes=loaded.native_bytes,
+            description=loaded.description,
+        ),
+    )
+
+
+def merged_logits(backbone: Backbone, delta: Delta, images: NpArray) -> NpArray:
+    """Logits (n, C) of ``delta`` folded into ``backbone`` and run by torch in float32."""
+    state = {name: torch.from_numpy(np.array(tensor)) for name, tensor in merge(backbone.base, delta).items()}
+    head = torch.from_numpy(delta.head.weight.astype(np.float32)), torch.from_numpy(delta.head.bias.astype(np.float32))
+    parts = []
+    with torch.no_grad():
+        for batch in torch.split(torch.from_numpy(images), 64):
+            features = torch.func.functional_call(backbone.module, state, (batch,))
+            parts.append(torch.nn.functional.linear(features, *head))
+    logits: NpArray = torch.cat(parts).numpy()
+    return logits
+
+
+def _check_options(output: Path, precision: str, epochs: int | None, batch_size: int, augment: Sequence[str]) -> None:
+    if output.suffix != ".pet":
+        raise InputError("-o", "needs a file name ending in .pet", got=repr(output.name))
+    if not output.absolute().parent.is_dir():
+        raise InputError(str(output.parent), "is no folder", fix=f"mkdir -p {output.parent}")
+    if precision not in ("auto", "fp32", "bf16"):
+        raise InputError("--train-precision", "is auto, fp32 or bf16", got=repr(precision))
+    if epochs is not None and epochs < 1:
+        raise InputError("--epochs", "must be at least 1", got=epochs)
+    if batch_size < 1:
+        raise InputError("--batch-size", "must be at least 1", got=batch_size)
+    unknown = [name for name in augment if name not in AUGMENTATIONS]
+    if unknown:
+        raise InputError("--augment", f"knows {', '.join(AUGMENTATIONS)}", got=repr(unknown[0]))
+
+
+def _prove(model: TunedModel, backbone: Backbone, pixels: NpArray) -> tuple[float, float]:
+    max_abs, largest = algebra_error(model, backbone, normalize(pixels[:ALGEBRA_IMAGES], backbone.preprocess))
+    limit = ALGEBRA * largest
+    if not max_abs <= limit:
+        raise CheckError(
+            model.method.name,
+            f"merged and tuned network must agree within {limit:.1e} in float64",
+            got=f"{max_abs:.1e}",
+            fix="this is a fault of the method's lowering: report it",
+        )
+    return max_abs, limit
+
+
+def _write(output: Path, delta: Delta, codec: Codec, backbone: Backbone, val: Pixels) -> tuple[int, Score]:
+    """Write the pack with the val accuracy of what it stores, not of what was trained."""
+    write_pack(output, delta, codec=codec)
+    logits = merged_logits(backbone, read_pack(output).delta, normalize(val.pixels, backbone.preprocess))
+    score = Score(top1=float((logits.argmax(1) == val.labels).mean()), n=len(val))
+    return write_pack(output, replace(delta, val=score), codec=codec), score
+
+
+def _provenance(plan: Plan, fitted: Fit, images: int, shots: int | None) -> dict[str, object]:
+    return {
+        "epochs": plan.epochs,
+        "best_epoch": fitted.best_epoch,
+        "images": images,
+        "shots": shots,
+        "batch_size": plan.batch_size,
+        "lr": plan.lr,
+        "weight_decay": plan.weight_decay,
+        "augment": list(plan.augment),
+        "precision": "bf16" if plan.autocast else "fp32",
+        "seed": plan.seed,
+        "versions": {name: version(name) for name in ("edgepet", "torch", "timm")},
+    }
