@@ -1,0 +1,320 @@
+"""The verbs between a pack and a device: ``merge``, ``export`` and ``verify``. Each is verified, or it fails."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import safetensors.numpy
+
+from edgepet.artifact import (
+    FORMATS,
+    MANIFEST,
+    Artifact,
+    Format,
+    damaged,
+    listed,
+    open_artifact,
+    read_artifact,
+    write_artifact,
+)
+from edgepet.errors import CheckError, InputError, MissingError
+from edgepet.exporters.onnx import build_model, serialize, simplified, write_onnx
+from edgepet.exporters.openvino import write_openvino
+from edgepet.exporters.tensorrt import build_engines
+from edgepet.files import folder_bytes, new_folder, write_file
+from edgepet.merging import merge as fold
+from edgepet.parity import Against, Inputs, Parity, compare, require_parity
+from edgepet.spec import NpArray, Precision
+from edgepet.subject import Subject, plain_network
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MergeReport:
+    """Dense weights on disk. ``max_abs_diff`` is on logits, against the network that ``against`` names."""
+
+    path: Path
+    bytes: int
+    create_args: dict[str, object]
+    max_abs_diff: float
+    limit: float
+    n: int
+    inputs: Inputs
+    against: Against
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Exported:
+    """One artefact. ``seconds`` is folding and writing, ``verify_seconds`` the comparison."""
+
+    task: str
+    format: Format
+    engine: str
+    precision: Precision
+    path: Path
+    size_bytes: int
+    seconds: float
+    verify_seconds: float
+    verified: bool
+    reason: str | None
+    parity: Parity | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExportReport:
+    artifacts: tuple[Exported, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Check:
+    """One comparison: ``value`` must not be above ``limit``."""
+
+    name: str
+    ok: bool
+    value: float
+    limit: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VerifyReport:
+    ok: bool
+    checks: tuple[Check, ...]
+    reason: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExportOptions:
+    """How to export. ``sms`` are compute capabilities of a TensorRT engine, 86 for 8.6."""
+
+    to: tuple[Format, ...] = ("onnx",)
+    precision: Precision = "fp32"
+    sms: tuple[int, ...] = (86, 89, 120)
+    simplify: bool = False
+    external_data: bool = False
+
+
+def merge(pack: Path, output: Path, *, backbone: str | None = None, data: Path | None = None) -> MergeReport:
+    """Write dense weights that plain timm loads strictly, after loading them there and comparing.
+
+    Raises:
+        InputError: pack or backbone at fault.
+        CheckError: the merged network answers otherwise than the tuned one.
+    """
+    from edgepet.tune import logits_of
+
+    subject = Subject(pack, backbone, data)
+    weights = subject.dense_weights
+    plain = plain_network(subject)
+    images, inputs = subject.images
+    expected, against = subject.reference
+    got = logits_of(plain, images)
+    parity = compare(
+        expected, got, stored=subject.pack.codec if against == "tuned" else "fp32", inputs=inputs, against=against
+    )
+    require_parity(parity, str(output))
+    write_file(output, safetensors.numpy.save({name: np.ascontiguousarray(tensor) for name, tensor in weights.items()}))
+    return MergeReport(
+        path=output,
+        bytes=output.stat().st_size,
+        create_args=subject.backbone.create_args,
+        max_abs_diff=parity.max_abs,
+        limit=parity.limit,
+        n=parity.n,
+        inputs=inputs,
+        against=against,
+    )
+
+
+def export(
+    packs: Sequence[Path],
+    folder: Path,
+    *,
+    backbone: str | None = None,
+    data: Path | None = None,
+    options: ExportOptions = ExportOptions(),
+    stage: Callable[[str], None] = lambda name: None,
+) -> ExportReport:
+    """Write one artefact folder per task and format under ``folder``, each compared before it takes its place.
+
+    Raises:
+        InputError: a pack, backbone or option at fault, or an operator that a runtime does not know.
+        CheckError: an artefact answers otherwise; nothing of it is kept.
+        MissingError: a runtime is not installed.
+    """
+    if options.precision != "fp32":
+        raise InputError("--precision", "this edgepet exports fp32", got=repr(options.precision))
+    unknown = [name for name in options.to if name not in FORMATS]
+    if unknown:
+        raise InputError("--to", f"knows {', '.join(FORMATS)}", got=repr(unknown[0]))
+    subjects = [Subject(path, backbone, data) for path in packs]
+    names = [subject.delta.task for subject in subjects]
+    if len(set(names)) != len(names):
+        raise InputError("export", "needs packs of different tasks", got=", ".join(names))
+    artifacts: list[Exported] = []
+    for subject in subjects:
+        subject.check_backbone()
+        stage(f"graph of {subject.delta.backbone}")
+        graph = subject.graph
+        began = time.perf_counter()
+        model = build_model(graph, fold(graph.base, subject.delta), subject.delta)
+        folded = time.perf_counter() - began
+        if options.simplify:
+            model = simplified(model, subject.images[0][:2], where=subject.delta.task)
+        for name in options.to:
+            stage(f"{subject.delta.task} to {name}")
+            artifacts.append(_export_one(subject, model, folded, name, folder, options))
+    return ExportReport(artifacts=tuple(artifacts))
+
+
+def verify(
+    folder: Path, *, data: Path | None = None, pack: Path | None = None, backbone: str | None = None
+) -> VerifyReport:
+    """Check an artefact's files against its manifest, then run the comparison again.
+
+    Without ``data`` the inputs are the seeded noise that was run when it was made; with it, the pack merged in torch is
+    compared on real images, and the pack is looked for beside the artefact where ``pack`` is None.
+
+    Raises:
+        InputError: no artefact, or no pack to compare with.
+    """
+    artifact = read_artifact(folder)
+    broken = damaged(folder, artifact)
+    files = Check(name="files", ok=not broken, value=float(len(broken)), limit=0.0)
+    if broken:
+        return VerifyReport(ok=False, checks=(files,), reason=f"damaged: {', '.join(broken)}")
+    try:
+        runner = open_artifact(folder, artifact)
+    except MissingError as error:
+        return VerifyReport(ok=True, checks=(files,), reason=f"not run: {error.what}")
+    try:
+        got = runner(artifact.probe.images(artifact.preprocess))
+        checks = [files, _check("probe", artifact.probe.logits, got)]
+        if data is not None:
+            subject = Subject(pack or _find_pack(folder, artifact), backbone, data)
+            checks.append(_check("data", subject.merged_reference, runner(subject.images[0])))
+    finally:
+        runner.close()
+    return VerifyReport(ok=all(check.ok for check in checks), checks=tuple(checks))
+
+
+def _export_one(
+    subject: Subject, model: Any, folded: float, name: Format, folder: Path, options: ExportOptions
+) -> Exported:
+    delta = subject.delta
+    path = folder / f"{delta.task}-{name}-{options.precision}"
+    with new_folder(path) as scratch:
+        began = time.perf_counter()
+        files, engine = _write(model, name, scratch, options, delta.task)
+        seconds = folded + time.perf_counter() - began
+        began = time.perf_counter()
+        artifact = Artifact(
+            task=delta.task,
+            format=name,
+            engine=engine,
+            precision=options.precision,
+            labels=delta.labels,
+            preprocess=delta.preprocess,
+            backbone=delta.backbone,
+            fingerprint=delta.fingerprint,
+            method=delta.method,
+            pack_sha256=subject.pack.sha256,
+            codec=subject.pack.codec,
+            files=listed(scratch, files),
+            versions=_versions(engine),
+            verified=False,
+            reason=None,
+            parity=None,
+            probe=subject.probe,
+        )
+        artifact = _verified(subject, artifact, scratch, path)
+        write_artifact(scratch, artifact)
+        verify_seconds = time.perf_counter() - began
+    return Exported(
+        task=delta.task,
+        format=name,
+        engine=engine,
+        precision=options.precision,
+        path=path,
+        size_bytes=folder_bytes(path),
+        seconds=seconds,
+        verify_seconds=verify_seconds,
+        verified=artifact.verified,
+        reason=artifact.reason,
+        parity=artifact.parity,
+    )
+
+
+def _write(model: Any, name: Format, folder: Path, options: ExportOptions, task: str) -> tuple[list[str], str]:
+    """Files and engine of one format; all formats are built from the one ONNX model."""
+    if name == "onnx":
+        return write_onnx(model, folder, external=options.external_data), "onnxruntime"
+    if name == "openvino":
+        return write_openvino(serialize(model), folder, where=task), "openvino"
+    built = build_engines(serialize(model), folder, sms=options.sms)
+    return [*built.files, "model.engine.json"], built.engine
+
+
+def _verified(subject: Subject, artifact: Artifact, scratch: Path, path: Path) -> Artifact:
+    """Compare with the merged network, where nothing may be lost, and the tuned one, where storage may cost."""
+    try:
+        runner = open_artifact(scratch, artifact)
+    except MissingError as error:
+        return replace(
+            artifact, reason=f"not run: {error.what}, got {error.got}" if error.got else f"not run: {error.what}"
+        )
+    try:
+        images, inputs = subject.images
+        got = runner(images)
+        require_parity(
+            compare(subject.merged_reference, got, stored="fp32", inputs=inputs, against="merged"), str(path)
+        )
+        expected, against = subject.reference
+        stored = subject.pack.codec if against == "tuned" else "fp32"
+        parity = compare(expected, got, stored=stored, inputs=inputs, against=against)
+        require_parity(parity, str(path))
+        probe = _check("probe", artifact.probe.logits, runner(artifact.probe.images(artifact.preprocess)))
+        if not probe.ok:
+            raise CheckError(str(path), f"must repeat its probe within {probe.limit:.1e}", got=f"{probe.value:.1e}")
+    finally:
+        runner.close()
+    return replace(artifact, verified=True, parity=parity)
+
+
+def _check(name: str, expected: NpArray, got: NpArray) -> Check:
+    parity = compare(expected, got, stored="fp32", inputs="synthetic", against="merged")
+    return Check(name=name, ok=parity.ok, value=parity.max_abs, limit=parity.limit)
+
+
+def _find_pack(folder: Path, artifact: Artifact) -> Path:
+    from edgepet.files import sha256_file
+
+    places = (folder.absolute().parent, folder.absolute().parent.parent, Path.cwd())
+    for place in places:
+        path = place / f"{artifact.task}.pet"
+        if path.is_file() and sha256_file(path) == artifact.pack_sha256:
+            return path
+    raise InputError(
+        str(folder / MANIFEST),
+        f"--data needs the pack {artifact.task}.pet that it was exported from",
+        fix="pass --pack FILE",
+    )
+
+
+def _versions(engine: str) -> dict[str, object]:
+    versions: dict[str, object] = {}
+    for name in ("edgepet", "onnx", engine):
+        try:
+            versions[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return versions
+
+
+def parse_formats(text: str) -> tuple[Format, ...]:
+    """``onnx,openvino`` as a tuple, checked by ``export``."""
+    return cast(tuple[Format, ...], tuple(part.strip() for part in text.split(",") if part.strip()))

@@ -1,0 +1,197 @@
+"""A backbone as a runtime takes it: one file of weights, and beside it a graph for every image size.
+
+    <folder>/backbone.safetensors        the tensors at the native image size, once
+    <folder>/graph-112.onnx              structure only; every parameter an initializer that points into these files
+    <folder>/graph-112.safetensors       what differs at this size: resampled position tables (may be absent)
+    <folder>/graph-112.json              what the graph was made from and the digests of its files
+
+The graph takes images (batch, 3, H, W) and puts out pooled features; a task's head is a product behind it. Reading
+needs neither torch nor the ``onnx`` package. Making one is ``edgepet.exporters.trace``.
+"""
+
+from __future__ import annotations
+
+import mmap
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+
+from edgepet.canonical import canonical_json, parse_json
+from edgepet.errors import InputError
+from edgepet.files import cache_folder, read_file, sha256_file, write_file
+from edgepet.pack import read_preprocess
+from edgepet.spec import Base, Preprocess
+from edgepet.strict import Table
+
+FORMAT, VERSION = "edgepet-graph", 1
+WEIGHTS = "backbone.safetensors"
+INPUT, FEATURES, LOGITS = "images", "features", "logits"
+_DTYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "I64": "<i8", "I32": "<i4", "U8": "|u1", "BOOL": "|b1"}
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a tensor's bytes lie: a file of the folder, an offset and a length."""
+
+    file: str
+    offset: int
+    length: int
+    dtype: str
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class BaseGraph:
+    """One backbone at one image size, opened from ``folder``; its tensors are mapped, not read."""
+
+    folder: Path
+    backbone: str
+    architecture: str
+    fingerprint: str
+    preprocess: Preprocess
+    width: int
+    create_args: Mapping[str, object]
+    classifier: str
+    licence: str
+    files: Mapping[str, tuple[str, int]]
+
+    @property
+    def stem(self) -> str:
+        return graph_stem(self.preprocess.image_size)
+
+    @property
+    def model_path(self) -> Path:
+        return self.folder / f"{self.stem}.onnx"
+
+    @property
+    def weights_bytes(self) -> int:
+        return self.files[WEIGHTS][1]
+
+    @property
+    def graph_bytes(self) -> int:
+        """Bytes on disk that this image size adds to the backbone's."""
+        own = sum(size for name, (_, size) in self.files.items() if name != WEIGHTS)
+        return own + (self.folder / f"{self.stem}.json").stat().st_size
+
+    @cached_property
+    def places(self) -> dict[str, Place]:
+        """Every tensor by name; a table of this image size hides the native one."""
+        tables = f"{self.stem}.safetensors"
+        found = safetensors_places(self.folder / WEIGHTS)
+        return found | safetensors_places(self.folder / tables) if tables in self.files else found
+
+    @cached_property
+    def base(self) -> Base:
+        """The tensors that the graph computes with, as read-only views of the files."""
+        maps = {name: _mapped(self.folder / name) for name in {place.file for place in self.places.values()}}
+        tensors = {
+            name: np.frombuffer(maps[p.file], p.dtype, int(np.prod(p.shape)), p.offset).reshape(p.shape)
+            for name, p in self.places.items()
+        }
+        return Base(name=self.backbone, fingerprint=self.fingerprint, tensors=tensors)
+
+
+def graph_stem(image_size: tuple[int, int]) -> str:
+    """``graph-112``, or ``graph-112x224`` where height and width differ."""
+    height, width = image_size
+    return f"graph-{height}" if height == width else f"graph-{height}x{width}"
+
+
+def graph_folder(fingerprint: str, root: Path | None = None) -> Path:
+    """Where the cache, or a store at ``root``, keeps the backbone with this fingerprint."""
+    return (root or cache_folder()) / "backbones" / fingerprint.removeprefix("sha256:")[:16]
+
+
+def open_graph(fingerprint: str, image_size: tuple[int, int], *, root: Path | None = None) -> BaseGraph:
+    """Open the graph of a backbone and an image size, checking sizes, and the small files' digests.
+
+    Raises:
+        InputError: it was never made, or a file of it is damaged.
+    """
+    folder = graph_folder(fingerprint, root)
+    path = folder / f"{graph_stem(image_size)}.json"
+    if not path.is_file():
+        side = "x".join(map(str, image_size))
+        raise InputError(
+            str(folder), f"holds no graph of {side} pixels", fix="run `edgepet export` once where torch is installed"
+        )
+    table = _table(path)
+    graph = BaseGraph(
+        folder=folder,
+        backbone=table.text("backbone"),
+        architecture=table.text("architecture"),
+        fingerprint=table.text("fingerprint"),
+        preprocess=read_preprocess(table.table("preprocess")),
+        width=table.integer("width", least=1),
+        create_args=_settings(table.table("create_args")),
+        classifier=table.text("classifier"),
+        licence=table.text("licence"),
+        files={name: _file(entry) for name, entry in _entries(table)},
+    )
+    table.raw("versions")
+    table.end()
+    for name, (digest, size) in graph.files.items():
+        _check_file(folder / name, digest, size, whole=name != WEIGHTS)
+    return graph
+
+
+def write_graph_json(folder: Path, stem: str, facts: Mapping[str, object], files: list[str]) -> None:
+    """Seal a graph: its facts and the digests of its files, written last."""
+    listed = {name: {"sha256": sha256_file(folder / name), "bytes": (folder / name).stat().st_size} for name in files}
+    write_file(
+        folder / f"{stem}.json", canonical_json({"format": FORMAT, "version": VERSION, **facts, "files": listed})
+    )
+
+
+def safetensors_places(path: Path) -> dict[str, Place]:
+    """Offsets of every tensor in a safetensors file, counted from the start of the file."""
+    with path.open("rb") as file:
+        start = 8 + int.from_bytes(file.read(8), "little")
+        header = parse_json(file.read(start - 8))
+    places = {}
+    for name, entry in header.items():
+        if name != "__metadata__":
+            first, last = entry["data_offsets"]
+            shape = tuple(int(side) for side in entry["shape"])
+            places[name] = Place(path.name, start + first, last - first, _DTYPES[entry["dtype"]], shape)
+    return places
+
+
+def _mapped(path: Path) -> mmap.mmap:
+    with path.open("rb") as file:
+        return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+
+
+def _table(path: Path) -> Table:
+    try:
+        table = Table(parse_json(read_file(path)), path.name, error=InputError)
+    except ValueError as error:
+        raise InputError(str(path), "is not readable JSON", got=error, fix="delete it and run again") from error
+    table.text("format", choices=[FORMAT])
+    if table.integer("version") != VERSION:
+        raise InputError(str(path), f"this edgepet reads graphs of version {VERSION}", fix="delete it and run again")
+    return table
+
+
+def _settings(table: Table) -> dict[str, object]:
+    return {key: table.raw(key) for key in table.names()}
+
+
+def _entries(table: Table) -> list[tuple[str, Table]]:
+    files = table.table("files")
+    return [(name, files.table(name)) for name in files.names()]
+
+
+def _file(entry: Table) -> tuple[str, int]:
+    facts = entry.text("sha256"), entry.integer("bytes")
+    entry.end()
+    return facts
+
+
+def _check_file(path: Path, digest: str, size: int, *, whole: bool) -> None:
+    damaged = not path.is_file() or path.stat().st_size != size or (whole and sha256_file(path) != digest)
+    if damaged:
+        raise InputError(str(path), "is damaged or missing", fix=f"delete {path.parent} and run again")

@@ -1,0 +1,82 @@
+"""Compare two sets of answers. A comparison beyond its limit is a failed command, never a warning."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
+
+import numpy as np
+
+from edgepet.errors import CheckError
+from edgepet.spec import NpArray, Precision
+
+Inputs: TypeAlias = Literal["data", "work", "synthetic"]
+Against: TypeAlias = Literal["tuned", "merged"]
+
+ALGEBRA = 1e-9  # of the largest logit: float64, nothing rounded for storage
+
+
+@dataclass(frozen=True, slots=True)
+class Limit:
+    """What rounding for storage may cost: a fraction of the largest logit, and how many answers must stay."""
+
+    relative: float
+    top1_agreement: float = 0.0
+
+
+STORED: dict[Precision, Limit] = {
+    "fp32": Limit(relative=1e-4),
+    "fp16": Limit(relative=2e-2, top1_agreement=0.99),
+    "int8": Limit(relative=float("inf"), top1_agreement=0.99),
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Parity:
+    """How far two networks' logits (n, C) are apart; ``limit`` is on ``max_abs``, ``inputs`` what they were fed."""
+
+    max_abs: float
+    limit: float
+    top1_agreement: float
+    least_agreement: float
+    n: int
+    inputs: Inputs
+    against: Against
+
+    @property
+    def ok(self) -> bool:
+        near = math.isfinite(self.max_abs) and self.max_abs <= self.limit  # an infinite limit, int8's, allows no NaN
+        return near and self.top1_agreement >= self.least_agreement
+
+
+def compare(expected: NpArray, got: NpArray, *, stored: Precision, inputs: Inputs, against: Against) -> Parity:
+    """Judge logits ``got`` by ``expected``, both (n, C), as ``stored`` allows; NaN is beyond every limit."""
+    limit = STORED[stored]
+    difference = float(np.abs(expected.astype(np.float64) - got).max())
+    return Parity(
+        max_abs=difference if np.isfinite(difference) else float("inf"),
+        limit=limit.relative * float(np.abs(expected).max()) if math.isfinite(limit.relative) else limit.relative,
+        top1_agreement=float((expected.argmax(1) == got.argmax(1)).mean()),
+        least_agreement=limit.top1_agreement,
+        n=len(expected),
+        inputs=inputs,
+        against=against,
+    )
+
+
+def require_parity(parity: Parity, where: str) -> None:
+    """Fail the command if a comparison failed.
+
+    Raises:
+        CheckError: the answers are further apart than the limit, or too many of them changed.
+    """
+    if parity.ok:
+        return
+    raise CheckError(
+        where,
+        f"must answer as the {parity.against} network does, within {parity.limit:.1e} on logits"
+        + (f" and with {parity.least_agreement:.0%} equal answers" if parity.least_agreement else ""),
+        got=f"{parity.max_abs:.1e} and {parity.top1_agreement:.1%} on {parity.n} images ({parity.inputs})",
+        fix="nothing was kept; report this with the pack if the backbone is an ordinary one",
+    )

@@ -1,0 +1,84 @@
+"""ONNX Runtime on the CPU: exported models, and a base graph with a task's tensors laid over it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import onnxruntime
+
+from edgepet.errors import InputError
+from edgepet.graph import INPUT, BaseGraph
+from edgepet.runners.runner import check_images
+from edgepet.spec import NpArray
+
+
+class OnnxRuntime:
+    """One session; a context manager."""
+
+    runtime = "onnxruntime"
+
+    def __init__(self, session: Any, *, where: str, held: object = None) -> None:
+        # ``held``: the session reads the arrays of replaced initializers where they lie, for as long as it lives.
+        self._session, self._where, self._held = session, where, held
+        (entry,) = session.get_inputs()
+        self._shape = tuple(side if isinstance(side, int) else None for side in entry.shape)
+        self.executed = "fp32"
+        self.evidence: Mapping[str, object] = {"input": entry.type, "providers": session.get_providers()}
+
+    @classmethod
+    def of_model(cls, path: Path, *, threads: int | None = None) -> OnnxRuntime:
+        """Open an exported ONNX file.
+
+        Raises:
+            InputError: it is not a model that this ONNX Runtime reads.
+        """
+        return cls(_session(path, _options(threads)), where=path.name)
+
+    @classmethod
+    def of_graph(cls, graph: BaseGraph, tensors: Mapping[str, NpArray], *, threads: int | None = None) -> OnnxRuntime:
+        """Open ``graph`` with ``tensors`` in place of the backbone's; all others are read from its files.
+
+        Replaced initializers go through ``add_external_initializers``: ``add_initializer`` is silently ignored for a
+        weight whose consumer is folded when the session is made.
+        """
+        options = _options(threads)
+        values = [onnxruntime.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(t)) for t in tensors.values()]
+        if tensors:
+            options.add_external_initializers(list(tensors), values)
+        return cls(_session(graph.model_path, options), where=graph.backbone, held=(values, tensors))
+
+    def __call__(self, images: NpArray) -> NpArray:
+        check_images(images, self._shape, where=self._where)
+        output: NpArray = self._session.run(None, {INPUT: images})[0]
+        return output
+
+    def close(self) -> None:
+        self._session = self._held = None
+
+    def __enter__(self) -> OnnxRuntime:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def _options(threads: int | None) -> Any:
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    if threads is not None:
+        options.intra_op_num_threads = threads
+        options.inter_op_num_threads = 1
+    return options
+
+
+def _session(path: Path, options: Any) -> Any:
+    try:
+        return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    except (onnxruntime.capi.onnxruntime_pybind11_state.OnnxRuntimeException, RuntimeError, ValueError) as error:
+        raise InputError(str(path), "cannot be opened by ONNX Runtime", got=str(error).splitlines()[0]) from error

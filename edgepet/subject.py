@@ -1,0 +1,191 @@
+"""A pack, and the networks that it is compared with: tuned, merged and plain. Torch only when one is asked for."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from edgepet.artifact import Probe
+from edgepet.data import ImageSet, load_set, open_split
+from edgepet.delta import Delta
+from edgepet.errors import InputError, require
+from edgepet.graph import WEIGHTS, BaseGraph, graph_folder, open_graph
+from edgepet.imaging import normalize
+from edgepet.merging import merge, require_backbone
+from edgepet.methods import configure
+from edgepet.pack import Pack, read_pack
+from edgepet.parity import Against, Inputs
+from edgepet.spec import NpArray
+from edgepet.work import HELD_OUT, Work, read_work, work_folder
+
+PROBE_SEED, PROBE_IMAGES = 20221017, 4
+
+
+class Subject:
+    """A pack and all that it can be compared with; torch is touched only when a comparison is asked for."""
+
+    def __init__(self, path: Path, backbone: str | None, data: Path | None) -> None:
+        self.path, self._spec, self._data = path, backbone, data
+        self.pack: Pack = read_pack(path)
+
+    @property
+    def delta(self) -> Delta:
+        return self.pack.delta
+
+    @cached_property
+    def graph(self) -> BaseGraph:
+        """The base graph from the cache; traced where it is not there yet."""
+        delta = self.delta
+        try:
+            return open_graph(delta.fingerprint, delta.preprocess.image_size)
+        except InputError:
+            from edgepet.exporters.trace import base_graph
+
+            return base_graph(self.backbone)
+
+    @cached_property
+    def backbone(self) -> Any:
+        """The torch network that the pack was trained on."""
+        from edgepet.backbones import load_backbone
+
+        delta, spec = self.delta, self._spec
+        cached = graph_folder(delta.fingerprint) / WEIGHTS
+        if spec is None:
+            known = delta.backbone.startswith("demo:") or not cached.is_file()
+            spec = delta.backbone if known else f"{delta.backbone}@{cached}"
+        backbone = load_backbone(spec, image_size=delta.preprocess.image_size[0])
+        require_backbone(backbone.base, delta)
+        return backbone
+
+    def check_backbone(self) -> None:
+        """Refuse a ``--backbone`` that is not the pack's, before anything is written."""
+        if self._spec is not None:
+            _ = self.backbone
+
+    @cached_property
+    def work(self) -> Work | None:
+        """What training left beside the pack, if it belongs to this pack's backbone and method."""
+        folder = work_folder(self.path)
+        if not folder.is_dir():
+            return None
+        work = read_work(folder)
+        same = work.fingerprint == self.delta.fingerprint and work.method == self.delta.method
+        return (
+            work
+            if same and np.array_equal(self.delta.head.weight, work.head.weight.astype(self.delta.head.weight.dtype))
+            else None
+        )
+
+    @cached_property
+    def images(self) -> tuple[NpArray, Inputs]:
+        """What to compare on: --data, else the work folder's held-out images, else seeded noise."""
+        preprocess = self.delta.preprocess
+        if self._data is not None:
+            return normalize(load_set(_sample(open_split(self._data, "val")), preprocess)[0], preprocess), "data"
+        if self.work is not None:
+            return normalize(self.work.pixels, preprocess), "work"
+        noise = np.random.default_rng(0).standard_normal((8, 3, *preprocess.image_size), dtype=np.float32)
+        return noise, "synthetic"
+
+    @cached_property
+    def reference(self) -> tuple[NpArray, Against]:
+        """Logits of the tuned network where training left it, else of the pack merged in torch."""
+        from edgepet.tune import logits_of
+
+        images, _ = self.images
+        if self.work is None:
+            return self.merged(images), "merged"
+        return logits_of(tuned_network(self), images), "tuned"
+
+    def merged(self, images: NpArray) -> NpArray:
+        """Logits of the pack as stored, merged and run by torch."""
+        from edgepet.training import merged_logits
+
+        return merged_logits(self.backbone, self.delta, images)
+
+    @cached_property
+    def dense_weights(self) -> dict[str, NpArray]:
+        """The merged network's state dict under timm's names, classifier included."""
+        from edgepet.backbones import named_weights
+
+        return named_weights(self.backbone, merge(self.backbone.base, self.delta), self.delta.head)
+
+    @cached_property
+    def merged_reference(self) -> NpArray:
+        return self.merged(self.images[0])
+
+    @cached_property
+    def probe(self) -> Probe:
+        blank = Probe(seed=PROBE_SEED, logits=np.zeros((PROBE_IMAGES, len(self.delta.labels)), np.float32))
+        return replace(blank, logits=self.merged(blank.images(self.delta.preprocess)).astype(np.float32))
+
+
+def plain_network(subject: Subject) -> Any:
+    """A torch module that knows nothing of edgepet: timm's own, with the merged weights loaded strictly."""
+    import torch
+
+    timm = require("timm", extra="train", purpose="merge")
+    loaded = subject.backbone
+    module = timm.create_model(loaded.name, num_classes=len(subject.delta.labels), **loaded.create_args).eval()
+    state = {name: torch.from_numpy(np.array(tensor)) for name, tensor in subject.dense_weights.items()}
+    module.load_state_dict(state, strict=True)
+    return module
+
+
+def tuned_network(subject: Subject) -> Any:
+    """The network as it was trained, through its activation path, from the work folder beside the pack.
+
+    Raises:
+        InputError: there is no work folder that belongs to the pack.
+    """
+    from edgepet.tune import TunedModel
+
+    work = subject.work
+    if work is None:
+        raise InputError(
+            str(work_folder(subject.path)), "is needed for the tuned network", fix="train again, or leave out tuned"
+        )
+    method = configure(work.method, {key: _text(value) for key, value in work.settings.items()})
+    model = TunedModel(subject.backbone, method, len(work.head.bias))
+    model.load(work.tensors, work.head)
+    return model.eval()
+
+
+class TorchNetwork:
+    """A pack in torch, float32: "tuned" through its activation path, "merged", or the "plain" backbone's features."""
+
+    def __init__(self, subject: Subject, mode: str, *, threads: int | None = None) -> None:
+        import torch
+
+        self._torch = torch
+        if threads is not None:
+            torch.set_num_threads(threads)
+        if mode == "plain":
+            self._module = subject.backbone.module
+        else:
+            self._module = tuned_network(subject) if mode == "tuned" else plain_network(subject)
+
+    def __call__(self, images: NpArray) -> NpArray:
+        with self._torch.inference_mode():
+            output: NpArray = self._module(self._torch.from_numpy(images)).numpy()
+        return output
+
+    def close(self) -> None:
+        self._module = None
+
+
+def _sample(images: ImageSet, count: int = HELD_OUT) -> ImageSet:
+    """``count`` images spread evenly over a set that comes class by class."""
+    index = np.unique(np.linspace(0, len(images) - 1, min(count, len(images))).round().astype(int))
+    return ImageSet(images.classes, tuple(images.paths[i] for i in index), tuple(images.labels[i] for i in index))
+
+
+def _text(value: object) -> str:
+    """A setting as people type it: the inverse of ``configure``."""
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    return ",".join(map(_text, value)) if isinstance(value, list) else str(value)

@@ -1,0 +1,118 @@
+"""A standalone ONNX model: the base graph with a task's dense weights written in, and its head appended."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from edgepet.canonical import canonical_json
+from edgepet.delta import Delta
+from edgepet.errors import CheckError, InputError, require
+from edgepet.files import write_file
+from edgepet.graph import FEATURES, LOGITS, BaseGraph
+from edgepet.spec import NpArray, Tensors
+
+MODEL = "model.onnx"
+MAX_SINGLE_FILE_BYTES = 1_900_000_000  # protobuf cannot hold 2 GiB
+_HEAD = ("head.weight", "head.bias")
+
+
+def build_model(graph: BaseGraph, tensors: Tensors, delta: Delta) -> Any:
+    """An ``onnx.ModelProto`` that takes images and puts out logits; nothing is traced.
+
+    Args:
+        tensors: merged weights for every initializer of ``graph`` that lies in a file.
+    """
+    onnx = require("onnx", extra="train", purpose="ONNX")
+    model = onnx.load(str(graph.model_path), load_external_data=False)
+    for tensor in model.graph.initializer:
+        if tensor.data_location == tensor.EXTERNAL:
+            del tensor.external_data[:]
+            tensor.data_location = tensor.DEFAULT
+            tensor.raw_data = _bytes(tensors[tensor.name])
+    for name, value in zip(_HEAD, (delta.head.weight, delta.head.bias), strict=True):
+        array = np.ascontiguousarray(value, np.float32)
+        model.graph.initializer.append(
+            onnx.helper.make_tensor(f"edgepet.{name}", onnx.TensorProto.FLOAT, array.shape, _bytes(array), raw=True)
+        )
+    inputs = [FEATURES, *(f"edgepet.{name}" for name in _HEAD)]
+    model.graph.node.append(onnx.helper.make_node("Gemm", inputs, [LOGITS], name="edgepet.head", transB=1))
+    batch = model.graph.output[0].type.tensor_type.shape.dim[0].dim_param
+    del model.graph.output[:]
+    logits = onnx.helper.make_tensor_value_info(LOGITS, onnx.TensorProto.FLOAT, [batch, len(delta.labels)])
+    model.graph.output.append(logits)
+    facts = {"task": delta.task, "labels": list(delta.labels), "preprocess": delta.preprocess.as_json()}
+    for key, fact in facts.items():
+        text = fact if isinstance(fact, str) else canonical_json(fact).decode("utf-8")
+        model.metadata_props.add(key=f"edgepet.{key}", value=text)
+    return model
+
+
+def serialize(model: Any) -> bytes:
+    """The bytes of a model; the same model gives the same bytes."""
+    data: bytes = model.SerializeToString(deterministic=True)
+    return data
+
+
+def write_onnx(model: Any, folder: Path, *, external: bool = False) -> list[str]:
+    """Write ``model.onnx``, with ``external`` its weights in ``model.onnx.data`` beside it; returns the file names."""
+    if not external and model.ByteSize() <= MAX_SINGLE_FILE_BYTES:
+        write_file(folder / MODEL, serialize(model))
+        return [MODEL]
+    light = type(model)()
+    light.CopyFrom(model)
+    blob, offset = [], 0
+    for tensor in light.graph.initializer:
+        if len(tensor.raw_data) < 1024:
+            continue
+        padding = -offset % 4096  # runtimes map the file: page by page
+        blob += [bytes(padding), tensor.raw_data]
+        for key, value in (
+            ("location", f"{MODEL}.data"),
+            ("offset", offset + padding),
+            ("length", len(tensor.raw_data)),
+        ):
+            tensor.external_data.add(key=key, value=str(value))
+        offset += padding + len(tensor.raw_data)
+        tensor.data_location = tensor.EXTERNAL
+        tensor.ClearField("raw_data")
+    write_file(folder / f"{MODEL}.data", *blob)
+    write_file(folder / MODEL, serialize(light))
+    return [MODEL, f"{MODEL}.data"]
+
+
+def simplified(model: Any, images: NpArray, *, where: str) -> Any:
+    """``model`` through onnxsim, kept only if ONNX Runtime answers the same within 1e-4 of the largest logit.
+
+    The result has lost parameter names: it is for standalone artefacts, never for a base graph.
+
+    Raises:
+        MissingError: onnxsim is not installed.
+        InputError: onnxsim failed on this model.
+        CheckError: the simplified model answers otherwise.
+    """
+    onnxsim = require("onnxsim", extra="onnxsim", purpose="--simplify")
+    import onnxruntime
+
+    simple, checked = onnxsim.simplify(model, check_n=0)
+    if not checked:
+        raise InputError(where, "could not be simplified by onnxsim", fix="leave out --simplify")
+    answers = [
+        onnxruntime.InferenceSession(serialize(m), providers=["CPUExecutionProvider"]).run(None, {"images": images})[0]
+        for m in (model, simple)
+    ]
+    worst, limit = float(np.abs(answers[0] - answers[1]).max()), 1e-4 * float(np.abs(answers[0]).max())
+    if not worst <= limit:
+        raise CheckError(
+            where,
+            f"the simplified model must answer within {limit:.1e}",
+            got=f"{worst:.1e}",
+            fix="leave out --simplify",
+        )
+    return simple
+
+
+def _bytes(tensor: NpArray) -> bytes:
+    return np.ascontiguousarray(tensor, tensor.dtype.newbyteorder("<")).tobytes()

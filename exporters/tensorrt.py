@@ -1,0 +1,247 @@
+"""Build a TensorRT engine: the classic one for the GPU that is here, else a portable TensorRT-RTX one without any.
+
+TensorRT-RTX compiles ahead of time on any machine and leaves the GPU's kernels to the device; one file serves every
+requested compute capability. Precision is the ONNX model's own: networks are strongly typed, fp32 is not TF32.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import importlib
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from edgepet.canonical import canonical_json
+from edgepet.errors import CheckError, InputError, require
+from edgepet.files import write_file
+from edgepet.runners.tensorrt import (
+    MODULES,
+    SCHEMA,
+    Cuda,
+    Engine,
+    Sidecar,
+    TensorSpec,
+    deserialize,
+    gpu_problem,
+    message_log,
+    read_sidecar,
+)
+
+_ELSEWHERE = "export it to onnx or openvino, or change the model"
+_NOT_THIS_GPU = frozenset({"UNSUPPORTED_CC", "OLD_CUDA_DRIVER", "OLD_CUDA_RUNTIME", "INSUFFICIENT_GPU_MEMORY"})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Readback:
+    """What reading the written engine proved.
+
+    ``read back``: the library opened it on this machine's GPU, with the tensors that the side-car names. ``not_run``:
+    only its bytes and its container were checked, for ``reason``. ``diagnostics`` are the library's words, verbatim.
+    """
+
+    status: Literal["read back", "not_run"]
+    reason: str | None = None
+    diagnostics: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TensorrtBuild:
+    """``files`` are the engines in the folder, its side-car not among them; ``seconds`` parsed and built them."""
+
+    engine: Engine
+    version: str
+    files: tuple[str, ...]
+    sms: tuple[int, ...]
+    seconds: float
+    readback: Readback
+
+
+def build_engines(
+    onnx_model: bytes, folder: Path, *, sms: Sequence[int] = (86, 89, 120), max_batch: int = 16, stem: str = "model"
+) -> TensorrtBuild:
+    """Write ``STEM.engine`` and ``STEM.engine.json`` to the existing ``folder``.
+
+    Args:
+        onnx_model: fp32, weights inside, one input "images" (batch, 3, H, W) with a free batch, one output (batch, C).
+        sms: compute capabilities, 86 for 8.6. Classic TensorRT builds for the GPU that is here and ignores them.
+        max_batch: the largest batch of the engine's one profile, which is tuned for batch 1.
+
+    Raises:
+        InputError: TensorRT knows no such compute capability or operator, cannot build it, or the model is not fp32.
+        CheckError: the written engine is not one that the library reads.
+        MissingError: no TensorRT is installed.
+    """
+    if max_batch < 1:
+        raise InputError("max_batch", "needs an integer of at least 1", got=max_batch)
+    kind, trt = _library()
+    targets = _targets(trt, sms) if kind == "tensorrt-rtx" else (_compute_capability(),)
+    start = time.perf_counter()
+    plan, takes, gives = _build(trt, onnx_model, max_batch, targets, portable=kind == "tensorrt-rtx")
+    seconds = time.perf_counter() - start
+    sidecar = Sidecar(
+        engine=kind,
+        version=trt.__version__,
+        sms=targets,
+        file=f"{stem}.engine",
+        size_bytes=plan.nbytes,
+        sha256=hashlib.sha256(plan).hexdigest(),
+        source_sha256=hashlib.sha256(onnx_model).hexdigest(),
+        input=takes,
+        output=gives,
+        max_batch=max_batch,
+        precision="fp32",
+    )
+    return _write(trt, plan, sidecar, folder, stem=stem, seconds=seconds)
+
+
+def _write(trt: Any, plan: memoryview, sidecar: Sidecar, folder: Path, *, stem: str, seconds: float) -> TensorrtBuild:
+    """The engine first: a side-car must never name an engine that is not on the disk yet."""
+    write_file(folder / sidecar.file, plan)
+    write_file(folder / f"{stem}.engine.json", canonical_json({"schema": SCHEMA, **asdict(sidecar)}))
+    return TensorrtBuild(
+        engine=sidecar.engine,
+        version=sidecar.version,
+        files=(sidecar.file,),
+        sms=sidecar.sms,
+        seconds=seconds,
+        readback=read_back(trt, folder, stem=stem),
+    )
+
+
+def read_back(trt: Any, folder: Path, *, stem: str = "model") -> Readback:
+    """Check the files from the disk: side-car, size, sha256, the plan's container; and open it where a GPU answers.
+
+    Without a driver TensorRT-RTX reads the plan's magic number, its length and its table of sections, then stops at
+    the first CUDA call: neither weights, target GPUs nor the release's number in the header are looked at, and
+    ``get_engine_validity`` checks only the magic number.
+
+    Raises:
+        CheckError: the library refuses the file for another reason than a missing or unsuitable GPU.
+        InputError: the files are not what the side-car says.
+    """
+    sidecar = read_sidecar(folder, stem=stem)
+    path = folder / sidecar.file
+    verdict = _ask_validity(trt, path) if sidecar.engine == "tensorrt-rtx" else ()
+    engine, complaint = deserialize(trt, path, sidecar)
+    diagnostics = tuple(dict.fromkeys((*verdict, complaint)))
+    if engine is not None:
+        return Readback(status="read back", diagnostics=tuple(filter(None, diagnostics)))
+    problem = gpu_problem()
+    if problem is None:
+        problem = ", ".join(sorted(_NOT_THIS_GPU.intersection(verdict))) or None
+    elif "cudaError" not in complaint:  # it did not even get as far as looking for a GPU
+        problem = None
+    if problem is not None:
+        reason = f"{problem} here: the engine's bytes and container were read, execution was not run"
+        return Readback(status="not_run", reason=reason, diagnostics=diagnostics)
+    raise CheckError(str(path), "the library must read the engine that it built", got="; ".join(diagnostics))
+
+
+def _library() -> tuple[Engine, Any]:
+    """Classic TensorRT where it imports and a GPU answers, else TensorRT-RTX."""
+    if gpu_problem() is None:
+        try:
+            trt: Any = importlib.import_module(MODULES["tensorrt"])
+            trt.Builder(message_log(trt))
+        except (
+            ImportError,
+            OSError,
+            TypeError,
+        ):  # not here; its libraries are not; a null Builder, as pybind11 says it
+            pass
+        else:
+            return "tensorrt", trt
+    return "tensorrt-rtx", require(MODULES["tensorrt-rtx"], extra="tensorrt-rtx", purpose="TensorRT engines")
+
+
+def _targets(trt: Any, sms: Sequence[int]) -> tuple[int, ...]:
+    offered = {int(member): name for name, member in trt.ComputeCapability.__members__.items() if name.startswith("SM")}
+    if not sms or not set(sms) <= set(offered):
+        what = f"TensorRT-RTX {trt.__version__} builds for {', '.join(str(sm) for sm in sorted(offered))}"
+        raise InputError("sms", what, got=", ".join(map(str, sms)) or "none", fix="pass --sm with some of these")
+    return tuple(sorted(set(sms)))
+
+
+def _compute_capability() -> int:
+    """Of GPU 0, 86 for 8.6."""
+    cuda, major, minor = Cuda(), ctypes.c_int(), ctypes.c_int()
+    try:
+        for number, attribute in ((major, 75), (minor, 76)):  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_* in cuda.h
+            cuda.call("cuDeviceGetAttribute", ctypes.byref(number), attribute, cuda.device)
+    finally:
+        cuda.close()
+    return 10 * major.value + minor.value
+
+
+def _build(
+    trt: Any, onnx_model: bytes, max_batch: int, targets: Sequence[int], *, portable: bool
+) -> tuple[memoryview, TensorSpec, TensorSpec]:
+    """The serialised engine, its input and its output; ``portable`` is what classic TensorRT cannot be."""
+    log = message_log(trt)
+    builder = trt.Builder(log)
+    log.errors.clear()
+    network, parser = _parse(trt, builder, onnx_model)
+    takes, gives = _tensors(trt, network)
+    config, profile = builder.create_builder_config(), builder.create_optimization_profile()
+    least, most = (1, *takes.shape[1:]), (max_batch, *takes.shape[1:])
+    profile.set_shape(takes.name, least, least, most)
+    config.add_optimization_profile(profile)
+    config.clear_flag(trt.BuilderFlag.TF32)  # set by default: its 10-bit mantissa is no fp32
+    if portable:
+        config.num_compute_capabilities = len(targets)
+        for index, sm in enumerate(targets):
+            config.set_compute_capability(getattr(trt.ComputeCapability, f"SM{sm}"), index)
+    plan = builder.build_serialized_network(network, config)
+    del parser  # not before: the network's weights are the parser's memory
+    if plan is None:
+        what = f"{trt.__name__} {trt.__version__} must build an engine from it"
+        fix = "leave out 75: TensorRT-RTX has no fp32 GEMM for Turing" if 75 in targets else _ELSEWHERE
+        names = ", ".join(f"SM{sm}" for sm in targets)
+        raise InputError("ONNX model for " + names, what, got=(log.errors or ["no message"])[-1], fix=fix)
+    return memoryview(plan), takes, gives
+
+
+def _parse(trt: Any, builder: Any, onnx_model: bytes) -> tuple[Any, Any]:
+    """The network and the parser that owns its weights."""
+    typed = getattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)  # where it is gone, nothing else is left
+    network = builder.create_network(0 if typed is None else 1 << int(typed))
+    parser = trt.OnnxParser(network, message_log(trt))
+    if not parser.parse(onnx_model):
+        error = parser.get_error(0)
+        operator, node = error.node_operator(), error.node_name()
+        where = f"ONNX node {node!r}, operator {operator}" if operator else "ONNX model"
+        raise InputError(where, f"{trt.__name__} {trt.__version__} must read it", got=error.desc(), fix=_ELSEWHERE)
+    return network, parser
+
+
+def _tensors(trt: Any, network: Any) -> tuple[TensorSpec, TensorSpec]:
+    """Input and output, once every tensor between them is fp32: the side-car says so and must not lie."""
+    ports = [network.get_input(index) for index in range(network.num_inputs)]
+    ports += [network.get_output(index) for index in range(network.num_outputs)]
+    found = [(port.name, tuple(port.shape)) for port in ports]
+    match found:
+        case [("images", (-1, 3, height, width)), (_, (-1, classes))] if min(height, width, classes) > 0:
+            pass
+        case _:
+            needs = "needs one input images (batch, 3, H, W) and one output (batch, C), only the batch free"
+            raise InputError("ONNX model", needs, got=", ".join(f"{name} {shape}" for name, shape in found))
+    layers = (network.get_layer(index) for index in range(network.num_layers))
+    for tensor in (*ports, *(layer.get_output(index) for layer in layers for index in range(layer.num_outputs))):
+        if tensor.dtype not in (trt.float32, trt.int32, trt.int64, trt.bool):
+            where = f"ONNX tensor {tensor.name!r}"
+            raise InputError(where, "must be fp32 in an fp32 engine", got=tensor.dtype.name, fix="export in fp32")
+    takes, gives = (TensorSpec(name=name, dtype="float32", shape=shape) for name, shape in found)
+    return takes, gives
+
+
+def _ask_validity(trt: Any, path: Path) -> tuple[str, ...]:
+    """TensorRT-RTX's word on the header, VALID, SUBOPTIMAL or INVALID, then its reasons."""
+    log = message_log(trt)
+    log.errors.clear()
+    validity, bits = trt.Runtime(log).get_engine_validity(path.read_bytes())
+    names = (name for name, bit in trt.EngineInvalidityDiagnostics.__members__.items() if bits & int(bit))
+    return (validity.name, *names, *log.errors)

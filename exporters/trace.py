@@ -1,0 +1,183 @@
+"""Trace a backbone once: an ONNX graph in which every parameter keeps its state-dict name and shape."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import logging
+import warnings
+from collections.abc import Iterator
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors.numpy
+
+from edgepet.backbones import Backbone
+from edgepet.errors import CheckError, InputError, require
+from edgepet.files import write_file
+from edgepet.graph import (
+    FEATURES,
+    INPUT,
+    WEIGHTS,
+    BaseGraph,
+    Place,
+    graph_folder,
+    graph_stem,
+    open_graph,
+    safetensors_places,
+    write_graph_json,
+)
+from edgepet.runners.onnxruntime import OnnxRuntime
+from edgepet.spec import NpArray
+
+OPSET, IR_VERSION = 20, 10  # the newest that ONNX Runtime, OpenVINO and TensorRT all read, int8 included
+
+
+def base_graph(backbone: Backbone, *, root: Path | None = None) -> BaseGraph:
+    """The graph of ``backbone`` from the cache, or traced now; checked against torch when it is made.
+
+    Raises:
+        InputError: torch cannot export an operator of this network.
+        CheckError: ONNX Runtime answers otherwise than torch.
+    """
+    size = backbone.preprocess.image_size
+    folder = graph_folder(backbone.fingerprint, root)
+    if (folder / f"{graph_stem(size)}.json").is_file():
+        with contextlib.suppress(InputError):  # a damaged cache is made again
+            return open_graph(backbone.fingerprint, size, root=root)
+    _make(backbone, folder)
+    graph = open_graph(backbone.fingerprint, size, root=root)
+    _check(graph, backbone)
+    return graph
+
+
+def _make(backbone: Backbone, folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    stem = graph_stem(backbone.preprocess.image_size)
+    native = {name: np.ascontiguousarray(tensor) for name, tensor in backbone.native.items()}
+    write_file(folder / WEIGHTS, safetensors.numpy.save(native))
+    tables = {name: t for name, t in backbone.tensors.items() if name not in native or native[name].shape != t.shape}
+    files = [WEIGHTS, f"{stem}.onnx"]
+    places = safetensors_places(folder / WEIGHTS)
+    if tables:
+        files.append(f"{stem}.safetensors")
+        write_file(folder / files[-1], safetensors.numpy.save({n: np.ascontiguousarray(t) for n, t in tables.items()}))
+        places |= safetensors_places(folder / files[-1])
+    model = _traced(backbone)
+    _externalise(model, places, backbone)
+    write_file(folder / f"{stem}.onnx", model.SerializeToString(deterministic=True))
+    facts = {
+        "backbone": backbone.label,
+        "architecture": backbone.name,
+        "fingerprint": backbone.fingerprint,
+        "preprocess": backbone.preprocess.as_json(),
+        "width": backbone.width,
+        "create_args": backbone.create_args,
+        "classifier": backbone.classifier,
+        "licence": backbone.licence,
+        "versions": {name: version(name) for name in ("torch", "timm", "onnx", "onnxscript")},
+    }
+    write_graph_json(folder, stem, facts, files)
+
+
+def _traced(backbone: Backbone) -> Any:
+    import torch
+
+    require("onnxscript", extra="train", purpose="exporting a graph")
+    height, width = backbone.preprocess.image_size
+    try:
+        with _quiet():
+            program = torch.onnx.export(
+                backbone.module,
+                (torch.zeros(2, 3, height, width),),
+                dynamo=True,
+                optimize=False,  # optimising renames, transposes and merges parameters
+                opset_version=OPSET,
+                input_names=[INPUT],
+                output_names=[FEATURES],
+                dynamic_shapes=({0: torch.export.Dim("batch")},),
+                external_data=False,
+                verbose=False,
+            )
+    except (torch.onnx.errors.OnnxExporterError, torch._dynamo.exc.TorchDynamoException) as error:
+        raise InputError(
+            backbone.spec, "cannot be exported to ONNX", got=_reason(error), fix="export another architecture"
+        ) from error
+    return program.model_proto  # type: ignore[union-attr]
+
+
+def _externalise(model: Any, places: dict[str, Place], backbone: Backbone) -> None:
+    """Point parameters into the weights files, and take out what torch adds: it is 1.4 MB and names local paths."""
+    model.ir_version = IR_VERSION
+    model.producer_name, model.producer_version, model.doc_string = "edgepet", "", ""
+    for holder in (
+        model,
+        model.graph,
+        *model.graph.node,
+        *model.graph.initializer,
+        *model.graph.value_info,
+        *model.graph.input,
+        *model.graph.output,
+    ):
+        del holder.metadata_props[:]
+        holder.doc_string = ""
+    del model.graph.value_info[:]
+    seen = set()
+    for tensor in model.graph.initializer:
+        place = places.get(tensor.name)
+        if place is None:
+            continue
+        if tuple(tensor.dims) != place.shape:
+            raise InputError(backbone.spec, f"{tensor.name} must keep its shape {place.shape}", got=tuple(tensor.dims))
+        seen.add(tensor.name)
+        for field in ("raw_data", "float_data"):
+            tensor.ClearField(field)
+        tensor.data_location = tensor.EXTERNAL
+        for key, value in (("location", place.file), ("offset", place.offset), ("length", place.length)):
+            tensor.external_data.add(key=key, value=str(value))
+    lost = sorted(name for name, t in backbone.tensors.items() if t.dtype.kind == "f" and name not in seen)
+    if lost:
+        raise InputError(
+            backbone.spec, "every tensor must survive as an initializer", got=f"{', '.join(lost[:3])} lost"
+        )
+
+
+def _check(graph: BaseGraph, backbone: Backbone) -> None:
+    import torch
+
+    images = np.random.default_rng(0).normal(size=(3, 3, *graph.preprocess.image_size)).astype(np.float32)
+    with torch.no_grad():
+        expected: NpArray = backbone.module(torch.from_numpy(images)).numpy()
+    with OnnxRuntime.of_graph(graph, {}) as runner:
+        worst = float(np.abs(runner(images) - expected).max())
+    limit = 1e-4 * float(np.abs(expected).max())
+    if not worst <= limit:
+        graph.model_path.with_suffix(".json").unlink()
+        raise CheckError(
+            backbone.spec, f"the traced graph must answer as torch does, within {limit:.1e}", got=f"{worst:.1e}"
+        )
+
+
+def _reason(error: BaseException) -> str:
+    """The operator that could not be exported, from the innermost error."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return json.dumps(lines[0][:160]) if lines else type(error).__name__
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """torch's exporter reports to stdout, warnings and a logger; what matters comes back as an error."""
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)
