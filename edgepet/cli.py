@@ -1,0 +1,387 @@
+"""The command line: one function a verb. Contract: what scripts may rely on is the JSON and the exit codes."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeAlias
+
+from edgepet import __version__
+from edgepet.errors import EdgepetError, InputError
+
+DONE, USAGE, STOPPED = 0, 2, 130
+Options: TypeAlias = argparse.Namespace
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """What a verb has to say: a report for ``--json``, and how to show it to a person; ``failed`` is a check's no."""
+
+    report: object
+    show: Callable[[Any, Any], None]
+    failed: bool = False
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one verb and return its exit code."""
+    options = _parser().parse_args(argv)
+    try:
+        result: Result = options.run(options)
+    except EdgepetError as error:
+        sys.stderr.write(f"{error}\n")
+        return error.exit_code
+    except KeyboardInterrupt:
+        sys.stderr.write("interrupted\n")
+        return STOPPED
+    _put_out(result, options)
+    return 4 if result.failed else DONE
+
+
+def _put_out(result: Result, options: Options) -> None:
+    from edgepet.report import terminal, to_json
+
+    if options.json:
+        sys.stdout.write(json.dumps(to_json(result.report), ensure_ascii=False, allow_nan=False) + "\n")
+    elif not options.quiet:
+        result.show(terminal(stderr=False), result.report)
+    sys.stdout.flush()
+
+
+# ----------------------------------------------------------------------------------------------------------- verbs
+
+
+def doctor(options: Options) -> Result:
+    """what is installed, what each missing runtime needs, CPU features"""
+    from edgepet import machine, show
+
+    del options
+    return Result(show.Doctor.now(machine.environment(), machine.runtimes()), show.doctor)
+
+
+def methods(options: Options) -> Result:
+    """every method: paper, and its parameters and kilobytes on a backbone"""
+    from edgepet import show
+    from edgepet.methods import METHODS, configure
+    from edgepet.methods.method import count
+
+    backbone = None
+    if options.backbone:
+        from edgepet.backbones import load_backbone
+
+        backbone = load_backbone(options.backbone, image_size=options.img_size)
+    rows = []
+    for name in METHODS:
+        method = configure(name)
+        params = count(method, backbone.layers, backbone.tensors) if backbone else None
+        size = None if params is None else 2 * params
+        rows.append(
+            show.MethodRow(name=name, paper=method.paper, foldable=True, trainable_params=params, fp16_bytes=size)
+        )
+    return Result(show.MethodList(methods=tuple(rows)), show.methods)
+
+
+def train(options: Options) -> Result:
+    """tune a method on images, fold it to updates, and write a pack"""
+    from edgepet import show
+    from edgepet.training import train as run
+
+    with _progress(options) as progress, progress.training(f"{options.method} on {options.data}") as say:
+        report = run(
+            Path(options.data),
+            options.backbone,
+            options.method,
+            Path(options.output),
+            settings=_settings(options.set),
+            image_size=options.img_size,
+            epochs=options.epochs,
+            batch_size=options.batch_size,
+            lr=options.lr,
+            shots=options.shots,
+            seed=options.seed,
+            val_fraction=options.val_fraction,
+            augment=_names(options.augment),
+            precision=options.train_precision,
+            codec=options.codec,
+            say=say,
+        )
+    return Result(report, show.train)
+
+
+def evaluate(options: Options) -> Result:
+    """top-1 of a pack or an exported model"""
+    from edgepet import show
+    from edgepet.ondevice import evaluate as run
+
+    with _progress(options) as progress, progress.stage(f"eval {options.model}"):
+        report = run(
+            Path(options.model), Path(options.data), split=options.split, runtime=options.runtime,
+            backbone=options.backbone, threads=options.threads,
+        )  # fmt: skip
+    return Result(report, show.evaluate)
+
+
+def merge(options: Options) -> Result:
+    """write dense weights that plain timm loads strictly"""
+    from edgepet import show
+    from edgepet.deploy import merge as run
+    from edgepet.errors import require
+
+    require("torch", extra="train", purpose="merge")
+    with _progress(options) as progress, progress.stage(f"merge {options.pack}"):
+        report = run(Path(options.pack), Path(options.output), backbone=options.backbone, data=_path(options.data))
+    return Result(report, show.merge)
+
+
+def export(options: Options) -> Result:
+    """write models for ONNX Runtime, OpenVINO and TensorRT, each compared before it is kept"""
+    from edgepet import show
+    from edgepet.deploy import ExportOptions, parse_formats
+    from edgepet.deploy import export as run
+
+    chosen = ExportOptions(
+        to=parse_formats(options.to),
+        precision=options.precision,
+        sms=_sms(options.sm),
+        simplify=options.simplify,
+        external_data=options.external_data,
+    )
+    with _progress(options) as progress, progress.stages() as stage:
+        report = run(
+            [Path(pack) for pack in options.packs], Path(options.output), backbone=options.backbone,
+            data=_path(options.data), options=chosen, stage=stage,
+        )  # fmt: skip
+    return Result(report, show.export)
+
+
+def verify(options: Options) -> Result:
+    """check an exported model's files, then the comparison again"""
+    from edgepet import show
+    from edgepet.deploy import verify as run
+
+    with _progress(options) as progress, progress.stage(f"verify {options.folder}"):
+        report = run(
+            Path(options.folder), data=_path(options.data), pack=_path(options.pack), backbone=options.backbone
+        )
+    return Result(report, show.verify, failed=not report.ok)
+
+
+def bench(options: Options) -> Result:
+    """latency, all candidates in turn in every round"""
+    from edgepet import show
+    from edgepet.ondevice import bench as run
+
+    with _progress(options) as progress, progress.bar("bench", options.rounds) as bar:
+        report = run(
+            [Path(model) for model in options.models],
+            runtimes=_names(options.runtime) or None,
+            threads=options.threads,
+            batch=options.batch,
+            rounds=options.rounds,
+            plain=options.plain,
+            backbone=options.backbone,
+            tick=lambda done: bar.update(done),
+        )
+    return Result(report, show.bench)
+
+
+def storage(options: Options) -> Result:
+    """bytes of one folder with every task in it, against a full model for every task"""
+    from edgepet import show
+    from edgepet.ondevice import storage as run
+
+    with _progress(options) as progress, progress.stage("storage: run every task from one folder"):
+        report = run([Path(pack) for pack in options.packs], store=_path(options.store), devices=options.devices)
+    return Result(report, show.storage)
+
+
+def inspect(options: Options) -> Result:
+    """what a pack or an exported model says of itself"""
+    from edgepet import show
+    from edgepet.ondevice import inspect as run
+
+    return Result(run(Path(options.file)), show.inspect)
+
+
+def demo(options: Options) -> Result:
+    """the whole flow on real data, offline once installed"""
+    from edgepet import show
+    from edgepet.errors import require
+
+    for package in ("torch", "timm", "onnx", "onnxscript"):
+        require(package, extra="train,openvino,tensorrt-rtx,demo", purpose="demo")
+    from edgepet.demo import demo as run
+
+    with _progress(options) as progress:
+        report = run(Path(options.dir), progress=progress)
+    return Result(report, show.demo)
+
+
+# --------------------------------------------------------------------------------------------------------- options
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse without abbreviations: an option that grows a sibling must not change what a script meant."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(allow_abbrev=False, **settings)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="edgepet", description="One vision backbone and fifty tasks on an edge device.")
+    parser.add_argument("--version", action="version", version=f"edgepet {__version__}")
+    verbs = parser.add_subparsers(title="verbs", metavar="VERB", required=True, parser_class=_Parser)
+    shared = _Parser(add_help=False)
+    shared.add_argument("--json", action="store_true", help="one JSON document on stdout, nothing else there")
+    shared.add_argument("--quiet", action="store_true", help="no progress and no tables")
+    shared.add_argument("-v", "--verbose", action="store_true", help="progress with versions")
+
+    def verb(name: str, run: Callable[[Options], Result]) -> argparse.ArgumentParser:
+        told = run.__doc__ or ""
+        made: argparse.ArgumentParser = verbs.add_parser(name, help=told, description=told, parents=[shared])
+        made.set_defaults(run=run)
+        return made
+
+    verb("doctor", doctor)
+    _methods_options(verb("methods", methods))
+    _train_options(verb("train", train))
+    _eval_options(verb("eval", evaluate))
+    _merge_options(verb("merge", merge))
+    _export_options(verb("export", export))
+    _verify_options(verb("verify", verify))
+    _bench_options(verb("bench", bench))
+    _storage_options(verb("storage", storage))
+    verb("inspect", inspect).add_argument("file", help="TASK.pet or an exported folder")
+    verb("demo", demo).add_argument("--dir", default="demo", help="where everything goes (default: %(default)s)")
+    return parser
+
+
+def _backbone_option(parser: argparse.ArgumentParser, *, required: bool = False) -> None:
+    told = "a timm name, NAME@FILE, or demo:vit-small" + ("" if required else " (default: the one that the pack names)")
+    parser.add_argument("--backbone", required=required, metavar="B", help=told)
+
+
+def _methods_options(parser: argparse.ArgumentParser) -> None:
+    _backbone_option(parser)
+    parser.add_argument("--img-size", type=int, metavar="N")
+
+
+def _train_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("data", help="a folder with train/ and val/, or of class folders")
+    _backbone_option(parser, required=True)
+    parser.add_argument("--method", required=True, metavar="M", help="see `edgepet methods`")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="NAME=VALUE", help="a setting of the method: rank=8"
+    )
+    parser.add_argument(
+        "--img-size", type=int, metavar="N", help="pixels of the square input (default: the backbone's)"
+    )
+    parser.add_argument("--epochs", type=int, metavar="N")
+    parser.add_argument("--batch-size", type=int, default=32, metavar="N")
+    parser.add_argument("--lr", type=float, metavar="X")
+    parser.add_argument("--shots", type=int, metavar="K", help="train on K images of each class")
+    parser.add_argument("--seed", type=_natural, default=0, metavar="N")
+    parser.add_argument("--val-fraction", type=float, default=0.2, metavar="X")
+    parser.add_argument("--augment", default="", metavar="flip,crop")
+    parser.add_argument("--train-precision", default="auto", choices=["auto", "fp32", "bf16"])
+    parser.add_argument("--codec", default="fp16", choices=["fp16", "fp32"], help="precision of the pack")
+    parser.add_argument("-o", "--output", required=True, metavar="TASK.pet")
+
+
+def _eval_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", help="TASK.pet or an exported folder")
+    parser.add_argument("data")
+    parser.add_argument("--split", default="test", choices=["train", "val", "test"])
+    parser.add_argument("--runtime", choices=["torch", "onnxruntime", "openvino", "tensorrt"])
+    parser.add_argument("--threads", type=int, metavar="N")
+    _backbone_option(parser)
+
+
+def _merge_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("pack", metavar="TASK.pet")
+    _backbone_option(parser)
+    parser.add_argument("--data", metavar="DIR", help="images to compare on (default: the work folder's)")
+    parser.add_argument("-o", "--output", required=True, metavar="FILE.safetensors")
+
+
+def _export_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("packs", nargs="+", metavar="TASK.pet")
+    _backbone_option(parser)
+    parser.add_argument("--to", default="onnx", metavar="onnx,openvino,tensorrt")
+    parser.add_argument("--precision", default="fp32", choices=["fp32"])
+    parser.add_argument(
+        "--sm", default="86,89,120", metavar="86,89,120", help="compute capabilities of a TensorRT engine"
+    )
+    parser.add_argument("--simplify", action="store_true", help="through onnxsim, kept only if the answers stay")
+    parser.add_argument("--external-data", action="store_true", help="ONNX weights in a file of their own")
+    parser.add_argument("--data", metavar="DIR", help="images to compare on (default: the work folder's)")
+    parser.add_argument("-o", "--output", required=True, metavar="DIR")
+
+
+def _verify_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("folder", metavar="DIR")
+    parser.add_argument("--data", metavar="DIR", help="images to compare on, against the merged pack")
+    parser.add_argument("--pack", metavar="TASK.pet", help="with --data, if it is not beside the folder")
+    _backbone_option(parser)
+
+
+def _bench_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("models", nargs="+", metavar="MODEL", help="TASK.pet or an exported folder")
+    parser.add_argument(
+        "--runtime", default="", metavar="R[,R]", help="torch, onnxruntime, openvino (default: all here)"
+    )
+    parser.add_argument("--threads", type=int, metavar="N", help="default: all cores")
+    parser.add_argument("--batch", type=int, default=1, metavar="N")
+    parser.add_argument("--rounds", type=int, default=200, metavar="N")
+    parser.add_argument("--plain", action="store_true", help="time the backbone without a task too")
+    _backbone_option(parser)
+
+
+def _storage_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("packs", nargs="*", metavar="TASK.pet")
+    parser.add_argument("--store", metavar="DIR", help="a device's folder")
+    parser.add_argument("--devices", type=int, default=1, metavar="N", help="count a fleet")
+
+
+def _progress(options: Options) -> Any:
+    from edgepet.report import Progress
+
+    return Progress(quiet=options.quiet)
+
+
+def _settings(pairs: Sequence[str]) -> dict[str, str]:
+    settings = {}
+    for pair in pairs:
+        key, equals, value = pair.partition("=")
+        if not equals or not key:
+            raise InputError("--set", "needs NAME=VALUE", got=repr(pair))
+        settings[key] = value
+    return settings
+
+
+def _names(text: str) -> list[str]:
+    return [part.strip() for part in text.split(",") if part.strip()]
+
+
+def _sms(text: str) -> tuple[int, ...]:
+    names = _names(text)
+    if not names or not all(name.isdecimal() for name in names):
+        raise InputError("--sm", "needs compute capabilities such as 86,89,120", got=repr(text))
+    return tuple(int(name) for name in names)
+
+
+def _natural(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"needs a whole number of at least 0, got {text!r}")
+    return int(text)
+
+
+def _path(text: str | None) -> Path | None:
+    return None if text is None else Path(text)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,124 @@
+"""The whole flow on real data: two tasks, two methods, one backbone, three formats. Offline once installed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from edgepet.account import StorageReport
+from edgepet.artifact import Format
+from edgepet.deploy import Exported, ExportOptions, ExportReport, export
+from edgepet.errors import MissingError
+from edgepet.latency import BenchReport
+from edgepet.ondevice import EvalReport, bench, evaluate, storage
+from edgepet.report import Progress
+from edgepet.samples import WEIGHTS, build_task
+from edgepet.training import TrainReport, train
+
+BACKBONE, IMAGE_SIZE = "demo:vit-small", 112
+TEST_IMAGES = 500  # of each task: enough for a margin of four points, and a few seconds
+FORMATS: tuple[Format, ...] = ("onnx", "openvino", "tensorrt")
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """One task of the demo."""
+
+    task: str
+    method: str
+    epochs: int
+
+
+PLANS = (Plan("digits", "ssf", 5), Plan("landcover", "lora", 4))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DemoTask:
+    """A task as it was trained, and its accuracy on ONNX Runtime."""
+
+    task: str
+    trained: TrainReport
+    test: EvalReport
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DemoReport:
+    """``backbone`` says what the weights are; ``commands`` are what to try next, ready to paste."""
+
+    backbone: str
+    tasks: tuple[DemoTask, ...]
+    storage: StorageReport
+    bench: BenchReport
+    artifacts: ExportReport
+    skipped: tuple[str, ...]
+    commands: tuple[str, ...]
+
+
+def demo(folder: Path, *, progress: Progress) -> DemoReport:
+    """Train, merge, export, measure and count in ``folder``.
+
+    Raises:
+        MissingError: the ``demo`` or ``train`` extra is not installed.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    trained = {plan.task: _train(plan, folder, progress) for plan in PLANS}
+    packs = [report.pack for report in trained.values()]
+    artifacts, skipped = _export(packs, folder, progress)
+    tasks = []
+    for plan in PLANS:
+        with progress.stage(f"{plan.task}: test on ONNX Runtime"):
+            test = evaluate(folder / f"{plan.task}-onnx-fp32", folder / "data" / plan.task)
+        tasks.append(DemoTask(task=plan.task, trained=trained[plan.task], test=test))
+    with progress.stage("storage: run every task from one folder"):
+        stored = storage(packs)
+    with progress.stage("bench: interleaved rounds"):
+        timed = bench(packs[:1], rounds=60, warmup=5, plain=True)
+    return DemoReport(
+        backbone=WEIGHTS[BACKBONE.removeprefix("demo:")].description,
+        tasks=tuple(tasks),
+        storage=stored,
+        bench=timed,
+        artifacts=artifacts,
+        skipped=skipped,
+        commands=_commands(folder),
+    )
+
+
+def _train(plan: Plan, folder: Path, progress: Progress) -> TrainReport:
+    with progress.stage(f"{plan.task}: images"):
+        build_task(plan.task, folder / "data" / plan.task, test_cap=TEST_IMAGES)
+    with progress.training(f"{plan.task}: {plan.method}") as say:
+        return train(
+            folder / "data" / plan.task,
+            BACKBONE,
+            plan.method,
+            folder / f"{plan.task}.pet",
+            image_size=IMAGE_SIZE,
+            epochs=plan.epochs,
+            say=say,
+        )
+
+
+def _export(packs: list[Path], folder: Path, progress: Progress) -> tuple[ExportReport, tuple[str, ...]]:
+    """Every format that is installed; what is missing is said, not hidden."""
+    artifacts: list[Exported] = []
+    skipped = []
+    for name in FORMATS:
+        try:
+            with progress.stage(f"export to {name}"):
+                artifacts += export(packs, folder, options=ExportOptions(to=(name,))).artifacts
+        except MissingError as error:
+            skipped.append(str(error))
+    return ExportReport(artifacts=tuple(artifacts)), tuple(skipped)
+
+
+def _commands(folder: Path) -> tuple[str, ...]:
+    return (
+        f"edgepet inspect {folder}/digits.pet",
+        f"edgepet verify {folder}/landcover-openvino-fp32",
+        f"edgepet eval {folder}/landcover.pet {folder}/data/landcover --runtime openvino",
+        f"edgepet merge {folder}/landcover.pet -o {folder}/landcover.safetensors",
+        f"edgepet bench {folder}/digits.pet {folder}/digits-onnx-fp32 --plain",
+        f"edgepet train {folder}/data/landcover --backbone {BACKBONE} --img-size {IMAGE_SIZE} --method consolidator"
+        f" -o {folder}/landcover-consolidator.pet",
+    )

@@ -1,0 +1,169 @@
+"""What this machine is and which runtimes answer on it: a number without these holds nowhere."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import platform
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib import metadata
+from importlib.util import find_spec
+from pathlib import Path
+
+CPUINFO = Path("/proc/cpuinfo")
+CPUS = Path("/sys/devices/system/cpu")
+PACKAGES = ("edgepet", "numpy", "onnxruntime", "openvino", "tensorrt", "tensorrt-rtx", "torch", "timm", "nncf")
+
+# The instructions that int8, fp16 and bf16 kernels are chosen by, as Linux spells them on x86 and on Arm.
+X86 = frozenset({"f16c", "fma", "avx2", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16", "avx512_fp16"})
+AMX = frozenset({"amx_bf16", "amx_int8", "amx_fp16"})
+ARM = frozenset({"neon", "asimd", "asimddp", "asimdhp", "i8mm", "bf16", "sve", "sve2"})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Environment:
+    """What a measured number holds for.
+
+    ``cores`` are those that this process may use; ``load_1m`` is the one-minute load average when this was made;
+    ``governor`` is Linux's CPU frequency policy; ``date`` is the ISO day in UTC. No host name, no user name.
+    """
+
+    machine: str
+    cpu: str
+    cores: int
+    cpu_features: tuple[str, ...]
+    system: str
+    python: str
+    versions: Mapping[str, str]
+    load_1m: float | None
+    governor: str | None
+    date: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RuntimeStatus:
+    """Whether a runtime can be imported here; if not, ``fix`` is the command or the sentence that helps."""
+
+    name: str
+    version: str | None
+    available: bool
+    fix: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Runtime:
+    """Where a runtime comes from. ``broken`` is what to do when it is installed and cannot be imported."""
+
+    module: str
+    install: str
+    broken: str
+
+
+RUNTIMES: dict[str, Runtime] = {
+    "onnxruntime": Runtime(
+        "onnxruntime", "pip install edgepet", "install it again with pip install --force-reinstall onnxruntime"
+    ),
+    "openvino": Runtime(
+        "openvino", "pip install 'edgepet[openvino]'", "install it again with pip install --force-reinstall openvino"
+    ),
+    # `pip install tensorrt` may end well and leave no libraries: NVIDIA/TensorRT issue #3936.
+    "tensorrt": Runtime(
+        "tensorrt",
+        "pip install 'edgepet[tensorrt]'",
+        "the package is a Python face only, and NVIDIA's libraries are missing: "
+        "install them as NVIDIA's TensorRT installation guide says",
+    ),
+    "tensorrt-rtx": Runtime(
+        "tensorrt_rtx",
+        "pip install 'edgepet[tensorrt-rtx]'",
+        "install it again with pip install --force-reinstall tensorrt-rtx",
+    ),
+    "torch": Runtime(
+        "torch", "pip install 'edgepet[train]'", "install it again with pip install --force-reinstall torch"
+    ),
+}
+
+NOT_IMPORTED = ("torch",)  # takes seconds to import, and devices do without it
+
+
+def environment() -> Environment:
+    """What this machine is now; what it does not tell is None or empty."""
+    info = _read(CPUINFO) or ""
+    load = getattr(os, "getloadavg", None)  # not on Windows
+    return Environment(
+        machine=platform.machine(),
+        cpu=_cpu(info),
+        cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
+        cpu_features=_features(info),
+        system=f"{platform.system()} {platform.release()}",
+        python=platform.python_version(),
+        versions={name: version for name in PACKAGES if (version := _version(name)) is not None},
+        load_1m=None if load is None else round(load()[0], 2),
+        governor=_governor(),
+        date=datetime.now(UTC).date().isoformat(),
+    )
+
+
+def runtimes() -> tuple[RuntimeStatus, ...]:
+    """The state of every runtime, in the order of ``RUNTIMES``. Imports those that are found, except torch."""
+    return tuple(_status(name, runtime) for name, runtime in RUNTIMES.items())
+
+
+def _status(name: str, runtime: Runtime) -> RuntimeStatus:
+    version, spec = _version(name), find_spec(runtime.module)
+    # Without an origin it is a folder that happens to have the name, as ``export -o .`` leaves one.
+    found = spec is not None and spec.origin is not None
+    if not found and version is None:
+        return RuntimeStatus(name=name, version=None, available=False, fix=runtime.install)
+    if found and name in NOT_IMPORTED:
+        return RuntimeStatus(name=name, version=version, available=True, fix=None)
+    try:
+        module = importlib.import_module(runtime.module)
+        if module.__file__ is None:
+            problem = f"no module named {runtime.module!r}"
+        else:  # conda's and NVIDIA's own builds come under other package names
+            version = version or getattr(module, "__version__", None)
+            return RuntimeStatus(name=name, version=version, available=True, fix=None)
+    # Native packages fail in many ways: a shared library, its version, NumPy's ABI.
+    except (ImportError, OSError, RuntimeError, AttributeError) as error:
+        problem = next(iter(str(error).splitlines()), type(error).__name__)
+    fix = f"installed, but cannot be imported ({problem}): {runtime.broken}"
+    return RuntimeStatus(name=name, version=version, available=False, fix=fix)
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _cpu(info: str) -> str:
+    """The CPU's name; Arm kernels give a board's or no name at all."""
+    for key in ("model name", "Model", "Hardware"):
+        match = re.search(rf"^{key}\s*:\s*(\S.*)$", info, re.MULTILINE)
+        if match is not None:
+            return match[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def _features(info: str) -> tuple[str, ...]:
+    match = re.search(r"^(?:flags|Features)\s*:\s*(.*)$", info, re.MULTILINE)
+    return () if match is None else tuple(sorted((X86 | AMX | ARM) & set(match[1].split())))
+
+
+def _governor() -> str | None:
+    """The governor of all cores, or their different ones, as big and little cores may have."""
+    paths = CPUS.glob("cpu[0-9]*/cpufreq/scaling_governor")
+    names = {text.strip() for path in paths if (text := _read(path)) is not None}
+    return ", ".join(sorted(names)) or None
+
+
+def _read(path: Path) -> str | None:
+    try:
+        return path.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return None

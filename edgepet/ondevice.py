@@ -1,0 +1,370 @@
+"""The verbs that run where torch does not: ``eval``, ``bench``, ``storage``, ``inspect``, of packs and artefacts."""
+
+from __future__ import annotations
+
+import importlib.util
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from edgepet import account
+from edgepet.artifact import MANIFEST, RUNTIME_OF, Artifact, open_artifact, read_artifact
+from edgepet.data import batches, load_set, open_split
+from edgepet.delta import Delta
+from edgepet.errors import InputError, require
+from edgepet.graph import BaseGraph, open_graph
+from edgepet.latency import BenchReport, Candidate, measure
+from edgepet.machine import environment
+from edgepet.pack import Pack, read_pack
+from edgepet.runners.runner import Runner
+from edgepet.runtime import SHARED_RUNTIMES, open_features, open_task
+from edgepet.spec import Preprocess
+from edgepet.store import Store
+from edgepet.updates import factors
+
+EVAL_BATCH = 16
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EvalReport:
+    """Top-1 as a fraction of 1 on ``n`` images."""
+
+    top1: float
+    n: int
+    runtime: str
+    precision: str
+    classes: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class UpdateCount:
+    """Updates of one kind, and the tensors that they change."""
+
+    kind: str
+    count: int
+    values: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BackboneName:
+    name: str
+    fingerprint: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class InspectReport:
+    """A pack or an artefact, read without its backbone; what an artefact does not keep is empty."""
+
+    kind: str
+    task: str
+    method: str
+    settings: dict[str, object]
+    backbone: BackboneName
+    updates: tuple[UpdateCount, ...]
+    branches: tuple[str, ...]
+    classes: tuple[str, ...]
+    preprocess: dict[str, object]
+    bytes_by_kind: dict[str, int]
+    val_top1: float | None
+    training: dict[str, object]
+    licences: tuple[str, ...]
+    signed_by: str | None
+    verified: bool | None
+
+
+def evaluate(
+    model: Path,
+    data: Path,
+    *,
+    split: str = "test",
+    runtime: str | None = None,
+    backbone: str | None = None,
+    threads: int | None = None,
+) -> EvalReport:
+    """Top-1 of a pack or an artefact on a split of ``data``.
+
+    Args:
+        runtime: None is the artefact's own, or ONNX Runtime for a pack; "torch" needs the ``train`` extra.
+
+    Raises:
+        InputError: other classes than the model's, or a runtime that cannot run it.
+    """
+    if split not in ("train", "val", "test"):
+        raise InputError("--split", "is train, val or test", got=repr(split))
+    source = _open(model)
+    images = open_split(data, split)  # type: ignore[arg-type]
+    if images.classes != tuple(sorted(source.labels)):
+        missing = sorted(set(source.labels) ^ set(images.classes))
+        raise InputError(
+            str(data),
+            f"needs the {len(source.labels)} classes of {model.name}",
+            got=f"a difference in {', '.join(missing[:5])}",
+        )
+    network, name, executed = source.network(runtime, backbone, threads)
+    pixels, truth = load_set(images, source.preprocess)
+    order = np.array([source.labels.index(name) for name in images.classes])
+    right = 0
+    try:
+        for start, batch in zip(
+            range(0, len(truth), EVAL_BATCH), batches(pixels, source.preprocess, EVAL_BATCH), strict=True
+        ):
+            right += int((network(batch).argmax(1) == order[truth[start : start + EVAL_BATCH]]).sum())
+    finally:
+        network.close()
+    return EvalReport(top1=right / len(truth), n=len(truth), runtime=name, precision=executed, classes=source.labels)
+
+
+def bench(
+    models: Sequence[Path],
+    *,
+    runtimes: Sequence[str] | None = None,
+    threads: int | None = None,
+    batch: int = 1,
+    rounds: int = 200,
+    warmup: int = 20,
+    plain: bool = False,
+    backbone: str | None = None,
+    tick: Callable[[int], None] | None = None,
+) -> BenchReport:
+    """Latency of packs and artefacts, all candidates in turn in every round.
+
+    A pack runs on each of ``runtimes`` that is installed: OpenVINO in f32 and bf16, torch tuned and merged. ``plain``
+    adds the backbone without a task, its features only: what a merged task is to be compared with.
+    """
+    threads = threads or environment().cores
+    candidates: list[Candidate] = []
+    sizes = set()
+    for path in models:
+        source = _open(path)
+        sizes.add(source.preprocess.image_size)
+        candidates += source.candidates(_chosen(runtimes), threads, plain, backbone)
+    if len(sizes) > 1:
+        raise InputError("bench", "needs models of one image size", got=", ".join(f"{h}x{w}" for h, w in sorted(sizes)))
+    if not candidates:
+        raise InputError(
+            "bench", "found nothing to run", fix="name a pack or an artefact, and a runtime that is installed"
+        )
+    images = np.random.default_rng(0).standard_normal((batch, 3, *sizes.pop()), dtype=np.float32)
+    return measure(candidates, images, threads=threads, rounds=rounds, warmup=warmup, tick=tick)
+
+
+def storage(packs: Sequence[Path] = (), *, store: Path | None = None, devices: int = 1) -> account.StorageReport:
+    """Bytes of a device's folder from which every task was run: ``store``, or a temporary one made for ``packs``.
+
+    Raises:
+        InputError: neither or both, or a pack whose graph was never made.
+    """
+    if devices < 1:
+        raise InputError("--devices", "must be at least 1", got=devices)
+    if (store is None) == (not packs):
+        raise InputError("storage", "needs packs, or --store with a device's folder")
+    if store is not None:
+        return account.storage(Store(store), devices=devices)
+    with tempfile.TemporaryDirectory(prefix="edgepet-") as folder:
+        scratch = Store(Path(folder))
+        for path in packs:
+            scratch.add_graph(_graph(read_pack(path).delta))
+            scratch.install(path)
+        return account.storage(scratch, devices=devices)
+
+
+def inspect(path: Path) -> InspectReport:
+    """What a pack or an artefact says of itself."""
+    source = _open(path)
+    return source.describe()
+
+
+class _PackSource:
+    """A pack, on the graph that the cache holds for it."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self.pack: Pack = read_pack(path)
+        self.labels, self.preprocess = self.pack.delta.labels, self.pack.delta.preprocess
+
+    def network(self, runtime: str | None, backbone: str | None, threads: int | None) -> tuple[Any, str, str]:
+        name = runtime or "onnxruntime"
+        if name == "torch":
+            from edgepet.subject import TorchNetwork
+
+            return TorchNetwork(_subject(self._path, backbone), "merged", threads=threads), "torch", "fp32"
+        network = open_task(_graph(self.pack.delta), self.pack.delta, runtime=name, threads=threads)
+        return network, name, _precision(network.executed)
+
+    def candidates(self, runtimes: Sequence[str], threads: int, plain: bool, backbone: str | None) -> list[Candidate]:
+        found = []
+        for name in runtimes:
+            if name == "torch":
+                found += self._torch(threads, plain, backbone)
+            elif name in SHARED_RUNTIMES:
+                graph = _graph(self.pack.delta)
+                for bf16 in (False, True) if name == "openvino" else (False,):
+                    found += self._shared(graph, name, threads, plain, bf16)
+        return found
+
+    def _shared(self, graph: BaseGraph, name: str, threads: int, plain: bool, bf16: bool) -> list[Candidate]:
+        def merged() -> Any:
+            return open_task(graph, self.pack.delta, runtime=name, threads=threads, bf16=bf16)
+
+        def bare() -> Any:
+            return open_features(graph, {}, runtime=name, threads=threads, bf16=bf16)
+
+        precision = "bf16" if bf16 else "fp32"
+        modes = {"merged": merged, "plain": bare} if plain else {"merged": merged}
+        return [
+            Candidate(model=self._path.name, runtime=name, precision=precision, mode=m, open=o)
+            for m, o in modes.items()
+        ]
+
+    def _torch(self, threads: int, plain: bool, backbone: str | None) -> list[Candidate]:
+        from edgepet.subject import TorchNetwork
+
+        subject = _subject(self._path, backbone)
+        modes = (["tuned"] if subject.work is not None else []) + ["merged"] + (["plain"] if plain else [])
+
+        def opener(mode: str) -> Callable[[], Any]:
+            return lambda: TorchNetwork(_subject(self._path, backbone), mode, threads=threads)
+
+        return [
+            Candidate(model=self._path.name, runtime="torch", precision="fp32", mode=m, open=opener(m)) for m in modes
+        ]
+
+    def describe(self) -> InspectReport:
+        delta = self.pack.delta
+        seen: set[int] = set()
+        values: Counter[str] = Counter()
+        for targeted in delta.updates:
+            for array in factors(targeted.update).values():
+                if id(array) not in seen:
+                    seen.add(id(array))
+                    values[targeted.update.kind] += int(array.size)
+        counts = Counter(targeted.update.kind for targeted in delta.updates)
+        return InspectReport(
+            kind="pack",
+            task=delta.task,
+            method=delta.method,
+            settings=dict(delta.settings),
+            backbone=BackboneName(name=delta.backbone, fingerprint=delta.fingerprint),
+            updates=tuple(UpdateCount(kind=k, count=n, values=values[k]) for k, n in sorted(counts.items())),
+            branches=(),
+            classes=delta.labels,
+            preprocess=delta.preprocess.as_json(),
+            bytes_by_kind={
+                **self.pack.bytes_by_kind,
+                "header": self.pack.size_bytes - sum(self.pack.bytes_by_kind.values()),
+            },
+            val_top1=delta.val.top1,
+            training=dict(delta.training),
+            licences=delta.licences,
+            signed_by=None,
+            verified=None,
+        )
+
+
+class _ArtifactSource:
+    """An exported model folder."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self.artifact: Artifact = read_artifact(path)
+        self.labels: tuple[str, ...] = self.artifact.labels
+        self.preprocess: Preprocess = self.artifact.preprocess
+
+    def network(self, runtime: str | None, backbone: str | None, threads: int | None) -> tuple[Any, str, str]:
+        del backbone
+        own = RUNTIME_OF[self.artifact.format]
+        if runtime not in (None, own):
+            raise InputError(
+                str(self._path), f"is a {self.artifact.format} artefact and runs on {own}", got=f"--runtime {runtime}"
+            )
+        runner = open_artifact(self._path, self.artifact, threads=threads)
+        return runner, own, _precision(runner.executed)
+
+    def candidates(self, runtimes: Sequence[str], threads: int, plain: bool, backbone: str | None) -> list[Candidate]:
+        del plain, backbone
+        own = RUNTIME_OF[self.artifact.format]
+
+        def opener(bf16: bool) -> Callable[[], Runner]:
+            return lambda: open_artifact(self._path, self.artifact, threads=threads, bf16=bf16)
+
+        return [
+            Candidate(
+                model=self._path.name,
+                runtime=own,
+                precision="bf16" if bf16 else "fp32",
+                mode="merged",
+                open=opener(bf16),
+            )
+            for bf16 in ((False, True) if own == "openvino" else (False,))
+            if own in runtimes
+        ]
+
+    def describe(self) -> InspectReport:
+        artifact = self.artifact
+        return InspectReport(
+            kind="artifact",
+            task=artifact.task,
+            method=artifact.method,
+            settings={},
+            backbone=BackboneName(name=artifact.backbone, fingerprint=artifact.fingerprint),
+            updates=(),
+            branches=(),
+            classes=artifact.labels,
+            preprocess=artifact.preprocess.as_json(),
+            bytes_by_kind={name: size for name, (_, size) in artifact.files.items()},
+            val_top1=None,
+            training={},
+            licences=(),
+            signed_by=None,
+            verified=artifact.verified,
+        )
+
+
+def _open(path: Path) -> _PackSource | _ArtifactSource:
+    if path.is_dir():
+        if not (path / MANIFEST).is_file():
+            raise InputError(
+                str(path),
+                "is neither a pack nor an exported model",
+                fix=f"name a .pet file or a folder with {MANIFEST}",
+            )
+        return _ArtifactSource(path)
+    return _PackSource(path)
+
+
+def _graph(delta: Delta) -> BaseGraph:
+    return open_graph(delta.fingerprint, delta.preprocess.image_size)
+
+
+def _subject(path: Path, backbone: str | None) -> Any:
+    from edgepet.subject import Subject
+
+    require("torch", extra="train", purpose="--runtime torch")
+    return Subject(path, backbone, None)
+
+
+def _chosen(runtimes: Sequence[str] | None) -> tuple[str, ...]:
+    """The runtimes asked for, else those that are installed."""
+    known = (*SHARED_RUNTIMES, "torch", "tensorrt")
+    if runtimes is not None:
+        for name in runtimes:
+            if name not in known:
+                raise InputError("--runtime", f"is one of {', '.join(known)}", got=repr(name))
+        return tuple(runtimes)
+    return tuple(name for name in known if name == "tensorrt" or _installed(name))
+
+
+def _installed(name: str) -> bool:
+    try:
+        return importlib.util.find_spec(name) is not None
+    except ValueError:  # a blocked module leaves None where its spec should be
+        return False
+
+
+def _precision(executed: str) -> str:
+    return {"f32": "fp32"}.get(executed, executed)

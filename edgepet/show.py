@@ -1,0 +1,304 @@
+"""Reports for people: every verb's result as tables and lines on a console."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from edgepet.machine import Environment, RuntimeStatus
+from edgepet.report import (
+    Column,
+    Table,
+    format_bytes,
+    format_ms,
+    format_number,
+    format_percent,
+    format_ratio,
+    format_seconds,
+    print_table,
+)
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from edgepet.account import StorageReport
+    from edgepet.demo import DemoReport
+    from edgepet.deploy import ExportReport, MergeReport, VerifyReport
+    from edgepet.latency import BenchReport
+    from edgepet.ondevice import EvalReport, InspectReport
+    from edgepet.training import TrainReport
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Doctor:
+    runtimes: tuple[RuntimeStatus, ...]
+    python: str
+    cpu: Environment
+
+    @classmethod
+    def now(cls, environment: Environment, runtimes: tuple[RuntimeStatus, ...]) -> Doctor:
+        return cls(runtimes=runtimes, python=environment.python, cpu=environment)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MethodRow:
+    """``fp16_bytes`` is two bytes for every trainable value, head and manifest left out."""
+
+    name: str
+    paper: str
+    foldable: bool
+    trainable_params: int | None
+    fp16_bytes: int | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MethodList:
+    methods: tuple[MethodRow, ...]
+
+
+def doctor(console: Console, report: Doctor) -> None:
+    cpu = report.cpu
+    _lines(
+        console,
+        f"{cpu.cpu}, {cpu.cores} cores, {cpu.system}",
+        f"features: {', '.join(cpu.cpu_features) or 'none known'}",
+        f"Python {report.python}",
+    )
+    rows = [(r.name, r.version or "–", "yes" if r.available else "no", r.fix or "") for r in report.runtimes]
+    print_table(
+        console, Table("runtimes", (Column("name"), Column("version"), Column("available"), Column("fix")), rows)
+    )
+
+
+def methods(console: Console, report: MethodList) -> None:
+    rows = [
+        (
+            m.name,
+            m.paper,
+            "folds" if m.foldable else "branch",
+            format_number(m.trainable_params),
+            "–" if m.fp16_bytes is None else format_bytes(m.fp16_bytes),
+        )
+        for m in report.methods
+    ]
+    columns = (
+        Column("method"),
+        Column("paper"),
+        Column(""),
+        Column("parameters", right=True),
+        Column("fp16", right=True),
+    )
+    print_table(console, Table("methods", columns, rows))
+
+
+def train(console: Console, report: TrainReport) -> None:
+    _lines(
+        console,
+        f"{report.pack}  {format_bytes(report.pack_bytes)}",
+        f"  {report.method} on {report.backbone.name}: {format_number(report.trainable_params)} parameters"
+        f" and a head of {format_number(report.head_params)}",
+        f"  {report.backbone.description}",
+        f"  val {format_percent(report.val.top1)} of {report.val.n} images, as stored;"
+        f" epoch {report.best_epoch} of {report.epochs}",
+        f"  {format_number(report.images_per_second)} images/s in {report.precision},"
+        f" {format_seconds(report.seconds)} in all",
+        f"  merged equals tuned in float64: {report.algebra_max_abs:.1e}, limit {report.algebra_limit:.1e}",
+        f"next: edgepet export {report.pack} --to onnx,openvino -o exported",
+    )
+
+
+def evaluate(console: Console, report: EvalReport) -> None:
+    _lines(
+        console,
+        f"top-1 {format_percent(report.top1)} of {report.n} images, {len(report.classes)} classes"
+        f" ({report.runtime}, {report.precision})",
+    )
+
+
+def merge(console: Console, report: MergeReport) -> None:
+    arguments = "".join(f", {key}={value!r}" for key, value in report.create_args.items())
+    _lines(
+        console,
+        f"{report.path}  {format_bytes(report.bytes)}",
+        f"  loads strictly into timm.create_model(name, num_classes=n{arguments})",
+        f"  {report.max_abs_diff:.1e} from the {report.against} network on {report.n} images ({report.inputs}),"
+        f" limit {report.limit:.1e}",
+    )
+
+
+def export(console: Console, report: ExportReport) -> None:
+    rows = []
+    for a in report.artifacts:
+        difference = f"{a.parity.max_abs:.1e}" if a.parity else "–"
+        agreement = format_percent(a.parity.top1_agreement) if a.parity else "–"
+        rows.append(
+            (
+                a.task,
+                a.engine,
+                a.precision,
+                format_bytes(a.size_bytes),
+                f"{a.seconds:.2f} s",
+                difference,
+                agreement,
+                "yes" if a.verified else "not verified",
+                str(a.path),
+            )
+        )
+    columns = (
+        *(Column(name) for name in ("task", "engine", "precision")),
+        *(Column(name, right=True) for name in ("size", "fold+write", "max|Δ|", "same top-1")),
+        *(Column(name) for name in ("verified", "folder")),
+    )
+    print_table(console, Table("artefacts", columns, rows))
+    for reason in dict.fromkeys(a.reason for a in report.artifacts if a.reason):
+        _lines(console, f"  {reason}")
+
+
+def verify(console: Console, report: VerifyReport) -> None:
+    rows = [(c.name, "ok" if c.ok else "FAILED", f"{c.value:.1e}", f"{c.limit:.1e}") for c in report.checks]
+    print_table(
+        console,
+        Table("", (Column("check"), Column(""), Column("value", right=True), Column("limit", right=True)), rows),
+    )
+    if report.reason:
+        _lines(console, report.reason)
+
+
+def bench(console: Console, report: BenchReport) -> None:
+    rows = [
+        (
+            r.model,
+            r.runtime,
+            r.precision,
+            r.mode,
+            format_ms(r.p50_ms),
+            format_ms(r.p90_ms),
+            format_ms(r.p99_ms),
+            format_ms(r.open_ms),
+            format_ms(r.first_ms),
+            "noisy" if r.noisy else "",
+        )
+        for r in report.rows
+    ]
+    numbers = tuple(Column(name, right=True) for name in ("p50", "p90", "p99", "open", "first"))
+    columns = (Column("model"), Column("runtime"), Column("precision"), Column("mode"), *numbers, Column(""))
+    first, here = report.rows[0], report.environment
+    print_table(
+        console,
+        Table(f"latency, batch {first.batch}, {first.threads} threads, {first.n} interleaved rounds", columns, rows),
+    )
+    _lines(
+        console,
+        f"  {here.cpu}, load {here.load_1m}; one inference after another; 'noisy': the middle half"
+        " of the rounds spreads over more than 10 % of p50",
+    )
+
+
+def storage(console: Console, report: StorageReport) -> None:
+    rows = [
+        (
+            t.task,
+            t.method,
+            format_bytes(t.pack_bytes),
+            format_bytes(t.full_copy_bytes),
+            format_ratio(t.full_copy_bytes / t.pack_bytes),
+        )
+        for t in report.tasks
+    ]
+    columns = (
+        Column("task"),
+        Column("method"),
+        Column("pack", right=True),
+        Column("own model", right=True),
+        Column("", right=True),
+    )
+    print_table(console, Table("storage", columns, rows))
+    _lines(
+        console,
+        f"  backbone {format_bytes(report.backbone_bytes)}, graph {format_bytes(report.graph_bytes)},"
+        f" caches {format_bytes(report.cache_bytes)}: once for all tasks",
+    )
+    runtimes = [
+        (
+            r.runtime,
+            "one backbone" if r.shares_backbone else "a model a task",
+            format_bytes(r.total_bytes),
+            format_ratio(r.ratio),
+            r.note,
+        )
+        for r in report.per_runtime
+    ]
+    heads = (Column("runtime"), Column("keeps"), Column("total", right=True), Column("saves", right=True), Column(""))
+    print_table(
+        console,
+        Table(
+            f"{len(report.tasks)} tasks on one device, against {format_bytes(report.full_total_bytes)} of models",
+            heads,
+            runtimes,
+        ),
+    )
+    if report.devices > 1:
+        _lines(
+            console,
+            f"  {report.devices} devices: {format_bytes(report.fleet_shared_bytes)} instead of"
+            f" {format_bytes(report.fleet_full_bytes)}",
+        )
+
+
+def inspect(console: Console, report: InspectReport) -> None:
+    size = sum(report.bytes_by_kind.values())
+    settings = ", ".join(f"{key}={value}" for key, value in report.settings.items())
+    _lines(
+        console,
+        f"{report.kind} {report.task}  {format_bytes(size)}",
+        f"  {report.method}{f' ({settings})' if settings else ''} on {report.backbone.name}"
+        f" {report.backbone.fingerprint[:19]}…",
+        f"  {len(report.classes)} classes: {', '.join(report.classes[:8])}{', …' if len(report.classes) > 8 else ''}",
+    )
+    if report.val_top1 is not None:
+        _lines(console, f"  val {format_percent(report.val_top1)}; signed by: {report.signed_by or 'nobody'}")
+    if report.verified is not None:
+        _lines(console, "  verified when it was made" if report.verified else "  not verified when it was made")
+    if report.updates:
+        rows = [(u.kind, format_number(u.count), format_number(u.values)) for u in report.updates]
+        print_table(
+            console,
+            Table("updates", (Column("kind"), Column("targets", right=True), Column("new values", right=True)), rows),
+        )
+    parts = [(kind, format_bytes(count)) for kind, count in report.bytes_by_kind.items()]
+    print_table(console, Table("bytes", (Column("part"), Column("size", right=True)), parts))
+
+
+def demo(console: Console, report: DemoReport) -> None:
+    _lines(console, "", report.backbone)
+    rows = [
+        (
+            t.task,
+            t.trained.method,
+            format_number(t.trained.trainable_params),
+            format_bytes(t.trained.pack_bytes),
+            format_percent(t.trained.val.top1),
+            f"{format_percent(t.test.top1)} of {t.test.n}",
+        )
+        for t in report.tasks
+    ]
+    columns = (
+        Column("task"),
+        Column("method"),
+        Column("parameters", right=True),
+        Column("pack", right=True),
+        Column("val", right=True),
+        Column("test", right=True),
+    )
+    print_table(console, Table("tasks", columns, rows))
+    export(console, report.artifacts)
+    storage(console, report.storage)
+    bench(console, report.bench)
+    for skipped in report.skipped:
+        _lines(console, f"left out: {skipped}")
+    _lines(console, "", "next:", *(f"  {command}" for command in report.commands))
+
+
+def _lines(console: Console, *lines: str) -> None:
+    for line in lines:
+        console.print(line, markup=False, emoji=False, highlight=False, soft_wrap=True)

@@ -1,0 +1,425 @@
+"""Every PET method keeps its word: the start it declares, one formula on activations and weights, the paper's counts.
+
+To add a method: its row in ``EXAMPLES``, and its counts in ``COUNTS`` if the literature gives them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional
+
+from edgepet.backbones import Backbone
+from edgepet.delta import Score
+from edgepet.errors import InputError
+from edgepet.merging import merge
+from edgepet.methods import METHODS, SSF, Consolidator, Full, LinearProbe, LoRA, Method, configure
+from edgepet.methods.method import count, unflatten
+from edgepet.pack import encode_pack, read_pack
+from edgepet.spec import NpArray, Site, Target
+from edgepet.tune import Pixels, Plan, TunedModel, algebra_error, extract, fit
+from edgepet.updates import Grouped, Targeted, fold
+from tests.tiny import make_delta, perturb, random_images, random_pixels, same_bits, sites_of
+
+EXAMPLES: dict[str, Method] = {
+    "linear-probe": LinearProbe(),
+    "full": Full(),
+    "ssf": SSF(),
+    "lora": LoRA(rank=4, on=("q", "k", "v")),
+    "lora on q and v": LoRA(rank=2, alpha=3.0),
+    "lora on whole layers": LoRA(rank=4, on=("proj", "fc1", "fc2")),
+    "lora on all linears": LoRA(rank=3, on=("qkv", "proj", "fc1", "fc2")),
+    "consolidator": Consolidator(groups=(16,)),
+    "consolidator, nested": Consolidator(groups=(8, 16, 32)),
+    "consolidator, not nested": Consolidator(groups=(8, 64, 4)),
+    "consolidator, shuffled": Consolidator(groups=(8, 16, 32), shuffle=True),
+    "consolidator, one value a group": Consolidator(groups=(64,), shuffle=True),
+}
+each_method = pytest.mark.parametrize("method", EXAMPLES.values(), ids=EXAMPLES)
+PLAN = Plan(epochs=1, lr=1e-2, head_lr=1e-2, batch_size=4, augment=("flip", "crop"), seed=5)
+
+
+def logits(model: torch.nn.Module, images: NpArray) -> NpArray:
+    with torch.no_grad():
+        return model(torch.from_numpy(images)).numpy()
+
+
+def base_logits(model: TunedModel, images: NpArray) -> NpArray:
+    with torch.no_grad():
+        return model.classify(model.backbone(torch.from_numpy(images))).numpy()
+
+
+def furthest(left: NpArray, right: NpArray) -> float:
+    return float(np.abs(left - right).max())
+
+
+def test_every_method_has_an_example() -> None:
+    assert {method.name for method in EXAMPLES.values()} == set(METHODS)
+    assert {name: kind.name for name, kind in METHODS.items()} == {name: name for name in METHODS}
+
+
+# --------------------------------------------------------------------------------------------------------- the start
+
+
+@each_method
+def test_the_start_is_the_identity_exactly_where_the_method_says_so(method: Method, backbone: Backbone) -> None:
+    model = TunedModel(backbone, method, 3, seed=1)
+    images = random_images(2, 4)
+    starts = model.arrays()
+    perturb(model, seed=1, by=0.0)  # a head away from zero
+    assert same_bits(model.arrays(), starts)
+
+    distance = furthest(logits(model, images), base_logits(model, images))
+
+    assert (distance == 0) is method.starts_as_identity
+
+
+def test_a_new_head_answers_zero(backbone: Backbone) -> None:
+    assert logits(TunedModel(backbone, SSF(), 3), random_images(2, 2)).tolist() == np.zeros((2, 3)).tolist()
+
+
+@lru_cache
+def vit(architecture: str) -> tuple[Site, ...]:
+    return sites_of(architecture)
+
+
+def starts(method: Method, architecture: str = "vit_small_patch14_dinov2") -> dict[str, NpArray]:
+    """Start values of all sites by the name that the method gives them, one after another."""
+    rng = np.random.default_rng(0)
+    found: dict[str, list[NpArray]] = {}
+    for site in method.sites(vit(architecture)):
+        for name, array in method.start(site, {}, rng).items():
+            assert array.dtype == np.float32
+            found.setdefault(name.rsplit(".", 1)[-1], []).append(array.reshape(-1))
+    return {name: np.concatenate(arrays) for name, arrays in found.items()}
+
+
+@pytest.mark.parametrize(("name", "mean"), [("gamma", 1.0), ("beta", 0.0)])
+def test_ssf_starts_as_its_paper_says(name: str, mean: float) -> None:
+    values = starts(SSF())[name].astype(np.float64)
+
+    # 5 standard errors of a sample this large: 51,456 values
+    assert abs(values.mean() - mean) < 5 * 0.02 / np.sqrt(values.size)
+    assert abs(values.std() - 0.02) < 5 * 0.02 / np.sqrt(2 * values.size)
+
+
+def test_lora_starts_with_a_linear_layers_weight_and_zero() -> None:
+    values = starts(LoRA(rank=8))
+    bound = 1 / np.sqrt(384)
+
+    assert not values["b"].any()
+    assert 0.999 * bound < np.abs(values["a"]).max() <= np.float32(bound)
+    # 5 standard errors of the second moment of 73,728 uniform values: their variance is bound^4 * 4/45
+    assert abs((values["a"].astype(np.float64) ** 2).mean() - bound**2 / 3) < 5 * bound**2 * np.sqrt(4 / 45 / 73_728)
+
+
+def test_consolidator_starts_within_a_thousandth() -> None:
+    for values in starts(Consolidator(groups=(384,))).values():
+        assert 0.99e-3 < np.abs(values).max() <= np.float32(1e-3)
+        # 41,472 values or more: 5 standard errors
+        assert abs(values.astype(np.float64).std() - 1e-3 / np.sqrt(3)) < 5e-6
+
+
+@each_method
+def test_the_seed_decides_the_start(method: Method, backbone: Backbone) -> None:
+    first, again, other = (TunedModel(backbone, method, 3, seed=seed).arrays() for seed in (1, 1, 2))
+
+    assert same_bits(first, again)
+    assert same_bits(first, other) is (method.name in ("linear-probe", "full"))
+
+
+# -------------------------------------------------------------------------------------- one formula on both of its paths
+
+
+@pytest.mark.parametrize("network", ["backbone", "scaled_backbone"])
+@each_method
+def test_the_merged_network_answers_as_the_tuned_one(
+    method: Method, network: str, request: pytest.FixtureRequest
+) -> None:
+    backbone: Backbone = request.getfixturevalue(network)
+    model = perturb(TunedModel(backbone, method, 5, seed=1), seed=3)
+    images = random_images(4, 3)
+    before = {name: array.copy() for name, array in backbone.tensors.items()}
+
+    error, largest = algebra_error(model, backbone, images)
+
+    # float64 through 6 or 8 blocks: rounding alone stays near 1e-14 of the largest logit
+    assert error <= 1e-9 * largest
+    moved = furthest(logits(model, images), base_logits(model, images))
+    assert moved > 1e-3 or method.name == "linear-probe"  # or a merge that does nothing would pass
+    assert same_bits(backbone.tensors, before)
+    assert next(model.backbone.parameters()).dtype == torch.float32
+
+
+@each_method
+def test_what_was_learnt_survives_the_pack(method: Method, backbone: Backbone) -> None:
+    model = perturb(TunedModel(backbone, method, 3, seed=1), seed=3)
+    images = random_images(4, 3)
+    delta = extract(
+        model,
+        backbone,
+        task="flowers",
+        labels=("a", "b", "c"),
+        preprocess=backbone.preprocess,
+        val=Score(top1=1.0, n=3),
+    )
+
+    read = read_pack(encode_pack(delta, codec="fp32")).delta
+    state = {name: torch.from_numpy(tensor) for name, tensor in merge(backbone.base, read).items()}
+    with torch.no_grad():
+        features = torch.func.functional_call(model.backbone, state, (torch.from_numpy(images),)).numpy()
+
+    expected = logits(model, images)
+    assert furthest(read.head(features), expected) <= 1e-4 * np.abs(expected).max()  # the house's limit for fp32
+    assert read.method == method.name
+    assert configure(method.name, {key: typed(value) for key, value in read.settings.items()}) == method
+
+
+def typed(value: object) -> str:
+    """A setting as people type it."""
+    if isinstance(value, (list, tuple)):
+        return ",".join(map(str, value))
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+# ------------------------------------------------------------------------------------------------------------ counts
+
+FOUR = ("qkv", "proj", "fc1", "fc2")
+COUNTS: list[tuple[Method, int, int]] = [  # facts/methods.md 2.99: head left out
+    (SSF(), 102_912, 205_824),
+    (LoRA(rank=1), 18_432, 36_864),
+    (LoRA(rank=4), 73_728, 147_456),
+    (LoRA(rank=8), 147_456, 294_912),
+    (LoRA(rank=16), 294_912, 589_824),
+    (LoRA(rank=8, on=FOUR), 589_824, 1_179_648),
+    (Consolidator(groups=(384,)), 96_768, 304_128),
+    (Consolidator(groups=(192,)), 152_064, 525_312),
+    (Consolidator(groups=(96,)), 262_656, 967_680),
+    (LinearProbe(), 0, 0),
+]
+
+
+def stored(method: Method, layers: tuple[Site, ...]) -> int:
+    rng = np.random.default_rng(0)
+    sites = method.sites(layers)
+    return make_delta(method.lower({}, sites, {site.name: method.start(site, {}, rng) for site in sites})).stored_values
+
+
+@pytest.mark.parametrize(("method", "small", "large"), COUNTS, ids=[repr(row[0]) for row in COUNTS])
+def test_a_method_trains_and_stores_as_many_values_as_its_paper_says(method: Method, small: int, large: int) -> None:
+    for architecture, values in (("vit_small_patch14_dinov2", small), ("vit_base_patch16_224", large)):
+        layers = vit(architecture)
+
+        assert count(method, layers, {}) == values
+        assert stored(method, layers) == values
+
+
+def test_nested_branches_of_a_consolidator_are_stored_once() -> None:
+    layers, nested = vit("vit_small_patch14_dinov2"), Consolidator(groups=(96, 192, 384))
+
+    assert count(nested, layers, {}) == 262_656 + 152_064 + 96_768
+    assert stored(nested, layers) == 262_656  # the blocks of 96 groups and one bias, as facts/methods.md M6 says
+
+
+def test_full_trains_and_stores_every_parameter(backbone: Backbone) -> None:
+    model = TunedModel(backbone, Full(), 3)
+    delta = make_delta(Full().lower(backbone.tensors, model.sites, unflatten(model.arrays(), model.sites)))
+
+    parameters = dict(backbone.module.named_parameters())
+    values = sum(parameter.numel() for parameter in parameters.values())
+    assert delta.stored_values == count(Full(), model.sites, backbone.tensors) == values
+    assert set(delta.targets) == set(parameters)
+
+
+# ---------------------------------------------------------------------------------------------------------- training
+
+
+def pixels(seed: int, n: int) -> Pixels:
+    return Pixels(pixels=random_pixels(seed, n), labels=np.arange(n, dtype=np.int64) % 3)
+
+
+def trained(backbone: Backbone, method: Method) -> tuple[TunedModel, list[float]]:
+    model = TunedModel(backbone, method, 3, seed=1)
+    losses: list[float] = []
+    fit(model, pixels(1, 12), pixels(2, 6), backbone.preprocess, PLAN, lambda step: losses.append(step.loss))
+    return model, losses
+
+
+def own_state(model: TunedModel) -> dict[str, NpArray]:
+    return {n: t.detach().numpy().copy() for n, t in model.state_dict().items() if not n.startswith("backbone.")}
+
+
+@each_method
+def test_three_steps_move_the_method_and_leave_every_bit_of_the_backbone(method: Method, backbone: Backbone) -> None:
+    before = {name: tensor.numpy().copy() for name, tensor in backbone.module.state_dict().items()}
+    start = TunedModel(backbone, method, 3, seed=1).arrays()
+
+    model, losses = trained(backbone, method)
+
+    assert len(losses) == 4  # three steps, and the epoch's end says its accuracy
+    after = {name: tensor.numpy() for name, tensor in backbone.module.state_dict().items()}
+    assert same_bits(after, before)
+    assert same_bits(backbone.tensors, before)
+    still = [name for name, array in model.arrays().items() if np.array_equal(array, start[name])]
+    assert still == []
+    assert not model.training
+
+
+@each_method
+def test_one_seed_gives_the_same_bits_twice(method: Method, backbone: Backbone) -> None:
+    (first, losses), (second, again) = trained(backbone, method), trained(backbone, method)
+
+    assert losses == again
+    assert same_bits(own_state(first), own_state(second))
+
+
+# ------------------------------------------------------------------------------------------------------ consolidator
+
+
+def linear_site(width: int, out: int) -> Site:
+    return Site(name="fc", kind="linear", weight="fc.weight", bias="fc.bias", in_features=width, out_features=out)
+
+
+def tensors_of(method: Consolidator, site: Site, seed: int) -> dict[str, NpArray]:
+    rng = np.random.default_rng(seed)
+    return {n: rng.standard_normal(a.shape) for n, a in method.start(site, {}, rng).items()}
+
+
+def channel_shuffle(x: torch.Tensor, g: int) -> torch.Tensor:
+    """facts/methods.md M6: x_s[j g + i] = x[i (C / g) + j], i < g, j < C / g; x is (B, C, N)."""
+    out, channels = torch.empty_like(x), x.shape[1]
+    for i in range(g):
+        for j in range(channels // g):
+            out[:, j * g + i] = x[:, i * (channels // g) + j]
+    return out
+
+
+@pytest.mark.parametrize("shuffle", [False, True])
+@pytest.mark.parametrize(
+    ("width", "out", "groups"), [(12, 24, (6,)), (24, 12, (2, 4, 12)), (12, 12, (3, 4)), (8, 16, (1, 8))]
+)
+def test_consolidator_is_grouped_convolutions_beside_a_linear_layer(
+    width: int, out: int, groups: tuple[int, ...], shuffle: bool
+) -> None:
+    method, site = Consolidator(groups=groups, shuffle=shuffle), linear_site(width, out)
+    values = tensors_of(method, site, seed=1)
+    rng = np.random.default_rng(2)
+    weight, bias = rng.standard_normal((out, width)), rng.standard_normal(out)
+    x = torch.from_numpy(rng.standard_normal((2, 5, width)))
+    expected = functional.linear(x, torch.from_numpy(weight), torch.from_numpy(bias))
+    frozen = expected.clone()
+    for g in groups:
+        read = channel_shuffle(x.transpose(1, 2), g) if shuffle else x.transpose(1, 2)
+        kernel = torch.from_numpy(values[f"{g}.weight"]).reshape(out, width // g, 1)
+        branch = functional.conv1d(read, kernel, torch.from_numpy(values[f"{g}.bias"]), groups=g)
+        expected = expected + branch.transpose(1, 2)
+
+    tuned = {name: torch.from_numpy(value) for name, value in values.items()}
+    on_activations = method.forward(site, x, frozen, tuned, training=False)
+    folded = {"fc.weight": weight, "fc.bias": bias}
+    for targeted in method.lower({}, [site], {"fc": values}):
+        folded[targeted.target.tensor] = fold(targeted, folded[targeted.target.tensor])
+
+    # float64, sums of some dozens of products
+    assert furthest(on_activations.numpy(), expected.numpy()) < 1e-12
+    assert furthest(x.numpy() @ folded["fc.weight"].T + folded["fc.bias"], expected.numpy()) < 1e-12
+
+
+def test_a_shuffled_branch_is_merged_by_a_permutation_of_columns() -> None:
+    width, out, g = 12, 8, 4
+    method, site = Consolidator(groups=(g,), shuffle=True), linear_site(width, out)
+    values = tensors_of(method, site, seed=3)
+    dense = fold(Targeted(Target("w"), Grouped(values[f"{g}.weight"])), np.zeros((out, width)))
+
+    merged = fold(method.lower({}, [site], {"fc": values})[0], np.zeros((out, width)))
+
+    for i in range(g):  # facts/methods.md M6.3: merged[:, i (in / g) + j] = T[:, j g + i]
+        for j in range(width // g):
+            assert merged[:, i * (width // g) + j].tolist() == dense[:, j * g + i].tolist()
+
+
+@pytest.mark.parametrize("order", ["C", "F"])
+def test_nested_branches_are_summed_however_they_lie_in_memory(order: Any) -> None:
+    method, site = Consolidator(groups=(2, 4)), linear_site(8, 8)
+    values = {n: np.asarray(a, order=order) for n, a in tensors_of(method, site, seed=4).items()}
+    before = {name: array.copy() for name, array in values.items()}
+
+    weight, _ = method.lower({}, [site], {"fc": values})
+
+    expected = sum(fold(Targeted(Target("w"), Grouped(values[f"{g}.weight"])), np.zeros((8, 8))) for g in (2, 4))
+    assert fold(weight, np.zeros((8, 8))).tolist() == expected.tolist()
+    assert all(np.array_equal(values[name], before[name]) for name in before)
+
+
+def test_drop_path_drops_whole_samples_scales_the_others_and_only_in_training() -> None:
+    method, site = Consolidator(groups=(4,), drop_path=0.25), linear_site(8, 8)
+    values = {n: torch.from_numpy(a) for n, a in tensors_of(method, site, seed=5).items()}
+    x, y = (torch.from_numpy(np.random.default_rng(6).standard_normal((400, 3, 8))) for _ in range(2))
+    branches = method.forward(site, x, y, values, training=False) - y
+    torch.manual_seed(0)
+
+    got = method.forward(site, x, y, values, training=True) - y
+
+    dropped = (got == 0).all(dim=(1, 2))
+    scaled = ((got - branches / 0.75).abs() < 1e-12).all(dim=(1, 2))  # float64: one product and two sums
+    assert bool((dropped ^ scaled).all())
+    assert abs(int(dropped.sum()) - 100) < 5 * np.sqrt(400 * 0.25 * 0.75)  # 5 sigma of a binomial
+    again = method.forward(site, x, y, values, training=False) - y
+    assert torch.equal(again, branches)
+
+
+def test_a_model_drops_paths_only_while_it_trains(backbone: Backbone) -> None:
+    model = perturb(TunedModel(backbone, Consolidator(groups=(16,), drop_path=0.5), 3), seed=3)
+    images = random_images(4, 2)
+    still, again = logits(model, images), logits(model, images)
+
+    model.train()
+
+    assert still.tobytes() == again.tobytes()
+    assert furthest(logits(model, images), still) > 1e-3
+    assert not any(module.training for module in model.backbone.modules())
+
+
+# --------------------------------------------------------------------------------------------------------- configure
+
+
+def test_settings_are_read_as_people_type_them() -> None:
+    assert configure("lora") == LoRA()
+    typed_in = {"rank": "4", "alpha": "2.5", "on": "proj,fc1"}
+    assert configure("lora", typed_in) == LoRA(rank=4, alpha=2.5, on=("proj", "fc1"))
+    assert configure("consolidator", {"groups": "96,192", "shuffle": "true", "drop_path": "0"}) == Consolidator(
+        groups=(96, 192), shuffle=True, drop_path=0.0
+    )
+
+
+BAD_SETTINGS: list[tuple[str, Mapping[str, str], str]] = [
+    ("prune", {}, "--method: is one of linear-probe, full, ssf, lora, consolidator, got 'prune'"),
+    ("ssf", {"rank": "4"}, "--set rank: ssf has no settings, got 'rank'"),
+    ("lora", {"ranks": "4"}, "--set ranks: lora has the settings alpha, on, rank, got 'ranks'"),
+    ("lora", {"name": "x"}, "--set name: lora has the settings alpha, on, rank, got 'name'"),
+    ("lora", {"rank": "four"}, "--set rank: needs a whole number, got 'four'"),
+    ("lora", {"rank": "4.0"}, "--set rank: needs a whole number, got '4.0'"),
+    ("lora", {"alpha": "x"}, "--set alpha: needs a number, got 'x'"),
+    ("lora", {"alpha": "nan"}, "--set alpha: needs a number, got 'nan'"),
+    ("lora", {"alpha": "-inf"}, "--set alpha: needs a number, got '-inf'"),
+    ("lora", {"rank": "0"}, "lora: needs a rank of at least 1, got 0"),
+    ("consolidator", {"shuffle": "yes"}, "--set shuffle: needs true or false, got 'yes'"),
+    ("consolidator", {"groups": "8,x"}, "--set groups: needs whole numbers with commas between, got '8,x'"),
+    ("consolidator", {"groups": "8,8"}, "consolidator: needs groups that differ and are at least 1, got (8, 8)"),
+    ("consolidator", {"groups": "0"}, "consolidator: needs groups that differ and are at least 1, got (0,)"),
+    ("consolidator", {"drop_path": "1"}, "consolidator: needs a drop_path in [0, 1), got 1.0"),
+    ("consolidator", {"drop_path": "nan"}, "--set drop_path: needs a number, got 'nan'"),
+]
+
+
+@pytest.mark.parametrize(("name", "settings", "message"), BAD_SETTINGS, ids=[row[2] for row in BAD_SETTINGS])
+def test_a_setting_that_is_none_is_refused(name: str, settings: Mapping[str, str], message: str) -> None:
+    with pytest.raises(InputError) as refused:
+        configure(name, settings)
+
+    assert str(refused.value) == message

@@ -1,0 +1,184 @@
+"""Tiny backbones, images, updates and deltas that tests build for themselves, all from a seed."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors.torch
+import timm
+import torch
+from hypothesis import settings
+from hypothesis import strategies as st
+
+from edgepet.backbones import Backbone, _layers, load_backbone
+from edgepet.delta import Delta, Head, Score
+from edgepet.spec import NpArray, Preprocess, Site, Target
+from edgepet.tune import TunedModel
+from edgepet.updates import UPDATES, Add, Grouped, Kronecker, LowRank, Precompose, Replace, Scale, Targeted
+
+SETTINGS = settings(deadline=None, derandomize=True, max_examples=150)  # the same examples in every run
+FINGERPRINT = "sha256:" + "4f1c" * 16
+
+
+def tiny_vit(folder: Path, seed: int, *, architecture: str = "test_vit", image_size: int = 32) -> Backbone:
+    """One of timm's test architectures with weights away from every trivial start: no norm is 1, no bias 0."""
+    module = timm.create_model(architecture, pretrained=False, num_classes=0)
+    rng = np.random.default_rng(seed)
+    with torch.no_grad():
+        for name, parameter in module.named_parameters():
+            noise = torch.from_numpy(rng.standard_normal(parameter.shape).astype(np.float32))
+            if "norm" in name and name.endswith("weight"):
+                parameter.copy_(1 + 0.2 * noise)
+            elif name.endswith(".gamma"):  # LayerScale starts at 1e-5: nothing would get through
+                parameter.copy_(0.5 + 0.2 * noise)
+            elif parameter.ndim > 1 and name.endswith("weight"):
+                parameter.copy_(noise / parameter[0].numel() ** 0.5)
+            else:
+                parameter.copy_(0.2 * noise)
+    file = folder / f"{architecture}-{seed}.safetensors"
+    safetensors.torch.save_file(module.state_dict(), file)
+    return load_backbone(f"{architecture}@{file}", image_size=image_size)
+
+
+def random_pixels(seed: int, n: int, size: int = 32) -> NpArray:
+    """uint8 (n, size, size, 3): noise under a colour of each image's own, so that images differ behind a pooling."""
+    rng = np.random.default_rng(seed)
+    colour = rng.integers(0, 200, (n, 1, 1, 3))
+    return (colour + rng.integers(0, 56, (n, size, size, 3))).astype(np.uint8)
+
+
+def random_images(seed: int, n: int, size: int = 32) -> NpArray:
+    """Preprocessed float32 (n, 3, size, size)."""
+    return np.random.default_rng(seed).standard_normal((n, 3, size, size)).astype(np.float32)
+
+
+def perturb(model: TunedModel, seed: int, by: float = 0.05) -> TunedModel:
+    """``model`` itself, every method tensor moved away from its start and the head away from zero."""
+    rng = np.random.default_rng(seed)
+    classes, width = model.linear.weight.shape
+    moved = {
+        name: (array + by * rng.standard_normal(array.shape)).astype(np.float32)
+        for name, array in model.arrays().items()
+    }
+    weight = rng.standard_normal((classes, width)).astype(np.float32)
+    model.load(moved, Head(weight=weight, bias=rng.standard_normal(classes).astype(np.float32)))
+    return model.eval()
+
+
+def sites_of(architecture: str) -> tuple[Site, ...]:
+    """The layers of a timm architecture, built without any memory for its weights."""
+    with torch.device("meta"):
+        return tuple(_layers(timm.create_model(architecture, pretrained=False, num_classes=0)))
+
+
+def make_delta(updates: Iterable[Targeted] = (), *, classes: int = 3, width: int = 4, **changes: Any) -> Delta:
+    """A delta with ``updates`` and otherwise ordinary fields."""
+    rng = np.random.default_rng(classes)
+    given: dict[str, Any] = {
+        "task": "flowers",
+        "backbone": "tiny",
+        "fingerprint": FINGERPRINT,
+        "updates": tuple(updates),
+        "head": Head(
+            weight=rng.standard_normal((classes, width)).astype(np.float32), bias=np.zeros(classes, np.float32)
+        ),
+        "labels": tuple(f"class {i}" for i in range(classes)),
+        "preprocess": Preprocess(image_size=(32, 32)),
+        "method": "lora",
+        "settings": {"rank": 2},
+        "training": {"epochs": 3},
+        "val": Score(top1=0.875, n=8),
+        "licences": ("CC0-1.0",),
+    }
+    return Delta(**{**given, **changes})
+
+
+def same_bits(left: Mapping[str, NpArray], right: Mapping[str, NpArray]) -> bool:
+    """Equal names, dtypes, shapes and bytes."""
+    if left.keys() != right.keys():
+        return False
+    pairs = [(left[name], right[name]) for name in left]
+    return all(a.dtype == b.dtype and a.shape == b.shape and a.tobytes() == b.tobytes() for a, b in pairs)
+
+
+# ------------------------------------------------------------------------------------------- updates for Hypothesis
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """One update and a tensor that it fits, all float64."""
+
+    targeted: Targeted
+    tensor: NpArray
+
+
+@st.composite
+def cases(draw: st.DrawFn, kinds: Sequence[str] = tuple(UPDATES), name: str = "blocks.0.attn.qkv.weight") -> Case:
+    """Any update on a vector, matrix or kernel, whole or on a block of rows, of columns or of both."""
+    kind = draw(st.sampled_from(kinds))
+    rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    g, rows, channels = (draw(st.integers(1, 3)) for _ in range(3))
+    if kind in ("scale", "add", "replace") and draw(st.booleans()):
+        return _vector_case(draw, kind, rng, name, g * rows)
+    kernel = draw(st.sampled_from([(), (1, 1), (2, 2), (3, 1)]))
+    taps = int(np.prod(kernel, dtype=int))
+    out, width = g * rows, g * channels * taps
+    first, more = (0, draw(st.integers(0, 2))) if draw(st.booleans()) else (draw(st.integers(1, 2)), 0)
+    left, right = draw(st.integers(0, 2)), draw(st.integers(0, 2))
+    whole = (first + out + more, left * taps + width + right * taps)
+    target = Target(
+        name,
+        (first, first + out) if whole[0] > out or draw(st.booleans()) else None,
+        (left * taps, left * taps + width) if whole[1] > width else None,
+    )
+    blocked = target.rows is not None or target.cols is not None
+    shape = (whole[0], whole[1] // taps, *kernel)
+    seen = (out, width) if blocked else shape
+    update = _update(draw, kind, rng, g, out, width, taps, seen)
+    return Case(Targeted(target, update), rng.standard_normal(shape))
+
+
+def _vector_case(draw: st.DrawFn, kind: str, rng: np.random.Generator, name: str, size: int) -> Case:
+    first, more = draw(st.integers(0, 2)), draw(st.integers(0, 2))
+    target = Target(name, (first, first + size) if first or more else None)
+    factor = rng.standard_normal(size)
+    update = {"scale": Scale, "add": Add, "replace": Replace}[kind](factor)
+    return Case(Targeted(target, update), rng.standard_normal(first + size + more))
+
+
+def _update(
+    draw: st.DrawFn, kind: str, rng: np.random.Generator, g: int, out: int, width: int, taps: int, seen: Any
+) -> Any:
+    rank, inner, terms = (draw(st.integers(1, 3)) for _ in range(3))
+    scale = draw(st.sampled_from([1.0, 0.5, -2.0]))
+    normal = rng.standard_normal
+    if kind == "scale":
+        axis = draw(st.sampled_from(["out", "in"]))
+        return Scale(normal(out if axis == "out" else draw(st.sampled_from([width, width // taps]))), axis)
+    if kind in ("add", "replace"):
+        return UPDATES[kind](normal(seen))
+    if kind == "low-rank":
+        if draw(st.booleans()):
+            return LowRank(normal((out, rank)), normal((rank, width)), scale=scale)
+        return LowRank(normal((out, rank)), normal((inner, width)), normal((rank, inner)), scale)
+    if kind == "grouped":
+        columns = draw(st.sampled_from([0, width, width // taps]))
+        return Grouped(normal((g, out // g, width // g)), rng.permutation(columns) if columns else None)
+    if kind == "kronecker":
+        p, q = draw(st.sampled_from([(g, g), (1, width // taps), (out, 1)]))
+        return Kronecker(normal((terms, p, q)), normal((terms, out // p, width // q)), scale)
+    return Precompose(normal((g, width // g, rank)), normal((g * rank, width)), scale)
+
+
+def block_diagonal(blocks: NpArray) -> NpArray:
+    """(g, a, b) -> (g a, g b), written as slowly as it reads."""
+    groups, rows, cols = blocks.shape
+    dense = np.zeros((groups * rows, groups * cols))
+    for k, i, j in itertools.product(range(groups), range(rows), range(cols)):
+        dense[k * rows + i, k * cols + j] = blocks[k, i, j]
+    return dense
