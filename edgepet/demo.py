@@ -7,9 +7,9 @@ from pathlib import Path
 
 from edgepet.account import StorageReport
 from edgepet.artifact import Format
-from edgepet.deploy import Exported, ExportOptions, ExportReport, export
-from edgepet.errors import MissingError
+from edgepet.deploy import ExportOptions, ExportReport, export
 from edgepet.latency import BenchReport
+from edgepet.machine import runtimes
 from edgepet.ondevice import EvalReport, bench, evaluate, storage
 from edgepet.report import Progress
 from edgepet.samples import WEIGHTS, build_task
@@ -100,16 +100,14 @@ def _train(plan: Plan, folder: Path, progress: Progress) -> TrainReport:
 
 
 def _export(packs: list[Path], folder: Path, progress: Progress) -> tuple[ExportReport, tuple[str, ...]]:
-    """Every format that is installed; what is missing is said, not hidden."""
-    artifacts: list[Exported] = []
-    skipped = []
-    for name in FORMATS:
-        try:
-            with progress.stage(f"export to {name}"):
-                artifacts += export(packs, folder, options=ExportOptions(to=(name,))).artifacts
-        except MissingError as error:
-            skipped.append(str(error))
-    return ExportReport(artifacts=tuple(artifacts)), tuple(skipped)
+    """Every format whose runtime is installed; what is missing is said, not hidden."""
+    here = {status.name: status for status in runtimes()}
+    engines: dict[Format, tuple[str, ...]] = {"openvino": ("openvino",), "tensorrt": ("tensorrt", "tensorrt-rtx")}
+    missing = {name: any_of for name, any_of in engines.items() if not any(here[engine].available for engine in any_of)}
+    formats = tuple(name for name in FORMATS if name not in missing)
+    with progress.stages() as stage:
+        report = export(packs, folder, options=ExportOptions(to=formats), stage=stage)
+    return report, tuple(f"{name}: {here[any_of[-1]].fix}" for name, any_of in missing.items())
 
 
 def _commands(folder: Path) -> tuple[str, ...]:

@@ -135,6 +135,10 @@ def train(
         seed=seed,
     )
     model = TunedModel(loaded, chosen, len(classes), seed=seed)
+    if not model.sites and chosen.name != "linear-probe":
+        raise InputError(
+            f"--method {chosen.name}", f"finds no layer of {loaded.label} to act on", fix="change its --set settings"
+        )
     stage("tune")
     fitted = fit(model, train_set, val_set, loaded.preprocess, plan, say)
     stage("prove and pack")

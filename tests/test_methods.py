@@ -133,7 +133,7 @@ def test_the_seed_decides_the_start(method: Method, backbone: Backbone) -> None:
     assert same_bits(first, other) is (method.name in ("linear-probe", "full"))
 
 
-# -------------------------------------------------------------------------------------- one formula on both of its paths
+# ------------------------------------------------------------------------------------- one formula on both of its paths
 
 
 @pytest.mark.parametrize("network", ["backbone", "scaled_backbone"])
@@ -160,14 +160,8 @@ def test_the_merged_network_answers_as_the_tuned_one(
 def test_what_was_learnt_survives_the_pack(method: Method, backbone: Backbone) -> None:
     model = perturb(TunedModel(backbone, method, 3, seed=1), seed=3)
     images = random_images(4, 3)
-    delta = extract(
-        model,
-        backbone,
-        task="flowers",
-        labels=("a", "b", "c"),
-        preprocess=backbone.preprocess,
-        val=Score(top1=1.0, n=3),
-    )
+    score, labels = Score(top1=1.0, n=3), ("a", "b", "c")
+    delta = extract(model, backbone, task="flowers", labels=labels, preprocess=backbone.preprocess, val=score)
 
     read = read_pack(encode_pack(delta, codec="fp32")).delta
     state = {name: torch.from_numpy(tensor) for name, tensor in merge(backbone.base, read).items()}

@@ -73,7 +73,10 @@ class LoRA:
         columns = [
             pad(tuned[f"{part}b"], (0, 0, first, site.out_features - last)) for part, (first, last) in parts.items()
         ]
-        return y + linear(linear(x, down), self.alpha / self.rank * torch.cat(columns, dim=1))
+        up = self.alpha / self.rank * torch.cat(columns, dim=1)
+        # The scale rides on the small factor and the sum inside the product: no further pass over the activations.
+        flat = torch.addmm(y.reshape(-1, site.out_features), linear(x, down).reshape(-1, up.shape[1]), up.T)
+        return flat.reshape(y.shape)
 
     def _parts(self, site: Site) -> dict[str, tuple[int, int]]:
         """Row ranges by part name, with a dot behind it; the whole layer is the part without a name."""

@@ -1,0 +1,89 @@
+"""Write the committed results as tables into README.md, between its two marks: `python benchmarks/report.py`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from edgepet.report import Column, Table, format_bytes, format_number, format_percent, markdown
+
+HERE = Path(__file__).parent
+README = HERE.parent / "README.md"
+BEGIN, END = "<!-- results: made by benchmarks/report.py -->", "<!-- end of results -->"
+
+
+def main() -> None:
+    text = README.read_text()
+    before, after = text.split(BEGIN)[0], text.split(END)[1]
+    README.write_text(f"{before}{BEGIN}\n\n{tables()}\n{END}{after}")
+
+
+def tables() -> str:
+    """All tables, each with the command that made its numbers and the machine that they hold for."""
+    results = {path.stem: json.loads(path.read_text()) for path in sorted((HERE / "results").glob("*.json"))}
+    parts = [accuracy(results["accuracy"]), latency(results["latency"]), speed(results["training"], results["export"])]
+    return "\n".join(parts)
+
+
+def accuracy(result: dict[str, Any]) -> str:
+    rows = [
+        (
+            row["task"],
+            row["method"],
+            format_number(row["trainable_params"]),
+            format_bytes(row["pack_bytes"]),
+            format_percent(row["test_top1"]),
+            format_number(row["test_n"]),
+        )
+        for row in result["rows"]
+    ]
+    numbers = (Column(name, right=True) for name in ("parameters", "pack", "test top-1", "n"))
+    table = markdown(Table("Accuracy at defaults", (Column("task"), Column("method"), *numbers), rows))
+    return f"{table}\n{source(result)} {result['backbone']['description']} One seed; compare rows of one task.\n"
+
+
+def latency(result: dict[str, Any]) -> str:
+    rows = [
+        (
+            case["method"],
+            name,
+            f"{r['median']:.3f}",
+            f"{r['low']:.3f} to {r['high']:.3f}",
+            f"{case['p50_ms'][name]:.1f}",
+        )
+        for case in result["cases"]
+        for name, r in case["ratios"].items()
+    ]
+    columns = (
+        Column("method"),
+        Column("runtime, precision, form"),
+        *(Column(name, right=True) for name in ("over the plain backbone", "95 % interval", "p50 ms")),
+    )
+    rounds = f"{result['runs']} runs of {result['rounds']} interleaved rounds"
+    told = f"Median of {rounds}, {result['threads']} threads, batch 1."
+    return f"{markdown(Table('Latency of a task over its backbone', columns, rows))}\n{told} {source(result)}\n"
+
+
+def speed(training: dict[str, Any], export: dict[str, Any]) -> str:
+    lines = [
+        f"- LoRA training, {name.replace('over', '÷')}: {r['median']:.2f} ({r['low']:.2f} to {r['high']:.2f})"
+        for name, r in training["ratios"].items()
+    ]
+    lines.append(
+        f"- exporting the second task to fp32 ONNX: {export['median_seconds']:.2f} s to fold and write"
+        f" {format_bytes(export['size_bytes'])}; tracing the backbone took {export['trace_seconds']:.1f} s, once"
+    )
+    return "\n".join(["**Speed**", "", *lines, "", f"{source(training)} {source(export)}", ""])
+
+
+def source(result: dict[str, Any]) -> str:
+    here = result["environment"]
+    versions = ", ".join(
+        f"{name} {here['versions'][name]}" for name in ("torch", "onnxruntime", "openvino") if name in here["versions"]
+    )
+    return f"`{result['command']}` on {here['cpu']} ({here['cores']} cores), {versions}, {here['date']}."
+
+
+if __name__ == "__main__":
+    main()
