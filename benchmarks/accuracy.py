@@ -12,10 +12,11 @@ import argparse
 import json
 from pathlib import Path
 
-from edgepet import evaluate, train
+from edgepet import evaluate, read_pack, train
 from edgepet.backbones import load_backbone
 from edgepet.exporters.trace import base_graph
 from edgepet.machine import environment
+from edgepet.ondevice import EvalReport
 from edgepet.report import Progress, to_json
 from edgepet.samples import build_task
 
@@ -29,34 +30,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--dir", type=Path, required=True, help="where images and packs go")
     folder = parser.parse_args().dir
-    base_graph(load_backbone(BACKBONE, image_size=IMAGE_SIZE))
+    backbone = load_backbone(BACKBONE, image_size=IMAGE_SIZE)
+    base_graph(backbone)
     rows = []
     with Progress() as progress:
         for task in TASKS:
-            data = folder / task
-            build_task(task, data)
+            build_task(task, folder / task)
             for method in METHODS:
-                with progress.training(f"{task} {method}") as say:
-                    made = train(
-                        data, BACKBONE, method, folder / f"{task}-{method}.pet", image_size=IMAGE_SIZE, say=say
-                    )
+                pack = folder / f"{task}-{method}.pet"
+                if not pack.exists():  # packs of an interrupted run are kept
+                    with progress.training(f"{task} {method}") as say:
+                        train(folder / task, BACKBONE, method, pack, image_size=IMAGE_SIZE, say=say)
                 with progress.stage(f"{task} {method}: test"):
-                    test = evaluate(made.pack, data)
-                rows.append(
-                    {
-                        "task": task,
-                        "method": method,
-                        "trainable_params": made.trainable_params,
-                        "pack_bytes": made.pack_bytes,
-                        "epochs": made.epochs,
-                        "val_top1": made.val.top1,
-                        "val_n": made.val.n,
-                        "test_top1": test.top1,
-                        "test_n": test.n,
-                        "algebra_max_abs": made.algebra_max_abs,
-                        "algebra_limit": made.algebra_limit,
-                    }
-                )
+                    rows.append(row(task, method, pack, evaluate(pack, folder / task)))
     result = {
         "command": "python benchmarks/accuracy.py --dir DIR",
         "backbone": {
@@ -69,6 +55,22 @@ def main() -> None:
         "environment": to_json(environment()),
     }
     RESULT.write_text(json.dumps(result, indent=1, sort_keys=True) + "\n")
+
+
+def row(task: str, method: str, path: Path, test: EvalReport) -> dict[str, object]:
+    pack = read_pack(path)
+    return {
+        "task": task,
+        "method": method,
+        "trainable_params": pack.delta.stored_values,
+        "pack_bytes": pack.size_bytes,
+        "epochs": pack.delta.training["epochs"],
+        "best_epoch": pack.delta.training["best_epoch"],
+        "val_top1": pack.delta.val.top1,
+        "val_n": pack.delta.val.n,
+        "test_top1": test.top1,
+        "test_n": test.n,
+    }
 
 
 if __name__ == "__main__":

@@ -89,7 +89,8 @@ def train(options: Options) -> Result:
     from edgepet import show
     from edgepet.training import train as run
 
-    with _progress(options) as progress, progress.training(f"{options.method} on {options.data}") as say:
+    label = f"{options.method} on {options.data}"
+    with _progress(options) as progress, progress.stages() as stage, progress.training(label) as say:
         report = run(
             Path(options.data),
             options.backbone,
@@ -107,6 +108,7 @@ def train(options: Options) -> Result:
             precision=options.train_precision,
             codec=options.codec,
             say=say,
+            stage=stage,
         )
     return Result(report, show.train)
 

@@ -87,7 +87,7 @@ def demo(folder: Path, *, progress: Progress) -> DemoReport:
 def _train(plan: Plan, folder: Path, progress: Progress) -> TrainReport:
     with progress.stage(f"{plan.task}: images"):
         build_task(plan.task, folder / "data" / plan.task, test_cap=TEST_IMAGES)
-    with progress.training(f"{plan.task}: {plan.method}") as say:
+    with progress.stages() as stage, progress.training(f"{plan.task}: {plan.method}") as say:
         return train(
             folder / "data" / plan.task,
             BACKBONE,
@@ -96,6 +96,7 @@ def _train(plan: Plan, folder: Path, progress: Progress) -> TrainReport:
             image_size=IMAGE_SIZE,
             epochs=plan.epochs,
             say=say,
+            stage=lambda name: stage(f"{plan.task}: {name}"),
         )
 
 

@@ -30,7 +30,7 @@ from edgepet.exporters.tensorrt import build_engines
 from edgepet.files import folder_bytes, new_folder, write_file
 from edgepet.merging import merge as fold
 from edgepet.parity import Against, Inputs, Parity, compare, require_parity
-from edgepet.spec import NpArray, Precision
+from edgepet.spec import FilePath, NpArray, Precision
 from edgepet.subject import Subject, plain_network
 
 
@@ -70,6 +70,15 @@ class ExportReport:
     artifacts: tuple[Exported, ...]
 
 
+@dataclass(frozen=True, slots=True)
+class _Written:
+    """Files of one format, the engine that wrote them, and what reading them back could not prove."""
+
+    files: list[str]
+    engine: str
+    note: str | None = None
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Check:
     """One comparison: ``value`` must not be above ``limit``."""
@@ -98,7 +107,9 @@ class ExportOptions:
     external_data: bool = False
 
 
-def merge(pack: Path, output: Path, *, backbone: str | None = None, data: Path | None = None) -> MergeReport:
+def merge(
+    pack: FilePath, output: FilePath, *, backbone: str | None = None, data: FilePath | None = None
+) -> MergeReport:
     """Write dense weights that plain timm loads strictly, after loading them there and comparing.
 
     Raises:
@@ -107,6 +118,7 @@ def merge(pack: Path, output: Path, *, backbone: str | None = None, data: Path |
     """
     from edgepet.tune import logits_of
 
+    output = Path(output)
     subject = Subject(pack, backbone, data)
     weights = subject.dense_weights
     plain = plain_network(subject)
@@ -131,11 +143,11 @@ def merge(pack: Path, output: Path, *, backbone: str | None = None, data: Path |
 
 
 def export(
-    packs: Sequence[Path],
-    folder: Path,
+    packs: Sequence[FilePath],
+    folder: FilePath,
     *,
     backbone: str | None = None,
-    data: Path | None = None,
+    data: FilePath | None = None,
     options: ExportOptions = ExportOptions(),
     stage: Callable[[str], None] = lambda name: None,
 ) -> ExportReport:
@@ -167,12 +179,12 @@ def export(
             model = simplified(model, subject.images[0][:2], where=subject.delta.task)
         for name in options.to:
             stage(f"{subject.delta.task} to {name}")
-            artifacts.append(_export_one(subject, model, folded, name, folder, options))
+            artifacts.append(_export_one(subject, model, folded, name, Path(folder), options))
     return ExportReport(artifacts=tuple(artifacts))
 
 
 def verify(
-    folder: Path, *, data: Path | None = None, pack: Path | None = None, backbone: str | None = None
+    folder: FilePath, *, data: FilePath | None = None, pack: FilePath | None = None, backbone: str | None = None
 ) -> VerifyReport:
     """Check an artefact's files against its manifest, then run the comparison again.
 
@@ -182,6 +194,7 @@ def verify(
     Raises:
         InputError: no artefact, or no pack to compare with.
     """
+    folder = Path(folder)
     artifact = read_artifact(folder)
     broken = damaged(folder, artifact)
     files = Check(name="files", ok=not broken, value=float(len(broken)), limit=0.0)
@@ -209,13 +222,13 @@ def _export_one(
     path = folder / f"{delta.task}-{name}-{options.precision}"
     with new_folder(path) as scratch:
         began = time.perf_counter()
-        files, engine = _write(model, name, scratch, options, delta.task)
+        written = _write(model, name, scratch, options, delta.task)
         seconds = folded + time.perf_counter() - began
         began = time.perf_counter()
         artifact = Artifact(
             task=delta.task,
             format=name,
-            engine=engine,
+            engine=written.engine,
             precision=options.precision,
             labels=delta.labels,
             preprocess=delta.preprocess,
@@ -224,10 +237,10 @@ def _export_one(
             method=delta.method,
             pack_sha256=subject.pack.sha256,
             codec=subject.pack.codec,
-            files=listed(scratch, files),
-            versions=_versions(engine),
+            files=listed(scratch, written.files),
+            versions=_versions(written.engine),
             verified=False,
-            reason=None,
+            reason=written.note,
             parity=None,
             probe=subject.probe,
         )
@@ -237,7 +250,7 @@ def _export_one(
     return Exported(
         task=delta.task,
         format=name,
-        engine=engine,
+        engine=written.engine,
         precision=options.precision,
         path=path,
         size_bytes=folder_bytes(path),
@@ -249,14 +262,14 @@ def _export_one(
     )
 
 
-def _write(model: Any, name: Format, folder: Path, options: ExportOptions, task: str) -> tuple[list[str], str]:
-    """Files and engine of one format; all formats are built from the one ONNX model."""
+def _write(model: Any, name: Format, folder: Path, options: ExportOptions, task: str) -> _Written:
+    """One format; all of them are built from the one ONNX model."""
     if name == "onnx":
-        return write_onnx(model, folder, external=options.external_data), "onnxruntime"
+        return _Written(write_onnx(model, folder, external=options.external_data), "onnxruntime")
     if name == "openvino":
-        return write_openvino(serialize(model), folder, where=task), "openvino"
+        return _Written(write_openvino(serialize(model), folder, where=task), "openvino")
     built = build_engines(serialize(model), folder, sms=options.sms)
-    return [*built.files, "model.engine.json"], built.engine
+    return _Written([*built.files, "model.engine.json"], built.engine, built.readback.reason)
 
 
 def _verified(subject: Subject, artifact: Artifact, scratch: Path, path: Path) -> Artifact:
@@ -264,9 +277,7 @@ def _verified(subject: Subject, artifact: Artifact, scratch: Path, path: Path) -
     try:
         runner = open_artifact(scratch, artifact)
     except MissingError as error:
-        return replace(
-            artifact, reason=f"not run: {error.what}, got {error.got}" if error.got else f"not run: {error.what}"
-        )
+        return replace(artifact, reason=f"not run: {artifact.reason or error.what}")
     try:
         images, inputs = subject.images
         got = runner(images)
@@ -282,7 +293,7 @@ def _verified(subject: Subject, artifact: Artifact, scratch: Path, path: Path) -
             raise CheckError(str(path), f"must repeat its probe within {probe.limit:.1e}", got=f"{probe.value:.1e}")
     finally:
         runner.close()
-    return replace(artifact, verified=True, parity=parity)
+    return replace(artifact, verified=True, reason=None, parity=parity)
 
 
 def _check(name: str, expected: NpArray, got: NpArray) -> Check:

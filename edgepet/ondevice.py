@@ -23,7 +23,7 @@ from edgepet.machine import environment
 from edgepet.pack import Pack, read_pack
 from edgepet.runners.runner import Runner
 from edgepet.runtime import SHARED_RUNTIMES, open_features, open_task
-from edgepet.spec import Preprocess
+from edgepet.spec import FilePath, Preprocess
 from edgepet.store import Store
 from edgepet.updates import factors
 
@@ -78,8 +78,8 @@ class InspectReport:
 
 
 def evaluate(
-    model: Path,
-    data: Path,
+    model: FilePath,
+    data: FilePath,
     *,
     split: str = "test",
     runtime: str | None = None,
@@ -97,12 +97,12 @@ def evaluate(
     if split not in ("train", "val", "test"):
         raise InputError("--split", "is train, val or test", got=repr(split))
     source = _open(model)
-    images = open_split(data, split)  # type: ignore[arg-type]
+    images = open_split(Path(data), split)  # type: ignore[arg-type]
     if images.classes != tuple(sorted(source.labels)):
         missing = sorted(set(source.labels) ^ set(images.classes))
         raise InputError(
             str(data),
-            f"needs the {len(source.labels)} classes of {model.name}",
+            f"needs the {len(source.labels)} classes of {Path(model).name}",
             got=f"a difference in {', '.join(missing[:5])}",
         )
     network, name, executed = source.network(runtime, backbone, threads)
@@ -120,7 +120,7 @@ def evaluate(
 
 
 def bench(
-    models: Sequence[Path],
+    models: Sequence[FilePath],
     *,
     runtimes: Sequence[str] | None = None,
     threads: int | None = None,
@@ -153,7 +153,9 @@ def bench(
     return measure(candidates, images, threads=threads, rounds=rounds, warmup=warmup, tick=tick)
 
 
-def storage(packs: Sequence[Path] = (), *, store: Path | None = None, devices: int = 1) -> account.StorageReport:
+def storage(
+    packs: Sequence[FilePath] = (), *, store: FilePath | None = None, devices: int = 1
+) -> account.StorageReport:
     """Bytes of a device's folder from which every task was run: ``store``, or a temporary one made for ``packs``.
 
     Raises:
@@ -164,16 +166,16 @@ def storage(packs: Sequence[Path] = (), *, store: Path | None = None, devices: i
     if (store is None) == (not packs):
         raise InputError("storage", "needs packs, or --store with a device's folder")
     if store is not None:
-        return account.storage(Store(store), devices=devices)
+        return account.storage(Store(Path(store)), devices=devices)
     with tempfile.TemporaryDirectory(prefix="edgepet-") as folder:
         scratch = Store(Path(folder))
         for path in packs:
             scratch.add_graph(_graph(read_pack(path).delta))
-            scratch.install(path)
+            scratch.install(Path(path))
         return account.storage(scratch, devices=devices)
 
 
-def inspect(path: Path) -> InspectReport:
+def inspect(path: FilePath) -> InspectReport:
     """What a pack or an artefact says of itself."""
     source = _open(path)
     return source.describe()
@@ -325,7 +327,8 @@ class _ArtifactSource:
         )
 
 
-def _open(path: Path) -> _PackSource | _ArtifactSource:
+def _open(path: FilePath) -> _PackSource | _ArtifactSource:
+    path = Path(path)
     if path.is_dir():
         if not (path / MANIFEST).is_file():
             raise InputError(

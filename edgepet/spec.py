@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
@@ -15,6 +16,7 @@ from edgepet.errors import InputError
 NpArray: TypeAlias = npt.NDArray[Any]
 Array: TypeAlias = Any  # a NumPy array or a torch tensor: formulas use only operators that both have
 Tensors: TypeAlias = Mapping[str, NpArray]
+FilePath: TypeAlias = Path | str
 Tuned: TypeAlias = Mapping[str, Mapping[str, Array]]  # site name -> method tensor name -> value
 
 Precision: TypeAlias = Literal["fp32", "fp16", "int8"]

@@ -19,7 +19,7 @@ from edgepet.merging import merge, require_backbone
 from edgepet.methods import configure
 from edgepet.pack import Pack, read_pack
 from edgepet.parity import Against, Inputs
-from edgepet.spec import NpArray
+from edgepet.spec import FilePath, NpArray
 from edgepet.work import HELD_OUT, Work, read_work, work_folder
 
 PROBE_SEED, PROBE_IMAGES = 20221017, 4
@@ -28,9 +28,9 @@ PROBE_SEED, PROBE_IMAGES = 20221017, 4
 class Subject:
     """A pack and all that it can be compared with; torch is touched only when a comparison is asked for."""
 
-    def __init__(self, path: Path, backbone: str | None, data: Path | None) -> None:
-        self.path, self._spec, self._data = path, backbone, data
-        self.pack: Pack = read_pack(path)
+    def __init__(self, path: FilePath, backbone: str | None, data: FilePath | None) -> None:
+        self.path, self._spec, self._data = Path(path), backbone, data
+        self.pack: Pack = read_pack(self.path)
 
     @property
     def delta(self) -> Delta:
@@ -85,7 +85,7 @@ class Subject:
         """What to compare on: --data, else the work folder's held-out images, else seeded noise."""
         preprocess = self.delta.preprocess
         if self._data is not None:
-            return normalize(load_set(_sample(open_split(self._data, "val")), preprocess)[0], preprocess), "data"
+            return normalize(load_set(_sample(open_split(Path(self._data), "val")), preprocess)[0], preprocess), "data"
         if self.work is not None:
             return normalize(self.work.pixels, preprocess), "work"
         noise = np.random.default_rng(0).standard_normal((8, 3, *preprocess.image_size), dtype=np.float32)

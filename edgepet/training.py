@@ -22,7 +22,7 @@ from edgepet.methods import Method, configure
 from edgepet.methods.method import count
 from edgepet.pack import Codec, read_pack, write_pack
 from edgepet.parity import ALGEBRA
-from edgepet.spec import NpArray
+from edgepet.spec import FilePath, NpArray
 from edgepet.tune import (
     AUGMENTATIONS,
     Augmentation,
@@ -74,10 +74,10 @@ class TrainReport:
 
 
 def train(
-    data: Path,
+    data: FilePath,
     backbone: str,
     method: str | Method,
-    output: Path,
+    output: FilePath,
     *,
     settings: Mapping[str, str] | None = None,
     image_size: int | None = None,
@@ -108,19 +108,17 @@ def train(
         InputError: data, backbone or settings at fault.
         CheckError: the merged network is not the tuned one.
     """
-    began = time.perf_counter()
+    began, data, output = time.perf_counter(), Path(data), Path(output)
     chosen = configure(method, settings or {}) if isinstance(method, str) else method
     _check_options(output, precision, epochs, batch_size, augment)
     stage("read images")
-    chosen_set = open_split(data, "train", val_fraction=val_fraction, seed=seed)
-    classes = chosen_set.classes
+    train_set = open_split(data, "train", val_fraction=val_fraction, seed=seed)
+    val_set = open_split(data, "val", val_fraction=val_fraction, seed=seed)
     if shots is not None:
-        chosen_set = few_shots(chosen_set, shots, seed)
-    held_set = open_split(data, "val", val_fraction=val_fraction, seed=seed)
-    stage("load backbone")
+        train_set = few_shots(train_set, shots, seed)
+    stage("load the backbone")
     loaded = load_backbone(backbone, image_size=image_size)
-    train_set, val_set = (Pixels(*load_set(part, loaded.preprocess)) for part in (chosen_set, held_set))
-    bf16 = fast_bfloat16() if precision == "auto" else precision == "bf16"
+    train_images, val_images = (Pixels(*load_set(part, loaded.preprocess)) for part in (train_set, val_set))
     recipe = chosen.recipe
     plan = Plan(
         epochs=epochs or recipe.epochs,
@@ -131,50 +129,62 @@ def train(
         warmup=recipe.warmup,
         label_smoothing=recipe.label_smoothing,
         augment=cast(tuple[Augmentation, ...], tuple(augment)),
-        autocast=bf16,
+        autocast=fast_bfloat16() if precision == "auto" else precision == "bf16",
         seed=seed,
     )
-    model = TunedModel(loaded, chosen, len(classes), seed=seed)
-    if not model.sites and chosen.name != "linear-probe":
-        raise InputError(
-            f"--method {chosen.name}", f"finds no layer of {loaded.label} to act on", fix="change its --set settings"
-        )
+    model = _attach(loaded, chosen, len(train_set.classes), seed)
     stage("tune")
-    fitted = fit(model, train_set, val_set, loaded.preprocess, plan, say)
-    stage("prove and pack")
-    max_abs, limit = _prove(model, loaded, val_set.pixels)
-    delta = extract(
-        model,
-        loaded,
-        task=output.stem,
-        labels=classes,
-        preprocess=loaded.preprocess,
-        val=fitted.val,
-        training=_provenance(plan, fitted, len(train_set), shots),
-    )
-    pack_bytes, score = _write(output, delta, codec, loaded, val_set)
-    spread = np.random.default_rng(seed).permutation(len(val_set))  # folders come class by class
-    write_work(work_folder(output), delta, model.arrays(), val_set.pixels[spread], val_set.labels[spread])
+    fitted = fit(model, train_images, val_images, loaded.preprocess, plan, say)
+    stage("prove, pack and score")
+    proof = _prove(model, loaded, val_images.pixels)
+    training = _provenance(plan, fitted, len(train_images), shots)
+    delta = extract(model, loaded, task=output.stem, labels=train_set.classes, val=fitted.val, training=training)
+    pack_bytes, score = _write(output, delta, codec, loaded, val_images)
+    spread = np.random.default_rng(seed).permutation(len(val_images))  # folders come class by class
+    held = val_images.pixels[spread], val_images.labels[spread]
+    write_work(work_folder(output), delta, model.arrays(), *held)
+    return _report(output, loaded, model, plan, fitted, proof, pack_bytes, score, time.perf_counter() - began)
+
+
+def _attach(backbone: Backbone, method: Method, classes: int, seed: int) -> TunedModel:
+    model = TunedModel(backbone, method, classes, seed=seed)
+    if not model.sites and method.name != "linear-probe":
+        where, what = f"--method {method.name}", f"finds no layer of {backbone.label} to act on"
+        raise InputError(where, what, fix="change its --set settings")
+    return model
+
+
+def _report(
+    output: Path,
+    backbone: Backbone,
+    model: TunedModel,
+    plan: Plan,
+    fitted: Fit,
+    proof: tuple[float, float],
+    pack_bytes: int,
+    score: Score,
+    seconds: float,
+) -> TrainReport:
     return TrainReport(
         pack=output,
         work=work_folder(output),
-        method=chosen.name,
-        trainable_params=count(chosen, loaded.layers, loaded.tensors),
-        head_params=delta.head.weight.size + delta.head.bias.size,
+        method=model.method.name,
+        trainable_params=count(model.method, backbone.layers, backbone.tensors),
+        head_params=sum(p.numel() for p in model.linear.parameters()),
         pack_bytes=pack_bytes,
         epochs=plan.epochs,
         best_epoch=fitted.best_epoch,
-        seconds=time.perf_counter() - began,
+        seconds=seconds,
         images_per_second=fitted.images_per_second,
-        precision="bf16" if bf16 else "fp32",
+        precision="bf16" if plan.autocast else "fp32",
         val=score,
-        algebra_max_abs=max_abs,
-        algebra_limit=limit,
+        algebra_max_abs=proof[0],
+        algebra_limit=proof[1],
         backbone=BackboneFacts(
-            name=loaded.label,
-            fingerprint=loaded.fingerprint,
-            bytes=loaded.native_bytes,
-            description=loaded.description,
+            name=backbone.label,
+            fingerprint=backbone.fingerprint,
+            bytes=backbone.native_bytes,
+            description=backbone.description,
         ),
     )
 

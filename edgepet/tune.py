@@ -208,8 +208,15 @@ def fit(model: TunedModel, train: Pixels, val: Pixels, preprocess: Preprocess, p
     return Fit(best_epoch=best_epoch, val=score, images_per_second=done / busy, seconds=seconds)
 
 
-def extract(model: TunedModel, backbone: Backbone, *, task: str, labels: tuple[str, ...], preprocess: Preprocess,
-            val: Score, training: Mapping[str, object] | None = None) -> Delta:  # fmt: skip
+def extract(
+    model: TunedModel,
+    backbone: Backbone,
+    *,
+    task: str,
+    labels: tuple[str, ...],
+    val: Score,
+    training: Mapping[str, object] | None = None,
+) -> Delta:
     """Lower what ``model`` learnt to a delta in float32."""
     tuned = unflatten(model.arrays(), model.sites)
     settings = {key: list(v) if isinstance(v, tuple) else v for key, v in asdict(cast(Any, model.method)).items()}
@@ -220,7 +227,7 @@ def extract(model: TunedModel, backbone: Backbone, *, task: str, labels: tuple[s
         updates=model.method.lower(backbone.tensors, model.sites, tuned),
         head=model.head(),
         labels=labels,
-        preprocess=preprocess,
+        preprocess=backbone.preprocess,
         method=model.method.name,
         settings=settings,
         training=dict(training or {}),

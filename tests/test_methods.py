@@ -161,7 +161,7 @@ def test_what_was_learnt_survives_the_pack(method: Method, backbone: Backbone) -
     model = perturb(TunedModel(backbone, method, 3, seed=1), seed=3)
     images = random_images(4, 3)
     score, labels = Score(top1=1.0, n=3), ("a", "b", "c")
-    delta = extract(model, backbone, task="flowers", labels=labels, preprocess=backbone.preprocess, val=score)
+    delta = extract(model, backbone, task="flowers", labels=labels, val=score)
 
     read = read_pack(encode_pack(delta, codec="fp32")).delta
     state = {name: torch.from_numpy(tensor) for name, tensor in merge(backbone.base, read).items()}

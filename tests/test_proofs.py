@@ -1,0 +1,105 @@
+"""The proofs on real weights and real images, for every method with trained values. Slow: minutes."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+
+from edgepet import ExportOptions, export, merge, read_pack, train, write_pack
+from edgepet.data import load_set, open_split
+from edgepet.imaging import normalize
+from edgepet.methods.method import unflatten
+from edgepet.parity import compare
+from edgepet.samples import build_task
+from edgepet.subject import Subject, tuned_network
+from edgepet.training import TrainReport, merged_logits
+from edgepet.tune import logits_of
+
+pytestmark = pytest.mark.slow
+
+BACKBONE, IMAGE_SIZE = "demo:vit-small", 112
+PARAMETERS = {"ssf": 102_912, "lora": 147_456, "consolidator": 96_768}
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("digits") / "digits"
+    build_task("digits", folder, test_cap=100)
+    return folder
+
+
+@pytest.fixture(scope="module", params=list(PARAMETERS))
+def trained(request: pytest.FixtureRequest, digits: Path, tmp_path_factory: pytest.TempPathFactory) -> TrainReport:
+    pack = tmp_path_factory.mktemp(request.param) / f"{request.param}.pet"
+    return train(digits, BACKBONE, request.param, pack, image_size=IMAGE_SIZE, epochs=2, shots=16)
+
+
+def test_lowering_is_exact_in_float64(trained: TrainReport) -> None:
+    assert trained.trainable_params == PARAMETERS[trained.method]
+    assert read_pack(trained.pack).delta.stored_values == PARAMETERS[trained.method]
+    assert trained.algebra_max_abs <= trained.algebra_limit
+
+
+def test_training_moved_the_backbone(trained: TrainReport) -> None:
+    subject = Subject(trained.pack, None, None)
+    images, _ = subject.images
+    plain = subject.backbone.module(torch.from_numpy(images)).detach().numpy()
+    merged = merged_logits(subject.backbone, subject.delta, images)
+
+    assert np.abs(merged - subject.delta.head(plain)).max() > 1e-2  # or a merge that does nothing would pass
+
+
+@pytest.mark.parametrize("codec", ["fp32", "fp16"])
+def test_the_pack_as_stored_answers_as_the_tuned_network_did(trained: TrainReport, codec: str, digits: Path) -> None:
+    subject = Subject(trained.pack, None, None)
+    network = tuned_network(subject)
+    images = normalize(load_set(open_split(digits, "test"), subject.delta.preprocess)[0], subject.delta.preprocess)
+    exact = trained.pack.with_name(f"{codec}.pet")
+    lowered = network.method.lower(
+        subject.backbone.tensors, network.sites, unflatten(subject.work.tensors, network.sites)
+    )
+    write_pack(exact, replace(subject.delta, updates=lowered, head=subject.work.head), codec=codec)
+    stored = read_pack(exact).delta
+
+    parity = compare(
+        logits_of(network, images), merged_logits(subject.backbone, stored, images),
+        stored=codec, inputs="data", against="tuned",
+    )  # fmt: skip
+
+    assert parity.ok, parity
+
+
+def test_every_export_is_within_its_limit_and_tensorrt_says_it_was_not_run(
+    trained: TrainReport, tmp_path: Path
+) -> None:
+    report = export([trained.pack], tmp_path, options=ExportOptions(to=("onnx", "openvino", "tensorrt")))
+
+    onnx, openvino, tensorrt = report.artifacts
+    assert (onnx.verified, openvino.verified) == (True, True)
+    assert onnx.parity is not None
+    assert onnx.parity.against == "tuned"
+    assert tensorrt.engine == "tensorrt-rtx"
+    sidecar = json.loads((tensorrt.path / "model.engine.json").read_bytes())
+    assert sidecar["sms"] == [86, 89, 120]
+    if not tensorrt.verified:
+        assert tensorrt.reason == (
+            "not run: no CUDA driver here: the engine's bytes and container were read, execution was not run"
+        )
+
+
+def test_merged_weights_load_strictly_into_plain_timm(trained: TrainReport, tmp_path: Path) -> None:
+    import timm
+
+    report = merge(trained.pack, tmp_path / "merged.safetensors")
+    model = timm.create_model("vit_small_patch14_dinov2", num_classes=10, **report.create_args)
+
+    result = model.load_state_dict(safetensors.torch.load_file(report.path), strict=True)
+
+    assert (result.missing_keys, result.unexpected_keys) == ([], [])
+    assert report.max_abs_diff <= report.limit

@@ -1,0 +1,101 @@
+"""The README does what it says: its walk-through runs, and its numbers are the committed results."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from edgepet.cli import main
+
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+
+
+def between(text: str, first: str, last: str) -> str:
+    return text.split(first)[1].split(last)[0]
+
+
+def coloured_classes(folder: Path, colours: dict[str, tuple[int, int, int]]) -> None:
+    """Noisy one-coloured pictures: 6 of each class."""
+    rng = np.random.default_rng(0)
+    for name, colour in colours.items():
+        (folder / name).mkdir(parents=True)
+        for number in range(6):
+            noise = rng.integers(-40, 40, (48, 48, 3))
+            pixels = np.clip(np.array(colour) + noise, 0, 255).astype(np.uint8)
+            Image.fromarray(pixels).save(folder / name / f"{number}.png")
+
+
+def walk_through() -> list[str]:
+    block = between((ROOT / "README.md").read_text(), "<!-- walk-through -->", "<!-- end of walk-through -->")
+    return [line for line in block.splitlines() if line.startswith("edgepet ")]
+
+
+def test_every_command_of_the_walk_through_ends_well(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("openvino", reason="the walk-through needs the package openvino")
+    coloured_classes(tmp_path / "flowers", {"poppy": (200, 30, 30), "iris": (60, 40, 180)})
+    coloured_classes(tmp_path / "birds", {"crow": (20, 20, 20), "canary": (230, 210, 40), "jay": (60, 120, 200)})
+    monkeypatch.chdir(tmp_path)
+
+    codes = {command: main(shlex.split(command)[1:]) for command in walk_through()}
+
+    assert len(codes) == 9
+    assert codes == dict.fromkeys(codes, 0)
+    shown = capsys.readouterr().out
+    assert "tuned for saliency by its publisher and weaker for it; not DINOv2-S" in shown
+    assert "every task was run from this folder" in shown
+
+
+def test_the_results_in_the_readme_are_the_committed_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    monkeypatch.delitem(sys.modules, "report", raising=False)
+    import report
+
+    shown = between((ROOT / "README.md").read_text(), report.BEGIN, report.END)
+
+    assert shown == f"\n\n{report.tables()}\n"
+
+
+def test_ssf_and_lora_beat_the_linear_probe_on_both_tasks() -> None:
+    rows = json.loads((RESULTS / "accuracy.json").read_text())["rows"]
+    top1 = {(row["task"], row["method"]): row["test_top1"] for row in rows}
+
+    for task in ("digits", "landcover"):
+        assert top1[task, "ssf"] > top1[task, "linear-probe"]
+        assert top1[task, "lora"] > top1[task, "linear-probe"]
+
+
+def test_a_merged_task_is_as_fast_as_its_backbone_and_a_tuned_one_is_slower() -> None:
+    result = json.loads((RESULTS / "latency.json").read_text())
+
+    assert (result["runs"], result["rounds"] >= 100) == (5, True)
+    for case in result["cases"]:
+        for name, ratio in case["ratios"].items():
+            if name.endswith("merged") and "fp32" in name:
+                assert 0.95 <= ratio["low"] <= ratio["high"] <= 1.05, (case["method"], name)
+        assert case["ratios"]["torch fp32 tuned"]["low"] > case["ratios"]["torch fp32 merged"]["high"]
+
+
+def test_exporting_a_second_task_takes_at_most_a_second() -> None:
+    assert json.loads((RESULTS / "export.json").read_text())["median_seconds"] <= 1.0
+
+
+def test_training_is_faster_than_a_plain_peft_loop() -> None:
+    ratios = json.loads((RESULTS / "training.json").read_text())["ratios"]
+
+    assert ratios["default over peft fp32"]["median"] >= 1.5
+    assert ratios["fp32 over peft fp32"]["median"] >= 1.0
+
+
+def test_no_result_names_a_path_or_a_host() -> None:
+    for path in RESULTS.glob("*.json"):
+        assert re.search(r"/(home|root|tmp|work|Users)/", path.read_text()) is None, path.name
