@@ -47,8 +47,8 @@ def main() -> None:
         "command": "python benchmarks/accuracy.py --dir DIR",
         "backbone": {
             "name": BACKBONE,
-            "fingerprint": made.backbone.fingerprint,
-            "description": made.backbone.description,
+            "fingerprint": backbone.fingerprint,
+            "description": backbone.description,
         },
         "image_size": IMAGE_SIZE,
         "rows": rows,

@@ -90,6 +90,8 @@ def load_backbone(spec: str, *, image_size: int | None = None) -> Backbone:
     """
     require("torch", extra="train", purpose=spec)
     timm = require("timm", extra="train", purpose=spec)
+    if image_size is not None and image_size < 1:
+        raise InputError("--img-size", "must be at least 1", got=image_size)
     name, file = _parse(spec)
     if not timm.is_model(name):
         close = timm.list_models(f"*{name.split('.')[0].split('_')[0]}*")[:3]

@@ -87,6 +87,9 @@ def methods(options: Options) -> Result:
 def train(options: Options) -> Result:
     """tune a method on images, fold it to updates, and write a pack"""
     from edgepet import show
+    from edgepet.errors import require
+
+    require("torch", extra="train", purpose="train")
     from edgepet.training import train as run
 
     label = f"{options.method} on {options.data}"
@@ -130,9 +133,7 @@ def merge(options: Options) -> Result:
     """write dense weights that plain timm loads strictly"""
     from edgepet import show
     from edgepet.deploy import merge as run
-    from edgepet.errors import require
 
-    require("torch", extra="train", purpose="merge")
     with _progress(options) as progress, progress.stage(f"merge {options.pack}"):
         report = run(Path(options.pack), Path(options.output), backbone=options.backbone, data=_path(options.data))
     return Result(report, show.merge)

@@ -23,7 +23,7 @@ from edgepet.artifact import (
     read_artifact,
     write_artifact,
 )
-from edgepet.errors import CheckError, InputError, MissingError
+from edgepet.errors import CheckError, InputError, MissingError, require
 from edgepet.exporters.onnx import build_model, serialize, simplified, write_onnx
 from edgepet.exporters.openvino import write_openvino
 from edgepet.exporters.tensorrt import build_engines
@@ -115,7 +115,9 @@ def merge(
     Raises:
         InputError: pack or backbone at fault.
         CheckError: the merged network answers otherwise than the tuned one.
+        MissingError: torch or timm is not installed.
     """
+    require("torch", extra="train", purpose="merge")
     from edgepet.tune import logits_of
 
     output = Path(output)
@@ -161,8 +163,8 @@ def export(
     if options.precision != "fp32":
         raise InputError("--precision", "this edgepet exports fp32", got=repr(options.precision))
     unknown = [name for name in options.to if name not in FORMATS]
-    if unknown:
-        raise InputError("--to", f"knows {', '.join(FORMATS)}", got=repr(unknown[0]))
+    if unknown or not options.to:
+        raise InputError("--to", f"knows {', '.join(FORMATS)}", got=repr(unknown[0]) if unknown else "none of them")
     subjects = [Subject(path, backbone, data) for path in packs]
     names = [subject.delta.task for subject in subjects]
     if len(set(names)) != len(names):

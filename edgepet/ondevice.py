@@ -96,6 +96,7 @@ def evaluate(
     """
     if split not in ("train", "val", "test"):
         raise InputError("--split", "is train, val or test", got=repr(split))
+    _at_least_one("--threads", threads)
     source = _open(model)
     images = open_split(Path(data), split)  # type: ignore[arg-type]
     if images.classes != tuple(sorted(source.labels)):
@@ -136,6 +137,8 @@ def bench(
     A pack runs on each of ``runtimes`` that is installed: OpenVINO in f32 and bf16, torch tuned and merged. ``plain``
     adds the backbone without a task, its features only: what a merged task is to be compared with.
     """
+    _at_least_one("--threads", threads)
+    _at_least_one("--batch", batch)
     threads = threads or environment().cores
     candidates: list[Candidate] = []
     sizes = set()
@@ -159,7 +162,7 @@ def storage(
     """Bytes of a device's folder from which every task was run: ``store``, or a temporary one made for ``packs``.
 
     Raises:
-        InputError: neither or both, or a pack whose graph was never made.
+        InputError: neither or both, one task twice, or a pack whose graph was never made.
     """
     if devices < 1:
         raise InputError("--devices", "must be at least 1", got=devices)
@@ -170,7 +173,10 @@ def storage(
     with tempfile.TemporaryDirectory(prefix="edgepet-") as folder:
         scratch = Store(Path(folder))
         for path in packs:
-            scratch.add_graph(_graph(read_pack(path).delta))
+            delta = read_pack(path).delta
+            if delta.task in scratch.tasks():
+                raise InputError("storage", "needs packs of different tasks", got=f"{delta.task!r} twice")
+            scratch.add_graph(_graph(delta))
             scratch.install(Path(path))
         return account.storage(scratch, devices=devices)
 
@@ -360,6 +366,11 @@ def _chosen(runtimes: Sequence[str] | None) -> tuple[str, ...]:
                 raise InputError("--runtime", f"is one of {', '.join(known)}", got=repr(name))
         return tuple(runtimes)
     return tuple(name for name in known if name == "tensorrt" or _installed(name))
+
+
+def _at_least_one(option: str, count: int | None) -> None:
+    if count is not None and count < 1:
+        raise InputError(option, "must be at least 1", got=count)
 
 
 def _installed(name: str) -> bool:

@@ -94,15 +94,17 @@ class Subject:
     @cached_property
     def reference(self) -> tuple[NpArray, Against]:
         """Logits of the tuned network where training left it, else of the pack merged in torch."""
-        from edgepet.tune import logits_of
-
         images, _ = self.images
         if self.work is None:
             return self.merged(images), "merged"
+        require("torch", extra="train", purpose="comparing with the network in torch")
+        from edgepet.tune import logits_of
+
         return logits_of(tuned_network(self), images), "tuned"
 
     def merged(self, images: NpArray) -> NpArray:
         """Logits of the pack as stored, merged and run by torch."""
+        require("torch", extra="train", purpose="comparing with the network in torch")
         from edgepet.training import merged_logits
 
         return merged_logits(self.backbone, self.delta, images)

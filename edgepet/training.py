@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -110,7 +111,7 @@ def train(
     """
     began, data, output = time.perf_counter(), Path(data), Path(output)
     chosen = configure(method, settings or {}) if isinstance(method, str) else method
-    _check_options(output, precision, epochs, batch_size, augment)
+    _check_options(output, precision, epochs, batch_size, lr, augment)
     stage("read images")
     train_set = open_split(data, "train", val_fraction=val_fraction, seed=seed)
     val_set = open_split(data, "val", val_fraction=val_fraction, seed=seed)
@@ -202,7 +203,9 @@ def merged_logits(backbone: Backbone, delta: Delta, images: NpArray) -> NpArray:
     return logits
 
 
-def _check_options(output: Path, precision: str, epochs: int | None, batch_size: int, augment: Sequence[str]) -> None:
+def _check_options(
+    output: Path, precision: str, epochs: int | None, batch_size: int, lr: float | None, augment: Sequence[str]
+) -> None:
     if output.suffix != ".pet":
         raise InputError("-o", "needs a file name ending in .pet", got=repr(output.name))
     if not output.absolute().parent.is_dir():
@@ -213,6 +216,8 @@ def _check_options(output: Path, precision: str, epochs: int | None, batch_size:
         raise InputError("--epochs", "must be at least 1", got=epochs)
     if batch_size < 1:
         raise InputError("--batch-size", "must be at least 1", got=batch_size)
+    if lr is not None and not 0 < lr < math.inf:
+        raise InputError("--lr", "must be above 0 and finite", got=lr)
     unknown = [name for name in augment if name not in AUGMENTATIONS]
     if unknown:
         raise InputError("--augment", f"knows {', '.join(AUGMENTATIONS)}", got=repr(unknown[0]))
