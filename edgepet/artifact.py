@@ -28,7 +28,7 @@ RUNTIME_OF: dict[Format, str] = {"onnx": "onnxruntime", "openvino": "openvino", 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Probe:
-    """Seeded noise images that were run when the artefact was made, and the logits (n, C) that came out."""
+    """Seeded noise images, and the logits (n, C) that the merged network gives them in torch."""
 
     seed: int
     logits: NpArray
@@ -101,14 +101,12 @@ def read_artifact(folder: Path) -> Artifact:
     path = folder / MANIFEST
     try:
         table = Table(parse_json(read_file(path)), str(path), error=InputError)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(str(path), "is not readable JSON", got=error, fix="export it again") from error
     table.text("format", choices=[FORMAT])
     if table.integer("version") != VERSION:
         raise InputError(str(path), f"this edgepet reads artefacts of version {VERSION}", got=table.integer("version"))
     backbone, pack = table.table("backbone"), table.table("pack")
-    verified = table.raw("verified")
-    reason = table.raw("reason")
     artifact = Artifact(
         task=table.text("task"),
         format=cast(Format, table.text("model_format", choices=FORMATS)),
@@ -122,14 +120,18 @@ def read_artifact(folder: Path) -> Artifact:
         pack_sha256=pack.text("sha256"),
         codec=cast(Precision, pack.text("codec", choices=["fp32", "fp16", "int8"])),
         files=_files(table.table("files")),
-        versions=cast(Mapping[str, object], table.raw("versions")),
-        verified=verified is True,
-        reason=reason if isinstance(reason, str) else None,
+        versions=_versions(table.table("versions")),
+        verified=table.boolean("verified"),
+        reason=None if table.absent("reason") else table.text("reason"),
         parity=_parity(table),
         probe=_probe(table.table("probe")),
     )
     for part in (backbone, pack, table):
         part.end()
+    if artifact.probe.logits.shape[1:] != (len(artifact.labels),):
+        raise InputError(
+            f"{path}: probe", f"needs {len(artifact.labels)} logits an image", got=artifact.probe.logits.shape
+        )
     return artifact
 
 
@@ -182,8 +184,14 @@ def _open_tensorrt(folder: Path, threads: int | None, bf16: bool) -> Runner:
 OPENERS = {"onnx": _open_onnx, "openvino": _open_openvino, "tensorrt": _open_tensorrt}
 
 
+def _versions(table: Table) -> dict[str, object]:
+    return {name: table.text(name) for name in table.names()}
+
+
 def _files(table: Table) -> dict[str, tuple[str, int]]:
     files = {}
+    if not table.names():
+        raise InputError(table.where, "names no file")
     for name in table.names():
         if "/" in name or "\\" in name or name.startswith("."):
             raise InputError(table.where, "names files of its own folder", got=repr(name))
@@ -194,7 +202,7 @@ def _files(table: Table) -> dict[str, tuple[str, int]]:
 
 
 def _parity(table: Table) -> Parity | None:
-    if table.raw("parity") is None:
+    if table.absent("parity"):
         return None
     entry = table.table("parity")
     parity = Parity(

@@ -172,7 +172,7 @@ def _read_weights(timm: Any, file: Path) -> dict[str, Any]:
     from safetensors import SafetensorError
 
     try:
-        state: dict[str, Any] = timm.models.load_state_dict(str(file))
+        state: dict[str, Any] = timm.models.load_state_dict(str(file), weights_only=True)
     except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
         raise InputError(str(file), "is not a readable weights file", got=str(error).splitlines()[0]) from error
     return state
@@ -218,9 +218,11 @@ def _preprocess(config: dict[str, Any], size: int, spec: str) -> Preprocess:
     if config["crop_mode"] not in ("center", "squash"):
         raise InputError(spec, "needs a crop mode that is center or squash", got=config["crop_mode"])
     kind = config["interpolation"]
+    if kind not in ("bicubic", "bilinear"):
+        raise InputError(spec, "needs an interpolation that is bicubic or bilinear", got=repr(kind))
     return replace(
         Preprocess(image_size=(size, size)),
-        interpolation=cast(Literal["bicubic", "bilinear"], kind if kind in ("bicubic", "bilinear") else "bicubic"),
+        interpolation=cast(Literal["bicubic", "bilinear"], kind),
         crop_fraction=float(config["crop_pct"]),
         crop=config["crop_mode"],
         mean=cast(tuple[float, float, float], tuple(map(float, config["mean"]))),

@@ -268,7 +268,7 @@ def _backbone_option(parser: argparse.ArgumentParser, *, required: bool = False)
 
 
 def _methods_options(parser: argparse.ArgumentParser) -> None:
-    _backbone_option(parser)
+    parser.add_argument("--backbone", metavar="B", help="count parameters on it")
     parser.add_argument("--img-size", type=int, metavar="N")
 
 
@@ -352,6 +352,12 @@ def _storage_options(parser: argparse.ArgumentParser) -> None:
 def _progress(options: Options) -> Any:
     from edgepet.report import Progress
 
+    if options.verbose and not options.quiet:
+        from edgepet.machine import environment
+
+        here = environment()
+        told = ", ".join(f"{name} {version}" for name, version in here.versions.items())
+        sys.stderr.write(f"{told}; Python {here.python}; {here.cpu}, {here.cores} cores\n")
     return Progress(quiet=options.quiet)
 
 

@@ -12,7 +12,10 @@ from edgepet.errors import InputError
 from edgepet.spec import NpArray, Preprocess
 from edgepet.updates import Targeted, factors
 
-_TASK = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")  # it becomes a file name on the device
+# All three become names of files or folders, so a pack from outside must not be able to steer where they lead.
+_TASK = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+_BACKBONE = re.compile(r"(?:demo:)?[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+_FINGERPRINT = re.compile(r"sha256:[0-9a-f]{64}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -62,8 +65,14 @@ class Delta:
             raise InputError(
                 "task", "needs a name of letters, digits, '.', '_' and '-', at most 64", got=repr(self.task[:80])
             )
+        if _BACKBONE.fullmatch(self.backbone) is None:
+            raise InputError(self.task, "needs a backbone's name, no path", got=repr(self.backbone[:80]))
+        if _FINGERPRINT.fullmatch(self.fingerprint) is None:
+            raise InputError(self.task, "needs a fingerprint, sha256: and 64 digits", got=repr(self.fingerprint[:80]))
+        if not 0 <= self.val.top1 <= 1:
+            raise InputError(self.task, "needs a val top1 between 0 and 1", got=self.val.top1)
         classes, width = self.head.weight.shape
-        if self.head.bias.shape != (classes,) or len(self.labels) != classes:
+        if classes == 0 or self.head.bias.shape != (classes,) or len(self.labels) != classes:
             raise InputError(
                 self.task,
                 f"a head {(classes, width)} needs {classes} biases and labels",

@@ -20,8 +20,10 @@ from pathlib import Path
 import numpy as np
 
 from edgepet.canonical import canonical_json, parse_json
+from edgepet.delta import Delta
 from edgepet.errors import InputError
 from edgepet.files import cache_folder, read_file, sha256_file, write_file
+from edgepet.merging import require_backbone
 from edgepet.pack import read_preprocess
 from edgepet.spec import Base, Preprocess
 from edgepet.strict import Table
@@ -75,6 +77,21 @@ class BaseGraph:
         """Bytes on disk that this image size adds to the backbone's."""
         own = sum(size for name, (_, size) in self.files.items() if name != WEIGHTS)
         return own + (self.folder / f"{self.stem}.json").stat().st_size
+
+    def require_fit(self, delta: Delta) -> None:
+        """Refuse a delta that this graph cannot run.
+
+        Raises:
+            BackboneError: it was trained on another backbone.
+            InputError: it was trained at another image size, or its head is for other features.
+        """
+        require_backbone(self.base, delta)
+        if self.preprocess.image_size != delta.preprocess.image_size:
+            here, there = ("x".join(map(str, p.image_size)) for p in (self.preprocess, delta.preprocess))
+            raise InputError(f"task {delta.task!r}", f"was trained at {there} pixels", got=f"a graph of {here}")
+        if delta.head.weight.shape[1] != self.width:
+            what = f"needs a head for {self.width} features"
+            raise InputError(f"task {delta.task!r}", what, got=tuple(delta.head.weight.shape))
 
     @cached_property
     def places(self) -> dict[str, Place]:
@@ -133,6 +150,8 @@ def open_graph(fingerprint: str, image_size: tuple[int, int], *, root: Path | No
     )
     table.raw("versions")
     table.end()
+    if graph.fingerprint != fingerprint or graph.preprocess.image_size != image_size:
+        raise InputError(str(path), "describes another graph than its name says", fix=f"delete {folder} and run again")
     for name, (digest, size) in graph.files.items():
         _check_file(folder / name, digest, size, whole=name != WEIGHTS)
     return graph
@@ -168,7 +187,7 @@ def _mapped(path: Path) -> mmap.mmap:
 def _table(path: Path) -> Table:
     try:
         table = Table(parse_json(read_file(path)), path.name, error=InputError)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(str(path), "is not readable JSON", got=error, fix="delete it and run again") from error
     table.text("format", choices=[FORMAT])
     if table.integer("version") != VERSION:

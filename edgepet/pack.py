@@ -81,6 +81,7 @@ def encode_pack(delta: Delta, *, codec: Codec = "fp16") -> bytes:
 def write_pack(path: Path, delta: Delta, *, codec: Codec = "fp16") -> int:
     """Write ``delta`` to ``path`` and return the file's bytes."""
     data = encode_pack(delta, codec=codec)
+    read_pack(data)  # what a device would refuse is not written
     write_file(path, data)
     return len(data)
 
@@ -89,7 +90,7 @@ def read_pack(source: Path | str | bytes) -> Pack:
     """Read a pack without any knowledge of its backbone, and refuse whatever version 1 does not know.
 
     Raises:
-        PackError: the bytes are not exactly what ``encode_pack`` writes for the delta they hold.
+        PackError: it is not a pack of version 1 in the one canonical spelling of its tensors and manifest.
         InputError: the file cannot be read.
     """
     where = "pack" if isinstance(source, bytes) else Path(source).name

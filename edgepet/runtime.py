@@ -13,10 +13,10 @@ from edgepet.delta import Delta, Head
 from edgepet.errors import InputError
 from edgepet.graph import BaseGraph
 from edgepet.imaging import load_pixels, normalize
-from edgepet.merging import merge, require_backbone
+from edgepet.merging import merge
 from edgepet.pack import Pack
 from edgepet.runners.runner import Runner
-from edgepet.spec import NpArray
+from edgepet.spec import FilePath, NpArray
 from edgepet.store import Store
 
 
@@ -46,19 +46,13 @@ class TaskNetwork:
 
 def open_task(graph: BaseGraph, delta: Delta, *, runtime: str = "onnxruntime", threads: int | None = None,
               bf16: bool = False) -> TaskNetwork:  # fmt: skip
-    """Fold ``delta`` into ``graph``'s tensors and open the result; only tensors that changed take memory of their own.
+    """Fold ``delta`` into ``graph``'s tensors and open the result; tensors that did not change are read from its files.
 
     Raises:
         InputError: no such runtime, another backbone or image size, or an update that does not fit.
         MissingError: the runtime is not installed.
     """
-    require_backbone(graph.base, delta)
-    if graph.preprocess.image_size != delta.preprocess.image_size:
-        raise InputError(
-            f"task {delta.task!r}",
-            f"was trained at {delta.preprocess.image_size} pixels",
-            got=f"a graph of {graph.preprocess.image_size}",
-        )
+    graph.require_fit(delta)
     merged = merge(graph.base, delta)
     changed = {name: merged[name] for name in delta.targets}
     head = Head(weight=delta.head.weight.astype(np.float32), bias=delta.head.bias.astype(np.float32))
@@ -95,7 +89,7 @@ class Answer:
 
 @dataclass(frozen=True, slots=True)
 class DeviceRun:
-    """Answers, with the milliseconds that opening the task and one image's inference took."""
+    """Answers, with the milliseconds of opening the task, and of one image from file to answer."""
 
     results: tuple[Answer, ...]
     open_ms: float
@@ -104,26 +98,28 @@ class DeviceRun:
 
 @dataclass(frozen=True, slots=True)
 class Device:
-    """A store and what runs from it."""
+    """A store's folder and what runs from it."""
 
-    store: Path
+    store: FilePath
 
-    def install(self, pack: Path | bytes) -> Pack:
+    def install(self, pack: FilePath | bytes) -> Pack:
         """Install a pack; see ``Store.install``."""
-        return Store(self.store).install(pack)
+        return Store(Path(self.store)).install(pack if isinstance(pack, bytes) else Path(pack))
 
     def tasks(self) -> tuple[str, ...]:
         """Names of the installed tasks."""
-        return Store(self.store).tasks()
+        return Store(Path(self.store)).tasks()
 
-    def run(self, task: str, images: Iterable[Path], *, runtime: str = "onnxruntime") -> DeviceRun:
+    def run(
+        self, task: str, images: Iterable[FilePath], *, runtime: str = "onnxruntime", threads: int | None = None
+    ) -> DeviceRun:
         """Classify image files with an installed task."""
-        store = Store(self.store)
+        store = Store(Path(self.store))
         began = time.perf_counter()
         pack = store.pack(task)
-        with open_task(store.graph_of(pack), pack.delta, runtime=runtime) as network:
+        with open_task(store.graph_of(pack), pack.delta, runtime=runtime, threads=threads) as network:
             opened = time.perf_counter()
-            answers = tuple(self._answer(path, pack.delta, network) for path in images)
+            answers = tuple(self._answer(Path(path), pack.delta, network) for path in images)
             spent = time.perf_counter() - opened
         return DeviceRun(answers, 1e3 * (opened - began), 1e3 * spent / max(1, len(answers)))
 

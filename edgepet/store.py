@@ -48,7 +48,9 @@ class Store:
         """
         data = source if isinstance(source, bytes) else read_file(source)
         pack = read_pack(data)
-        merge(self.graph_of(pack).base, pack.delta)
+        graph = self.graph_of(pack)
+        graph.require_fit(pack.delta)
+        merge(graph.base, pack.delta)
         path = self._path(pack.delta.task)
         path.parent.mkdir(parents=True, exist_ok=True)
         write_file(path, data)

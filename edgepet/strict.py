@@ -73,6 +73,16 @@ class Table:
             self._refuse(key, "needs an array", value)
         return value
 
+    def boolean(self, key: str) -> bool:
+        value = self._take(key)
+        if not isinstance(value, bool):
+            self._refuse(key, "needs true or false", value)
+        return value
+
+    def absent(self, key: str) -> bool:
+        """Whether ``key`` is there and null."""
+        return self._take(key) is None
+
     def raw(self, key: str) -> Any:
         """Any JSON value: for free-form provenance that no code acts on."""
         return self._take(key)

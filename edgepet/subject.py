@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -50,14 +50,12 @@ class Subject:
     @cached_property
     def backbone(self) -> Any:
         """The torch network that the pack was trained on."""
-        from edgepet.backbones import load_backbone
-
         delta, spec = self.delta, self._spec
         cached = graph_folder(delta.fingerprint) / WEIGHTS
         if spec is None:
-            known = delta.backbone.startswith("demo:") or not cached.is_file()
+            known = delta.backbone.startswith("demo:") or not cached.is_file()  # else timm would ask the network
             spec = delta.backbone if known else f"{delta.backbone}@{cached}"
-        backbone = load_backbone(spec, image_size=delta.preprocess.image_size[0])
+        backbone = _loaded(spec, delta.preprocess.image_size[0])
         require_backbone(backbone.base, delta)
         return backbone
 
@@ -105,6 +103,7 @@ class Subject:
     def merged(self, images: NpArray) -> NpArray:
         """Logits of the pack as stored, merged and run by torch."""
         require("torch", extra="train", purpose="comparing with the network in torch")
+        require("torch", extra="train", purpose="comparing with the merged network")
         from edgepet.training import merged_logits
 
         return merged_logits(self.backbone, self.delta, images)
@@ -155,6 +154,14 @@ def tuned_network(subject: Subject) -> Any:
     model = TunedModel(subject.backbone, method, len(work.head.bias))
     model.load(work.tensors, work.head)
     return model.eval()
+
+
+@lru_cache(maxsize=1)
+def _loaded(spec: str, image_size: int) -> Any:
+    """A backbone, kept for the next task on it: fifty tasks must not load fifty backbones."""
+    from edgepet.backbones import load_backbone
+
+    return load_backbone(spec, image_size=image_size)
 
 
 class TorchNetwork:

@@ -1,6 +1,6 @@
 """``TASK.work/``: what training leaves beside a pack, so that later verbs can compare with the tuned network.
 
-work.json             the backbone's name and fingerprint, the method and its settings, labels, preprocessing
+work.json             the backbone's fingerprint, the method and its settings
 method.safetensors    the method's tensors and the head in float32, as trained
 images.safetensors    held-out images as pixels, uint8 (n, H, W, 3), and their labels
 """
@@ -66,14 +66,17 @@ def read_work(folder: Path) -> Work:
         tensors = safetensors.numpy.load(read_file(folder / "method.safetensors"))
         held = safetensors.numpy.load(read_file(folder / "images.safetensors"))
         head = Head(weight=tensors.pop("head.weight"), bias=tensors.pop("head.bias"))
-        return Work(
+        settings = table.table("settings")
+        work = Work(
             fingerprint=table.text("fingerprint"),
             method=table.text("method"),
-            settings=table.raw("settings"),
+            settings={key: settings.raw(key) for key in settings.names()},
             tensors=tensors,
             head=head,
             pixels=held["pixels"],
             labels=held["labels"],
         )
-    except (ValueError, KeyError, SafetensorError) as error:
+        table.end()
+        return work
+    except (ValueError, KeyError, RecursionError, SafetensorError) as error:
         raise InputError(str(folder), "is damaged", got=error, fix="train again, or delete the folder") from error

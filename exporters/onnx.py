@@ -25,6 +25,7 @@ def build_model(graph: BaseGraph, tensors: Tensors, delta: Delta) -> Any:
     Args:
         tensors: merged weights for every initializer of ``graph`` that lies in a file.
     """
+    graph.require_fit(delta)
     onnx = require("onnx", extra="train", purpose="ONNX")
     model = onnx.load(str(graph.model_path), load_external_data=False)
     for tensor in model.graph.initializer:

@@ -17,11 +17,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from edgepet.canonical import canonical_json
-from edgepet.delta import Delta, Head
+from edgepet.delta import Delta, Head, Score
 from edgepet.errors import InputError, PackError
 from edgepet.methods import SSF, Consolidator, LoRA, Method
 from edgepet.pack import MAX_UPDATES, Codec, encode_pack, read_pack, write_pack
-from edgepet.spec import NpArray, Site, Target
+from edgepet.spec import NpArray, Preprocess, Site, Target
 from edgepet.updates import Add, Grouped, LowRank, Scale, Targeted, attributes, factors
 from tests.tiny import FINGERPRINT, SETTINGS, cases, make_delta
 
@@ -567,3 +567,25 @@ def test_a_file_is_called_by_its_name(tmp_path: Path) -> None:
         read_pack(tmp_path / "roses.pet")
     with pytest.raises(InputError, match="could not be read, got No such file or directory"):
         read_pack(tmp_path / "tulips.pet")
+
+
+def test_the_bytes_of_a_pack_do_not_change_from_release_to_release() -> None:
+    """Packs in the field are checked against what this edgepet would write: another layout would refuse them all."""
+    delta = Delta(
+        task="flowers",
+        backbone="test_vit",
+        fingerprint="sha256:" + "0" * 64,
+        updates=tuple(
+            Targeted(Target(f"blocks.{i}.norm.weight"), Scale(np.full(3, 1 + i, np.float32))) for i in range(2)
+        ),
+        head=Head(weight=np.eye(2, 3, dtype=np.float32), bias=np.zeros(2, np.float32)),
+        labels=("a", "b"),
+        preprocess=Preprocess(image_size=(32, 32)),
+        method="ssf",
+        val=Score(top1=0.5, n=4),
+    )
+
+    assert (
+        hashlib.sha256(encode_pack(delta)).hexdigest()
+        == "a27e130795101d763110179e0ff03222a33e7873b0a2772c527b5d8b0f589200"
+    )
