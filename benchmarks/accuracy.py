@@ -1,6 +1,6 @@
 """Test accuracy of every method of the first issue on the two demo tasks, at defaults.
 
-    python benchmarks/accuracy.py --dir /tmp/accuracy      # about half an hour on 2 cores
+    python benchmarks/accuracy.py --dir accuracy      # about half an hour on 2 cores
 
 Writes ``results/accuracy.json``. The numbers compare methods on one backbone: it is a saliency-tuned descendant of
 DINOv2-S/14 and not DINOv2-S, so they say nothing about that network.

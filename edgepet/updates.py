@@ -2,7 +2,7 @@
 
 A linear weight is (out, in); a convolution kernel (out, in, kh, kw) is seen as (out, in * kh * kw). ``fold`` uses only
 operators that NumPy arrays and torch tensors share, so training, merging and the device compute one formula. Every
-exactly mergeable method of the literature is W* = diag(g) (W + dW) M, cut into these pieces (design.md, idea 1).
+exactly mergeable method of the literature is W* = diag(g) (W + dW) M, cut into these pieces (ADR-0002).
 """
 
 from __future__ import annotations

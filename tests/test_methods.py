@@ -184,7 +184,7 @@ def typed(value: object) -> str:
 # ------------------------------------------------------------------------------------------------------------ counts
 
 FOUR = ("qkv", "proj", "fc1", "fc2")
-COUNTS: list[tuple[Method, int, int]] = [  # facts/methods.md 2.99: head left out
+COUNTS: list[tuple[Method, int, int]] = [  # formulas of the papers, head left out
     (SSF(), 102_912, 205_824),
     (LoRA(rank=1), 18_432, 36_864),
     (LoRA(rank=4), 73_728, 147_456),
@@ -217,7 +217,7 @@ def test_nested_branches_of_a_consolidator_are_stored_once() -> None:
     layers, nested = vit("vit_small_patch14_dinov2"), Consolidator(groups=(96, 192, 384))
 
     assert count(nested, layers, {}) == 262_656 + 152_064 + 96_768
-    assert stored(nested, layers) == 262_656  # the blocks of 96 groups and one bias, as facts/methods.md M6 says
+    assert stored(nested, layers) == 262_656  # the blocks of 96 groups and one bias, as the paper says
 
 
 def test_full_trains_and_stores_every_parameter(backbone: Backbone) -> None:
@@ -285,7 +285,7 @@ def tensors_of(method: Consolidator, site: Site, seed: int) -> dict[str, NpArray
 
 
 def channel_shuffle(x: torch.Tensor, g: int) -> torch.Tensor:
-    """facts/methods.md M6: x_s[j g + i] = x[i (C / g) + j], i < g, j < C / g; x is (B, C, N)."""
+    """The official module: x_s[j g + i] = x[i (C / g) + j], i < g, j < C / g; x is (B, C, N)."""
     out, channels = torch.empty_like(x), x.shape[1]
     for i in range(g):
         for j in range(channels // g):
@@ -332,7 +332,7 @@ def test_a_shuffled_branch_is_merged_by_a_permutation_of_columns() -> None:
 
     merged = fold(method.lower({}, [site], {"fc": values})[0], np.zeros((out, width)))
 
-    for i in range(g):  # facts/methods.md M6.3: merged[:, i (in / g) + j] = T[:, j g + i]
+    for i in range(g):  # the official merge: merged[:, i (in / g) + j] = T[:, j g + i]
         for j in range(width // g):
             assert merged[:, i * (width // g) + j].tolist() == dense[:, j * g + i].tolist()
 

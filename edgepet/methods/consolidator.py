@@ -19,6 +19,8 @@ from edgepet.methods.method import Recipe
 from edgepet.spec import Array, NpArray, Site, Target, Tensors, Tuned
 from edgepet.updates import Add, Grouped, Targeted
 
+FEW_INPUTS = 4  # inputs of a group up to which products of elements are faster than matrix products
+
 
 @dataclass(frozen=True, slots=True)
 class Consolidator:
@@ -72,23 +74,24 @@ class Consolidator:
     def forward(self, site: Site, x: Array, y: Array, tuned: Mapping[str, Array], *, training: bool) -> Array:
         import torch
 
-        branches: Array = 0
+        branches: Array = None
         for g in self._fitting(site):
             read = x[..., torch.from_numpy(_order(site.in_features, g))] if self.shuffle else x
-            cut = read.reshape(*x.shape[:-1], g, -1)
-            weight = tuned[f"{g}.weight"].to(y.dtype)
-            if cut.shape[-1] == 1:  # as many groups as inputs: a product of elements, no matrix
-                out = cut.to(y.dtype) * weight[:, :, 0]
+            cut, weight = read.reshape(*x.shape[:-1], g, -1).to(y.dtype), tuned[f"{g}.weight"].to(y.dtype)
+            if cut.shape[-1] <= FEW_INPUTS:  # products of elements: a batch of g tiny matrices would be slower
+                out = cut[..., :1] * weight[:, :, 0]
+                for i in range(1, cut.shape[-1]):
+                    out = torch.addcmul(out, cut[..., i : i + 1], weight[:, :, i])
             else:
-                out = torch.einsum("...gi,goi->...go", cut.to(y.dtype), weight)
-            branches = branches + out.reshape(y.shape)
+                out = torch.einsum("...gi,goi->...go", cut, weight)
+            branches = out.reshape(y.shape) if branches is None else branches + out.reshape(y.shape)
             if f"{g}.bias" in tuned:
                 branches = branches + tuned[f"{g}.bias"].to(y.dtype)
-        if training and self.drop_path > 0:
-            keep = 1 - self.drop_path
-            kept = torch.rand((y.shape[0],) + (1,) * (y.ndim - 1), device=y.device) < keep
-            branches = branches * (kept.to(y.dtype) / keep)
-        return y + branches
+        if not training or self.drop_path == 0:
+            return y + branches
+        keep = 1 - self.drop_path
+        kept = torch.rand((y.shape[0],) + (1,) * (y.ndim - 1), device=y.device) < keep
+        return torch.addcmul(y, branches, kept.to(y.dtype) / keep)
 
     def _fitting(self, site: Site) -> tuple[int, ...]:
         return tuple(g for g in self.groups if site.out_features % g == 0 and site.in_features % g == 0)

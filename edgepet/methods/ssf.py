@@ -51,7 +51,9 @@ class SSF:
         return tuple(updates)
 
     def forward(self, site: Site, x: Array, y: Array, tuned: Mapping[str, Array], *, training: bool) -> Array:
+        import torch
+
         del x, training
         shape = (-1, 1, 1) if site.channel_axis == 1 else (-1,)
-        scaled = y * tuned["gamma"].reshape(shape).to(y.dtype)
-        return scaled + tuned["beta"].reshape(shape).to(y.dtype) if "beta" in tuned else scaled
+        gamma = tuned["gamma"].reshape(shape).to(y.dtype)
+        return torch.addcmul(tuned["beta"].reshape(shape).to(y.dtype), y, gamma) if "beta" in tuned else y * gamma
