@@ -109,6 +109,7 @@ def train(options: Options) -> Result:
             val_fraction=options.val_fraction,
             augment=_names(options.augment),
             precision=options.train_precision,
+            device=options.device,
             codec=options.codec,
             say=say,
             stage=stage,
@@ -290,6 +291,7 @@ def _train_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--val-fraction", type=float, default=0.2, metavar="X")
     parser.add_argument("--augment", default="", metavar="flip,crop")
     parser.add_argument("--train-precision", default="auto", choices=["auto", "fp32", "bf16"])
+    parser.add_argument("--device", choices=["cpu", "cuda"], help="what trains (default: a GPU where torch finds one)")
     parser.add_argument("--codec", default="fp16", choices=["fp16", "fp32"], help="precision of the pack")
     parser.add_argument("-o", "--output", required=True, metavar="TASK.pet")
 

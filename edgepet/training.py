@@ -90,6 +90,7 @@ def train(
     val_fraction: float = 0.2,
     augment: Sequence[str] = (),
     precision: str = "auto",
+    device: str | None = None,
     codec: Codec = "fp16",
     say: Say = lambda step: None,
     stage: Callable[[str], None] = lambda name: None,
@@ -103,6 +104,7 @@ def train(
         image_size: pixels of the square input; None is the architecture's own.
         shots: images of each class to train on, chosen by ``seed``; None is all.
         precision: "fp32", "bf16" (autocast) or "auto": bf16 where it is measured to be faster here.
+        device: torch's name of what trains, "cpu" or "cuda"; None is a GPU where torch finds one.
         say: told of every step; stage: told the name of what begins.
 
     Raises:
@@ -117,6 +119,7 @@ def train(
     val_set = open_split(data, "val", val_fraction=val_fraction, seed=seed)
     if shots is not None:
         train_set = few_shots(train_set, shots, seed)
+    device = _device(device)
     stage("load the backbone")
     loaded = load_backbone(backbone, image_size=image_size)
     train_images, val_images = (Pixels(*load_set(part, loaded.preprocess)) for part in (train_set, val_set))
@@ -130,7 +133,8 @@ def train(
         warmup=recipe.warmup,
         label_smoothing=recipe.label_smoothing,
         augment=cast(tuple[Augmentation, ...], tuple(augment)),
-        autocast=fast_bfloat16() if precision == "auto" else precision == "bf16",
+        autocast=fast_bfloat16(device) if precision == "auto" else precision == "bf16",
+        device=device,
         seed=seed,
     )
     model = _attach(loaded, chosen, len(train_set.classes), seed)
@@ -145,6 +149,15 @@ def train(
     held = val_images.pixels[spread], val_images.labels[spread]
     write_work(work_folder(output), delta, model.arrays(), *held)
     return _report(output, loaded, model, plan, fitted, proof, pack_bytes, score, time.perf_counter() - began)
+
+
+def _device(name: str | None) -> str:
+    here = torch.cuda.is_available()
+    if name is not None and name.startswith("cuda") and not here:
+        raise InputError(
+            "--device", "needs a GPU that torch can use", got="none", fix="leave it out to train on the CPU"
+        )
+    return name or ("cuda" if here else "cpu")
 
 
 def _attach(backbone: Backbone, method: Method, classes: int, seed: int) -> TunedModel:
@@ -255,6 +268,7 @@ def _provenance(plan: Plan, fitted: Fit, images: int, shots: int | None) -> dict
         "weight_decay": plan.weight_decay,
         "augment": list(plan.augment),
         "precision": "bf16" if plan.autocast else "fp32",
+        "device": plan.device,
         "seed": plan.seed,
         "versions": {name: version(name) for name in ("edgepet", "torch", "timm")},
     }

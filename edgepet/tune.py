@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any, Literal, TypeAlias, cast
 
 import numpy as np
@@ -40,6 +40,7 @@ class Plan:
     label_smoothing: float = 0.1
     augment: tuple[Augmentation, ...] = ()
     autocast: bool = False
+    device: str = "cpu"
     seed: int = 0
 
 
@@ -167,45 +168,62 @@ def fit(model: TunedModel, train: Pixels, val: Pixels, preprocess: Preprocess, p
     Raises:
         InputError: the loss stopped being finite.
     """
+    try:
+        return _fit(model.to(plan.device), train, val, preprocess, plan, say)
+    finally:
+        model.to("cpu").eval()
+
+
+def _fit(model: TunedModel, train: Pixels, val: Pixels, preprocess: Preprocess, plan: Plan, say: Say) -> Fit:
     torch.manual_seed(plan.seed)
     order = torch.Generator().manual_seed(plan.seed)
-    data, labels = torch.from_numpy(train.pixels), torch.from_numpy(train.labels)
     seen = _features(model, train.pixels, preprocess, plan)
     model.mean.copy_(seen.mean(0))
     model.std.copy_(seen.std(0).clamp_min(1e-6))
     probe = not model.sites and not plan.augment  # frozen features do not change: remember them
     held = _features(model, val.pixels, preprocess, plan) if probe else None
+    pixels, labels = torch.from_numpy(train.pixels), torch.from_numpy(train.labels)
     optimizer, schedule = _optimizer(model, plan, math.ceil(len(train) / plan.batch_size))
-    best: tuple[float, float] | None = None
-    kept, best_epoch, done, began, busy = {}, 0, 0, time.perf_counter(), 0.0
+    best, kept, best_epoch = (-1.0, 0.0), dict[str, Tensor](), 0
+    done, began, busy, loss = 0, time.perf_counter(), 0.0, math.nan
+
+    def step(epoch: int, top1: float | None = None) -> Step:
+        speed, total = done / busy, plan.epochs * len(train)
+        return Step(epoch=epoch, epochs=plan.epochs, images=done, total_images=total, loss=loss,
+                    images_per_second=speed, val_top1=top1)  # fmt: skip
+
     for epoch in range(1, plan.epochs + 1):
         model.train()
         for index in torch.split(torch.randperm(len(train), generator=order), plan.batch_size):
             start = time.perf_counter()
-            with _autocast(plan):
-                logits = model.classify(seen[index]) if probe else model(_images(data[index], preprocess, plan))
-            loss = functional.cross_entropy(logits.float(), labels[index], label_smoothing=plan.label_smoothing)
-            optimizer.zero_grad(set_to_none=True)
-            torch.autograd.backward(loss)
-            nn.utils.clip_grad_norm_(list(model.parameters()), 1.0)
-            optimizer.step()
+            batch = seen[index] if probe else _images(pixels[index], preprocess, plan)
+            loss = _train_step(model, batch, labels[index], optimizer, plan, probe=probe)
             schedule.step()
-            last_loss = loss.item()
-            _require_finite(last_loss, epoch, plan)
+            _require_finite(loss, epoch, plan)
             busy, done = busy + time.perf_counter() - start, done + len(index)
-            say(_step(plan, epoch, done, len(train), last_loss, done / busy))
+            say(step(epoch))
         top1, val_loss = _judge(model, val, preprocess, plan, held)
-        if best is None or (top1, -val_loss) > best:
+        if (top1, -val_loss) > best:
             best, best_epoch = (top1, -val_loss), epoch
-            kept = {
-                name: value.clone() for name, value in model.state_dict().items() if not name.startswith("backbone.")
-            }
-        say(replace(_step(plan, epoch, done, len(train), last_loss, done / busy), val_top1=top1))
+            own = (item for item in model.state_dict().items() if not item[0].startswith("backbone."))
+            kept = {name: value.clone() for name, value in own}
+        say(step(epoch, top1))
     model.load_state_dict(kept, strict=False)
-    model.eval()
-    seconds = time.perf_counter() - began
-    score = Score(top1=best[0] if best else 0.0, n=len(val))
-    return Fit(best_epoch=best_epoch, val=score, images_per_second=done / busy, seconds=seconds)
+    score = Score(top1=best[0], n=len(val))
+    return Fit(best_epoch=best_epoch, val=score, images_per_second=done / busy, seconds=time.perf_counter() - began)
+
+
+def _train_step(
+    model: TunedModel, batch: Tensor, labels: Tensor, optimizer: torch.optim.Optimizer, plan: Plan, *, probe: bool
+) -> float:
+    with _autocast(plan):
+        logits = model.classify(batch) if probe else model(batch)
+    loss = functional.cross_entropy(logits.float(), labels.to(plan.device), label_smoothing=plan.label_smoothing)
+    optimizer.zero_grad(set_to_none=True)
+    torch.autograd.backward(loss)
+    nn.utils.clip_grad_norm_(list(model.parameters()), 1.0)
+    optimizer.step()
+    return loss.item()
 
 
 def extract(
@@ -272,16 +290,16 @@ def logits_of(network: nn.Module, images: NpArray) -> NpArray:
     return logits
 
 
-def fast_bfloat16() -> bool:
+def fast_bfloat16(device: str = "cpu") -> bool:
     """Whether bfloat16 makes this machine's matrix products at least 1.2 times as fast: measured, not assumed."""
-    left, right = torch.randn(1024, 384), torch.randn(1536, 384)
+    left, right = torch.randn(1024, 384, device=device), torch.randn(1536, 384, device=device)
 
     def seconds(dtype: torch.dtype) -> float:
         a, b = left.to(dtype), right.to(dtype)
         times = []
         for _ in range(7):
             start = time.perf_counter()
-            functional.linear(a, b)
+            functional.linear(a, b).sum().item()  # the number must be there, also on a device that works ahead
             times.append(time.perf_counter() - start)
         return min(times[2:])
 
@@ -289,7 +307,7 @@ def fast_bfloat16() -> bool:
 
 
 def _autocast(plan: Plan) -> torch.autocast:
-    return torch.autocast("cpu", dtype=torch.bfloat16, enabled=plan.autocast)
+    return torch.autocast(plan.device.partition(":")[0], dtype=torch.bfloat16, enabled=plan.autocast)
 
 
 def _optimizer(model: TunedModel, plan: Plan, steps_per_epoch: int) -> tuple[torch.optim.Optimizer, Any]:
@@ -320,13 +338,13 @@ def _images(pixels: Tensor, preprocess: Preprocess, plan: Plan) -> Tensor:
         height, width = images.shape[-2:]
         corners = torch.randint(0, 2 * reach + 1, (len(images), 2)).tolist()
         images = torch.stack([padded[i, :, y : y + height, x : x + width] for i, (y, x) in enumerate(corners)])
-    return images
+    return images.to(plan.device)
 
 
 def _features(model: TunedModel, pixels: NpArray, preprocess: Preprocess, plan: Plan) -> Tensor:
     model.eval()
     with torch.no_grad(), _autocast(plan):
-        return torch.cat([model.features(part).float() for part in _batches(pixels, preprocess)])
+        return torch.cat([model.features(part.to(plan.device)).float() for part in _batches(pixels, preprocess)])
 
 
 def _judge(
@@ -334,7 +352,7 @@ def _judge(
 ) -> tuple[float, float]:
     model.eval()
     features = _features(model, val.pixels, preprocess, plan) if held is None else held
-    labels = torch.from_numpy(val.labels)
+    labels = torch.from_numpy(val.labels).to(plan.device)
     with torch.no_grad():
         logits = model.classify(features)
     return float((logits.argmax(1) == labels).float().mean()), float(functional.cross_entropy(logits, labels))
@@ -343,17 +361,6 @@ def _judge(
 def _batches(pixels: NpArray, preprocess: Preprocess, size: int = 64) -> Iterator[Tensor]:
     for start in range(0, len(pixels), size):
         yield torch.from_numpy(normalize(pixels[start : start + size], preprocess))
-
-
-def _step(plan: Plan, epoch: int, done: int, per_epoch: int, loss: float, speed: float) -> Step:
-    return Step(
-        epoch=epoch,
-        epochs=plan.epochs,
-        images=done,
-        total_images=per_epoch * plan.epochs,
-        loss=loss,
-        images_per_second=speed,
-    )
 
 
 def _require_finite(loss: float, epoch: int, plan: Plan) -> None:
