@@ -154,7 +154,7 @@ def _native_module(timm: Any, name: str, file: Path | None, spec: str) -> Any:
     if file is None:
         try:
             return timm.create_model(name, pretrained=True, num_classes=0)
-        except Exception as error:
+        except Exception as error:  # a hub, an HTTP client and a file system: their errors share no base
             raise InputError(
                 spec,
                 "could not get its weights from timm's hub",

@@ -24,7 +24,7 @@ from edgepet.canonical import canonical_json, parse_json
 from edgepet.delta import Delta, Head, Score
 from edgepet.errors import InputError, PackError
 from edgepet.files import read_file, write_file
-from edgepet.spec import NpArray, Preprocess, Target
+from edgepet.spec import FilePath, NpArray, Preprocess, Target
 from edgepet.strict import Table
 from edgepet.updates import FACTORS, UPDATES, Targeted, Update, attributes, factors
 
@@ -78,11 +78,11 @@ def encode_pack(delta: Delta, *, codec: Codec = "fp16") -> bytes:
     return _container(tensors, canonical_json(manifest).decode("utf-8"))
 
 
-def write_pack(path: Path, delta: Delta, *, codec: Codec = "fp16") -> int:
+def write_pack(path: FilePath, delta: Delta, *, codec: Codec = "fp16") -> int:
     """Write ``delta`` to ``path`` and return the file's bytes."""
     data = encode_pack(delta, codec=codec)
     read_pack(data)  # what a device would refuse is not written
-    write_file(path, data)
+    write_file(Path(path), data)
     return len(data)
 
 

@@ -170,13 +170,13 @@ class TorchNetwork:
     def __init__(self, subject: Subject, mode: str, *, threads: int | None = None) -> None:
         import torch
 
-        self._torch = torch
-        if threads is not None:
-            torch.set_num_threads(threads)
+        self._torch, self._threads_before = torch, torch.get_num_threads()
         if mode == "plain":
             self._module = subject.backbone.module
         else:
             self._module = tuned_network(subject) if mode == "tuned" else plain_network(subject)
+        if threads is not None:
+            torch.set_num_threads(threads)  # the process's: given back by close
 
     def __call__(self, images: NpArray) -> NpArray:
         with self._torch.inference_mode():
@@ -185,6 +185,7 @@ class TorchNetwork:
 
     def close(self) -> None:
         self._module = None
+        self._torch.set_num_threads(self._threads_before)
 
 
 def _sample(images: ImageSet, count: int = HELD_OUT) -> ImageSet:

@@ -1,0 +1,153 @@
+"""Two tasks trained on one tiny backbone, and what they were exported to: made once a session, copied to be spoiled."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image, ImageDraw
+
+from edgepet.backbones import Backbone
+from edgepet.cli import main
+from edgepet.graph import BaseGraph
+from edgepet.store import Store
+from edgepet.subject import Subject
+
+has_openvino = find_spec("openvino") is not None
+needs_openvino = pytest.mark.skipif(not has_openvino, reason="needs the package openvino")
+FORMATS = ["onnx", pytest.param("openvino", marks=needs_openvino)]
+RUNTIMES = ["onnxruntime", pytest.param("openvino", marks=needs_openvino)]
+CLASSES = ("circle", "square", "triangle")
+SPLITS = {"train": 8, "val": 4, "test": 4}  # images of each class
+
+
+@dataclass(frozen=True)
+class Said:
+    """What one command line left behind."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def json(self) -> Any:
+        return json.loads(self.out)
+
+
+def edgepet(*arguments: object) -> Said:
+    """Run the command line in this process."""
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            code = main([str(argument) for argument in arguments])
+        except SystemExit as stop:  # argparse's way out
+            code = int(stop.code or 0)
+    return Said(code, out.getvalue(), err.getvalue())
+
+
+def refused(code: int, *arguments: object) -> str:
+    """The message of a command that must fail with ``code``: all of stderr, with nothing on stdout."""
+    said = edgepet(*arguments, "--quiet")
+    assert (said.code, said.out) == (code, ""), said
+    return said.err
+
+
+def draw_shapes(folder: Path) -> None:
+    """train/, val/ and test/ of coloured shapes on noise, 48 x 40 pixels."""
+    rng = np.random.default_rng(5)
+    for split, count in SPLITS.items():
+        for name, colour in zip(CLASSES, ("red", "green", "blue"), strict=True):
+            (folder / split / name).mkdir(parents=True)
+            for number in range(count):
+                image = Image.fromarray(rng.integers(0, 256, (40, 48, 3), dtype=np.uint8))
+                sides = {"circle": 32, "square": 4, "triangle": 3}[name]
+                ImageDraw.Draw(image).regular_polygon((24, 20, 18), sides, fill=colour)
+                image.save(folder / split / name / f"{number}.png")
+
+
+@dataclass(frozen=True)
+class Tasks:
+    """``folder`` holds shapes.pet (SSF) and tints.pet (LoRA), their work folders, and data/."""
+
+    folder: Path
+    spec: str
+    reports: dict[str, Any]
+
+    @property
+    def data(self) -> Path:
+        return self.folder / "data"
+
+    @property
+    def shapes(self) -> Path:
+        return self.folder / "shapes.pet"
+
+    @property
+    def tints(self) -> Path:
+        return self.folder / "tints.pet"
+
+
+@dataclass(frozen=True)
+class Artifacts:
+    """Both tasks in every format that is installed; ``report`` is the export's JSON."""
+
+    folder: Path
+    report: Any
+
+    def of(self, task: str, format_name: str) -> Path:
+        return self.folder / f"{task}-{format_name}-fp32"
+
+    def row(self, task: str, format_name: str) -> Any:
+        (row,) = (r for r in self.report["artifacts"] if (r["task"], r["format"]) == (task, format_name))
+        return row
+
+
+def train_arguments(tasks_spec: str, data: Path, method: str, pack: Path) -> list[object]:
+    return [
+        "train", data, "--backbone", tasks_spec, "--method", method, "--img-size", 32, "--epochs", 1,
+        "--batch-size", 8, "--train-precision", "fp32", "-o", pack,
+    ]  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def tasks(tmp_path_factory: pytest.TempPathFactory, backbone: Backbone) -> Tasks:
+    folder = tmp_path_factory.mktemp("tasks")
+    draw_shapes(folder / "data")
+    made = Tasks(folder, backbone.spec, {})
+    for pack, method in ((made.shapes, "ssf"), (made.tints, "lora")):
+        said = edgepet(*train_arguments(made.spec, made.data, method, pack), "--json")
+        assert said.code == 0, said.err
+        made.reports[pack.stem] = said.json
+    return made
+
+
+@pytest.fixture(scope="session")
+def artifacts(tasks: Tasks, tmp_path_factory: pytest.TempPathFactory) -> Artifacts:
+    """The first export of the session: it traces the backbone's graph into the suite's cache."""
+    folder = tmp_path_factory.mktemp("artifacts")
+    formats = "onnx,openvino" if has_openvino else "onnx"
+    said = edgepet(
+        "export", tasks.shapes, tasks.tints, "--backbone", tasks.spec, "--to", formats, "-o", folder, "--json"
+    )
+    assert said.code == 0, said.err
+    return Artifacts(folder, said.json)
+
+
+@pytest.fixture(scope="session")
+def graph(tasks: Tasks, artifacts: Artifacts) -> BaseGraph:
+    """The base graph that the exports left in the cache."""
+    return Subject(tasks.shapes, None, None).graph
+
+
+@pytest.fixture
+def store(tmp_path: Path, graph: BaseGraph) -> Store:
+    """A device's folder with the backbone and no task."""
+    made = Store(tmp_path / "device")
+    made.add_graph(graph)
+    return made

@@ -1,0 +1,189 @@
+"""A device has no torch, timm or onnx: the verbs that users measure with run without them, and start at once."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from edgepet.graph import BaseGraph, graph_folder
+from edgepet.subject import Subject
+from tests.flow import Artifacts, Tasks, has_openvino
+
+DEVICE = ("torch", "torchvision", "timm", "onnx", "onnxscript", "onnx_ir")
+OPTIONAL = (*DEVICE, "openvino", "onnxsim", "nncf", "peft", "tensorrt", "tensorrt_rtx", "mlxtend", "mpl_toolkits")
+
+# Modules that train: they need torch when they are imported, and nothing that a device runs imports them.
+NEED_TORCH = {"edgepet.demo", "edgepet.training", "edgepet.tune"}
+
+
+def block(names: tuple[str, ...]) -> str:
+    """Code after which importing any of ``names`` fails as if it were not installed."""
+    return f"import sys; sys.modules.update(dict.fromkeys({names!r})); "
+
+
+def python(code: str, *arguments: object, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    """A fresh interpreter with warnings as errors, in the suite's own cache."""
+    measured = {name: value for name, value in os.environ.items() if not name.startswith("COV_")}
+    command = [sys.executable, "-W", "error", "-c", code, *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, env=measured, cwd=cwd, check=False, timeout=120)
+
+
+def verb(*arguments: object) -> Any:
+    """The JSON of a verb in a process without a device's forbidden packages."""
+    code = block(DEVICE) + "from edgepet.cli import main; sys.exit(main(sys.argv[1:]))"
+    done = python(code, *arguments, "--json", "--quiet")
+    assert (done.returncode, done.stderr) == (0, ""), done.stderr
+    return json.loads(done.stdout)
+
+
+def test_bench_runs(tasks: Tasks, artifacts: Artifacts) -> None:
+    rows = verb("bench", tasks.shapes, artifacts.of("shapes", "onnx"), "--plain", "--rounds", 3)["rows"]
+
+    runs = [(row["model"], row["runtime"], row["precision"], row["mode"]) for row in rows]
+    pack = [("shapes.pet", "onnxruntime", "fp32", mode) for mode in ("merged", "plain")]
+    openvino = [("shapes.pet", "openvino", p, mode) for p in ("fp32", "bf16") for mode in ("merged", "plain")]
+    own = [("shapes-onnx-fp32", "onnxruntime", "fp32", "merged")]
+    assert runs == [*pack, *(openvino if has_openvino else []), *own]
+
+
+def test_storage_runs_every_task(tasks: Tasks, artifacts: Artifacts) -> None:
+    document = verb("storage", tasks.shapes, tasks.tints)
+
+    assert [task["task"] for task in document["tasks"]] == ["shapes", "tints"]
+    assert document["per_runtime"][0]["tasks_run"] == 2
+
+
+@pytest.mark.parametrize("model", ["pack", "artefact"])
+def test_eval_gives_the_same_accuracy(tasks: Tasks, artifacts: Artifacts, model: str) -> None:
+    path = tasks.tints if model == "pack" else artifacts.of("tints", "onnx")
+
+    document = verb("eval", path, tasks.data, "--split", "val", "--runtime", "onnxruntime")
+
+    assert (document["top1"], document["n"]) == (tasks.reports["tints"]["val"]["top1"], 12)
+
+
+def test_inspect_reads_a_pack_and_an_artefact(tasks: Tasks, artifacts: Artifacts) -> None:
+    assert verb("inspect", tasks.shapes)["task"] == "shapes"
+    assert verb("inspect", artifacts.of("tints", "onnx"))["task"] == "tints"
+
+
+def test_verify_methods_and_doctor_run(artifacts: Artifacts) -> None:
+    assert verb("verify", artifacts.of("shapes", "onnx"))["ok"]
+    assert {row["name"] for row in verb("methods")["methods"]} >= {"ssf", "lora"}
+    assert [row["available"] for row in verb("doctor")["runtimes"] if row["name"] == "torch"] == [False]
+
+
+def test_a_device_installs_and_runs_a_task(tasks: Tasks, graph: BaseGraph, tmp_path: Path) -> None:
+    code = block(DEVICE) + (
+        "from pathlib import Path; from edgepet import Device; from edgepet.store import Store;"
+        "from edgepet.graph import open_graph; store, pack, image, fingerprint = sys.argv[1:];"
+        "Store(Path(store)).add_graph(open_graph(fingerprint, (32, 32))); device = Device(Path(store));"
+        "device.install(Path(pack)); print(device.run('shapes', [Path(image)]).results[0].label)"
+    )
+    image = tasks.data / "test" / "square" / "0.png"
+
+    done = python(code, tmp_path / "device", tasks.shapes, image, graph.fingerprint)
+
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.strip() in ("circle", "square", "triangle")
+
+
+def test_a_task_is_folded_and_written_to_onnx_without_torch_and_timm(
+    tasks: Tasks, artifacts: Artifacts, tmp_path: Path
+) -> None:
+    pytest.importorskip("onnx", reason="needs the package onnx")
+    code = block(("torch", "torchvision", "timm", "onnxscript")) + (
+        "from pathlib import Path; from edgepet import read_pack; from edgepet.exporters.onnx import *;"
+        "from edgepet.merging import merge; from edgepet.graph import open_graph;"
+        "delta = read_pack(sys.argv[1]).delta; graph = open_graph(delta.fingerprint, delta.preprocess.image_size);"
+        "write_onnx(build_model(graph, merge(graph.base, delta), delta), Path(sys.argv[2]))"
+    )
+
+    done = python(code, tasks.tints, tmp_path)
+
+    assert (done.returncode, done.stderr) == (0, "")
+    assert (tmp_path / "model.onnx").read_bytes() == (artifacts.of("tints", "onnx") / "model.onnx").read_bytes()
+
+
+def test_every_module_is_imported_without_optional_packages_but_those_that_train(tmp_path: Path) -> None:
+    code = block(OPTIONAL) + (
+        "import importlib, json, pkgutil, edgepet\n"
+        "failed, seen = [], []\n"
+        "for module in pkgutil.walk_packages(edgepet.__path__, 'edgepet.'):\n"
+        "    seen.append(module.name)\n"
+        "    try:\n"
+        "        importlib.import_module(module.name)\n"
+        "    except ImportError:\n"
+        "        failed.append(module.name)\n"
+        "print(json.dumps([seen, failed]))"
+    )
+
+    done = python(code, cwd=tmp_path)
+
+    assert (done.returncode, done.stderr) == (0, "")
+    seen, failed = json.loads(done.stdout)
+    assert set(failed) == NEED_TORCH
+    # The two folders at the top of the repository are found under their import names.
+    assert {"edgepet.exporters.onnx", "edgepet.exporters.trace", "edgepet.calibration"} <= set(seen)
+
+
+def test_the_public_names_of_a_device_need_no_torch() -> None:
+    code = block(DEVICE) + (
+        "import edgepet, json\n"
+        "def there(name):\n"
+        "    try: return bool(getattr(edgepet, name)) or True\n"
+        "    except ImportError: return False\n"
+        "print(json.dumps([name for name in dir(edgepet) if not there(name)]))"
+    )
+    done = python(code)
+
+    assert (done.returncode, done.stderr) == (0, "")
+    assert json.loads(done.stdout) == ["train"]
+
+
+# How fast it starts. The least of five runs: another process can only make a run longer, never shorter.
+
+
+def test_the_package_is_imported_in_less_than_a_tenth_of_a_second() -> None:
+    code = "import time; began = time.perf_counter(); import edgepet; print(time.perf_counter() - began)"
+
+    seconds = min(float(python(code).stdout) for _ in range(5))
+
+    assert seconds < 0.1  # the issue's limit; measured 0.004 s
+
+
+def test_help_is_there_in_less_than_three_tenths_of_a_second() -> None:
+    seconds = []
+    for _ in range(5):
+        began = time.perf_counter()
+        done = python("import sys; from edgepet.cli import main; sys.exit(main(sys.argv[1:]))", "--help")
+        seconds.append(time.perf_counter() - began)
+        assert done.returncode == 0
+
+    assert min(seconds) < 0.3  # the issue's limit, the interpreter's own start in it; measured 0.07 s
+
+
+def test_help_imports_nothing_heavy() -> None:
+    code = (
+        "import sys; from edgepet.cli import main\n"
+        "try: main(['--help'])\n"
+        "except SystemExit: pass\n"
+        "print(sorted({'numpy', 'onnxruntime', 'rich', 'PIL', 'torch', 'timm', 'onnx'} & set(sys.modules)))"
+    )
+    assert python(code).stdout.splitlines()[-1] == "[]"
+
+
+def test_the_cache_of_this_suite_is_not_the_users(graph: BaseGraph, tasks: Tasks) -> None:
+    subject = Subject(tasks.shapes, None, None)
+
+    assert graph_folder(subject.delta.fingerprint) == graph.folder
+    assert graph.folder.is_relative_to(os.environ["EDGEPET_CACHE"])
+    assert np.all([np.isfinite(tensor).all() for tensor in graph.base.tensors.values()])

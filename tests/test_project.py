@@ -1,0 +1,185 @@
+"""Tests of the project itself: its names, its wheel, its layers, its prose."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import re
+import shutil
+import subprocess
+import sys
+import tomllib
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote
+
+import pytest
+
+import edgepet
+
+ROOT = Path(__file__).parent.parent
+API = ROOT / "tests" / "public_api.txt"
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+SOURCES = sorted(
+    path for folder in ("edgepet", "exporters", "calibration") for path in (ROOT / folder).rglob("*.py")
+    if not path.is_relative_to(ROOT / "edgepet" / "exporters")
+    and not path.is_relative_to(ROOT / "edgepet" / "calibration")
+)  # fmt: skip
+PAGES = [
+    path
+    for path in sorted(ROOT.rglob("*.md"))
+    if not any(part.startswith(".") or part in ("build", "dist") for part in path.relative_to(ROOT).parts)
+]
+
+
+def named(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+# Public names
+
+
+def signature(name: str) -> str:
+    """One line of public_api.txt."""
+    thing: Any = getattr(edgepet, name)
+    if isinstance(thing, dict):
+        return f"{name}: {', '.join(thing)}"
+    if isinstance(thing, str):
+        return f"{name}: str"
+    if isinstance(thing, type) and issubclass(thing, Exception):
+        return f"{name}({', '.join(base.__name__ for base in thing.__bases__)}){inspect.signature(thing)}"
+    return f"{name}{inspect.signature(thing)}"
+
+
+def public_api() -> str:
+    lines = [signature(name) for name in sorted(edgepet.__all__)]
+    # quotes of postponed annotations differ between Python versions, and a function's address between runs
+    return "".join(re.sub(r" at 0x[0-9a-f]+", "", line.replace("'", "")) + "\n" for line in lines)
+
+
+def test_the_public_names_and_signatures_are_the_reviewed_ones() -> None:
+    """A change is accepted by ``python -c "from tests.test_project import *; API.write_text(public_api())"``."""
+    assert public_api() == API.read_text()
+
+
+def test_dir_lists_exactly_the_public_names() -> None:
+    assert dir(edgepet) == sorted(edgepet.__all__)
+    assert len(set(edgepet.__all__)) == len(edgepet.__all__)
+
+
+def test_a_name_that_is_not_there_is_an_attribute_error() -> None:
+    with pytest.raises(AttributeError, match=r"^module 'edgepet' has no attribute 'unmerge'$"):
+        _ = edgepet.unmerge
+
+
+# The package
+
+
+def test_the_version_is_said_once_and_the_same() -> None:
+    assert PROJECT["project"]["version"] == edgepet.__version__
+
+
+def test_a_device_needs_five_packages() -> None:
+    names = [re.match(r"[A-Za-z0-9_.-]+", line)[0] for line in PROJECT["project"]["dependencies"]]
+    assert names == ["numpy", "onnxruntime", "safetensors", "Pillow", "rich"]
+
+
+@pytest.mark.parametrize("name", ["exporters", "calibration"])
+def test_the_folders_at_the_top_are_parts_of_the_package(name: str) -> None:
+    link = ROOT / "edgepet" / name
+
+    assert link.is_symlink()
+    assert str(link.readlink()) == f"../{name}"
+    assert (ROOT / name / "__init__.py").is_file()
+    assert PROJECT["tool"]["setuptools"]["package-dir"][f"edgepet.{name}"] == name
+
+
+def test_a_wheel_holds_the_package_and_nothing_beside_it(tmp_path: Path) -> None:
+    for module in ("setuptools", "build"):
+        pytest.importorskip(module, reason=f"needs the package {module}")
+    copy = tmp_path / "source"  # building writes build/ and egg-info into the tree
+    copy.mkdir()
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, copy)
+    for name in ("edgepet", "exporters", "calibration"):
+        shutil.copytree(ROOT / name, copy / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
+    command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(tmp_path), str(copy)]
+
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+
+    assert done.returncode == 0, done.stdout + done.stderr
+    (wheel,) = tmp_path.glob("*.whl")
+    assert wheel.name == f"edgepet-{edgepet.__version__}-py3-none-any.whl"
+    names = zipfile.ZipFile(wheel).namelist()
+    info = f"edgepet-{edgepet.__version__}.dist-info/"
+    modules = {name for name in names if not name.startswith(info)}
+    expected = {named(path) for path in SOURCES if path.is_relative_to(ROOT / "edgepet")}
+    expected |= {f"edgepet/{named(path)}" for path in SOURCES if not path.is_relative_to(ROOT / "edgepet")}
+    assert modules == expected | {"edgepet/py.typed"}
+    assert {"edgepet/exporters/onnx.py", "edgepet/calibration/__init__.py", "edgepet/cli.py"} <= modules
+    assert f"{info}licenses/LICENSE" in names
+
+
+def test_imports_go_down_only() -> None:
+    pytest.importorskip("importlinter", reason="needs the package import-linter")
+    code = "import sys; from importlinter.cli import lint_imports_command; sys.exit(lint_imports_command())"
+
+    done = subprocess.run(
+        [sys.executable, "-c", code, "--no-cache"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert f"Contracts: {len(PROJECT['tool']['importlinter']['contracts'])} kept, 0 broken." in done.stdout
+
+
+# The source
+
+
+def found(kind: type[ast.AST], path: Path) -> Iterator[Any]:
+    tree = ast.parse(path.read_text(encoding="utf-8"), str(path))
+    return (node for node in ast.walk(tree) if isinstance(node, kind))
+
+
+def test_there_are_sources_to_look_at() -> None:
+    names = {named(path) for path in SOURCES}
+    assert {"edgepet/cli.py", "edgepet/methods/lora.py", "exporters/onnx.py", "calibration/__init__.py"} <= names
+    assert len(names) == len(SOURCES)
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=named)
+def test_no_source_asserts_or_prints(path: Path) -> None:
+    asserts = [node.lineno for node in found(ast.Assert, path)]
+    prints = [
+        node.lineno for node in found(ast.Call, path) if isinstance(node.func, ast.Name) and node.func.id == "print"
+    ]
+
+    assert (asserts, prints) == ([], [])
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=named)
+def test_no_source_catches_every_exception_without_a_reason(path: Path) -> None:
+    lines = path.read_text(encoding="utf-8").splitlines()
+    broad = []
+    for node in found(ast.ExceptHandler, path):
+        caught = "everything" if node.type is None else ast.unparse(node.type)
+        cleans_up = isinstance(node.body[-1], ast.Raise) and node.body[-1].exc is None
+        reason = re.search(r":  # (noqa: \w+ )?\w+ \w+", lines[node.lineno - 1])
+        if caught in ("everything", "Exception", "BaseException") and not (cleans_up or reason):
+            broad.append(f"{named(path)}:{node.lineno}")
+    assert broad == []
+
+
+# The prose
+
+
+@pytest.mark.parametrize("path", PAGES, ids=named)
+def test_every_relative_link_of_a_page_resolves(path: Path) -> None:
+    text = re.sub(r"```.*?```", "", path.read_text(encoding="utf-8"), flags=re.DOTALL)
+    targets = re.findall(r"\]\(<?([^)>\s]+)>?(?:\s+\"[^\"]*\")?\)", text) + re.findall(
+        r"(?:src|href)=\"([^\"]+)\"", text
+    )
+    relative = [unquote(target.partition("#")[0]) for target in targets if not re.match(r"[a-z]+:|#", target)]
+
+    assert [target for target in relative if not (path.parent / target).exists()] == []
