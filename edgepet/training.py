@@ -17,6 +17,7 @@ from edgepet.backbones import Backbone, load_backbone
 from edgepet.data import few_shots, load_set, open_split
 from edgepet.delta import Delta, Score
 from edgepet.errors import CheckError, InputError
+from edgepet.exporters.trace import keep_weights
 from edgepet.imaging import normalize
 from edgepet.merging import merge
 from edgepet.methods import Method, configure
@@ -146,6 +147,7 @@ def train(
     delta = extract(model, loaded, task=output.stem, labels=train_set.classes, val=fitted.val, training=training)
     pack_bytes, score = _write(output, delta, codec, loaded, val_images)
     spread = np.random.default_rng(seed).permutation(len(val_images))  # folders come class by class
+    keep_weights(loaded)
     held = val_images.pixels[spread], val_images.labels[spread]
     write_work(work_folder(output), delta, model.arrays(), *held)
     return _report(output, loaded, model, plan, fitted, proof, pack_bytes, score, time.perf_counter() - began)

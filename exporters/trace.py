@@ -54,11 +54,19 @@ def base_graph(backbone: Backbone, *, root: Path | None = None) -> BaseGraph:
     return graph
 
 
-def _make(backbone: Backbone, folder: Path) -> None:
+def keep_weights(backbone: Backbone, folder: Path | None = None, *, anew: bool = False) -> None:
+    """Write the backbone's tensors where graphs lie, by default the cache: a pack finds its backbone there again."""
+    folder = folder or graph_folder(backbone.fingerprint)
     folder.mkdir(parents=True, exist_ok=True)
+    data = safetensors.numpy.save({name: np.ascontiguousarray(tensor) for name, tensor in backbone.native.items()})
+    if anew or not (folder / WEIGHTS).is_file() or (folder / WEIGHTS).stat().st_size != len(data):
+        write_file(folder / WEIGHTS, data)
+
+
+def _make(backbone: Backbone, folder: Path) -> None:
     stem = graph_stem(backbone.preprocess.image_size)
-    native = {name: np.ascontiguousarray(tensor) for name, tensor in backbone.native.items()}
-    write_file(folder / WEIGHTS, safetensors.numpy.save(native))
+    keep_weights(backbone, folder, anew=True)  # what was there may be damaged
+    native = backbone.native
     tables = {name: t for name, t in backbone.tensors.items() if name not in native or native[name].shape != t.shape}
     files = [WEIGHTS, f"{stem}.onnx"]
     places = safetensors_places(folder / WEIGHTS)
