@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from edgepet.delta import Delta as Delta
-    from edgepet.deploy import ExportOptions as ExportOptions
     from edgepet.deploy import export as export
     from edgepet.deploy import merge as merge
     from edgepet.deploy import verify as verify
     from edgepet.errors import EdgepetError as EdgepetError
+    from edgepet.exporters.exporter import ExportOptions as ExportOptions
     from edgepet.methods import METHODS as METHODS
     from edgepet.methods import SSF as SSF
     from edgepet.methods import Consolidator as Consolidator
@@ -35,7 +35,7 @@ _HOME = {
     "Delta": "edgepet.delta",
     "Device": "edgepet.runtime",
     "EdgepetError": "edgepet.errors",
-    "ExportOptions": "edgepet.deploy",
+    "ExportOptions": "edgepet.exporters.exporter",
     "LoRA": "edgepet.methods",
     "METHODS": "edgepet.methods",
     "SSF": "edgepet.methods",

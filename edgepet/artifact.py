@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal, TypeAlias, cast
@@ -22,8 +22,6 @@ from edgepet.strict import Table
 FORMAT, VERSION = "edgepet-artifact", 1
 MANIFEST = "artifact.json"
 Format: TypeAlias = Literal["onnx", "openvino", "tensorrt"]
-FORMATS: tuple[Format, ...] = ("onnx", "openvino", "tensorrt")
-RUNTIME_OF: dict[Format, str] = {"onnx": "onnxruntime", "openvino": "openvino", "tensorrt": "tensorrt"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -109,7 +107,7 @@ def read_artifact(folder: Path) -> Artifact:
     backbone, pack = table.table("backbone"), table.table("pack")
     artifact = Artifact(
         task=table.text("task"),
-        format=cast(Format, table.text("model_format", choices=FORMATS)),
+        format=cast(Format, table.text("model_format", choices=list(RUNNERS))),
         engine=table.text("engine"),
         precision=cast(Precision, table.text("precision", choices=["fp32", "fp16", "int8"])),
         labels=table.texts("labels"),
@@ -153,7 +151,7 @@ def open_artifact(folder: Path, artifact: Artifact, *, threads: int | None = Non
         InputError: the runtime cannot read it, or it is another engine's.
         MissingError: the runtime, or a GPU, is not here.
     """
-    return OPENERS[artifact.format](folder, threads, bf16)
+    return RUNNERS[artifact.format].open(folder, threads, bf16)
 
 
 def listed(folder: Path, names: list[str]) -> dict[str, tuple[str, int]]:
@@ -181,7 +179,19 @@ def _open_tensorrt(folder: Path, threads: int | None, bf16: bool) -> Runner:
     return open_engine(folder)
 
 
-OPENERS = {"onnx": _open_onnx, "openvino": _open_openvino, "tensorrt": _open_tensorrt}
+@dataclass(frozen=True, slots=True)
+class RunnerOf:
+    """The runtime of a format, and what opens a folder: (folder, threads, bf16) -> a runner."""
+
+    runtime: str
+    open: Callable[[Path, int | None, bool], Runner]
+
+
+RUNNERS: dict[Format, RunnerOf] = {
+    "onnx": RunnerOf("onnxruntime", _open_onnx),
+    "openvino": RunnerOf("openvino", _open_openvino),
+    "tensorrt": RunnerOf("tensorrt", _open_tensorrt),
+}
 
 
 def _versions(table: Table) -> dict[str, object]:

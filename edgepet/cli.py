@@ -143,8 +143,9 @@ def merge(options: Options) -> Result:
 def export(options: Options) -> Result:
     """write models for ONNX Runtime, OpenVINO and TensorRT, each compared before it is kept"""
     from edgepet import show
-    from edgepet.deploy import ExportOptions, parse_formats
     from edgepet.deploy import export as run
+    from edgepet.deploy import parse_formats
+    from edgepet.exporters.exporter import ExportOptions
 
     chosen = ExportOptions(
         to=parse_formats(options.to),

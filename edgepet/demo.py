@@ -7,7 +7,9 @@ from pathlib import Path
 
 from edgepet.account import StorageReport
 from edgepet.artifact import Format
-from edgepet.deploy import ExportOptions, ExportReport, export
+from edgepet.deploy import ExportReport, export
+from edgepet.exporters import EXPORTERS
+from edgepet.exporters.exporter import ExportOptions
 from edgepet.latency import BenchReport
 from edgepet.machine import runtimes
 from edgepet.ondevice import EvalReport, bench, evaluate, storage
@@ -17,7 +19,6 @@ from edgepet.training import TrainReport, train
 
 BACKBONE, IMAGE_SIZE = "demo:vit-small", 112
 TEST_IMAGES = 500  # of each task: enough for a margin of four points, and a few seconds
-FORMATS: tuple[Format, ...] = ("onnx", "openvino", "tensorrt")
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,7 +106,7 @@ def _export(packs: list[Path], folder: Path, progress: Progress) -> tuple[Export
     here = {status.name: status for status in runtimes()}
     engines: dict[Format, tuple[str, ...]] = {"openvino": ("openvino",), "tensorrt": ("tensorrt", "tensorrt-rtx")}
     missing = {name: any_of for name, any_of in engines.items() if not any(here[engine].available for engine in any_of)}
-    formats = tuple(name for name in FORMATS if name not in missing)
+    formats = tuple(name for name in EXPORTERS if name not in missing)
     with progress.stages() as stage:
         report = export(packs, folder, options=ExportOptions(to=formats), stage=stage)
     return report, tuple(f"{name}: {here[any_of[-1]].fix}" for name, any_of in missing.items())

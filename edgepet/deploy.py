@@ -13,7 +13,6 @@ import numpy as np
 import safetensors.numpy
 
 from edgepet.artifact import (
-    FORMATS,
     MANIFEST,
     Artifact,
     Format,
@@ -24,14 +23,16 @@ from edgepet.artifact import (
     write_artifact,
 )
 from edgepet.errors import CheckError, InputError, MissingError, require
-from edgepet.exporters.onnx import build_model, serialize, simplified, write_onnx
-from edgepet.exporters.openvino import write_openvino
-from edgepet.exporters.tensorrt import build_engines
+from edgepet.exporters import EXPORTERS
+from edgepet.exporters.exporter import ExportOptions
+from edgepet.exporters.onnx import build_model, simplified
 from edgepet.files import folder_bytes, new_folder, write_file
 from edgepet.merging import merge as fold
 from edgepet.parity import Against, Inputs, Parity, compare, require_parity
 from edgepet.spec import FilePath, NpArray, Precision
 from edgepet.subject import Subject, plain_network
+
+DEFAULTS = ExportOptions()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,15 +71,6 @@ class ExportReport:
     artifacts: tuple[Exported, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class _Written:
-    """Files of one format, the engine that wrote them, and what reading them back could not prove."""
-
-    files: list[str]
-    engine: str
-    note: str | None = None
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Check:
     """One comparison: ``value`` must not be above ``limit``."""
@@ -94,17 +86,6 @@ class VerifyReport:
     ok: bool
     checks: tuple[Check, ...]
     reason: str | None = None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ExportOptions:
-    """How to export. ``sms`` are compute capabilities of a TensorRT engine, 86 for 8.6."""
-
-    to: tuple[Format, ...] = ("onnx",)
-    precision: Precision = "fp32"
-    sms: tuple[int, ...] = (86, 89, 120)
-    simplify: bool = False
-    external_data: bool = False
 
 
 def merge(
@@ -150,7 +131,7 @@ def export(
     *,
     backbone: str | None = None,
     data: FilePath | None = None,
-    options: ExportOptions = ExportOptions(),
+    options: ExportOptions = DEFAULTS,
     stage: Callable[[str], None] = lambda name: None,
 ) -> ExportReport:
     """Write one artefact folder per task and format under ``folder``, each compared before it takes its place.
@@ -162,9 +143,9 @@ def export(
     """
     if options.precision != "fp32":
         raise InputError("--precision", "this edgepet exports fp32", got=repr(options.precision))
-    unknown = [name for name in options.to if name not in FORMATS]
+    unknown = [name for name in options.to if name not in EXPORTERS]
     if unknown or not options.to:
-        raise InputError("--to", f"knows {', '.join(FORMATS)}", got=repr(unknown[0]) if unknown else "none of them")
+        raise InputError("--to", f"knows {', '.join(EXPORTERS)}", got=repr(unknown[0]) if unknown else "none of them")
     subjects = [Subject(path, backbone, data) for path in packs]
     names = [subject.delta.task for subject in subjects]
     if len(set(names)) != len(names):
@@ -224,7 +205,7 @@ def _export_one(
     path = folder / f"{delta.task}-{name}-{options.precision}"
     with new_folder(path) as scratch:
         began = time.perf_counter()
-        written = _write(model, name, scratch, options, delta.task)
+        written = EXPORTERS[name](model, scratch, options, delta.task)
         seconds = folded + time.perf_counter() - began
         began = time.perf_counter()
         artifact = Artifact(
@@ -262,16 +243,6 @@ def _export_one(
         reason=artifact.reason,
         parity=artifact.parity,
     )
-
-
-def _write(model: Any, name: Format, folder: Path, options: ExportOptions, task: str) -> _Written:
-    """One format; all of them are built from the one ONNX model."""
-    if name == "onnx":
-        return _Written(write_onnx(model, folder, external=options.external_data), "onnxruntime")
-    if name == "openvino":
-        return _Written(write_openvino(serialize(model), folder, where=task), "openvino")
-    built = build_engines(serialize(model), folder, sms=options.sms)
-    return _Written([*built.files, "model.engine.json"], built.engine, built.readback.reason)
 
 
 def _verified(subject: Subject, artifact: Artifact, scratch: Path, path: Path) -> Artifact:

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from edgepet import account
-from edgepet.artifact import MANIFEST, RUNTIME_OF, Artifact, open_artifact, read_artifact
+from edgepet.artifact import MANIFEST, RUNNERS, Artifact, open_artifact, read_artifact
 from edgepet.data import batches, load_set, open_split
 from edgepet.delta import Delta
 from edgepet.errors import InputError, require
@@ -285,7 +285,7 @@ class _ArtifactSource:
 
     def network(self, runtime: str | None, backbone: str | None, threads: int | None) -> tuple[Any, str, str]:
         del backbone
-        own = RUNTIME_OF[self.artifact.format]
+        own = RUNNERS[self.artifact.format].runtime
         if runtime not in (None, own):
             raise InputError(
                 str(self._path), f"is a {self.artifact.format} artefact and runs on {own}", got=f"--runtime {runtime}"
@@ -295,7 +295,7 @@ class _ArtifactSource:
 
     def candidates(self, runtimes: Sequence[str], threads: int, plain: bool, backbone: str | None) -> list[Candidate]:
         del plain, backbone
-        own = RUNTIME_OF[self.artifact.format]
+        own = RUNNERS[self.artifact.format].runtime
 
         def opener(bf16: bool) -> Callable[[], Runner]:
             return lambda: open_artifact(self._path, self.artifact, threads=threads, bf16=bf16)

@@ -10,6 +10,7 @@ import numpy as np
 from edgepet.canonical import canonical_json
 from edgepet.delta import Delta
 from edgepet.errors import CheckError, InputError, require
+from edgepet.exporters.exporter import ExportOptions, Written
 from edgepet.files import write_file
 from edgepet.graph import FEATURES, LOGITS, BaseGraph
 from edgepet.spec import NpArray, Tensors
@@ -82,6 +83,12 @@ def write_onnx(model: Any, folder: Path, *, external: bool = False) -> list[str]
     write_file(folder / f"{MODEL}.data", *blob)
     write_file(folder / MODEL, serialize(light))
     return [MODEL, f"{MODEL}.data"]
+
+
+def export(model: Any, folder: Path, options: ExportOptions, task: str) -> Written:
+    """Write ``model`` itself; see ``Exporter``."""
+    del task
+    return Written(write_onnx(model, folder, external=options.external_data), "onnxruntime")
 
 
 def simplified(model: Any, images: NpArray, *, where: str) -> Any:

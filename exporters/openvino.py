@@ -5,8 +5,11 @@ from __future__ import annotations
 import os
 import re
 from pathlib import Path
+from typing import Any
 
 from edgepet.errors import InputError, require
+from edgepet.exporters.exporter import ExportOptions, Written
+from edgepet.exporters.onnx import serialize
 from edgepet.files import sync_folder
 
 MODEL = "model.xml"
@@ -36,3 +39,9 @@ def write_openvino(onnx_model: bytes, folder: Path, *, where: str) -> list[str]:
             os.fsync(file.fileno())
     sync_folder(folder)
     return names
+
+
+def export(model: Any, folder: Path, options: ExportOptions, task: str) -> Written:
+    """Write the IR; see ``Exporter``."""
+    del options
+    return Written(write_openvino(serialize(model), folder, where=task), "openvino")

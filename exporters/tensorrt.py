@@ -17,6 +17,8 @@ from typing import Any, Literal
 
 from edgepet.canonical import canonical_json
 from edgepet.errors import CheckError, InputError, require
+from edgepet.exporters.exporter import ExportOptions, Written
+from edgepet.exporters.onnx import serialize
 from edgepet.files import write_file
 from edgepet.runners.tensorrt import (
     MODULES,
@@ -96,6 +98,13 @@ def build_engines(
         precision="fp32",
     )
     return _write(trt, plan, sidecar, folder, stem=stem, seconds=seconds)
+
+
+def export(model: Any, folder: Path, options: ExportOptions, task: str) -> Written:
+    """Build and write an engine and its side-car; see ``Exporter``."""
+    del task
+    built = build_engines(serialize(model), folder, sms=options.sms)
+    return Written([*built.files, "model.engine.json"], built.engine, built.readback.reason)
 
 
 def _write(trt: Any, plan: memoryview, sidecar: Sidecar, folder: Path, *, stem: str, seconds: float) -> TensorrtBuild:

@@ -1,0 +1,35 @@
+"""What every exporter is: a function that writes one task's model in one format, from the one ONNX model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeAlias
+
+from edgepet.artifact import Format
+from edgepet.spec import Precision
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExportOptions:
+    """How to export. ``sms`` are compute capabilities of a TensorRT engine, 86 for 8.6."""
+
+    to: tuple[Format, ...] = ("onnx",)
+    precision: Precision = "fp32"
+    sms: tuple[int, ...] = (86, 89, 120)
+    simplify: bool = False
+    external_data: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Written:
+    """Files of one format, the engine that wrote them, and what reading them back could not prove."""
+
+    files: list[str]
+    engine: str
+    note: str | None = None
+
+
+# (onnx.ModelProto with fp32 weights inside, an empty folder, options, the task's name for errors) -> what was written
+Exporter: TypeAlias = Callable[[Any, Path, ExportOptions, str], Written]
