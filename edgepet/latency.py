@@ -28,6 +28,7 @@ Result = TypeVar("Result")
 NOISY = 0.10  # interquartile range over median: rows that far from steady hide what merging or int8 usually gain
 LEAST_FOR_P99 = 100  # below, the 99th percentile is the maximum
 RESAMPLES = 2000
+SETTLE_S = 0.05  # ONNX Runtime's idle threads spin for tens of milliseconds and slow whatever runs next
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -100,7 +101,7 @@ def measure(
     threads: int,
     rounds: int = 200,
     warmup: int = 20,
-    settle_s: float = 0.002,
+    settle_s: float = SETTLE_S,
     tick: Callable[[int], None] | None = None,
 ) -> BenchReport:
     """Time ``rounds`` rounds in which every candidate runs once, in an order rotated by one each round.

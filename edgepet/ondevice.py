@@ -18,7 +18,7 @@ from edgepet.data import batches, load_set, open_split
 from edgepet.delta import Delta
 from edgepet.errors import InputError, require
 from edgepet.graph import BaseGraph, open_graph
-from edgepet.latency import BenchReport, Candidate, measure
+from edgepet.latency import SETTLE_S, BenchReport, Candidate, measure
 from edgepet.machine import environment
 from edgepet.pack import Pack, read_pack
 from edgepet.runners.runner import Runner
@@ -128,6 +128,7 @@ def bench(
     batch: int = 1,
     rounds: int = 200,
     warmup: int = 20,
+    settle_s: float = SETTLE_S,
     plain: bool = False,
     backbone: str | None = None,
     tick: Callable[[int], None] | None = None,
@@ -153,7 +154,7 @@ def bench(
             "bench", "found nothing to run", fix="name a pack or an artefact, and a runtime that is installed"
         )
     images = np.random.default_rng(0).standard_normal((batch, 3, *sizes.pop()), dtype=np.float32)
-    return measure(candidates, images, threads=threads, rounds=rounds, warmup=warmup, tick=tick)
+    return measure(candidates, images, threads=threads, rounds=rounds, warmup=warmup, settle_s=settle_s, tick=tick)
 
 
 def storage(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -24,6 +25,7 @@ from edgepet.spec import NpArray, Preprocess, Site
 from edgepet.updates import fold
 
 Augmentation: TypeAlias = Literal["flip", "crop"]
+MANY_TOKENS = 512  # from here on a matrix of all pairs of tokens is too large to keep for the backward pass
 AUGMENTATIONS: tuple[Augmentation, ...] = ("flip", "crop")
 
 
@@ -169,7 +171,8 @@ def fit(model: TunedModel, train: Pixels, val: Pixels, preprocess: Preprocess, p
         InputError: the loss stopped being finite.
     """
     try:
-        return _fit(model.to(plan.device), train, val, preprocess, plan, say)
+        with _explicit_attention(model.backbone, plan):
+            return _fit(model.to(plan.device), train, val, preprocess, plan, say)
     finally:
         model.to("cpu").eval()
 
@@ -304,6 +307,23 @@ def fast_bfloat16(device: str = "cpu") -> bool:
         return min(times[2:])
 
     return seconds(torch.float32) >= 1.2 * seconds(torch.bfloat16)
+
+
+@contextlib.contextmanager
+def _explicit_attention(module: nn.Module, plan: Plan) -> Iterator[None]:
+    """Attention as two products and a softmax while training in bf16 on a CPU: torch's fused form has a slow backward
+    there, a third of a step at 65 tokens. Long sequences keep it, for its memory.
+    """
+    tokens = getattr(getattr(module, "patch_embed", None), "num_patches", MANY_TOKENS)
+    slow = plan.autocast and plan.device == "cpu" and tokens < MANY_TOKENS
+    fused = [part for part in module.modules() if slow and getattr(part, "fused_attn", False) is True]
+    try:
+        for part in fused:
+            setattr(part, "fused_attn", False)  # noqa: B010  timm's own switch, which nn.Module does not declare
+        yield
+    finally:
+        for part in fused:
+            setattr(part, "fused_attn", True)  # noqa: B010
 
 
 def _autocast(plan: Plan) -> torch.autocast:
