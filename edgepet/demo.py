@@ -13,7 +13,7 @@ from edgepet.exporters.exporter import ExportOptions
 from edgepet.latency import BenchReport
 from edgepet.machine import runtimes
 from edgepet.ondevice import EvalReport, bench, evaluate, storage
-from edgepet.report import Progress
+from edgepet.report import Progress, program
 from edgepet.samples import WEIGHTS, build_task
 from edgepet.training import TrainReport, train
 
@@ -113,12 +113,13 @@ def _export(packs: list[Path], folder: Path, progress: Progress) -> tuple[Export
 
 
 def _commands(folder: Path) -> tuple[str, ...]:
+    run = program()
     return (
-        f"edgepet inspect {folder}/digits.pet",
-        f"edgepet verify {folder}/landcover-openvino-fp32",
-        f"edgepet eval {folder}/landcover.pet {folder}/data/landcover --runtime openvino",
-        f"edgepet merge {folder}/landcover.pet -o {folder}/landcover.safetensors",
-        f"edgepet bench {folder}/digits.pet {folder}/digits-onnx-fp32 --plain",
-        f"edgepet train {folder}/data/landcover --backbone {BACKBONE} --img-size {IMAGE_SIZE} --method consolidator"
+        f"{run} inspect {folder}/digits.pet",
+        f"{run} verify {folder}/landcover-openvino-fp32",
+        f"{run} eval {folder}/landcover.pet {folder}/data/landcover --runtime openvino",
+        f"{run} merge {folder}/landcover.pet -o {folder}/landcover.safetensors",
+        f"{run} bench {folder}/digits.pet {folder}/digits-onnx-fp32 --plain",
+        f"{run} train {folder}/data/landcover --backbone {BACKBONE} --img-size {IMAGE_SIZE} --method consolidator"
         f" -o {folder}/landcover-consolidator.pet",
     )

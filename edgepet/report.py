@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import os
+import shutil
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -161,6 +162,11 @@ class Step:
     loss: float
     images_per_second: float
     val_top1: float | None = None
+
+
+def program() -> str:
+    """What to paste in front of a verb: ``edgepet`` where a shell finds it, else the path that it was started by."""
+    return "edgepet" if shutil.which("edgepet") else sys.argv[0]
 
 
 class Progress:

@@ -16,6 +16,7 @@ from edgepet.report import (
     format_ratio,
     format_seconds,
     print_table,
+    program,
 )
 
 if TYPE_CHECKING:
@@ -103,7 +104,7 @@ def train(console: Console, report: TrainReport) -> None:
         f"  {format_number(report.images_per_second)} images/s in {report.precision},"
         f" {format_seconds(report.seconds)} in all",
         f"  merged equals tuned in float64: {report.algebra_max_abs:.1e}, limit {report.algebra_limit:.1e}",
-        f"next: edgepet export {report.pack} --to onnx,openvino -o exported",
+        f"next: {program()} export {report.pack} --to onnx,openvino -o exported",
     )
 
 

@@ -26,6 +26,7 @@ from edgepet.report import (
     format_seconds,
     markdown,
     print_table,
+    program,
     terminal,
     to_json,
 )
@@ -389,3 +390,14 @@ def test_a_terminal_is_not_redrawn_more_than_ten_times_a_second(clock: Clock, mo
             bar.update(done)
 
     assert stream.getvalue().count(" % ") <= 11 + 1  # one a tenth of a second and the empty one; the line at the end
+
+
+def test_a_command_to_paste_is_the_path_it_was_started_by_where_no_shell_finds_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("sys.argv", [".venv/bin/edgepet", "demo"])
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    assert program() == ".venv/bin/edgepet"
+
+    monkeypatch.setattr("shutil.which", lambda name: f"/usr/bin/{name}")
+    assert program() == "edgepet"
