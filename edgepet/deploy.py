@@ -105,12 +105,7 @@ def merge(
     subject = Subject(pack, backbone, data)
     weights = subject.dense_weights
     plain = plain_network(subject)
-    images, inputs = subject.images
-    expected, against = subject.reference
-    got = logits_of(plain, images)
-    parity = compare(
-        expected, got, stored=subject.pack.codec if against == "tuned" else "fp32", inputs=inputs, against=against
-    )
+    parity = subject.judge(logits_of(plain, subject.images[0]))
     require_parity(parity, str(output))
     write_file(output, safetensors.numpy.save({name: np.ascontiguousarray(tensor) for name, tensor in weights.items()}))
     return MergeReport(
@@ -120,8 +115,8 @@ def merge(
         max_abs_diff=parity.max_abs,
         limit=parity.limit,
         n=parity.n,
-        inputs=inputs,
-        against=against,
+        inputs=parity.inputs,
+        against=parity.against,
     )
 
 
@@ -257,9 +252,7 @@ def _verified(subject: Subject, artifact: Artifact, scratch: Path, path: Path) -
         require_parity(
             compare(subject.merged_reference, got, stored="fp32", inputs=inputs, against="merged"), str(path)
         )
-        expected, against = subject.reference
-        stored = subject.pack.codec if against == "tuned" else "fp32"
-        parity = compare(expected, got, stored=stored, inputs=inputs, against=against)
+        parity = subject.judge(got)
         require_parity(parity, str(path))
         probe = _check("probe", artifact.probe.logits, runner(artifact.probe.images(artifact.preprocess)))
         if not probe.ok:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from edgepet.delta import Delta
 from edgepet.errors import BackboneError, InputError
-from edgepet.spec import Base, NpArray
-from edgepet.updates import check, fold, in_precision_of
+from edgepet.spec import Base, NpArray, Tensors
+from edgepet.updates import Targeted, check, fold, in_precision_of
 
 
 def merge(base: Base, delta: Delta) -> dict[str, NpArray]:
@@ -24,11 +26,16 @@ def merge(base: Base, delta: Delta) -> dict[str, NpArray]:
         if tensor is None:
             raise InputError(f"{delta.task}: {targeted.target}", f"is no tensor of {base.name}")
         check(targeted, tensor.shape, where=delta.task, fix=f"use the backbone it was trained on, {delta.fingerprint}")
-    merged = dict(base.tensors)
-    for targeted in delta.updates:
+    return fold_all(base.tensors, delta.updates)
+
+
+def fold_all(tensors: Tensors, updates: Iterable[Targeted]) -> dict[str, NpArray]:
+    """``tensors`` with ``updates`` folded in, in order and in each tensor's own precision; nothing is checked here."""
+    merged = dict(tensors)
+    for targeted in updates:
         tensor = merged[targeted.target.tensor]
         update = in_precision_of(targeted.update, tensor)
-        merged[targeted.target.tensor] = fold(type(targeted)(targeted.target, update), tensor)
+        merged[targeted.target.tensor] = fold(Targeted(targeted.target, update), tensor)
     return merged
 
 

@@ -8,7 +8,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
-import numpy as np
 import numpy.typing as npt
 
 from edgepet.errors import InputError
@@ -20,7 +19,6 @@ FilePath: TypeAlias = Path | str
 Tuned: TypeAlias = Mapping[str, Mapping[str, Array]]  # site name -> method tensor name -> value
 
 Precision: TypeAlias = Literal["fp32", "fp16", "int8"]
-PRECISIONS: tuple[Precision, ...] = ("fp32", "fp16", "int8")
 
 _TARGET = re.compile(
     r"(?P<tensor>[A-Za-z0-9_]+(?:\.[A-Za-z0-9_]+)*)(?:\[(?P<rows>N:N|:(?=,))(?:, (?P<cols>N:N))?\])?".replace(
@@ -122,8 +120,3 @@ class Base:
     name: str
     fingerprint: str
     tensors: Tensors
-
-
-def as_float(tensor: NpArray, dtype: npt.DTypeLike = np.float32) -> NpArray:
-    """``tensor`` in ``dtype``, not copied where it is already."""
-    return np.asarray(tensor, dtype=dtype)

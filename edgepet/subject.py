@@ -18,7 +18,7 @@ from edgepet.imaging import normalize
 from edgepet.merging import merge, require_backbone
 from edgepet.methods import configure
 from edgepet.pack import Pack, read_pack
-from edgepet.parity import Against, Inputs
+from edgepet.parity import Against, Inputs, Parity, compare
 from edgepet.spec import FilePath, NpArray
 from edgepet.work import HELD_OUT, Work, read_work, work_folder
 
@@ -100,10 +100,15 @@ class Subject:
 
         return logits_of(tuned_network(self), images), "tuned"
 
+    def judge(self, got: NpArray) -> Parity:
+        """Logits ``got`` for ``images`` by the reference; only the tuned network allows for rounding in storage."""
+        expected, against = self.reference
+        stored = self.pack.codec if against == "tuned" else "fp32"
+        return compare(expected, got, stored=stored, inputs=self.images[1], against=against)
+
     def merged(self, images: NpArray) -> NpArray:
         """Logits of the pack as stored, merged and run by torch."""
         require("torch", extra="train", purpose="comparing with the network in torch")
-        require("torch", extra="train", purpose="comparing with the merged network")
         from edgepet.training import merged_logits
 
         return merged_logits(self.backbone, self.delta, images)

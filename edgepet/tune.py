@@ -18,6 +18,7 @@ from edgepet.backbones import Backbone
 from edgepet.delta import Delta, Head, Score
 from edgepet.errors import InputError
 from edgepet.imaging import normalize
+from edgepet.merging import fold_all
 from edgepet.methods import ActivationPath, Method
 from edgepet.methods.method import flatten, unflatten
 from edgepet.report import Step
@@ -270,9 +271,7 @@ def algebra_error(model: TunedModel, backbone: Backbone, images: NpArray) -> tup
         for name, tensor in backbone.tensors.items()
     }
     tuned = unflatten({name: value.astype(np.float64) for name, value in model.arrays().items()}, model.sites)
-    merged = dict(double)
-    for targeted in model.method.lower(double, model.sites, tuned):
-        merged[targeted.target.tensor] = fold(targeted, merged[targeted.target.tensor])
+    merged = fold_all(double, model.method.lower(double, model.sites, tuned))
     was_training = model.training
     model.eval().double()
     try:
