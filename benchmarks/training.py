@@ -23,13 +23,14 @@ from latency import BACKBONE, IMAGE_SIZE
 
 from edgepet.backbones import load_backbone
 from edgepet.data import load_set, open_split
+from edgepet.fitting import Pixels, Plan, fast_bfloat16, fit
 from edgepet.imaging import normalize
 from edgepet.latency import ratio_of_runs
 from edgepet.machine import environment
 from edgepet.methods import LoRA
 from edgepet.report import to_json
 from edgepet.samples import build_task
-from edgepet.tune import Pixels, Plan, TunedModel, fast_bfloat16, fit
+from edgepet.tune import TunedModel
 
 BATCH, IMAGES, ROUNDS = 32, 128, 7
 RESULT = Path(__file__).parent / "results" / "training.json"

@@ -18,6 +18,7 @@ from edgepet.data import few_shots, load_set, open_split
 from edgepet.delta import Delta, Score
 from edgepet.errors import CheckError, InputError
 from edgepet.exporters.trace import keep_weights
+from edgepet.fitting import AUGMENTATIONS, Augmentation, Fit, Pixels, Plan, Say, fast_bfloat16, fit
 from edgepet.imaging import normalize
 from edgepet.merging import merge
 from edgepet.methods import Method, configure
@@ -25,19 +26,7 @@ from edgepet.methods.method import count
 from edgepet.pack import Codec, read_pack, write_pack
 from edgepet.parity import ALGEBRA
 from edgepet.spec import FilePath, NpArray
-from edgepet.tune import (
-    AUGMENTATIONS,
-    Augmentation,
-    Fit,
-    Pixels,
-    Plan,
-    Say,
-    TunedModel,
-    algebra_error,
-    extract,
-    fast_bfloat16,
-    fit,
-)
+from edgepet.tune import TunedModel, algebra_error, extract
 from edgepet.work import work_folder, write_work
 
 ALGEBRA_IMAGES = 8  # float64 is slow, and one image already exercises every tensor

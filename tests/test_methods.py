@@ -17,12 +17,13 @@ from torch.nn import functional
 from edgepet.backbones import Backbone
 from edgepet.delta import Score
 from edgepet.errors import InputError
+from edgepet.fitting import Pixels, Plan, fit
 from edgepet.merging import merge
 from edgepet.methods import METHODS, SSF, Consolidator, Full, LinearProbe, LoRA, Method, configure
 from edgepet.methods.method import count, unflatten
 from edgepet.pack import encode_pack, read_pack
 from edgepet.spec import NpArray, Site, Target
-from edgepet.tune import Pixels, Plan, TunedModel, algebra_error, extract, fit
+from edgepet.tune import TunedModel, algebra_error, extract
 from edgepet.updates import Grouped, Targeted, fold
 from tests.tiny import make_delta, perturb, random_images, random_pixels, same_bits, sites_of
 
