@@ -9,6 +9,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from edgepet.backbones import Backbone as Backbone
     from edgepet.delta import Delta as Delta
     from edgepet.deploy import export as export
     from edgepet.deploy import merge as merge
@@ -26,11 +27,13 @@ if TYPE_CHECKING:
     from edgepet.pack import read_pack as read_pack
     from edgepet.pack import write_pack as write_pack
     from edgepet.runtime import Device as Device
+    from edgepet.spec import Preprocess as Preprocess
     from edgepet.training import train as train
 
 __version__ = "0.1.0"
 
 _HOME = {
+    "Backbone": "edgepet.backbones",
     "Consolidator": "edgepet.methods",
     "Delta": "edgepet.delta",
     "Device": "edgepet.runtime",
@@ -38,6 +41,7 @@ _HOME = {
     "ExportOptions": "edgepet.exporters.exporter",
     "LoRA": "edgepet.methods",
     "METHODS": "edgepet.methods",
+    "Preprocess": "edgepet.spec",
     "SSF": "edgepet.methods",
     "bench": "edgepet.ondevice",
     "evaluate": "edgepet.ondevice",

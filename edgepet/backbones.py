@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import logging
 import sys
-from collections.abc import Iterator
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -22,6 +24,9 @@ from edgepet.spec import Base, NpArray, Preprocess, Site, Tensors
 if TYPE_CHECKING:
     from torch import nn
 
+    from edgepet.sites import Seen
+
+OWN = "module:"  # what the label of a user's own network starts with
 WEIGHT_SUFFIXES = (".safetensors", ".pth", ".pt")
 
 
@@ -31,7 +36,8 @@ class Backbone:
 
     ``native`` holds the state dict at the architecture's own image size: that is what a fingerprint covers and what a
     device stores. ``module`` puts out pooled features (n, ``width``); its position table may be resampled.
-    ``create_args`` are what ``timm.create_model`` needs besides the name and ``num_classes``.
+    ``create_args`` are what ``timm.create_model`` needs besides the name and ``num_classes``; ``classifiers`` are the
+    layers that timm then adds, two where a network was distilled.
     """
 
     spec: str
@@ -40,9 +46,40 @@ class Backbone:
     module: nn.Module
     preprocess: Preprocess
     create_args: dict[str, object]
-    classifier: str
+    classifiers: tuple[str, ...]
     description: str
     licence: str
+
+    @classmethod
+    def from_module(
+        cls, module: nn.Module, *, name: str, preprocess: Preprocess, description: str = "", licence: str = ""
+    ) -> Backbone:
+        """A network of your own that takes images (n, 3, H, W) and puts out features (n, d).
+
+        Args:
+            module: copied, so that nothing of yours is touched; its tensors must all be in its state dict.
+            name: letters, digits, '.', '_' and '-'; packs say ``module:NAME``, and later verbs need this object again.
+            preprocess: how an image becomes the input; its ``image_size`` is the one of training and export.
+
+        Raises:
+            InputError: ``module`` does not take such images, or does not put out one row of features for each.
+            MissingError: torch is not installed.
+        """
+        require("torch", extra="train", purpose=name)
+        own = copy.deepcopy(module).eval().requires_grad_(False)
+        backbone = cls(
+            spec=f"{OWN}{name}",
+            name=name,
+            native={key: tensor.detach().numpy() for key, tensor in own.state_dict().items()},
+            module=own,
+            preprocess=preprocess,
+            create_args={},
+            classifiers=(),
+            description=description or f"{type(module).__name__}, a module of its user's own",
+            licence=licence or "see the weights' publisher",
+        )
+        _ = backbone.width
+        return backbone
 
     @property
     def label(self) -> str:
@@ -65,12 +102,57 @@ class Backbone:
     @property
     def width(self) -> int:
         """Features behind the pooling, per image."""
-        return int(cast(Any, self.module).num_features)
+        return int(self._seen.output.shape[1])
 
     @cached_property
     def layers(self) -> tuple[Site, ...]:
-        """Every layer and bare parameter that a method can act on, in the order of the network."""
-        return (*_layers(self.module), *_parameters(self.module))
+        """Every layer and bare parameter that a method can act on, in the order in which the network runs them."""
+        from edgepet.sites import parameters
+
+        return (*self._seen.sites, *parameters(self.module))
+
+    @cached_property
+    def _seen(self) -> Seen:
+        import torch
+
+        from edgepet.sites import watch
+
+        height, width = self.preprocess.image_size
+        try:
+            seen = watch(self.module, torch.zeros(2, 3, height, width))
+        except (RuntimeError, AssertionError, ValueError, TypeError) as error:  # whatever a network says of a size
+            what = f"cannot take images of {height} x {width} pixels"
+            raise InputError(self.label, what, got=_first_line(error), fix="use another image size") from error
+        shape = tuple(getattr(seen.output, "shape", ()))
+        if len(shape) != 2 or shape[0] != 2:
+            got = shape or type(seen.output).__name__
+            raise InputError(self.label, "must put out features (n, d) for images (n, 3, H, W)", got=got)
+        return seen
+
+    def with_head(self, head: Head) -> nn.Module:
+        """A network that knows nothing of edgepet: timm's own, or a copy of yours with a linear layer behind it."""
+        import torch
+
+        timm = require("timm", extra="train", purpose="merge")
+        classes, width = head.weight.shape
+        if not self.spec.startswith(OWN):
+            return cast("nn.Module", timm.create_model(self.name, num_classes=classes, **self.create_args)).eval()
+        body = copy.deepcopy(self.module)
+        return torch.nn.Sequential(OrderedDict(backbone=body, head=torch.nn.Linear(width, classes))).eval()
+
+    def named_weights(self, merged: Tensors, head: Head) -> dict[str, NpArray]:
+        """Dense weights under the names of ``with_head``'s network, as ``load_state_dict`` takes them strictly."""
+        own = self.spec.startswith(OWN)
+        weights = {f"backbone.{name}" if own else name: tensor for name, tensor in merged.items()}
+        import torch
+
+        with torch.device("meta"):
+            like = self.with_head(head).state_dict()
+        for layer in ("head",) if own else self.classifiers:
+            for kind, value in (("weight", head.weight), ("bias", head.bias)):
+                shape = tuple(like[f"{layer}.{kind}"].shape)  # a classifier may be a convolution of one tap
+                weights[f"{layer}.{kind}"] = np.ascontiguousarray(value, np.float32).reshape(shape)
+        return weights
 
     @property
     def native_bytes(self) -> int:
@@ -92,6 +174,9 @@ def load_backbone(spec: str, *, image_size: int | None = None) -> Backbone:
     timm = require("timm", extra="train", purpose=spec)
     if image_size is not None and image_size < 1:
         raise InputError("--img-size", "must be at least 1", got=image_size)
+    if spec.startswith(OWN):
+        fix = "in Python pass backbone=Backbone.from_module(...)"
+        raise InputError(spec, "is a module of its user's own and cannot be built from its name", fix=fix)
     name, file = _parse(spec)
     if not timm.is_model(name):
         close = timm.list_models(f"*{name.split('.')[0].split('_')[0]}*")[:3]
@@ -105,9 +190,10 @@ def load_backbone(spec: str, *, image_size: int | None = None) -> Backbone:
     size = image_size or int(own["input_size"][-1])
     state = native.state_dict()
     module, create_args = native, dict[str, object]()
-    if config.get("fixed_input_size"):
-        create_args = {"img_size": size}
-        if size != own["input_size"][-1]:
+    dynamic = bool(getattr(native, "dynamic_img_size", False))  # would resample its table in every forward pass
+    if config.get("fixed_input_size") or dynamic:
+        create_args = {"img_size": size} | ({"dynamic_img_size": False} if dynamic else {})
+        if dynamic or size != own["input_size"][-1]:
             _check_size(native, size, spec)
             module = timm.create_model(name, pretrained=False, num_classes=0, **create_args)
             _load(module, dict(state), spec)
@@ -120,19 +206,10 @@ def load_backbone(spec: str, *, image_size: int | None = None) -> Backbone:
         module=module,
         preprocess=_preprocess(own, size, spec),
         create_args=create_args,
-        classifier=config["classifier"],
+        classifiers=_classifiers(config),
         description=sample.description if sample else f"timm {name}",
         licence=sample.licence if sample else str(config.get("license") or "see the weights' publisher"),
     )
-
-
-def named_weights(backbone: Backbone, merged: Tensors, head: Head) -> dict[str, NpArray]:
-    """Dense weights under timm's names, classifier included, as ``load_state_dict`` takes them strictly."""
-    return {
-        **merged,
-        f"{backbone.classifier}.weight": np.ascontiguousarray(head.weight, np.float32),
-        f"{backbone.classifier}.bias": np.ascontiguousarray(head.bias, np.float32),
-    }
 
 
 def _parse(spec: str) -> tuple[str, Path | None]:
@@ -183,9 +260,7 @@ def _load(module: Any, state: dict[str, Any], where: str) -> None:
     prepare = getattr(sys.modules[type(module).__module__], "checkpoint_filter_fn", None)
     if prepare is not None:
         state = prepare(state, module)
-    classifier = module.pretrained_cfg["classifier"]
-    names = classifier if isinstance(classifier, (tuple, list)) else (classifier,)
-    heads = {f"{part}.{kind}" for part in names for kind in ("weight", "bias")}
+    heads = {f"{part}.{kind}" for part in _classifiers(module.pretrained_cfg) for kind in ("weight", "bias")}
     state = {key: value for key, value in state.items() if key not in heads}
     try:
         result = module.load_state_dict(state, strict=False)
@@ -196,6 +271,15 @@ def _load(module: Any, state: dict[str, Any], where: str) -> None:
         missing, unknown = result.missing_keys, result.unexpected_keys
         got = f"{len(missing)} missing ({_few(missing)}), {len(unknown)} unknown ({_few(unknown)})"
         raise InputError(where, f"does not hold exactly the tensors of {type(module).__name__}", got=got)
+
+
+def _classifiers(config: Mapping[str, Any]) -> tuple[str, ...]:
+    named = config.get("classifier") or ()
+    return (named,) if isinstance(named, str) else tuple(named)
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().partition("\n")[0] or type(error).__name__
 
 
 def _few(names: list[str]) -> str:
@@ -228,47 +312,6 @@ def _preprocess(config: dict[str, Any], size: int, spec: str) -> Preprocess:
         mean=cast(tuple[float, float, float], tuple(map(float, config["mean"]))),
         std=cast(tuple[float, float, float], tuple(map(float, config["std"]))),
     )
-
-
-def _layers(module: nn.Module) -> Iterator[Site]:
-    from torch import nn
-
-    for name, layer in module.named_modules():
-        shape = getattr(getattr(layer, "weight", None), "shape", None)
-        if shape is None:
-            continue
-        bias = f"{name}.bias" if getattr(layer, "bias", None) is not None else None
-        kind: Literal["linear", "conv", "norm"]
-        if isinstance(layer, nn.Linear):
-            kind, axis = "linear", -1
-        elif isinstance(layer, nn.Conv2d):
-            kind, axis = "conv", 1
-        elif isinstance(layer, nn.LayerNorm):
-            # timm's LayerNorm2d is a LayerNorm whose channels are axis 1
-            kind, axis = "norm", 1 if type(layer).__name__.endswith("2d") else -1
-        else:
-            continue
-        thirds = shape[0] // 3
-        fused = kind == "linear" and name.endswith("attn.qkv")
-        blocks = tuple((part, (i * thirds, (i + 1) * thirds)) for i, part in enumerate("qkv")) if fused else ()
-        yield Site(
-            name=name,
-            kind=kind,
-            weight=f"{name}.weight",
-            bias=bias,
-            in_features=int(shape[1]) if len(shape) > 1 else int(shape[0]),
-            out_features=int(shape[0]),
-            channel_axis=cast(Literal[-1, 1], axis),
-            blocks=blocks,
-        )
-
-
-def _parameters(module: nn.Module) -> Iterator[Site]:
-    for name, parameter in module.named_parameters():
-        rows = int(parameter.shape[0]) if parameter.ndim else 1
-        yield Site(
-            name=name, kind="tensor", weight=name, bias=None, in_features=parameter.numel() // rows, out_features=rows
-        )
 
 
 @contextlib.contextmanager

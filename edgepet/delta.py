@@ -14,7 +14,7 @@ from edgepet.updates import Targeted, factors
 
 # All three become names of files or folders, so a pack from outside must not be able to steer where they lead.
 _TASK = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
-_BACKBONE = re.compile(r"(?:demo:)?[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+_BACKBONE = re.compile(r"(?:demo:|module:)?[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 _FINGERPRINT = re.compile(r"sha256:[0-9a-f]{64}")
 
 

@@ -29,7 +29,7 @@ from edgepet.exporters.onnx import build_model, simplified
 from edgepet.files import folder_bytes, new_folder, write_file
 from edgepet.merging import merge as fold
 from edgepet.parity import Against, Inputs, Parity, compare, require_parity
-from edgepet.spec import FilePath, NpArray, Precision
+from edgepet.spec import AnyBackbone, FilePath, NpArray, Precision
 from edgepet.subject import Subject, plain_network
 
 DEFAULTS = ExportOptions()
@@ -89,7 +89,7 @@ class VerifyReport:
 
 
 def merge(
-    pack: FilePath, output: FilePath, *, backbone: str | None = None, data: FilePath | None = None
+    pack: FilePath, output: FilePath, *, backbone: AnyBackbone = None, data: FilePath | None = None
 ) -> MergeReport:
     """Write dense weights that plain timm loads strictly, after loading them there and comparing.
 
@@ -124,7 +124,7 @@ def export(
     packs: Sequence[FilePath],
     folder: FilePath,
     *,
-    backbone: str | None = None,
+    backbone: AnyBackbone = None,
     data: FilePath | None = None,
     options: ExportOptions = DEFAULTS,
     stage: Callable[[str], None] = lambda name: None,
@@ -162,7 +162,11 @@ def export(
 
 
 def verify(
-    folder: FilePath, *, data: FilePath | None = None, pack: FilePath | None = None, backbone: str | None = None
+    folder: FilePath,
+    *,
+    data: FilePath | None = None,
+    pack: FilePath | None = None,
+    backbone: AnyBackbone = None,
 ) -> VerifyReport:
     """Check an artefact's files against its manifest, then run the comparison again.
 

@@ -56,7 +56,6 @@ class BaseGraph:
     preprocess: Preprocess
     width: int
     create_args: Mapping[str, object]
-    classifier: str
     licence: str
     files: Mapping[str, tuple[str, int]]
 
@@ -144,7 +143,6 @@ def open_graph(fingerprint: str, image_size: tuple[int, int], *, root: Path | No
         preprocess=read_preprocess(table.table("preprocess")),
         width=table.integer("width", least=1),
         create_args=_settings(table.table("create_args")),
-        classifier=table.text("classifier"),
         licence=table.text("licence"),
         files={name: _file(entry) for name, entry in _entries(table)},
     )

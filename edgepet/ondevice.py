@@ -23,7 +23,7 @@ from edgepet.machine import environment
 from edgepet.pack import Pack, read_pack
 from edgepet.runners.runner import Runner
 from edgepet.runtime import SHARED_RUNTIMES, open_features, open_task
-from edgepet.spec import FilePath, Preprocess
+from edgepet.spec import AnyBackbone, FilePath, Preprocess
 from edgepet.store import Store
 from edgepet.updates import factors
 
@@ -83,7 +83,7 @@ def evaluate(
     *,
     split: str = "test",
     runtime: str | None = None,
-    backbone: str | None = None,
+    backbone: AnyBackbone = None,
     threads: int | None = None,
 ) -> EvalReport:
     """Top-1 of a pack or an artefact on a split of ``data``.
@@ -130,7 +130,7 @@ def bench(
     warmup: int = 20,
     settle_s: float = SETTLE_S,
     plain: bool = False,
-    backbone: str | None = None,
+    backbone: AnyBackbone = None,
     tick: Callable[[int], None] | None = None,
 ) -> BenchReport:
     """Latency of packs and artefacts, all candidates in turn in every round.
@@ -196,7 +196,7 @@ class _PackSource:
         self.pack: Pack = read_pack(path)
         self.labels, self.preprocess = self.pack.delta.labels, self.pack.delta.preprocess
 
-    def network(self, runtime: str | None, backbone: str | None, threads: int | None) -> tuple[Any, str, str]:
+    def network(self, runtime: str | None, backbone: AnyBackbone, threads: int | None) -> tuple[Any, str, str]:
         name = runtime or "onnxruntime"
         if name == "torch":
             from edgepet.subject import TorchNetwork
@@ -205,7 +205,7 @@ class _PackSource:
         network = open_task(_graph(self.pack.delta), self.pack.delta, runtime=name, threads=threads)
         return network, name, _precision(network.executed)
 
-    def candidates(self, runtimes: Sequence[str], threads: int, plain: bool, backbone: str | None) -> list[Candidate]:
+    def candidates(self, runtimes: Sequence[str], threads: int, plain: bool, backbone: AnyBackbone) -> list[Candidate]:
         found = []
         for name in runtimes:
             if name == "torch":
@@ -230,7 +230,7 @@ class _PackSource:
             for m, o in modes.items()
         ]
 
-    def _torch(self, threads: int, plain: bool, backbone: str | None) -> list[Candidate]:
+    def _torch(self, threads: int, plain: bool, backbone: AnyBackbone) -> list[Candidate]:
         from edgepet.subject import TorchNetwork
 
         subject = _subject(self._path, backbone)
@@ -284,7 +284,7 @@ class _ArtifactSource:
         self.labels: tuple[str, ...] = self.artifact.labels
         self.preprocess: Preprocess = self.artifact.preprocess
 
-    def network(self, runtime: str | None, backbone: str | None, threads: int | None) -> tuple[Any, str, str]:
+    def network(self, runtime: str | None, backbone: AnyBackbone, threads: int | None) -> tuple[Any, str, str]:
         del backbone
         own = RUNNERS[self.artifact.format].runtime
         if runtime not in (None, own):
@@ -294,7 +294,7 @@ class _ArtifactSource:
         runner = open_artifact(self._path, self.artifact, threads=threads)
         return runner, own, _precision(runner.executed)
 
-    def candidates(self, runtimes: Sequence[str], threads: int, plain: bool, backbone: str | None) -> list[Candidate]:
+    def candidates(self, runtimes: Sequence[str], threads: int, plain: bool, backbone: AnyBackbone) -> list[Candidate]:
         del plain, backbone
         own = RUNNERS[self.artifact.format].runtime
 
@@ -351,7 +351,7 @@ def _graph(delta: Delta) -> BaseGraph:
     return open_graph(delta.fingerprint, delta.preprocess.image_size)
 
 
-def _subject(path: Path, backbone: str | None) -> Any:
+def _subject(path: Path, backbone: AnyBackbone) -> Any:
     from edgepet.subject import Subject
 
     require("torch", extra="train", purpose="--runtime torch")

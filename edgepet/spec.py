@@ -6,17 +6,23 @@ import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import numpy.typing as npt
 
 from edgepet.errors import InputError
+
+if TYPE_CHECKING:
+    from edgepet.backbones import Backbone
 
 NpArray: TypeAlias = npt.NDArray[Any]
 Array: TypeAlias = Any  # a NumPy array or a torch tensor: formulas use only operators that both have
 Tensors: TypeAlias = Mapping[str, NpArray]
 FilePath: TypeAlias = Path | str
 Tuned: TypeAlias = Mapping[str, Mapping[str, Array]]  # site name -> method tensor name -> value
+
+# As people name one: a written form, or in Python an ``edgepet.Backbone``; None where a pack's own can be found again
+AnyBackbone: TypeAlias = "str | Backbone | None"
 
 Precision: TypeAlias = Literal["fp32", "fp16", "int8"]
 
@@ -72,9 +78,14 @@ class Target:
 class Site:
     """A layer of the backbone where a method can act.
 
-    ``kind`` is "linear", "conv" or "norm", or "tensor" for one bare parameter. ``blocks`` names row blocks of a fused
-    weight, as timm's ``qkv`` has: q = (0, d), k = (d, 2d), v = (2d, 3d). ``channel_axis`` is where the layer's output
-    has its channels: declared, never guessed from a shape.
+    ``kind`` is "linear", "conv" or "norm", or "tensor" for one bare parameter. A weight is seen as a matrix of
+    ``out_features`` rows and ``columns``; a convolution has ``taps`` columns for each of its ``in_features`` input
+    channels, those of one group where ``groups`` is above 1. ``blocks`` names row blocks of a fused weight, as timm's
+    ``qkv`` has: q = (0, d), k = (d, 2d), v = (2d, 3d). ``channel_axis`` is where the layer's output has its channels.
+
+    ``mean`` is the running mean of the batch norm that alone reads this layer, where the layer has no bias.
+    ``scalable`` is false where the bias is put together on the way, so that no tensor could be scaled with the weight.
+    ``exposed`` says that the layer's output is also its module's, where a forward hook sees it.
     """
 
     name: str
@@ -83,12 +94,28 @@ class Site:
     bias: str | None
     in_features: int
     out_features: int
+    taps: int = 1
+    groups: int = 1
     channel_axis: Literal[-1, 1] = -1
     blocks: tuple[tuple[str, tuple[int, int]], ...] = ()
+    mean: str | None = None
+    scalable: bool = True
+    exposed: bool = True
 
-    def block(self, name: str) -> tuple[int, int] | None:
-        """The rows called ``name``, or None where this layer has no such block."""
-        return dict(self.blocks).get(name)
+    @property
+    def columns(self) -> int:
+        """Inputs of one output, as the updates see a weight."""
+        return self.in_features * self.taps
+
+    @property
+    def dense(self) -> bool:
+        """Whether every output reads every input channel: a linear layer, or a convolution of one group."""
+        return self.kind in ("linear", "conv") and self.groups == 1
+
+    @property
+    def takes_shift(self) -> bool:
+        """Whether a constant added to the output can be written into a tensor that is there."""
+        return self.bias is not None or self.mean is not None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

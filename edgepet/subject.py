@@ -19,7 +19,7 @@ from edgepet.merging import merge, require_backbone
 from edgepet.methods import configure
 from edgepet.pack import Pack, read_pack
 from edgepet.parity import Against, Inputs, Parity, compare
-from edgepet.spec import FilePath, NpArray
+from edgepet.spec import AnyBackbone, FilePath, NpArray
 from edgepet.work import HELD_OUT, Work, read_work, work_folder
 
 PROBE_SEED, PROBE_IMAGES = 20221017, 4
@@ -28,7 +28,7 @@ PROBE_SEED, PROBE_IMAGES = 20221017, 4
 class Subject:
     """A pack and all that it can be compared with; torch is touched only when a comparison is asked for."""
 
-    def __init__(self, path: FilePath, backbone: str | None, data: FilePath | None) -> None:
+    def __init__(self, path: FilePath, backbone: AnyBackbone, data: FilePath | None) -> None:
         self.path, self._spec, self._data = Path(path), backbone, data
         self.pack: Pack = read_pack(self.path)
 
@@ -51,9 +51,12 @@ class Subject:
     def backbone(self) -> Any:
         """The torch network that the pack was trained on."""
         delta, spec = self.delta, self._spec
+        if spec is not None and not isinstance(spec, str):
+            require_backbone(spec.base, delta)
+            return spec
         cached = graph_folder(delta.fingerprint) / WEIGHTS
         if spec is None:
-            known = delta.backbone.startswith("demo:") or not cached.is_file()  # else timm would ask the network
+            known = delta.backbone.startswith(("demo:", "module:")) or not cached.is_file()  # else timm asks its hub
             spec = delta.backbone if known else f"{delta.backbone}@{cached}"
         backbone = _loaded(spec, delta.preprocess.image_size[0])
         require_backbone(backbone.base, delta)
@@ -116,9 +119,10 @@ class Subject:
     @cached_property
     def dense_weights(self) -> dict[str, NpArray]:
         """The merged network's state dict under timm's names, classifier included."""
-        from edgepet.backbones import named_weights
-
-        return named_weights(self.backbone, merge(self.backbone.base, self.delta), self.delta.head)
+        weights: dict[str, NpArray] = self.backbone.named_weights(
+            merge(self.backbone.base, self.delta), self.delta.head
+        )
+        return weights
 
     @cached_property
     def merged_reference(self) -> NpArray:
@@ -131,12 +135,10 @@ class Subject:
 
 
 def plain_network(subject: Subject) -> Any:
-    """A torch module that knows nothing of edgepet: timm's own, with the merged weights loaded strictly."""
+    """A torch module that knows nothing of edgepet, with the merged weights loaded strictly."""
     import torch
 
-    timm = require("timm", extra="train", purpose="merge")
-    loaded = subject.backbone
-    module = timm.create_model(loaded.name, num_classes=len(subject.delta.labels), **loaded.create_args).eval()
+    module = subject.backbone.with_head(subject.delta.head)
     state = {name: torch.from_numpy(np.array(tensor)) for name, tensor in subject.dense_weights.items()}
     module.load_state_dict(state, strict=True)
     return module

@@ -66,7 +66,7 @@ class TrainReport:
 
 def train(
     data: FilePath,
-    backbone: str,
+    backbone: str | Backbone,
     method: str | Method,
     output: FilePath,
     *,
@@ -89,7 +89,7 @@ def train(
 
     Args:
         data: a folder with train/, val/ and perhaps test/, each of class folders; or one folder of class folders.
-        backbone: a timm name, ``NAME@FILE`` or ``demo:NAME``.
+        backbone: a timm name, ``NAME@FILE`` or ``demo:NAME``; or a network of your own, ``Backbone.from_module``.
         settings: the method's settings as text, where ``method`` is a name.
         image_size: pixels of the square input; None is the architecture's own.
         shots: images of each class to train on, chosen by ``seed``; None is all.
@@ -111,7 +111,7 @@ def train(
         train_set = few_shots(train_set, shots, seed)
     device = _device(device)
     stage("load the backbone")
-    loaded = load_backbone(backbone, image_size=image_size)
+    loaded = load_backbone(backbone, image_size=image_size) if isinstance(backbone, str) else backbone
     train_images, val_images = (Pixels(*load_set(part, loaded.preprocess)) for part in (train_set, val_set))
     recipe = chosen.recipe
     plan = Plan(

@@ -18,17 +18,23 @@ from edgepet.methods.method import flatten, unflatten
 from edgepet.spec import NpArray, Site
 from edgepet.updates import fold
 
+_MEAN = ".running_mean"
+
 
 class TunedModel(nn.Module):
     """A frozen backbone, a method's tensors at its sites, and a head; puts out logits (n, C).
 
-    The backbone's own submodules run unchanged, LayerScale and all: the activation path is a hook on each site. The
+    The backbone's own submodules run unchanged, LayerScale and all. A site is tuned by a hook on its module where the
+    method has an activation path for it; at all others the updates are folded into the weights at every step. The
     head sees features standardised by fixed statistics, which ``head`` folds away; it starts at zero.
     """
 
     def __init__(self, backbone: Backbone, method: Method, classes: int, *, seed: int = 0) -> None:
         super().__init__()
         self.method, self.sites = method, method.sites(backbone.layers)
+        on_activations = method.activation_kinds if isinstance(method, ActivationPath) else ()
+        self._hooked = tuple(site for site in self.sites if site.exposed and site.kind in on_activations)
+        self._folding = tuple(site for site in self.sites if site not in self._hooked)
         self._base = backbone.tensors
         self.backbone = backbone.module
         rng = np.random.default_rng(seed)
@@ -51,21 +57,23 @@ class TunedModel(nn.Module):
 
     def features(self, images: Tensor) -> Tensor:
         tuned = self.tuned()
-        if not isinstance(self.method, ActivationPath):
-            return cast(Tensor, torch.func.functional_call(self.backbone, self._folded(tuned), (images,)))
+        folded = self._folded(tuned)
         hooks = [
-            self.backbone.get_submodule(site.name).register_forward_hook(
-                self._hook(self.method, site, tuned[site.name])
-            )
-            for site in self.sites
+            self.backbone.get_submodule(site.name).register_forward_hook(self._hook(site, tuned[site.name]))
+            for site in self._hooked
         ]
+        for name in [name for name in folded if name.endswith(_MEAN)]:
+            norm = self.backbone.get_submodule(name.removesuffix(_MEAN))
+            hooks.append(norm.register_forward_pre_hook(_shifted(folded.pop(name) - norm.get_buffer(_MEAN[1:]))))
         try:
-            return cast(Tensor, self.backbone(images))
+            return cast(Tensor, torch.func.functional_call(self.backbone, folded, (images,)))
         finally:
             for hook in hooks:
                 hook.remove()
 
-    def _hook(self, method: ActivationPath, site: Site, tuned: Mapping[str, Tensor]) -> Callable[..., Tensor]:
+    def _hook(self, site: Site, tuned: Mapping[str, Tensor]) -> Callable[..., Tensor]:
+        method = cast(ActivationPath, self.method)
+
         def after(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
             del module
             return cast(Tensor, method.forward(site, inputs[0], output, tuned, training=self.training))
@@ -73,10 +81,12 @@ class TunedModel(nn.Module):
         return after
 
     def _folded(self, tuned: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
-        state = dict(self.backbone.state_dict(keep_vars=True))
-        for targeted in self.method.lower(self._base, self.sites, tuned):
+        """The tensors that the method changes at the sites without a hook."""
+        frozen = self.backbone.state_dict(keep_vars=True) if self._folding else {}
+        state: dict[str, Tensor] = {}
+        for targeted in self.method.lower(self._base, self._folding, tuned):
             name = targeted.target.tensor
-            state[name] = fold(targeted, state[name])
+            state[name] = fold(targeted, state.get(name, frozen[name]))
         return state
 
     def train(self, mode: bool = True) -> TunedModel:
@@ -109,6 +119,16 @@ class TunedModel(nn.Module):
             self.linear.bias.copy_(torch.from_numpy(np.array(head.bias)))
             self.mean.zero_()
             self.std.fill_(1)
+
+
+def _shifted(mean: Tensor) -> Callable[..., tuple[Tensor, ...]]:
+    """A larger mean, as a smaller input: torch has no gradient of a batch norm by its statistics."""
+
+    def before(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        del module
+        return (inputs[0] - mean.reshape(-1, *[1] * (inputs[0].ndim - 2)).to(inputs[0].dtype),)
+
+    return before
 
 
 def extract(

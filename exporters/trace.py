@@ -84,7 +84,6 @@ def _make(backbone: Backbone, folder: Path) -> None:
         "preprocess": backbone.preprocess.as_json(),
         "width": backbone.width,
         "create_args": backbone.create_args,
-        "classifier": backbone.classifier,
         "licence": backbone.licence,
         "versions": {name: version(name) for name in ("torch", "timm", "onnx", "onnxscript")},
     }
@@ -114,7 +113,28 @@ def _traced(backbone: Backbone) -> Any:
         raise InputError(
             backbone.spec, "cannot be exported to ONNX", got=_reason(error), fix="export another architecture"
         ) from error
+    _tidy(program.model, set(backbone.tensors))  # type: ignore[union-attr]
     return program.model_proto  # type: ignore[union-attr]
+
+
+def _tidy(model: Any, parameters: set[str]) -> None:
+    """Compute what depends on no parameter and no image: TensorRT wants axes and sizes as constants.
+
+    A convolution without a bias gets one of zeros from torch, built at run time from the kernel's shape: it goes.
+    """
+    from onnxscript.optimizer import fold_constants, remove_unused_nodes
+
+    def keeps_parameters(node: Any) -> bool | None:
+        reads = any(value is not None and value.name in parameters for value in node.inputs)
+        return False if reads and node.op_type != "Shape" else None  # None: as the folder itself decides
+
+    fold_constants(model, should_fold=keeps_parameters, output_size_limit=1 << 24)
+    for node in model.graph:
+        bias = node.inputs[2] if node.op_type == "Conv" and len(node.inputs) == 3 else None
+        made_up = bias is not None and bias.const_value is not None and bias.name not in parameters
+        if made_up and not bias.const_value.numpy().any():
+            node.resize_inputs(2)
+    remove_unused_nodes(model)
 
 
 def _externalise(model: Any, places: dict[str, Place], backbone: Backbone) -> None:

@@ -383,7 +383,7 @@ def test_merged_weights_load_strictly_into_plain_timm(tasks: Tasks, tmp_path: Pa
     assert report == {
         "path": str(file),
         "bytes": file.stat().st_size,
-        "create_args": {"img_size": 32},
+        "create_args": {"img_size": 32, "dynamic_img_size": False},
         "max_abs_diff": pytest.approx(np.abs(got.astype(np.float64) - tuned).max(), rel=1e-3),
         "limit": pytest.approx(2e-2 * np.abs(tuned).max(), rel=1e-6),
         "n": HELD_OUT,
@@ -467,8 +467,7 @@ def test_a_failed_merge_leaves_the_older_file(
 @pytest.mark.skipif(gpu_problem() is None, reason="a GPU answers here: the engine is run")
 def test_an_engine_that_nothing_here_can_run_says_so(tmp_path: Path) -> None:
     pytest.importorskip("tensorrt_rtx", reason="needs the package tensorrt-rtx")
-    # test_vit resamples its position table in the graph, and TensorRT-RTX has no antialiased Resize; test_vit3 does not
-    backbone = tiny_vit(tmp_path, seed=3, architecture="test_vit3")
+    backbone = tiny_vit(tmp_path, seed=3)
     model = perturb(TunedModel(backbone, configure("ssf"), 3), seed=4)
     delta = extract(model, backbone, task="engine", labels=CLASSES, val=Score(top1=0.5, n=2))
     write_pack(tmp_path / "engine.pet", delta)

@@ -32,9 +32,10 @@ EXAMPLES: dict[str, Method] = {
     "full": Full(),
     "ssf": SSF(),
     "lora": LoRA(rank=4, on=("q", "k", "v")),
-    "lora on q and v": LoRA(rank=2, alpha=3.0),
-    "lora on whole layers": LoRA(rank=4, on=("proj", "fc1", "fc2")),
-    "lora on all linears": LoRA(rank=3, on=("qkv", "proj", "fc1", "fc2")),
+    "lora on q and v": LoRA(rank=2, alpha=3.0, on=("q", "v")),
+    "lora on whole layers": LoRA(rank=4, on=("attn.proj", "fc1", "fc2")),
+    "lora on all linears": LoRA(rank=3, on=("qkv", "attn.proj", "fc1", "fc2")),
+    "lora on a convolution": LoRA(rank=2, on=("patch_embed.proj", "proj")),
     "consolidator": Consolidator(groups=(16,)),
     "consolidator, nested": Consolidator(groups=(8, 16, 32)),
     "consolidator, not nested": Consolidator(groups=(8, 64, 4)),
@@ -184,7 +185,7 @@ def typed(value: object) -> str:
 
 # ------------------------------------------------------------------------------------------------------------ counts
 
-FOUR = ("qkv", "proj", "fc1", "fc2")
+FOUR = ("qkv", "attn.proj", "fc1", "fc2")
 COUNTS: list[tuple[Method, int, int]] = [  # formulas of the papers, head left out
     (SSF(), 102_912, 205_824),
     (LoRA(rank=1), 18_432, 36_864),

@@ -14,9 +14,11 @@ import timm
 import torch
 from hypothesis import settings
 from hypothesis import strategies as st
+from torch import nn
 
-from edgepet.backbones import Backbone, _layers, load_backbone
+from edgepet.backbones import Backbone, load_backbone
 from edgepet.delta import Delta, Head, Score
+from edgepet.sites import watch
 from edgepet.spec import NpArray, Preprocess, Site, Target
 from edgepet.tune import TunedModel
 from edgepet.updates import UPDATES, Add, Grouped, Kronecker, LowRank, Precompose, Replace, Scale, Targeted
@@ -26,23 +28,30 @@ FINGERPRINT = "sha256:" + "4f1c" * 16
 
 
 def tiny_vit(folder: Path, seed: int, *, architecture: str = "test_vit", image_size: int = 32) -> Backbone:
-    """One of timm's test architectures with weights away from every trivial start: no norm is 1, no bias 0."""
-    module = timm.create_model(architecture, pretrained=False, num_classes=0)
-    rng = np.random.default_rng(seed)
-    with torch.no_grad():
-        for name, parameter in module.named_parameters():
-            noise = torch.from_numpy(rng.standard_normal(parameter.shape).astype(np.float32))
-            if "norm" in name and name.endswith("weight"):
-                parameter.copy_(1 + 0.2 * noise)
-            elif name.endswith(".gamma"):  # LayerScale starts at 1e-5: nothing would get through
-                parameter.copy_(0.5 + 0.2 * noise)
-            elif parameter.ndim > 1 and name.endswith("weight"):
-                parameter.copy_(noise / parameter[0].numel() ** 0.5)
-            else:
-                parameter.copy_(0.2 * noise)
+    """One of timm's architectures with seeded weights, in a file."""
+    module = seeded(timm.create_model(architecture, pretrained=False, num_classes=0), seed)
     file = folder / f"{architecture}-{seed}.safetensors"
     safetensors.torch.save_file(module.state_dict(), file)
     return load_backbone(f"{architecture}@{file}", image_size=image_size)
+
+
+def seeded(module: nn.Module, seed: int) -> nn.Module:
+    """``module`` itself, its weights away from every trivial start: no norm is 1, no bias 0, no mean 0."""
+    rng = np.random.default_rng(seed)
+    with torch.no_grad():
+        for name, tensor in module.state_dict().items():
+            noise = torch.from_numpy(rng.standard_normal(tensor.shape).astype(np.float32))
+            if name.endswith("running_var"):
+                tensor.copy_(torch.exp(0.3 * noise))
+            elif tensor.ndim == 1 and name.endswith("weight"):
+                tensor.copy_(1 + 0.2 * noise)
+            elif name.endswith("gamma"):  # LayerScale starts at 1e-5: nothing would get through
+                tensor.copy_(0.5 + 0.2 * noise)
+            elif tensor.ndim > 1 and name.endswith("weight"):
+                tensor.copy_(noise / tensor[0].numel() ** 0.5)
+            elif tensor.is_floating_point():
+                tensor.copy_(0.2 * noise)
+    return module
 
 
 def random_pixels(seed: int, n: int, size: int = 32) -> NpArray:
@@ -71,9 +80,10 @@ def perturb(model: TunedModel, seed: int, by: float = 0.05) -> TunedModel:
 
 
 def sites_of(architecture: str) -> tuple[Site, ...]:
-    """The layers of a timm architecture, built without any memory for its weights."""
+    """The layers of a timm architecture, built and run without any memory for its weights."""
     with torch.device("meta"):
-        return tuple(_layers(timm.create_model(architecture, pretrained=False, num_classes=0)))
+        module = timm.create_model(architecture, pretrained=False, num_classes=0, img_size=224).eval()
+        return watch(module, torch.zeros(1, 3, 224, 224)).sites
 
 
 def make_delta(updates: Iterable[Targeted] = (), *, classes: int = 3, width: int = 4, **changes: Any) -> Delta:

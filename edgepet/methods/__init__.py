@@ -64,7 +64,7 @@ def configure(name: str, settings: Mapping[str, str] = types.MappingProxyType({}
 
 def _parse(text: str, kind: Any) -> Any:
     if typing.get_origin(kind) is tuple:
-        return tuple(_parse(part, typing.get_args(kind)[0]) for part in text.split(","))
+        return tuple(_parse(part, typing.get_args(kind)[0]) for part in text.split(",") if text)
     if kind is bool:
         if text not in ("true", "false"):
             raise ValueError(text)

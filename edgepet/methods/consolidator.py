@@ -7,6 +7,7 @@ of one order whose groups nest are summed into one block-diagonal matrix. Loadin
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -15,19 +16,22 @@ from typing import ClassVar
 import numpy as np
 
 from edgepet.errors import InputError
-from edgepet.methods.method import Recipe
+from edgepet.methods.method import Recipe, shift
 from edgepet.spec import Array, NpArray, Site, Target, Tensors, Tuned
-from edgepet.updates import Add, Grouped, Targeted
+from edgepet.updates import Grouped, Targeted
 
+FEWEST_GROUPS = 8  # fewer would be nearly dense; images of three channels, for example
 FEW_INPUTS = 4  # inputs of a group up to which products of elements are faster than matrix products
 
 
 @dataclass(frozen=True, slots=True)
 class Consolidator:
-    """One branch for each number in ``groups`` on every linear layer whose sides it divides.
+    """One branch for each number in ``groups`` on every linear layer and every convolution of one group.
 
-    With ``shuffle`` every branch reads the input channels in its own order: viewed as g groups and transposed.
-    ``drop_path`` is the probability that one sample skips one layer's branches while training.
+    Where a number does not divide a layer's sides the largest one below it that does is taken; a layer whose sides
+    share no divisor of ``FEWEST_GROUPS`` is left alone. With ``shuffle`` every branch reads the input channels in its
+    own order: viewed as g groups and transposed. ``drop_path`` is the probability that one sample skips one linear
+    layer's branches while training; a convolution's are folded at every step and never dropped.
     """
 
     groups: tuple[int, ...] = (384,)
@@ -38,6 +42,7 @@ class Consolidator:
     paper: ClassVar[str] = "Hao et al. 2023, arXiv:2305.00603"
     recipe: ClassVar[Recipe] = Recipe(lr=5e-3)
     starts_as_identity: ClassVar[bool] = False
+    activation_kinds: ClassVar[tuple[str, ...]] = ("linear",)
 
     def __post_init__(self) -> None:
         if not self.groups or min(self.groups) < 1 or len(set(self.groups)) != len(self.groups):
@@ -46,15 +51,15 @@ class Consolidator:
             raise InputError("consolidator", "needs a drop_path in [0, 1)", got=self.drop_path)
 
     def sites(self, layers: Sequence[Site]) -> tuple[Site, ...]:
-        return tuple(site for site in layers if site.kind == "linear" and self._fitting(site))
+        return tuple(site for site in layers if site.dense and self._fitting(site))
 
     def start(self, site: Site, base: Tensors, rng: np.random.Generator) -> Mapping[str, NpArray]:
         del base
         tensors: dict[str, NpArray] = {}
         for g in self._fitting(site):
-            shape = (g, site.out_features // g, site.in_features // g)
+            shape = (g, site.out_features // g, site.columns // g)
             tensors[f"{g}.weight"] = rng.uniform(-1e-3, 1e-3, shape).astype(np.float32)
-            if site.bias is not None:
+            if site.takes_shift:
                 tensors[f"{g}.bias"] = rng.uniform(-1e-3, 1e-3, site.out_features).astype(np.float32)
         return tensors
 
@@ -66,9 +71,8 @@ class Consolidator:
             for g, blocks in (branches if self.shuffle else _summed(branches)).items():
                 order = _order(site.in_features, g) if self.shuffle and g > 1 else None
                 updates.append(Targeted(Target(site.weight), Grouped(blocks, order)))
-            if site.bias is not None:
-                shift = sum(tuned[site.name][f"{g}.bias"] for g in branches)
-                updates.append(Targeted(Target(site.bias), Add(shift)))
+            if site.takes_shift:
+                updates.append(shift(site, sum(tuned[site.name][f"{g}.bias"] for g in branches)))
         return tuple(updates)
 
     def forward(self, site: Site, x: Array, y: Array, tuned: Mapping[str, Array], *, training: bool) -> Array:
@@ -94,21 +98,25 @@ class Consolidator:
         return torch.addcmul(y, branches, kept.to(y.dtype) / keep)
 
     def _fitting(self, site: Site) -> tuple[int, ...]:
-        return tuple(g for g in self.groups if site.out_features % g == 0 and site.in_features % g == 0)
+        """The number of groups of each branch on this layer, in the order of ``groups``, each once."""
+        sides = math.gcd(site.out_features, site.in_features)
+        nearest = {most: next(g for g in range(min(most, sides), 0, -1) if sides % g == 0) for most in self.groups}
+        return tuple(dict.fromkeys(g for most, g in nearest.items() if g >= min(most, FEWEST_GROUPS)))
 
 
-def _summed(branches: Mapping[int, NpArray]) -> dict[int, NpArray]:
+def _summed(branches: Mapping[int, Array]) -> dict[int, Array]:
     """Branches whose groups nest, as one: the blocks of 2g groups lie inside the blocks of g groups."""
-    summed: dict[int, NpArray] = {}
+    summed: dict[int, Array] = {}
     for g in sorted(branches):
         wide = next((h for h in summed if g % h == 0), None)
         if wide is None:
-            summed[g] = np.array(branches[g], order="C")  # the reshape below must be a view of it
+            summed[g] = branches[g]
             continue
         ratio, (_, rows, cols) = g // wide, branches[g].shape
-        inner = summed[wide].reshape(wide, ratio, rows, ratio, cols)
+        inner = (summed[wide] * 1).reshape(wide, ratio, rows, ratio, cols)
         each = np.arange(ratio)
         inner[:, each, :, each, :] += branches[g].reshape(wide, ratio, rows, cols).swapaxes(0, 1)
+        summed[wide] = inner.reshape(wide, ratio * rows, ratio * cols)
     return summed
 
 

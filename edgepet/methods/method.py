@@ -8,8 +8,8 @@ from typing import ClassVar, Protocol, runtime_checkable
 
 import numpy as np
 
-from edgepet.spec import Array, NpArray, Site, Tensors, Tuned
-from edgepet.updates import Targeted
+from edgepet.spec import Array, NpArray, Site, Target, Tensors, Tuned
+from edgepet.updates import Add, Targeted
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,11 +50,26 @@ class Method(Protocol):
 
 @runtime_checkable
 class ActivationPath(Protocol):
-    """A method that computes its effect on activations, because that is faster than folding at every step."""
+    """A method that computes its effect on activations, because that is faster than folding at every step.
+
+    ``activation_kinds`` are the kinds of layers where that is so; at all others its updates are folded.
+    """
+
+    activation_kinds: ClassVar[tuple[str, ...]]
 
     def forward(self, site: Site, x: Array, y: Array, tuned: Mapping[str, Array], *, training: bool) -> Array:
         """The tuned layer's output for its input ``x`` and the frozen layer's output ``y``, both torch tensors."""
         ...
+
+
+def shift(site: Site, beta: Array) -> Targeted:
+    """``beta`` (out,) added to what a layer puts out: in its bias, or taken off the mean of the batch norm behind it.
+
+    The site must take a shift (``Site.takes_shift``).
+    """
+    if site.bias is not None:
+        return Targeted(Target(site.bias), Add(beta))
+    return Targeted(Target(str(site.mean)), Add(-beta))
 
 
 def count(method: Method, layers: Sequence[Site], base: Tensors) -> int:

@@ -12,30 +12,32 @@ from typing import ClassVar
 
 import numpy as np
 
-from edgepet.methods.method import Recipe
+from edgepet.methods.method import Recipe, shift
 from edgepet.spec import Array, NpArray, Site, Target, Tensors, Tuned
-from edgepet.updates import Add, Scale, Targeted
+from edgepet.updates import Scale, Targeted
 
 
 @dataclass(frozen=True, slots=True)
 class SSF:
     """Per-channel scale and shift after every linear, convolution and norm layer.
 
-    A layer without a bias has nothing to write a shift into: there only the scale is trained.
+    Behind a convolution without a bias the shift goes into the mean of its batch norm. A layer without either has
+    nothing to write a shift into: there only the scale is trained.
     """
 
     name: ClassVar[str] = "ssf"
     paper: ClassVar[str] = "Lian et al. 2022, arXiv:2210.08823"
     recipe: ClassVar[Recipe] = Recipe(lr=5e-3)
     starts_as_identity: ClassVar[bool] = False
+    activation_kinds: ClassVar[tuple[str, ...]] = ("linear", "conv")  # a norm's own vectors are cheaper to fold into
 
     def sites(self, layers: Sequence[Site]) -> tuple[Site, ...]:
-        return tuple(site for site in layers if site.kind in ("linear", "conv", "norm"))
+        return tuple(site for site in layers if site.scalable and site.kind != "tensor")
 
     def start(self, site: Site, base: Tensors, rng: np.random.Generator) -> Mapping[str, NpArray]:
         del base
         gamma = rng.normal(1.0, 0.02, site.out_features).astype(np.float32)
-        if site.bias is None:
+        if not site.takes_shift:
             return {"gamma": gamma}
         return {"gamma": gamma, "beta": rng.normal(0.0, 0.02, site.out_features).astype(np.float32)}
 
@@ -46,8 +48,9 @@ class SSF:
             scale = Scale(tuned[site.name]["gamma"])
             updates.append(Targeted(Target(site.weight), scale))
             if site.bias is not None:
-                shift = Add(tuned[site.name]["beta"])
-                updates += [Targeted(Target(site.bias), scale), Targeted(Target(site.bias), shift)]
+                updates.append(Targeted(Target(site.bias), scale))
+            if site.takes_shift:
+                updates.append(shift(site, tuned[site.name]["beta"]))
         return tuple(updates)
 
     def forward(self, site: Site, x: Array, y: Array, tuned: Mapping[str, Array], *, training: bool) -> Array:

@@ -1,0 +1,184 @@
+"""Find the layers of a network by watching it run once, whatever its modules are called. Needs the ``train`` extra.
+
+A layer is a torch operator that reads tensors of the state dict: ``conv2d(x, W, b)`` with W a named kernel. So a
+convolution that pads first is one, a normalisation with its activation inside one module is one, and a kernel that is
+standardised on the way, whose fold would be undone, is none.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal, cast
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from edgepet.spec import Site
+
+_CONV = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
+_ARGUMENTS: dict[str, tuple[str, ...]] = {  # of the operators that are layers, in torch's order
+    "linear": ("input", "weight", "bias"),
+    "conv1d": _CONV,
+    "conv2d": _CONV,
+    "conv3d": _CONV,
+    "layer_norm": ("input", "normalized_shape", "weight", "bias"),
+    "rms_norm": ("input", "normalized_shape", "weight"),
+    "group_norm": ("input", "num_groups", "weight", "bias"),
+    "batch_norm": ("input", "running_mean", "running_var", "weight", "bias"),
+}
+_KINDS: dict[str, Literal["linear", "conv", "norm"]] = {"linear": "linear", **dict.fromkeys(_ARGUMENTS, "norm")}
+_KINDS |= {"linear": "linear", "conv1d": "conv", "conv2d": "conv", "conv3d": "conv"}
+_CHANNELS_FIRST = frozenset({"conv1d", "conv2d", "conv3d", "group_norm", "batch_norm"})
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Seen:
+    """What one forward pass showed: the layers in the order they ran, and the network's output."""
+
+    sites: tuple[Site, ...]
+    output: Any
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Call:
+    """One run of a layer's operator; ``names`` are the state-dict names of its tensor arguments."""
+
+    operator: str
+    given: Mapping[str, Any]
+    names: Mapping[str, str]
+    output: Tensor
+
+
+class _Watch(TorchFunctionMode):
+    """Notes every layer's operator, and which operators read the parameters and what layers put out."""
+
+    def __init__(self, names: Mapping[int, str]) -> None:
+        super().__init__()
+        self.names, self.calls = names, list[_Call]()
+        self.readers: dict[int, list[tuple[str, tuple[Any, ...]]]] = defaultdict(list)
+        self._outputs = set[int]()  # ids of tensors that ``calls`` keeps alive, so that none is used twice
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        output, name = func(*args, **(kwargs or {})), getattr(func, "__name__", "")
+        if _holds_tensor(output):  # a shape or a dtype that is asked for is no reader
+            for tensor in _tensors((*args, *(kwargs or {}).values())):
+                if id(tensor) in self._outputs or id(tensor) in self.names:
+                    self.readers[id(tensor)].append((name, args))
+        if name in _ARGUMENTS:
+            given = dict(zip(_ARGUMENTS[name], args, strict=False)) | dict(kwargs or {})
+            names = {key: self.names[id(v)] for key, v in given.items() if id(v) in self.names}
+            self.calls.append(_Call(name, given, names, output))
+            self._outputs.add(id(output))
+        return output
+
+
+def watch(module: nn.Module, images: Tensor) -> Seen:
+    """Run ``module`` once on ``images``, without gradients, and list its layers.
+
+    Raises:
+        Exception: whatever ``module`` raises.
+    """
+    watcher, put_out = _Watch(_names(module)), dict[str, Tensor]()
+
+    def note(name: str, part: nn.Module, inputs: Any, output: Any) -> None:
+        del part, inputs
+        if not watcher.readers[id(output)]:  # else an activation worked on it in place
+            put_out[name] = output
+
+    hooks = [
+        part.register_forward_hook(partial(note, name))
+        for name, part in module.named_modules()
+        if isinstance(getattr(part, "weight", None), Tensor)
+    ]
+    try:
+        with torch.no_grad(), watcher:
+            output = module(images)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    first: dict[str, _Call] = {}
+    for call in watcher.calls:
+        if "weight" in call.names and (_KINDS[call.operator] != "norm" or call.given["weight"].ndim == 1):
+            first.setdefault(call.names["weight"], call)
+    return Seen(tuple(_site(call, watcher, put_out) for call in first.values()), output)
+
+
+def parameters(module: nn.Module) -> Iterator[Site]:
+    """Every parameter by itself, as full fine-tuning takes it: position tables, layer scales and GRNs among them."""
+    for name, parameter in module.named_parameters():
+        rows = int(parameter.shape[0]) if parameter.ndim else 1
+        width = parameter.numel() // rows
+        yield Site(name=name, kind="tensor", weight=name, bias=None, in_features=width, out_features=rows)
+
+
+def _site(call: _Call, watcher: _Watch, put_out: Mapping[str, Tensor]) -> Site:
+    weight, shape = call.names["weight"], call.given["weight"].shape
+    name, own_bias = weight.removesuffix(".weight"), call.given.get("bias") is not None
+    alone = len(watcher.readers[id(call.given["weight"])]) == 1
+    return Site(
+        name=name,
+        kind=_KINDS[call.operator],
+        weight=weight,
+        bias=call.names.get("bias"),
+        mean=_batch_norm_behind(call, watcher) if alone and not own_bias else None,
+        in_features=int(shape[min(1, len(shape) - 1)]),
+        out_features=int(shape[0]),
+        taps=int(shape[2:].numel()),
+        groups=int(call.given.get("groups", 1)) if call.operator.startswith("conv") else 1,
+        channel_axis=1 if call.operator in _CHANNELS_FIRST else -1,
+        blocks=_thirds(call, watcher) if call.operator == "linear" and name.endswith("qkv") else (),
+        scalable=not own_bias or "bias" in call.names,
+        exposed=alone and put_out.get(name) is call.output,
+    )
+
+
+def _batch_norm_behind(call: _Call, watcher: _Watch) -> str | None:
+    """The running mean of the batch norm that alone reads what a convolution puts out."""
+    readers = watcher.readers[id(call.output)]
+    if _KINDS[call.operator] != "conv" or [name for name, _ in readers] != ["batch_norm"]:
+        return None
+    norms = [other for other in watcher.calls if other.given["input"] is call.output]
+    mean = norms[0].names.get("running_mean") if norms else None
+    means = [other for other in watcher.calls if other.names.get("running_mean") == mean]
+    return mean if len(means) == 1 else None
+
+
+def _thirds(call: _Call, watcher: _Watch) -> tuple[tuple[str, tuple[int, int]], ...]:
+    """q, k and v, where the output's last axis is at once cut into three: (..., 3, ...) or three chunks."""
+    axis, rows = call.output.ndim - 1, int(call.given["weight"].shape[0]) // 3
+    for name, args in watcher.readers[id(call.output)][:1]:
+        shape = args[1] if len(args) == 2 and isinstance(args[1], (tuple, list)) else args[1:]
+        cut = name in ("reshape", "view") and len(shape) > axis + 1 and shape[axis] == 3
+        if cut or (name == "chunk" and args[1] == 3):
+            return tuple((part, (i * rows, (i + 1) * rows)) for i, part in enumerate("qkv"))
+    return ()
+
+
+def _names(module: nn.Module) -> dict[int, str]:
+    """State-dict names by tensor; a tensor with two names has none, for a fold would have to change both."""
+    named = [(name, tensor) for name, tensor in _state(module)]
+    twins = Counter(id(tensor) for _, tensor in named)
+    return {id(tensor): name for name, tensor in named if twins[id(tensor)] == 1}
+
+
+def _state(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    stored = module.state_dict(keep_vars=True)
+    return ((name, cast(Tensor, tensor)) for name, tensor in stored.items())
+
+
+def _holds_tensor(value: Any) -> bool:
+    return next(_tensors((value,)), None) is not None
+
+
+def _tensors(values: tuple[Any, ...]) -> Iterator[Tensor]:
+    for value in values:
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, (tuple, list)):
+            yield from _tensors(tuple(value))
