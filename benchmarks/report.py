@@ -22,7 +22,11 @@ def main() -> None:
 def tables() -> str:
     """All tables, each with the command that made its numbers and the machine that they hold for."""
     results = {path.stem: json.loads(path.read_text()) for path in sorted((HERE / "results").glob("*.json"))}
-    parts = [accuracy(results["accuracy"]), latency(results["latency"]), speed(results["training"], results["export"])]
+    parts = [
+        *(accuracy(results[f"accuracy-{name}"]) for name in ("vit-small", "efficientnet-lite0")),
+        latency(results["latency"]),
+        speed(results["training"], results["export"]),
+    ]
     return "\n".join(parts)
 
 
@@ -39,7 +43,8 @@ def accuracy(result: dict[str, Any]) -> str:
         for row in result["rows"]
     ]
     numbers = (Column(name, right=True) for name in ("parameters", "pack", "test top-1", "n"))
-    table = markdown(Table("Accuracy at defaults", (Column("task"), Column("method"), *numbers), rows))
+    title = f"Accuracy at defaults, {result['backbone']['name']} at {result['image_size']} px"
+    table = markdown(Table(title, (Column("task"), Column("method"), *numbers), rows))
     return f"{table}\n{source(result)} {result['backbone']['description']} One seed; compare rows of one task.\n"
 
 

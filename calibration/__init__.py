@@ -1,1 +1,1 @@
-"""Where precision will be decided, once, on the ONNX graph: fp16 and int8 passes (ADR-0004). fp32 needs none."""
+"""Where precision is decided, once, on the ONNX graph (ADR-0004): the fp16 pass. fp32 needs none."""

@@ -39,7 +39,10 @@ class Probe:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Artifact:
-    """The manifest of one exported model. ``verified`` is false, with a ``reason``, where nothing could run it."""
+    """The manifest of one exported model. ``verified`` is false, with a ``reason``, where nothing could run it.
+
+    ``evidence`` says how its precision is known: what is stored, what was executed, and what stayed fp32 and why.
+    """
 
     task: str
     format: Format
@@ -58,6 +61,7 @@ class Artifact:
     reason: str | None
     parity: Parity | None
     probe: Probe
+    evidence: Mapping[str, object]
 
 
 def write_artifact(folder: Path, artifact: Artifact) -> None:
@@ -86,6 +90,7 @@ def write_artifact(folder: Path, artifact: Artifact) -> None:
         "reason": artifact.reason,
         "parity": parity,
         "probe": probe,
+        "evidence": artifact.evidence,
     }
     write_file(folder / MANIFEST, canonical_json(manifest))
 
@@ -123,6 +128,7 @@ def read_artifact(folder: Path) -> Artifact:
         reason=None if table.absent("reason") else table.text("reason"),
         parity=_parity(table),
         probe=_probe(table.table("probe")),
+        evidence=_evidence(table),
     )
     for part in (backbone, pack, table):
         part.end()
@@ -196,6 +202,13 @@ RUNNERS: dict[Format, RunnerOf] = {
 
 def _versions(table: Table) -> dict[str, object]:
     return {name: table.text(name) for name in table.names()}
+
+
+def _evidence(table: Table) -> dict[str, object]:
+    if not table.has("evidence"):  # edgepet 0.1 before fp16 wrote none
+        return {}
+    evidence = table.table("evidence")
+    return {name: evidence.raw(name) for name in evidence.names()}
 
 
 def _files(table: Table) -> dict[str, tuple[str, int]]:

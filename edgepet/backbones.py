@@ -192,7 +192,7 @@ def load_backbone(spec: str, *, image_size: int | None = None) -> Backbone:
     module, create_args = native, dict[str, object]()
     dynamic = bool(getattr(native, "dynamic_img_size", False))  # would resample its table in every forward pass
     if config.get("fixed_input_size") or dynamic:
-        create_args = {"img_size": size} | ({"dynamic_img_size": False} if dynamic else {})
+        create_args = {"img_size": size, **({"dynamic_img_size": False} if dynamic else {})}
         if dynamic or size != own["input_size"][-1]:
             _check_size(native, size, spec)
             module = timm.create_model(name, pretrained=False, num_classes=0, **create_args)

@@ -19,11 +19,15 @@ Options: TypeAlias = argparse.Namespace
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """What a verb has to say: a report for ``--json``, and how to show it to a person; ``failed`` is a check's no."""
+    """What a verb has to say: a report for ``--json``, and how to show it to a person; ``failed`` is a check's no.
+
+    ``silent`` is for all processes of a training but the one that speaks.
+    """
 
     report: object
     show: Callable[[Any, Any], None]
     failed: bool = False
+    silent: bool = False
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -34,10 +38,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except EdgepetError as error:
         sys.stderr.write(f"{error}\n")
         return error.exit_code
-    except KeyboardInterrupt:
-        sys.stderr.write("interrupted\n")
+    except KeyboardInterrupt as stopped:
+        sys.stderr.write(f"interrupted: {stopped}\n" if str(stopped) else "interrupted\n")
         return STOPPED
-    _put_out(result, options)
+    if not result.silent:
+        _put_out(result, options)
     return 4 if result.failed else DONE
 
 
@@ -90,6 +95,7 @@ def train(options: Options) -> Result:
     from edgepet.errors import require
 
     require("torch", extra="train", purpose="train")
+    from edgepet.crew import crew
     from edgepet.training import train as run
 
     label = f"{options.method} on {options.data}"
@@ -103,6 +109,7 @@ def train(options: Options) -> Result:
             image_size=options.img_size,
             epochs=options.epochs,
             batch_size=options.batch_size,
+            accumulate=options.accumulate,
             lr=options.lr,
             shots=options.shots,
             seed=options.seed,
@@ -111,10 +118,12 @@ def train(options: Options) -> Result:
             precision=options.train_precision,
             device=options.device,
             codec=options.codec,
+            resume=options.resume,
+            checkpoint_s=options.checkpoint_every,
             say=say,
             stage=stage,
         )
-    return Result(report, show.train)
+    return Result(report, show.train, silent=not crew().leads)
 
 
 def evaluate(options: Options) -> Result:
@@ -152,6 +161,7 @@ def export(options: Options) -> Result:
         precision=options.precision,
         sms=_sms(options.sm),
         simplify=options.simplify,
+        calib=options.calib,
         external_data=options.external_data,
     )
     with _progress(options) as progress, progress.stages() as stage:
@@ -285,7 +295,8 @@ def _train_options(parser: argparse.ArgumentParser) -> None:
         "--img-size", type=int, metavar="N", help="pixels of the square input (default: the backbone's)"
     )
     parser.add_argument("--epochs", type=int, metavar="N")
-    parser.add_argument("--batch-size", type=int, default=32, metavar="N")
+    parser.add_argument("--batch-size", type=int, default=32, metavar="N", help="images of one step (%(default)s)")
+    parser.add_argument("--accumulate", type=int, default=1, metavar="N", help="go through a batch in N parts")
     parser.add_argument("--lr", type=float, metavar="X")
     parser.add_argument("--shots", type=int, metavar="K", help="train on K images of each class")
     parser.add_argument("--seed", type=_natural, default=0, metavar="N")
@@ -294,6 +305,10 @@ def _train_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--train-precision", default="auto", choices=["auto", "fp32", "bf16"])
     parser.add_argument("--device", choices=["cpu", "cuda"], help="what trains (default: a GPU where torch finds one)")
     parser.add_argument("--codec", default="fp16", choices=["fp16", "fp32"], help="precision of the pack")
+    parser.add_argument("--resume", action="store_true", help="go on from TASK.checkpoint, if there is one")
+    parser.add_argument(
+        "--checkpoint-every", type=float, default=30.0, metavar="SECONDS", help="within an epoch (%(default)s)"
+    )
     parser.add_argument("-o", "--output", required=True, metavar="TASK.pet")
 
 
@@ -317,7 +332,8 @@ def _export_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("packs", nargs="+", metavar="TASK.pet")
     _backbone_option(parser)
     parser.add_argument("--to", default="onnx", metavar="onnx,openvino,tensorrt")
-    parser.add_argument("--precision", default="fp32", choices=["fp32"])
+    parser.add_argument("--precision", default="fp32", choices=["fp32", "fp16"])
+    parser.add_argument("--calib", metavar="DIR", help="images on which fp16 measures ranges (default: as --data)")
     parser.add_argument(
         "--sm", default="86,89,120", metavar="86,89,120", help="compute capabilities of a TensorRT engine"
     )

@@ -18,6 +18,7 @@ from edgepet.imaging import Pixels, load_pixels, normalize
 from edgepet.spec import Preprocess
 
 Split: TypeAlias = Literal["train", "val", "test"]
+MOST_NAMED = 20  # unreadable files in one message
 SPLITS: tuple[Split, ...] = ("train", "val", "test")
 SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm"})
 
@@ -94,19 +95,49 @@ def load_set(
         progress: called in this thread, after each image, with the number done so far.
 
     Raises:
-        InputError: a file is not a readable image; the remaining ones are not decoded.
+        InputError: files that are no readable images, all of them in one message.
     """
-    pixels = np.empty((len(images), *preprocess.image_size, 3), dtype=np.uint8)
+    (loaded,) = load_sets([images], preprocess, progress=progress)
+    return loaded
 
-    def fill(index: int) -> None:
-        pixels[index] = load_pixels(images.paths[index], preprocess)
 
+def load_sets(
+    sets: Sequence[ImageSet], preprocess: Preprocess, *, progress: Callable[[int], None] | None = None
+) -> list[tuple[Pixels, NDArray[np.int64]]]:
+    """``load_set`` of several sets, whose unreadable files are told together."""
+    pixels = [np.empty((len(images), *preprocess.image_size, 3), dtype=np.uint8) for images in sets]
+    places = [(number, index) for number, images in enumerate(sets) for index in range(len(images))]
+
+    def fill(place: tuple[int, int]) -> InputError | None:
+        number, index = place
+        try:
+            pixels[number][index] = load_pixels(sets[number].paths[index], preprocess)
+        except InputError as error:
+            return error
+        return None
+
+    bad = []
     # Pillow releases the interpreter lock while it decodes and resizes, hence threads.
     with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
-        for done, _ in enumerate(pool.map(fill, range(len(images))), start=1):
+        for done, error in enumerate(pool.map(fill, places), start=1):
+            bad += [error] if error is not None else []
             if progress is not None:
                 progress(done)
-    return pixels, np.asarray(images.labels, dtype=np.int64)
+    if bad:
+        raise _unreadable(bad, len(places))
+    labels = (np.asarray(images.labels, dtype=np.int64) for images in sets)
+    return list(zip(pixels, labels, strict=True))
+
+
+def _unreadable(bad: Sequence[InputError], among: int) -> InputError:
+    """One error as it is; several as a list under the folder that holds them all."""
+    if len(bad) == 1:
+        return bad[0]
+    folder = os.path.commonpath([Path(error.where).parent for error in bad])
+    lines = [f"  {os.path.relpath(error.where, folder)}: {error.got}" for error in bad[:MOST_NAMED]]
+    lines += [f"  and {len(bad) - MOST_NAMED} more"] if len(bad) > MOST_NAMED else []
+    told = "\n".join([f"{len(bad)} of {among} images that are not", *lines])
+    return InputError(folder, "needs readable images", got=told, fix="replace these files or remove them")
 
 
 def batches(pixels: Pixels, preprocess: Preprocess, batch_size: int) -> Iterator[NDArray[np.float32]]:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import numpy as np
 import safetensors.numpy
@@ -22,6 +22,7 @@ from edgepet.artifact import (
     read_artifact,
     write_artifact,
 )
+from edgepet.calibration.half import Kept, stored_types, to_half
 from edgepet.errors import CheckError, InputError, MissingError, require
 from edgepet.exporters import EXPORTERS
 from edgepet.exporters.exporter import ExportOptions
@@ -30,7 +31,7 @@ from edgepet.files import folder_bytes, new_folder, write_file
 from edgepet.merging import merge as fold
 from edgepet.parity import Against, Inputs, Parity, compare, require_parity
 from edgepet.spec import AnyBackbone, FilePath, NpArray, Precision
-from edgepet.subject import Subject, plain_network
+from edgepet.subject import Subject, plain_network, sample_images
 
 DEFAULTS = ExportOptions()
 
@@ -50,8 +51,30 @@ class MergeReport:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Calibrated:
+    """The images on which ranges were measured."""
+
+    inputs: Literal["calib", "data", "work", "synthetic"]
+    n: int
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Model:
+    """One task's ONNX model in the precision that was asked for, the seconds it took, and how it came to be."""
+
+    proto: Any
+    seconds: float
+    kept: tuple[Kept, ...] = ()
+    calibration: Calibrated | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Exported:
-    """One artefact. ``seconds`` is folding and writing, ``verify_seconds`` the comparison."""
+    """One artefact. ``seconds`` is folding and writing, ``verify_seconds`` the comparison.
+
+    ``stored`` counts tensors and bytes by type, ``executed`` is what the runtime says of its nodes, or what was built
+    where nothing here can run it; ``kept_fp32`` is what an fp16 model computes in fp32.
+    """
 
     task: str
     format: Format
@@ -64,6 +87,10 @@ class Exported:
     verified: bool
     reason: str | None
     parity: Parity | None
+    stored: Mapping[str, object]
+    executed: Mapping[str, object]
+    kept_fp32: tuple[Kept, ...]
+    calibration: Calibrated | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -136,8 +163,10 @@ def export(
         CheckError: an artefact answers otherwise; nothing of it is kept.
         MissingError: a runtime is not installed.
     """
-    if options.precision != "fp32":
-        raise InputError("--precision", "this edgepet exports fp32", got=repr(options.precision))
+    if options.precision not in ("fp32", "fp16"):
+        raise InputError("--precision", "is fp32 or fp16", got=repr(options.precision))
+    if options.calib is not None and options.precision == "fp32":
+        raise InputError("--calib", "is for --precision fp16: fp32 needs no images to measure ranges on")
     unknown = [name for name in options.to if name not in EXPORTERS]
     if unknown or not options.to:
         raise InputError("--to", f"knows {', '.join(EXPORTERS)}", got=repr(unknown[0]) if unknown else "none of them")
@@ -149,15 +178,10 @@ def export(
     for subject in subjects:
         subject.check_backbone()
         stage(f"graph of {subject.delta.backbone}")
-        graph = subject.graph
-        began = time.perf_counter()
-        model = build_model(graph, fold(graph.base, subject.delta), subject.delta)
-        folded = time.perf_counter() - began
-        if options.simplify:
-            model = simplified(model, subject.images[0][:2], where=subject.delta.task)
+        model = _model(subject, options)
         for name in options.to:
             stage(f"{subject.delta.task} to {name}")
-            artifacts.append(_export_one(subject, model, folded, name, Path(folder), options))
+            artifacts.append(_export_one(subject, model, name, Path(folder), options))
     return ExportReport(artifacts=tuple(artifacts))
 
 
@@ -188,24 +212,43 @@ def verify(
         return VerifyReport(ok=True, checks=(files,), reason=f"not run: {error.what}")
     try:
         got = runner(artifact.probe.images(artifact.preprocess))
-        checks = [files, _check("probe", artifact.probe.logits, got)]
+        checks = [files, _check("probe", artifact, artifact.probe.logits, got)]
         if data is not None:
             subject = Subject(pack or _find_pack(folder, artifact), backbone, data)
-            checks.append(_check("data", subject.merged_reference, runner(subject.images[0])))
+            checks.append(_check("data", artifact, subject.merged_reference, runner(subject.images[0])))
     finally:
         runner.close()
     return VerifyReport(ok=all(check.ok for check in checks), checks=tuple(checks))
 
 
-def _export_one(
-    subject: Subject, model: Any, folded: float, name: Format, folder: Path, options: ExportOptions
-) -> Exported:
+def _model(subject: Subject, options: ExportOptions) -> _Model:
+    """Fold, and bring the model into the precision that was asked for."""
+    graph, task = subject.graph, subject.delta.task
+    began = time.perf_counter()
+    model = build_model(graph, fold(graph.base, subject.delta), subject.delta)
+    seconds = time.perf_counter() - began
+    if options.simplify:
+        model = simplified(model, subject.images[0][:2], where=task)
+    if options.precision == "fp32":
+        return _Model(model, seconds)
+    if options.calib is None:
+        images, inputs = subject.images
+        calibrated = Calibrated(inputs=inputs, n=len(images))
+    else:
+        images = sample_images(Path(options.calib), subject.delta.preprocess)
+        calibrated = Calibrated(inputs="calib", n=len(images))
+    began = time.perf_counter()
+    half = to_half(model, images, where=task)
+    return _Model(half.model, seconds + time.perf_counter() - began, half.kept, calibrated)
+
+
+def _export_one(subject: Subject, model: _Model, name: Format, folder: Path, options: ExportOptions) -> Exported:
     delta = subject.delta
     path = folder / f"{delta.task}-{name}-{options.precision}"
     with new_folder(path) as scratch:
         began = time.perf_counter()
-        written = EXPORTERS[name](model, scratch, options, delta.task)
-        seconds = folded + time.perf_counter() - began
+        written = EXPORTERS[name](model.proto, scratch, options, delta.task)
+        seconds = model.seconds + time.perf_counter() - began
         began = time.perf_counter()
         artifact = Artifact(
             task=delta.task,
@@ -225,6 +268,12 @@ def _export_one(
             reason=written.note,
             parity=None,
             probe=subject.probe,
+            evidence={
+                "stored": stored_types(model.proto),
+                "executed": dict(written.layers or {}),
+                "kept_fp32": [asdict(node) for node in model.kept],
+                "calibration": asdict(model.calibration) if model.calibration else None,
+            },
         )
         artifact = _verified(subject, artifact, scratch, path)
         write_artifact(scratch, artifact)
@@ -241,6 +290,10 @@ def _export_one(
         verified=artifact.verified,
         reason=artifact.reason,
         parity=artifact.parity,
+        stored=cast(Mapping[str, object], artifact.evidence["stored"]),
+        executed=cast(Mapping[str, object], artifact.evidence["executed"]),
+        kept_fp32=model.kept,
+        calibration=model.calibration,
     )
 
 
@@ -253,21 +306,23 @@ def _verified(subject: Subject, artifact: Artifact, scratch: Path, path: Path) -
     try:
         images, inputs = subject.images
         got = runner(images)
+        stored = artifact.precision
         require_parity(
-            compare(subject.merged_reference, got, stored="fp32", inputs=inputs, against="merged"), str(path)
+            compare(subject.merged_reference, got, stored=stored, inputs=inputs, against="merged"), str(path)
         )
-        parity = subject.judge(got)
+        parity = subject.judge(got, precision=stored)
         require_parity(parity, str(path))
-        probe = _check("probe", artifact.probe.logits, runner(artifact.probe.images(artifact.preprocess)))
+        probe = _check("probe", artifact, artifact.probe.logits, runner(artifact.probe.images(artifact.preprocess)))
         if not probe.ok:
             raise CheckError(str(path), f"must repeat its probe within {probe.limit:.1e}", got=f"{probe.value:.1e}")
+        evidence = {**artifact.evidence, "executed": runner.evidence}
     finally:
         runner.close()
-    return replace(artifact, verified=True, reason=None, parity=parity)
+    return replace(artifact, verified=True, reason=None, parity=parity, evidence=evidence)
 
 
-def _check(name: str, expected: NpArray, got: NpArray) -> Check:
-    parity = compare(expected, got, stored="fp32", inputs="synthetic", against="merged")
+def _check(name: str, artifact: Artifact, expected: NpArray, got: NpArray) -> Check:
+    parity = compare(expected, got, stored=artifact.precision, inputs="synthetic", against="merged")
     return Check(name=name, ok=parity.ok, value=parity.max_abs, limit=parity.limit)
 
 

@@ -5,14 +5,17 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from edgepet.checkpoint import Checkpoint, Keeper
+from edgepet.crew import ALONE, Crew
 from edgepet.delta import Score
 from edgepet.errors import InputError
 from edgepet.imaging import normalize
@@ -27,12 +30,17 @@ AUGMENTATIONS: tuple[Augmentation, ...] = ("flip", "crop")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """Everything that decides a fit besides method, backbone and images."""
+    """Everything that decides a fit besides method, backbone and images.
+
+    ``batch_size`` images make one step of the optimiser, however many processes share them and in however many parts
+    (``accumulate``) a process goes through its own.
+    """
 
     epochs: int
     lr: float
     head_lr: float
     batch_size: int = 32
+    accumulate: int = 1
     weight_decay: float = 1e-4
     warmup: float = 0.1
     label_smoothing: float = 0.1
@@ -66,71 +74,171 @@ class Fit:
 Say: TypeAlias = Callable[[Step], None]
 
 
-def fit(model: TunedModel, train: Pixels, val: Pixels, preprocess: Preprocess, plan: Plan, say: Say) -> Fit:
+def fit(
+    model: TunedModel,
+    train: Pixels,
+    val: Pixels,
+    preprocess: Preprocess,
+    plan: Plan,
+    say: Say,
+    *,
+    keeper: Keeper | None = None,
+    crew: Crew = ALONE,
+) -> Fit:
     """Train ``model`` and leave it at its best epoch by val top-1, the lower loss deciding between equals.
 
-    The same seed, data, thread count and machine give the same bits.
+    The same seed, data, thread count and machine give the same bits, also when ``keeper`` resumes it on the way.
 
     Raises:
-        InputError: the loss stopped being finite.
+        InputError: the loss stopped being finite, or a checkpoint cannot be written or belongs to another training.
+        KeyboardInterrupt: ``keeper`` was told to stop; a checkpoint was written.
     """
     try:
         with _explicit_attention(model.backbone, plan):
-            return _fit(model.to(plan.device), train, val, preprocess, plan, say)
+            return _Run(model.to(plan.device), train, val, preprocess, plan, crew).fit(say, keeper)
     finally:
         model.to("cpu").eval()
 
 
-def _fit(model: TunedModel, train: Pixels, val: Pixels, preprocess: Preprocess, plan: Plan, say: Say) -> Fit:
-    torch.manual_seed(plan.seed)
-    order = torch.Generator().manual_seed(plan.seed)
-    seen = _features(model, train.pixels, preprocess, plan)
-    model.mean.copy_(seen.mean(0))
-    model.std.copy_(seen.std(0).clamp_min(1e-6))
-    probe = not model.sites and not plan.augment  # frozen features do not change: remember them
-    held = _features(model, val.pixels, preprocess, plan) if probe else None
-    pixels, labels = torch.from_numpy(train.pixels), torch.from_numpy(train.labels)
-    optimizer, schedule = _optimizer(model, plan, math.ceil(len(train) / plan.batch_size))
-    best, kept, best_epoch = (-1.0, 0.0), dict[str, Tensor](), 0
-    done, began, busy, loss = 0, time.perf_counter(), 0.0, math.nan
+class _Run:
+    """One fit under way. What ``state`` holds is all that the steps to come depend on."""
 
-    def step(epoch: int, top1: float | None = None) -> Step:
-        speed, total = done / busy, plan.epochs * len(train)
-        return Step(epoch=epoch, epochs=plan.epochs, images=done, total_images=total, loss=loss,
-                    images_per_second=speed, val_top1=top1)  # fmt: skip
+    def __init__(
+        self, model: TunedModel, train: Pixels, val: Pixels, preprocess: Preprocess, plan: Plan, crew: Crew
+    ) -> None:
+        self.model, self.train, self.val, self.preprocess, self.plan, self.crew = (
+            model, train, val, preprocess, plan, crew,
+        )  # fmt: skip
+        torch.manual_seed(plan.seed + crew.rank)
+        self.order = torch.Generator().manual_seed(plan.seed)
+        self.optimizer = _optimizer(model, plan)
+        self.probe = not model.sites and not plan.augment  # frozen features do not change: remember them
+        self.seen = self.held = torch.empty(0)
+        self.kept = dict[str, Tensor]()
+        self.best, self.best_epoch = (-1.0, 0.0), 0
+        self.epoch, self.position, self.steps, self.done, self.busy = 1, 0, 0, 0, 0.0
+        self.drawn = self.order.get_state()  # of the generator before this epoch's order was drawn
 
-    for epoch in range(1, plan.epochs + 1):
-        model.train()
-        for index in torch.split(torch.randperm(len(train), generator=order), plan.batch_size):
+    def fit(self, say: Say, keeper: Keeper | None) -> Fit:
+        began, saved = time.perf_counter(), keeper.load() if keeper else None
+        if saved is None or self.probe:
+            self.seen = _features(self.model, self.train.pixels, self.preprocess, self.plan)
+            self.model.mean.copy_(self.seen.mean(0))
+            self.model.std.copy_(self.seen.std(0).clamp_min(1e-6))
+        if self.probe:
+            self.held = _features(self.model, self.val.pixels, self.preprocess, self.plan)
+        if saved is not None:
+            self.restore(saved)
+        while self.epoch <= self.plan.epochs:
+            self.one_epoch(say, keeper)
+        self.model.load_state_dict(self.kept, strict=False)
+        return Fit(
+            best_epoch=self.best_epoch,
+            val=Score(top1=self.best[0], n=len(self.val)),
+            images_per_second=self.done / self.busy,
+            seconds=time.perf_counter() - began,
+        )
+
+    def one_epoch(self, say: Say, keeper: Keeper | None) -> None:
+        self.model.train()
+        self.drawn = self.order.get_state()
+        batches = torch.split(torch.randperm(len(self.train), generator=self.order), self.plan.batch_size)
+        for index in batches[self.position :]:
             start = time.perf_counter()
-            batch = seen[index] if probe else _images(pixels[index], preprocess, plan)
-            loss = _train_step(model, batch, labels[index], optimizer, plan, probe=probe)
-            schedule.step()
-            _require_finite(loss, epoch, plan)
-            busy, done = busy + time.perf_counter() - start, done + len(index)
-            say(step(epoch))
-        top1, val_loss = _judge(model, val, preprocess, plan, held)
-        if (top1, -val_loss) > best:
-            best, best_epoch = (top1, -val_loss), epoch
-            own = (item for item in model.state_dict().items() if not item[0].startswith("backbone."))
-            kept = {name: value.clone() for name, value in own}
-        say(step(epoch, top1))
-    model.load_state_dict(kept, strict=False)
-    score = Score(top1=best[0], n=len(val))
-    return Fit(best_epoch=best_epoch, val=score, images_per_second=done / busy, seconds=time.perf_counter() - began)
+            loss = self.step(index)
+            _require_finite(loss, self.epoch, self.plan, keeper)
+            self.position, self.steps, self.done = self.position + 1, self.steps + 1, self.done + len(index)
+            self.busy += time.perf_counter() - start
+            say(self.said(loss))
+            if keeper and self.crew.any(keeper.stop):
+                keeper.save(self.state())
+                raise KeyboardInterrupt(f"{keeper.path} is written, the same command with --resume goes on from there")
+            if keeper and self.crew.any(keeper.due):
+                keeper.save(self.state())
+        top1, val_loss = _judge(self.model, self.val, self.preprocess, self.plan, self.held if self.probe else None)
+        if (top1, -val_loss) > self.best:
+            self.best, self.best_epoch = (top1, -val_loss), self.epoch
+            self.kept = {name: value.clone() for name, value in self.own().items()}
+        say(self.said(loss, top1))
+        self.epoch, self.position, self.drawn = self.epoch + 1, 0, self.order.get_state()
+        if keeper:
+            keeper.save(self.state())
+
+    def said(self, loss: float, top1: float | None = None) -> Step:
+        total = self.plan.epochs * len(self.train)
+        return Step(epoch=self.epoch, epochs=self.plan.epochs, images=self.done, total_images=total, loss=loss,
+                    images_per_second=self.done / self.busy, val_top1=top1)  # fmt: skip
+
+    def step(self, index: Tensor) -> float:
+        """One step of the optimiser on the images ``index``: this process's share of them, in ``accumulate`` parts."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["initial_lr"] * _factor(self.steps, self.plan, len(self.train))
+        self.optimizer.zero_grad(set_to_none=True)
+        share, total = index[self.crew.rank :: self.crew.size], torch.zeros((), dtype=torch.float64)
+        for part in torch.tensor_split(share, min(self.plan.accumulate, max(1, len(share)))):
+            if len(part):
+                total += self.backward(part, len(index))
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        self.crew.add_up(parameters)
+        nn.utils.clip_grad_norm_(parameters, 1.0)
+        self.optimizer.step()
+        return self.crew.total(float(total))
+
+    def backward(self, part: Tensor, whole: int) -> float:
+        """Gradients of the part's share of the mean loss over ``whole`` images."""
+        plan, labels = self.plan, torch.from_numpy(self.train.labels)[part].to(self.plan.device)
+        batch = (
+            self.seen[part] if self.probe else _images(torch.from_numpy(self.train.pixels)[part], self.preprocess, plan)
+        )
+        with _autocast(plan):
+            logits = self.model.classify(batch) if self.probe else self.model(batch)
+        summed = functional.cross_entropy(logits.float(), labels, label_smoothing=plan.label_smoothing, reduction="sum")
+        loss = summed / whole
+        torch.autograd.backward(loss)
+        return loss.item()
+
+    def own(self) -> dict[str, Tensor]:
+        """Everything of the model but the backbone."""
+        return {name: value for name, value in self.model.state_dict().items() if not name.startswith("backbone.")}
+
+    def state(self) -> Checkpoint:
+        moments = {
+            f"optimizer/{number}/{name}": value
+            for number, entry in self.optimizer.state_dict()["state"].items()
+            for name, value in entry.items()
+        }
+        tensors = {
+            **{f"model/{name}": value for name, value in self.own().items()},
+            **{f"kept/{name}": value for name, value in self.kept.items()},
+            **moments,
+            "order": self.drawn,
+        }
+        progress = {
+            "epoch": self.epoch, "position": self.position, "steps": self.steps, "done": self.done, "busy": self.busy,
+            "best": list(self.best), "best_epoch": self.best_epoch,
+        }  # fmt: skip
+        arrays = {name: value.detach().cpu().numpy() for name, value in tensors.items()}
+        return Checkpoint(progress=progress, tensors=arrays | self.crew.random_states(self.plan.device))
+
+    def restore(self, saved: Checkpoint) -> None:
+        tensors = {name: torch.from_numpy(np.array(value)) for name, value in saved.tensors.items()}
+        self.model.load_state_dict(_under("model/", tensors), strict=False)
+        self.kept = {name: value.to(self.plan.device) for name, value in _under("kept/", tensors).items()}
+        state = self.optimizer.state_dict()
+        for key, value in _under("optimizer/", tensors).items():
+            number, name = key.split("/")
+            state["state"].setdefault(int(number), {})[name] = value
+        self.optimizer.load_state_dict(state)
+        self.order.set_state(tensors["order"])
+        progress: Any = saved.progress
+        self.epoch, self.position, self.steps = progress["epoch"], progress["position"], progress["steps"]
+        self.done, self.busy = progress["done"], progress["busy"]
+        self.best, self.best_epoch = tuple(progress["best"]), progress["best_epoch"]
+        self.crew.set_random_state(saved.tensors, self.plan.device)
 
 
-def _train_step(
-    model: TunedModel, batch: Tensor, labels: Tensor, optimizer: torch.optim.Optimizer, plan: Plan, *, probe: bool
-) -> float:
-    with _autocast(plan):
-        logits = model.classify(batch) if probe else model(batch)
-    loss = functional.cross_entropy(logits.float(), labels.to(plan.device), label_smoothing=plan.label_smoothing)
-    optimizer.zero_grad(set_to_none=True)
-    torch.autograd.backward(loss)
-    nn.utils.clip_grad_norm_(list(model.parameters()), 1.0)
-    optimizer.step()
-    return loss.item()
+def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
 
 
 def fast_bfloat16(device: str = "cpu") -> bool:
@@ -170,21 +278,21 @@ def _autocast(plan: Plan) -> torch.autocast:
     return torch.autocast(plan.device.partition(":")[0], dtype=torch.bfloat16, enabled=plan.autocast)
 
 
-def _optimizer(model: TunedModel, plan: Plan, steps_per_epoch: int) -> tuple[torch.optim.Optimizer, Any]:
+def _optimizer(model: TunedModel, plan: Plan) -> torch.optim.Optimizer:
     groups = [
-        {"params": list(model.tensors.parameters()), "lr": plan.lr},
-        {"params": list(model.linear.parameters()), "lr": plan.head_lr},
+        {"params": list(model.tensors.parameters()), "initial_lr": plan.lr},
+        {"params": list(model.linear.parameters()), "initial_lr": plan.head_lr},
     ]
-    optimizer = torch.optim.AdamW([group for group in groups if group["params"]], weight_decay=plan.weight_decay)
-    total = plan.epochs * steps_per_epoch
+    return torch.optim.AdamW([group for group in groups if group["params"]], weight_decay=plan.weight_decay)
+
+
+def _factor(step: int, plan: Plan, images: int) -> float:
+    """What the learning rate is multiplied with: a straight rise, then half a cosine down to zero."""
+    total = plan.epochs * math.ceil(images / plan.batch_size)
     rising = max(1, round(plan.warmup * total))
-
-    def factor(step: int) -> float:
-        if step < rising:
-            return (step + 1) / rising
-        return 0.5 * (1 + math.cos(math.pi * (step - rising) / max(1, total - rising)))
-
-    return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+    if step < rising:
+        return (step + 1) / rising
+    return 0.5 * (1 + math.cos(math.pi * (step - rising) / max(1, total - rising)))
 
 
 def _images(pixels: Tensor, preprocess: Preprocess, plan: Plan) -> Tensor:
@@ -223,8 +331,8 @@ def _batches(pixels: NpArray, preprocess: Preprocess, size: int = 64) -> Iterato
         yield torch.from_numpy(normalize(pixels[start : start + size], preprocess))
 
 
-def _require_finite(loss: float, epoch: int, plan: Plan) -> None:
+def _require_finite(loss: float, epoch: int, plan: Plan, keeper: Keeper | None) -> None:
     if not math.isfinite(loss):
-        raise InputError(
-            f"epoch {epoch}", "the loss must stay finite", got=loss, fix=f"try --lr {plan.lr / 3:.1g} or less"
-        )
+        again = f"delete {keeper.path} and " if keeper and keeper.path.exists() else ""
+        fix = f"{again}begin again with --lr {plan.lr / 3:.1g} or less"
+        raise InputError(f"epoch {epoch}", "the loss must stay finite", got=loss, fix=fix)

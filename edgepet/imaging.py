@@ -29,6 +29,9 @@ _DAMAGED = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.Deco
 # A file of 1 x 100000 pixels takes a hundred bytes, and gigabytes once its short side is 224.
 _MOST_RESIZED_PIXELS = 100_000_000
 
+# Pillow's own conversion of these to RGB clips: all of a 16-bit photograph turns white.
+_WIDE = dict.fromkeys(("I;16", "I;16L", "I;16B", "I;16N"), "16-bit") | {"I": "32-bit", "F": "floating-point"}
+
 _RESAMPLING = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
 
 
@@ -42,6 +45,8 @@ def load_pixels(path: Path, preprocess: Preprocess) -> Pixels:
     """
     try:
         with Image.open(path, formats=_FORMATS) as file:
+            if file.mode in _WIDE:
+                raise _unreadable(path, f"{_WIDE[file.mode]} values, which would be cut off at 255")
             image = _rgb(file)
     except UnidentifiedImageError as error:
         raise _unreadable(path, "bytes of no known image format") from error
@@ -107,4 +112,5 @@ def _crop_start(edge: int, crop: int) -> int:
 
 
 def _unreadable(path: Path, got: str) -> InputError:
-    return InputError(str(path), "is not a readable image", got=got, fix="replace the file or remove it")
+    fix = "scale it to 8 bits a channel" if "cut off" in got else "replace the file or remove it"
+    return InputError(str(path), "is not a readable image", got=got, fix=fix)

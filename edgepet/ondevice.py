@@ -21,6 +21,7 @@ from edgepet.graph import BaseGraph, open_graph
 from edgepet.latency import SETTLE_S, BenchReport, Candidate, measure
 from edgepet.machine import environment
 from edgepet.pack import Pack, read_pack
+from edgepet.parity import accuracy
 from edgepet.runners.runner import Runner
 from edgepet.runtime import SHARED_RUNTIMES, open_features, open_task
 from edgepet.spec import AnyBackbone, FilePath, Preprocess
@@ -32,10 +33,13 @@ EVAL_BATCH = 16
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EvalReport:
-    """Top-1 as a fraction of 1 on ``n`` images."""
+    """Top-1 as a fraction of 1 on ``n`` images, its 95 % interval and the mean over classes: ``parity.Accuracy``."""
 
     top1: float
     n: int
+    low: float
+    high: float
+    balanced_accuracy: float
     runtime: str
     precision: str
     classes: tuple[str, ...]
@@ -109,15 +113,23 @@ def evaluate(
     network, name, executed = source.network(runtime, backbone, threads)
     pixels, truth = load_set(images, source.preprocess)
     order = np.array([source.labels.index(name) for name in images.classes])
-    right = 0
+    answers = []
     try:
-        for start, batch in zip(
-            range(0, len(truth), EVAL_BATCH), batches(pixels, source.preprocess, EVAL_BATCH), strict=True
-        ):
-            right += int((network(batch).argmax(1) == order[truth[start : start + EVAL_BATCH]]).sum())
+        for batch in batches(pixels, source.preprocess, EVAL_BATCH):
+            answers.append(network(batch).argmax(1))
     finally:
         network.close()
-    return EvalReport(top1=right / len(truth), n=len(truth), runtime=name, precision=executed, classes=source.labels)
+    judged = accuracy(np.concatenate(answers), order[truth], len(source.labels))
+    return EvalReport(
+        top1=judged.top1,
+        n=judged.n,
+        low=judged.low,
+        high=judged.high,
+        balanced_accuracy=judged.balanced,
+        runtime=name,
+        precision=executed,
+        classes=source.labels,
+    )
 
 
 def bench(

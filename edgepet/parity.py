@@ -14,7 +14,50 @@ from edgepet.spec import NpArray, Precision
 Inputs: TypeAlias = Literal["data", "work", "synthetic"]
 Against: TypeAlias = Literal["tuned", "merged"]
 
+INTERVAL_Z = 1.959964  # of a normal distribution: 95 % lie within
 ALGEBRA = 1e-9  # of the largest logit: float64, nothing rounded for storage
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Accuracy:
+    """Top-1 on ``n`` images as fractions of 1, with the 95 % interval that so few images allow.
+
+    ``balanced`` is the mean over classes of the part of each that was right: what top-1 would be, were all equally
+    frequent. ``fewest`` and ``most`` are images of a class.
+    """
+
+    top1: float
+    n: int
+    low: float
+    high: float
+    balanced: float
+    fewest: int
+    most: int
+
+
+def accuracy(answers: NpArray, labels: NpArray, classes: int) -> Accuracy:
+    """Judge ``answers`` (n,) by ``labels`` (n,), both indices of ``classes``; a class without an image is left out."""
+    n, right = len(labels), answers == labels
+    counts = np.bincount(labels, minlength=classes)
+    hits = np.bincount(labels, weights=right, minlength=classes)
+    low, high = interval(int(right.sum()), n)
+    return Accuracy(
+        top1=float(right.mean()),
+        n=n,
+        low=low,
+        high=high,
+        balanced=float((hits[counts > 0] / counts[counts > 0]).mean()),
+        fewest=int(counts.min()),
+        most=int(counts.max()),
+    )
+
+
+def interval(right: int, n: int) -> tuple[float, float]:
+    """The 95 % interval of a proportion, Wilson 1927; Brown, Cai and DasGupta 2001 advise it for small n."""
+    p, z2 = right / n, INTERVAL_Z**2
+    centre, reach = (p + z2 / (2 * n)) / (1 + z2 / n), INTERVAL_Z * math.sqrt(p * (1 - p) / n + z2 / (4 * n * n))
+    half = reach / (1 + z2 / n)
+    return max(0.0, centre - half), min(1.0, centre + half)
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +73,11 @@ STORED: dict[Precision, Limit] = {
     "fp16": Limit(relative=2e-2, top1_agreement=0.99),
     "int8": Limit(relative=float("inf"), top1_agreement=0.99),
 }
+
+
+def coarser(first: Precision, second: Precision) -> Precision:
+    """The one of two precisions whose limit is wider."""
+    return max(first, second, key=list(STORED).index)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

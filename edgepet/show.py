@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -24,10 +25,15 @@ if TYPE_CHECKING:
 
     from edgepet.account import StorageReport
     from edgepet.demo import DemoReport
-    from edgepet.deploy import ExportReport, MergeReport, VerifyReport
+    from edgepet.deploy import Exported, ExportReport, MergeReport, VerifyReport
     from edgepet.latency import BenchReport
     from edgepet.ondevice import EvalReport, InspectReport
+    from edgepet.parity import Accuracy
     from edgepet.training import TrainReport
+
+
+FEW_IMAGES = 100  # of a val set: one image is a point
+IMBALANCE = 3  # times as many images of one class as of another
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -99,8 +105,9 @@ def train(console: Console, report: TrainReport) -> None:
         f"  {report.method} on {report.backbone.name}: {format_number(report.trainable_params)} parameters"
         f" and a head of {format_number(report.head_params)}",
         f"  {report.backbone.description}",
-        f"  val {format_percent(report.val.top1)} of {report.val.n} images, as stored;"
+        f"  val {format_percent(report.val.top1)} of {report.val.n} images, as stored{_interval(report.val)};"
         f" epoch {report.best_epoch} of {report.epochs}",
+        *_warnings(report),
         f"  {format_number(report.images_per_second)} images/s in {report.precision},"
         f" {format_seconds(report.seconds)} in all",
         f"  merged equals tuned in float64: {report.algebra_max_abs:.1e}, limit {report.algebra_limit:.1e}",
@@ -108,11 +115,30 @@ def train(console: Console, report: TrainReport) -> None:
     )
 
 
+def _interval(val: Accuracy) -> str:
+    return f" (95 % interval {format_percent(val.low)} to {format_percent(val.high)})"
+
+
+def _warnings(report: TrainReport) -> list[str]:
+    """What makes the accuracy above say less than it seems to."""
+    lines, (fewest, most) = [], report.images_per_class
+    if report.val.n < FEW_IMAGES:
+        lines.append(f"  {report.val.n} val images tell epochs apart poorly: the best one is partly luck")
+    if most > IMBALANCE * fewest:
+        lines.append(
+            f"  classes are uneven, {fewest} to {most} training images:"
+            f" the mean over classes is {format_percent(report.val.balanced)}"
+        )
+    return lines
+
+
 def evaluate(console: Console, report: EvalReport) -> None:
     _lines(
         console,
         f"top-1 {format_percent(report.top1)} of {report.n} images, {len(report.classes)} classes"
         f" ({report.runtime}, {report.precision})",
+        f"  95 % interval {format_percent(report.low)} to {format_percent(report.high)};"
+        f" mean over classes {format_percent(report.balanced_accuracy)}",
     )
 
 
@@ -153,6 +179,17 @@ def export(console: Console, report: ExportReport) -> None:
     print_table(console, Table("artefacts", columns, rows))
     for reason in dict.fromkeys(a.reason for a in report.artifacts if a.reason):
         _lines(console, f"  {reason}")
+    for told in dict.fromkeys(_kept_fp32(a) for a in report.artifacts if a.kept_fp32):
+        _lines(console, f"  {told}")
+
+
+def _kept_fp32(artifact: Exported) -> str:
+    """What an fp16 model computes in fp32: layers that its numbers keep by name, operators by their count."""
+    kinds = Counter(node.op for node in artifact.kept_fp32 if not node.forced)
+    forced = [f"{node.name} ({node.op}, {node.reason})" for node in artifact.kept_fp32 if node.forced]
+    parts = [*forced, *(f"{count} {op}" for op, count in sorted(kinds.items()))]
+    looked = f"{artifact.calibration.n} images ({artifact.calibration.inputs})" if artifact.calibration else ""
+    return f"{artifact.task} fp16, ranges on {looked}: fp32 in {', '.join(parts)}"
 
 
 def verify(console: Console, report: VerifyReport) -> None:

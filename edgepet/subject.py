@@ -18,8 +18,8 @@ from edgepet.imaging import normalize
 from edgepet.merging import merge, require_backbone
 from edgepet.methods import configure
 from edgepet.pack import Pack, read_pack
-from edgepet.parity import Against, Inputs, Parity, compare
-from edgepet.spec import AnyBackbone, FilePath, NpArray
+from edgepet.parity import Against, Inputs, Parity, coarser, compare
+from edgepet.spec import AnyBackbone, FilePath, NpArray, Precision, Preprocess
 from edgepet.work import HELD_OUT, Work, read_work, work_folder
 
 PROBE_SEED, PROBE_IMAGES = 20221017, 4
@@ -86,7 +86,7 @@ class Subject:
         """What to compare on: --data, else the work folder's held-out images, else seeded noise."""
         preprocess = self.delta.preprocess
         if self._data is not None:
-            return normalize(load_set(_sample(open_split(Path(self._data), "val")), preprocess)[0], preprocess), "data"
+            return sample_images(Path(self._data), preprocess), "data"
         if self.work is not None:
             return normalize(self.work.pixels, preprocess), "work"
         noise = np.random.default_rng(0).standard_normal((8, 3, *preprocess.image_size), dtype=np.float32)
@@ -103,10 +103,10 @@ class Subject:
 
         return logits_of(tuned_network(self), images), "tuned"
 
-    def judge(self, got: NpArray) -> Parity:
-        """Logits ``got`` for ``images`` by the reference; only the tuned network allows for rounding in storage."""
+    def judge(self, got: NpArray, *, precision: Precision = "fp32") -> Parity:
+        """Logits ``got`` of a network in ``precision``; the tuned reference was not rounded for the pack either."""
         expected, against = self.reference
-        stored = self.pack.codec if against == "tuned" else "fp32"
+        stored = coarser(precision, self.pack.codec) if against == "tuned" else precision
         return compare(expected, got, stored=stored, inputs=self.images[1], against=against)
 
     def merged(self, images: NpArray) -> NpArray:
@@ -193,6 +193,11 @@ class TorchNetwork:
     def close(self) -> None:
         self._module = None
         self._torch.set_num_threads(self._threads_before)
+
+
+def sample_images(folder: Path, preprocess: Preprocess) -> NpArray:
+    """Preprocessed images (n, 3, H, W) out of the val split of ``folder``, spread over its classes."""
+    return normalize(load_set(_sample(open_split(folder, "val")), preprocess)[0], preprocess)
 
 
 def _sample(images: ImageSet, count: int = HELD_OUT) -> ImageSet:

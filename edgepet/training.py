@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 import torch
 
 from edgepet.backbones import Backbone, load_backbone
-from edgepet.data import few_shots, load_set, open_split
+from edgepet.canonical import canonical_json
+from edgepet.checkpoint import EVERY_S, Keeper, checkpoint_file, ends_when_asked
+from edgepet.crew import Crew
+from edgepet.crew import crew as join_crew
+from edgepet.data import few_shots, load_sets, open_split
 from edgepet.delta import Delta, Score
 from edgepet.errors import CheckError, InputError
 from edgepet.exporters.trace import keep_weights
@@ -23,8 +28,8 @@ from edgepet.imaging import normalize
 from edgepet.merging import merge
 from edgepet.methods import Method, configure
 from edgepet.methods.method import count
-from edgepet.pack import Codec, read_pack, write_pack
-from edgepet.parity import ALGEBRA
+from edgepet.pack import Codec, encode_pack, read_pack, write_pack
+from edgepet.parity import ALGEBRA, Accuracy, accuracy
 from edgepet.spec import FilePath, NpArray
 from edgepet.tune import TunedModel, algebra_error, extract
 from edgepet.work import work_folder, write_work
@@ -45,6 +50,7 @@ class TrainReport:
     """What ``train`` made. ``val`` is of the pack as stored, in float32; ``trainable_params`` leaves the head out.
 
     ``algebra_max_abs`` is the largest difference of logits between tuned and merged network in float64.
+    ``images_per_class`` are the fewest and the most that a class was trained on.
     """
 
     pack: Path
@@ -58,7 +64,8 @@ class TrainReport:
     seconds: float
     images_per_second: float
     precision: str
-    val: Score
+    images_per_class: tuple[int, int]
+    val: Accuracy
     algebra_max_abs: float
     algebra_limit: float
     backbone: BackboneFacts
@@ -74,6 +81,7 @@ def train(
     image_size: int | None = None,
     epochs: int | None = None,
     batch_size: int = 32,
+    accumulate: int = 1,
     lr: float | None = None,
     shots: int | None = None,
     seed: int = 0,
@@ -82,6 +90,8 @@ def train(
     precision: str = "auto",
     device: str | None = None,
     codec: Codec = "fp16",
+    resume: bool = False,
+    checkpoint_s: float = EVERY_S,
     say: Say = lambda step: None,
     stage: Callable[[str], None] = lambda name: None,
 ) -> TrainReport:
@@ -92,33 +102,39 @@ def train(
         backbone: a timm name, ``NAME@FILE`` or ``demo:NAME``; or a network of your own, ``Backbone.from_module``.
         settings: the method's settings as text, where ``method`` is a name.
         image_size: pixels of the square input; None is the architecture's own.
+        batch_size: images of one step, over all processes; each goes through its share in ``accumulate`` parts.
         shots: images of each class to train on, chosen by ``seed``; None is all.
         precision: "fp32", "bf16" (autocast) or "auto": bf16 where it is measured to be faster here.
         device: torch's name of what trains, "cpu" or "cuda"; None is a GPU where torch finds one.
+        resume: go on from the checkpoint of an interrupted training, or begin where there is none.
+        checkpoint_s: seconds between two checkpoints within an epoch.
         say: told of every step; stage: told the name of what begins.
 
     Raises:
-        InputError: data, backbone or settings at fault.
+        InputError: data, backbone or settings at fault, or the checkpoint of another training is in the way.
         CheckError: the merged network is not the tuned one.
+        KeyboardInterrupt: SIGINT or SIGTERM arrived, and a checkpoint was written.
     """
-    began, data, output = time.perf_counter(), Path(data), Path(output)
+    began, data, output, crew = time.perf_counter(), Path(data), Path(output), join_crew()
     chosen = configure(method, settings or {}) if isinstance(method, str) else method
-    _check_options(output, precision, epochs, batch_size, lr, augment)
+    _check_options(output, precision, epochs, batch_size, accumulate, lr, augment)
+    _check_checkpoint(checkpoint_file(output), resume)
     stage("read images")
     train_set = open_split(data, "train", val_fraction=val_fraction, seed=seed)
     val_set = open_split(data, "val", val_fraction=val_fraction, seed=seed)
     if shots is not None:
         train_set = few_shots(train_set, shots, seed)
-    device = _device(device)
+    device = _device(crew.device(device))
     stage("load the backbone")
     loaded = load_backbone(backbone, image_size=image_size) if isinstance(backbone, str) else backbone
-    train_images, val_images = (Pixels(*load_set(part, loaded.preprocess)) for part in (train_set, val_set))
+    train_images, val_images = (Pixels(*part) for part in load_sets([train_set, val_set], loaded.preprocess))
     recipe = chosen.recipe
     plan = Plan(
         epochs=epochs or recipe.epochs,
         lr=lr or recipe.lr,
         head_lr=recipe.head_lr,
         batch_size=batch_size,
+        accumulate=accumulate,
         weight_decay=recipe.weight_decay,
         warmup=recipe.warmup,
         label_smoothing=recipe.label_smoothing,
@@ -128,18 +144,22 @@ def train(
         seed=seed,
     )
     model = _attach(loaded, chosen, len(train_set.classes), seed)
+    identity = _identity(loaded, chosen, plan, crew, train_set.classes, train_images, val_images)
+    keeper = Keeper(path=checkpoint_file(output), identity=identity, every_s=checkpoint_s, writes=crew.leads)
     stage("tune")
-    fitted = fit(model, train_images, val_images, loaded.preprocess, plan, say)
+    with ends_when_asked(keeper):
+        fitted = fit(model, train_images, val_images, loaded.preprocess, plan, say, keeper=keeper, crew=crew)
     stage("prove, pack and score")
     proof = _prove(model, loaded, val_images.pixels)
-    training = _provenance(plan, fitted, len(train_images), shots)
+    training = _provenance(plan, model, fitted, len(train_images), shots)
     delta = extract(model, loaded, task=output.stem, labels=train_set.classes, val=fitted.val, training=training)
-    pack_bytes, score = _write(output, delta, codec, loaded, val_images)
-    spread = np.random.default_rng(seed).permutation(len(val_images))  # folders come class by class
-    keep_weights(loaded)
-    held = val_images.pixels[spread], val_images.labels[spread]
-    write_work(work_folder(output), delta, model.arrays(), *held)
-    return _report(output, loaded, model, plan, fitted, proof, pack_bytes, score, time.perf_counter() - began)
+    if crew.leads:
+        _write(output, delta, codec, loaded, model, val_images)
+        keeper.remove()
+    crew.wait()
+    counts = np.bincount(train_images.labels, minlength=len(train_set.classes))
+    shares = int(counts.min()), int(counts.max())
+    return _report(output, loaded, model, plan, fitted, proof, val_images, shares, time.perf_counter() - began)
 
 
 def _device(name: str | None) -> str:
@@ -166,8 +186,8 @@ def _report(
     plan: Plan,
     fitted: Fit,
     proof: tuple[float, float],
-    pack_bytes: int,
-    score: Score,
+    val: Pixels,
+    images_per_class: tuple[int, int],
     seconds: float,
 ) -> TrainReport:
     return TrainReport(
@@ -176,13 +196,14 @@ def _report(
         method=model.method.name,
         trainable_params=count(model.method, backbone.layers, backbone.tensors),
         head_params=sum(p.numel() for p in model.linear.parameters()),
-        pack_bytes=pack_bytes,
+        pack_bytes=output.stat().st_size,
         epochs=plan.epochs,
         best_epoch=fitted.best_epoch,
         seconds=seconds,
         images_per_second=fitted.images_per_second,
         precision="bf16" if plan.autocast else "fp32",
-        val=score,
+        images_per_class=images_per_class,
+        val=_accuracy(backbone, read_pack(output).delta, val),
         algebra_max_abs=proof[0],
         algebra_limit=proof[1],
         backbone=BackboneFacts(
@@ -208,7 +229,13 @@ def merged_logits(backbone: Backbone, delta: Delta, images: NpArray) -> NpArray:
 
 
 def _check_options(
-    output: Path, precision: str, epochs: int | None, batch_size: int, lr: float | None, augment: Sequence[str]
+    output: Path,
+    precision: str,
+    epochs: int | None,
+    batch_size: int,
+    accumulate: int,
+    lr: float | None,
+    augment: Sequence[str],
 ) -> None:
     if output.suffix != ".pet":
         raise InputError("-o", "needs a file name ending in .pet", got=repr(output.name))
@@ -220,6 +247,8 @@ def _check_options(
         raise InputError("--epochs", "must be at least 1", got=epochs)
     if batch_size < 1:
         raise InputError("--batch-size", "must be at least 1", got=batch_size)
+    if not 1 <= accumulate <= batch_size:
+        raise InputError("--accumulate", f"must be between 1 and the batch size, {batch_size}", got=accumulate)
     if lr is not None and not 0 < lr < math.inf:
         raise InputError("--lr", "must be above 0 and finite", got=lr)
     unknown = [name for name in augment if name not in AUGMENTATIONS]
@@ -240,21 +269,60 @@ def _prove(model: TunedModel, backbone: Backbone, pixels: NpArray) -> tuple[floa
     return max_abs, limit
 
 
-def _write(output: Path, delta: Delta, codec: Codec, backbone: Backbone, val: Pixels) -> tuple[int, Score]:
-    """Write the pack with the val accuracy of what it stores, not of what was trained."""
-    write_pack(output, delta, codec=codec)
-    logits = merged_logits(backbone, read_pack(output).delta, normalize(val.pixels, backbone.preprocess))
-    score = Score(top1=float((logits.argmax(1) == val.labels).mean()), n=len(val))
-    return write_pack(output, replace(delta, val=score), codec=codec), score
+def _write(output: Path, delta: Delta, codec: Codec, backbone: Backbone, model: TunedModel, val: Pixels) -> None:
+    """The pack, with the val accuracy of what it stores and not of what was trained, and its work folder."""
+    stored = read_pack(encode_pack(delta, codec=codec)).delta
+    judged = _accuracy(backbone, stored, val)
+    spread = np.random.default_rng(0).permutation(len(val))  # folders come class by class
+    write_pack(output, replace(delta, val=Score(top1=judged.top1, n=judged.n)), codec=codec)
+    keep_weights(backbone)
+    write_work(work_folder(output), delta, model.arrays(), val.pixels[spread], val.labels[spread])
 
 
-def _provenance(plan: Plan, fitted: Fit, images: int, shots: int | None) -> dict[str, object]:
+def _accuracy(backbone: Backbone, delta: Delta, val: Pixels) -> Accuracy:
+    logits = merged_logits(backbone, delta, normalize(val.pixels, backbone.preprocess))
+    return accuracy(logits.argmax(1), val.labels, len(delta.labels))
+
+
+def _check_checkpoint(path: Path, resume: bool) -> None:
+    if path.exists() and not resume:
+        fix = f"go on with --resume, or delete {path} to begin again"
+        raise InputError(str(path), "is left of a training that was interrupted", fix=fix)
+
+
+def _identity(
+    backbone: Backbone,
+    method: Method,
+    plan: Plan,
+    crew: Crew,
+    classes: Sequence[str],
+    *images: Pixels,
+) -> dict[str, object]:
+    """All that decides the weights a training ends with, as JSON; the number of threads decides the last bits too."""
+    digest = hashlib.sha256(canonical_json(list(classes)))
+    for part in images:
+        for array in (part.pixels, part.labels):
+            digest.update(np.ascontiguousarray(array).data)
+    settings = {key: list(v) if isinstance(v, tuple) else v for key, v in asdict(cast(Any, method)).items()}
+    return {
+        "backbone": backbone.fingerprint,
+        "method": method.name,
+        **{f"--set {key}": value for key, value in settings.items()},
+        **{key: list(v) if isinstance(v, tuple) else v for key, v in asdict(plan).items()},
+        "image size": list(backbone.preprocess.image_size),
+        "images": digest.hexdigest(),
+        "processes": crew.size,
+    }
+
+
+def _provenance(plan: Plan, model: TunedModel, fitted: Fit, images: int, shots: int | None) -> dict[str, object]:
     return {
         "epochs": plan.epochs,
         "best_epoch": fitted.best_epoch,
         "images": images,
         "shots": shots,
         "batch_size": plan.batch_size,
+        "without_shift": [site.name for site in model.sites if site.kind != "tensor" and not site.takes_shift],
         "lr": plan.lr,
         "weight_decay": plan.weight_decay,
         "augment": list(plan.augment),

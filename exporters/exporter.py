@@ -2,33 +2,41 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
 from edgepet.artifact import Format
-from edgepet.spec import Precision
+from edgepet.spec import FilePath, Precision
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ExportOptions:
-    """How to export. ``sms`` are compute capabilities of a TensorRT engine, 86 for 8.6."""
+    """How to export. ``sms`` are compute capabilities of a TensorRT engine, 86 for 8.6.
+
+    ``calib`` is a folder of images on which ranges are measured for fp16; None takes what the export is compared on.
+    """
 
     to: tuple[Format, ...] = ("onnx",)
     precision: Precision = "fp32"
     sms: tuple[int, ...] = (86, 89, 120)
     simplify: bool = False
     external_data: bool = False
+    calib: FilePath | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Written:
-    """Files of one format, the engine that wrote them, and what reading them back could not prove."""
+    """Files of one format, the engine that wrote them, and what reading them back could not prove.
+
+    ``layers`` says what a compiled format will execute, where nothing here can run it and be asked.
+    """
 
     files: list[str]
     engine: str
     note: str | None = None
+    layers: Mapping[str, object] | None = None
 
 
 # (onnx.ModelProto with fp32 weights inside, an empty folder, options, the task's name for errors) -> what was written

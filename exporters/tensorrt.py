@@ -2,6 +2,7 @@
 
 TensorRT-RTX compiles ahead of time on any machine and leaves the GPU's kernels to the device; one file serves every
 requested compute capability. Precision is the ONNX model's own: networks are strongly typed, fp32 is not TF32.
+Images and logits are float32 whatever lies between.
 """
 
 from __future__ import annotations
@@ -10,7 +11,8 @@ import ctypes
 import hashlib
 import importlib
 import time
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -32,6 +34,7 @@ from edgepet.runners.tensorrt import (
     message_log,
     read_sidecar,
 )
+from edgepet.spec import Precision
 
 _ELSEWHERE = "export it to onnx or openvino, or change the model"
 _NOT_THIS_GPU = frozenset({"UNSUPPORTED_CC", "OLD_CUDA_DRIVER", "OLD_CUDA_RUNTIME", "INSUFFICIENT_GPU_MEMORY"})
@@ -52,28 +55,40 @@ class Readback:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TensorrtBuild:
-    """``files`` are the engines in the folder, its side-car not among them; ``seconds`` parsed and built them."""
+    """``files`` are the engines in the folder, its side-car not among them; ``seconds`` parsed and built them.
+
+    ``layers`` counts the network's layers by the type that they put out.
+    """
 
     engine: Engine
     version: str
     files: tuple[str, ...]
     sms: tuple[int, ...]
     seconds: float
+    layers: Mapping[str, int]
     readback: Readback
 
 
 def build_engines(
-    onnx_model: bytes, folder: Path, *, sms: Sequence[int] = (86, 89, 120), max_batch: int = 16, stem: str = "model"
+    onnx_model: bytes,
+    folder: Path,
+    *,
+    precision: Precision = "fp32",
+    sms: Sequence[int] = (86, 89, 120),
+    max_batch: int = 16,
+    stem: str = "model",
 ) -> TensorrtBuild:
     """Write ``STEM.engine`` and ``STEM.engine.json`` to the existing ``folder``.
 
     Args:
-        onnx_model: fp32, weights inside, one input "images" (batch, 3, H, W) with a free batch, one output (batch, C).
+        onnx_model: in ``precision``, weights inside; takes "images" (batch, 3, H, W), only the batch free, and puts out
+            one (batch, C).
         sms: compute capabilities, 86 for 8.6. Classic TensorRT builds for the GPU that is here and ignores them.
         max_batch: the largest batch of the engine's one profile, which is tuned for batch 1.
 
     Raises:
-        InputError: TensorRT knows no such compute capability or operator, cannot build it, or the model is not fp32.
+        InputError: TensorRT knows no such compute capability or operator, cannot build it, or the model is not in
+            ``precision``.
         CheckError: the written engine is not one that the library reads.
         MissingError: no TensorRT is installed.
     """
@@ -82,7 +97,7 @@ def build_engines(
     kind, trt = _library()
     targets = _targets(trt, sms) if kind == "tensorrt-rtx" else (_compute_capability(),)
     start = time.perf_counter()
-    plan, takes, gives = _build(trt, onnx_model, max_batch, targets, portable=kind == "tensorrt-rtx")
+    plan, takes, gives, layers = _build(trt, onnx_model, precision, max_batch, targets, portable=kind == "tensorrt-rtx")
     seconds = time.perf_counter() - start
     sidecar = Sidecar(
         engine=kind,
@@ -95,19 +110,29 @@ def build_engines(
         input=takes,
         output=gives,
         max_batch=max_batch,
-        precision="fp32",
+        precision=precision,
     )
-    return _write(trt, plan, sidecar, folder, stem=stem, seconds=seconds)
+    return _write(trt, plan, sidecar, folder, stem=stem, seconds=seconds, layers=layers)
 
 
 def export(model: Any, folder: Path, options: ExportOptions, task: str) -> Written:
     """Build and write an engine and its side-car; see ``Exporter``."""
     del task
-    built = build_engines(serialize(model), folder, sms=options.sms)
-    return Written([*built.files, "model.engine.json"], built.engine, built.readback.reason)
+    built = build_engines(serialize(model), folder, precision=options.precision, sms=options.sms)
+    layers = {"layers_by_output_type": built.layers, "source": "the strongly typed network that was built"}
+    return Written([*built.files, "model.engine.json"], built.engine, built.readback.reason, layers)
 
 
-def _write(trt: Any, plan: memoryview, sidecar: Sidecar, folder: Path, *, stem: str, seconds: float) -> TensorrtBuild:
+def _write(
+    trt: Any,
+    plan: memoryview,
+    sidecar: Sidecar,
+    folder: Path,
+    *,
+    stem: str,
+    seconds: float,
+    layers: Mapping[str, int],
+) -> TensorrtBuild:
     """The engine first: a side-car must never name an engine that is not on the disk yet."""
     write_file(folder / sidecar.file, plan)
     write_file(folder / f"{stem}.engine.json", canonical_json({"schema": SCHEMA, **asdict(sidecar)}))
@@ -117,6 +142,7 @@ def _write(trt: Any, plan: memoryview, sidecar: Sidecar, folder: Path, *, stem: 
         files=(sidecar.file,),
         sms=sidecar.sms,
         seconds=seconds,
+        layers=layers,
         readback=read_back(trt, folder, stem=stem),
     )
 
@@ -187,14 +213,15 @@ def _compute_capability() -> int:
 
 
 def _build(
-    trt: Any, onnx_model: bytes, max_batch: int, targets: Sequence[int], *, portable: bool
-) -> tuple[memoryview, TensorSpec, TensorSpec]:
-    """The serialised engine, its input and its output; ``portable`` is what classic TensorRT cannot be."""
+    trt: Any, onnx_model: bytes, precision: Precision, max_batch: int, targets: Sequence[int], *, portable: bool
+) -> tuple[memoryview, TensorSpec, TensorSpec, Mapping[str, int]]:
+    """The serialised engine, its input, output and layers; ``portable`` is what classic TensorRT cannot be."""
     log = message_log(trt)
     builder = trt.Builder(log)
     log.errors.clear()
     network, parser = _parse(trt, builder, onnx_model)
-    takes, gives = _tensors(trt, network)
+    takes, gives = _tensors(trt, network, precision)
+    layers = _layers(trt, network, precision)
     config, profile = builder.create_builder_config(), builder.create_optimization_profile()
     least, most = (1, *takes.shape[1:]), (max_batch, *takes.shape[1:])
     profile.set_shape(takes.name, least, least, most)
@@ -211,7 +238,7 @@ def _build(
         fix = "leave out 75: TensorRT-RTX has no fp32 GEMM for Turing" if 75 in targets else _ELSEWHERE
         names = ", ".join(f"SM{sm}" for sm in targets)
         raise InputError("ONNX model for " + names, what, got=(log.errors or ["no message"])[-1], fix=fix)
-    return memoryview(plan), takes, gives
+    return memoryview(plan), takes, gives, layers
 
 
 def _parse(trt: Any, builder: Any, onnx_model: bytes) -> tuple[Any, Any]:
@@ -227,8 +254,8 @@ def _parse(trt: Any, builder: Any, onnx_model: bytes) -> tuple[Any, Any]:
     return network, parser
 
 
-def _tensors(trt: Any, network: Any) -> tuple[TensorSpec, TensorSpec]:
-    """Input and output, once every tensor between them is fp32: the side-car says so and must not lie."""
+def _tensors(trt: Any, network: Any, precision: Precision) -> tuple[TensorSpec, TensorSpec]:
+    """Input and output, both fp32."""
     ports = [network.get_input(index) for index in range(network.num_inputs)]
     ports += [network.get_output(index) for index in range(network.num_outputs)]
     found = [(port.name, tuple(port.shape)) for port in ports]
@@ -238,13 +265,32 @@ def _tensors(trt: Any, network: Any) -> tuple[TensorSpec, TensorSpec]:
         case _:
             needs = "needs one input images (batch, 3, H, W) and one output (batch, C), only the batch free"
             raise InputError("ONNX model", needs, got=", ".join(f"{name} {shape}" for name, shape in found))
-    layers = (network.get_layer(index) for index in range(network.num_layers))
-    for tensor in (*ports, *(layer.get_output(index) for layer in layers for index in range(layer.num_outputs))):
-        if tensor.dtype not in (trt.float32, trt.int32, trt.int64, trt.bool):
-            where = f"ONNX tensor {tensor.name!r}"
-            raise InputError(where, "must be fp32 in an fp32 engine", got=tensor.dtype.name, fix="export in fp32")
+    for port in ports:
+        if port.dtype != trt.float32:
+            raise InputError(
+                f"ONNX tensor {port.name!r}", f"must be fp32 in an {precision} engine", got=port.dtype.name
+            )
     takes, gives = (TensorSpec(name=name, dtype="float32", shape=shape) for name, shape in found)
     return takes, gives
+
+
+def _layers(trt: Any, network: Any, precision: Precision) -> Mapping[str, int]:
+    """Layers by the type of their first output, which is what they compute in: the side-car must not lie about it.
+
+    Raises:
+        InputError: a layer is of another type than ``precision`` allows, or fp16 was asked for and none has it.
+    """
+    allowed = {trt.float32, trt.int32, trt.int64, trt.bool} | ({trt.float16} if precision == "fp16" else set())
+    counts = Counter[str]()
+    for layer in (network.get_layer(index) for index in range(network.num_layers)):
+        for tensor in (layer.get_output(index) for index in range(layer.num_outputs)):
+            if tensor.dtype not in allowed:
+                what = f"must be {precision} in an {precision} engine"
+                raise InputError(f"ONNX tensor {tensor.name!r}", what, got=tensor.dtype.name, fix="export in fp32")
+        counts[layer.get_output(0).dtype.name.lower()] += 1
+    if precision == "fp16" and not counts["half"]:
+        raise InputError("ONNX model", "must have fp16 layers for an fp16 engine", got="none")
+    return dict(sorted(counts.items()))
 
 
 def _ask_validity(trt: Any, path: Path) -> tuple[str, ...]:

@@ -122,19 +122,21 @@ def _tidy(model: Any, parameters: set[str]) -> None:
 
     A convolution without a bias gets one of zeros from torch, built at run time from the kernel's shape: it goes.
     """
-    from onnxscript.optimizer import fold_constants, remove_unused_nodes
+    from onnxscript.optimizer import fold_constants
 
     def keeps_parameters(node: Any) -> bool | None:
-        reads = any(value is not None and value.name in parameters for value in node.inputs)
+        reads = any(read is not None and read.name in parameters for read in node.inputs)
         return False if reads and node.op_type != "Shape" else None  # None: as the folder itself decides
 
     fold_constants(model, should_fold=keeps_parameters, output_size_limit=1 << 24)
-    for node in model.graph:
+    for node in reversed(model.graph):
+        if not any(output.uses() or output.is_graph_output() for output in node.outputs):
+            model.graph.remove(node, safe=True)  # the library's own pass would take unread parameters with them
+            continue
         bias = node.inputs[2] if node.op_type == "Conv" and len(node.inputs) == 3 else None
-        made_up = bias is not None and bias.const_value is not None and bias.name not in parameters
-        if made_up and not bias.const_value.numpy().any():
+        value = None if bias is None or bias.name in parameters else bias.const_value
+        if value is not None and not value.numpy().any():  # a parameter may be zeros too, until a task moves it
             node.resize_inputs(2)
-    remove_unused_nodes(model)
 
 
 def _externalise(model: Any, places: dict[str, Place], backbone: Backbone) -> None:

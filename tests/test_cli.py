@@ -93,8 +93,7 @@ OPTIONS = {
 }  # fmt: skip
 NOT_YET_VERBS = {"calibrate", "pack", "keygen", "pretrain", "import-peft", "export-peft", "device", "report"}
 NOT_YET = {
-    ("train", "--init"), ("train", "--resume"), ("export", "--calib"), ("export", "--max-drop"),
-    ("storage", "--backbone"),
+    ("train", "--init"), ("export", "--max-drop"), ("storage", "--backbone"),
 }  # fmt: skip
 VERBS = [verb for verb in OPTIONS if verb not in NOT_YET_VERBS]
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from edgepet.data import SPLITS, ImageSet, Split, batches, few_shots, load_set, open_split
+from edgepet.data import SPLITS, ImageSet, Split, batches, few_shots, load_set, load_sets, open_split
 from edgepet.errors import InputError
 from edgepet.imaging import load_pixels, normalize
 from edgepet.spec import Preprocess
@@ -189,6 +189,42 @@ def test_a_damaged_image_of_a_set_is_named(tmp_path: Path) -> None:
 
     with pytest.raises(InputError, match=re.escape(f"{images.paths[5]}: is not a readable image, got bytes of no ")):
         load_set(images, PREPROCESS)
+
+
+def test_all_damaged_images_of_all_sets_are_named_at_once(tmp_path: Path) -> None:
+    sets = []
+    for split in ("train", "val"):
+        for name in ("a", "b"):
+            (tmp_path / split / name).mkdir(parents=True)
+            for number in range(14):
+                pixels = np.random.default_rng(number).integers(0, 256, (16, 16, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(tmp_path / split / name / f"{number:02d}.png")
+        sets.append(open_split(tmp_path, split))
+    whole = (tmp_path / "train" / "a" / "00.png").read_bytes()
+    (tmp_path / "train" / "a" / "00.png").write_bytes(whole[:-200])
+    (tmp_path / "train" / "b" / "03.png").write_bytes(b"")
+    Image.fromarray(np.full((8, 8), 300, np.uint16)).save(tmp_path / "val" / "a" / "05.png")
+    with pytest.raises(InputError) as few:
+        load_sets(sets, Preprocess(image_size=(8, 8)))
+    for number in range(14):
+        for name in ("a", "b"):
+            (tmp_path / "val" / name / f"{number:02d}.png").write_text("no image")
+    with pytest.raises(InputError) as many:
+        load_sets(sets, Preprocess(image_size=(8, 8)))
+
+    truncated = next(line for line in str(few.value).splitlines() if "00.png" in line)
+    assert "truncated" in truncated
+    assert str(few.value) == (
+        f"{tmp_path}: needs readable images, got 3 of 56 images that are not\n"
+        f"{truncated}\n"
+        "  train/b/03.png: bytes of no known image format\n"
+        "  val/a/05.png: 16-bit values, which would be cut off at 255\n"
+        "  fix: replace these files or remove them"
+    )
+    lines = str(many.value).splitlines()
+    assert lines[0].endswith("got 30 of 56 images that are not")
+    assert lines[-2:] == ["  and 10 more", "  fix: replace these files or remove them"]
+    assert len(lines) == 23
 
 
 def test_batches_are_normalised_and_the_last_may_be_smaller() -> None:

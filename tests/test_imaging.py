@@ -15,7 +15,7 @@ from edgepet.errors import InputError
 from edgepet.imaging import load_pixels, normalize, to_pixels
 from edgepet.spec import Preprocess
 
-MODES = ["RGB", "L", "LA", "P", "RGBA", "1", "CMYK", "I;16"]
+MODES = ["RGB", "L", "LA", "P", "RGBA", "1", "CMYK"]
 SHAPES = [(20, 20), (64, 64), (31, 90), (90, 31), (33, 47), (65, 64)]  # (height, width): smaller, equal, larger
 PREPROCESSES = [
     Preprocess(image_size=(64, 64)),
@@ -32,8 +32,6 @@ PREPROCESSES = [
 
 def noise(height: int, width: int, mode: str = "RGB", seed: int = 0) -> Image.Image:
     values = np.random.default_rng(seed).integers(0, 256, (height, width, 4), dtype=np.uint8)
-    if mode == "I;16":
-        return Image.fromarray(values.view(np.uint16)[..., 0].copy())
     image = Image.fromarray(values)
     return image if mode == "RGBA" else image.convert("RGB").convert(mode)
 
@@ -178,4 +176,21 @@ def test_a_line_of_pixels_is_refused_before_resizing_fills_the_memory(tmp_path: 
     assert refusal(path) == (
         f"{path}: must fit 100000000 pixels when resized, got 10000 x 1 resized to 2240000 x 224\n"
         "  fix: crop the image or remove it"
+    )
+
+
+@pytest.mark.parametrize(
+    ("dtype", "suffix", "told"),
+    [(np.uint16, "png", "16-bit"), (np.int32, "tiff", "32-bit"), (np.float32, "tiff", "floating-point")],
+)
+def test_values_that_eight_bits_would_cut_off_are_refused(dtype: type, suffix: str, told: str, tmp_path: Path) -> None:
+    path = tmp_path / f"image.{suffix}"
+    Image.fromarray(np.full((8, 8), 300, dtype)).save(path)
+
+    with pytest.raises(InputError) as refusal:
+        load_pixels(path, Preprocess(image_size=(8, 8)))
+
+    assert str(refusal.value) == (
+        f"{path}: is not a readable image, got {told} values, which would be cut off at 255\n"
+        "  fix: scale it to 8 bits a channel"
     )

@@ -156,7 +156,9 @@ def test_an_unknown_name_of_weights_lists_the_known(cache: Path) -> None:
     with pytest.raises(InputError) as refused:
         sample_weights("vit-huge")
 
-    assert str(refused.value) == "demo:vit-huge: sample weights are one of vit-small, got 'vit-huge'"
+    assert (
+        str(refused.value) == "demo:vit-huge: sample weights are one of vit-small, efficientnet-lite0, got 'vit-huge'"
+    )
 
 
 def test_weights_without_their_package_name_the_extra(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -82,6 +82,7 @@ def test_one_engine_serves_three_generations_of_gpus(built: tuple[Path, Tensorrt
         files=("model.engine",),
         sms=(86, 89, 120),
         seconds=build.seconds,
+        layers=build.layers,
         readback=build.readback,
     )
     assert sorted(path.name for path in folder.iterdir()) == ["model.engine", "model.engine.json"]
@@ -249,7 +250,7 @@ def test_another_release_of_the_library_is_refused_before_the_gpu_is_asked(folde
         ({"file": "../model.engine"}, ".file: needs one of model.engine, got '../model.engine'"),
         ({"size_bytes": True}, ".size_bytes: needs an integer of at least 1, got True"),
         ({"sms": []}, ".sms: needs one compute capability at least"),
-        ({"precision": "fp16"}, ".precision: needs one of fp32, got 'fp16'"),
+        ({"precision": "int8"}, ".precision: needs one of fp32, fp16, got 'int8'"),
         (
             {"input": {"name": "images", "dtype": "float32", "shape": [1, 3, 8, 8]}},
             ".input.shape: needs -1 and 3 sizes, got [1, 3, 8, 8]",

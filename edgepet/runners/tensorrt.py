@@ -81,7 +81,7 @@ def read_sidecar(folder: Path, *, stem: str = "model") -> Sidecar:
         input=_read_tensor(table.table("input"), rank=4),
         output=_read_tensor(table.table("output"), rank=2),
         max_batch=table.integer("max_batch", least=1),
-        precision=cast(Precision, table.text("precision", choices=("fp32",))),
+        precision=cast(Precision, table.text("precision", choices=("fp32", "fp16"))),
     )
     table.end()
     if not sidecar.sms:

@@ -1,0 +1,7 @@
+"""``python -m edgepet``, as ``accelerate launch -m edgepet train ...`` starts it."""
+
+import sys
+
+from edgepet.cli import main
+
+sys.exit(main())

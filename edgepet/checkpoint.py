@@ -1,0 +1,143 @@
+"""The state of a training that was not finished: one file beside the pack, whole or not there.
+
+``flowers.checkpoint`` is a safetensors file; its tensor ``facts`` is JSON: what is being trained (``identity``) and how
+far it got (``progress``). It is written at the end of every epoch and every few seconds between, and goes when the pack
+is there. A pack and a work folder of an earlier training stay what they are until then.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+
+import numpy as np
+import safetensors.numpy
+from safetensors import SafetensorError
+
+from edgepet.canonical import canonical_json, parse_json
+from edgepet.errors import InputError
+from edgepet.files import read_file, write_file
+from edgepet.spec import NpArray, Tensors
+from edgepet.strict import Table
+
+FORMAT, VERSION = "edgepet-checkpoint", 1
+EVERY_S = 30.0
+_FACTS = "facts"
+
+
+def checkpoint_file(pack: Path) -> Path:
+    """``flowers.checkpoint`` beside ``flowers.pet``."""
+    return pack.with_suffix(".checkpoint")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Checkpoint:
+    """``progress`` holds plain JSON values, ``tensors`` all else, under the names that the writing loop gave them."""
+
+    progress: Mapping[str, object]
+    tensors: Tensors
+
+
+@dataclass(slots=True, kw_only=True)
+class Keeper:
+    """Writes and reads the checkpoints of one training. ``identity`` is all that decides its final weights, as JSON.
+
+    ``writes`` is false in every process but one; ``stop`` turns true when the process was asked to end.
+    """
+
+    path: Path
+    identity: Mapping[str, object]
+    every_s: float = EVERY_S
+    writes: bool = True
+    stop: bool = False
+    _saved: float = field(default_factory=time.monotonic)
+
+    @property
+    def due(self) -> bool:
+        return time.monotonic() - self._saved >= self.every_s
+
+    def save(self, checkpoint: Checkpoint) -> None:
+        """Replace the file; a full disk leaves the older one whole.
+
+        Raises:
+            InputError: the file could not be written.
+        """
+        self._saved = time.monotonic()
+        if not self.writes:
+            return
+        facts = {"format": FORMAT, "version": VERSION, "identity": self.identity, "progress": checkpoint.progress}
+        tensors = {name: np.ascontiguousarray(tensor) for name, tensor in checkpoint.tensors.items()}
+        try:
+            write_file(self.path, safetensors.numpy.save({**tensors, _FACTS: _bytes(canonical_json(facts))}))
+        except InputError as error:
+            fix = "make room, then go on with --resume" if self.path.exists() else "make room and begin again"
+            raise InputError(error.where, error.what, got=error.got, fix=fix) from error
+
+    def load(self) -> Checkpoint | None:
+        """What was saved last, or None where nothing was.
+
+        Raises:
+            InputError: the file is damaged, or was written by a training that differs.
+        """
+        if not self.path.exists():
+            return None
+        begin_again = "delete it to begin again"
+        try:
+            tensors = safetensors.numpy.load(read_file(self.path))
+            table = Table(parse_json(tensors.pop(_FACTS).tobytes()), str(self.path), error=InputError)
+        except (SafetensorError, KeyError, ValueError, RecursionError) as error:
+            raise InputError(str(self.path), "is no whole checkpoint", got=error, fix=begin_again) from error
+        table.text("format", choices=[FORMAT])
+        if (version := table.integer("version")) != VERSION:
+            raise InputError(str(self.path), f"needs version {VERSION}", got=version, fix=begin_again)
+        was, progress = table.raw("identity"), table.raw("progress")
+        table.end()
+        now = parse_json(canonical_json(self.identity))
+        differs = sorted(key for key in {*was, *now} if was.get(key) != now.get(key))
+        if differs:
+            told = "; ".join(f"{key} {_short(was.get(key))}, now {_short(now.get(key))}" for key in differs)
+            fix = f"resume with the options that it began with, or {begin_again}"
+            raise InputError(str(self.path), "belongs to a training with other settings", got=told, fix=fix)
+        return Checkpoint(progress=progress, tensors=tensors)
+
+    def remove(self) -> None:
+        """The pack is there: nothing is left to resume."""
+        if self.writes:
+            self.path.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def ends_when_asked(keeper: Keeper) -> Iterator[None]:
+    """While the block runs the first SIGINT or SIGTERM sets ``keeper.stop``; a second one acts as ever."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # Python has signals in its main thread only
+        return
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def ask(number: int, frame: FrameType | None) -> None:
+        del frame
+        keeper.stop = True
+        signal.signal(number, before[signal.Signals(number)])
+
+    try:
+        for number in before:
+            signal.signal(number, ask)
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _bytes(text: bytes) -> NpArray:
+    return np.frombuffer(text, np.uint8)
+
+
+def _short(value: object) -> str:
+    text = str(value)
+    return text if len(text) <= 40 else f"{text[:37]}..."

@@ -1,0 +1,417 @@
+"""A training that is stopped, killed or out of disk goes on where it was, to the same bits."""
+
+from __future__ import annotations
+
+import errno
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import safetensors.numpy
+
+from edgepet.backbones import Backbone
+from edgepet.checkpoint import Checkpoint, Keeper, checkpoint_file, ends_when_asked
+from edgepet.errors import InputError
+from edgepet.fitting import Fit, Pixels, Plan, fit
+from edgepet.methods import SSF, Consolidator, LinearProbe, Method
+from edgepet.parity import Accuracy, accuracy, interval
+from edgepet.report import Step
+from edgepet.spec import NpArray
+from edgepet.tune import TunedModel
+from tests.flow import Tasks, draw_shapes, edgepet, refused
+from tests.tiny import random_pixels, same_bits
+
+# Drop path, flips and crops draw random numbers at every step.
+PLAN = Plan(epochs=3, lr=1e-2, head_lr=1e-2, batch_size=4, augment=("flip", "crop"), seed=5)
+METHOD = Consolidator(groups=(16,), drop_path=0.5)
+STEPS = 9
+
+
+class StopError(Exception):
+    """What ends a fit here, in place of a killed process."""
+
+
+def images(seed: int, n: int) -> Pixels:
+    return Pixels(pixels=random_pixels(seed, n), labels=np.arange(n, dtype=np.int64) % 3)
+
+
+def keeper(folder: Path, *, every_s: float = 0.0, **identity: object) -> Keeper:
+    return Keeper(path=folder / "flowers.checkpoint", identity=identity, every_s=every_s)
+
+
+def run(
+    backbone: Backbone,
+    kept: Keeper | None,
+    *,
+    plan: Plan = PLAN,
+    method: Method = METHOD,
+    after: int | None = None,
+) -> tuple[dict[str, NpArray], Fit]:
+    """Fit, with ``after`` only so many steps; returns all tensors of the model but the backbone's."""
+    model, seen = TunedModel(backbone, method, 3, seed=1), 0
+
+    def say(step: Step) -> None:
+        nonlocal seen
+        seen += step.val_top1 is None
+        if after is not None and seen > after:
+            raise StopError
+
+    fitted = fit(model, images(1, 12), images(2, 6), backbone.preprocess, plan, say, keeper=kept)
+    state = {n: t.detach().numpy().copy() for n, t in model.state_dict().items() if not n.startswith("backbone.")}
+    return state, fitted
+
+
+@pytest.mark.parametrize("autocast", [False, True], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("after", [1, 2, 3, 4, 8])
+def test_a_fit_that_was_stopped_ends_with_the_same_bits(
+    after: int, autocast: bool, backbone: Backbone, tmp_path: Path
+) -> None:
+    plan = replace(PLAN, autocast=autocast)
+    expected, whole = run(backbone, None, plan=plan)
+    with pytest.raises(StopError):
+        run(backbone, keeper(tmp_path), plan=plan, after=after)
+
+    got, resumed = run(backbone, keeper(tmp_path), plan=plan)
+
+    assert same_bits(got, expected)
+    assert (resumed.best_epoch, resumed.val) == (whole.best_epoch, whole.val)
+
+
+def test_a_fit_that_was_stopped_again_and_again_ends_with_the_same_bits(backbone: Backbone, tmp_path: Path) -> None:
+    expected, _ = run(backbone, None)
+    for _ in range(STEPS // 2):
+        with pytest.raises(StopError):
+            run(backbone, keeper(tmp_path), after=2)
+
+    assert same_bits(run(backbone, keeper(tmp_path))[0], expected)
+
+
+def test_a_linear_probe_goes_on_as_well(backbone: Backbone, tmp_path: Path) -> None:
+    plan = replace(PLAN, augment=())
+    expected, _ = run(backbone, None, plan=plan, method=LinearProbe())
+    with pytest.raises(StopError):
+        run(backbone, keeper(tmp_path), plan=plan, method=LinearProbe(), after=4)
+
+    assert same_bits(run(backbone, keeper(tmp_path), plan=plan, method=LinearProbe())[0], expected)
+
+
+def test_within_an_epoch_a_checkpoint_waits_for_its_time(backbone: Backbone, tmp_path: Path) -> None:
+    with pytest.raises(StopError):
+        run(backbone, keeper(tmp_path, every_s=3600), after=2)
+    assert list(tmp_path.iterdir()) == []
+
+    with pytest.raises(StopError):
+        run(backbone, keeper(tmp_path, every_s=3600), after=4)
+    saved = keeper(tmp_path).load()
+    assert saved is not None
+    assert (saved.progress["epoch"], saved.progress["position"]) == (2, 0)
+
+
+# ------------------------------------------------------------------------------------------------------ the file
+
+
+def test_a_checkpoint_of_other_settings_is_refused_by_what_differs(tmp_path: Path) -> None:
+    keeper(tmp_path, lr=0.1, method="ssf").save(Checkpoint(progress={}, tensors={}))
+
+    with pytest.raises(InputError) as refusal:
+        keeper(tmp_path, lr=0.2, method="ssf", seed=1).load()
+
+    path = tmp_path / "flowers.checkpoint"
+    assert str(refusal.value) == (
+        f"{path}: belongs to a training with other settings, got lr 0.1, now 0.2; seed None, now 1\n"
+        "  fix: resume with the options that it began with, or delete it to begin again"
+    )
+
+
+@pytest.mark.parametrize("damage", [lambda data: data[:-1], lambda data: b"", lambda data: data[:8] + b"x" + data[9:]])
+def test_a_damaged_checkpoint_is_refused(damage: Callable[[bytes], bytes], tmp_path: Path) -> None:
+    kept = keeper(tmp_path)
+    kept.save(Checkpoint(progress={"epoch": 1}, tensors={"x": np.ones(3)}))
+    kept.path.write_bytes(damage(kept.path.read_bytes()))
+
+    with pytest.raises(InputError) as refusal:
+        kept.load()
+
+    assert str(refusal.value).startswith(f"{kept.path}: is no whole checkpoint, got ")
+    assert str(refusal.value).endswith("\n  fix: delete it to begin again")
+
+
+def test_a_full_disk_leaves_the_last_checkpoint_whole(
+    backbone: Backbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected, _ = run(backbone, None)
+    with pytest.raises(StopError):
+        run(backbone, keeper(tmp_path), after=3)
+    before = (tmp_path / "flowers.checkpoint").read_bytes()
+
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        with pytest.raises(InputError) as refusal:
+            run(backbone, keeper(tmp_path))
+
+    assert str(refusal.value) == (
+        f"{tmp_path / 'flowers.checkpoint'}: could not be written, got No space left on device\n"
+        "  fix: make room, then go on with --resume"
+    )
+    assert [(path.name, path.read_bytes()) for path in tmp_path.iterdir()] == [("flowers.checkpoint", before)]
+    assert same_bits(run(backbone, keeper(tmp_path))[0], expected)
+
+
+def test_a_loss_that_is_no_number_leaves_the_last_checkpoint_whole(backbone: Backbone, tmp_path: Path) -> None:
+    with pytest.raises(InputError) as refusal:
+        run(backbone, keeper(tmp_path), method=SSF(), plan=replace(PLAN, lr=1e30, warmup=0.5))
+
+    path = tmp_path / "flowers.checkpoint"
+    assert str(refusal.value).startswith("epoch 1: the loss must stay finite, got nan")
+    assert str(refusal.value).endswith(f"\n  fix: delete {path} and begin again with --lr 3e+29 or less")
+    saved = keeper(tmp_path).load()
+    assert saved is not None
+    assert saved.progress["epoch"] == 1
+
+
+# ------------------------------------------------------------------------------------------------------ being asked
+
+
+def test_the_first_signal_asks_and_the_second_acts(tmp_path: Path) -> None:
+    kept, before = keeper(tmp_path), signal.getsignal(signal.SIGINT)
+
+    def twice() -> None:
+        with ends_when_asked(kept):
+            os.kill(os.getpid(), signal.SIGINT)
+            assert kept.stop
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(1)
+
+    with pytest.raises(KeyboardInterrupt):
+        twice()
+
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_a_fit_that_is_asked_to_end_says_how_to_go_on(backbone: Backbone, tmp_path: Path) -> None:
+    expected, _ = run(backbone, None)
+    kept = keeper(tmp_path, every_s=3600)
+    kept.stop = True
+
+    with pytest.raises(KeyboardInterrupt) as stopped:
+        run(backbone, kept)
+
+    assert str(stopped.value) == f"{kept.path} is written, the same command with --resume goes on from there"
+    assert same_bits(run(backbone, keeper(tmp_path))[0], expected)
+
+
+# --------------------------------------------------------------------------------------------------------- in parts
+
+
+@pytest.mark.parametrize("parts", [2, 3, 4])
+def test_a_batch_in_parts_is_the_whole_batch_up_to_rounding(parts: int, backbone: Backbone) -> None:
+    plan = replace(PLAN, augment=(), batch_size=5, epochs=1)  # steps of 5, 5 and 2 images
+    whole, _ = run(backbone, None, plan=plan, method=SSF())
+
+    got, _ = run(backbone, None, plan=replace(plan, accumulate=parts), method=SSF())
+
+    # AdamW divides by the gradient's own size: where a gradient is rounding alone, a step of lr may point anywhere
+    far = {name: float(np.abs(got[name] - whole[name]).max()) for name in whole}
+    assert max(far.values()) <= 3 * plan.lr
+    assert np.median([np.median(np.abs(got[name] - whole[name])) for name in whole]) < 1e-5
+
+
+# ----------------------------------------------------------------------------------------------------- the command
+
+
+def command(tasks: Tasks, data: Path, pack: Path, *more: object) -> list[object]:
+    return [
+        "train", data, "--backbone", tasks.spec, "--method", "consolidator", "--set", "groups=16", "--img-size", 32,
+        "--epochs", 2, "--batch-size", 2, "--train-precision", "fp32", "--augment", "flip,crop", "-o", pack, *more,
+    ]  # fmt: skip
+
+
+def test_a_checkpoint_that_is_left_is_not_overwritten(tasks: Tasks, tmp_path: Path) -> None:
+    pack = tmp_path / "flowers.pet"
+    checkpoint_file(pack).write_bytes(b"an hour's work")
+
+    message = refused(3, *command(tasks, tasks.data, pack))
+
+    path = tmp_path / "flowers.checkpoint"
+    assert message == (
+        f"{path}: is left of a training that was interrupted\n"
+        f"  fix: go on with --resume, or delete {path} to begin again\n"
+    )
+    assert path.read_bytes() == b"an hour's work"
+
+
+def test_resume_begins_where_nothing_is_left_and_leaves_nothing(tasks: Tasks, tmp_path: Path) -> None:
+    said = edgepet(*command(tasks, tasks.data, tmp_path / "flowers.pet", "--resume", "--json"))
+
+    assert said.code == 0, said.err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["flowers.pet", "flowers.work"]
+    assert said.json["images_per_class"] == [8, 8]
+    val = said.json["val"]
+    assert (val["low"], val["high"]) == interval(round(val["top1"] * 12), 12)
+
+
+def test_an_earlier_pack_stays_until_the_new_one_is_there(
+    tasks: Tasks, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pack = tmp_path / "flowers.pet"
+    assert edgepet(*command(tasks, tasks.data, pack, "--json")).code == 0
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+
+    def stopped(*given: object) -> bool:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("edgepet.training._prove", stopped)
+        said = edgepet(*command(tasks, tasks.data, pack))
+
+    assert said.code == 130
+    assert {path: path.read_bytes() for path in before} == before
+    assert checkpoint_file(pack).exists()
+    assert edgepet(*command(tasks, tasks.data, pack, "--resume", "--json")).code == 0
+    assert pack.read_bytes() == before[pack]
+
+
+# ------------------------------------------------------------------------------------------ in processes of their own
+
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+
+
+def spawn(arguments: list[object], *launcher: str) -> subprocess.Popen[str]:
+    line = [sys.executable, "-m", *launcher, "edgepet", *map(str, arguments)]
+    return subprocess.Popen(line, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def finished(arguments: list[object], *launcher: str) -> None:
+    process = spawn(arguments, *launcher)
+    _, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
+
+
+@pytest.fixture(scope="module")
+def many_shapes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Images enough for a training of some seconds: the drawn ones, ten times."""
+    folder = tmp_path_factory.mktemp("shapes")
+    draw_shapes(folder)
+    for image in list((folder / "train").rglob("*.png")):
+        for number in range(9):
+            image.with_stem(f"{image.stem}-{number}").write_bytes(image.read_bytes())
+    return folder
+
+
+@pytest.mark.slow
+def test_a_training_killed_at_ten_random_moments_ends_with_the_same_bits(
+    tasks: Tasks, many_shapes: Path, tmp_path: Path
+) -> None:
+    longer = ("--epochs", 12, "--checkpoint-every", 0.2)
+    whole = tmp_path / "whole" / "flowers.pet"
+    whole.parent.mkdir()
+    began = time.monotonic()
+    finished(command(tasks, many_shapes, whole, *longer))
+    lasts, moments = time.monotonic() - began, random.Random(11)
+
+    for number in range(10):
+        pack = tmp_path / str(number) / "flowers.pet"
+        pack.parent.mkdir()
+        process = spawn(command(tasks, many_shapes, pack, *longer))
+        time.sleep(lasts * moments.uniform(0.2, 0.95))  # from before the first step to after the last
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+        assert not (pack.exists() and checkpoint_file(pack).exists() and process.returncode == 0)
+        finished(command(tasks, many_shapes, pack, *longer, "--resume"))
+
+        assert pack.read_bytes() == whole.read_bytes()
+        method = "flowers.work/method.safetensors"
+        assert (pack.parent / method).read_bytes() == (whole.parent / method).read_bytes()
+
+
+def test_a_training_that_is_terminated_ends_with_130_and_goes_on(
+    tasks: Tasks, many_shapes: Path, tmp_path: Path
+) -> None:
+    pack = tmp_path / "flowers.pet"
+    arguments = command(tasks, many_shapes, pack, "--checkpoint-every", 0)
+    process = spawn(arguments)
+    while not checkpoint_file(pack).exists() and process.poll() is None:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=60)
+
+    assert process.returncode == 130, err
+    told = f"interrupted: {checkpoint_file(pack)} is written, the same command with --resume goes on from there"
+    assert told in err
+    finished([*arguments, "--resume"])
+    assert not checkpoint_file(pack).exists()
+
+
+@pytest.mark.slow
+def test_two_processes_end_with_the_tensors_of_one(tasks: Tasks, tmp_path: Path) -> None:
+    pytest.importorskip("accelerate", reason="needs the package accelerate")
+    packs = [tmp_path / name / "flowers.pet" for name in ("one", "two")]
+    for pack in packs:
+        pack.parent.mkdir()
+    arguments = [command(tasks, tasks.data, pack, "--batch-size", 5, "--augment", "") for pack in packs]
+    for each in arguments:
+        each[each.index("consolidator")] = "ssf"  # no random numbers: the processes would draw others than one does
+        del each[each.index("--set") : each.index("--set") + 2]
+
+    finished(arguments[0])
+    finished(arguments[1], "accelerate.commands.launch", "--cpu", "--num_processes", "2", "-m")
+
+    one, two = (safetensors.numpy.load_file(pack.parent / "flowers.work" / "method.safetensors") for pack in packs)
+    assert one.keys() == two.keys()
+    # as for a batch in parts: sums in another order, and AdamW's steps of lr where a gradient is rounding alone
+    assert np.median([np.median(np.abs(one[name] - two[name])) for name in one]) < 1e-5
+    assert max(float(np.abs(one[name] - two[name]).max()) for name in one) < 0.05
+
+
+# ------------------------------------------------------------------------------------------------------- intervals
+
+
+@pytest.mark.parametrize(
+    ("right", "n", "low", "high"),
+    [(0, 10, 0.0, 0.2775), (10, 10, 0.7225, 1.0), (5, 10, 0.2366, 0.7634), (81, 263, 0.2553, 0.3662)],
+)
+def test_the_interval_of_a_proportion_is_wilsons(right: int, n: int, low: float, high: float) -> None:
+    # the last row: Newcombe 1998, Statistics in Medicine 17:857, table I, method 3
+    assert interval(right, n) == pytest.approx((low, high), abs=5e-5)
+
+
+def test_the_mean_over_classes_does_not_know_how_frequent_they_are() -> None:
+    labels = np.array([0] * 8 + [1] * 2)
+    low, high = interval(8, 10)
+
+    assert accuracy(np.zeros(10, np.int64), labels, 3) == Accuracy(
+        top1=0.8, n=10, low=low, high=high, balanced=0.5, fewest=0, most=8
+    )
+
+
+def test_uneven_classes_and_few_val_images_are_said(tasks: Tasks, tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    draw_shapes(data)
+    for image in sorted((data / "train" / "circle").iterdir())[2:]:
+        image.unlink()
+
+    told = edgepet(*command(tasks, data, tmp_path / "flowers.pet"))
+
+    assert told.code == 0, told.err
+    assert "12 val images tell epochs apart poorly: the best one is partly luck" in told.out
+    assert "classes are uneven, 2 to 8 training images: the mean over classes is" in told.out
+    assert "(95 % interval" in told.out
+
+
+def test_checkpoints_are_cheap_beside_what_they_save(backbone: Backbone, tmp_path: Path) -> None:
+    with pytest.raises(StopError):
+        run(backbone, keeper(tmp_path), after=4)
+
+    values = sum(array.size for array in TunedModel(backbone, METHOD, 3).arrays().values())
+    assert (tmp_path / "flowers.checkpoint").stat().st_size < 4 * 4 * values + 60_000  # tensor, best, two moments
