@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 DEMO_EXTRAS := train,openvino,tensorrt-rtx,demo
-TEST_EXTRAS := $(DEMO_EXTRAS),onnxsim,dev
+TEST_EXTRAS := $(DEMO_EXTRAS),onnxsim,accelerate,dev
 
 .PHONY: demo test slow check fix bench clean
 
@@ -31,7 +31,10 @@ bench: $(VENV)/.bench
 	$(BIN)/python benchmarks/latency.py
 	$(BIN)/python benchmarks/export.py
 	$(BIN)/python benchmarks/training.py
-	$(BIN)/python benchmarks/accuracy.py --dir bench
+	$(BIN)/python benchmarks/accuracy.py --dir bench/vit-small
+	$(BIN)/python benchmarks/accuracy.py --dir bench/lite0 --backbone efficientnet-lite0
+	$(BIN)/python benchmarks/latency.py --backbone efficientnet-lite0
+	$(BIN)/python benchmarks/timm_sweep.py
 
 clean:
 	rm -rf $(VENV) demo bench build dist

@@ -10,6 +10,7 @@ from edgepet.report import Column, Table, format_bytes, format_number, format_pe
 
 HERE = Path(__file__).parent
 README = HERE.parent / "README.md"
+BACKBONES = ("vit-small", "efficientnet-lite0")
 BEGIN, END = "<!-- results: made by benchmarks/report.py -->", "<!-- end of results -->"
 
 
@@ -23,8 +24,8 @@ def tables() -> str:
     """All tables, each with the command that made its numbers and the machine that they hold for."""
     results = {path.stem: json.loads(path.read_text()) for path in sorted((HERE / "results").glob("*.json"))}
     parts = [
-        *(accuracy(results[f"accuracy-{name}"]) for name in ("vit-small", "efficientnet-lite0")),
-        latency(results["latency"]),
+        *(accuracy(results[f"accuracy-{name}"]) for name in BACKBONES),
+        *(latency(results[f"latency-{name}"]) for name in BACKBONES),
         speed(results["training"], results["export"]),
     ]
     return "\n".join(parts)
@@ -65,9 +66,10 @@ def latency(result: dict[str, Any]) -> str:
         Column("runtime, precision, form"),
         *(Column(name, right=True) for name in ("over the plain backbone", "95 % interval", "p50 ms")),
     )
+    title = f"Latency of a task over its backbone, {result['backbone']} at {result['image_size']} px"
     rounds = f"{result['runs']} runs of {result['rounds']} interleaved rounds"
     told = f"Median of {rounds}, {result['threads']} threads, batch 1."
-    return f"{markdown(Table('Latency of a task over its backbone', columns, rows))}\n{told} {source(result)}\n"
+    return f"{markdown(Table(title, columns, rows))}\n{told} {source(result)}\n"
 
 
 def speed(training: dict[str, Any], export: dict[str, Any]) -> str:

@@ -192,14 +192,13 @@ def test_a_damaged_image_of_a_set_is_named(tmp_path: Path) -> None:
 
 
 def test_all_damaged_images_of_all_sets_are_named_at_once(tmp_path: Path) -> None:
-    sets = []
     for split in ("train", "val"):
         for name in ("a", "b"):
             (tmp_path / split / name).mkdir(parents=True)
             for number in range(14):
                 pixels = np.random.default_rng(number).integers(0, 256, (16, 16, 3), dtype=np.uint8)
                 Image.fromarray(pixels).save(tmp_path / split / name / f"{number:02d}.png")
-        sets.append(open_split(tmp_path, split))
+    sets = [open_split(tmp_path, split) for split in ("train", "val")]
     whole = (tmp_path / "train" / "a" / "00.png").read_bytes()
     (tmp_path / "train" / "a" / "00.png").write_bytes(whole[:-200])
     (tmp_path / "train" / "b" / "03.png").write_bytes(b"")

@@ -1,0 +1,201 @@
+"""Every family of timm, one model each: found, tuned with SSF, folded, traced and compared on every runtime.
+
+    python benchmarks/timm_sweep.py            # about half an hour on 2 cores
+    python benchmarks/timm_sweep.py swin vgg   # only these
+
+Takes the smallest model of each of timm's modules, with seeded weights: what is asked is whether it can be exported,
+not how well it sees. Each runs in a process of its own, so that one that fails or never ends does not end the others.
+Writes ``results/timm-sweep.json`` and the table in docs/guide/timm.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from edgepet.machine import environment
+from edgepet.report import Column, Table, markdown, to_json
+
+HERE = Path(__file__).parent
+RESULT, PAGE = HERE / "results" / "timm-sweep.json", HERE.parent / "docs" / "guide" / "timm.md"
+BEGIN, END = "<!-- sweep: made by benchmarks/timm_sweep.py -->", "<!-- end of sweep -->"
+LIMIT_S = 240
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("families", nargs="*", help="modules of timm.models (default: all)")
+    parser.add_argument("--one", action="store_true", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.one:
+        print(json.dumps(examine(options.families[0])))
+        return
+    import timm
+
+    families = options.families or sorted(
+        {str(timm.models.model_entrypoint(n).__module__).rsplit(".", 1)[-1] for n in timm.list_models()}
+    )
+    known = {row["family"]: row for row in json.loads(RESULT.read_text())["rows"]} if RESULT.exists() else {}
+    for number, family in enumerate(families, start=1):
+        known[family] = apart(family)
+        print(f"{number}/{len(families)} {family}: {known[family].get('refused') or 'ok'}", flush=True)
+        rows = [known[name] for name in sorted(known)]
+        command = "python benchmarks/timm_sweep.py"
+        RESULT.write_text(
+            json.dumps({"command": command, "rows": rows, "environment": to_json(environment())}, indent=1) + "\n"
+        )
+    before, after = PAGE.read_text().split(BEGIN)[0], PAGE.read_text().split(END)[1]
+    PAGE.write_text(f"{before}{BEGIN}\n\n{table(json.loads(RESULT.read_text()))}\n{END}{after}")
+
+
+def apart(family: str) -> dict[str, Any]:
+    """``examine`` in a process of its own."""
+    line = [sys.executable, __file__, "--one", family]
+    try:
+        done = subprocess.run(line, capture_output=True, text=True, timeout=LIMIT_S, check=False)
+    except subprocess.TimeoutExpired:
+        return {"family": family, "refused": f"took longer than {LIMIT_S} s"}
+    if done.returncode != 0:
+        return {"family": family, "refused": f"a bug: {done.stderr.strip().splitlines()[-1][:200]}"}
+    row: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
+    return row
+
+
+def examine(family: str) -> dict[str, Any]:
+    """One row: what was found and how far apart the answers were, or who refused and why."""
+    from edgepet.errors import EdgepetError
+
+    name, parameters = smallest(family)
+    row: dict[str, Any] = {"family": family, "model": name, "parameters": parameters}
+    began = time.perf_counter()
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            row |= compared(name, Path(folder))
+    except EdgepetError as error:
+        row["refused"] = str(error).partition("\n")[0].replace(folder, "")[:300]
+    return row | {"seconds": round(time.perf_counter() - began, 1)}
+
+
+def smallest(family: str) -> tuple[str, int]:
+    """The model of a timm module with the fewest parameters, built without memory for its weights."""
+    import timm
+    import torch
+
+    sizes = {}
+    for name in timm.list_models(module=family):
+        with torch.device("meta"):
+            try:
+                module = timm.create_model(name, pretrained=False, num_classes=0)
+            except (RuntimeError, NotImplementedError, TypeError):  # an initialisation that needs its weights
+                continue
+        sizes[name] = sum(parameter.numel() for parameter in module.parameters())
+    if not sizes:
+        name = timm.list_models(module=family)[0]
+        sizes[name] = sum(p.numel() for p in timm.create_model(name, pretrained=False, num_classes=0).parameters())
+    return min(sizes.items(), key=lambda item: item[1])
+
+
+def compared(name: str, folder: Path) -> dict[str, Any]:
+    """Sites, algebra, and the largest difference on each runtime as a fraction of the largest feature."""
+    import numpy as np
+    import safetensors.torch
+    import timm
+    import torch
+
+    from edgepet.backbones import load_backbone
+    from edgepet.delta import Score
+    from edgepet.errors import EdgepetError
+    from edgepet.exporters.onnx import build_model, serialize
+    from edgepet.exporters.tensorrt import build_engines
+    from edgepet.exporters.trace import base_graph
+    from edgepet.merging import merge
+    from edgepet.methods import SSF
+    from edgepet.runners.onnxruntime import OnnxRuntime
+    from edgepet.runners.openvino import OpenVino
+    from edgepet.tune import TunedModel, algebra_error, extract
+
+    torch.manual_seed(0)
+    file = folder / "weights.safetensors"
+    safetensors.torch.save_model(timm.create_model(name, pretrained=False, num_classes=0), file)
+    backbone = load_backbone(f"{name}@{file}")
+    size = backbone.preprocess.image_size
+    model = TunedModel(backbone, SSF(), 5)
+    torch.nn.init.normal_(model.linear.weight)
+    images = np.random.default_rng(0).normal(size=(2, 3, *size)).astype(np.float32)
+    error, largest = algebra_error(model, backbone, images)
+    graph = base_graph(backbone, root=folder)
+    delta = extract(model, backbone, task="sweep", labels=tuple("abcde"), val=Score(top1=0.0, n=1))
+    merged = merge(graph.base, delta)
+    state = {key: torch.from_numpy(np.array(tensor)) for key, tensor in merge(backbone.base, delta).items()}
+    with torch.no_grad():
+        expected = torch.func.functional_call(backbone.module, state, (torch.from_numpy(images),)).numpy()
+    row: dict[str, Any] = {
+        "image_size": size[0],
+        "tensors": sum(tensor.dtype.kind == "f" for tensor in backbone.tensors.values()),
+        "sites": {kind: sum(site.kind == kind for site in backbone.layers) for kind in ("linear", "conv", "norm")},
+        "algebra": error / largest,
+        "algebra_ok": bool(error <= 1e-9 * largest),
+    }
+    changed = {key: merged[key] for key in delta.targets}
+    for runtime, open_graph in (("onnxruntime", OnnxRuntime.of_graph), ("openvino", OpenVino.of_graph)):
+        try:
+            with open_graph(graph, changed) as runner:
+                row[runtime] = float(np.abs(runner(images) - expected).max() / np.abs(expected).max())
+        except EdgepetError as refusal:
+            row[f"{runtime}_refused"] = str(refusal).partition("\n")[0].replace(str(folder), "")[:300]
+    try:
+        build_engines(serialize(build_model(graph, merged, delta)), folder)
+        row["tensorrt-rtx"] = "built"
+    except EdgepetError as refusal:
+        row["tensorrt-rtx_refused"] = str(refusal).partition("\n")[0].replace(str(folder), "")[:300]
+    return row
+
+
+def table(result: dict[str, Any]) -> str:
+    rows = []
+    for row in result["rows"]:
+        sites = row.get("sites", {})
+        rows.append(
+            (
+                row["family"],
+                row.get("model", ""),
+                "/".join(str(sites[kind]) for kind in ("linear", "conv", "norm")) if sites else "",
+                number(row, "algebra"),
+                number(row, "onnxruntime"),
+                number(row, "openvino"),
+                "built" if row.get("tensorrt-rtx") else "no" if sites else "",
+                row.get("refused")
+                or row.get("onnxruntime_refused")
+                or row.get("openvino_refused")
+                or row.get("tensorrt-rtx_refused")
+                or "",
+            )
+        )
+    columns = (
+        Column("timm module"), Column("smallest model"), Column("linear/conv/norm sites", right=True),
+        Column("algebra", right=True), Column("ONNX Runtime", right=True), Column("OpenVINO", right=True),
+        Column("TensorRT-RTX"), Column("who refuses what"),
+    )  # fmt: skip
+    here = result["environment"]
+    versions = ", ".join(
+        f"{name} {here['versions'][name]}"
+        for name in ("torch", "timm", "onnxruntime", "openvino")
+        if name in here["versions"]
+    )
+    return (
+        f"{markdown(Table('', columns, rows))}\n`{result['command']}` on {here['cpu']}, {versions}, {here['date']}.\n"
+    )
+
+
+def number(row: dict[str, Any], key: str) -> str:
+    return f"{row[key]:.0e}" if key in row else ""
+
+
+if __name__ == "__main__":
+    main()
