@@ -72,7 +72,7 @@ class Keeper:
         if not self.writes:
             return
         facts = {"format": FORMAT, "version": VERSION, "identity": self.identity, "progress": checkpoint.progress}
-        tensors = {name: np.ascontiguousarray(tensor) for name, tensor in checkpoint.tensors.items()}
+        tensors = {name: np.asarray(tensor, order="C") for name, tensor in checkpoint.tensors.items()}
         try:
             write_file(self.path, safetensors.numpy.save({**tensors, _FACTS: _bytes(canonical_json(facts))}))
         except InputError as error:

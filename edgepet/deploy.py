@@ -134,7 +134,9 @@ def merge(
     plain = plain_network(subject)
     parity = subject.judge(logits_of(plain, subject.images[0]))
     require_parity(parity, str(output))
-    write_file(output, safetensors.numpy.save({name: np.ascontiguousarray(tensor) for name, tensor in weights.items()}))
+    write_file(
+        output, safetensors.numpy.save({name: np.asarray(tensor, order="C") for name, tensor in weights.items()})
+    )
     return MergeReport(
         path=output,
         bytes=output.stat().st_size,

