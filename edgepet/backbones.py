@@ -140,6 +140,13 @@ class Backbone:
         body = copy.deepcopy(self.module)
         return torch.nn.Sequential(OrderedDict(backbone=body, head=torch.nn.Linear(width, classes))).eval()
 
+    def spelled_with_head(self, classes: int) -> str:
+        """Python that makes ``with_head``'s network, for people to read."""
+        if self.spec.startswith(OWN):
+            return f"Sequential(OrderedDict(backbone=yours, head=Linear({self.width}, {classes})))"
+        arguments = "".join(f", {key}={value!r}" for key, value in self.create_args.items())
+        return f'timm.create_model("{self.name}", num_classes={classes}{arguments})'
+
     def named_weights(self, merged: Tensors, head: Head) -> dict[str, NpArray]:
         """Dense weights under the names of ``with_head``'s network, as ``load_state_dict`` takes them strictly."""
         own = self.spec.startswith(OWN)

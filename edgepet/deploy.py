@@ -38,11 +38,15 @@ DEFAULTS = ExportOptions()
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MergeReport:
-    """Dense weights on disk. ``max_abs_diff`` is on logits, against the network that ``against`` names."""
+    """Dense weights on disk. ``max_abs_diff`` is on logits, against the network that ``against`` names.
+
+    ``loads_into`` is the Python that makes the network which takes them strictly.
+    """
 
     path: Path
     bytes: int
     create_args: dict[str, object]
+    loads_into: str
     max_abs_diff: float
     limit: float
     n: int
@@ -141,6 +145,7 @@ def merge(
         path=output,
         bytes=output.stat().st_size,
         create_args=subject.backbone.create_args,
+        loads_into=subject.backbone.spelled_with_head(len(subject.delta.labels)),
         max_abs_diff=parity.max_abs,
         limit=parity.limit,
         n=parity.n,

@@ -143,11 +143,10 @@ def evaluate(console: Console, report: EvalReport) -> None:
 
 
 def merge(console: Console, report: MergeReport) -> None:
-    arguments = "".join(f", {key}={value!r}" for key, value in report.create_args.items())
     _lines(
         console,
         f"{report.path}  {format_bytes(report.bytes)}",
-        f"  loads strictly into timm.create_model(name, num_classes=n{arguments})",
+        f"  loads strictly into {report.loads_into}",
         f"  {report.max_abs_diff:.1e} from the {report.against} network on {report.n} images ({report.inputs}),"
         f" limit {report.limit:.1e}",
     )

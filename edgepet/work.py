@@ -49,7 +49,7 @@ def write_work(folder: Path, delta: Delta, tensors: Mapping[str, NpArray], pixel
     facts = {"fingerprint": delta.fingerprint, "method": delta.method, "settings": dict(delta.settings)}
     head = {"head.weight": delta.head.weight, "head.bias": delta.head.bias}
     with new_folder(folder) as scratch:
-        trained = {name: np.ascontiguousarray(tensor) for name, tensor in {**tensors, **head}.items()}
+        trained = {name: np.asarray(tensor, order="C") for name, tensor in {**tensors, **head}.items()}
         write_file(scratch / "method.safetensors", safetensors.numpy.save(trained))
         write_file(scratch / "images.safetensors", safetensors.numpy.save(held))
         write_file(scratch / "work.json", canonical_json(facts))

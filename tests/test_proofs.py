@@ -25,8 +25,8 @@ pytestmark = pytest.mark.slow
 
 IMAGE_SIZE = 112
 # ViT: the papers' formulas. Lite0's 49 convolutions and its 49 batch norms put out 21,008 channels each: SSF has four
-# values for every one. LoRA has rank * (inputs + outputs) for each of the 33 dense convolutions, Consolidator the blocks
-# and shifts of the 32 whose sides share a divisor of 8.
+# values for every one. LoRA has rank * (inputs + outputs) for each of the 33 dense convolutions, Consolidator the
+# blocks and shifts of the 32 whose sides share a divisor of 8.
 PARAMETERS = {
     ("demo:vit-small", "ssf"): 102_912,
     ("demo:vit-small", "lora"): 147_456,

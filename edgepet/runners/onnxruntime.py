@@ -55,7 +55,7 @@ class OnnxRuntime:
         weight whose consumer is folded when the session is made.
         """
         options = _options(threads)
-        values = [onnxruntime.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(t)) for t in tensors.values()]
+        values = [onnxruntime.OrtValue.ortvalue_from_numpy(np.asarray(t, order="C")) for t in tensors.values()]
         if tensors:
             options.add_external_initializers(list(tensors), values)
         return cls(_session(graph.model_path, options), where=graph.backbone, held=(values, tensors))

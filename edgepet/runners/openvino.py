@@ -65,7 +65,7 @@ class OpenVino:
         for name, tensor in tensors.items():
             if name not in constants:
                 raise InputError(str(graph.model_path), f"holds no constant {name!r}")
-            fresh = openvino.op.Constant(np.ascontiguousarray(tensor))
+            fresh = openvino.op.Constant(np.asarray(tensor, order="C"))
             constants[name].output(0).replace(fresh.output(0))
         return cls(model, where=graph.backbone, threads=threads, executed=executed)
 
