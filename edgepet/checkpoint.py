@@ -29,6 +29,7 @@ from edgepet.strict import Table
 FORMAT, VERSION = "edgepet-checkpoint", 1
 EVERY_S = 30.0
 _FACTS = "facts"
+_BEGIN_AGAIN = "delete it to begin again"
 
 
 def checkpoint_file(pack: Path) -> Path:
@@ -87,29 +88,42 @@ class Keeper:
         """
         if not self.path.exists():
             return None
-        begin_again = "delete it to begin again"
-        try:
-            tensors = safetensors.numpy.load(read_file(self.path))
-            table = Table(parse_json(tensors.pop(_FACTS).tobytes()), str(self.path), error=InputError)
-        except (SafetensorError, KeyError, ValueError, RecursionError) as error:
-            raise InputError(str(self.path), "is no whole checkpoint", got=error, fix=begin_again) from error
-        table.text("format", choices=[FORMAT])
-        if (version := table.integer("version")) != VERSION:
-            raise InputError(str(self.path), f"needs version {VERSION}", got=version, fix=begin_again)
-        was, progress = table.raw("identity"), table.raw("progress")
-        table.end()
+        was, saved = _read(self.path)
         now = parse_json(canonical_json(self.identity))
         differs = sorted(key for key in {*was, *now} if was.get(key) != now.get(key))
         if differs:
             told = "; ".join(f"{key} {_short(was.get(key))}, now {_short(now.get(key))}" for key in differs)
-            fix = f"resume with the options that it began with, or {begin_again}"
+            fix = f"resume with the options that it began with, or {_BEGIN_AGAIN}"
             raise InputError(str(self.path), "belongs to a training with other settings", got=told, fix=fix)
-        return Checkpoint(progress=progress, tensors=tensors)
+        return saved
 
     def remove(self) -> None:
         """The pack is there: nothing is left to resume."""
         if self.writes:
             self.path.unlink(missing_ok=True)
+
+
+def identity_of(path: Path) -> Mapping[str, object]:
+    """What the training that left ``path`` was: empty where there is none.
+
+    Raises:
+        InputError: the file is damaged.
+    """
+    return _read(path)[0] if path.exists() else {}
+
+
+def _read(path: Path) -> tuple[Mapping[str, object], Checkpoint]:
+    try:
+        tensors = safetensors.numpy.load(read_file(path))
+        table = Table(parse_json(tensors.pop(_FACTS).tobytes()), str(path), error=InputError)
+    except (SafetensorError, KeyError, ValueError, RecursionError) as error:
+        raise InputError(str(path), "is no whole checkpoint", got=error, fix=_BEGIN_AGAIN) from error
+    table.text("format", choices=[FORMAT])
+    if (version := table.integer("version")) != VERSION:
+        raise InputError(str(path), f"needs version {VERSION}", got=version, fix=_BEGIN_AGAIN)
+    identity, progress = (dict(table.raw(key)) for key in ("identity", "progress"))
+    table.end()
+    return identity, Checkpoint(progress=progress, tensors=tensors)
 
 
 @contextlib.contextmanager

@@ -116,7 +116,7 @@ class _Run:
         self.seen = self.held = torch.empty(0)
         self.kept = dict[str, Tensor]()
         self.best, self.best_epoch = (-1.0, 0.0), 0
-        self.epoch, self.position, self.steps, self.done, self.busy = 1, 0, 0, 0, 0.0
+        self.epoch, self.position, self.steps, self.done, self.busy, self.loss = 1, 0, 0, 0, 0.0, math.nan
         self.drawn = self.order.get_state()  # of the generator before this epoch's order was drawn
 
     def fit(self, say: Say, keeper: Keeper | None) -> Fit:
@@ -145,11 +145,11 @@ class _Run:
         batches = torch.split(torch.randperm(len(self.train), generator=self.order), self.plan.batch_size)
         for index in batches[self.position :]:
             start = time.perf_counter()
-            loss = self.step(index)
-            _require_finite(loss, self.epoch, self.plan, keeper)
+            self.loss = self.step(index)
+            _require_finite(self.loss, self.epoch, self.plan, keeper)
             self.position, self.steps, self.done = self.position + 1, self.steps + 1, self.done + len(index)
             self.busy += time.perf_counter() - start
-            say(self.said(loss))
+            say(self.said())
             if keeper and self.crew.any(keeper.stop):
                 keeper.save(self.state())
                 raise KeyboardInterrupt(f"{keeper.path} is written, the same command with --resume goes on from there")
@@ -159,14 +159,14 @@ class _Run:
         if (top1, -val_loss) > self.best:
             self.best, self.best_epoch = (top1, -val_loss), self.epoch
             self.kept = {name: value.clone() for name, value in self.own().items()}
-        say(self.said(loss, top1))
+        say(self.said(top1))
         self.epoch, self.position, self.drawn = self.epoch + 1, 0, self.order.get_state()
         if keeper:
             keeper.save(self.state())
 
-    def said(self, loss: float, top1: float | None = None) -> Step:
+    def said(self, top1: float | None = None) -> Step:
         total = self.plan.epochs * len(self.train)
-        return Step(epoch=self.epoch, epochs=self.plan.epochs, images=self.done, total_images=total, loss=loss,
+        return Step(epoch=self.epoch, epochs=self.plan.epochs, images=self.done, total_images=total, loss=self.loss,
                     images_per_second=self.done / self.busy, val_top1=top1)  # fmt: skip
 
     def step(self, index: Tensor) -> float:
@@ -187,9 +187,8 @@ class _Run:
     def backward(self, part: Tensor, whole: int) -> float:
         """Gradients of the part's share of the mean loss over ``whole`` images."""
         plan, labels = self.plan, torch.from_numpy(self.train.labels)[part].to(self.plan.device)
-        batch = (
-            self.seen[part] if self.probe else _images(torch.from_numpy(self.train.pixels)[part], self.preprocess, plan)
-        )
+        pixels = torch.from_numpy(self.train.pixels)
+        batch = self.seen[part] if self.probe else _images(pixels[part], self.preprocess, plan)
         with _autocast(plan):
             logits = self.model.classify(batch) if self.probe else self.model(batch)
         summed = functional.cross_entropy(logits.float(), labels, label_smoothing=plan.label_smoothing, reduction="sum")
@@ -215,7 +214,7 @@ class _Run:
         }
         progress = {
             "epoch": self.epoch, "position": self.position, "steps": self.steps, "done": self.done, "busy": self.busy,
-            "best": list(self.best), "best_epoch": self.best_epoch,
+            "loss": self.loss, "best": list(self.best), "best_epoch": self.best_epoch,
         }  # fmt: skip
         arrays = {name: value.detach().cpu().numpy() for name, value in tensors.items()}
         return Checkpoint(progress=progress, tensors=arrays | self.crew.random_states(self.plan.device))
@@ -232,7 +231,7 @@ class _Run:
         self.order.set_state(tensors["order"])
         progress: Any = saved.progress
         self.epoch, self.position, self.steps = progress["epoch"], progress["position"], progress["steps"]
-        self.done, self.busy = progress["done"], progress["busy"]
+        self.done, self.busy, self.loss = progress["done"], progress["busy"], progress["loss"]
         self.best, self.best_epoch = tuple(progress["best"]), progress["best_epoch"]
         self.crew.set_random_state(saved.tensors, self.plan.device)
 

@@ -16,7 +16,7 @@ import torch
 
 from edgepet.backbones import Backbone, load_backbone
 from edgepet.canonical import canonical_json
-from edgepet.checkpoint import EVERY_S, Keeper, checkpoint_file, ends_when_asked
+from edgepet.checkpoint import EVERY_S, Keeper, checkpoint_file, ends_when_asked, identity_of
 from edgepet.crew import Crew
 from edgepet.crew import crew as join_crew
 from edgepet.data import few_shots, load_sets, open_split
@@ -124,6 +124,8 @@ def train(
     val_set = open_split(data, "val", val_fraction=val_fraction, seed=seed)
     if shots is not None:
         train_set = few_shots(train_set, shots, seed)
+    if image_size is not None and not isinstance(backbone, str):
+        raise InputError("image_size", "is the Backbone's own, from its preprocess", got=image_size)
     device = _device(crew.device(device))
     stage("load the backbone")
     loaded = load_backbone(backbone, image_size=image_size) if isinstance(backbone, str) else backbone
@@ -139,7 +141,7 @@ def train(
         warmup=recipe.warmup,
         label_smoothing=recipe.label_smoothing,
         augment=cast(tuple[Augmentation, ...], tuple(augment)),
-        autocast=fast_bfloat16(device) if precision == "auto" else precision == "bf16",
+        autocast=_autocast(precision, device, crew, checkpoint_file(output)),
         device=device,
         seed=seed,
     )
@@ -160,6 +162,14 @@ def train(
     counts = np.bincount(train_images.labels, minlength=len(train_set.classes))
     shares = int(counts.min()), int(counts.max())
     return _report(output, loaded, model, plan, fitted, proof, val_images, shares, time.perf_counter() - began)
+
+
+def _autocast(precision: str, device: str, crew: Crew, checkpoint: Path) -> bool:
+    """Whether to train in bf16; what was measured when a training began stands when it is resumed."""
+    if precision != "auto":
+        return precision == "bf16"
+    before = identity_of(checkpoint).get("autocast")
+    return bool(before) if before is not None else crew.any(fast_bfloat16(device))
 
 
 def _device(name: str | None) -> str:

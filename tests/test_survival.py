@@ -85,6 +85,25 @@ def test_a_fit_that_was_stopped_ends_with_the_same_bits(
     assert (resumed.best_epoch, resumed.val) == (whole.best_epoch, whole.val)
 
 
+def test_a_fit_that_was_stopped_between_an_epochs_last_step_and_its_end_goes_on(
+    backbone: Backbone, tmp_path: Path
+) -> None:
+    expected, _ = run(backbone, None)
+    model = TunedModel(backbone, METHOD, 3, seed=1)
+
+    def say(step: Step) -> None:
+        if step.val_top1 is not None:
+            raise StopError
+
+    with pytest.raises(StopError):
+        fit(model, images(1, 12), images(2, 6), backbone.preprocess, PLAN, say, keeper=keeper(tmp_path))
+    saved = keeper(tmp_path).load()
+    assert saved is not None
+    assert (saved.progress["epoch"], saved.progress["position"]) == (1, 3)
+
+    assert same_bits(run(backbone, keeper(tmp_path))[0], expected)
+
+
 def test_a_fit_that_was_stopped_again_and_again_ends_with_the_same_bits(backbone: Backbone, tmp_path: Path) -> None:
     expected, _ = run(backbone, None)
     for _ in range(STEPS // 2):
