@@ -34,6 +34,7 @@ bench: $(VENV)/.bench
 	$(BIN)/python benchmarks/accuracy.py --dir bench/vit-small
 	$(BIN)/python benchmarks/accuracy.py --dir bench/lite0 --backbone efficientnet-lite0
 	$(BIN)/python benchmarks/latency.py --backbone efficientnet-lite0
+	$(BIN)/python benchmarks/half.py --pack bench/vit-small/landcover-ssf.pet --pack bench/lite0/digits-ssf.pet
 	$(BIN)/python benchmarks/timm_sweep.py
 
 clean:

@@ -10,6 +10,7 @@ from edgepet.report import Column, Table, format_bytes, format_number, format_pe
 
 HERE = Path(__file__).parent
 README = HERE.parent / "README.md"
+HALF_LIMIT = 2e-2  # of the largest logit: edgepet.parity.STORED["fp16"]
 BACKBONES = ("vit-small", "efficientnet-lite0")
 BEGIN, END = "<!-- results: made by benchmarks/report.py -->", "<!-- end of results -->"
 
@@ -26,6 +27,7 @@ def tables() -> str:
     parts = [
         *(accuracy(results[f"accuracy-{name}"]) for name in BACKBONES),
         *(latency(results[f"latency-{name}"]) for name in BACKBONES),
+        half(results["half"]),
         speed(results["training"], results["export"]),
     ]
     return "\n".join(parts)
@@ -70,6 +72,30 @@ def latency(result: dict[str, Any]) -> str:
     rounds = f"{result['runs']} runs of {result['rounds']} interleaved rounds"
     told = f"Median of {rounds}, {result['threads']} threads, batch 1."
     return f"{markdown(Table(title, columns, rows))}\n{told} {source(result)}\n"
+
+
+def half(result: dict[str, Any]) -> str:
+    by = {(row["task"], row["format"], row["precision"]): row for row in result["rows"]}
+    rows = [
+        (
+            result["backbones"][task],
+            task,
+            kind,
+            format_bytes(by[task, kind, "fp32"]["size_bytes"]),
+            format_bytes(row["size_bytes"]),
+            f"{row['parity']['max_abs'] / row['parity']['limit'] * HALF_LIMIT:.1e}" if row["parity"] else "not run",
+            format_percent(row["parity"]["top1_agreement"]) if row["parity"] else "not run",
+        )
+        for (task, kind, precision), row in by.items()
+        if precision == "fp16"
+    ]
+    numbers = ("fp32", "fp16", "max difference / max logit", "same top-1")
+    columns = (
+        *(Column(name) for name in ("backbone", "task", "format")),
+        *(Column(name, right=True) for name in numbers),
+    )
+    told = "Beside the tuned network in fp32, on held-out images; the limit is 2e-2."
+    return f"{markdown(Table('fp16', columns, rows))}\n{told} {source(result)}\n"
 
 
 def speed(training: dict[str, Any], export: dict[str, Any]) -> str:
