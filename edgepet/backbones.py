@@ -322,6 +322,19 @@ def _preprocess(config: dict[str, Any], size: int, spec: str) -> Preprocess:
 
 
 @contextlib.contextmanager
+def explicit_attention(module: nn.Module) -> Iterator[None]:
+    """While the block runs timm's attention is two products and a softmax, not torch's fused operator."""
+    fused = [part for part in module.modules() if getattr(part, "fused_attn", False) is True]
+    try:
+        for part in fused:
+            setattr(part, "fused_attn", False)  # noqa: B010  timm's own switch, which nn.Module does not declare
+        yield
+    finally:
+        for part in fused:
+            setattr(part, "fused_attn", True)  # noqa: B010
+
+
+@contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """timm logs what it loads; edgepet says it in its own words."""
     logger = logging.getLogger("timm")

@@ -358,7 +358,7 @@ def _bench_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--threads", type=int, metavar="N", help="default: all cores")
     parser.add_argument("--batch", type=int, default=1, metavar="N")
     parser.add_argument("--rounds", type=int, default=200, metavar="N")
-    parser.add_argument("--plain", action="store_true", help="time the backbone without a task too")
+    parser.add_argument("--plain", action="store_true", help="time the backbone's own weights under the head too")
     _backbone_option(parser)
 
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from edgepet.backbones import explicit_attention
 from edgepet.checkpoint import Checkpoint, Keeper
 from edgepet.crew import ALONE, Crew
 from edgepet.delta import Score
@@ -263,14 +264,8 @@ def _explicit_attention(module: nn.Module, plan: Plan) -> Iterator[None]:
     """
     tokens = getattr(getattr(module, "patch_embed", None), "num_patches", MANY_TOKENS)
     slow = plan.autocast and plan.device == "cpu" and tokens < MANY_TOKENS
-    fused = [part for part in module.modules() if slow and getattr(part, "fused_attn", False) is True]
-    try:
-        for part in fused:
-            setattr(part, "fused_attn", False)  # noqa: B010  timm's own switch, which nn.Module does not declare
+    with explicit_attention(module) if slow else contextlib.nullcontext():
         yield
-    finally:
-        for part in fused:
-            setattr(part, "fused_attn", True)  # noqa: B010
 
 
 def _autocast(plan: Plan) -> torch.autocast:

@@ -6,7 +6,7 @@ import importlib.util
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from edgepet.machine import environment
 from edgepet.pack import Pack, read_pack
 from edgepet.parity import accuracy
 from edgepet.runners.runner import Runner
-from edgepet.runtime import SHARED_RUNTIMES, open_features, open_task
+from edgepet.runtime import SHARED_RUNTIMES, open_task
 from edgepet.spec import AnyBackbone, FilePath, Preprocess
 from edgepet.store import Store
 from edgepet.updates import factors
@@ -148,7 +148,7 @@ def bench(
     """Latency of packs and artefacts, all candidates in turn in every round.
 
     A pack runs on each of ``runtimes`` that is installed: OpenVINO in f32 and bf16, torch tuned and merged. ``plain``
-    adds the backbone without a task, its features only: what a merged task is to be compared with.
+    adds the backbone's own weights under the task's head: what a merged task is to be compared with.
     """
     _at_least_one("--threads", threads)
     _at_least_one("--batch", batch)
@@ -229,17 +229,16 @@ class _PackSource:
         return found
 
     def _shared(self, graph: BaseGraph, name: str, threads: int, plain: bool, bf16: bool) -> list[Candidate]:
-        def merged() -> Any:
-            return open_task(graph, self.pack.delta, runtime=name, threads=threads, bf16=bf16)
-
-        def bare() -> Any:
-            return open_features(graph, {}, runtime=name, threads=threads, bf16=bf16)
+        def opener(delta: Delta) -> Callable[[], Any]:
+            return lambda: open_task(graph, delta, runtime=name, threads=threads, bf16=bf16)
 
         precision = "bf16" if bf16 else "fp32"
-        modes = {"merged": merged, "plain": bare} if plain else {"merged": merged}
+        # Plain is the backbone with the task's head and none of its updates: the head is no cost of a merge.
+        modes = {"merged": self.pack.delta, "plain": replace(self.pack.delta, updates=())}
         return [
-            Candidate(model=self._path.name, runtime=name, precision=precision, mode=m, open=o)
-            for m, o in modes.items()
+            Candidate(model=self._path.name, runtime=name, precision=precision, mode=mode, open=opener(delta))
+            for mode, delta in modes.items()
+            if plain or mode != "plain"
         ]
 
     def _torch(self, threads: int, plain: bool, backbone: AnyBackbone) -> list[Candidate]:

@@ -166,7 +166,9 @@ class Step:
 
 def program() -> str:
     """What to paste in front of a verb: ``edgepet`` where a shell finds it, else the path that it was started by."""
-    return "edgepet" if shutil.which("edgepet") else sys.argv[0]
+    if shutil.which("edgepet"):
+        return "edgepet"
+    return "python -m edgepet" if PurePath(sys.argv[0]).name == "__main__.py" else sys.argv[0]
 
 
 class Progress:

@@ -28,7 +28,6 @@ if TYPE_CHECKING:
     from edgepet.deploy import Exported, ExportReport, MergeReport, VerifyReport
     from edgepet.latency import BenchReport
     from edgepet.ondevice import EvalReport, InspectReport
-    from edgepet.parity import Accuracy
     from edgepet.training import TrainReport
 
 
@@ -105,18 +104,15 @@ def train(console: Console, report: TrainReport) -> None:
         f"  {report.method} on {report.backbone.name}: {format_number(report.trainable_params)} parameters"
         f" and a head of {format_number(report.head_params)}",
         f"  {report.backbone.description}",
-        f"  val {format_percent(report.val.top1)} of {report.val.n} images, as stored{_interval(report.val)};"
+        f"  val {format_percent(report.val.top1)} of {report.val.n} images, as stored;"
         f" epoch {report.best_epoch} of {report.epochs}",
+        f"  95 % interval {format_percent(report.val.low)} to {format_percent(report.val.high)}",
         *_warnings(report),
         f"  {format_number(report.images_per_second)} images/s in {report.precision},"
         f" {format_seconds(report.seconds)} in all",
         f"  merged equals tuned in float64: {report.algebra_max_abs:.1e}, limit {report.algebra_limit:.1e}",
         f"next: {program()} export {report.pack} --to onnx,openvino -o exported",
     )
-
-
-def _interval(val: Accuracy) -> str:
-    return f" (95 % interval {format_percent(val.low)} to {format_percent(val.high)})"
 
 
 def _warnings(report: TrainReport) -> list[str]:

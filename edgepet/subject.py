@@ -134,12 +134,14 @@ class Subject:
         return replace(blank, logits=self.merged(blank.images(self.delta.preprocess)).astype(np.float32))
 
 
-def plain_network(subject: Subject) -> Any:
-    """A torch module that knows nothing of edgepet, with the merged weights loaded strictly."""
+def plain_network(subject: Subject, *, merged: bool = True) -> Any:
+    """A torch module that knows nothing of edgepet, with the merged weights loaded strictly, or the backbone's own."""
     import torch
 
-    module = subject.backbone.with_head(subject.delta.head)
-    state = {name: torch.from_numpy(np.array(tensor)) for name, tensor in subject.dense_weights.items()}
+    backbone, head = subject.backbone, subject.delta.head
+    module = backbone.with_head(head)
+    weights = subject.dense_weights if merged else backbone.named_weights(backbone.tensors, head)
+    state = {name: torch.from_numpy(np.array(tensor)) for name, tensor in weights.items()}
     module.load_state_dict(state, strict=True)
     return module
 
@@ -172,16 +174,16 @@ def _loaded(spec: str, image_size: int) -> Any:
 
 
 class TorchNetwork:
-    """A pack in torch, float32: "tuned" through its activation path, "merged", or the "plain" backbone's features."""
+    """A pack in torch fp32: "tuned" through its activation path, "merged", or the "plain" backbone under its head."""
 
     def __init__(self, subject: Subject, mode: str, *, threads: int | None = None) -> None:
         import torch
 
         self._torch, self._threads_before = torch, torch.get_num_threads()
-        if mode == "plain":
-            self._module = subject.backbone.module
+        if mode == "tuned":
+            self._module = tuned_network(subject)
         else:
-            self._module = tuned_network(subject) if mode == "tuned" else plain_network(subject)
+            self._module = plain_network(subject, merged=mode == "merged")
         if threads is not None:
             torch.set_num_threads(threads)  # the process's: given back by close
 

@@ -232,7 +232,7 @@ def merged_logits(backbone: Backbone, delta: Delta, images: NpArray) -> NpArray:
     parts = []
     with torch.no_grad():
         for batch in torch.split(torch.from_numpy(images), 64):
-            features = torch.func.functional_call(backbone.module, state, (batch,))
+            features = torch.func.functional_call(backbone.module, state, (batch,), tie_weights=False)
             parts.append(torch.nn.functional.linear(features, *head))
     logits: NpArray = torch.cat(parts).numpy()
     return logits

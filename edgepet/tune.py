@@ -180,7 +180,7 @@ def algebra_error(model: TunedModel, backbone: Backbone, images: NpArray) -> tup
         with torch.no_grad():
             expected = model(batch)
             state = {name: torch.from_numpy(tensor) for name, tensor in merged.items()}
-            got = model.classify(torch.func.functional_call(model.backbone, state, (batch,)))
+            got = model.classify(torch.func.functional_call(model.backbone, state, (batch,), tie_weights=False))
     finally:
         model.float().train(was_training)
     return float((expected - got).abs().max()), float(expected.abs().max())

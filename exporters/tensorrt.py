@@ -283,11 +283,12 @@ def _layers(trt: Any, network: Any, precision: Precision) -> Mapping[str, int]:
     allowed = {trt.float32, trt.int32, trt.int64, trt.bool} | ({trt.float16} if precision == "fp16" else set())
     counts = Counter[str]()
     for layer in (network.get_layer(index) for index in range(network.num_layers)):
-        for tensor in (layer.get_output(index) for index in range(layer.num_outputs)):
+        puts_out = [layer.get_output(index) for index in range(layer.num_outputs)]
+        for tensor in filter(None, puts_out):  # a loop's layers may leave one out
             if tensor.dtype not in allowed:
                 what = f"must be {precision} in an {precision} engine"
                 raise InputError(f"ONNX tensor {tensor.name!r}", what, got=tensor.dtype.name, fix="export in fp32")
-        counts[layer.get_output(0).dtype.name.lower()] += 1
+        counts.update(tensor.dtype.name.lower() for tensor in filter(None, puts_out[:1]))
     if precision == "fp16" and not counts["half"]:
         raise InputError("ONNX model", "must have fp16 layers for an fp16 engine", got="none")
     return dict(sorted(counts.items()))

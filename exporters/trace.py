@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import safetensors.numpy
 
-from edgepet.backbones import Backbone
+from edgepet.backbones import Backbone, explicit_attention
 from edgepet.errors import CheckError, InputError, require
 from edgepet.files import write_file
 from edgepet.graph import (
@@ -94,27 +94,38 @@ def _traced(backbone: Backbone) -> Any:
     import torch
 
     require("onnxscript", extra="train", purpose="exporting a graph")
-    height, width = backbone.preprocess.image_size
+    failures = (torch.onnx.errors.OnnxExporterError, torch._dynamo.exc.TorchDynamoException)
     try:
-        with _quiet():
-            program = torch.onnx.export(
-                backbone.module,
-                (torch.zeros(2, 3, height, width),),
-                dynamo=True,
-                optimize=False,  # optimising renames, transposes and merges parameters
-                opset_version=OPSET,
-                input_names=[INPUT],
-                output_names=[FEATURES],
-                dynamic_shapes=({0: torch.export.Dim("batch")},),
-                external_data=False,
-                verbose=False,
-            )
-    except (torch.onnx.errors.OnnxExporterError, torch._dynamo.exc.TorchDynamoException) as error:
+        try:
+            program = _export(backbone)
+        except failures:  # torch exports fused attention of four axes only; as two products any number goes
+            with explicit_attention(backbone.module):
+                program = _export(backbone)
+    except failures as error:
         raise InputError(
-            backbone.spec, "cannot be exported to ONNX", got=_reason(error), fix="export another architecture"
+            backbone.label, "cannot be exported to ONNX", got=_reason(error), fix="export another architecture"
         ) from error
-    _tidy(program.model, set(backbone.tensors))  # type: ignore[union-attr]
-    return program.model_proto  # type: ignore[union-attr]
+    _tidy(program.model, set(backbone.tensors))
+    return program.model_proto
+
+
+def _export(backbone: Backbone) -> Any:
+    import torch
+
+    height, width = backbone.preprocess.image_size
+    with _quiet():
+        return torch.onnx.export(
+            backbone.module,
+            (torch.zeros(2, 3, height, width),),
+            dynamo=True,
+            optimize=False,  # optimising renames, transposes and merges parameters
+            opset_version=OPSET,
+            input_names=[INPUT],
+            output_names=[FEATURES],
+            dynamic_shapes=({0: torch.export.Dim("batch")},),
+            external_data=False,
+            verbose=False,
+        )
 
 
 def _tidy(model: Any, parameters: set[str]) -> None:

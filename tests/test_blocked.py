@@ -21,7 +21,7 @@ DEVICE = ("torch", "torchvision", "timm", "onnx", "onnxscript", "onnx_ir")
 OPTIONAL = (*DEVICE, "openvino", "onnxsim", "nncf", "peft", "tensorrt", "tensorrt_rtx", "mlxtend", "mpl_toolkits")
 
 # Modules that train: they need torch when they are imported, and nothing that a device runs imports them.
-NEED_TORCH = {"edgepet.demo", "edgepet.fitting", "edgepet.sites", "edgepet.training", "edgepet.tune"}
+NEED_TORCH = {"edgepet.crew", "edgepet.demo", "edgepet.fitting", "edgepet.sites", "edgepet.training", "edgepet.tune"}
 
 
 def block(names: tuple[str, ...]) -> str:

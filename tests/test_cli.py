@@ -15,6 +15,7 @@ import torch
 import edgepet as package
 from edgepet import ondevice
 from edgepet.cli import main
+from edgepet.parity import interval
 from tests.flow import CLASSES, Artifacts, Tasks, edgepet, has_openvino, train_arguments
 
 OPTIONAL_NUMBER = (float, NoneType)
@@ -210,11 +211,13 @@ def test_every_runtime_classifies_alike(tasks: Tasks, artifacts: Artifacts, runt
     formats = {"onnxruntime": "onnx", "openvino": "openvino"}
     path = tasks.shapes if model == "pack" else artifacts.of("shapes", formats[runtime])
     expected = edgepet("eval", tasks.shapes, tasks.data, "--split", "val", "--json").json["top1"]
+    low, high = interval(round(12 * expected), 12)
 
     document = edgepet("eval", path, tasks.data, "--split", "val", "--runtime", runtime, "--json").json
 
     assert document == {
         "top1": expected, "n": 12, "runtime": runtime, "precision": "fp32", "classes": list(CLASSES),
+        "low": low, "high": high, "balanced_accuracy": pytest.approx(expected),  # classes of equal size
     }  # fmt: skip
 
 

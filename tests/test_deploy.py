@@ -384,6 +384,7 @@ def test_merged_weights_load_strictly_into_plain_timm(tasks: Tasks, tmp_path: Pa
         "path": str(file),
         "bytes": file.stat().st_size,
         "create_args": {"img_size": 32, "dynamic_img_size": False},
+        "loads_into": 'timm.create_model("test_vit", num_classes=3, img_size=32, dynamic_img_size=False)',
         "max_abs_diff": pytest.approx(np.abs(got.astype(np.float64) - tuned).max(), rel=1e-3),
         "limit": pytest.approx(2e-2 * np.abs(tuned).max(), rel=1e-6),
         "n": HELD_OUT,

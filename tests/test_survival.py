@@ -427,7 +427,7 @@ def test_uneven_classes_and_few_val_images_are_said(tasks: Tasks, tmp_path: Path
     assert told.code == 0, told.err
     assert "12 val images tell epochs apart poorly: the best one is partly luck" in told.out
     assert "classes are uneven, 2 to 8 training images: the mean over classes is" in told.out
-    assert "(95 % interval" in told.out
+    assert "  95 % interval " in told.out
 
 
 def test_checkpoints_are_cheap_beside_what_they_save(backbone: Backbone, tmp_path: Path) -> None:

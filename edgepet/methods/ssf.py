@@ -57,6 +57,6 @@ class SSF:
         import torch
 
         del x, training
-        shape = (-1, 1, 1) if site.channel_axis == 1 else (-1,)
+        shape = (-1,) + (1,) * (y.ndim - 2) if site.channel_axis == 1 else (-1,)
         gamma = tuned["gamma"].reshape(shape).to(y.dtype)
         return torch.addcmul(tuned["beta"].reshape(shape).to(y.dtype), y, gamma) if "beta" in tuned else y * gamma
