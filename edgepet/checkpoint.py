@@ -128,11 +128,15 @@ def _read(path: Path) -> tuple[Mapping[str, object], Checkpoint]:
 
 @contextlib.contextmanager
 def ends_when_asked(keeper: Keeper) -> Iterator[None]:
-    """While the block runs the first SIGINT or SIGTERM sets ``keeper.stop``; a second one acts as ever."""
+    """While the block runs the first SIGINT or SIGTERM sets ``keeper.stop``; a second one acts as ever.
+
+    A signal that the process was told to ignore, as ``nohup`` and shells tell what runs behind them, stays ignored.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield  # Python has signals in its main thread only
         return
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    found = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: handler for number, handler in found.items() if handler is not signal.SIG_IGN}
 
     def ask(number: int, frame: FrameType | None) -> None:
         del frame

@@ -168,7 +168,7 @@ def program() -> str:
     """What to paste in front of a verb: ``edgepet`` where a shell finds it, else the path that it was started by."""
     if shutil.which("edgepet"):
         return "edgepet"
-    return "python -m edgepet" if PurePath(sys.argv[0]).name == "__main__.py" else sys.argv[0]
+    return "python -m edgepet" if PurePath(sys.argv[0]).parts[-2:] == ("edgepet", "__main__.py") else sys.argv[0]
 
 
 class Progress:

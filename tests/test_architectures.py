@@ -66,6 +66,8 @@ NETWORKS: dict[str, tuple[int, Callable[[], nn.Module] | None]] = {
     "mobilenetv4_conv_small_035": (32, None),
     "swin": (32, swin),
     "mixer": (32, mixer),
+    "ghostnetv2_100": (64, None),
+    "ghostnetv3_050": (64, None),  # branches side by side that a deployment could fold into one
     "test_vit4": (32, None),  # a register token, no class token, normalised queries and keys
 }
 
@@ -77,7 +79,14 @@ class Network:
     images: NpArray
 
 
-@pytest.fixture(scope="module", params=NETWORKS, ids=NETWORKS)
+SLOW = {"ghostnetv2_100", "ghostnetv3_050"}  # twenty seconds each
+
+
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param(name, marks=pytest.mark.slow if name in SLOW else ()) for name in NETWORKS],
+    ids=NETWORKS,
+)
 def network(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Network:
     name: str = request.param
     size, build = NETWORKS[name]

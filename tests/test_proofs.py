@@ -49,7 +49,9 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def trained(request: pytest.FixtureRequest, digits: Path, tmp_path_factory: pytest.TempPathFactory) -> TrainReport:
     backbone, method = request.param
     pack = tmp_path_factory.mktemp(method) / f"{method}.pet"
-    return train(digits, backbone, method, pack, image_size=IMAGE_SIZE, epochs=2, shots=16)
+    # After these ten steps at its own rate SSF leaves Lite0 with logits of hundreds, which fp16 does not store to 2e-2.
+    lr = 1e-3 if backbone == "demo:efficientnet-lite0" else None
+    return train(digits, backbone, method, pack, image_size=IMAGE_SIZE, epochs=2, shots=16, lr=lr)
 
 
 def test_lowering_is_exact_in_float64(trained: TrainReport) -> None:
@@ -113,7 +115,7 @@ def test_an_fp16_export_takes_half_the_bytes_and_stays_within_its_limit(trained:
 
     onnx, openvino, tensorrt = half.artifacts
     assert (onnx.verified, openvino.verified) == (True, True)
-    assert 0.49 < onnx.size_bytes / whole.artifacts[0].size_bytes < 0.53
+    assert 0.47 < onnx.size_bytes / whole.artifacts[0].size_bytes < 0.53  # batch norms are folded away
     assert tensorrt.executed["layers_by_output_type"]["half"] > 0
     assert [node for node in onnx.kept_fp32 if node.forced] == []
 

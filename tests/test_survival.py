@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -202,7 +202,26 @@ def test_a_loss_that_is_no_number_leaves_the_last_checkpoint_whole(backbone: Bac
 # ------------------------------------------------------------------------------------------------------ being asked
 
 
-def test_the_first_signal_asks_and_the_second_acts(tmp_path: Path) -> None:
+@pytest.fixture
+def interrupts() -> Iterator[None]:
+    """SIGINT as Python starts with it: a suite that runs behind a shell ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_a_signal_that_is_ignored_stays_so(interrupts: None, tmp_path: Path) -> None:
+    kept = keeper(tmp_path)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+    with ends_when_asked(kept):
+        os.kill(os.getpid(), signal.SIGINT)
+
+    assert not kept.stop
+    assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+
+
+def test_the_first_signal_asks_and_the_second_acts(interrupts: None, tmp_path: Path) -> None:
     kept, before = keeper(tmp_path), signal.getsignal(signal.SIGINT)
 
     def twice() -> None:
