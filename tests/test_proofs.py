@@ -15,6 +15,7 @@ from edgepet import ExportOptions, export, merge, read_pack, train, write_pack
 from edgepet.data import load_set, open_split
 from edgepet.imaging import normalize
 from edgepet.methods.method import unflatten
+from edgepet.pack import Codec
 from edgepet.parity import compare
 from edgepet.samples import build_task
 from edgepet.subject import Subject, tuned_network
@@ -35,6 +36,7 @@ PARAMETERS = {
     ("demo:efficientnet-lite0", "lora"): 182_744,
     ("demo:efficientnet-lite0", "consolidator"): 39_920,
 }
+VIT = [case for case in PARAMETERS if case[0] == "demo:vit-small"]
 ARCHITECTURES = {"demo:vit-small": "vit_small_patch14_dinov2", "demo:efficientnet-lite0": "tf_efficientnet_lite0"}
 
 
@@ -49,9 +51,10 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def trained(request: pytest.FixtureRequest, digits: Path, tmp_path_factory: pytest.TempPathFactory) -> TrainReport:
     backbone, method = request.param
     pack = tmp_path_factory.mktemp(method) / f"{method}.pet"
-    # After these ten steps at its own rate SSF leaves Lite0 with logits of hundreds, which fp16 does not store to 2e-2.
-    lr = 1e-3 if backbone == "demo:efficientnet-lite0" else None
-    return train(digits, backbone, method, pack, image_size=IMAGE_SIZE, epochs=2, shots=16, lr=lr)
+    # Ten steps leave SSF on Lite0 with logits of hundreds: its random shifts stand before batch norms of tiny variance.
+    # A pack in fp16 of such a network is beyond its limit, and is refused by export and merge.
+    codec: Codec = "fp32" if backbone == "demo:efficientnet-lite0" else "fp16"
+    return train(digits, backbone, method, pack, image_size=IMAGE_SIZE, epochs=2, shots=16, codec=codec)
 
 
 def test_lowering_is_exact_in_float64(trained: TrainReport) -> None:
@@ -107,6 +110,9 @@ def test_every_export_is_within_its_limit_and_tensorrt_says_it_was_not_run(
         )
 
 
+@pytest.mark.parametrize(
+    "trained", [case for case in PARAMETERS if case[0] == "demo:vit-small"], indirect=True, ids=" ".join
+)
 def test_an_fp16_export_takes_half_the_bytes_and_stays_within_its_limit(trained: TrainReport, tmp_path: Path) -> None:
     whole = export([trained.pack], tmp_path, options=ExportOptions(to=("onnx",)))
     half = export(
