@@ -110,9 +110,7 @@ def test_every_export_is_within_its_limit_and_tensorrt_says_it_was_not_run(
         )
 
 
-@pytest.mark.parametrize(
-    "trained", [case for case in PARAMETERS if case[0] == "demo:vit-small"], indirect=True, ids=" ".join
-)
+@pytest.mark.parametrize("trained", VIT, indirect=True, ids=" ".join)
 def test_an_fp16_export_takes_half_the_bytes_and_stays_within_its_limit(trained: TrainReport, tmp_path: Path) -> None:
     whole = export([trained.pack], tmp_path, options=ExportOptions(to=("onnx",)))
     half = export(
