@@ -93,5 +93,5 @@ class Delta:
 
     @property
     def stored_values(self) -> int:
-        """Numbers that the updates carry, each shared array once, permutations and head left out."""
-        return sum(int(array.size) for array in self.arrays() if np.asarray(array).dtype.kind == "f")
+        """Numbers and bits that the updates carry, each shared array once, permutations and head left out."""
+        return sum(int(array.size) for array in self.arrays() if np.asarray(array).dtype.kind in "fb")

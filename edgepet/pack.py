@@ -23,6 +23,7 @@ from safetensors import SafetensorError
 from edgepet.canonical import canonical_json, parse_json
 from edgepet.delta import Delta, Head, Score
 from edgepet.errors import InputError, PackError
+from edgepet.expressions import EXPRESSIONS, SETTINGS
 from edgepet.files import read_file, write_file
 from edgepet.spec import FilePath, NpArray, Preprocess, Target
 from edgepet.strict import Table
@@ -35,6 +36,7 @@ MAX_HEADER_BYTES = 1 << 20
 MAX_REPEAT = 4096  # targets that one pattern may name
 MAX_UPDATES = 1 << 16  # targets of one pack: a megabyte of patterns could name millions
 
+_INTEGERS: dict[str, np.dtype[np.generic]] = {"order": np.dtype(np.int32), "bits": np.dtype(np.uint8)}
 _REPEAT = re.compile(r"\{(0|[1-9][0-9]*)\.\.(0|[1-9][0-9]*)\}")
 
 
@@ -165,11 +167,14 @@ class _Planes:
         key = (plane, id(array))
         if key not in self._seen:
             self._seen[key] = self._ends.get(plane, 0)
-            self._parts.setdefault(plane, []).append(self.cast(array, plane).reshape(-1))
-            self._ends[plane] = self._seen[key] + array.size
+            part = self.cast(array, plane).reshape(-1)
+            self._parts.setdefault(plane, []).append(part)
+            self._ends[plane] = self._seen[key] + part.size
         return self._seen[key]
 
     def cast(self, array: NpArray, name: str) -> NpArray:
+        if array.dtype.kind == "b":
+            return np.packbits(array, axis=None, bitorder="little")
         if array.dtype.kind != "f":
             return array.astype(np.int32, order="C")
         with np.errstate(over="ignore"):
@@ -190,14 +195,14 @@ class _Planes:
 def _groups(updates: Iterable[Targeted]) -> list[list[Targeted]]:
     """Updates of one kind and attributes together, so that the order of those on one tensor is kept."""
     depth: dict[str, int] = {}
-    groups: dict[tuple[object, ...], list[Targeted]] = {}
+    groups: dict[tuple[int, str, bytes], list[Targeted]] = {}
     for targeted in updates:
         name = targeted.target.tensor
         level = depth.get(name, 0)
         depth[name] = level + 1
-        key = (level, targeted.update.kind, *sorted(attributes(targeted.update).items()))
+        key = (level, targeted.update.kind, canonical_json(attributes(targeted.update)))
         groups.setdefault(key, []).append(targeted)
-    return [groups[key] for key in sorted(groups, key=lambda key: cast(int, key[0]))]
+    return [groups[key] for key in sorted(groups, key=lambda key: key[0])]
 
 
 def _write_group(group: list[Targeted], planes: _Planes) -> dict[str, object]:
@@ -342,6 +347,10 @@ class _Reader:
             settings["axis"] = table.text("axis", choices=["out", "in"])
         if kind in ("low-rank", "kronecker", "precompose"):
             settings["scale"] = table.number("scale")
+        expressions = {
+            name: _expression(table.table(name)) for name in FACTORS[kind] if name != "order" and table.has(name)
+        }
+        names = [leaf for name in FACTORS[kind] for leaf in _leaves(name, expressions)]
         rows = table.tables("on")
         table.end()
         for row in rows:
@@ -349,18 +358,31 @@ class _Reader:
             self._updates += len(targets)
             if self._updates > MAX_UPDATES:
                 raise PackError(row.where, f"is beyond the {MAX_UPDATES} updates that a pack may hold")
-            each = {name: self._series(kind, name, row, len(targets)) for name in FACTORS[kind] if row.has(name)}
+            each = {name: self._series(kind, name, row, len(targets)) for name in names if row.has(name)}
             row.end()
             for i, target in enumerate(targets):
-                yield Targeted(target, self._build(kind, {n: a[i] for n, a in each.items()}, settings, row.where))
+                arrays = {name: series[i] for name, series in each.items()}
+                yield Targeted(target, self._build(kind, arrays, expressions, settings, row.where))
 
-    def _build(self, kind: str, arrays: dict[str, NpArray], settings: dict[str, object], where: str) -> Update:
-        optional = {"core", "order"}
-        missing = [name for name in FACTORS[kind] if name not in arrays and name not in optional]
+    def _build(
+        self,
+        kind: str,
+        arrays: dict[str, NpArray],
+        expressions: Mapping[str, Mapping[str, object]],
+        settings: dict[str, object],
+        where: str,
+    ) -> Update:
+        optional = {"core", "order"} - set(expressions)
+        leaves = [leaf for name in FACTORS[kind] if name not in optional for leaf in _leaves(name, expressions)]
+        missing = [leaf for leaf in leaves if leaf not in arrays]
         if missing:
             raise PackError(where, f"needs the key {missing[0]!r}")
-        build = cast(type, UPDATES[kind])
-        return cast(Update, build(**arrays, **settings))
+        factors: dict[str, object] = {name: array for name, array in arrays.items() if "." not in name}
+        for name, made in expressions.items():
+            parts = {leaf.removeprefix(f"{name}."): arrays[leaf] for leaf in _leaves(name, expressions)}
+            rest = {key: value for key, value in made.items() if key != "kind"}
+            factors[name] = cast(type, EXPRESSIONS[str(made["kind"])])(**parts, **rest)
+        return cast(Update, cast(type, UPDATES[kind])(**factors, **settings))
 
     def _series(self, kind: str, name: str, row: Table, count: int) -> list[NpArray]:
         place = row.integers(name)
@@ -368,16 +390,18 @@ class _Reader:
             raise PackError(f"{row.where}.{name}", "needs [start, step, axes...]", got=list(place))
         start, step, *shape = place
         plane = f"{kind}.{name}"
-        integers = name == "order"
-        tensor = self._plane(plane, np.dtype(np.int32) if integers else self._dtype)
-        size = math.prod(shape)  # of Python integers: nothing wraps around
+        bits = name.endswith(".bits")
+        tensor = self._plane(plane, _INTEGERS.get(name.rpartition(".")[2], self._dtype))
+        count_of = math.prod(shape)  # of Python integers: nothing wraps around
+        size = -(-count_of // 8) if bits else count_of
         if tensor.ndim != 1 or size == 0 or start + step * (count - 1) + size > tensor.size:
             raise PackError(f"{row.where}.{name}", f"reaches outside {plane} of {tensor.size} values", got=list(place))
         cut = self._cut.setdefault(plane, {})
         series = []
         for i in range(count):
             key = (start + i * step, tuple(shape))
-            series.append(cut.setdefault(key, tensor[key[0] : key[0] + size].reshape(shape)))
+            part = tensor[key[0] : key[0] + size]
+            series.append(cut.setdefault(key, _unpacked(part, shape, row.where) if bits else part.reshape(shape)))
         return series
 
     def _plane(self, name: str, dtype: np.dtype[np.generic]) -> NpArray:
@@ -404,13 +428,37 @@ class _Reader:
                         "needs rows that fill it without gap or overlap",
                         got=f"{start} after {end}",
                     )
-                end += int(np.prod(shape))
+                values = math.prod(shape)
+                end += -(-values // 8) if plane.endswith(".bits") else values
             if end != self._tensors[plane].size:
                 raise PackError(
                     f"{self._where}: {plane}",
                     "holds values that no row names",
                     got=f"{self._tensors[plane].size - end} of them",
                 )
+
+
+def _expression(table: Table) -> dict[str, object]:
+    """The kind and the settings of a factor that is computed."""
+    made: dict[str, object] = {"kind": table.text("kind", choices=list(EXPRESSIONS))}
+    for name, kind in SETTINGS.get(str(made["kind"]), {}).items():
+        made[name] = table.boolean(name) if kind is bool else table.integer(name)
+    table.end()
+    return made
+
+
+def _leaves(name: str, expressions: Mapping[str, Mapping[str, object]]) -> list[str]:
+    """What a row names for a factor: the factor itself, or the tensors that it is computed from."""
+    if name not in expressions:
+        return [name]
+    return [f"{name}.{part}" for part in EXPRESSIONS[str(expressions[name]["kind"])].tensors]
+
+
+def _unpacked(packed: NpArray, shape: list[int], where: str) -> NpArray:
+    bits = np.unpackbits(packed, bitorder="little")
+    if bits[math.prod(shape) :].any():
+        raise PackError(where, "needs zeros behind the last of its bits")
+    return bits[: math.prod(shape)].astype(bool).reshape(shape)
 
 
 def _expand(pattern: str, where: str) -> Iterator[Target]:

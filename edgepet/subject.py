@@ -212,4 +212,6 @@ def _text(value: object) -> str:
     """A setting as people type it: the inverse of ``configure``."""
     if isinstance(value, bool):
         return "true" if value else "false"
+    if isinstance(value, dict):
+        return ",".join(f"{key}:{_text(entry)}" for key, entry in value.items())
     return ",".join(map(_text, value)) if isinstance(value, list) else str(value)

@@ -35,12 +35,11 @@ class TunedModel(nn.Module):
         on_activations = method.activation_kinds if isinstance(method, ActivationPath) else ()
         self._hooked = tuple(site for site in self.sites if site.exposed and site.kind in on_activations)
         self._folding = tuple(site for site in self.sites if site not in self._hooked)
-        self._base = backbone.tensors
         self.backbone = backbone.module
         rng = np.random.default_rng(seed)
-        starts = {site.name: method.start(site, backbone.tensors, rng) for site in self.sites}
-        self._names = list(flatten(starts))
-        self.tensors = nn.ParameterList([torch.from_numpy(np.array(t)) for t in flatten(starts).values()])
+        starts = flatten(method.start(self.sites, backbone.tensors, rng))
+        self._names = list(starts)
+        self.tensors = nn.ParameterList([torch.from_numpy(np.array(start)) for start in starts.values()])
         self.linear = nn.Linear(backbone.width, classes)
         nn.init.zeros_(self.linear.weight)
         nn.init.zeros_(self.linear.bias)
@@ -84,7 +83,7 @@ class TunedModel(nn.Module):
         """The tensors that the method changes at the sites without a hook."""
         frozen = self.backbone.state_dict(keep_vars=True) if self._folding else {}
         state: dict[str, Tensor] = {}
-        for targeted in self.method.lower(self._base, self._folding, tuned):
+        for targeted in self.method.lower(frozen, self._folding, tuned):
             name = targeted.target.tensor
             state[name] = fold(targeted, state.get(name, frozen[name]))
         return state

@@ -2,17 +2,20 @@
 
 A linear weight is (out, in); a convolution kernel (out, in, kh, kw) is seen as (out, in * kh * kw). ``fold`` uses only
 operators that NumPy arrays and torch tensors share, so training, merging and the device compute one formula. Every
-exactly mergeable method of the literature is W* = diag(g) (W + dW) M, cut into these pieces (ADR-0002).
+exactly mergeable method of the literature is W* = diag(g) (W + dW) M, cut into these pieces (ADR-0002). A factor is an
+array, or an expression over smaller ones (ADR-0011).
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
-from typing import ClassVar, Literal, TypeAlias
+from typing import Any, ClassVar, Literal, TypeAlias
 
 import numpy as np
 
 from edgepet.errors import InputError
+from edgepet.expressions import Expression, cast, leaves, remade, settings, value
 from edgepet.spec import Array, Target
 
 Shape: TypeAlias = tuple[int, ...]
@@ -37,7 +40,7 @@ class Scale:
             return _need("s", (shape[0],), self.s)
         if len(shape) < 2:
             return "scales input channels, got a vector"
-        divides = self.s.ndim == 1 and self.s.shape[0] > 0 and shape[1] % self.s.shape[0] == 0
+        divides = len(self.s.shape) == 1 and self.s.shape[0] > 0 and shape[1] % self.s.shape[0] == 0
         return None if divides else _need("s", (shape[1],), self.s)
 
     def fold(self, weight: Array) -> Array:
@@ -75,7 +78,7 @@ class LowRank:
     def mismatch(self, shape: Shape) -> str | None:
         if len(shape) != 2:
             return "needs a matrix or a kernel, got a vector"
-        if self.left.ndim != 2 or self.right.ndim != 2:
+        if len(self.left.shape) != 2 or len(self.right.shape) != 2:
             return "needs left and right with two axes"
         wrong = _need("left", (shape[0], self.left.shape[1]), self.left)
         if self.core is None:
@@ -100,7 +103,7 @@ class Grouped:
     order: Array | None = None
 
     def mismatch(self, shape: Shape) -> str | None:
-        if len(shape) != 2 or self.blocks.ndim != 3:
+        if len(shape) != 2 or len(self.blocks.shape) != 3:
             return "needs blocks (g, out/g, in/g) for a matrix or a kernel"
         groups = self.blocks.shape[0]
         if groups == 0 or shape[0] % groups or shape[1] % groups:
@@ -108,7 +111,7 @@ class Grouped:
         wrong = _need("blocks", (groups, shape[0] // groups, shape[1] // groups), self.blocks)
         if wrong or self.order is None:
             return wrong
-        channels = self.order.shape[0] if self.order.ndim == 1 else 0
+        channels = self.order.shape[0] if len(self.order.shape) == 1 else 0
         if channels == 0 or shape[1] % channels:
             return _need("order", (shape[1],), self.order)
         ordered = np.sort(np.asarray(self.order))
@@ -137,7 +140,7 @@ class Kronecker:
     scale: float = 1.0
 
     def mismatch(self, shape: Shape) -> str | None:
-        if len(shape) != 2 or self.left.ndim != 3:
+        if len(shape) != 2 or len(self.left.shape) != 3:
             return "needs left (n, p, q) for a matrix or a kernel"
         terms, p, q = self.left.shape
         if p == 0 or q == 0 or shape[0] % p or shape[1] % q:
@@ -165,7 +168,7 @@ class Precompose:
     scale: float = 1.0
 
     def mismatch(self, shape: Shape) -> str | None:
-        if len(shape) != 2 or self.left.ndim != 3:
+        if len(shape) != 2 or len(self.left.shape) != 3:
             return "needs left (g, in/g, r/g) for a matrix or a kernel"
         groups, _, rank = self.left.shape
         if groups == 0 or shape[1] % groups:
@@ -225,20 +228,35 @@ class Targeted:
 
 
 def factors(update: Update) -> dict[str, Array]:
-    """The arrays of ``update`` by name, absent ones left out."""
-    named = {name: getattr(update, name) for name in FACTORS[update.kind]}
-    return {name: value for name, value in named.items() if value is not None}
+    """The stored arrays of ``update`` by name, absent ones left out; an expression's as ``left.right`` and the like."""
+    return {name: array for factor, given in _given(update).items() for name, array in leaves(factor, given).items()}
 
 
-def attributes(update: Update) -> dict[str, str | float]:
-    """What of ``update`` is not an array: ``axis``, ``scale``."""
-    return {f.name: getattr(update, f.name) for f in fields(update) if f.name not in FACTORS[update.kind]}
+def with_arrays(update: Update, arrays: Mapping[str, Array]) -> Update:
+    """``update`` with ``arrays`` in place of its own, under the names of ``factors``; permutations and bits too."""
+    return replace(update, **{name: remade(given, name, arrays) for name, given in _given(update).items()})
+
+
+def attributes(update: Update) -> dict[str, object]:
+    """What of ``update`` is not an array: ``axis``, ``scale``, and which of its factors are what expressions."""
+    plain = {f.name: getattr(update, f.name) for f in fields(update) if f.name not in FACTORS[update.kind]}
+    return plain | {n: settings(given) for n, given in _given(update).items() if isinstance(given, Expression)}
 
 
 def in_precision_of(update: Update, tensor: Array) -> Update:
     """``update`` with floating-point factors in the dtype of the NumPy array ``tensor``."""
-    floats = {n: a.astype(tensor.dtype) for n, a in factors(update).items() if a.dtype.kind == "f"}
-    return replace(update, **floats)
+    return replace(update, **{name: cast(given, tensor.dtype) for name, given in _given(update).items()})
+
+
+def _given(update: Update) -> dict[str, Any]:
+    named = {name: getattr(update, name) for name in FACTORS[update.kind]}
+    return {name: given for name, given in named.items() if given is not None}
+
+
+def _broken(update: Update) -> str | None:
+    """What is wrong with an expression of ``update`` by itself."""
+    problems = (given.mismatch() for given in _given(update).values() if isinstance(given, Expression))
+    return next((problem for problem in problems if problem), None)
 
 
 def check(targeted: Targeted, shape: Shape, *, where: str, fix: str | None = None) -> None:
@@ -259,7 +277,7 @@ def check(targeted: Targeted, shape: Shape, *, where: str, fix: str | None = Non
         ends = zip(_flat(shape), (target.rows, target.cols), strict=False)
         if any(span is not None and span[1] > size for size, span in ends):
             what = f"needs a block inside {_flat(shape)}"
-    problem = what or update.mismatch(seen)
+    problem = what or _broken(update) or update.mismatch(seen)
     if problem is not None:
         raise InputError(f"{where}: {target}", f"{type(update).__name__} {problem}", fix=fix)
 
@@ -269,7 +287,8 @@ def fold(targeted: Targeted, tensor: Array) -> Array:
 
     The factors must have been checked against ``tensor`` and be of its library and dtype.
     """
-    target, update = targeted.target, targeted.update
+    target, given = targeted.target, targeted.update
+    update = replace(given, **{name: value(factor) for name, factor in _given(given).items()})
     if isinstance(update, WHOLE_TENSOR) and target.rows is None and target.cols is None:
         return update.fold(tensor)
     matrix = tensor if tensor.ndim == 1 else tensor.reshape(tensor.shape[0], -1)

@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from edgepet.canonical import canonical_json
 from edgepet.delta import Delta, Head, Score
 from edgepet.errors import InputError, PackError
+from edgepet.expressions import Binary, Mix
 from edgepet.methods import SSF, Consolidator, LoRA, Method
 from edgepet.pack import MAX_UPDATES, Codec, encode_pack, read_pack, write_pack
 from edgepet.spec import NpArray, Preprocess, Site, Target
@@ -99,7 +100,7 @@ def test_every_update_comes_out_as_it_went_in(codec: Codec, dtype: type) -> None
         assert by_tensor(pack.delta) == by_tensor(delta, dtype)
         assert rest(pack.delta) == rest(delta)
         assert pack.delta.head.weight.tolist() == delta.head.weight.astype(dtype).tolist()
-        assert {a.dtype for a in pack.delta.arrays()} <= {np.dtype(dtype), np.dtype(np.int32)}
+        assert {a.dtype for a in pack.delta.arrays()} <= {np.dtype(dtype), np.dtype(np.int32), np.dtype(bool)}
         assert pack.codec == codec
 
     holds()
@@ -247,7 +248,7 @@ def vit_small() -> tuple[Site, ...]:
 def lowered(method: Method, sites: Iterable[Site]) -> tuple[Targeted, ...]:
     rng = np.random.default_rng(0)
     chosen = method.sites(tuple(sites))
-    return method.lower({}, chosen, {site.name: method.start(site, {}, rng) for site in chosen})
+    return method.lower({}, chosen, method.start(chosen, {}, rng))
 
 
 VIT_S = [(SSF(), 102_912), (LoRA(rank=8), 147_456), (Consolidator(groups=(384,)), 96_768)]
@@ -411,6 +412,34 @@ def planted(name: str, value: float) -> bytes:
     return rewritten(change)
 
 
+def expressed(change: Callable[[dict[str, Any], dict[str, NpArray]], object] = lambda group, tensors: None) -> bytes:
+    """A pack whose one update has a factor of bits and one that is mixed, changed."""
+    bits = Binary(np.arange(12).reshape(4, 3) % 2 == 0, floats(2))
+    delta = make_delta([on("w", LowRank(bits, floats(3, 5), Mix(floats(3, 3, 2), floats(2, 2), 1, True)))])
+    data = encode_pack(delta, codec="fp32")
+    tensors = {name: tensor.copy() for name, tensor in safetensors.numpy.load(data).items()}
+    manifest = manifest_of(data)
+    change(manifest["updates"][0], tensors)
+    return safetensors.numpy.save(tensors, metadata={"edgepet": canonical_json(manifest).decode()})
+
+
+def stray_bit(group: dict[str, Any], tensors: dict[str, NpArray]) -> None:
+    tensors["low-rank.left.bits"][-1] |= 1 << 4  # the 13th of 12
+
+
+def test_the_manifest_says_how_a_factor_is_computed() -> None:
+    (group,) = manifest_of(expressed())["updates"]
+
+    assert group == {
+        "kind": "low-rank", "scale": 1.0,
+        "left": {"kind": "binary"}, "core": {"kind": "mix", "part": 1, "transposed": True},
+        "on": [{
+            "target": "w", "left.bits": [0, 0, 4, 3], "left.levels": [0, 0, 2], "right": [0, 0, 3, 5],
+            "core.cube": [0, 0, 3, 3, 2], "core.weights": [0, 0, 2, 2],
+        }],
+    }  # fmt: skip
+
+
 NEWER = "\n  fix: update edgepet if a newer version wrote this file"
 MALFORMED: dict[str, tuple[bytes, str]] = {
     # the container
@@ -515,6 +544,27 @@ MALFORMED: dict[str, tuple[bytes, str]] = {
         rewritten(lambda m, t: m["updates"][1]["on"].append({"target": "b", "s": [0, 0, 2, 2]})),
         "pack: scale.s: needs rows that fill it without gap or overlap, got 0 after 4"),
     "values that no row names": (row(1, s=[0, 0, 3]), "pack: scale.s: holds values that no row names, got 1 of them"),
+    # factors that are computed
+    "an unknown expression": (
+        expressed(lambda g, t: g.update(left={"kind": "sum"})),
+        "pack.updates[0].left.kind: needs one of product, mix, binary, got 'sum'"),
+    "an expression with a setting of another": (
+        expressed(lambda g, t: g["left"].update(part=0)), f"pack.updates[0].left: knows no key 'part'{NEWER}"),
+    "a mix without a part": (expressed(lambda g, t: g["core"].pop("part")), "pack.updates[0].core: needs the key 'part'"),
+    "a mix of a negative part": (
+        expressed(lambda g, t: g["core"].update(part=-1)), "pack.updates[0].core.part: needs an integer of at least 0, got -1"),
+    "an expression without one of its tensors": (
+        expressed(lambda g, t: g["on"][0].pop("left.levels")), f"{FIRST}: needs the key 'left.levels'"),
+    "a computed factor that is stored as well": (
+        expressed(lambda g, t: g["on"][0].update(left=[0, 0, 4, 3])), f"{FIRST}: knows no key 'left'{NEWER}"),
+    "an order that is computed": (
+        key_to({"kind": "product"}, "updates", 2, "order"), f"pack.updates[2]: knows no key 'order'{NEWER}"),
+    "bits behind the last one": (expressed(stray_bit), f"{FIRST}: needs zeros behind the last of its bits"),
+    "bits that reach outside": (
+        expressed(lambda g, t: g["on"][0].update({"left.bits": [0, 0, 17]})),
+        f"{FIRST}.left.bits: reaches outside low-rank.left.bits of 2 values, got [0, 0, 17]"),
+    "bits as floats": (
+        expressed(lambda g, t: t.update({"low-rank.left.bits": floats(2)})), "pack: low-rank.left.bits: needs uint8, got float32"),
     # the tensors
     "a tensor that no row names": (tensor_to("add.d", floats(1)), "pack: knows no tensor 'add.d'"),
     "a tensor whose name is a path": (tensor_to("../../etc/x", floats(1)), "pack: knows no tensor '../../etc/x'"),

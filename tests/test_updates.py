@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ import torch
 from hypothesis import given, settings
 
 from edgepet.errors import InputError
+from edgepet.expressions import Binary, Mix, Product
 from edgepet.spec import NpArray, Target
 from edgepet.updates import (
     FACTORS,
@@ -30,13 +32,14 @@ from edgepet.updates import (
     factors,
     fold,
     in_precision_of,
+    with_arrays,
 )
 from tests.tiny import SETTINGS, Case, block_diagonal, cases
 
 
 def dense(case: Case) -> NpArray:
     """What the update means, by dense matrices and loops; no code of ``updates`` is used."""
-    target, update, tensor = case.targeted.target, case.targeted.update, case.tensor
+    target, update, tensor = case.targeted.target, plain(case.targeted.update), case.tensor
     if target.rows is None and target.cols is None and isinstance(update, (Add, Replace)):
         return update.value if isinstance(update, Replace) else np.add(tensor, update.d)
     flat = tensor if tensor.ndim == 1 else tensor.reshape(len(tensor), -1)
@@ -50,6 +53,27 @@ def dense(case: Case) -> NpArray:
         [flat[first:last, :left], dense_matrix(update, flat[first:last, left:right]), flat[first:last, right:]]
     )
     return np.vstack([flat[:first], middle, flat[last:]]).reshape(tensor.shape)
+
+
+def plain(update: Any) -> Any:
+    """``update`` with every expression written out, element by element."""
+    return replace(update, **{name: written_out(getattr(update, name)) for name in FACTORS[update.kind]})
+
+
+def written_out(factor: Any) -> Any:
+    match factor:
+        case Product(left=left, right=right):
+            return np.einsum("...ij,...jk->...ik", left, right)
+        case Binary(bits=bits, levels=levels):
+            return np.where(bits, levels[1], levels[0])
+        case Mix(cube=cube, weights=weights, part=part, transposed=transposed):
+            r, m = len(cube), weights.shape[1]
+            square = np.zeros((r, r))
+            for i, j in np.ndindex(r, r):
+                flat = part * r + j  # a column of the mixed cube (r, r, m) read as (r, r m)
+                square[i, j] = sum(cube[i, flat // m, k] * weights[k, flat % m] for k in range(len(weights)))
+            return square.T if transposed else square
+    return factor
 
 
 def dense_matrix(update: Any, w: NpArray) -> NpArray:
@@ -90,7 +114,7 @@ def close(got: NpArray, expected: NpArray) -> None:
 
 def in_torch(targeted: Targeted) -> Targeted:
     values = {name: torch.from_numpy(np.array(array)) for name, array in factors(targeted.update).items()}
-    return Targeted(targeted.target, type(targeted.update)(**values, **attributes(targeted.update)))
+    return Targeted(targeted.target, with_arrays(targeted.update, values))
 
 
 @pytest.mark.parametrize("kind", UPDATES)
@@ -152,13 +176,11 @@ def test_a_tensor_that_does_not_lie_in_c_order_folds_alike(case: Case) -> None:
 @settings(SETTINGS, max_examples=40)
 def test_the_gradient_of_every_factor_flows_through_torch(case: Case) -> None:
     named = {n: torch.from_numpy(np.array(a)) for n, a in factors(case.targeted.update).items() if a.dtype.kind == "f"}
-    rest = {"order": case.targeted.update.order} if isinstance(case.targeted.update, Grouped) else {}
+    rest = {n: a for n, a in factors(case.targeted.update).items() if n not in named}  # permutations and bits
     weight = torch.from_numpy(case.tensor.copy())
 
     def run(*values: torch.Tensor) -> torch.Tensor:
-        update = type(case.targeted.update)(
-            **dict(zip(named, values, strict=True)), **rest, **attributes(case.targeted.update)
-        )
+        update = with_arrays(case.targeted.update, {**rest, **dict(zip(named, values, strict=True))})
         return fold(Targeted(case.targeted.target, update), weight)
 
     assert torch.autograd.gradcheck(run, tuple(value.requires_grad_() for value in named.values()))
@@ -220,6 +242,13 @@ MISFITS: list[tuple[str, Update, tuple[int, ...], str]] = [
     ("w[:, 4:7]", Scale(z(4)), (4, 6), "w[:, 4:7]: Scale needs a block inside (4, 6)"),
     ("k[:, 0:13]", Scale(z(4)), (4, 3, 2, 2), "k[:, 0:13]: Scale needs a block inside (4, 12)"),
     ("b[0:2, 0:2]", Scale(z(2)), (4,), "b[0:2, 0:2]: Scale needs a matrix for its block, got (4,)"),
+    ("w", LowRank(z(4, 2), Product(z(2, 3), z(4, 6))), (4, 6), "w: LowRank needs a product of (..., p, r) and (..., r, q), got (2, 3) and (4, 6)"),
+    ("w", LowRank(z(4, 2), Product(z(2, 3), z(1, 3, 6))), (4, 6), "w: LowRank needs a product of (..., p, r) and (..., r, q), got (2, 3) and (1, 3, 6)"),
+    ("w", LowRank(z(4, 2), Product(z(2, 3), z(3, 5))), (4, 6), "w: LowRank needs right (2, 6), got (2, 5)"),
+    ("w", LowRank(z(4, 2), z(2, 6), Mix(z(2, 3, 4), z(4, 1))), (4, 6), "w: LowRank needs a mix of a cube (r, r, k) by weights (k, m), got (2, 3, 4) and (4, 1)"),
+    ("w", LowRank(z(4, 2), z(2, 6), Mix(z(2, 2, 4), z(3, 1))), (4, 6), "w: LowRank needs a mix of a cube (r, r, k) by weights (k, m), got (2, 2, 4) and (3, 1)"),
+    ("w", LowRank(z(4, 2), z(2, 6), Mix(z(2, 2, 4), z(4, 2), part=2)), (4, 6), "w: LowRank needs a part below 2, got 2"),
+    ("w", LowRank(z(4, 2), Binary(z(2, 6) > 0, z(3))), (4, 6), "w: LowRank needs two levels for its bits, got (3,)"),
     ("w[0:2]", LowRank(z(4, 2), z(2, 6)), (4, 6), "w[0:2]: LowRank needs left (2, 2), got (4, 2)"),
 ]  # fmt: skip
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from torch import nn
 
 from edgepet.backbones import Backbone, load_backbone
 from edgepet.delta import Delta, Head, Score
+from edgepet.expressions import Binary, Mix, Product
 from edgepet.sites import watch
 from edgepet.spec import NpArray, Preprocess, Site, Target
 from edgepet.tune import TunedModel
@@ -150,7 +151,29 @@ def cases(draw: st.DrawFn, kinds: Sequence[str] = tuple(UPDATES), name: str = "b
     shape = (whole[0], whole[1] // taps, *kernel)
     seen = (out, width) if blocked else shape
     update = _update(draw, kind, rng, g, out, width, taps, seen)
+    if kind in EXPRESSED and draw(st.booleans()):
+        update = _expressed(draw, update, rng)
     return Case(Targeted(target, update), rng.standard_normal(shape))
+
+
+EXPRESSED = {"low-rank": ("left", "right", "core"), "kronecker": ("left", "right"), "precompose": ("left", "right")}
+
+
+def _expressed(draw: st.DrawFn, update: Any, rng: np.random.Generator) -> Any:
+    """``update`` with one of its factors computed from smaller tensors."""
+    name = draw(st.sampled_from([n for n in EXPRESSED[update.kind] if getattr(update, n) is not None]))
+    shape, inner = getattr(update, name).shape, draw(st.integers(1, 3))
+    normal = rng.standard_normal
+    kind = draw(st.sampled_from(["product", "binary"]))
+    if name == "core" and shape[0] == shape[1] and draw(st.booleans()):
+        parts = draw(st.integers(1, 3))
+        cube, weights = normal((shape[0], shape[0], inner)), normal((inner, parts))
+        made: Any = Mix(cube, weights, draw(st.integers(0, parts - 1)), draw(st.booleans()))
+    elif kind == "product":
+        made = Product(normal((*shape[:-1], inner)), normal((*shape[:-2], inner, shape[-1])))
+    else:
+        made = Binary(rng.random(shape) < 0.5, normal(2))
+    return replace(update, **{name: made})
 
 
 def _vector_case(draw: st.DrawFn, kind: str, rng: np.random.Generator, name: str, size: int) -> Case:

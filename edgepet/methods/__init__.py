@@ -11,30 +11,61 @@ from typing import Any
 
 from edgepet.errors import InputError
 from edgepet.methods.baselines import Full, LinearProbe
+from edgepet.methods.bi_lora import BiLoRA
+from edgepet.methods.bitfit import BitFit
 from edgepet.methods.consolidator import Consolidator
+from edgepet.methods.dora import DoRA
+from edgepet.methods.fact import FacTTK, FacTTT
+from edgepet.methods.ia3 import IA3
+from edgepet.methods.kadaptation import KAdaptation
+from edgepet.methods.krona import KronA, LoKr
 from edgepet.methods.lora import LoRA
 from edgepet.methods.method import ActivationPath, Method, Recipe
+from edgepet.methods.norm_tuning import NormTuning
+from edgepet.methods.repadapter import RepAdapter
 from edgepet.methods.ssf import SSF
 
 __all__ = [
+    "IA3",
     "METHODS",
     "SSF",
     "ActivationPath",
+    "BiLoRA",
+    "BitFit",
     "Consolidator",
+    "DoRA",
+    "FacTTK",
+    "FacTTT",
     "Full",
+    "KAdaptation",
+    "KronA",
     "LinearProbe",
+    "LoKr",
     "LoRA",
     "Method",
+    "NormTuning",
     "Recipe",
+    "RepAdapter",
     "configure",
 ]
 
 METHODS: dict[str, type[Method]] = {
     "linear-probe": LinearProbe,
     "full": Full,
+    "bitfit": BitFit,
+    "norm-tuning": NormTuning,
     "ssf": SSF,
+    "ia3": IA3,
     "lora": LoRA,
+    "dora": DoRA,
     "consolidator": Consolidator,
+    "fact-tt": FacTTT,
+    "fact-tk": FacTTK,
+    "kadaptation": KAdaptation,
+    "krona": KronA,
+    "lokr": LoKr,
+    "repadapter": RepAdapter,
+    "bi-lora": BiLoRA,
 }
 
 
@@ -65,6 +96,11 @@ def configure(name: str, settings: Mapping[str, str] = types.MappingProxyType({}
 def _parse(text: str, kind: Any) -> Any:
     if typing.get_origin(kind) is tuple:
         return tuple(_parse(part, typing.get_args(kind)[0]) for part in text.split(",") if text)
+    if typing.get_origin(kind) is Mapping:
+        pairs = [part.rpartition(":") for part in text.split(",") if text]
+        if not all(name for name, _, _ in pairs):
+            raise ValueError(text)
+        return {name: _parse(value, typing.get_args(kind)[1]) for name, _, value in pairs}
     if kind is bool:
         if text not in ("true", "false"):
             raise ValueError(text)
@@ -77,4 +113,6 @@ def _parse(text: str, kind: Any) -> Any:
 def _spelled(kind: Any) -> str:
     if typing.get_origin(kind) is tuple:
         return f"{_spelled(typing.get_args(kind)[0]).removeprefix('a ')}s with commas between"
+    if typing.get_origin(kind) is Mapping:
+        return f"NAME:{_spelled(typing.get_args(kind)[1]).removeprefix('a ')} with commas between"
     return {int: "a whole number", float: "a number", bool: "true or false", str: "a name"}[kind]

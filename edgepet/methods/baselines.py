@@ -8,8 +8,8 @@ from typing import ClassVar
 
 import numpy as np
 
-from edgepet.methods.method import Recipe
-from edgepet.spec import NpArray, Site, Target, Tensors, Tuned
+from edgepet.methods.method import Recipe, Start
+from edgepet.spec import Array, Site, Target, Tensors, Tuned
 from edgepet.updates import Replace, Targeted
 
 
@@ -26,11 +26,11 @@ class LinearProbe:
         del layers
         return ()
 
-    def start(self, site: Site, base: Tensors, rng: np.random.Generator) -> Mapping[str, NpArray]:
-        del site, base, rng
+    def start(self, sites: Sequence[Site], base: Tensors, rng: np.random.Generator) -> Start:
+        del sites, base, rng
         return {}
 
-    def lower(self, base: Tensors, sites: Sequence[Site], tuned: Tuned) -> tuple[Targeted, ...]:
+    def lower(self, base: Mapping[str, Array], sites: Sequence[Site], tuned: Tuned) -> tuple[Targeted, ...]:
         del base, sites, tuned
         return ()
 
@@ -47,10 +47,10 @@ class Full:
     def sites(self, layers: Sequence[Site]) -> tuple[Site, ...]:
         return tuple(site for site in layers if site.kind == "tensor")
 
-    def start(self, site: Site, base: Tensors, rng: np.random.Generator) -> Mapping[str, NpArray]:
+    def start(self, sites: Sequence[Site], base: Tensors, rng: np.random.Generator) -> Start:
         del rng
-        return {"value": base[site.weight].astype(np.float32)}
+        return {site.name: {"value": base[site.weight].astype(np.float32)} for site in sites}
 
-    def lower(self, base: Tensors, sites: Sequence[Site], tuned: Tuned) -> tuple[Targeted, ...]:
+    def lower(self, base: Mapping[str, Array], sites: Sequence[Site], tuned: Tuned) -> tuple[Targeted, ...]:
         del base
         return tuple(Targeted(Target(site.weight), Replace(tuned[site.name]["value"])) for site in sites)

@@ -16,7 +16,7 @@ from typing import ClassVar
 import numpy as np
 
 from edgepet.errors import InputError
-from edgepet.methods.method import Recipe, shift
+from edgepet.methods.method import Recipe, Start, shift
 from edgepet.spec import Array, NpArray, Site, Target, Tensors, Tuned
 from edgepet.updates import Grouped, Targeted
 
@@ -53,8 +53,11 @@ class Consolidator:
     def sites(self, layers: Sequence[Site]) -> tuple[Site, ...]:
         return tuple(site for site in layers if site.dense and self._fitting(site))
 
-    def start(self, site: Site, base: Tensors, rng: np.random.Generator) -> Mapping[str, NpArray]:
+    def start(self, sites: Sequence[Site], base: Tensors, rng: np.random.Generator) -> Start:
         del base
+        return {site.name: self._start(site, rng) for site in sites}
+
+    def _start(self, site: Site, rng: np.random.Generator) -> Mapping[str, NpArray]:
         tensors: dict[str, NpArray] = {}
         for g in self._fitting(site):
             shape = (g, site.out_features // g, site.columns // g)
@@ -63,7 +66,7 @@ class Consolidator:
                 tensors[f"{g}.bias"] = rng.uniform(-1e-3, 1e-3, site.out_features).astype(np.float32)
         return tensors
 
-    def lower(self, base: Tensors, sites: Sequence[Site], tuned: Tuned) -> tuple[Targeted, ...]:
+    def lower(self, base: Mapping[str, Array], sites: Sequence[Site], tuned: Tuned) -> tuple[Targeted, ...]:
         del base
         updates = []
         for site in sites:

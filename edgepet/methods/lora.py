@@ -1,24 +1,22 @@
 """LoRA: a low-rank addition to chosen weights.
 
 Hu et al. 2021, "LoRA: Low-Rank Adaptation of Large Language Models", arXiv:2106.09685, section 4.1:
-W' = W + (alpha / rank) B A, with A drawn as a linear layer's weight and B zero.
+W' = W + (alpha / rank) B A, with A drawn as a linear layer's weight and B zero. Rank-stabilised: Kalajdzievski 2023,
+"A Rank Stabilization Scaling Factor for Fine-Tuning with LoRA", arXiv:2312.03732: alpha / sqrt(rank).
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 import numpy as np
 
 from edgepet.errors import InputError
-from edgepet.methods.method import Recipe
-from edgepet.spec import Array, NpArray, Site, Target, Tensors, Tuned
+from edgepet.methods.method import QUERY_AND_VALUE, Recipe, Start, attention, block, ending, uniform
+from edgepet.spec import Array, NpArray, Site, Tensors, Tuned
 from edgepet.updates import LowRank, Targeted
-
-_WHOLE = ""  # the part of a layer that is not cut into blocks
-_ATTENTION = ("q", "v", "q_proj", "v_proj")  # layers of attention that is not fused
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,11 +26,17 @@ class LoRA:
     ``on`` holds row blocks of a fused weight ("q", "k", "v") or ends of layer names ("fc1", "attn.proj"). Empty, it
     is q and v, and in a network without attention every linear layer and every convolution of one group. A kernel
     is factored as the matrix (out, in * kh * kw): a k x k convolution to ``rank`` channels, then a 1 x 1.
+
+    ``ranks`` and ``alphas`` give layers by the end of their names another rank or alpha; ``rslora`` divides alpha by
+    the rank's square root.
     """
 
     rank: int = 8
     alpha: float = 8.0
     on: tuple[str, ...] = ()
+    ranks: Mapping[str, int] = field(default_factory=dict)
+    alphas: Mapping[str, float] = field(default_factory=dict)
+    rslora: bool = False
 
     name: ClassVar[str] = "lora"
     paper: ClassVar[str] = "Hu et al. 2021, arXiv:2106.09685"
@@ -41,32 +45,33 @@ class LoRA:
     activation_kinds: ClassVar[tuple[str, ...]] = ("linear",)  # a convolution's padding is not the hook's to repeat
 
     def __post_init__(self) -> None:
-        if self.rank < 1:
-            raise InputError("lora", "needs a rank of at least 1", got=self.rank)
+        lowest = min((self.rank, *self.ranks.values()))
+        if lowest < 1:
+            raise InputError(self.name, "needs a rank of at least 1", got=lowest)
 
     def sites(self, layers: Sequence[Site]) -> tuple[Site, ...]:
-        if self.on:
-            return tuple(site for site in layers if self._parts(site))
-        attention = tuple(site for site in layers if site.blocks or _named(site, _ATTENTION))
-        return attention or tuple(site for site in layers if site.dense)
+        chosen = attention(layers, self.on or QUERY_AND_VALUE, otherwise_dense=not self.on)
+        return tuple(site for site in layers if site.name in chosen and site.kind != "tensor")
 
-    def start(self, site: Site, base: Tensors, rng: np.random.Generator) -> Mapping[str, NpArray]:
+    def start(self, sites: Sequence[Site], base: Tensors, rng: np.random.Generator) -> Start:
         del base
+        return {site.name: self._start(site, rng) for site in sites}
+
+    def _start(self, site: Site, rng: np.random.Generator) -> dict[str, NpArray]:
         bound = 1 / np.sqrt(site.columns)  # Kaiming uniform with a = sqrt(5), as a linear layer starts
         tensors: dict[str, NpArray] = {}
         for part, (first, last) in self._parts(site).items():
-            tensors[f"{part}a"] = rng.uniform(-bound, bound, (self.rank, site.columns)).astype(np.float32)
-            tensors[f"{part}b"] = np.zeros((last - first, self.rank), np.float32)
+            tensors[f"{part}a"] = uniform(rng, bound, self._rank(site), site.columns)
+            tensors[f"{part}b"] = np.zeros((last - first, self._rank(site)), np.float32)
         return tensors
 
-    def lower(self, base: Tensors, sites: Sequence[Site], tuned: Tuned) -> tuple[Targeted, ...]:
+    def lower(self, base: Mapping[str, Array], sites: Sequence[Site], tuned: Tuned) -> tuple[Targeted, ...]:
         del base
         updates = []
         for site in sites:
             for part, rows in self._parts(site).items():
-                target = Target(site.weight, None if part == _WHOLE else rows)
                 a, b = tuned[site.name][f"{part}a"], tuned[site.name][f"{part}b"]
-                updates.append(Targeted(target, LowRank(left=b, right=a, scale=self.alpha / self.rank)))
+                updates.append(Targeted(block(site, part, rows), LowRank(left=b, right=a, scale=self.scale(site))))
         return tuple(updates)
 
     def forward(self, site: Site, x: Array, y: Array, tuned: Mapping[str, Array], *, training: bool) -> Array:
@@ -80,20 +85,18 @@ class LoRA:
         columns = [
             pad(tuned[f"{part}b"], (0, 0, first, site.out_features - last)) for part, (first, last) in parts.items()
         ]
-        up = self.alpha / self.rank * torch.cat(columns, dim=1)
+        up = self.scale(site) * torch.cat(columns, dim=1)
         # The scale rides on the small factor and the sum inside the product: no further pass over the activations.
         flat = torch.addmm(y.reshape(-1, site.out_features), linear(x, down).reshape(-1, up.shape[1]), up.T)
         return flat.reshape(y.shape)
 
+    def scale(self, site: Site) -> float:
+        """What multiplies B A on this layer."""
+        rank = self._rank(site)
+        return float(ending(site, self.alphas, self.alpha) / (rank**0.5 if self.rslora else rank))
+
+    def _rank(self, site: Site) -> int:
+        return ending(site, self.ranks, self.rank)
+
     def _parts(self, site: Site) -> dict[str, tuple[int, int]]:
-        """Row ranges by part name, with a dot behind it; the whole layer is the part without a name."""
-        if site.kind not in ("linear", "conv"):
-            return {}
-        blocks = {f"{name}.": rows for name, rows in site.blocks if name in (self.on or ("q", "v"))}
-        if blocks:
-            return blocks
-        return {_WHOLE: (0, site.out_features)} if not self.on or _named(site, self.on) else {}
-
-
-def _named(site: Site, endings: tuple[str, ...]) -> bool:
-    return any(f".{site.name}".endswith(f".{ending}") for ending in endings)
+        return attention((site,), self.on or QUERY_AND_VALUE)[site.name]

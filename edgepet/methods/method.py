@@ -4,12 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Protocol, runtime_checkable
+from typing import ClassVar, Protocol, TypeAlias, TypeVar, runtime_checkable
 
 import numpy as np
 
 from edgepet.spec import Array, NpArray, Site, Target, Tensors, Tuned
 from edgepet.updates import Add, Targeted
+
+T = TypeVar("T")
+Start: TypeAlias = Mapping[str, Mapping[str, NpArray]]
+SHARED = "*"  # what tensors that belong to no one site are under
+QUERY_AND_VALUE = ("q", "v", "q_proj", "v_proj")  # blocks of a fused layer, or layers that are not fused
+_WHOLE = ""  # the part of a layer that is not cut into blocks
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,12 +42,12 @@ class Method(Protocol):
         """The layers that this method acts on, in the backbone's order."""
         ...
 
-    def start(self, site: Site, base: Tensors, rng: np.random.Generator) -> Mapping[str, NpArray]:
-        """The method's float32 tensors for one site, by name."""
+    def start(self, sites: Sequence[Site], base: Tensors, rng: np.random.Generator) -> Start:
+        """The method's float32 tensors, by site and name; those that several sites share are under ``SHARED``."""
         ...
 
-    def lower(self, base: Tensors, sites: Sequence[Site], tuned: Tuned) -> tuple[Targeted, ...]:
-        """All trained tensors as updates of the backbone's tensors.
+    def lower(self, base: Mapping[str, Array], sites: Sequence[Site], tuned: Tuned) -> tuple[Targeted, ...]:
+        """All trained tensors as updates of the backbone's tensors ``base``, which are of the library of ``tuned``.
 
         A method without ``forward`` is trained through its lowering: then only operators that NumPy and torch share.
         """
@@ -74,8 +80,8 @@ def shift(site: Site, beta: Array) -> Targeted:
 
 def count(method: Method, layers: Sequence[Site], base: Tensors) -> int:
     """Trainable values of ``method``, head left out."""
-    rng = np.random.default_rng(0)
-    return sum(int(t.size) for site in method.sites(layers) for t in method.start(site, base, rng).values())
+    start = method.start(method.sites(layers), base, np.random.default_rng(0))
+    return sum(int(tensor.size) for tensors in start.values() for tensor in tensors.values())
 
 
 def flatten(tuned: Tuned) -> dict[str, Array]:
@@ -88,5 +94,46 @@ def unflatten(flat: Mapping[str, Array], sites: Iterable[Site]) -> dict[str, dic
     nested: dict[str, dict[str, Array]] = {site.name: {} for site in sites}
     for key, value in flat.items():
         site, name = key.rsplit("/", 1)
-        nested[site][name] = value
+        nested.setdefault(site, {})[name] = value
     return nested
+
+
+def parts(site: Site, on: Sequence[str]) -> dict[str, tuple[int, int]]:
+    """Rows of a layer by the name of the part: the blocks of a fused weight that ``on`` names, else the whole layer.
+
+    ``on`` holds names of row blocks ("q", "k", "v") and ends of layer names ("fc1", "attn.proj"). A part's name ends
+    with a dot; that of a whole layer is empty.
+    """
+    blocks = {f"{name}.": rows for name, rows in site.blocks if name in on}
+    return blocks or ({_WHOLE: (0, site.out_features)} if _named(site, on) else {})
+
+
+def block(site: Site, part: str, rows: tuple[int, int]) -> Target:
+    """The target of a part of a layer's weight."""
+    return Target(site.weight, None if part == _WHOLE else rows)
+
+
+def attention(
+    layers: Sequence[Site], on: Sequence[str], *, otherwise_dense: bool = True
+) -> dict[str, dict[str, tuple[int, int]]]:
+    """Parts of the layers that ``on`` names, by site; where there are none, as in a ConvNet, each dense layer whole."""
+    layers = [site for site in layers if site.kind in ("linear", "conv")]
+    found = {site.name: parts(site, on) for site in layers}
+    found = {name: chosen for name, chosen in found.items() if chosen}
+    dense = {site.name: {_WHOLE: (0, site.out_features)} for site in layers if site.dense and otherwise_dense}
+    return found or dense
+
+
+def ending(site: Site, by_name: Mapping[str, T], otherwise: T) -> T:
+    """The value for the end of a layer's name, the longest that fits."""
+    fitting = [name for name in by_name if _named(site, (name,))]
+    return by_name[max(fitting, key=len)] if fitting else otherwise
+
+
+def uniform(rng: np.random.Generator, bound: float, *shape: int) -> NpArray:
+    """Float32 values drawn evenly from -bound to bound."""
+    return rng.uniform(-bound, bound, shape).astype(np.float32)
+
+
+def _named(site: Site, endings: Sequence[str]) -> bool:
+    return any(f".{site.name}".endswith(f".{ending}") for ending in endings)

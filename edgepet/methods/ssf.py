@@ -12,7 +12,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from edgepet.methods.method import Recipe, shift
+from edgepet.methods.method import Recipe, Start, shift
 from edgepet.spec import Array, NpArray, Site, Target, Tensors, Tuned
 from edgepet.updates import Scale, Targeted
 
@@ -34,14 +34,17 @@ class SSF:
     def sites(self, layers: Sequence[Site]) -> tuple[Site, ...]:
         return tuple(site for site in layers if site.scalable and site.kind != "tensor")
 
-    def start(self, site: Site, base: Tensors, rng: np.random.Generator) -> Mapping[str, NpArray]:
+    def start(self, sites: Sequence[Site], base: Tensors, rng: np.random.Generator) -> Start:
         del base
+        return {site.name: self._start(site, rng) for site in sites}
+
+    def _start(self, site: Site, rng: np.random.Generator) -> Mapping[str, NpArray]:
         gamma = rng.normal(1.0, 0.02, site.out_features).astype(np.float32)
         if not site.takes_shift:
             return {"gamma": gamma}
         return {"gamma": gamma, "beta": rng.normal(0.0, 0.02, site.out_features).astype(np.float32)}
 
-    def lower(self, base: Tensors, sites: Sequence[Site], tuned: Tuned) -> tuple[Targeted, ...]:
+    def lower(self, base: Mapping[str, Array], sites: Sequence[Site], tuned: Tuned) -> tuple[Targeted, ...]:
         del base
         updates = []
         for site in sites:

@@ -1,0 +1,79 @@
+"""1-bit LoRA: both factors have two values each, and more of them for the same bytes.
+
+Jie et al. 2023, "Revisiting the Parameter Efficiency of Adapters from the Perspective of Precision Redundancy",
+arXiv:2307.16867, section 3: a tensor is standardised, each value goes to the nearer of the two codewords of a normal
+distribution, -0.6745 and 0.6745, and back; gradients pass straight through.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+
+from edgepet.errors import InputError
+from edgepet.expressions import Binary
+from edgepet.methods.method import QUERY_AND_VALUE, Recipe, Start, attention, block, uniform
+from edgepet.spec import Array, NpArray, Site, Tensors, Tuned
+from edgepet.updates import LowRank, Targeted
+
+CODEWORD = 0.6744897501960817  # the third quartile of N(0, 1): the median of its upper half
+
+
+@dataclass(frozen=True, slots=True)
+class BiLoRA:
+    """LoRA's factors on the parts that ``on`` names as LoRA's does, each stored as bits and two levels."""
+
+    rank: int = 32
+    scale: float = 1.0
+    on: tuple[str, ...] = ()
+
+    name: ClassVar[str] = "bi-lora"
+    paper: ClassVar[str] = "Jie et al. 2023, arXiv:2307.16867"
+    recipe: ClassVar[Recipe] = Recipe(lr=5e-3)
+    starts_as_identity: ClassVar[bool] = False  # zeros cannot be standardised
+
+    def __post_init__(self) -> None:
+        if self.rank < 1:
+            raise InputError(self.name, "needs a rank of at least 1", got=self.rank)
+
+    def sites(self, layers: Sequence[Site]) -> tuple[Site, ...]:
+        chosen = attention(layers, self.on or QUERY_AND_VALUE, otherwise_dense=not self.on)
+        return tuple(site for site in layers if site.name in chosen and site.kind != "tensor")
+
+    def start(self, sites: Sequence[Site], base: Tensors, rng: np.random.Generator) -> Start:
+        del base
+        starts: dict[str, dict[str, NpArray]] = {}
+        for site in sites:
+            tensors = starts[site.name] = {}
+            for part, (first, last) in self._parts(site).items():
+                tensors[f"{part}a"] = uniform(rng, 1 / np.sqrt(site.columns), self.rank, site.columns)
+                drawn = rng.normal(0, 1e-3, (last - first, self.rank))
+                tensors[f"{part}b"] = np.clip(drawn, -2e-3, 2e-3).astype(np.float32)
+        return starts
+
+    def lower(self, base: Mapping[str, Array], sites: Sequence[Site], tuned: Tuned) -> tuple[Targeted, ...]:
+        del base
+        updates = []
+        for site in sites:
+            for part, rows in self._parts(site).items():
+                a, b = (_binary(tuned[site.name][f"{part}{name}"]) for name in "ab")
+                updates.append(Targeted(block(site, part, rows), LowRank(left=b, right=a, scale=self.scale)))
+        return tuple(updates)
+
+    def _parts(self, site: Site) -> dict[str, tuple[int, int]]:
+        return attention((site,), self.on or QUERY_AND_VALUE)[site.name]
+
+
+def _binary(latent: Array) -> Any:
+    """Bits and levels of a NumPy array; of a torch tensor their values, with the gradient of the tensor itself."""
+    mean = latent.mean()
+    spread = (((latent - mean) ** 2).sum() / (np.prod(latent.shape) - 1)) ** 0.5
+    bits = latent > mean
+    if isinstance(latent, np.ndarray):
+        levels = np.stack([mean - CODEWORD * spread, mean + CODEWORD * spread])
+        return Binary(bits, levels)
+    nearest = mean + CODEWORD * spread * (bits * 2 - 1)
+    return latent + (nearest - latent).detach()

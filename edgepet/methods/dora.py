@@ -1,0 +1,74 @@
+"""DoRA: LoRA for the direction of every row of a weight, and a trained length for it.
+
+Liu et al. 2024, "DoRA: Weight-Decomposed Low-Rank Adaptation", arXiv:2402.09353, equation 5:
+W' = m * (W + (alpha / rank) B A) / |W + (alpha / rank) B A|, lengths taken row by row, and m = |W| at the start.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+
+from edgepet.errors import InputError
+from edgepet.methods.method import QUERY_AND_VALUE, Recipe, Start, attention, block, uniform
+from edgepet.spec import Array, NpArray, Site, Tensors, Tuned
+from edgepet.updates import LowRank, Scale, Targeted, fold
+
+
+@dataclass(frozen=True, slots=True)
+class DoRA:
+    """LoRA's factors and a length for each row, on the layers that ``on`` names as LoRA's does.
+
+    It lowers to a low-rank addition and a scale of rows, m / |W + B A|: a device computes no lengths. Gradients go
+    through the lengths too; the paper's section 4.3 holds them constant to save memory.
+    """
+
+    rank: int = 8
+    alpha: float = 8.0
+    on: tuple[str, ...] = ()
+
+    name: ClassVar[str] = "dora"
+    paper: ClassVar[str] = "Liu et al. 2024, arXiv:2402.09353"
+    recipe: ClassVar[Recipe] = Recipe(lr=5e-3)
+    starts_as_identity: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        if self.rank < 1:
+            raise InputError(self.name, "needs a rank of at least 1", got=self.rank)
+
+    def sites(self, layers: Sequence[Site]) -> tuple[Site, ...]:
+        chosen = attention(layers, self.on or QUERY_AND_VALUE, otherwise_dense=not self.on)
+        return tuple(site for site in layers if site.name in chosen and site.kind != "tensor")
+
+    def start(self, sites: Sequence[Site], base: Tensors, rng: np.random.Generator) -> Start:
+        return {site.name: self._start(site, base, rng) for site in sites}
+
+    def _start(self, site: Site, base: Tensors, rng: np.random.Generator) -> dict[str, NpArray]:
+        tensors: dict[str, NpArray] = {}
+        for part, (first, last) in self._parts(site).items():
+            tensors[f"{part}a"] = uniform(rng, 1 / np.sqrt(site.columns), self.rank, site.columns)
+            tensors[f"{part}b"] = np.zeros((last - first, self.rank), np.float32)
+            rows = base[site.weight][first:last].astype(np.float64)
+            tensors[f"{part}m"] = _lengths(rows.reshape(len(rows), -1)).astype(np.float32)
+        return tensors
+
+    def lower(self, base: Mapping[str, Array], sites: Sequence[Site], tuned: Tuned) -> tuple[Targeted, ...]:
+        updates = []
+        for site in sites:
+            for part, rows in self._parts(site).items():
+                a, b, m = (tuned[site.name][f"{part}{name}"] for name in "abm")
+                low_rank = Targeted(block(site, part, rows), LowRank(left=b, right=a, scale=self.alpha / self.rank))
+                moved = fold(low_rank, base[site.weight])
+                lengths = _lengths(moved.reshape(site.out_features, -1)[rows[0] : rows[1]])
+                updates += [low_rank, Targeted(low_rank.target, Scale(m / lengths))]
+        return tuple(updates)
+
+    def _parts(self, site: Site) -> dict[str, tuple[int, int]]:
+        return attention((site,), self.on or QUERY_AND_VALUE)[site.name]
+
+
+def _lengths(rows: Array) -> Array:
+    return (rows * rows).sum(-1) ** 0.5

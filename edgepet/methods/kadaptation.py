@@ -1,0 +1,83 @@
+"""KAdaptation: a sum of Kronecker products whose first factors all blocks share.
+
+He et al. 2023, "Parameter-efficient Model Adaptation for Vision Transformers", arXiv:2203.16329, section 3.3:
+W' = W + s sum_i A_i (x) (u_i v_i^T) on queries and values, A_i = l_i r_i^T of rank 1 and shared by all blocks.
+
+The released code zeroes both u and v, so that only its bias learns; this is the paper's form, with v alone at zero.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+
+from edgepet.errors import InputError
+from edgepet.expressions import Product
+from edgepet.methods.method import QUERY_AND_VALUE, SHARED, Recipe, Start, attention, block, uniform
+from edgepet.spec import Array, NpArray, Site, Target, Tensors, Tuned
+from edgepet.updates import Add, Kronecker, Targeted
+
+
+@dataclass(frozen=True, slots=True)
+class KAdaptation:
+    """``terms`` Kronecker products on every part that ``on`` names as LoRA's does, and a bias that its parts share.
+
+    The shared factors are ``terms`` by ``terms``: a part whose sides ``terms`` does not divide is left alone.
+    """
+
+    terms: int = 32
+    scale: float = 160.0
+    on: tuple[str, ...] = ()
+
+    name: ClassVar[str] = "kadaptation"
+    paper: ClassVar[str] = "He et al. 2023, arXiv:2203.16329"
+    recipe: ClassVar[Recipe] = Recipe(lr=5e-3)
+    starts_as_identity: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        if self.terms < 1:
+            raise InputError(self.name, "needs at least 1 term", got=self.terms)
+
+    def sites(self, layers: Sequence[Site]) -> tuple[Site, ...]:
+        chosen = attention(layers, self.on or QUERY_AND_VALUE, otherwise_dense=not self.on)
+        named = tuple(site for site in layers if site.name in chosen and site.kind != "tensor")
+        return tuple(site for site in named if self._parts(site))
+
+    def start(self, sites: Sequence[Site], base: Tensors, rng: np.random.Generator) -> Start:
+        del base
+        shared: dict[str, NpArray] = {}
+        starts: dict[str, dict[str, NpArray]] = {SHARED: shared} if sites else {}
+        for site in sites:
+            tensors = starts[site.name] = {}
+            for part, (first, last) in self._parts(site).items():
+                shared.setdefault(f"{part}l", uniform(rng, 0.01, self.terms, self.terms, 1))
+                shared.setdefault(f"{part}r", uniform(rng, 0.01, self.terms, 1, self.terms))
+                rows, columns = (last - first) // self.terms, site.columns // self.terms
+                tensors[f"{part}u"] = uniform(rng, (6 / (rows + 1)) ** 0.5, self.terms, rows, 1)
+                tensors[f"{part}v"] = np.zeros((self.terms, 1, columns), np.float32)
+            if site.bias is not None:
+                tensors["bias"] = np.zeros(last - first, np.float32)
+        return starts
+
+    def lower(self, base: Mapping[str, Array], sites: Sequence[Site], tuned: Tuned) -> tuple[Targeted, ...]:
+        del base
+        updates = []
+        for site in sites:
+            shared, own = tuned[SHARED], tuned[site.name]
+            for part, rows in self._parts(site).items():
+                left = Product(shared[f"{part}l"], shared[f"{part}r"])
+                right = Product(own[f"{part}u"], own[f"{part}v"])
+                target = block(site, part, rows)
+                updates.append(Targeted(target, Kronecker(left, right, self.scale)))
+                if site.bias is not None:
+                    updates.append(Targeted(Target(site.bias, target.rows), Add(own["bias"])))
+        return tuple(updates)
+
+    def _parts(self, site: Site) -> dict[str, tuple[int, int]]:
+        """Parts that can be cut, all of one height: they share the bias."""
+        named = attention((site,), self.on or QUERY_AND_VALUE)[site.name]
+        fits = site.columns % self.terms == 0
+        return {part: rows for part, rows in named.items() if fits and (rows[1] - rows[0]) % self.terms == 0}

@@ -1,0 +1,141 @@
+"""KronA and LoKr: a Kronecker product added to chosen weights, whole or with a factor of low rank.
+
+Edalati et al. 2022, "KronA: Parameter Efficient Tuning with Kronecker Adapter", arXiv:2212.10650, equation 4:
+W' = W + s (A (x) B). Yeh et al. 2023, "Navigating Text-To-Image Customization: From LyCORIS Fine-Tuning to Model
+Evaluation", arXiv:2309.14859, section 3.3 (LoKr): W' = W + (alpha / rank) A (x) (C D).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+
+from edgepet.errors import InputError
+from edgepet.expressions import Product
+from edgepet.methods.method import QUERY_AND_VALUE, Recipe, Start, attention, block, uniform
+from edgepet.spec import Array, NpArray, Site, Tensors, Tuned
+from edgepet.updates import Kronecker, Targeted
+
+
+@dataclass(frozen=True, slots=True)
+class KronA:
+    """One Kronecker product for every part that ``on`` names as LoRA's does; A starts at zero.
+
+    Each side of a weight is cut into the two factors nearest to its square root; A has the smaller ones. A kernel's
+    taps belong to B.
+    """
+
+    scale: float = 1.0
+    on: tuple[str, ...] = ()
+
+    name: ClassVar[str] = "krona"
+    paper: ClassVar[str] = "Edalati et al. 2022, arXiv:2212.10650"
+    recipe: ClassVar[Recipe] = Recipe(lr=5e-3)
+    starts_as_identity: ClassVar[bool] = True
+
+    def sites(self, layers: Sequence[Site]) -> tuple[Site, ...]:
+        chosen = attention(layers, self.on or QUERY_AND_VALUE, otherwise_dense=not self.on)
+        return tuple(site for site in layers if site.name in chosen and site.kind != "tensor")
+
+    def start(self, sites: Sequence[Site], base: Tensors, rng: np.random.Generator) -> Start:
+        del base
+        starts: dict[str, dict[str, NpArray]] = {}
+        for site in sites:
+            tensors = starts[site.name] = {}
+            for part, rows in self._parts(site).items():
+                (p, q), (r, c) = _cut(site, rows, -1)
+                tensors[f"{part}a"] = np.zeros((1, p, q), np.float32)
+                tensors[f"{part}b"] = uniform(rng, 1 / np.sqrt(c), 1, r, c)
+        return starts
+
+    def lower(self, base: Mapping[str, Array], sites: Sequence[Site], tuned: Tuned) -> tuple[Targeted, ...]:
+        del base
+        updates = []
+        for site in sites:
+            for part, rows in self._parts(site).items():
+                left, right = tuned[site.name][f"{part}a"], tuned[site.name][f"{part}b"]
+                updates.append(Targeted(block(site, part, rows), Kronecker(left, right, self.scale)))
+        return tuple(updates)
+
+    def _parts(self, site: Site) -> dict[str, tuple[int, int]]:
+        return attention((site,), self.on or QUERY_AND_VALUE)[site.name]
+
+
+@dataclass(frozen=True, slots=True)
+class LoKr:
+    """KronA with B = C D of rank ``rank``, where that is smaller, as LyCORIS and PEFT have it.
+
+    ``factor`` is the smaller cut of each side where it divides, -1 the one nearest to the square root.
+    """
+
+    rank: int = 8
+    alpha: float = 8.0
+    factor: int = -1
+    on: tuple[str, ...] = ()
+
+    name: ClassVar[str] = "lokr"
+    paper: ClassVar[str] = "Yeh et al. 2023, arXiv:2309.14859"
+    recipe: ClassVar[Recipe] = Recipe(lr=5e-3)
+    starts_as_identity: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        if self.rank < 1:
+            raise InputError(self.name, "needs a rank of at least 1", got=self.rank)
+        if self.factor != -1 and self.factor < 1:
+            raise InputError(self.name, "needs a factor of at least 1, or -1", got=self.factor)
+
+    def sites(self, layers: Sequence[Site]) -> tuple[Site, ...]:
+        chosen = attention(layers, self.on or QUERY_AND_VALUE, otherwise_dense=not self.on)
+        return tuple(site for site in layers if site.name in chosen and site.kind != "tensor")
+
+    def start(self, sites: Sequence[Site], base: Tensors, rng: np.random.Generator) -> Start:
+        del base
+        starts: dict[str, dict[str, NpArray]] = {}
+        for site in sites:
+            tensors = starts[site.name] = {}
+            for part, rows in self._parts(site).items():
+                (p, q), (r, c) = _cut(site, rows, self.factor)
+                tensors[f"{part}a"] = np.zeros((1, p, q), np.float32)
+                if self.rank < max(r, c // site.taps) / 2:
+                    tensors[f"{part}c"] = uniform(rng, 1 / np.sqrt(self.rank), 1, r, self.rank)
+                    tensors[f"{part}d"] = uniform(rng, 1 / np.sqrt(c), 1, self.rank, c)
+                else:
+                    tensors[f"{part}b"] = uniform(rng, 1 / np.sqrt(c), 1, r, c)
+        return starts
+
+    def lower(self, base: Mapping[str, Array], sites: Sequence[Site], tuned: Tuned) -> tuple[Targeted, ...]:
+        del base
+        updates = []
+        for site in sites:
+            tensors = tuned[site.name]
+            for part, rows in self._parts(site).items():
+                low_rank = f"{part}c" in tensors
+                right = Product(tensors[f"{part}c"], tensors[f"{part}d"]) if low_rank else tensors[f"{part}b"]
+                update = Kronecker(tensors[f"{part}a"], right, self.alpha / self.rank)
+                updates.append(Targeted(block(site, part, rows), update))
+        return tuple(updates)
+
+    def _parts(self, site: Site) -> dict[str, tuple[int, int]]:
+        return attention((site,), self.on or QUERY_AND_VALUE)[site.name]
+
+
+def _cut(site: Site, rows: tuple[int, int], factor: int) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Shapes of A and B for rows of a layer's weight."""
+    (p, r), (q, c) = two_factors(rows[1] - rows[0], factor), two_factors(site.in_features, factor)
+    return (p, q), (r, c * site.taps)
+
+
+def two_factors(side: int, factor: int = -1) -> tuple[int, int]:
+    """``side`` as smaller times larger: ``factor`` times the rest where it divides, else the pair nearest to a square.
+
+    With a ``factor`` that does not divide, the smaller one is the largest divisor not above it (PEFT's rule).
+    """
+    if factor > 0 and side % factor == 0:
+        return min(factor, side // factor), max(factor, side // factor)
+    most = math.isqrt(side) if factor == -1 else min(factor, math.isqrt(side))
+    small = next(number for number in range(most, 0, -1) if side % number == 0)
+    return small, side // small
