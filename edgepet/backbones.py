@@ -106,10 +106,10 @@ class Backbone:
 
     @cached_property
     def layers(self) -> tuple[Site, ...]:
-        """Every layer and bare parameter that a method can act on, in the order in which the network runs them."""
+        """Every layer, block and bare parameter that a method can act on, in the order in which they run."""
         from edgepet.sites import parameters
 
-        return (*self._seen.sites, *parameters(self.module))
+        return (*self._seen.sites, *self._seen.blocks, *parameters(self.module))
 
     @cached_property
     def _seen(self) -> Seen:

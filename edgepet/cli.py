@@ -70,7 +70,7 @@ def doctor(options: Options) -> Result:
 def methods(options: Options) -> Result:
     """every method: paper, and its parameters and kilobytes on a backbone"""
     from edgepet import show
-    from edgepet.methods import METHODS, configure
+    from edgepet.methods import METHODS, Branching, configure
     from edgepet.methods.method import count
 
     backbone = None
@@ -83,9 +83,9 @@ def methods(options: Options) -> Result:
         method = configure(name)
         params = count(method, backbone.layers, backbone.tensors) if backbone else None
         size = None if params is None else 2 * params
-        rows.append(
-            show.MethodRow(name=name, paper=method.paper, foldable=True, trainable_params=params, fp16_bytes=size)
-        )
+        foldable = not isinstance(method, Branching)
+        row = show.MethodRow(name=name, paper=method.paper, foldable=foldable, trainable_params=params, fp16_bytes=size)
+        rows.append(row)
     return Result(show.MethodList(methods=tuple(rows)), show.methods)
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from edgepet.branches import Branch, arrays_of, require_distinct, structure_digest, structure_of
 from edgepet.errors import InputError
 from edgepet.spec import NpArray, Preprocess
 from edgepet.updates import Targeted, factors
@@ -41,10 +42,10 @@ class Score:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Delta:
-    """One task, ready to be folded into the backbone it names.
+    """One task, ready for the backbone that it names.
 
-    ``updates`` of one target apply in order. ``method`` and ``training`` are provenance: nothing that applies a delta
-    reads them.
+    ``updates`` are folded into it, those of one target in order; ``branches`` stay beside it. ``method`` and
+    ``training`` are provenance: nothing that applies a delta reads them.
     """
 
     task: str
@@ -59,6 +60,7 @@ class Delta:
     settings: Mapping[str, object] = field(default_factory=dict)
     training: Mapping[str, object] = field(default_factory=dict)
     licences: tuple[str, ...] = ()
+    branches: tuple[Branch, ...] = ()
 
     def __post_init__(self) -> None:
         if _TASK.fullmatch(self.task) is None:
@@ -71,6 +73,9 @@ class Delta:
             raise InputError(self.task, "needs a fingerprint, sha256: and 64 digits", got=repr(self.fingerprint[:80]))
         if not 0 <= self.val.top1 <= 1:
             raise InputError(self.task, "needs a val top1 between 0 and 1", got=self.val.top1)
+        for branch in self.branches:
+            branch.check(self.task)
+        require_distinct(self.branches, self.task)
         classes, width = self.head.weight.shape
         if classes == 0 or self.head.bias.shape != (classes,) or len(self.labels) != classes:
             raise InputError(
@@ -82,16 +87,22 @@ class Delta:
             raise InputError(self.task, "needs labels that differ", got=", ".join(self.labels))
 
     @property
+    def structure(self) -> str:
+        """The digits of what the branches are, all but their values; empty where everything folds."""
+        return structure_digest(structure_of(self.branches))
+
+    @property
     def targets(self) -> tuple[str, ...]:
         """Names of the backbone tensors that this delta changes, sorted."""
         return tuple(sorted({targeted.target.tensor for targeted in self.updates}))
 
     def arrays(self) -> Iterator[NpArray]:
-        """Every distinct array of the updates once, though several updates may share it."""
+        """Every distinct array of updates and branches once, though several updates may share it."""
         seen = {id(array): array for targeted in self.updates for array in factors(targeted.update).values()}
+        seen |= {id(array): array for array in arrays_of(self.branches)}
         yield from seen.values()
 
     @property
     def stored_values(self) -> int:
-        """Numbers and bits that the updates carry, each shared array once, permutations and head left out."""
+        """Numbers and bits that updates and branches carry, each shared array once, permutations and head left out."""
         return sum(int(array.size) for array in self.arrays() if np.asarray(array).dtype.kind in "fb")

@@ -28,7 +28,7 @@ from edgepet.exporters import EXPORTERS
 from edgepet.exporters.exporter import ExportOptions
 from edgepet.exporters.onnx import build_model, simplified
 from edgepet.files import folder_bytes, new_folder, write_file
-from edgepet.merging import merge as fold
+from edgepet.merging import require_foldable, task_tensors
 from edgepet.parity import Against, Inputs, Parity, compare, require_parity
 from edgepet.spec import AnyBackbone, FilePath, NpArray, Precision
 from edgepet.subject import Subject, plain_network, sample_images
@@ -134,6 +134,7 @@ def merge(
 
     output = Path(output)
     subject = Subject(pack, backbone, data)
+    require_foldable(subject.delta)
     weights = subject.dense_weights
     plain = plain_network(subject)
     parity = subject.judge(logits_of(plain, subject.images[0]))
@@ -232,7 +233,7 @@ def _model(subject: Subject, options: ExportOptions) -> _Model:
     """Fold, and bring the model into the precision that was asked for."""
     graph, task = subject.graph, subject.delta.task
     began = time.perf_counter()
-    model = build_model(graph, fold(graph.base, subject.delta), subject.delta)
+    model = build_model(graph, task_tensors(graph.base, subject.delta), subject.delta)
     seconds = time.perf_counter() - began
     if options.simplify:
         model = simplified(model, subject.images[0][:2], where=task)

@@ -95,7 +95,7 @@ def fit(
         KeyboardInterrupt: ``keeper`` was told to stop; a checkpoint was written.
     """
     try:
-        with _explicit_attention(model.backbone, plan):
+        with _explicit_attention(model, plan):
             return _Run(model.to(plan.device), train, val, preprocess, plan, crew).fit(say, keeper)
     finally:
         model.to("cpu").eval()
@@ -258,13 +258,13 @@ def fast_bfloat16(device: str = "cpu") -> bool:
 
 
 @contextlib.contextmanager
-def _explicit_attention(module: nn.Module, plan: Plan) -> Iterator[None]:
+def _explicit_attention(model: TunedModel, plan: Plan) -> Iterator[None]:
     """Attention as two products and a softmax while training in bf16 on a CPU: torch's fused form has a slow backward
     there, a third of a step at 65 tokens. Long sequences keep it, for its memory.
     """
-    tokens = getattr(getattr(module, "patch_embed", None), "num_patches", MANY_TOKENS)
-    slow = plan.autocast and plan.device == "cpu" and tokens < MANY_TOKENS
-    with explicit_attention(module) if slow else contextlib.nullcontext():
+    tokens = getattr(getattr(model.backbone, "patch_embed", None), "num_patches", MANY_TOKENS)
+    slow = plan.autocast and plan.device == "cpu" and tokens < MANY_TOKENS and not model.extends_attention
+    with explicit_attention(model.backbone) if slow else contextlib.nullcontext():
         yield
 
 

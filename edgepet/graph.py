@@ -4,6 +4,8 @@
     <folder>/graph-112.onnx              structure only; every parameter an initializer that points into these files
     <folder>/graph-112.safetensors       what differs at this size: resampled position tables (may be absent)
     <folder>/graph-112.json              what the graph was made from and the digests of its files
+    <folder>/graph-112-4f1c09ab37de.*    the same for tasks with branches of one structure, whose digits these are; the
+                                         branches' tensors lie among what differs, and each task brings its own
 
 The graph takes images (batch, 3, H, W) and puts out pooled features; a task's head is a product behind it. Reading
 needs neither torch nor the ``onnx`` package. Making one is ``edgepet.exporters.trace``.
@@ -19,6 +21,7 @@ from pathlib import Path
 
 import numpy as np
 
+from edgepet.branches import structure_digest
 from edgepet.canonical import canonical_json, parse_json
 from edgepet.delta import Delta
 from edgepet.errors import InputError
@@ -58,10 +61,11 @@ class BaseGraph:
     create_args: Mapping[str, object]
     licence: str
     files: Mapping[str, tuple[str, int]]
+    structure: str = ""
 
     @property
     def stem(self) -> str:
-        return graph_stem(self.preprocess.image_size)
+        return graph_stem(self.preprocess.image_size, self.structure)
 
     @property
     def model_path(self) -> Path:
@@ -88,6 +92,9 @@ class BaseGraph:
         if self.preprocess.image_size != delta.preprocess.image_size:
             here, there = ("x".join(map(str, p.image_size)) for p in (self.preprocess, delta.preprocess))
             raise InputError(f"task {delta.task!r}", f"was trained at {there} pixels", got=f"a graph of {here}")
+        if self.structure != delta.structure:
+            here, there = (f"branches {s}" if s else "no branches" for s in (self.structure, delta.structure))
+            raise InputError(f"task {delta.task!r}", f"needs a graph with {there}", got=here)
         if delta.head.weight.shape[1] != self.width:
             what = f"needs a head for {self.width} features"
             raise InputError(f"task {delta.task!r}", what, got=tuple(delta.head.weight.shape))
@@ -110,10 +117,11 @@ class BaseGraph:
         return Base(name=self.backbone, fingerprint=self.fingerprint, tensors=tensors)
 
 
-def graph_stem(image_size: tuple[int, int]) -> str:
-    """``graph-112``, or ``graph-112x224`` where height and width differ."""
+def graph_stem(image_size: tuple[int, int], structure: str = "") -> str:
+    """``graph-112``, or ``graph-112x224`` where height and width differ, and the digits of branches behind it."""
     height, width = image_size
-    return f"graph-{height}" if height == width else f"graph-{height}x{width}"
+    stem = f"graph-{height}" if height == width else f"graph-{height}x{width}"
+    return f"{stem}-{structure}" if structure else stem
 
 
 def graph_folder(fingerprint: str, root: Path | None = None) -> Path:
@@ -121,18 +129,20 @@ def graph_folder(fingerprint: str, root: Path | None = None) -> Path:
     return (root or cache_folder()) / "backbones" / fingerprint.removeprefix("sha256:")[:16]
 
 
-def open_graph(fingerprint: str, image_size: tuple[int, int], *, root: Path | None = None) -> BaseGraph:
-    """Open the graph of a backbone and an image size, checking sizes, and the small files' digests.
+def open_graph(
+    fingerprint: str, image_size: tuple[int, int], structure: str = "", *, root: Path | None = None
+) -> BaseGraph:
+    """Open the graph of a backbone, an image size and a structure, checking sizes, and the small files' digests.
 
     Raises:
         InputError: it was never made, or a file of it is damaged.
     """
     folder = graph_folder(fingerprint, root)
-    path = folder / f"{graph_stem(image_size)}.json"
+    path = folder / f"{graph_stem(image_size, structure)}.json"
     if not path.is_file():
-        side = "x".join(map(str, image_size))
+        wanted = "x".join(map(str, image_size)) + " pixels" + (f" with branches {structure}" if structure else "")
         raise InputError(
-            str(folder), f"holds no graph of {side} pixels", fix="run `edgepet export` once where torch is installed"
+            str(folder), f"holds no graph of {wanted}", fix="run `edgepet export` once where torch is installed"
         )
     table = _table(path)
     graph = BaseGraph(
@@ -145,10 +155,11 @@ def open_graph(fingerprint: str, image_size: tuple[int, int], *, root: Path | No
         create_args=_settings(table.table("create_args")),
         licence=table.text("licence"),
         files={name: _file(entry) for name, entry in _entries(table)},
+        structure=structure_digest(table.sequence("branches")),
     )
     table.raw("versions")
     table.end()
-    if graph.fingerprint != fingerprint or graph.preprocess.image_size != image_size:
+    if (graph.fingerprint, graph.preprocess.image_size, graph.structure) != (fingerprint, image_size, structure):
         raise InputError(str(path), "describes another graph than its name says", fix=f"delete {folder} and run again")
     for name, (digest, size) in graph.files.items():
         _check_file(folder / name, digest, size, whole=name != WEIGHTS)

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+import numpy as np
+
+from edgepet.branches import named_tensors
 from edgepet.delta import Delta
 from edgepet.errors import BackboneError, InputError
 from edgepet.spec import Base, NpArray, Tensors
@@ -18,7 +21,28 @@ def merge(base: Base, delta: Delta) -> dict[str, NpArray]:
 
     Raises:
         BackboneError: ``delta`` was trained on another backbone.
-        InputError: an update names a tensor that is not there, or does not fit it.
+        InputError: an update names a tensor that is not there, or does not fit it; or ``delta`` has branches.
+    """
+    require_foldable(delta)
+    return task_tensors(base, delta)
+
+
+def require_foldable(delta: Delta) -> None:
+    """Refuse a delta that dense weights cannot hold.
+
+    Raises:
+        InputError: it has branches.
+    """
+    if delta.branches:
+        what = f"{delta.method} has {len(delta.branches)} branches, which stay in the graph and cannot be folded"
+        raise InputError(f"task {delta.task!r}", what, fix="export it, or run its pack: both take branches")
+
+
+def task_tensors(base: Base, delta: Delta) -> dict[str, NpArray]:
+    """What a task's graph computes with: the tensors of ``base`` with the updates folded in, and those of the branches.
+
+    Raises:
+        BackboneError, InputError: as ``merge``, branches apart.
     """
     require_backbone(base, delta)
     for targeted in delta.updates:
@@ -26,7 +50,8 @@ def merge(base: Base, delta: Delta) -> dict[str, NpArray]:
         if tensor is None:
             raise InputError(f"{delta.task}: {targeted.target}", f"is no tensor of {base.name}")
         check(targeted, tensor.shape, where=delta.task, fix=f"use the backbone it was trained on, {delta.fingerprint}")
-    return fold_all(base.tensors, delta.updates)
+    branches = {name: tensor.astype(np.float32) for name, tensor in named_tensors(delta.branches).items()}
+    return fold_all(base.tensors, delta.updates) | branches
 
 
 def fold_all(tensors: Tensors, updates: Iterable[Targeted]) -> dict[str, NpArray]:

@@ -14,6 +14,7 @@ import numpy as np
 
 from edgepet import account
 from edgepet.artifact import MANIFEST, RUNNERS, Artifact, open_artifact, read_artifact
+from edgepet.branches import Branch
 from edgepet.data import batches, load_set, open_split
 from edgepet.delta import Delta
 from edgepet.errors import InputError, require
@@ -70,7 +71,7 @@ class InspectReport:
     settings: dict[str, object]
     backbone: BackboneName
     updates: tuple[UpdateCount, ...]
-    branches: tuple[str, ...]
+    branches: tuple[UpdateCount, ...]
     classes: tuple[str, ...]
     preprocess: dict[str, object]
     bytes_by_kind: dict[str, int]
@@ -213,7 +214,7 @@ class _PackSource:
         if name == "torch":
             from edgepet.subject import TorchNetwork
 
-            return TorchNetwork(_subject(self._path, backbone), "merged", threads=threads), "torch", "fp32"
+            return TorchNetwork(_subject(self._path, backbone), self._mode, threads=threads), "torch", "fp32"
         network = open_task(_graph(self.pack.delta), self.pack.delta, runtime=name, threads=threads)
         return network, name, _precision(network.executed)
 
@@ -223,29 +224,33 @@ class _PackSource:
             if name == "torch":
                 found += self._torch(threads, plain, backbone)
             elif name in SHARED_RUNTIMES:
-                graph = _graph(self.pack.delta)
                 for bf16 in (False, True) if name == "openvino" else (False,):
-                    found += self._shared(graph, name, threads, plain, bf16)
+                    found += self._shared(name, threads, plain, bf16)
         return found
 
-    def _shared(self, graph: BaseGraph, name: str, threads: int, plain: bool, bf16: bool) -> list[Candidate]:
+    @property
+    def _mode(self) -> str:
+        return "branches" if self.pack.delta.branches else "merged"
+
+    def _shared(self, name: str, threads: int, plain: bool, bf16: bool) -> list[Candidate]:
         def opener(delta: Delta) -> Callable[[], Any]:
+            graph = _graph(delta)
             return lambda: open_task(graph, delta, runtime=name, threads=threads, bf16=bf16)
 
         precision = "bf16" if bf16 else "fp32"
-        # Plain is the backbone with the task's head and none of its updates: the head is no cost of a merge.
-        modes = {"merged": self.pack.delta, "plain": replace(self.pack.delta, updates=())}
+        modes = {self._mode: self.pack.delta}
+        if plain:  # the backbone with the task's head and nothing else of it: the head is no cost of a method
+            modes["plain"] = replace(self.pack.delta, updates=(), branches=())
         return [
             Candidate(model=self._path.name, runtime=name, precision=precision, mode=mode, open=opener(delta))
             for mode, delta in modes.items()
-            if plain or mode != "plain"
         ]
 
     def _torch(self, threads: int, plain: bool, backbone: AnyBackbone) -> list[Candidate]:
         from edgepet.subject import TorchNetwork
 
         subject = _subject(self._path, backbone)
-        modes = (["tuned"] if subject.work is not None else []) + ["merged"] + (["plain"] if plain else [])
+        modes = (["tuned"] if subject.work is not None else []) + [self._mode] + (["plain"] if plain else [])
 
         def opener(mode: str) -> Callable[[], Any]:
             return lambda: TorchNetwork(_subject(self._path, backbone), mode, threads=threads)
@@ -271,7 +276,7 @@ class _PackSource:
             settings=dict(delta.settings),
             backbone=BackboneName(name=delta.backbone, fingerprint=delta.fingerprint),
             updates=tuple(UpdateCount(kind=k, count=n, values=values[k]) for k, n in sorted(counts.items())),
-            branches=(),
+            branches=_counts(delta.branches),
             classes=delta.labels,
             preprocess=delta.preprocess.as_json(),
             bytes_by_kind={
@@ -359,7 +364,14 @@ def _open(path: FilePath) -> _PackSource | _ArtifactSource:
 
 
 def _graph(delta: Delta) -> BaseGraph:
-    return open_graph(delta.fingerprint, delta.preprocess.image_size)
+    return open_graph(delta.fingerprint, delta.preprocess.image_size, delta.structure)
+
+
+def _counts(branches: Sequence[Branch]) -> tuple[UpdateCount, ...]:
+    counts, values = Counter(branch.kind for branch in branches), Counter[str]()
+    for branch in branches:
+        values[branch.kind] += sum(int(array.size) for array in branch.tensors.values())
+    return tuple(UpdateCount(kind=kind, count=n, values=values[kind]) for kind, n in sorted(counts.items()))
 
 
 def _subject(path: Path, backbone: AnyBackbone) -> Any:

@@ -9,11 +9,12 @@ from pathlib import Path
 
 import numpy as np
 
+from edgepet.branches import named_tensors
 from edgepet.delta import Delta, Head
 from edgepet.errors import InputError
 from edgepet.graph import BaseGraph
 from edgepet.imaging import load_pixels, normalize
-from edgepet.merging import merge
+from edgepet.merging import task_tensors
 from edgepet.pack import Pack
 from edgepet.runners.runner import Runner
 from edgepet.spec import FilePath, NpArray
@@ -53,8 +54,8 @@ def open_task(graph: BaseGraph, delta: Delta, *, runtime: str = "onnxruntime", t
         MissingError: the runtime is not installed.
     """
     graph.require_fit(delta)
-    merged = merge(graph.base, delta)
-    changed = {name: merged[name] for name in delta.targets}
+    tensors = task_tensors(graph.base, delta)
+    changed = {name: tensors[name] for name in (*delta.targets, *named_tensors(delta.branches))}
     head = Head(weight=delta.head.weight.astype(np.float32), bias=delta.head.bias.astype(np.float32))
     return TaskNetwork(open_features(graph, changed, runtime=runtime, threads=threads, bf16=bf16), head)
 

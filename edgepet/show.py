@@ -292,12 +292,11 @@ def inspect(console: Console, report: InspectReport) -> None:
         _lines(console, f"  val {format_percent(report.val_top1)}; signed by: {report.signed_by or 'nobody'}")
     if report.verified is not None:
         _lines(console, "  verified when it was made" if report.verified else "  not verified when it was made")
-    if report.updates:
-        rows = [(u.kind, format_number(u.count), format_number(u.values)) for u in report.updates]
-        print_table(
-            console,
-            Table("updates", (Column("kind"), Column("targets", right=True), Column("new values", right=True)), rows),
-        )
+    for title, counts in (("updates", report.updates), ("branches", report.branches)):
+        rows = [(u.kind, format_number(u.count), format_number(u.values)) for u in counts]
+        columns = (Column("kind"), Column("targets", right=True), Column("new values", right=True))
+        if rows:
+            print_table(console, Table(title, columns, rows))
     parts = [(kind, format_bytes(count)) for kind, count in report.bytes_by_kind.items()]
     print_table(console, Table("bytes", (Column("part"), Column("size", right=True)), parts))
 

@@ -7,8 +7,9 @@ standardised on the way, whose fold would be undone, is none.
 
 from __future__ import annotations
 
+import math
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal, cast
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from edgepet.spec import Site
+from edgepet.spec import Block, Site
 
 _CONV = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
 _ARGUMENTS: dict[str, tuple[str, ...]] = {  # of the operators that are layers, in torch's order
@@ -37,9 +38,10 @@ _CHANNELS_FIRST = frozenset({"conv1d", "conv2d", "conv3d", "group_norm", "batch_
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Seen:
-    """What one forward pass showed: the layers in the order they ran, and the network's output."""
+    """What one forward pass showed: the layers in the order they ran, the blocks, and the network's output."""
 
     sites: tuple[Site, ...]
+    blocks: tuple[Block, ...]
     output: Any
 
 
@@ -85,17 +87,16 @@ def watch(module: nn.Module, images: Tensor) -> Seen:
         Exception: whatever ``module`` raises.
     """
     watcher, put_out = _Watch(_names(module)), dict[str, Tensor]()
+    points: dict[str, tuple[int, ...]] = {}
 
     def note(name: str, part: nn.Module, inputs: Any, output: Any) -> None:
-        del part, inputs
-        if not watcher.readers[id(output)]:  # else an activation worked on it in place
-            put_out[name] = output
+        for point, flows in ((f"{name}:in", next(iter(inputs), None)), (f"{name}:out", output)):
+            if isinstance(flows, Tensor) and len(flows) == len(images):  # windows of images are no images
+                points.setdefault(point, tuple(flows.shape[1:]))
+        if isinstance(getattr(part, "weight", None), Tensor) and not watcher.readers[id(output)]:
+            put_out[name] = output  # else an activation worked on it in place
 
-    hooks = [
-        part.register_forward_hook(partial(note, name))
-        for name, part in module.named_modules()
-        if isinstance(getattr(part, "weight", None), Tensor)
-    ]
+    hooks = [part.register_forward_hook(partial(note, name)) for name, part in module.named_modules()]
     try:
         with torch.no_grad(), watcher:
             output = module(images)
@@ -106,7 +107,63 @@ def watch(module: nn.Module, images: Tensor) -> Seen:
     for call in watcher.calls:
         if "weight" in call.names and (_KINDS[call.operator] != "norm" or call.given["weight"].ndim == 1):
             first.setdefault(call.names["weight"], call)
-    return Seen(tuple(_site(call, watcher, put_out) for call in first.values()), output)
+    sites = tuple(_site(call, watcher, put_out) for call in first.values())
+    return Seen(sites, tuple(_blocks(module, points, sites)), output)
+
+
+def _blocks(module: nn.Module, points: Mapping[str, tuple[int, ...]], sites: Sequence[Site]) -> Iterator[Block]:
+    """Numbered parts of a list that hold two layers or more, and no such parts themselves."""
+    layers = [site.name for site in sites]
+    numbered = [
+        name
+        for name, _ in module.named_modules()
+        if name.rpartition(".")[2].isdigit() and sum(layer.startswith(f"{name}.") for layer in layers) > 1
+    ]
+    front, stem = int(getattr(module, "num_prefix_tokens", 0) or 0), sites[0].columns if sites else 1
+    for name in numbered:
+        if any(other.startswith(f"{name}.") for other in numbered) or f"{name}:in" not in points:
+            continue
+        inside = {name, *(f"{name}.{child}" for child, _ in module.get_submodule(name).named_children())}
+        own = {
+            point.removeprefix(name).removeprefix("."): shape
+            for point, shape in points.items()
+            if point.partition(":")[0] in inside
+        }
+        attends = "attn:in" in own
+        reads, gives = own[":in"], own.get(":out", own[":in"])
+        axis = -1 if attends or len(reads) < 3 else 0
+        yield Block(
+            name=name,
+            kind="block",
+            weight="",
+            bias=None,
+            in_features=reads[axis],
+            out_features=gives[axis],
+            points=own,
+            container=name.rpartition(".")[0],
+            heads=_heads(module, name, own),
+            prefix=front,
+            grid=_grid(module, reads, front),
+            stem_columns=stem,
+        )
+
+
+def _heads(module: nn.Module, block: str, points: Mapping[str, tuple[int, ...]]) -> int:
+    """Heads of an attention over all tokens that torch's operator computes, without positions of its own."""
+    if len(points.get("attn:in", ())) != 2 or getattr(module, "rope", None) is not None:
+        return 0
+    attention = module.get_submodule(f"{block}.attn")
+    plain = all(hasattr(attention, name) for name in ("qkv", "k_norm", "num_heads", "fused_attn"))
+    return int(cast(Any, attention).num_heads) if plain else 0
+
+
+def _grid(module: nn.Module, tokens: tuple[int, ...], front: int) -> tuple[int, int] | None:
+    if len(tokens) != 2:
+        return None
+    known = getattr(getattr(module, "patch_embed", None), "grid_size", None)
+    side = math.isqrt(tokens[0] - front)
+    grid = (int(known[0]), int(known[1])) if known is not None else (side, side)
+    return grid if grid[0] * grid[1] == tokens[0] - front else None
 
 
 def parameters(module: nn.Module) -> Iterator[Site]:
@@ -130,12 +187,18 @@ def _site(call: _Call, watcher: _Watch, put_out: Mapping[str, Tensor]) -> Site:
         in_features=int(shape[min(1, len(shape) - 1)]),
         out_features=int(shape[0]),
         taps=int(shape[2:].numel()),
+        stride=_first(call.given.get("stride", 1)),
+        dilation=_first(call.given.get("dilation", 1)),
         groups=int(call.given.get("groups", 1)) if call.operator.startswith("conv") else 1,
         channel_axis=1 if call.operator in _CHANNELS_FIRST else -1,
         blocks=_thirds(call, watcher) if call.operator == "linear" and name.endswith("qkv") else (),
         scalable=not own_bias or "bias" in call.names,
         exposed=alone and put_out.get(name) is call.output,
     )
+
+
+def _first(value: Any) -> int:
+    return int(value[0] if isinstance(value, (tuple, list)) else value)
 
 
 def _batch_norm_behind(call: _Call, watcher: _Watch) -> str | None:

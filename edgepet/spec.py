@@ -78,10 +78,11 @@ class Target:
 class Site:
     """A layer of the backbone where a method can act.
 
-    ``kind`` is "linear", "conv" or "norm", or "tensor" for one bare parameter. A weight is seen as a matrix of
-    ``out_features`` rows and ``columns``; a convolution has ``taps`` columns for each of its ``in_features`` input
-    channels, those of one group where ``groups`` is above 1. ``blocks`` names row blocks of a fused weight, as timm's
-    ``qkv`` has: q = (0, d), k = (d, 2d), v = (2d, 3d). ``channel_axis`` is where the layer's output has its channels.
+    ``kind`` is "linear", "conv" or "norm", "tensor" for one bare parameter, or "block" for a ``Block``. A weight is
+    seen as a matrix of ``out_features`` rows and ``columns``; a convolution has ``taps`` columns for each of its
+    ``in_features`` input channels, those of one group where ``groups`` is above 1. ``blocks`` names row blocks of a
+    fused weight, as timm's ``qkv`` has: q = (0, d), k = (d, 2d), v = (2d, 3d). ``channel_axis`` is where the layer's
+    output has its channels.
 
     ``mean`` is the running mean of the batch norm that alone reads this layer, where the layer has no bias.
     ``scalable`` is false where the bias is put together on the way, so that no tensor could be scaled with the weight.
@@ -89,12 +90,14 @@ class Site:
     """
 
     name: str
-    kind: Literal["linear", "conv", "norm", "tensor"]
+    kind: Literal["linear", "conv", "norm", "tensor", "block"]
     weight: str
     bias: str | None
     in_features: int
     out_features: int
     taps: int = 1
+    stride: int = 1
+    dilation: int = 1
     groups: int = 1
     channel_axis: Literal[-1, 1] = -1
     blocks: tuple[tuple[str, tuple[int, int]], ...] = ()
@@ -108,6 +111,11 @@ class Site:
         return self.in_features * self.taps
 
     @property
+    def operates(self) -> bool:
+        """Whether this is a layer, and no block or bare parameter."""
+        return self.kind in ("linear", "conv", "norm")
+
+    @property
     def dense(self) -> bool:
         """Whether every output reads every input channel: a linear layer, or a convolution of one group."""
         return self.kind in ("linear", "conv") and self.groups == 1
@@ -116,6 +124,28 @@ class Site:
     def takes_shift(self) -> bool:
         """Whether a constant added to the output can be written into a tensor that is there."""
         return self.bias is not None or self.mean is not None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Block(Site):
+    """A repeated part of the network, a transformer's block or a ConvNet's, whose ``weight`` is empty.
+
+    ``points`` are shapes of one image's features, by where they flow: ":in" and ":out" of the block, "norm1:in" and the
+    like of the modules right in it. Those of tokens are (N, d), of maps (C, H, W). ``container`` is what the block is
+    one of. ``heads`` are those of a plain attention called "attn", else 0; ``prefix`` counts the tokens in front of the
+    patches, which form a ``grid`` (rows, columns). ``stem_columns`` are the inputs of one output of the first layer.
+    """
+
+    points: Mapping[str, tuple[int, ...]]
+    container: str
+    heads: int = 0
+    prefix: int = 0
+    grid: tuple[int, int] | None = None
+    stem_columns: int = 1
+
+    def has(self, *children: str) -> bool:
+        """Whether modules of these names lie right in the block, and ran."""
+        return all(f"{child}:out" in self.points for child in children)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -16,7 +16,7 @@ from pathlib import Path
 from edgepet.errors import InputError
 from edgepet.files import folder_bytes, new_folder, read_file, write_file
 from edgepet.graph import BaseGraph, graph_folder, open_graph
-from edgepet.merging import merge
+from edgepet.merging import task_tensors
 from edgepet.pack import Pack, read_pack
 
 
@@ -50,7 +50,7 @@ class Store:
         pack = read_pack(data)
         graph = self.graph_of(pack)
         graph.require_fit(pack.delta)
-        merge(graph.base, pack.delta)
+        task_tensors(graph.base, pack.delta)
         path = self._path(pack.delta.task)
         path.parent.mkdir(parents=True, exist_ok=True)
         write_file(path, data)
@@ -74,7 +74,9 @@ class Store:
 
     def graph_of(self, pack: Pack) -> BaseGraph:
         """The graph that ``pack`` runs on."""
-        return open_graph(pack.delta.fingerprint, pack.delta.preprocess.image_size, root=self.root)
+        return open_graph(
+            pack.delta.fingerprint, pack.delta.preprocess.image_size, pack.delta.structure, root=self.root
+        )
 
     @property
     def cache_bytes(self) -> int:

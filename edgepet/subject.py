@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -15,7 +16,7 @@ from edgepet.delta import Delta
 from edgepet.errors import InputError, require
 from edgepet.graph import WEIGHTS, BaseGraph, graph_folder, open_graph
 from edgepet.imaging import normalize
-from edgepet.merging import merge, require_backbone
+from edgepet.merging import merge, require_backbone, task_tensors
 from edgepet.methods import configure
 from edgepet.pack import Pack, read_pack
 from edgepet.parity import Against, Inputs, Parity, coarser, compare
@@ -41,11 +42,11 @@ class Subject:
         """The base graph from the cache; traced where it is not there yet."""
         delta = self.delta
         try:
-            return open_graph(delta.fingerprint, delta.preprocess.image_size)
+            return open_graph(delta.fingerprint, delta.preprocess.image_size, delta.structure)
         except InputError:
             from edgepet.exporters.trace import base_graph
 
-            return base_graph(self.backbone)
+            return base_graph(self.backbone, delta.branches)
 
     @cached_property
     def backbone(self) -> Any:
@@ -146,6 +147,22 @@ def plain_network(subject: Subject, *, merged: bool = True) -> Any:
     return module
 
 
+def branched_network(subject: Subject) -> Any:
+    """A torch module of the pack as stored: a copy of the backbone with its updates folded in, branches and head."""
+    import torch
+
+    from edgepet.graft import Grafted, in_torch
+
+    tensors, head = task_tensors(subject.backbone.base, subject.delta), subject.delta.head
+    body = copy.deepcopy(subject.backbone.module)
+    body.load_state_dict({name: torch.from_numpy(np.array(tensors[name])) for name in body.state_dict()}, strict=True)
+    last = torch.nn.Linear(*head.weight.shape[::-1])
+    values = {"weight": head.weight, "bias": head.bias}
+    last.load_state_dict({name: torch.from_numpy(value.astype(np.float32)) for name, value in values.items()})
+    branches = in_torch([branch.with_tensors(tensors) for branch in subject.delta.branches])
+    return torch.nn.Sequential(Grafted(body, branches), last).eval()
+
+
 def tuned_network(subject: Subject) -> Any:
     """The network as it was trained, through its activation path, from the work folder beside the pack.
 
@@ -174,7 +191,7 @@ def _loaded(spec: str, image_size: int) -> Any:
 
 
 class TorchNetwork:
-    """A pack in torch fp32: "tuned" through its activation path, "merged", or the "plain" backbone under its head."""
+    """A pack in torch fp32: "tuned" as it was trained, "merged", with "branches", or the "plain" backbone and head."""
 
     def __init__(self, subject: Subject, mode: str, *, threads: int | None = None) -> None:
         import torch
@@ -182,6 +199,8 @@ class TorchNetwork:
         self._torch, self._threads_before = torch, torch.get_num_threads()
         if mode == "tuned":
             self._module = tuned_network(subject)
+        elif mode == "branches":
+            self._module = branched_network(subject)
         else:
             self._module = plain_network(subject, merged=mode == "merged")
         if threads is not None:

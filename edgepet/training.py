@@ -24,8 +24,9 @@ from edgepet.delta import Delta, Score
 from edgepet.errors import CheckError, InputError
 from edgepet.exporters.trace import keep_weights
 from edgepet.fitting import AUGMENTATIONS, Augmentation, Fit, Pixels, Plan, Say, fast_bfloat16, fit
+from edgepet.graft import grafted, in_torch
 from edgepet.imaging import normalize
-from edgepet.merging import merge
+from edgepet.merging import task_tensors
 from edgepet.methods import Method, configure
 from edgepet.methods.method import count
 from edgepet.pack import Codec, encode_pack, read_pack, write_pack
@@ -226,11 +227,13 @@ def _report(
 
 
 def merged_logits(backbone: Backbone, delta: Delta, images: NpArray) -> NpArray:
-    """Logits (n, C) of ``delta`` folded into ``backbone`` and run by torch in float32."""
-    state = {name: torch.from_numpy(np.array(tensor)) for name, tensor in merge(backbone.base, delta).items()}
+    """Logits (n, C) of ``delta`` folded into ``backbone``, its branches beside it, run by torch in float32."""
+    tensors = task_tensors(backbone.base, delta)
+    branches = in_torch([branch.with_tensors(tensors) for branch in delta.branches])
+    state = {name: torch.from_numpy(np.array(tensors[name])) for name in backbone.tensors}
     head = torch.from_numpy(delta.head.weight.astype(np.float32)), torch.from_numpy(delta.head.bias.astype(np.float32))
     parts = []
-    with torch.no_grad():
+    with torch.no_grad(), grafted(backbone.module, branches):
         for batch in torch.split(torch.from_numpy(images), 64):
             features = torch.func.functional_call(backbone.module, state, (batch,), tie_weights=False)
             parts.append(torch.nn.functional.linear(features, *head))
@@ -332,7 +335,7 @@ def _provenance(plan: Plan, model: TunedModel, fitted: Fit, images: int, shots: 
         "images": images,
         "shots": shots,
         "batch_size": plan.batch_size,
-        "without_shift": [site.name for site in model.sites if site.kind != "tensor" and not site.takes_shift],
+        "without_shift": [site.name for site in model.sites if site.operates and not site.takes_shift],
         "lr": plan.lr,
         "weight_decay": plan.weight_decay,
         "augment": list(plan.augment),

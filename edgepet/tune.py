@@ -11,11 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from edgepet.backbones import Backbone
+from edgepet.branches import ATTENTION, Branch
 from edgepet.delta import Delta, Head, Score
+from edgepet.graft import grafted, in_torch
 from edgepet.merging import fold_all
-from edgepet.methods import ActivationPath, Method
+from edgepet.methods import ActivationPath, Branching, Method
 from edgepet.methods.method import flatten, unflatten
-from edgepet.spec import NpArray, Site
+from edgepet.spec import NpArray, Site, Tuned
 from edgepet.updates import fold
 
 _MEAN = ".running_mean"
@@ -65,10 +67,21 @@ class TunedModel(nn.Module):
             norm = self.backbone.get_submodule(name.removesuffix(_MEAN))
             hooks.append(norm.register_forward_pre_hook(_shifted(folded.pop(name) - norm.get_buffer(_MEAN[1:]))))
         try:
-            return cast(Tensor, torch.func.functional_call(self.backbone, folded, (images,)))
+            with grafted(self.backbone, self.branches(tuned)):
+                return cast(Tensor, torch.func.functional_call(self.backbone, folded, (images,)))
         finally:
             for hook in hooks:
                 hook.remove()
+
+    def branches(self, tuned: Tuned) -> tuple[Branch, ...]:
+        """What the method leaves in the graph, made of ``tuned``."""
+        return self.method.branches(self.sites, tuned) if isinstance(self.method, Branching) else ()
+
+    @property
+    def extends_attention(self) -> bool:
+        """Whether branches go into torch's attention operator, which must then be the fused one."""
+        with torch.no_grad():
+            return any(branch.kind in ATTENTION for branch in self.branches(self.tuned()))
 
     def _hook(self, site: Site, tuned: Mapping[str, Tensor]) -> Callable[..., Tensor]:
         method = cast(ActivationPath, self.method)
@@ -147,6 +160,7 @@ def extract(
         backbone=backbone.label,
         fingerprint=backbone.fingerprint,
         updates=model.method.lower(backbone.tensors, model.sites, tuned),
+        branches=model.branches(tuned),
         head=model.head(),
         labels=labels,
         preprocess=backbone.preprocess,
@@ -179,7 +193,8 @@ def algebra_error(model: TunedModel, backbone: Backbone, images: NpArray) -> tup
         with torch.no_grad():
             expected = model(batch)
             state = {name: torch.from_numpy(tensor) for name, tensor in merged.items()}
-            got = model.classify(torch.func.functional_call(model.backbone, state, (batch,), tie_weights=False))
+            with grafted(model.backbone, in_torch(model.branches(tuned))):
+                got = model.classify(torch.func.functional_call(model.backbone, state, (batch,), tie_weights=False))
     finally:
         model.float().train(was_training)
     return float((expected - got).abs().max()), float(expected.abs().max())

@@ -7,7 +7,7 @@ import io
 import json
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ import numpy as np
 import safetensors.numpy
 
 from edgepet.backbones import Backbone, explicit_attention
+from edgepet.branches import ATTENTION, Branch, named_tensors, structure_digest, structure_of
 from edgepet.errors import CheckError, InputError, require
 from edgepet.files import write_file
 from edgepet.graph import (
@@ -36,21 +37,24 @@ from edgepet.spec import NpArray
 OPSET, IR_VERSION = 20, 10  # the newest that ONNX Runtime, OpenVINO and TensorRT all read, int8 included
 
 
-def base_graph(backbone: Backbone, *, root: Path | None = None) -> BaseGraph:
-    """The graph of ``backbone`` from the cache, or traced now; checked against torch when it is made.
+def base_graph(backbone: Backbone, branches: Sequence[Branch] = (), *, root: Path | None = None) -> BaseGraph:
+    """The graph of ``backbone`` with branches of one structure, from the cache or traced now; then checked.
+
+    Args:
+        branches: NumPy tensors; their values are left out of the graph, each task brings its own.
 
     Raises:
         InputError: torch cannot export an operator of this network.
         CheckError: ONNX Runtime answers otherwise than torch.
     """
-    size = backbone.preprocess.image_size
+    size, structure = backbone.preprocess.image_size, structure_digest(structure_of(branches))
     folder = graph_folder(backbone.fingerprint, root)
-    if (folder / f"{graph_stem(size)}.json").is_file():
+    if (folder / f"{graph_stem(size, structure)}.json").is_file():
         with contextlib.suppress(InputError):  # a damaged cache is made again
-            return open_graph(backbone.fingerprint, size, root=root)
-    _make(backbone, folder)
-    graph = open_graph(backbone.fingerprint, size, root=root)
-    _check(graph, backbone)
+            return open_graph(backbone.fingerprint, size, structure, root=root)
+    _make(backbone, branches, folder)
+    graph = open_graph(backbone.fingerprint, size, structure, root=root)
+    _check(graph, backbone, branches)
     return graph
 
 
@@ -63,19 +67,21 @@ def keep_weights(backbone: Backbone, folder: Path | None = None, *, anew: bool =
         write_file(folder / WEIGHTS, data)
 
 
-def _make(backbone: Backbone, folder: Path) -> None:
-    stem = graph_stem(backbone.preprocess.image_size)
+def _make(backbone: Backbone, branches: Sequence[Branch], folder: Path) -> None:
+    structure = structure_of(branches)
+    stem = graph_stem(backbone.preprocess.image_size, structure_digest(structure))
     keep_weights(backbone, folder, anew=True)  # what was there may be damaged
     native = backbone.native
     tables = {name: t for name, t in backbone.tensors.items() if name not in native or native[name].shape != t.shape}
+    tables |= {name: np.zeros(t.shape, np.float32) for name, t in named_tensors(branches).items()}
     files = [WEIGHTS, f"{stem}.onnx"]
     places = safetensors_places(folder / WEIGHTS)
     if tables:
         files.append(f"{stem}.safetensors")
         write_file(folder / files[-1], safetensors.numpy.save({n: np.asarray(t, order="C") for n, t in tables.items()}))
         places |= safetensors_places(folder / files[-1])
-    model = _traced(backbone)
-    _externalise(model, places, backbone)
+    model = _traced(backbone, branches)
+    _externalise(model, places, {*backbone.tensors, *named_tensors(branches)}, backbone)
     write_file(folder / f"{stem}.onnx", model.SerializeToString(deterministic=True))
     facts = {
         "backbone": backbone.label,
@@ -85,37 +91,52 @@ def _make(backbone: Backbone, folder: Path) -> None:
         "width": backbone.width,
         "create_args": backbone.create_args,
         "licence": backbone.licence,
+        "branches": structure,
         "versions": {name: version(name) for name in ("torch", "timm", "onnx", "onnxscript")},
     }
     write_graph_json(folder, stem, facts, files)
 
 
-def _traced(backbone: Backbone) -> Any:
+def _traced(backbone: Backbone, branches: Sequence[Branch]) -> Any:
     import torch
 
+    from edgepet.graft import Grafted, in_torch
+
     require("onnxscript", extra="train", purpose="exporting a graph")
+    module = Grafted(backbone.module, in_torch(branches)) if branches else backbone.module
     failures = (torch.onnx.errors.OnnxExporterError, torch._dynamo.exc.TorchDynamoException)
     try:
         try:
-            program = _export(backbone)
+            program = _export(module, backbone.preprocess.image_size)
         except failures:  # torch exports fused attention of four axes only; as two products any number goes
+            if any(branch.kind in ATTENTION for branch in branches):
+                raise  # further keys and values go into the fused operator
             with explicit_attention(backbone.module):
-                program = _export(backbone)
+                program = _export(module, backbone.preprocess.image_size)
     except failures as error:
         raise InputError(
             backbone.label, "cannot be exported to ONNX", got=_reason(error), fix="export another architecture"
         ) from error
-    _tidy(program.model, set(backbone.tensors))
+    named = list(named_tensors(branches))
+    _rename(program.model, {f"tensors.{i}": name for i, name in enumerate(named)} if named else {})
+    _tidy(program.model, {*backbone.tensors, *named})
     return program.model_proto
 
 
-def _export(backbone: Backbone) -> Any:
+def _rename(model: Any, names: Mapping[str, str]) -> None:
+    """Initializers of a grafted network, as the backbone and its branches call them."""
+    if names:
+        for old, value in list(model.graph.initializers.items()):
+            value.name = names.get(old, old.removeprefix("backbone."))
+
+
+def _export(module: Any, image_size: tuple[int, int]) -> Any:
     import torch
 
-    height, width = backbone.preprocess.image_size
+    height, width = image_size
     with _quiet():
         return torch.onnx.export(
-            backbone.module,
+            module,
             (torch.zeros(2, 3, height, width),),
             dynamo=True,
             optimize=False,  # optimising renames, transposes and merges parameters
@@ -150,7 +171,7 @@ def _tidy(model: Any, parameters: set[str]) -> None:
             node.resize_inputs(2)
 
 
-def _externalise(model: Any, places: dict[str, Place], backbone: Backbone) -> None:
+def _externalise(model: Any, places: dict[str, Place], wanted: set[str], backbone: Backbone) -> None:
     """Point parameters into the weights files, and take out what torch adds: it is 1.4 MB and names local paths."""
     model.ir_version = IR_VERSION
     model.producer_name, model.producer_version, model.doc_string = "edgepet", "", ""
@@ -179,20 +200,26 @@ def _externalise(model: Any, places: dict[str, Place], backbone: Backbone) -> No
         tensor.data_location = tensor.EXTERNAL
         for key, value in (("location", place.file), ("offset", place.offset), ("length", place.length)):
             tensor.external_data.add(key=key, value=str(value))
-    lost = sorted(name for name, t in backbone.tensors.items() if t.dtype.kind == "f" and name not in seen)
+    integers = {name for name, tensor in backbone.tensors.items() if tensor.dtype.kind != "f"}
+    lost = sorted(wanted - integers - seen)
     if lost:
         raise InputError(
             backbone.spec, "every tensor must survive as an initializer", got=f"{', '.join(lost[:3])} lost"
         )
 
 
-def _check(graph: BaseGraph, backbone: Backbone) -> None:
+def _check(graph: BaseGraph, backbone: Backbone, branches: Sequence[Branch]) -> None:
     import torch
 
-    images = np.random.default_rng(0).normal(size=(3, 3, *graph.preprocess.image_size)).astype(np.float32)
-    with torch.no_grad():
+    from edgepet.graft import grafted, in_torch
+
+    rng = np.random.default_rng(0)
+    images = rng.normal(size=(3, 3, *graph.preprocess.image_size)).astype(np.float32)
+    drawn = {name: rng.normal(0, 0.05, t.shape).astype(np.float32) for name, t in named_tensors(branches).items()}
+    planted = in_torch([branch.with_tensors(drawn) for branch in branches])
+    with torch.no_grad(), grafted(backbone.module, planted):
         expected: NpArray = backbone.module(torch.from_numpy(images)).numpy()
-    with OnnxRuntime.of_graph(graph, {}) as runner:
+    with OnnxRuntime.of_graph(graph, drawn) as runner:
         worst = float(np.abs(runner(images) - expected).max())
     limit = 1e-4 * float(np.abs(expected).max())
     if not worst <= limit:

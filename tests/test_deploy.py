@@ -236,7 +236,7 @@ def older(tmp_path: Path) -> Path:
 def test_an_export_that_forgets_the_delta_fails_and_leaves_the_older_one(
     artifacts: Artifacts, tasks: Tasks, older: Path, monkeypatch: pytest.MonkeyPatch, format_name: str
 ) -> None:
-    monkeypatch.setattr(deploy, "fold", lambda base, delta: dict(base.tensors))
+    monkeypatch.setattr(deploy, "task_tensors", lambda base, delta: dict(base.tensors))
     before = digests(older)
 
     message = refused(4, "export", tasks.shapes, "--to", format_name, "-o", older)
@@ -253,7 +253,7 @@ def test_an_export_that_forgets_the_delta_fails_and_leaves_the_older_one(
 def test_a_failed_export_leaves_no_folder(
     artifacts: Artifacts, tasks: Tasks, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, format_name: str
 ) -> None:
-    monkeypatch.setattr(deploy, "fold", lambda base, delta: dict(base.tensors))
+    monkeypatch.setattr(deploy, "task_tensors", lambda base, delta: dict(base.tensors))
 
     refused(4, "export", tasks.shapes, "--to", format_name, "-o", tmp_path / "out")
 

@@ -16,12 +16,14 @@ import safetensors.numpy
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from edgepet.branches import BRANCHES, Branch
 from edgepet.canonical import canonical_json
 from edgepet.delta import Delta, Head, Score
 from edgepet.errors import InputError, PackError
 from edgepet.expressions import Binary, Mix
 from edgepet.methods import SSF, Consolidator, LoRA, Method
-from edgepet.pack import MAX_UPDATES, Codec, encode_pack, read_pack, write_pack
+from edgepet.pack import Codec, encode_pack, read_pack, write_pack
+from edgepet.planes import MAX_UPDATES
 from edgepet.spec import NpArray, Preprocess, Site, Target
 from edgepet.updates import Add, Grouped, LowRank, Scale, Targeted, attributes, factors
 from tests.tiny import FINGERPRINT, SETTINGS, cases, make_delta
@@ -358,6 +360,7 @@ CUT = "pack: is not a pack or is cut short"
 WHOLE = "\n  fix: copy the file again, whole"
 AGAIN = "pack: is not written in the canonical form\n  fix: write it again with edgepet"
 FIRST, SECOND, THIRD = (f"pack.updates[{i}].on[0]" for i in range(3))
+BRANCH = "pack.branches[0].on[0]"
 
 
 @pytest.mark.parametrize("place", [*range(12), *(i / 40 for i in range(1, 40)), -1])
@@ -423,6 +426,33 @@ def expressed(change: Callable[[dict[str, Any], dict[str, NpArray]], object] = l
     return safetensors.numpy.save(tensors, metadata={"edgepet": canonical_json(manifest).decode()})
 
 
+def branched(change: Callable[[dict[str, Any], dict[str, NpArray]], object] = lambda group, tensors: None) -> bytes:
+    """A pack of two bottlenecks, its group changed."""
+    shapes = {"down.weight": (2, 4), "down.bias": (2,), "up.weight": (4, 2), "up.bias": (4,)}
+    branches = [
+        Branch(kind="bottleneck", tap=f"blocks.{i}.mlp:out", into=f"blocks.{i}.mlp:out", settings={"activation": "relu"},
+               tensors={name: floats(*shape, start=i) for name, shape in shapes.items()})
+        for i in range(2)
+    ]  # fmt: skip
+    data = encode_pack(make_delta(branches=tuple(branches)), codec="fp32")
+    tensors = {name: tensor.copy() for name, tensor in safetensors.numpy.load(data).items()}
+    manifest = manifest_of(data)
+    change(manifest["branches"][0], tensors)
+    return safetensors.numpy.save(tensors, metadata={"edgepet": canonical_json(manifest).decode()})
+
+
+def test_the_manifest_says_where_branches_read_and_where_they_are_added() -> None:
+    (group,) = manifest_of(branched())["branches"]
+
+    assert group == {
+        "kind": "bottleneck", "settings": {"activation": "relu"},
+        "on": [{
+            "tap": "blocks.{0..1}.mlp:out", "into": "blocks.{0..1}.mlp:out",
+            "down.weight": [0, 8, 2, 4], "down.bias": [0, 2, 2], "up.weight": [0, 8, 4, 2], "up.bias": [0, 4, 4],
+        }],
+    }  # fmt: skip
+
+
 def stray_bit(group: dict[str, Any], tensors: dict[str, NpArray]) -> None:
     tensors["low-rank.left.bits"][-1] |= 1 << 4  # the 13th of 12
 
@@ -482,7 +512,31 @@ MALFORMED: dict[str, tuple[bytes, str]] = {
     "a bool for the version": (key_to(True, "version"), "pack.version: needs an integer of at least 0, got True"),
     "a codec that version 1 has not": (key_to("int8", "codec"), "pack.codec: needs one of fp32, fp16, got 'int8'"),
     "another codec than the values have": (key_to("fp16", "codec"), "pack: low-rank.left: needs float16, got float32"),
-    "branches": (key_to([{}], "branches"), "pack.branches: this edgepet folds updates and knows no branches\n  fix: update edgepet"),
+    "a branch of nothing": (key_to([{}], "branches"), "pack.branches[0]: needs the key 'kind'"),
+    "a branch of an unknown kind": (
+        key_to([{"kind": "gate"}], "branches"),
+        f"pack.branches[0].kind: needs one of {', '.join(BRANCHES)}, got 'gate'"),
+    "a branch with another kind's setting": (
+        branched(lambda b, t: b["settings"].update(heads=3)), f"pack.branches[0].settings: knows no key 'heads'{NEWER}"),
+    "a branch without its activation": (
+        branched(lambda b, t: b["settings"].pop("activation")), "pack.branches[0].settings: needs the key 'activation'"),
+    "an activation that no graph has": (
+        branched(lambda b, t: b["settings"].update(activation="tanh")),
+        "pack: flowers: blocks.0.mlp:out: knows relu, gelu, quick-gelu, none, got 'tanh'"),
+    "a branch without one of its tensors": (branched(lambda b, t: b["on"][0].pop("up.bias")), f"{BRANCH}: needs the key 'up.bias'"),
+    "a branch whose tensor has other axes": (
+        branched(lambda b, t: b["on"][0].update({"up.bias": [0, 4, 2, 2]})),
+        "pack: flowers: blocks.0.mlp:out: bottleneck needs down.weight of 2 axes, down.bias of 1 axes, up.weight of 2 axes, up.bias of 1 axes, got down.weight, down.bias, up.weight, up.bias"),
+    "a point without a side": (
+        branched(lambda b, t: b["on"][0].update(tap="blocks.{0..1}.mlp")),
+        "pack: flowers: a point is a module's name with :in or :out, got 'blocks.0.mlp'"),
+    "a point that is a path": (
+        branched(lambda b, t: b["on"][0].update(tap="../{0..1}:in")),
+        "pack: flowers: a point is a module's name with :in or :out, got '../0:in'"),
+    "taps and sums that are not as many": (
+        branched(lambda b, t: b["on"][0].update(tap="blocks.0.mlp:out")), f"{BRANCH}: repeats tap and into equally often, got 1 and 2"),
+    "two branches of one kind at one point": (
+        branched(lambda b, t: b["on"][0].update(into="blocks.0.mlp:out", tap="blocks.0.mlp:out")), None),
     "no branches key": (without("branches"), "pack: needs the key 'branches'"),
     "an unknown key": (key_to(1, "extra"), f"pack: knows no key 'extra'{NEWER}"),
     "an unknown key of the backbone": (key_to(1, "backbone", "extra"), f"pack.backbone: knows no key 'extra'{NEWER}"),

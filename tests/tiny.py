@@ -82,9 +82,11 @@ def perturb(model: TunedModel, seed: int, by: float = 0.05) -> TunedModel:
 
 def sites_of(architecture: str) -> tuple[Site, ...]:
     """The layers of a timm architecture, built and run without any memory for its weights."""
+    size = {"img_size": 224} if architecture.startswith("vit") else {}
     with torch.device("meta"):
-        module = timm.create_model(architecture, pretrained=False, num_classes=0, img_size=224).eval()
-        return watch(module, torch.zeros(1, 3, 224, 224)).sites
+        module = timm.create_model(architecture, pretrained=False, num_classes=0, **size).eval()
+        seen = watch(module, torch.zeros(1, 3, 224, 224))
+        return (*seen.sites, *seen.blocks)
 
 
 def make_delta(updates: Iterable[Targeted] = (), *, classes: int = 3, width: int = 4, **changes: Any) -> Delta:

@@ -10,33 +10,48 @@ from dataclasses import fields
 from typing import Any
 
 from edgepet.errors import InputError
+from edgepet.methods.adapter import Adapter, Houlsby
+from edgepet.methods.adaptformer import AdaptFormer
 from edgepet.methods.baselines import Full, LinearProbe
 from edgepet.methods.bi_lora import BiLoRA
 from edgepet.methods.bitfit import BitFit
 from edgepet.methods.consolidator import Consolidator
+from edgepet.methods.conv_adapter import ConvAdapter
+from edgepet.methods.convpass import Convpass
 from edgepet.methods.dora import DoRA
 from edgepet.methods.fact import FacTTK, FacTTT
 from edgepet.methods.ia3 import IA3
 from edgepet.methods.kadaptation import KAdaptation
 from edgepet.methods.krona import KronA, LoKr
 from edgepet.methods.lora import LoRA
-from edgepet.methods.method import ActivationPath, Method, Recipe
+from edgepet.methods.method import ActivationPath, Branching, Method, Recipe
 from edgepet.methods.norm_tuning import NormTuning
+from edgepet.methods.parallel_adapter import ParallelAdapter
+from edgepet.methods.prefix import MAM, Prefix
+from edgepet.methods.pro_tuning import ProTuning
 from edgepet.methods.repadapter import RepAdapter
 from edgepet.methods.ssf import SSF
+from edgepet.methods.vpt import VPTDeep, VPTShallow
 
 __all__ = [
     "IA3",
+    "MAM",
     "METHODS",
     "SSF",
     "ActivationPath",
+    "AdaptFormer",
+    "Adapter",
     "BiLoRA",
     "BitFit",
+    "Branching",
     "Consolidator",
+    "ConvAdapter",
+    "Convpass",
     "DoRA",
     "FacTTK",
     "FacTTT",
     "Full",
+    "Houlsby",
     "KAdaptation",
     "KronA",
     "LinearProbe",
@@ -44,8 +59,13 @@ __all__ = [
     "LoRA",
     "Method",
     "NormTuning",
+    "ParallelAdapter",
+    "Prefix",
+    "ProTuning",
     "Recipe",
     "RepAdapter",
+    "VPTDeep",
+    "VPTShallow",
     "configure",
 ]
 
@@ -66,6 +86,17 @@ METHODS: dict[str, type[Method]] = {
     "lokr": LoKr,
     "repadapter": RepAdapter,
     "bi-lora": BiLoRA,
+    "adapter": Adapter,
+    "houlsby": Houlsby,
+    "adaptformer": AdaptFormer,
+    "parallel-adapter": ParallelAdapter,
+    "prefix": Prefix,
+    "mam": MAM,
+    "vpt-shallow": VPTShallow,
+    "vpt-deep": VPTDeep,
+    "convpass": Convpass,
+    "conv-adapter": ConvAdapter,
+    "pro-tuning": ProTuning,
 }
 
 

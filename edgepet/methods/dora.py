@@ -13,7 +13,7 @@ from typing import ClassVar
 import numpy as np
 
 from edgepet.errors import InputError
-from edgepet.methods.method import QUERY_AND_VALUE, Recipe, Start, attention, block, uniform
+from edgepet.methods.method import QUERY_AND_VALUE, Recipe, Start, attended, attention, block, uniform
 from edgepet.spec import Array, NpArray, Site, Tensors, Tuned
 from edgepet.updates import LowRank, Scale, Targeted, fold
 
@@ -40,8 +40,7 @@ class DoRA:
             raise InputError(self.name, "needs a rank of at least 1", got=self.rank)
 
     def sites(self, layers: Sequence[Site]) -> tuple[Site, ...]:
-        chosen = attention(layers, self.on or QUERY_AND_VALUE, otherwise_dense=not self.on)
-        return tuple(site for site in layers if site.name in chosen and site.kind != "tensor")
+        return attended(layers, self.on)
 
     def start(self, sites: Sequence[Site], base: Tensors, rng: np.random.Generator) -> Start:
         return {site.name: self._start(site, base, rng) for site in sites}

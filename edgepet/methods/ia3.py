@@ -35,7 +35,9 @@ class IA3:
     def sites(self, layers: Sequence[Site]) -> tuple[Site, ...]:
         inner = {site.name for site in layers if site.kind in ("linear", "conv") and parts(site, self.inner)}
         chosen = inner | attention(layers, self.on, otherwise_dense=not inner).keys()
-        return tuple(site for site in layers if site.name in chosen and site.kind != "tensor" and site.scalable)
+        return tuple(
+            site for site in layers if site.name in chosen and site.kind in ("linear", "conv") and site.scalable
+        )
 
     def start(self, sites: Sequence[Site], base: Tensors, rng: np.random.Generator) -> Start:
         del base, rng

@@ -16,7 +16,7 @@ import numpy as np
 
 from edgepet.errors import InputError
 from edgepet.expressions import Product
-from edgepet.methods.method import QUERY_AND_VALUE, SHARED, Recipe, Start, attention, block, uniform
+from edgepet.methods.method import QUERY_AND_VALUE, SHARED, Recipe, Start, attended, attention, block, uniform
 from edgepet.spec import Array, NpArray, Site, Target, Tensors, Tuned
 from edgepet.updates import Add, Kronecker, Targeted
 
@@ -42,9 +42,7 @@ class KAdaptation:
             raise InputError(self.name, "needs at least 1 term", got=self.terms)
 
     def sites(self, layers: Sequence[Site]) -> tuple[Site, ...]:
-        chosen = attention(layers, self.on or QUERY_AND_VALUE, otherwise_dense=not self.on)
-        named = tuple(site for site in layers if site.name in chosen and site.kind != "tensor")
-        return tuple(site for site in named if self._parts(site))
+        return tuple(site for site in attended(layers, self.on) if self._parts(site))
 
     def start(self, sites: Sequence[Site], base: Tensors, rng: np.random.Generator) -> Start:
         del base

@@ -16,7 +16,7 @@ import numpy as np
 
 from edgepet.errors import InputError
 from edgepet.expressions import Product
-from edgepet.methods.method import QUERY_AND_VALUE, Recipe, Start, attention, block, uniform
+from edgepet.methods.method import QUERY_AND_VALUE, Recipe, Start, attended, attention, block, uniform
 from edgepet.spec import Array, NpArray, Site, Tensors, Tuned
 from edgepet.updates import Kronecker, Targeted
 
@@ -38,8 +38,7 @@ class KronA:
     starts_as_identity: ClassVar[bool] = True
 
     def sites(self, layers: Sequence[Site]) -> tuple[Site, ...]:
-        chosen = attention(layers, self.on or QUERY_AND_VALUE, otherwise_dense=not self.on)
-        return tuple(site for site in layers if site.name in chosen and site.kind != "tensor")
+        return attended(layers, self.on)
 
     def start(self, sites: Sequence[Site], base: Tensors, rng: np.random.Generator) -> Start:
         del base
@@ -89,8 +88,7 @@ class LoKr:
             raise InputError(self.name, "needs a factor of at least 1, or -1", got=self.factor)
 
     def sites(self, layers: Sequence[Site]) -> tuple[Site, ...]:
-        chosen = attention(layers, self.on or QUERY_AND_VALUE, otherwise_dense=not self.on)
-        return tuple(site for site in layers if site.name in chosen and site.kind != "tensor")
+        return attended(layers, self.on)
 
     def start(self, sites: Sequence[Site], base: Tensors, rng: np.random.Generator) -> Start:
         del base

@@ -14,7 +14,7 @@ from typing import ClassVar
 import numpy as np
 
 from edgepet.errors import InputError
-from edgepet.methods.method import QUERY_AND_VALUE, Recipe, Start, attention, block, ending, uniform
+from edgepet.methods.method import QUERY_AND_VALUE, Recipe, Start, attended, attention, block, ending, uniform
 from edgepet.spec import Array, NpArray, Site, Tensors, Tuned
 from edgepet.updates import LowRank, Targeted
 
@@ -50,8 +50,7 @@ class LoRA:
             raise InputError(self.name, "needs a rank of at least 1", got=lowest)
 
     def sites(self, layers: Sequence[Site]) -> tuple[Site, ...]:
-        chosen = attention(layers, self.on or QUERY_AND_VALUE, otherwise_dense=not self.on)
-        return tuple(site for site in layers if site.name in chosen and site.kind != "tensor")
+        return attended(layers, self.on)
 
     def start(self, sites: Sequence[Site], base: Tensors, rng: np.random.Generator) -> Start:
         del base

@@ -8,7 +8,8 @@ from typing import ClassVar, Protocol, TypeAlias, TypeVar, runtime_checkable
 
 import numpy as np
 
-from edgepet.spec import Array, NpArray, Site, Target, Tensors, Tuned
+from edgepet.branches import Branch
+from edgepet.spec import Array, Block, NpArray, Site, Target, Tensors, Tuned
 from edgepet.updates import Add, Targeted
 
 T = TypeVar("T")
@@ -52,6 +53,26 @@ class Method(Protocol):
         A method without ``forward`` is trained through its lowering: then only operators that NumPy and torch share.
         """
         ...
+
+
+@runtime_checkable
+class Branching(Protocol):
+    """A method whose tensors cannot be folded, or not all of them."""
+
+    def branches(self, sites: Sequence[Site], tuned: Tuned) -> tuple[Branch, ...]:
+        """All trained tensors as branches, in the order in which they act; operators that NumPy and torch share."""
+        ...
+
+
+class BranchesOnly:
+    """The lowering of a method without any update."""
+
+    __slots__ = ()
+
+    def lower(self, base: Mapping[str, Array], sites: Sequence[Site], tuned: Tuned) -> tuple[Targeted, ...]:
+        """Nothing: the branches stay in the graph."""
+        del base, sites, tuned
+        return ()
 
 
 @runtime_checkable
@@ -124,10 +145,21 @@ def attention(
     return found or dense
 
 
+def attended(layers: Sequence[Site], on: Sequence[str]) -> tuple[Site, ...]:
+    """The layers that ``on`` names, or those of queries and values where it is empty, else all dense ones."""
+    chosen = attention(layers, on or QUERY_AND_VALUE, otherwise_dense=not on)
+    return tuple(site for site in layers if site.name in chosen and site.kind in ("linear", "conv"))
+
+
 def ending(site: Site, by_name: Mapping[str, T], otherwise: T) -> T:
     """The value for the end of a layer's name, the longest that fits."""
     fitting = [name for name in by_name if _named(site, (name,))]
     return by_name[max(fitting, key=len)] if fitting else otherwise
+
+
+def blocks_with(layers: Sequence[Site], *children: str) -> tuple[Block, ...]:
+    """The blocks that have modules of these names right in them."""
+    return tuple(site for site in layers if isinstance(site, Block) and site.has(*children))
 
 
 def uniform(rng: np.random.Generator, bound: float, *shape: int) -> NpArray:

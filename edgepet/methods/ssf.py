@@ -32,7 +32,7 @@ class SSF:
     activation_kinds: ClassVar[tuple[str, ...]] = ("linear", "conv")  # a norm's own vectors are cheaper to fold into
 
     def sites(self, layers: Sequence[Site]) -> tuple[Site, ...]:
-        return tuple(site for site in layers if site.scalable and site.kind != "tensor")
+        return tuple(site for site in layers if site.scalable and site.operates)
 
     def start(self, sites: Sequence[Site], base: Tensors, rng: np.random.Generator) -> Start:
         del base

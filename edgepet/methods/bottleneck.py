@@ -1,0 +1,43 @@
+"""Two linear layers with an activation between them: what every adapter is made of."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Literal
+
+import numpy as np
+
+from edgepet.branches import Branch
+from edgepet.errors import InputError
+from edgepet.methods.method import uniform
+from edgepet.spec import Array, NpArray
+
+
+def require_rank(name: str, rank: int) -> None:
+    if rank < 1:
+        raise InputError(name, "needs a rank of at least 1", got=rank)
+
+
+def start_bottleneck(
+    width: int, rank: int, rng: np.random.Generator, *, how: Literal["near zero", "as LoRA"], prefix: str = ""
+) -> dict[str, NpArray]:
+    """Float32 start values: "near zero" as adapter-bert's; "as LoRA" has ``up`` zero, ``down`` as a linear layer's."""
+    if how == "near zero":
+        down, up = (np.clip(rng.normal(0, 1e-3, shape), -2e-3, 2e-3) for shape in ((rank, width), (width, rank)))
+    else:
+        down, up = uniform(rng, width**-0.5, rank, width), np.zeros((width, rank))
+    return {
+        f"{prefix}down.weight": down.astype(np.float32),
+        f"{prefix}down.bias": np.zeros(rank, np.float32),
+        f"{prefix}up.weight": up.astype(np.float32),
+        f"{prefix}up.bias": np.zeros(width, np.float32),
+    }
+
+
+def bottleneck(
+    tuned: Mapping[str, Array], *, tap: str, into: str, activation: str, scale: float = 1.0, prefix: str = ""
+) -> Branch:
+    """The branch of trained values; ``scale`` is folded into the second layer."""
+    tensors = {name: tuned[f"{prefix}{name}"] for name in ("down.weight", "down.bias")}
+    tensors |= {name: scale * tuned[f"{prefix}{name}"] for name in ("up.weight", "up.bias")}
+    return Branch(kind="bottleneck", tap=tap, into=into, settings={"activation": activation}, tensors=tensors)

@@ -1,0 +1,164 @@
+"""Conv-Adapter: a grouped convolution and a 1 x 1 beside or behind the convolutions of a ConvNet.
+
+Chen et al. 2022, "Conv-Adapter: Exploring Parameter Efficient Transfer Learning for ConvNets", arXiv:2208.07463,
+section 3.2 and figure 3: a * point(act(conv(x))), the convolution in C / reduction groups of ``reduction`` channels,
+and four schemes of what it reads and where it is added.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import isqrt
+from typing import ClassVar, NamedTuple
+
+import numpy as np
+
+from edgepet.branches import Branch
+from edgepet.errors import InputError
+from edgepet.methods.method import BranchesOnly, Recipe, Start, uniform
+from edgepet.spec import Block, NpArray, Site, Tensors, Tuned
+
+SCHEMES = ("conv-parallel", "conv-sequential", "residual-parallel", "residual-sequential")
+# The k x k convolution of a block, and behind which of the block's modules it counts as done, by what the block holds.
+_HOSTS: tuple[tuple[tuple[str, ...], str, str], ...] = (
+    (("conv_dw", "norm", "mlp"), "conv_dw", "conv_dw"),  # ConvNeXt
+    (("conv2", "act2", "conv3"), "conv2", "act2"),  # a ResNet's bottleneck: behind batch norm and ReLU
+    (("conv1", "conv2", "bn2"), "conv2", "bn2"),  # a ResNet's basic block
+    (("conv_pw", "conv_dw", "bn2", "conv_pwl"), "conv_dw", "bn2"),  # an inverted residual; bn2 has its activation
+    (("conv_dw", "bn1", "conv_pw"), "conv_dw", "bn1"),
+    (("conv_exp", "bn1", "conv_pwl"), "conv_exp", "bn1"),
+    (("conv", "bn1"), "conv", "bn1"),
+)
+
+
+class _Place(NamedTuple):
+    tap: str
+    into: str
+    reads: int
+    gives: int
+    side: int
+    stride: int
+    padding: int
+    dilation: int
+
+
+@dataclass(frozen=True, slots=True)
+class ConvAdapter(BranchesOnly):
+    """One adapter for every block's k x k convolution or residual, and beside a ConvNeXt's downsampling in parallel.
+
+    ``reduction`` is the paper's gamma: input channels of a group, the largest divisor of the channels not above it. The
+    trained factor a of every output channel is folded into the 1 x 1. Statistics of batch norms stay as they are.
+    """
+
+    reduction: int = 8
+    scheme: str = "conv-parallel"
+
+    name: ClassVar[str] = "conv-adapter"
+    paper: ClassVar[str] = "Chen et al. 2022, arXiv:2208.07463"
+    recipe: ClassVar[Recipe] = Recipe(lr=2e-3)
+    starts_as_identity: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        if self.reduction < 1:
+            raise InputError(self.name, "needs a reduction of at least 1", got=self.reduction)
+        if self.scheme not in SCHEMES:
+            raise InputError(self.name, f"knows the schemes {', '.join(SCHEMES)}", got=repr(self.scheme))
+
+    def sites(self, layers: Sequence[Site]) -> tuple[Site, ...]:
+        blocks = tuple(site for site in layers if isinstance(site, Block) and len(site.points[":in"]) == 3)
+        hosted = {f"{block.name}.{host[1]}" for block in blocks if (host := _host(block))}
+        # A parallel adapter copies its host's convolution, so that the convolutions themselves are the sites.
+        return tuple(
+            site
+            for site in layers
+            if (isinstance(site, Block) and _host(site) and len(site.points[":in"]) == 3)
+            or site.name in hosted
+            or (self.scheme == "conv-parallel" and _downsamples(site))
+        )
+
+    def start(self, sites: Sequence[Site], base: Tensors, rng: np.random.Generator) -> Start:
+        del base
+        return {name: self._start(place, rng) for name, place in self._places(sites).items()}
+
+    def _start(self, place: _Place, rng: np.random.Generator) -> dict[str, NpArray]:
+        group = next(n for n in range(min(self.reduction, place.reads), 0, -1) if place.reads % n == 0)
+        inner, bound = place.reads // group, (group * place.side**2) ** -0.5
+        return {
+            "conv.weight": uniform(rng, bound, inner, group, place.side, place.side),  # as a convolution starts
+            "conv.bias": uniform(rng, bound, inner),
+            "point.weight": uniform(rng, inner**-0.5, place.gives, inner, 1, 1),
+            "point.bias": uniform(rng, inner**-0.5, place.gives),
+            "factor": np.ones(place.gives, np.float32),
+        }
+
+    def branches(self, sites: Sequence[Site], tuned: Tuned) -> tuple[Branch, ...]:
+        gelu = any(site.has("conv_dw", "norm", "mlp") for site in sites if isinstance(site, Block))
+        made = []
+        for name, place in self._places(sites).items():
+            own, factor = tuned[name], tuned[name]["factor"]
+            made.append(
+                Branch(
+                    kind="conv-pair",
+                    tap=place.tap,
+                    into=place.into,
+                    settings={
+                        "stride": place.stride,
+                        "padding": place.padding,
+                        "dilation": place.dilation,
+                        "activation": "gelu" if gelu else "relu",
+                    },
+                    tensors={
+                        "conv.weight": own["conv.weight"],
+                        "conv.bias": own["conv.bias"],
+                        "point.weight": factor.reshape(-1, 1, 1, 1) * own["point.weight"],
+                        "point.bias": factor * own["point.bias"],
+                    },
+                )
+            )
+        return tuple(made)
+
+    def _places(self, sites: Sequence[Site]) -> dict[str, _Place]:
+        """What every adapter reads, where it is added and its shapes, by the site that it belongs to."""
+        by_name = {site.name: site for site in sites}
+        places: dict[str, _Place] = {}
+        for site in sites:
+            if isinstance(site, Block):
+                places[site.name] = self._place(site, by_name[f"{site.name}.{_host_of(site)[1]}"])
+            elif self.scheme == "conv-parallel" and _downsamples(site):
+                reads = site.in_features * site.groups
+                points = f"{site.name}:in", f"{site.name}:out"
+                places[site.name] = _Place(*points, reads, site.out_features, isqrt(site.taps), site.stride, 0, 1)
+        return places
+
+    def _place(self, block: Block, conv: Site) -> _Place:
+        _, host, behind = _host_of(block)
+        side, dilation = isqrt(conv.taps), conv.dilation
+        if self.scheme == "conv-parallel":
+            reads, gives = block.points[f"{host}:in"], block.points[f"{behind}:out"]
+            tap, into = f"{block.name}.{host}:in", f"{block.name}.{behind}:out"
+        elif self.scheme == "conv-sequential":
+            reads = gives = block.points[f"{behind}:out"]
+            tap = into = f"{block.name}.{behind}:out"
+        elif self.scheme == "residual-parallel":
+            reads, gives, tap, into = block.points[":in"], block.points[":out"], f"{block.name}:in", f"{block.name}:out"
+        else:
+            reads = gives = block.points[":out"]
+            tap = into = f"{block.name}:out"
+        stride = -(-reads[1] // gives[1])
+        return _Place(tap, into, reads[0], gives[0], side, stride, dilation * (side // 2), dilation)
+
+
+def _downsamples(site: Site) -> bool:
+    return site.kind == "conv" and site.stride > 1 and site.taps == site.stride**2 and ".downsample." in site.name
+
+
+def _host(block: Block) -> tuple[tuple[str, ...], str, str] | None:
+    return next((host for host in _HOSTS if block.has(*host[0])), None)
+
+
+def _host_of(block: Block) -> tuple[tuple[str, ...], str, str]:
+    host = _host(block)
+    if host is None:
+        raise InputError(block.name, "has no convolution that conv-adapter knows")
+    return host

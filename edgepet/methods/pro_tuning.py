@@ -1,0 +1,81 @@
+"""Pro-tuning: an additive prompt made of the features at the end of every stage.
+
+Nie et al. 2022, "Pro-tuning: Unified Prompt Tuning for Vision Tasks", arXiv:2207.14381. There is no official code:
+this is our reading of the public description, x' = x + out(act(conv5x5(act(reduce(x))))) with three light convolutions,
+1 x 1, 5 x 5 depthwise and 1 x 1. Activation (GELU), reduction and the start at zero are ours.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from typing import ClassVar
+
+import numpy as np
+
+from edgepet.branches import Branch
+from edgepet.errors import InputError
+from edgepet.methods.method import BranchesOnly, Recipe, Start, uniform
+from edgepet.spec import Block, NpArray, Site, Tensors, Tuned
+
+
+@dataclass(frozen=True, slots=True)
+class ProTuning(BranchesOnly):
+    """Prompts behind the last block of every stage; a network that is one stage is cut into ``stages``.
+
+    Such a network, as a ViT is, has none behind its last block: patches are not read there where a token is. The
+    convolutions have 1 / ``reduction`` of the channels.
+    """
+
+    reduction: int = 4
+    stages: int = 4
+
+    name: ClassVar[str] = "pro-tuning"
+    paper: ClassVar[str] = "Nie et al. 2022, arXiv:2207.14381 (our reading)"
+    recipe: ClassVar[Recipe] = Recipe(lr=2e-3)
+    starts_as_identity: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        if self.reduction < 1 or self.stages < 1:
+            raise InputError(self.name, "needs a reduction and stages of at least 1", got=(self.reduction, self.stages))
+
+    def sites(self, layers: Sequence[Site]) -> tuple[Site, ...]:
+        blocks = [site for site in layers if isinstance(site, Block) and (site.grid or len(site.points[":in"]) == 3)]
+        stages = [list(stage) for _, stage in groupby(blocks, key=lambda block: block.container)]
+        if len(stages) > 1:
+            return tuple(stage[-1] for stage in stages)
+        ends = {round((i + 1) * len(blocks) / self.stages) - 1 for i in range(self.stages - 1)}
+        return tuple(block for i, block in enumerate(blocks) if i in ends)
+
+    def start(self, sites: Sequence[Site], base: Tensors, rng: np.random.Generator) -> Start:
+        del base
+        return {site.name: self._start(site.out_features, rng) for site in sites}
+
+    def _start(self, width: int, rng: np.random.Generator) -> dict[str, NpArray]:
+        inner = max(1, width // self.reduction)
+        return {
+            "reduce.weight": uniform(rng, width**-0.5, inner, width),
+            "reduce.bias": np.zeros(inner, np.float32),
+            "conv.weight": uniform(rng, 1 / 5, inner, 1, 5, 5),
+            "conv.bias": np.zeros(inner, np.float32),
+            "out.weight": np.zeros((width, inner), np.float32),
+            "out.bias": np.zeros(width, np.float32),
+        }
+
+    def branches(self, sites: Sequence[Site], tuned: Tuned) -> tuple[Branch, ...]:
+        made = []
+        for site in sites:
+            block = site if isinstance(site, Block) else None
+            rows, columns = block.grid if block and block.grid else (0, 0)
+            prefix = block.prefix if block and block.grid else 0
+            made.append(
+                Branch(
+                    kind="stage-prompt",
+                    tap=f"{site.name}:out",
+                    into=f"{site.name}:out",
+                    settings={"prefix": prefix, "height": rows, "width": columns, "activation": "gelu"},
+                    tensors=dict(tuned[site.name]),
+                )
+            )
+        return tuple(made)
