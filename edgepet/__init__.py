@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from edgepet.pack import write_pack as write_pack
     from edgepet.runtime import Device as Device
     from edgepet.spec import Preprocess as Preprocess
+    from edgepet.training import pretrain as pretrain
     from edgepet.training import train as train
 
 __version__ = "0.1.0"
@@ -48,6 +49,7 @@ _HOME = {
     "export": "edgepet.deploy",
     "inspect": "edgepet.ondevice",
     "merge": "edgepet.deploy",
+    "pretrain": "edgepet.training",
     "read_pack": "edgepet.pack",
     "storage": "edgepet.ondevice",
     "train": "edgepet.training",

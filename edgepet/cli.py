@@ -100,30 +100,48 @@ def train(options: Options) -> Result:
 
     label = f"{options.method} on {options.data}"
     with _progress(options) as progress, progress.stages() as stage, progress.training(label) as say:
-        report = run(
-            Path(options.data),
-            options.backbone,
-            options.method,
-            Path(options.output),
-            settings=_settings(options.set),
-            image_size=options.img_size,
-            epochs=options.epochs,
-            batch_size=options.batch_size,
-            accumulate=options.accumulate,
-            lr=options.lr,
-            shots=options.shots,
-            seed=options.seed,
-            val_fraction=options.val_fraction,
-            augment=_names(options.augment),
-            precision=options.train_precision,
-            device=options.device,
-            codec=options.codec,
-            resume=options.resume,
-            checkpoint_s=options.checkpoint_every,
-            say=say,
-            stage=stage,
-        )
+        report = run(*_trained(options), codec=options.codec, say=say, stage=stage, **_training(options))
     return Result(report, show.train, silent=not crew().leads)
+
+
+def pretrain(options: Options) -> Result:
+    """tune a method on a broad data set and keep its tensors, for `train --init`"""
+    from edgepet import show
+    from edgepet.errors import require
+
+    require("torch", extra="train", purpose="pretrain")
+    from edgepet.crew import crew
+    from edgepet.training import pretrain as run
+
+    label = f"{options.method} on {options.data}"
+    with _progress(options) as progress, progress.stages() as stage, progress.training(label) as say:
+        report = run(*_trained(options), say=say, stage=stage, **_training(options))
+    return Result(report, show.pretrain, silent=not crew().leads)
+
+
+def _trained(options: Options) -> tuple[Path, str, str, Path]:
+    return Path(options.data), options.backbone, options.method, Path(options.output)
+
+
+def _training(options: Options) -> dict[str, Any]:
+    """The options that both ways of training have."""
+    return {
+        "settings": _settings(options.set),
+        "image_size": options.img_size,
+        "epochs": options.epochs,
+        "batch_size": options.batch_size,
+        "accumulate": options.accumulate,
+        "lr": options.lr,
+        "shots": options.shots,
+        "seed": options.seed,
+        "val_fraction": options.val_fraction,
+        "augment": _names(options.augment),
+        "precision": options.train_precision,
+        "device": options.device,
+        "init": _path(options.init),
+        "resume": options.resume,
+        "checkpoint_s": options.checkpoint_every,
+    }
 
 
 def evaluate(options: Options) -> Result:
@@ -270,6 +288,7 @@ def _parser() -> argparse.ArgumentParser:
     _bench_options(verb("bench", bench))
     _storage_options(verb("storage", storage))
     verb("inspect", inspect).add_argument("file", help="TASK.pet or an exported folder")
+    _pretrain_options(verb("pretrain", pretrain))
     verb("demo", demo).add_argument("--dir", default="demo", help="where everything goes (default: %(default)s)")
     return parser
 
@@ -285,6 +304,17 @@ def _methods_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _train_options(parser: argparse.ArgumentParser) -> None:
+    _training_options(parser)
+    parser.add_argument("--codec", default="fp16", choices=["fp16", "fp32"], help="precision of the pack")
+    parser.add_argument("-o", "--output", required=True, metavar="TASK.pet")
+
+
+def _pretrain_options(parser: argparse.ArgumentParser) -> None:
+    _training_options(parser)
+    parser.add_argument("-o", "--output", required=True, metavar="NAME.work")
+
+
+def _training_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("data", help="a folder with train/ and val/, or of class folders")
     _backbone_option(parser, required=True)
     parser.add_argument("--method", required=True, metavar="M", help="see `edgepet methods`")
@@ -304,12 +334,11 @@ def _train_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--augment", default="", metavar="flip,crop")
     parser.add_argument("--train-precision", default="auto", choices=["auto", "fp32", "bf16"])
     parser.add_argument("--device", choices=["cpu", "cuda"], help="what trains (default: a GPU where torch finds one)")
-    parser.add_argument("--codec", default="fp16", choices=["fp16", "fp32"], help="precision of the pack")
+    parser.add_argument("--init", metavar="WORK", help="start from the tensors of pretrain's WORK, or of a TASK.pet")
     parser.add_argument("--resume", action="store_true", help="go on from TASK.checkpoint, if there is one")
     parser.add_argument(
         "--checkpoint-every", type=float, default=30.0, metavar="SECONDS", help="within an epoch (%(default)s)"
     )
-    parser.add_argument("-o", "--output", required=True, metavar="TASK.pet")
 
 
 def _eval_options(parser: argparse.ArgumentParser) -> None:

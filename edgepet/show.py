@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from edgepet.deploy import Exported, ExportReport, MergeReport, VerifyReport
     from edgepet.latency import BenchReport
     from edgepet.ondevice import EvalReport, InspectReport
-    from edgepet.training import TrainReport
+    from edgepet.training import PretrainReport, TrainReport
 
 
 FEW_IMAGES = 100  # of a val set: one image is a point
@@ -112,6 +112,18 @@ def train(console: Console, report: TrainReport) -> None:
         f" {format_seconds(report.seconds)} in all",
         f"  merged equals tuned in float64: {report.algebra_max_abs:.1e}, limit {report.algebra_limit:.1e}",
         f"next: {program()} export {report.pack} --to onnx,openvino -o exported",
+    )
+
+
+def pretrain(console: Console, report: PretrainReport) -> None:
+    _lines(
+        console,
+        f"{report.path}",
+        f"  {format_number(report.trainable_params)} parameters of {report.method}, tuned on {report.classes} classes",
+        f"  val {format_percent(report.val.top1)} of {report.val.n} images; epoch {report.best_epoch}"
+        f" of {report.epochs}; {format_seconds(report.seconds)} in all",
+        f"  lowered equals tuned in float64: {report.max_abs_diff:.1e}",
+        f"next: {program()} train DATA --method {report.method} --init {report.path} ...",
     )
 
 

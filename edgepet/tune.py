@@ -122,11 +122,16 @@ class TunedModel(nn.Module):
         bias = bias - weight @ self.mean.double()
         return Head(weight=weight.float().numpy(), bias=bias.float().numpy())
 
-    def load(self, arrays: Mapping[str, NpArray], head: Head) -> None:
-        """Take trained values, with a head on raw features."""
+    def take(self, arrays: Mapping[str, NpArray]) -> None:
+        """Take the method's trained values; the head stays."""
         with torch.no_grad():
             for name, parameter in zip(self._names, self.tensors, strict=True):
                 parameter.copy_(torch.from_numpy(np.array(arrays[name])))
+
+    def load(self, arrays: Mapping[str, NpArray], head: Head) -> None:
+        """Take trained values, with a head on raw features."""
+        self.take(arrays)
+        with torch.no_grad():
             self.linear.weight.copy_(torch.from_numpy(np.array(head.weight)))
             self.linear.bias.copy_(torch.from_numpy(np.array(head.bias)))
             self.mean.zero_()

@@ -310,7 +310,7 @@ def test_an_earlier_pack_stays_until_the_new_one_is_there(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("edgepet.training._prove", stopped)
+        patch.setattr("edgepet.job._prove", stopped)
         said = edgepet(*command(tasks, tasks.data, pack))
 
     assert said.code == 130
