@@ -87,7 +87,7 @@ def _run_all(store: Store, packs: list[Pack], runtime: str) -> int | str:
     """How many tasks gave finite answers on ``runtime``, or why none could be tried."""
     for pack in packs:
         graph = store.graph_of(pack)
-        image = np.zeros((1, 3, *graph.preprocess.image_size), np.float32)
+        image = np.zeros((1, *graph.preprocess.input_shape), np.float32)
         try:
             with open_task(graph, pack.delta, runtime=runtime) as network:
                 if not np.isfinite(network(image)).all():

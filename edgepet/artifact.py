@@ -32,8 +32,8 @@ class Probe:
     logits: NpArray
 
     def images(self, preprocess: Preprocess) -> NpArray:
-        """The inputs again: standard normal, float32 (n, 3, H, W)."""
-        shape = (len(self.logits), 3, *preprocess.image_size)
+        """The inputs again: standard normal, float32 (n, 3, H, W), or (n, frames, 3, H, W)."""
+        shape = (len(self.logits), *preprocess.input_shape)
         return np.random.default_rng(self.seed).standard_normal(shape, dtype=np.float32)
 
 

@@ -56,6 +56,8 @@ class Backbone:
     ) -> Backbone:
         """A network of your own that takes images (n, 3, H, W) and puts out features (n, d).
 
+        Where ``preprocess`` has frames it is given those of clips as images, and their features are averaged.
+
         Args:
             module: copied, so that nothing of yours is touched; its tensors must all be in its state dict.
             name: letters, digits, '.', '_' and '-'; packs say ``module:NAME``, and later verbs need this object again.
@@ -66,7 +68,7 @@ class Backbone:
             MissingError: torch is not installed.
         """
         require("torch", extra="train", purpose=name)
-        own = copy.deepcopy(module).eval().requires_grad_(False)
+        own = _over_frames(copy.deepcopy(module).eval().requires_grad_(False), preprocess.frames)
         backbone = cls(
             spec=f"{OWN}{name}",
             name=name,
@@ -119,7 +121,7 @@ class Backbone:
 
         height, width = self.preprocess.image_size
         try:
-            seen = watch(self.module, torch.zeros(2, 3, height, width))
+            seen = watch(self.module, torch.zeros(2, *self.preprocess.input_shape))
         except (RuntimeError, AssertionError, ValueError, TypeError) as error:  # whatever a network says of a size
             what = f"cannot take images of {height} x {width} pixels"
             raise InputError(self.label, what, got=_first_line(error), fix="use another image size") from error
@@ -136,7 +138,8 @@ class Backbone:
         timm = require("timm", extra="train", purpose="merge")
         classes, width = head.weight.shape
         if not self.spec.startswith(OWN):
-            return cast("nn.Module", timm.create_model(self.name, num_classes=classes, **self.create_args)).eval()
+            made = cast("nn.Module", timm.create_model(self.name, num_classes=classes, **self.create_args)).eval()
+            return _over_frames(made, self.preprocess.frames)  # the mean of logits is the logits of the mean
         body = copy.deepcopy(self.module)
         return torch.nn.Sequential(OrderedDict(backbone=body, head=torch.nn.Linear(width, classes))).eval()
 
@@ -166,12 +169,13 @@ class Backbone:
         return sum(int(tensor.nbytes) for tensor in self.native.values())
 
 
-def load_backbone(spec: str, *, image_size: int | None = None) -> Backbone:
+def load_backbone(spec: str, *, image_size: int | None = None, frames: int = 1) -> Backbone:
     """Build a backbone from its written form: a timm name, ``NAME@FILE`` or ``demo:NAME``.
 
     Args:
         spec: a plain timm name takes the weights from timm's own hub, which needs the network.
         image_size: side in pixels; None is the architecture's own. Position embeddings are resampled as timm does.
+        frames: above 1, take clips (n, frames, 3, H, W): features are the mean over a clip's frames.
 
     Raises:
         InputError: no such architecture or file, weights that do not fit it, or a size it cannot take.
@@ -181,6 +185,8 @@ def load_backbone(spec: str, *, image_size: int | None = None) -> Backbone:
     timm = require("timm", extra="train", purpose=spec)
     if image_size is not None and image_size < 1:
         raise InputError("--img-size", "must be at least 1", got=image_size)
+    if frames < 1:
+        raise InputError("--frames", "must be at least 1", got=frames)
     if spec.startswith(OWN):
         fix = "in Python pass backbone=Backbone.from_module(...)"
         raise InputError(spec, "is a module of its user's own and cannot be built from its name", fix=fix)
@@ -210,8 +216,8 @@ def load_backbone(spec: str, *, image_size: int | None = None) -> Backbone:
         spec=spec,
         name=name,
         native={key: tensor.detach().numpy() for key, tensor in state.items()},
-        module=module,
-        preprocess=_preprocess(own, size, spec),
+        module=_over_frames(module, frames),
+        preprocess=replace(_preprocess(own, size, spec), frames=frames),
         create_args=create_args,
         classifiers=_classifiers(config),
         description=sample.description if sample else f"timm {name}",
@@ -278,6 +284,14 @@ def _load(module: Any, state: dict[str, Any], where: str) -> None:
         missing, unknown = result.missing_keys, result.unexpected_keys
         got = f"{len(missing)} missing ({_few(missing)}), {len(unknown)} unknown ({_few(unknown)})"
         raise InputError(where, f"does not hold exactly the tensors of {type(module).__name__}", got=got)
+
+
+def _over_frames(module: nn.Module, frames: int) -> nn.Module:
+    """``module`` taking clips: their frames go through it as images, and the mean of what it puts out comes back."""
+    if frames > 1:
+        module.register_forward_pre_hook(lambda _module, inputs: (inputs[0].flatten(0, 1), *inputs[1:]))
+        module.register_forward_hook(lambda _module, _inputs, output: output.unflatten(0, (-1, frames)).mean(1))
+    return module
 
 
 def _classifiers(config: Mapping[str, Any]) -> tuple[str, ...]:

@@ -128,6 +128,7 @@ def _training(options: Options) -> dict[str, Any]:
     return {
         "settings": _settings(options.set),
         "image_size": options.img_size,
+        "frames": options.frames,
         "epochs": options.epochs,
         "batch_size": options.batch_size,
         "accumulate": options.accumulate,
@@ -324,6 +325,7 @@ def _training_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--img-size", type=int, metavar="N", help="pixels of the square input (default: the backbone's)"
     )
+    parser.add_argument("--frames", type=int, default=1, metavar="N", help="of clips: DATA's classes hold folders")
     parser.add_argument("--epochs", type=int, metavar="N")
     parser.add_argument("--batch-size", type=int, default=32, metavar="N", help="images of one step (%(default)s)")
     parser.add_argument("--accumulate", type=int, default=1, metavar="N", help="go through a batch in N parts")

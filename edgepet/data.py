@@ -14,20 +14,22 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgepet.errors import InputError
-from edgepet.imaging import Pixels, load_pixels, normalize
+from edgepet.imaging import SUFFIXES, Pixels, load_input, normalize
 from edgepet.spec import Preprocess
 
 Split: TypeAlias = Literal["train", "val", "test"]
 MOST_NAMED = 20  # unreadable files in one message
 SPLITS: tuple[Split, ...] = ("train", "val", "test")
-SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm"})
 
 _ByClass: TypeAlias = Mapping[str, Sequence[Path]]  # class name -> its images; both in sorted order
 
 
 @dataclass(frozen=True, slots=True)
 class ImageSet:
-    """Image files and, for each, its class as an index into ``classes``; ordered by class name, then file name."""
+    """Image files, or clips' folders, and, for each, its class as an index into ``classes``.
+
+    Ordered by class name, then file name.
+    """
 
     classes: tuple[str, ...]
     paths: tuple[Path, ...]
@@ -37,7 +39,9 @@ class ImageSet:
         return len(self.paths)
 
 
-def open_split(folder: Path, split: Split, *, val_fraction: float = 0.2, seed: int = 0) -> ImageSet:
+def open_split(
+    folder: Path, split: Split, *, val_fraction: float = 0.2, seed: int = 0, clips: bool = False
+) -> ImageSet:
     """List one split of a folder with train/, val/ and test/, or of one folder of class folders.
 
     Where there is no val/, a part of every class's training images is held out for it; which ones depends on their
@@ -45,6 +49,7 @@ def open_split(folder: Path, split: Split, *, val_fraction: float = 0.2, seed: i
 
     Args:
         val_fraction: the part of each class that is held out, rounded, but at least one image and never all.
+        clips: a class folder holds folders, each with the frames of a clip.
 
     Raises:
         InputError: no such folder or split, fewer than two classes, splits with unlike classes, a class without an
@@ -52,14 +57,14 @@ def open_split(folder: Path, split: Split, *, val_fraction: float = 0.2, seed: i
     """
     found = _split_folders(folder)
     if split in found and (split != "train" or "val" in found):
-        return _image_set(_by_class(found[split]))
+        return _image_set(_by_class(found[split], clips))
     if split == "test":
         fix = "ask for the split val, or sort the images into train/, val/ and test/, each with one folder a class"
         raise InputError(str(folder), "has no test/ folder", fix=fix)
     if not 0.0 < val_fraction < 1.0:
         raise InputError("val_fraction", "must be between 0 and 1, without them", got=val_fraction)
     source = found.get("train", folder)
-    by_class = _by_class(source).items()
+    by_class = _by_class(source, clips).items()
     return _image_set({name: _part(source / name, paths, split, val_fraction, seed) for name, paths in by_class})
 
 
@@ -89,7 +94,9 @@ def few_shots(images: ImageSet, shots: int, seed: int) -> ImageSet:
 def load_set(
     images: ImageSet, preprocess: Preprocess, *, progress: Callable[[int], None] | None = None
 ) -> tuple[Pixels, NDArray[np.int64]]:
-    """Decode every image once: uint8 pixels (n, H, W, 3) and labels (n,), in the order of ``images``.
+    """Decode every image once: uint8 pixels (n, H, W, 3), of clips (n, frames, H, W, 3), and labels (n,).
+
+    They are in the order of ``images``.
 
     Args:
         progress: called in this thread, after each image, with the number done so far.
@@ -105,13 +112,14 @@ def load_sets(
     sets: Sequence[ImageSet], preprocess: Preprocess, *, progress: Callable[[int], None] | None = None
 ) -> list[tuple[Pixels, NDArray[np.int64]]]:
     """``load_set`` of several sets, whose unreadable files are told together."""
-    pixels = [np.empty((len(images), *preprocess.image_size, 3), dtype=np.uint8) for images in sets]
+    *frames, _, height, width = preprocess.input_shape
+    pixels = [np.empty((len(images), *frames, height, width, 3), dtype=np.uint8) for images in sets]
     places = [(number, index) for number, images in enumerate(sets) for index in range(len(images))]
 
     def fill(place: tuple[int, int]) -> InputError | None:
         number, index = place
         try:
-            pixels[number][index] = load_pixels(sets[number].paths[index], preprocess)
+            pixels[number][index] = load_input(sets[number].paths[index], preprocess)
         except InputError as error:
             return error
         return None
@@ -178,12 +186,20 @@ def _check_same_classes(train: Path, other: Path) -> None:
         )
 
 
-def _by_class(folder: Path) -> _ByClass:
+def _by_class(folder: Path, clips: bool) -> _ByClass:
     class_folders = _folders(folder)
     if len(class_folders) < 2:
         fix = "make one folder a class"
         raise InputError(str(folder), "needs at least two class folders", got=len(class_folders), fix=fix)
-    return {item.name: _images(item) for item in class_folders}
+    return {item.name: _clips(item) if clips else _images(item) for item in class_folders}
+
+
+def _clips(folder: Path) -> list[Path]:
+    clips = _folders(folder)
+    if not clips:
+        fix = "put every clip's frames into a folder of its own, or leave out --frames"
+        raise InputError(str(folder), "holds no folder of frames", fix=fix)
+    return clips
 
 
 def _images(folder: Path) -> list[Path]:

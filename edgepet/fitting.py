@@ -53,7 +53,7 @@ class Plan:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Pixels:
-    """Decoded images, uint8 (n, H, W, 3), and their labels, int64 (n,)."""
+    """Decoded images, uint8 (n, H, W, 3), or clips (n, frames, H, W, 3), and their labels, int64 (n,)."""
 
     pixels: NpArray
     labels: NpArray
@@ -290,16 +290,18 @@ def _factor(step: int, plan: Plan, images: int) -> float:
 
 
 def _images(pixels: Tensor, preprocess: Preprocess, plan: Plan) -> Tensor:
-    """A batch of uint8 (n, H, W, 3) as the network takes it, lightly augmented."""
+    """A batch of uint8 (n, ..., H, W, 3) as the network takes it, lightly augmented."""
     images = torch.from_numpy(normalize(pixels.numpy(), preprocess))
     if "flip" in plan.augment:
-        images = torch.where(torch.rand(len(images), 1, 1, 1) < 0.5, images.flip(-1), images)
+        turned = torch.rand(len(images), *[1] * (images.ndim - 1)) < 0.5
+        images = torch.where(turned, images.flip(-1), images)
     if "crop" in plan.augment:
         reach = max(1, images.shape[-1] // 8)
-        padded = functional.pad(images, (reach,) * 4, mode="reflect")
-        height, width = images.shape[-2:]
+        shape, (height, width) = images.shape, images.shape[-2:]
+        padded = functional.pad(images.reshape(len(images), -1, height, width), (reach,) * 4, mode="reflect")
         corners = torch.randint(0, 2 * reach + 1, (len(images), 2)).tolist()
-        images = torch.stack([padded[i, :, y : y + height, x : x + width] for i, (y, x) in enumerate(corners)])
+        cut = [padded[i, :, y : y + height, x : x + width] for i, (y, x) in enumerate(corners)]
+        images = torch.stack(cut).reshape(shape)  # the frames of a clip together
     return images.to(plan.device)
 
 
@@ -321,6 +323,7 @@ def _judge(
 
 
 def _batches(pixels: NpArray, preprocess: Preprocess, size: int = 64) -> Iterator[Tensor]:
+    size = max(1, size // preprocess.frames)
     for start in range(0, len(pixels), size):
         yield torch.from_numpy(normalize(pixels[start : start + size], preprocess))
 

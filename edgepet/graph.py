@@ -65,7 +65,7 @@ class BaseGraph:
 
     @property
     def stem(self) -> str:
-        return graph_stem(self.preprocess.image_size, self.structure)
+        return graph_stem(self.preprocess, self.structure)
 
     @property
     def model_path(self) -> Path:
@@ -89,9 +89,9 @@ class BaseGraph:
             InputError: it was trained at another image size, or its head is for other features.
         """
         require_backbone(self.base, delta)
-        if self.preprocess.image_size != delta.preprocess.image_size:
-            here, there = ("x".join(map(str, p.image_size)) for p in (self.preprocess, delta.preprocess))
-            raise InputError(f"task {delta.task!r}", f"was trained at {there} pixels", got=f"a graph of {here}")
+        if self.preprocess.input_shape != delta.preprocess.input_shape:
+            here, there = (_size(p) for p in (self.preprocess, delta.preprocess))
+            raise InputError(f"task {delta.task!r}", f"was trained at {there}", got=f"a graph of {here}")
         if self.structure != delta.structure:
             here, there = (f"branches {s}" if s else "no branches" for s in (self.structure, delta.structure))
             raise InputError(f"task {delta.task!r}", f"needs a graph with {there}", got=here)
@@ -117,11 +117,17 @@ class BaseGraph:
         return Base(name=self.backbone, fingerprint=self.fingerprint, tensors=tensors)
 
 
-def graph_stem(image_size: tuple[int, int], structure: str = "") -> str:
-    """``graph-112``, or ``graph-112x224`` where height and width differ, and the digits of branches behind it."""
-    height, width = image_size
+def graph_stem(preprocess: Preprocess, structure: str = "") -> str:
+    """``graph-112``, or ``graph-112x224`` where height and width differ, then frames and the digits of branches."""
+    height, width = preprocess.image_size
     stem = f"graph-{height}" if height == width else f"graph-{height}x{width}"
+    stem += f"-frames{preprocess.frames}" if preprocess.frames > 1 else ""
     return f"{stem}-{structure}" if structure else stem
+
+
+def _size(preprocess: Preprocess) -> str:
+    pixels = f"{'x'.join(map(str, preprocess.image_size))} pixels"
+    return pixels if preprocess.frames == 1 else f"{preprocess.frames} frames of {pixels}"
 
 
 def graph_folder(fingerprint: str, root: Path | None = None) -> Path:
@@ -129,18 +135,19 @@ def graph_folder(fingerprint: str, root: Path | None = None) -> Path:
     return (root or cache_folder()) / "backbones" / fingerprint.removeprefix("sha256:")[:16]
 
 
-def open_graph(
-    fingerprint: str, image_size: tuple[int, int], structure: str = "", *, root: Path | None = None
-) -> BaseGraph:
-    """Open the graph of a backbone, an image size and a structure, checking sizes, and the small files' digests.
+def open_graph(fingerprint: str, preprocess: Preprocess, structure: str = "", *, root: Path | None = None) -> BaseGraph:
+    """Open the graph of a backbone, an input size and a structure, checking sizes, and the small files' digests.
+
+    Args:
+        preprocess: only its image size and frames count.
 
     Raises:
         InputError: it was never made, or a file of it is damaged.
     """
     folder = graph_folder(fingerprint, root)
-    path = folder / f"{graph_stem(image_size, structure)}.json"
+    path = folder / f"{graph_stem(preprocess, structure)}.json"
     if not path.is_file():
-        wanted = "x".join(map(str, image_size)) + " pixels" + (f" with branches {structure}" if structure else "")
+        wanted = _size(preprocess) + (f" with branches {structure}" if structure else "")
         raise InputError(
             str(folder), f"holds no graph of {wanted}", fix="run `edgepet export` once where torch is installed"
         )
@@ -159,7 +166,7 @@ def open_graph(
     )
     table.raw("versions")
     table.end()
-    if (graph.fingerprint, graph.preprocess.image_size, graph.structure) != (fingerprint, image_size, structure):
+    if (graph.fingerprint, graph.stem) != (fingerprint, graph_stem(preprocess, structure)):
         raise InputError(str(path), "describes another graph than its name says", fix=f"delete {folder} and run again")
     for name, (digest, size) in graph.files.items():
         _check_file(folder / name, digest, size, whole=name != WEIGHTS)

@@ -32,6 +32,8 @@ _MOST_RESIZED_PIXELS = 100_000_000
 # Pillow's own conversion of these to RGB clips: all of a 16-bit photograph turns white.
 _WIDE = dict.fromkeys(("I;16", "I;16L", "I;16B", "I;16N"), "16-bit") | {"I": "32-bit", "F": "floating-point"}
 
+SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm"})
+
 _RESAMPLING = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
 
 
@@ -61,6 +63,31 @@ def load_pixels(path: Path, preprocess: Preprocess) -> Pixels:
             fix="crop the image or remove it",
         )
     return to_pixels(image, preprocess)
+
+
+def load_clip(folder: Path, preprocess: Preprocess) -> Pixels:
+    """``preprocess.frames`` of the images in a folder, spread evenly in the order of their names: (frames, H, W, 3).
+
+    The clip is cut into as many parts as there are frames, and the image in the middle of each is taken, as
+    ST-Adapter's evaluation does; a clip that is shorter repeats images.
+
+    Raises:
+        InputError: the folder cannot be read or holds no image, or one of them is damaged.
+    """
+    try:
+        files = sorted(file for file in folder.iterdir() if file.suffix.lower() in SUFFIXES and file.name[0] != ".")
+    except OSError as error:
+        raise InputError(str(folder), "is not a readable folder of frames", got=error.strerror or str(error)) from error
+    if not files:
+        raise InputError(str(folder), "holds no image", fix="put the frames of a clip there, named in their order")
+    chosen = [files[(2 * i + 1) * len(files) // (2 * preprocess.frames)] for i in range(preprocess.frames)]
+    loaded = {file: load_pixels(file, preprocess) for file in set(chosen)}
+    return np.stack([loaded[file] for file in chosen])
+
+
+def load_input(path: Path, preprocess: Preprocess) -> Pixels:
+    """The pixels of an image file, or of a clip's folder."""
+    return load_pixels(path, preprocess) if preprocess.frames == 1 else load_clip(path, preprocess)
 
 
 def to_pixels(image: Image.Image, preprocess: Preprocess) -> Pixels:

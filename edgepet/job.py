@@ -42,6 +42,7 @@ class Job:
     output: Path
     settings: Mapping[str, str] = field(default_factory=dict)
     image_size: int | None = None
+    frames: int = 1
     epochs: int | None = None
     batch_size: int = 32
     accumulate: int = 1
@@ -81,8 +82,9 @@ def run_job(job: Job, crew: Crew) -> Made:
     _check_checkpoint(checkpoint_file(job.output), job.resume)
     work = _started_from(job.init)
     job.stage("read images")
-    train_set = open_split(job.data, "train", val_fraction=job.val_fraction, seed=job.seed)
-    val_set = open_split(job.data, "val", val_fraction=job.val_fraction, seed=job.seed)
+    clips = (job.frames if isinstance(job.backbone, str) else job.backbone.preprocess.frames) > 1
+    train_set = open_split(job.data, "train", val_fraction=job.val_fraction, seed=job.seed, clips=clips)
+    val_set = open_split(job.data, "val", val_fraction=job.val_fraction, seed=job.seed, clips=clips)
     if job.shots is not None:
         train_set = few_shots(train_set, job.shots, job.seed)
     device = _device(crew.device(job.device))
@@ -110,9 +112,11 @@ def run_job(job: Job, crew: Crew) -> Made:
 
 def _backbone(job: Job) -> Backbone:
     if isinstance(job.backbone, str):
-        return load_backbone(job.backbone, image_size=job.image_size)
+        return load_backbone(job.backbone, image_size=job.image_size, frames=job.frames)
     if job.image_size is not None:
         raise InputError("image_size", "is the Backbone's own, from its preprocess", got=job.image_size)
+    if job.frames != 1:
+        raise InputError("frames", "are the Backbone's own, from its preprocess", got=job.frames)
     return job.backbone
 
 
@@ -256,7 +260,7 @@ def _identity(
         "method": method.name,
         **{f"--set {key}": value for key, value in settings.items()},
         **{key: list(v) if isinstance(v, tuple) else v for key, v in asdict(plan).items()},
-        "image size": list(backbone.preprocess.image_size),
+        "input": list(backbone.preprocess.input_shape),
         "images": digest.hexdigest(),
         "processes": crew.size,
     }

@@ -103,7 +103,7 @@ def evaluate(
         raise InputError("--split", "is train, val or test", got=repr(split))
     _at_least_one("--threads", threads)
     source = _open(model)
-    images = open_split(Path(data), split)  # type: ignore[arg-type]
+    images = open_split(Path(data), split, clips=source.preprocess.frames > 1)  # type: ignore[arg-type]
     if images.classes != tuple(sorted(source.labels)):
         missing = sorted(set(source.labels) ^ set(images.classes))
         raise InputError(
@@ -155,18 +155,20 @@ def bench(
     _at_least_one("--batch", batch)
     threads = threads or environment().cores
     candidates: list[Candidate] = []
-    sizes = set()
+    sizes = set[tuple[int, ...]]()
     for path in models:
         source = _open(path)
-        sizes.add(source.preprocess.image_size)
+        sizes.add(source.preprocess.input_shape)
         candidates += source.candidates(_chosen(runtimes), threads, plain, backbone)
     if len(sizes) > 1:
-        raise InputError("bench", "needs models of one image size", got=", ".join(f"{h}x{w}" for h, w in sorted(sizes)))
+        raise InputError(
+            "bench", "needs models of one image size", got=", ".join("x".join(map(str, size)) for size in sorted(sizes))
+        )
     if not candidates:
         raise InputError(
             "bench", "found nothing to run", fix="name a pack or an artefact, and a runtime that is installed"
         )
-    images = np.random.default_rng(0).standard_normal((batch, 3, *sizes.pop()), dtype=np.float32)
+    images = np.random.default_rng(0).standard_normal((batch, *sizes.pop()), dtype=np.float32)
     return measure(candidates, images, threads=threads, rounds=rounds, warmup=warmup, settle_s=settle_s, tick=tick)
 
 
@@ -190,7 +192,7 @@ def storage(
             delta = read_pack(path).delta
             if delta.task in scratch.tasks():
                 raise InputError("storage", "needs packs of different tasks", got=f"{delta.task!r} twice")
-            scratch.add_graph(_graph(delta))
+            scratch.add_graph(_graph(Path(path), delta))
             scratch.install(Path(path))
         return account.storage(scratch, devices=devices)
 
@@ -215,7 +217,8 @@ class _PackSource:
             from edgepet.subject import TorchNetwork
 
             return TorchNetwork(_subject(self._path, backbone), self._mode, threads=threads), "torch", "fp32"
-        network = open_task(_graph(self.pack.delta), self.pack.delta, runtime=name, threads=threads)
+        graph = _graph(self._path, self.pack.delta, backbone)
+        network = open_task(graph, self.pack.delta, runtime=name, threads=threads)
         return network, name, _precision(network.executed)
 
     def candidates(self, runtimes: Sequence[str], threads: int, plain: bool, backbone: AnyBackbone) -> list[Candidate]:
@@ -225,16 +228,16 @@ class _PackSource:
                 found += self._torch(threads, plain, backbone)
             elif name in SHARED_RUNTIMES:
                 for bf16 in (False, True) if name == "openvino" else (False,):
-                    found += self._shared(name, threads, plain, bf16)
+                    found += self._shared(name, threads, plain, bf16, backbone)
         return found
 
     @property
     def _mode(self) -> str:
         return "branches" if self.pack.delta.branches else "merged"
 
-    def _shared(self, name: str, threads: int, plain: bool, bf16: bool) -> list[Candidate]:
+    def _shared(self, name: str, threads: int, plain: bool, bf16: bool, backbone: AnyBackbone) -> list[Candidate]:
         def opener(delta: Delta) -> Callable[[], Any]:
-            graph = _graph(delta)
+            graph = _graph(self._path, delta, backbone)
             return lambda: open_task(graph, delta, runtime=name, threads=threads, bf16=bf16)
 
         precision = "bf16" if bf16 else "fp32"
@@ -363,8 +366,16 @@ def _open(path: FilePath) -> _PackSource | _ArtifactSource:
     return _PackSource(path)
 
 
-def _graph(delta: Delta) -> BaseGraph:
-    return open_graph(delta.fingerprint, delta.preprocess.image_size, delta.structure)
+def _graph(path: Path, delta: Delta, backbone: AnyBackbone = None) -> BaseGraph:
+    """The graph that ``delta`` runs on, from the cache; where torch and the backbone are here it is made now."""
+    try:
+        return open_graph(delta.fingerprint, delta.preprocess, delta.structure)
+    except InputError:
+        if importlib.util.find_spec("torch") is None:
+            raise
+    from edgepet.exporters.trace import base_graph
+
+    return base_graph(_subject(path, backbone).backbone, delta.branches)
 
 
 def _counts(branches: Sequence[Branch]) -> tuple[UpdateCount, ...]:

@@ -195,6 +195,7 @@ def read_preprocess(table: Table) -> Preprocess:
         crop=cast(Literal["center", "squash"], table.text("crop", choices=["center", "squash"])),
         mean=cast(tuple[float, float, float], table.numbers("mean", count=3)),
         std=cast(tuple[float, float, float], table.numbers("std", count=3)),
+        frames=table.integer("frames", least=2) if "frames" in table.names() else 1,
     )
     table.end()
     if not 0 < preprocess.crop_fraction <= 1 or min(preprocess.std) <= 0:

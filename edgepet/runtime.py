@@ -13,7 +13,7 @@ from edgepet.branches import named_tensors
 from edgepet.delta import Delta, Head
 from edgepet.errors import InputError
 from edgepet.graph import BaseGraph
-from edgepet.imaging import load_pixels, normalize
+from edgepet.imaging import load_input, normalize
 from edgepet.merging import task_tensors
 from edgepet.pack import Pack
 from edgepet.runners.runner import Runner
@@ -114,7 +114,7 @@ class Device:
     def run(
         self, task: str, images: Iterable[FilePath], *, runtime: str = "onnxruntime", threads: int | None = None
     ) -> DeviceRun:
-        """Classify image files with an installed task."""
+        """Classify image files, or folders of frames, with an installed task."""
         store = Store(Path(self.store))
         began = time.perf_counter()
         pack = store.pack(task)
@@ -126,7 +126,7 @@ class Device:
 
     @staticmethod
     def _answer(path: Path, delta: Delta, network: TaskNetwork) -> Answer:
-        logits = network(normalize(load_pixels(path, delta.preprocess)[None], delta.preprocess))[0].astype(np.float64)
+        logits = network(normalize(load_input(path, delta.preprocess)[None], delta.preprocess))[0].astype(np.float64)
         scores = np.exp(logits - logits.max())
         best = int(logits.argmax())
         return Answer(path.name, delta.labels[best], float(scores[best] / scores.sum()))

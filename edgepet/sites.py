@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal, cast
 
@@ -88,10 +88,11 @@ def watch(module: nn.Module, images: Tensor) -> Seen:
     """
     watcher, put_out = _Watch(_names(module)), dict[str, Tensor]()
     points: dict[str, tuple[int, ...]] = {}
+    pictures = images.shape[:-3].numel()  # frames of all clips, where ``images`` are clips
 
     def note(name: str, part: nn.Module, inputs: Any, output: Any) -> None:
         for point, flows in ((f"{name}:in", next(iter(inputs), None)), (f"{name}:out", output)):
-            if isinstance(flows, Tensor) and len(flows) == len(images):  # windows of images are no images
+            if isinstance(flows, Tensor) and len(flows) == pictures:  # windows of images are no images
                 points.setdefault(point, tuple(flows.shape[1:]))
         if isinstance(getattr(part, "weight", None), Tensor) and not watcher.readers[id(output)]:
             put_out[name] = output  # else an activation worked on it in place
@@ -108,7 +109,8 @@ def watch(module: nn.Module, images: Tensor) -> Seen:
         if "weight" in call.names and (_KINDS[call.operator] != "norm" or call.given["weight"].ndim == 1):
             first.setdefault(call.names["weight"], call)
     sites = tuple(_site(call, watcher, put_out) for call in first.values())
-    return Seen(sites, tuple(_blocks(module, points, sites)), output)
+    frames = pictures // len(images)
+    return Seen(sites, tuple(replace(block, frames=frames) for block in _blocks(module, points, sites)), output)
 
 
 def _blocks(module: nn.Module, points: Mapping[str, tuple[int, ...]], sites: Sequence[Site]) -> Iterator[Block]:

@@ -134,6 +134,7 @@ class Block(Site):
     like of the modules right in it. Those of tokens are (N, d), of maps (C, H, W). ``container`` is what the block is
     one of. ``heads`` are those of a plain attention called "attn", else 0; ``prefix`` counts the tokens in front of the
     patches, which form a ``grid`` (rows, columns). ``stem_columns`` are the inputs of one output of the first layer.
+    The features are those of ``frames`` images that follow one another, one after the other.
     """
 
     points: Mapping[str, tuple[int, ...]]
@@ -142,6 +143,7 @@ class Block(Site):
     prefix: int = 0
     grid: tuple[int, int] | None = None
     stem_columns: int = 1
+    frames: int = 1
 
     def has(self, *children: str) -> bool:
         """Whether modules of these names lie right in the block, and ran."""
@@ -153,7 +155,7 @@ class Preprocess:
     """How an image becomes the network's input, in timm's words (``timm.data.resolve_data_config``).
 
     ``image_size`` is (height, width) in pixels; ``crop`` is timm's ``crop_mode``; ``mean`` and ``std`` are per channel
-    of an RGB image scaled to 0..1.
+    of an RGB image scaled to 0..1. Where ``frames`` is above 1 the input is a clip of so many images.
     """
 
     image_size: tuple[int, int]
@@ -162,9 +164,17 @@ class Preprocess:
     crop: Literal["center", "squash"] = "center"
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+    frames: int = 1
+
+    @property
+    def input_shape(self) -> tuple[int, ...]:
+        """Of one image, (3, H, W), or of one clip, (frames, 3, H, W)."""
+        return (3, *self.image_size) if self.frames == 1 else (self.frames, 3, *self.image_size)
 
     def as_json(self) -> dict[str, object]:
-        return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
+        """As packs, artefacts and graphs have it: ``frames`` is there for clips only."""
+        values = {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
+        return {key: value for key, value in values.items() if key != "frames" or self.frames > 1}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

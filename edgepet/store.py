@@ -74,9 +74,7 @@ class Store:
 
     def graph_of(self, pack: Pack) -> BaseGraph:
         """The graph that ``pack`` runs on."""
-        return open_graph(
-            pack.delta.fingerprint, pack.delta.preprocess.image_size, pack.delta.structure, root=self.root
-        )
+        return open_graph(pack.delta.fingerprint, pack.delta.preprocess, pack.delta.structure, root=self.root)
 
     @property
     def cache_bytes(self) -> int:

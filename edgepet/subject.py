@@ -42,7 +42,7 @@ class Subject:
         """The base graph from the cache; traced where it is not there yet."""
         delta = self.delta
         try:
-            return open_graph(delta.fingerprint, delta.preprocess.image_size, delta.structure)
+            return open_graph(delta.fingerprint, delta.preprocess, delta.structure)
         except InputError:
             from edgepet.exporters.trace import base_graph
 
@@ -59,7 +59,7 @@ class Subject:
         if spec is None:
             known = delta.backbone.startswith(("demo:", "module:")) or not cached.is_file()  # else timm asks its hub
             spec = delta.backbone if known else f"{delta.backbone}@{cached}"
-        backbone = _loaded(spec, delta.preprocess.image_size[0])
+        backbone = _loaded(spec, delta.preprocess.image_size[0], delta.preprocess.frames)
         require_backbone(backbone.base, delta)
         return backbone
 
@@ -90,7 +90,7 @@ class Subject:
             return sample_images(Path(self._data), preprocess), "data"
         if self.work is not None:
             return normalize(self.work.pixels, preprocess), "work"
-        noise = np.random.default_rng(0).standard_normal((8, 3, *preprocess.image_size), dtype=np.float32)
+        noise = np.random.default_rng(0).standard_normal((8, *preprocess.input_shape), dtype=np.float32)
         return noise, "synthetic"
 
     @cached_property
@@ -183,11 +183,11 @@ def tuned_network(subject: Subject) -> Any:
 
 
 @lru_cache(maxsize=1)
-def _loaded(spec: str, image_size: int) -> Any:
+def _loaded(spec: str, image_size: int, frames: int) -> Any:
     """A backbone, kept for the next task on it: fifty tasks must not load fifty backbones."""
     from edgepet.backbones import load_backbone
 
-    return load_backbone(spec, image_size=image_size)
+    return load_backbone(spec, image_size=image_size, frames=frames)
 
 
 class TorchNetwork:
@@ -218,7 +218,8 @@ class TorchNetwork:
 
 def sample_images(folder: Path, preprocess: Preprocess) -> NpArray:
     """Preprocessed images (n, 3, H, W) out of the val split of ``folder``, spread over its classes."""
-    return normalize(load_set(_sample(open_split(folder, "val")), preprocess)[0], preprocess)
+    val = open_split(folder, "val", clips=preprocess.frames > 1)
+    return normalize(load_set(_sample(val), preprocess)[0], preprocess)
 
 
 def _sample(images: ImageSet, count: int = HELD_OUT) -> ImageSet:

@@ -90,6 +90,7 @@ def train(
     *,
     settings: Mapping[str, str] | None = None,
     image_size: int | None = None,
+    frames: int = 1,
     epochs: int | None = None,
     batch_size: int = 32,
     accumulate: int = 1,
@@ -114,6 +115,7 @@ def train(
         backbone: a timm name, ``NAME@FILE`` or ``demo:NAME``; or a network of your own, ``Backbone.from_module``.
         settings: the method's settings as text, where ``method`` is a name.
         image_size: pixels of the square input; None is the architecture's own.
+        frames: above 1, ``data`` holds clips, folders of images: so many are taken of each, spread evenly.
         batch_size: images of one step, over all processes; each goes through its share in ``accumulate`` parts.
         shots: images of each class to train on, chosen by ``seed``; None is all.
         precision: "fp32", "bf16" (autocast) or "auto": bf16 where it is measured to be faster here.
@@ -134,9 +136,9 @@ def train(
         raise InputError("-o", "needs a file name ending in .pet", got=repr(output.name))
     request = Job(
         data=Path(data), backbone=backbone, method=method, output=output, settings=settings or {},
-        image_size=image_size, epochs=epochs, batch_size=batch_size, accumulate=accumulate, lr=lr, shots=shots,
-        seed=seed, val_fraction=val_fraction, augment=augment, precision=precision, device=device, init=init,
-        resume=resume, checkpoint_s=checkpoint_s, say=say, stage=stage,
+        image_size=image_size, frames=frames, epochs=epochs, batch_size=batch_size, accumulate=accumulate, lr=lr,
+        shots=shots, seed=seed, val_fraction=val_fraction, augment=augment, precision=precision, device=device,
+        init=init, resume=resume, checkpoint_s=checkpoint_s, say=say, stage=stage,
     )  # fmt: skip
     made = run_job(request, crew)
     if crew.leads:

@@ -260,10 +260,10 @@ def _tensors(trt: Any, network: Any, precision: Precision) -> tuple[TensorSpec, 
     ports += [network.get_output(index) for index in range(network.num_outputs)]
     found = [(port.name, tuple(port.shape)) for port in ports]
     match found:
-        case [("images", (-1, 3, height, width)), (_, (-1, classes))] if min(height, width, classes) > 0:
-            pass
+        case [("images", (-1, *sizes)), (_, (-1, classes))] if len(sizes) in (3, 4) and min(*sizes, classes) > 0:
+            pass  # images, or clips with an axis of frames
         case _:
-            needs = "needs one input images (batch, 3, H, W) and one output (batch, C), only the batch free"
+            needs = "needs one input images (batch, [frames,] 3, H, W) and one output (batch, C), only the batch free"
             raise InputError("ONNX model", needs, got=", ".join(f"{name} {shape}" for name, shape in found))
     for port in ports:
         if port.dtype != trt.float32:

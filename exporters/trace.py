@@ -41,19 +41,20 @@ def base_graph(backbone: Backbone, branches: Sequence[Branch] = (), *, root: Pat
     """The graph of ``backbone`` with branches of one structure, from the cache or traced now; then checked.
 
     Args:
-        branches: NumPy tensors; their values are left out of the graph, each task brings its own.
+        branches: their values, in any precision, are left out of the graph: each task brings its own.
 
     Raises:
         InputError: torch cannot export an operator of this network.
         CheckError: ONNX Runtime answers otherwise than torch.
     """
-    size, structure = backbone.preprocess.image_size, structure_digest(structure_of(branches))
+    branches = [b.with_tensors({n: np.zeros(t.shape, np.float32) for n, t in b.named.items()}) for b in branches]
+    structure = structure_digest(structure_of(branches))
     folder = graph_folder(backbone.fingerprint, root)
-    if (folder / f"{graph_stem(size, structure)}.json").is_file():
+    if (folder / f"{graph_stem(backbone.preprocess, structure)}.json").is_file():
         with contextlib.suppress(InputError):  # a damaged cache is made again
-            return open_graph(backbone.fingerprint, size, structure, root=root)
+            return open_graph(backbone.fingerprint, backbone.preprocess, structure, root=root)
     _make(backbone, branches, folder)
-    graph = open_graph(backbone.fingerprint, size, structure, root=root)
+    graph = open_graph(backbone.fingerprint, backbone.preprocess, structure, root=root)
     _check(graph, backbone, branches)
     return graph
 
@@ -69,11 +70,11 @@ def keep_weights(backbone: Backbone, folder: Path | None = None, *, anew: bool =
 
 def _make(backbone: Backbone, branches: Sequence[Branch], folder: Path) -> None:
     structure = structure_of(branches)
-    stem = graph_stem(backbone.preprocess.image_size, structure_digest(structure))
+    stem = graph_stem(backbone.preprocess, structure_digest(structure))
     keep_weights(backbone, folder, anew=True)  # what was there may be damaged
     native = backbone.native
     tables = {name: t for name, t in backbone.tensors.items() if name not in native or native[name].shape != t.shape}
-    tables |= {name: np.zeros(t.shape, np.float32) for name, t in named_tensors(branches).items()}
+    tables |= named_tensors(branches)
     files = [WEIGHTS, f"{stem}.onnx"]
     places = safetensors_places(folder / WEIGHTS)
     if tables:
@@ -103,41 +104,41 @@ def _traced(backbone: Backbone, branches: Sequence[Branch]) -> Any:
     from edgepet.graft import Grafted, in_torch
 
     require("onnxscript", extra="train", purpose="exporting a graph")
-    module = Grafted(backbone.module, in_torch(branches)) if branches else backbone.module
+    wrapped = bool(branches) or backbone.preprocess.frames > 1  # the exporter passes over hooks of what it is given
+    module = Grafted(backbone.module, in_torch(branches)) if wrapped else backbone.module
     failures = (torch.onnx.errors.OnnxExporterError, torch._dynamo.exc.TorchDynamoException)
     try:
         try:
-            program = _export(module, backbone.preprocess.image_size)
+            program = _export(module, backbone.preprocess.input_shape)
         except failures:  # torch exports fused attention of four axes only; as two products any number goes
             if any(branch.kind in ATTENTION for branch in branches):
                 raise  # further keys and values go into the fused operator
             with explicit_attention(backbone.module):
-                program = _export(module, backbone.preprocess.image_size)
+                program = _export(module, backbone.preprocess.input_shape)
     except failures as error:
         raise InputError(
             backbone.label, "cannot be exported to ONNX", got=_reason(error), fix="export another architecture"
         ) from error
     named = list(named_tensors(branches))
-    _rename(program.model, {f"tensors.{i}": name for i, name in enumerate(named)} if named else {})
+    if wrapped:
+        _rename(program.model, {f"tensors.{i}": name for i, name in enumerate(named)})
     _tidy(program.model, {*backbone.tensors, *named})
     return program.model_proto
 
 
 def _rename(model: Any, names: Mapping[str, str]) -> None:
     """Initializers of a grafted network, as the backbone and its branches call them."""
-    if names:
-        for old, value in list(model.graph.initializers.items()):
-            value.name = names.get(old, old.removeprefix("backbone."))
+    for old, value in list(model.graph.initializers.items()):
+        value.name = names.get(old, old.removeprefix("backbone."))
 
 
-def _export(module: Any, image_size: tuple[int, int]) -> Any:
+def _export(module: Any, input_shape: tuple[int, ...]) -> Any:
     import torch
 
-    height, width = image_size
     with _quiet():
         return torch.onnx.export(
             module,
-            (torch.zeros(2, 3, height, width),),
+            (torch.zeros(2, *input_shape),),
             dynamo=True,
             optimize=False,  # optimising renames, transposes and merges parameters
             opset_version=OPSET,
@@ -214,7 +215,7 @@ def _check(graph: BaseGraph, backbone: Backbone, branches: Sequence[Branch]) -> 
     from edgepet.graft import grafted, in_torch
 
     rng = np.random.default_rng(0)
-    images = rng.normal(size=(3, 3, *graph.preprocess.image_size)).astype(np.float32)
+    images = rng.normal(size=(3, *graph.preprocess.input_shape)).astype(np.float32)
     drawn = {name: rng.normal(0, 0.05, t.shape).astype(np.float32) for name, t in named_tensors(branches).items()}
     planted = in_torch([branch.with_tensors(drawn) for branch in branches])
     with torch.no_grad(), grafted(backbone.module, planted):

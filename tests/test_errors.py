@@ -125,9 +125,12 @@ def test_images_that_a_runner_does_not_take(graph: BaseGraph, runtime: str, shap
     )
 
 
-def test_a_pack_of_an_image_size_that_was_never_traced(tasks: Tasks, graph: BaseGraph, tmp_path: Path) -> None:
+def test_a_pack_of_an_image_size_that_was_never_traced(
+    tasks: Tasks, graph: BaseGraph, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     preprocess = read_pack(tasks.shapes).delta.preprocess.as_json() | {"image_size": [48, 48]}
     pack = rewritten(tasks.shapes, tmp_path / "large.pet", preprocess=preprocess)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)  # a device without torch
 
     assert refused(3, "eval", pack, tasks.data) == (
         f"{graph.folder}: holds no graph of 48x48 pixels\n  fix: run `edgepet export` once where torch is installed\n"

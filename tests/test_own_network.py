@@ -91,7 +91,7 @@ def test_a_device_runs_the_pack_without_the_network(
     report = edgepet.evaluate(pack, tasks.data)
 
     assert report.runtime == "onnxruntime"
-    assert open_graph(network.fingerprint, (32, 32)).backbone == "module:two-paths"
+    assert open_graph(network.fingerprint, network.preprocess).backbone == "module:two-paths"
     assert report.top1 == edgepet.evaluate(pack, tasks.data, runtime="torch", backbone=network).top1
 
 

@@ -214,7 +214,7 @@ def test_a_pack_of_another_image_size_is_refused(graph: BaseGraph, tasks: Tasks)
     delta = delta_of(tasks.shapes)
     with pytest.raises(InputError) as refused:
         open_task(graph, replace(delta, preprocess=replace(delta.preprocess, image_size=(48, 48))))
-    assert message(refused) == "task 'shapes': was trained at 48x48 pixels, got a graph of 32x32"
+    assert message(refused) == "task 'shapes': was trained at 48x48 pixels, got a graph of 32x32 pixels"
 
 
 def test_openvino_that_is_not_installed_names_its_extra(device: Device, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -192,8 +192,8 @@ def test_an_operator_that_tensorrt_does_not_know_is_named(tmp_path: Path) -> Non
         ),
         (
             lambda: tiny(batch="4"),
-            "ONNX model: needs one input images (batch, 3, H, W) and one output (batch, C), only the batch free, "
-            "got images (4, 3, 8, 8), logits (4, 5)",
+            "ONNX model: needs one input images (batch, [frames,] 3, H, W) and one output (batch, C),"
+            " only the batch free, got images (4, 3, 8, 8), logits (4, 5)",
         ),
     ],
     ids=["no model", "fp16", "fp16 inside", "fixed batch"],
@@ -253,7 +253,7 @@ def test_another_release_of_the_library_is_refused_before_the_gpu_is_asked(folde
         ({"precision": "int8"}, ".precision: needs one of fp32, fp16, got 'int8'"),
         (
             {"input": {"name": "images", "dtype": "float32", "shape": [1, 3, 8, 8]}},
-            ".input.shape: needs -1 and 3 sizes, got [1, 3, 8, 8]",
+            ".input.shape: needs -1 and 3 or 4 sizes, got [1, 3, 8, 8]",
         ),
         ({"gpu": "mine"}, ": knows no key 'gpu'\n  fix: update edgepet if a newer version wrote this file"),
     ],

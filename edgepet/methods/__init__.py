@@ -31,6 +31,7 @@ from edgepet.methods.prefix import MAM, Prefix
 from edgepet.methods.pro_tuning import ProTuning
 from edgepet.methods.repadapter import RepAdapter
 from edgepet.methods.ssf import SSF
+from edgepet.methods.st_adapter import STAdapter
 from edgepet.methods.vpt import VPTDeep, VPTShallow
 
 __all__ = [
@@ -64,6 +65,7 @@ __all__ = [
     "ProTuning",
     "Recipe",
     "RepAdapter",
+    "STAdapter",
     "VPTDeep",
     "VPTShallow",
     "configure",
@@ -97,6 +99,7 @@ METHODS: dict[str, type[Method]] = {
     "convpass": Convpass,
     "conv-adapter": ConvAdapter,
     "pro-tuning": ProTuning,
+    "st-adapter": STAdapter,
 }
 
 

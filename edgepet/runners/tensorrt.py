@@ -78,8 +78,8 @@ def read_sidecar(folder: Path, *, stem: str = "model") -> Sidecar:
         size_bytes=table.integer("size_bytes", least=1),
         sha256=table.text("sha256"),
         source_sha256=table.text("source_sha256"),
-        input=_read_tensor(table.table("input"), rank=4),
-        output=_read_tensor(table.table("output"), rank=2),
+        input=_read_tensor(table.table("input"), ranks=(4, 5)),
+        output=_read_tensor(table.table("output"), ranks=(2,)),
         max_batch=table.integer("max_batch", least=1),
         precision=cast(Precision, table.text("precision", choices=("fp32", "fp16"))),
     )
@@ -240,10 +240,11 @@ def open_engine(folder: Path, *, stem: str = "model") -> TensorrtRunner:
     return runner
 
 
-def _read_tensor(table: Table, *, rank: int) -> TensorSpec:
+def _read_tensor(table: Table, *, ranks: tuple[int, ...]) -> TensorSpec:
     name, shape = table.text("name"), table.integers("shape", least=-1)
     dtype = table.text("dtype", choices=("float32",))
     table.end()
-    if len(shape) != rank or shape[0] != -1 or min(shape[1:]) < 1:
-        raise InputError(table.where + ".shape", f"needs -1 and {rank - 1} sizes", got=list(shape))
+    if len(shape) not in ranks or shape[0] != -1 or min(shape[1:]) < 1:
+        needs = f"needs -1 and {' or '.join(str(rank - 1) for rank in ranks)} sizes"
+        raise InputError(table.where + ".shape", needs, got=list(shape))
     return TensorSpec(name=name, dtype=dtype, shape=shape)

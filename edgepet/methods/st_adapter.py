@@ -1,0 +1,68 @@
+"""ST-Adapter: a convolution over the frames of a clip, in a bottleneck on the residual stream of an image transformer.
+
+Pan et al. 2022, "ST-Adapter: Parameter-Efficient Image-to-Video Transfer Learning", arXiv:2206.13559, section 3.3:
+x' = x + up(conv3x1x1(down x)) on the patches, depthwise, without an activation; the class token passes by.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+
+from edgepet.branches import Branch
+from edgepet.errors import InputError
+from edgepet.methods.bottleneck import require_rank
+from edgepet.methods.method import BranchesOnly, Recipe, Start, blocks_with, uniform
+from edgepet.spec import Block, Site, Tensors, Tuned
+
+FRAMES = 3  # that a kernel reaches over
+
+
+@dataclass(frozen=True, slots=True)
+class STAdapter(BranchesOnly):
+    """``rank`` channels in front of every block, as the paper has it for Kinetics-400."""
+
+    rank: int = 384
+
+    name: ClassVar[str] = "st-adapter"
+    paper: ClassVar[str] = "Pan et al. 2022, arXiv:2206.13559"
+    recipe: ClassVar[Recipe] = Recipe(lr=1e-3)
+    starts_as_identity: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        require_rank(self.name, self.rank)
+
+    def sites(self, layers: Sequence[Site]) -> tuple[Site, ...]:
+        return tuple(block for block in blocks_with(layers, "attn") if block.grid)
+
+    def start(self, sites: Sequence[Site], base: Tensors, rng: np.random.Generator) -> Start:
+        del base
+        return {
+            site.name: {
+                "down.weight": uniform(rng, site.in_features**-0.5, self.rank, site.in_features),
+                "down.bias": np.zeros(self.rank, np.float32),
+                "conv.weight": np.zeros((self.rank, FRAMES), np.float32),
+                "conv.bias": np.zeros(self.rank, np.float32),
+                "up.weight": uniform(rng, self.rank**-0.5, site.in_features, self.rank),
+                "up.bias": np.zeros(site.in_features, np.float32),
+            }
+            for site in sites
+        }
+
+    def branches(self, sites: Sequence[Site], tuned: Tuned) -> tuple[Branch, ...]:
+        return tuple(self._branch(site, tuned) for site in sites if isinstance(site, Block))
+
+    def _branch(self, block: Block, tuned: Tuned) -> Branch:
+        if block.frames < 2:
+            fix = "train on a folder of clips with --frames 8"
+            raise InputError(f"--method {self.name}", "needs clips of at least 2 frames", got="images", fix=fix)
+        return Branch(
+            kind="temporal",
+            tap=f"{block.name}:in",
+            into=f"{block.name}:in",
+            settings={"prefix": block.prefix, "frames": block.frames},
+            tensors=tuned[block.name],
+        )
