@@ -35,16 +35,19 @@ from edgepet.tune import TunedModel
 from tests.test_methods import vit as sites_of_vit
 from tests.tiny import perturb, random_images, seeded
 
-SIZE = (48, 64)  # 3 x 4 patches of 16 pixels: rows are not columns
+SIZE, PATCHES = (48, 64), 12  # 3 x 4 patches of 16 pixels: rows are not columns
 ROUNDING = 1e-10  # float64, through all the blocks
 Values: TypeAlias = Mapping[str, Mapping[str, Tensor]]  # a method's trained tensors by site and name
 Activation: TypeAlias = Callable[[Tensor], Tensor]
 
-PLAIN = ("test_vit", {})  # a class token, which alone is read at the end
-SCALED = ("test_vit2", {})  # LayerScale, a register in front, and the mean of the patches at the end
-NORMED = ("test_vit", {"qk_norm": True})  # queries and keys are normed, head by head
 NETWORKS = pytest.mark.parametrize(
-    ("architecture", "changes"), [PLAIN, SCALED, NORMED], ids=["cls", "scaled", "normed"]
+    ("architecture", "changes"),
+    [
+        pytest.param("test_vit", {}, id="class token"),  # which alone is read at the end
+        pytest.param("test_vit", {"reg_tokens": 2}, id="registers"),  # three tokens in front of the patches
+        pytest.param("test_vit", {"qk_norm": True}, id="normed"),  # queries and keys, head by head
+        pytest.param("test_vit2", {}, id="scaled"),  # LayerScale, one register, and the mean of the patches at the end
+    ],
 )
 
 
@@ -71,18 +74,18 @@ def check(
 
 
 def embedded(network: Any, images: Tensor) -> Tensor:
-    """Patches behind the one token in front of them, with their positions."""
+    """Patches behind the class token and the registers, with their positions."""
     patch = network.patch_embed.proj
     patches = functional.conv2d(images, patch.weight, patch.bias, stride=16).flatten(2).transpose(1, 2)
-    front = network.reg_token if network.cls_token is None else network.cls_token
-    return torch.cat([front.expand(len(images), -1, -1), patches], dim=1) + network.pos_embed
+    front = [t.expand(len(images), -1, -1) for t in (network.cls_token, network.reg_token) if t is not None]
+    return torch.cat([*front, patches], dim=1) + network.pos_embed
 
 
-def pooled(network: Any, x: Tensor, prompts: int = 0) -> Tensor:
-    """The class token, or the mean of the patches: neither the token in front nor the prompts are among them."""
+def pooled(network: Any, x: Tensor) -> Tensor:
+    """The class token, or the mean of the patches: what is in front, prompts too, is not among them."""
     if network.global_pool == "token":
         return network.norm(x)[:, 0]
-    return network.fc_norm(x[:, 1 + prompts :].mean(1))
+    return network.fc_norm(x[:, -PATCHES:].mean(1))
 
 
 def heads_of(attn: Any, x: Tensor) -> list[tuple[Tensor, Tensor, Tensor]]:
@@ -209,14 +212,14 @@ def test_mam_is_a_prefix_and_a_scaled_parallel_adapter(architecture: str, change
 
 @NETWORKS
 def test_deep_prompts_are_tokens_that_every_block_gets_anew(architecture: str, changes: dict[str, Any]) -> None:
-    """VPT, equations 6 and 7: [x_i, _, E_i] = L_i([x_i-1, P_i-1, E_i-1])."""
+    """VPT, equations 6 and 7: [x_i, _, E_i] = L_i([x_i-1, P_i-1, E_i-1]); registers are with x."""
 
     def reference(network: Any, values: Values, images: Tensor) -> Tensor:
         x = embedded(network, images)
         for i, block in enumerate(network.blocks):
             prompt = values[f"blocks.{i}"]["prompt"].expand(len(x), -1, -1)
-            token, _, patches = plain(block, torch.cat([x[:, :1], prompt, x[:, 1:]], dim=1)).split([1, 3, 12], dim=1)
-            x = torch.cat([token, patches], dim=1)
+            x = plain(block, torch.cat([x[:, :-PATCHES], prompt, x[:, -PATCHES:]], dim=1))
+            x = torch.cat([x[:, : -PATCHES - 3], x[:, -PATCHES:]], dim=1)
         return pooled(network, x)
 
     check(VPTDeep(length=3), network_of(architecture, img_size=SIZE, **changes), reference)
@@ -230,10 +233,10 @@ def test_shallow_prompts_are_tokens_of_all_blocks_that_no_pooling_reads(
 
     def reference(network: Any, values: Values, images: Tensor) -> Tensor:
         x = embedded(network, images)
-        x = torch.cat([x[:, :1], values["blocks.0"]["prompt"].expand(len(x), -1, -1), x[:, 1:]], dim=1)
+        x = torch.cat([x[:, :-PATCHES], values["blocks.0"]["prompt"].expand(len(x), -1, -1), x[:, -PATCHES:]], dim=1)
         for block in network.blocks:
             x = plain(block, x)
-        return pooled(network, x, prompts=5)
+        return pooled(network, x)
 
     check(VPTShallow(length=5), network_of(architecture, img_size=SIZE, **changes), reference)
 
@@ -246,15 +249,17 @@ def quick_gelu(x: Tensor) -> Tensor:
 
 
 def bypass(own: Mapping[str, Tensor], number: int, x: Tensor) -> Tensor:
-    """The official module: one Conv2d, called with the grid of the patches and with the token as an image of one."""
+    """The official module: one Conv2d, called with the grid of the patches and each other token as a grid of one."""
     conv = nn.Conv2d(4, 4, 3, 1, 1).double()
     conv.weight.copy_(own[f"{number}.conv.weight"])
     conv.bias.copy_(own[f"{number}.conv.bias"])
     down = quick_gelu(functional.linear(x, own[f"{number}.down.weight"], own[f"{number}.down.bias"]))
-    patches = conv(down[:, 1:].reshape(-1, 3, 4, 4).permute(0, 3, 1, 2))  # from (B, 3 rows, 4 columns, 4 channels)
-    token = conv(down[:, :1].reshape(-1, 1, 1, 4).permute(0, 3, 1, 2))
-    both = torch.cat([token.flatten(2), patches.flatten(2)], dim=2).transpose(1, 2)
-    return functional.linear(quick_gelu(both), own[f"{number}.up.weight"], own[f"{number}.up.bias"])
+    patches = conv(
+        down[:, -PATCHES:].reshape(-1, 3, 4, 4).permute(0, 3, 1, 2)
+    )  # from (B, 3 rows, 4 columns, 4 channels)
+    front = [conv(down[:, i].reshape(-1, 4, 1, 1)) for i in range(x.shape[1] - PATCHES)]
+    tokens = torch.cat([image.flatten(2) for image in (*front, patches)], dim=2).transpose(1, 2)
+    return functional.linear(quick_gelu(tokens), own[f"{number}.up.weight"], own[f"{number}.up.bias"])
 
 
 @NETWORKS
@@ -354,19 +359,20 @@ def stage_prompt(own: Mapping[str, Tensor], x: Tensor) -> Tensor:
     return torch.einsum("cr,brhw->bchw", own["out.weight"], hidden) + own["out.bias"][:, None, None]
 
 
-def test_pro_tuning_adds_a_prompt_to_the_patches_behind_a_third_of_the_blocks() -> None:
+@pytest.mark.parametrize("registers", [0, 2])
+def test_pro_tuning_adds_a_prompt_to_the_patches_between_thirds_of_the_blocks(registers: int) -> None:
     def reference(network: Any, values: Values, images: Tensor) -> Tensor:
         assert values.keys() == {"blocks.1", "blocks.3"}  # of six blocks in three stages; none behind the last
         x = embedded(network, images)
         for i, block in enumerate(network.blocks):
             x = plain(block, x)
             if i in (1, 3):
-                grid = x[:, 1:].transpose(1, 2).reshape(len(x), 64, 3, 4)
+                grid = x[:, -PATCHES:].transpose(1, 2).reshape(len(x), 64, 3, 4)
                 prompt = stage_prompt(values[f"blocks.{i}"], grid).flatten(2).transpose(1, 2)
-                x = torch.cat([x[:, :1], x[:, 1:] + prompt], dim=1)
+                x = torch.cat([x[:, :-PATCHES], x[:, -PATCHES:] + prompt], dim=1)
         return pooled(network, x)
 
-    check(ProTuning(reduction=4, stages=3), network_of("test_vit", img_size=SIZE), reference)
+    check(ProTuning(reduction=4, stages=3), network_of("test_vit", img_size=SIZE, reg_tokens=registers), reference)
 
 
 def test_pro_tuning_cuts_a_transformer_into_four_equal_stages() -> None:
