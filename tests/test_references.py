@@ -363,7 +363,7 @@ def test_one_bit_up_projections_start_within_two_deviations() -> None:
     values = started(BiLoRA(), "b")
 
     assert np.abs(values).max() <= np.float32(2e-3)
-    assert 0.9e-3 < values.std() < 1e-3  # of a normal distribution of 1e-3, cut
+    assert 0.87e-3 < values.std() < 0.89e-3  # of a normal distribution of 1e-3, cut: 0.88e-3
 
 
 def test_the_two_layers_of_an_mlp_share_no_core() -> None:

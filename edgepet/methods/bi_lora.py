@@ -15,7 +15,7 @@ import numpy as np
 
 from edgepet.errors import InputError
 from edgepet.expressions import Binary
-from edgepet.methods.method import QUERY_AND_VALUE, Recipe, Start, attended, attention, block, uniform
+from edgepet.methods.method import QUERY_AND_VALUE, Recipe, Start, attended, attention, block, cut_normal, uniform
 from edgepet.spec import Array, NpArray, Site, Tensors, Tuned
 from edgepet.updates import LowRank, Targeted
 
@@ -49,8 +49,7 @@ class BiLoRA:
             tensors = starts[site.name] = {}
             for part, (first, last) in self._parts(site).items():
                 tensors[f"{part}a"] = uniform(rng, 1 / np.sqrt(site.columns), self.rank, site.columns)
-                drawn = rng.normal(0, 1e-3, (last - first, self.rank))
-                tensors[f"{part}b"] = np.clip(drawn, -2e-3, 2e-3).astype(np.float32)
+                tensors[f"{part}b"] = cut_normal(rng, 1e-3, last - first, self.rank)
         return starts
 
     def lower(self, base: Mapping[str, Array], sites: Sequence[Site], tuned: Tuned) -> tuple[Targeted, ...]:

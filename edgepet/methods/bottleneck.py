@@ -9,7 +9,7 @@ import numpy as np
 
 from edgepet.branches import Branch
 from edgepet.errors import InputError
-from edgepet.methods.method import uniform
+from edgepet.methods.method import cut_normal, uniform
 from edgepet.spec import Array, NpArray
 
 
@@ -23,7 +23,7 @@ def start_bottleneck(
 ) -> dict[str, NpArray]:
     """Float32 start values: "near zero" as adapter-bert's; "as LoRA" has ``up`` zero, ``down`` as a linear layer's."""
     if how == "near zero":
-        down, up = (np.clip(rng.normal(0, 1e-3, shape), -2e-3, 2e-3) for shape in ((rank, width), (width, rank)))
+        down, up = cut_normal(rng, 1e-3, rank, width), cut_normal(rng, 1e-3, width, rank)
     else:
         down, up = uniform(rng, width**-0.5, rank, width), np.zeros((width, rank))
     return {

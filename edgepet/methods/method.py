@@ -167,5 +167,13 @@ def uniform(rng: np.random.Generator, bound: float, *shape: int) -> NpArray:
     return rng.uniform(-bound, bound, shape).astype(np.float32)
 
 
+def cut_normal(rng: np.random.Generator, deviation: float, *shape: int) -> NpArray:
+    """Float32 values of a normal distribution, those beyond two deviations drawn again (TensorFlow's truncated one)."""
+    values = rng.normal(0, deviation, shape)
+    while (far := np.abs(values) > 2 * deviation).any():
+        values[far] = rng.normal(0, deviation, int(far.sum()))
+    return values.astype(np.float32)
+
+
 def _named(site: Site, endings: Sequence[str]) -> bool:
     return any(f".{site.name}".endswith(f".{ending}") for ending in endings)
