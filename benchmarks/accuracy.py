@@ -39,7 +39,6 @@ def main() -> None:
     folder, name = arguments.dir, arguments.backbone
     image_size, methods = BACKBONES[name]
     backbone = load_backbone(f"demo:{name}", image_size=image_size)
-    base_graph(backbone)
     rows = []
     with Progress() as progress:
         for task in TASKS:
@@ -50,7 +49,8 @@ def main() -> None:
                     with progress.training(f"{task} {method}") as say:
                         train(folder / task, backbone, method, pack, say=say)
                 with progress.stage(f"{task} {method}: test"):
-                    rows.append(row(task, method, pack, evaluate(pack, folder / task)))
+                    base_graph(backbone, read_pack(pack).delta.branches)
+                    rows.append(row(task, method, pack, evaluate(pack, folder / task, threads=1)))
     result = {
         "command": f"python benchmarks/accuracy.py --dir DIR --backbone {name}",
         "backbone": {

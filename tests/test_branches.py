@@ -121,7 +121,8 @@ def graph(tuned: Tuned, tmp_path_factory: pytest.TempPathFactory) -> BaseGraph:
 
 
 def test_every_method_with_branches_has_an_example() -> None:
-    assert {method.name for method, _ in EXAMPLES.values()} == {
+    in_clips = {"st-adapter"}  # whose tests are in test_clips.py
+    assert {method.name for method, _ in EXAMPLES.values()} | in_clips == {
         name for name, kind in METHODS.items() if issubclass(kind, Branching)
     }
 

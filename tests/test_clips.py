@@ -242,7 +242,8 @@ def moves(clips: Path, still: Backbone, tmp_path_factory: pytest.TempPathFactory
     pack = tmp_path_factory.mktemp("moves") / "moves.pet"
     said = edgepet(
         "train", clips, "--backbone", still.spec, "--img-size", 32, "--frames", FRAMES, "--method", "st-adapter",
-        "--set", "rank=16", "--epochs", 12, "--batch-size", 16, "--train-precision", "fp32", "-o", pack, "--json",
+        "--set", "rank=32", "--epochs", 30, "--lr", 0.01, "--batch-size", 16, "--train-precision", "fp32", "-o", pack,
+        "--json",
     )  # fmt: skip
     assert said.code == 0, said.err
     assert said.json["val"]["n"] == 32
