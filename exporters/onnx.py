@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnxruntime
 
 from edgepet.canonical import canonical_json
 from edgepet.delta import Delta
@@ -49,7 +50,52 @@ def build_model(graph: BaseGraph, tensors: Tensors, delta: Delta) -> Any:
     for key, fact in facts.items():
         text = fact if isinstance(fact, str) else canonical_json(fact).decode("utf-8")
         model.metadata_props.add(key=f"edgepet.{key}", value=text)
+    _compute_prompts(model, {name for branch in delta.branches if branch.kind == "prompts" for name in branch.named})
     return model
+
+
+def _compute_prompts(model: Any, prompts: set[str]) -> None:
+    """Put the keys and values that deep prompts become, which depend on no image, in place of what computes them."""
+    graph, onnx = model.graph, require("onnx", extra="train", purpose="ONNX")
+    known, source = {tensor.name for tensor in graph.initializer}, {name: name for name in prompts}
+    constant, gone = [], []
+    for node in graph.node if prompts else ():
+        if all(name in known for name in node.input if name):
+            constant.append(node)
+            known |= set(node.output)
+            if found := [source[name] for name in node.input if name in source]:
+                gone.append(node)
+                source |= dict.fromkeys(node.output, found[0])
+    for node in gone:
+        graph.node.remove(node)
+    read = {name for node in graph.node for name in node.input}
+    made = {name: f"{source[name]}.{i}" for i, name in enumerate(n for node in gone for n in node.output if n in read)}
+    _replace(graph, made, _evaluate(model, constant, list(made), onnx) if made else [], onnx)
+    lost = {name for node in gone for name in node.input} - read
+    for tensor in [tensor for tensor in graph.initializer if tensor.name in lost]:
+        graph.initializer.remove(tensor)
+
+
+def _evaluate(model: Any, nodes: list[Any], wanted: list[str], onnx: Any) -> list[NpArray]:
+    """The values named ``wanted``, which ``nodes`` compute from initializers alone."""
+    reads = {name for node in nodes for name in node.input}
+    outputs = [onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None) for name in wanted]
+    tensors = [tensor for tensor in model.graph.initializer if tensor.name in reads]
+    part = onnx.helper.make_graph(nodes, "constants", [], outputs, tensors)
+    alone = onnx.helper.make_model(part, opset_imports=model.opset_import, ir_version=model.ir_version)
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3  # initializers that nothing reads are no news
+    session = onnxruntime.InferenceSession(serialize(alone), options, providers=["CPUExecutionProvider"])
+    values: list[NpArray] = session.run(wanted, {})
+    return values
+
+
+def _replace(graph: Any, names: dict[str, str], values: list[NpArray], onnx: Any) -> None:
+    """Let nodes read initializers of the new ``names`` and ``values`` instead of the old names."""
+    for node in graph.node:
+        for i, name in enumerate(node.input):
+            node.input[i] = names.get(name, name)
+    graph.initializer.extend(map(onnx.numpy_helper.from_array, values, names.values()))
 
 
 def serialize(model: Any) -> bytes:
@@ -102,8 +148,6 @@ def simplified(model: Any, images: NpArray, *, where: str) -> Any:
         CheckError: the simplified model answers otherwise.
     """
     onnxsim = require("onnxsim", extra="onnxsim", purpose="--simplify")
-    import onnxruntime
-
     simple, checked = onnxsim.simplify(model, check_n=0)
     if not checked:
         raise InputError(where, "could not be simplified by onnxsim", fix="leave out --simplify")

@@ -218,6 +218,27 @@ def test_the_graph_names_the_branches_and_holds_none_of_their_values(tuned: Tune
     assert graph.stem == f"graph-32-{tuned.delta.structure}"
 
 
+def test_deep_prompts_are_exported_as_constant_rows_of_keys_and_values(networks: Callable[[str], Backbone]) -> None:
+    from onnx.numpy_helper import to_array
+
+    tuned = tuned_on(networks("test_vit"), VPTDeep(length=3))
+    graph = base_graph(tuned.backbone, tuned.delta.branches)
+    model = build_model(graph, task_tensors(graph.base, tuned.delta), tuned.delta)
+
+    rows = {t.name: to_array(t) for t in model.graph.initializer if "/prompts." in t.name}
+    heads, width = 2, 64
+    assert [array.shape for array in rows.values()] == [(heads, 3, width // heads)] * 2 * 6  # blocks
+    readers = [node.op_type for node in model.graph.node if set(node.input) & rows.keys()]
+    assert len(readers) == len(rows)
+    block = tuned.backbone.module.blocks[0]
+    with torch.no_grad():
+        prompt = torch.from_numpy(tuned.delta.branches[0].tensors["prompt"])
+        fused = block.attn.qkv(block.norm1(prompt)).reshape(3, 3, heads, width // heads).permute(1, 2, 0, 3)
+    keys, values = list(rows.values())[:2]
+    assert close(keys, fused[1].numpy())
+    assert close(values, fused[2].numpy())
+
+
 def test_another_task_of_one_structure_shares_the_graph(tuned: Tuned, graph: BaseGraph) -> None:
     model = perturb(TunedModel(tuned.backbone, tuned.method, 7, seed=2), seed=9, by=0.1)
     other = extract(model, tuned.backbone, task="birds", labels=tuple("abcdefg"), val=Score(top1=1.0, n=3))
