@@ -221,6 +221,31 @@ def inspect(options: Options) -> Result:
     return Result(run(Path(options.file)), show.inspect)
 
 
+def import_peft(options: Options) -> Result:
+    """a PEFT adapter folder as a pack, compared with PEFT itself"""
+    from edgepet import show
+    from edgepet.interchange import import_peft as run
+
+    with _progress(options) as progress, progress.stages() as stage:
+        report = run(
+            Path(options.folder), Path(options.output), backbone=options.backbone, image_size=options.img_size,
+            labels=_labels(options.labels), data=_path(options.data), codec=options.codec, stage=stage,
+        )  # fmt: skip
+    return Result(report, show.peft)
+
+
+def export_peft(options: Options) -> Result:
+    """a pack as an adapter folder that PEFT loads on the timm model"""
+    from edgepet import show
+    from edgepet.interchange import export_peft as run
+
+    with _progress(options) as progress, progress.stages() as stage:
+        report = run(
+            Path(options.pack), Path(options.output), backbone=options.backbone, data=_path(options.data), stage=stage
+        )
+    return Result(report, show.peft)
+
+
 def demo(options: Options) -> Result:
     """the whole flow on real data, offline once installed"""
     from edgepet import show
@@ -270,6 +295,8 @@ def _parser() -> argparse.ArgumentParser:
     _bench_options(verb("bench", bench))
     _storage_options(verb("storage", storage))
     verb("inspect", inspect).add_argument("file", help="TASK.pet or an exported folder")
+    _import_peft_options(verb("import-peft", import_peft))
+    _export_peft_options(verb("export-peft", export_peft))
     verb("demo", demo).add_argument("--dir", default="demo", help="where everything goes (default: %(default)s)")
     return parser
 
@@ -368,6 +395,23 @@ def _storage_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--devices", type=int, default=1, metavar="N", help="count a fleet")
 
 
+def _import_peft_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("folder", metavar="DIR", help="what PeftModel.save_pretrained wrote")
+    _backbone_option(parser, required=True)
+    parser.add_argument("--img-size", type=int, metavar="N", help="pixels it was tuned at (default: the backbone's)")
+    parser.add_argument("--labels", metavar="A,B,C", help="class names, or a file of one a line (default: 0,1,2 ...)")
+    parser.add_argument("--data", metavar="DIR", help="images to compare on (default: seeded noise)")
+    parser.add_argument("--codec", default="fp32", choices=["fp16", "fp32"], help="fp32 is exact, fp16 rounds")
+    parser.add_argument("-o", "--output", required=True, metavar="TASK.pet")
+
+
+def _export_peft_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("pack", metavar="TASK.pet")
+    _backbone_option(parser)
+    parser.add_argument("--data", metavar="DIR", help="images to compare on (default: the work folder's)")
+    parser.add_argument("-o", "--output", required=True, metavar="DIR")
+
+
 def _progress(options: Options) -> Any:
     from edgepet.report import Progress
 
@@ -392,6 +436,16 @@ def _settings(pairs: Sequence[str]) -> dict[str, str]:
 
 def _names(text: str) -> list[str]:
     return [part.strip() for part in text.split(",") if part.strip()]
+
+
+def _labels(text: str | None) -> list[str] | None:
+    if text is None or not Path(text).is_file():
+        return None if text is None else _names(text)
+    try:
+        lines = Path(text).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(text, "needs one class name a line, in UTF-8", got=error) from error
+    return [line.strip() for line in lines if line.strip()]
 
 
 def _sms(text: str) -> tuple[int, ...]:

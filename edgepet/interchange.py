@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -17,10 +17,13 @@ from edgepet.files import folder_bytes, new_folder
 from edgepet.merging import fold_all, require_foldable
 from edgepet.pack import Codec, encode_pack, read_pack, write_pack
 from edgepet.parity import STORED, Inputs
-from edgepet.peft import lower, read_adapter
+from edgepet.peft import CONFIG, WEIGHTS, Lowered, lower, read_adapter
 from edgepet.spec import AnyBackbone, FilePath, NpArray, Tensors
 from edgepet.subject import Subject, sample_images
 from edgepet.unlowering import unlower, write_adapter
+
+if TYPE_CHECKING:
+    from edgepet.backbones import Backbone
 
 EXACT = 1e-5  # of the largest logit: both in float64, after factors were stored in float32
 NOISE_IMAGES = 8
@@ -46,7 +49,7 @@ def import_peft(
     folder: FilePath,
     output: FilePath,
     *,
-    backbone: AnyBackbone,
+    backbone: str | Backbone,
     image_size: int | None = None,
     labels: Sequence[str] | None = None,
     data: FilePath | None = None,
@@ -67,36 +70,25 @@ def import_peft(
         MissingError: peft, torch or timm is not installed.
     """
     _require("import-peft")
-    from edgepet.backbones import Backbone, load_backbone
+    from edgepet.backbones import load_backbone
     from edgepet.exporters.trace import keep_weights
 
     folder, output = Path(folder), Path(output)
     if output.suffix != ".pet":
         raise InputError("-o", "needs a file name ending in .pet", got=repr(output.name))
+    if not output.absolute().parent.is_dir():
+        raise InputError(str(output.parent), "is no folder", fix=f"mkdir -p {output.parent}")
     adapter = read_adapter(folder)
     stage("load the backbone")
-    loaded: Backbone = load_backbone(backbone, image_size=image_size) if isinstance(backbone, str) else cast(Any, backbone)
+    loaded = load_backbone(backbone, image_size=image_size) if isinstance(backbone, str) else backbone
     _require_timm(loaded)
     lowered = lower(adapter, loaded.tensors, loaded.layers, loaded.classifiers)
-    classes = len(lowered.head.bias)
-    delta = Delta(
-        task=output.stem,
-        backbone=loaded.label,
-        fingerprint=loaded.fingerprint,
-        updates=lowered.updates,
-        head=lowered.head,
-        labels=tuple(labels) if labels is not None else tuple(str(number) for number in range(classes)),
-        preprocess=loaded.preprocess,
-        method=lowered.method,
-        settings=lowered.settings,
-        training={"imported_from": f"peft {adapter.config.get('peft_version') or ''}".strip()},
-        val=Score(top1=0.0, n=0),
-        licences=(loaded.licence,),
-    )
+    made_with = f"peft {adapter.config.get('peft_version') or ''}".strip()
+    delta = _delta(output.stem, loaded, lowered, labels, made_with)
     images, inputs = _images(loaded, data)
     stage("compare with PEFT")
-    expected = peft_logits(loaded, classes, folder, images)
-    for stored in dict.fromkeys((cast(Codec, "fp32"), codec)):  # rounding must not hide a fault of the lowering
+    expected = peft_logits(loaded, len(delta.labels), folder, images)
+    for stored in dict.fromkeys(("fp32", codec)):  # rounding must not hide a fault of the lowering
         packed = read_pack(encode_pack(delta, codec=stored)).delta
         worst = _compare(expected, merged_logits(loaded, packed, images), stored, str(folder))
     write_pack(output, delta, codec=codec)
@@ -126,6 +118,7 @@ def export_peft(
     subject, folder = Subject(pack, backbone, data), Path(folder)
     delta = subject.delta
     require_foldable(delta)
+    _require_free(folder)
     stage("load the backbone")
     loaded = subject.backbone
     _require_timm(loaded)
@@ -140,7 +133,25 @@ def export_peft(
     return _report(folder, folder_bytes(folder), delta, worst, len(images), inputs)
 
 
-def peft_logits(backbone: Any, classes: int, folder: Path, images: NpArray) -> NpArray:
+def _delta(task: str, backbone: Backbone, lowered: Lowered, labels: Sequence[str] | None, made_with: str) -> Delta:
+    names = labels if labels is not None else [str(number) for number in range(len(lowered.head.bias))]
+    return Delta(
+        task=task,
+        backbone=backbone.label,
+        fingerprint=backbone.fingerprint,
+        updates=lowered.updates,
+        head=lowered.head,
+        labels=tuple(names),
+        preprocess=backbone.preprocess,
+        method=lowered.method,
+        settings=lowered.settings,
+        training={"imported_from": made_with},
+        val=Score(top1=0.0, n=0),
+        licences=(backbone.licence,),
+    )
+
+
+def peft_logits(backbone: Backbone, classes: int, folder: Path, images: NpArray) -> NpArray:
     """Logits (n, C) in float64 of timm's network with the adapter in ``folder``, as PEFT runs it unmerged.
 
     Raises:
@@ -162,14 +173,14 @@ def peft_logits(backbone: Any, classes: int, folder: Path, images: NpArray) -> N
     return _logits(model, images)
 
 
-def merged_logits(backbone: Any, delta: Delta, images: NpArray) -> NpArray:
+def merged_logits(backbone: Backbone, delta: Delta, images: NpArray) -> NpArray:
     """Logits (n, C) in float64 of timm's network with ``delta`` folded in."""
     double = {name: tensor.astype(np.float64) if tensor.dtype.kind == "f" else tensor
               for name, tensor in backbone.tensors.items()}  # fmt: skip
     return _logits(_network(backbone, fold_all(double, delta.updates), delta.head), images)
 
 
-def _network(backbone: Any, tensors: Tensors, head: Head) -> Any:
+def _network(backbone: Backbone, tensors: Tensors, head: Head) -> Any:
     """timm's own network in float64 with these weights."""
     import torch
 
@@ -203,7 +214,7 @@ def _compare(expected: NpArray, got: NpArray, stored: Codec, where: str) -> tupl
     return difference, limit
 
 
-def _images(backbone: Any, data: FilePath | None) -> tuple[NpArray, Inputs]:
+def _images(backbone: Backbone, data: FilePath | None) -> tuple[NpArray, Inputs]:
     if data is not None:
         return sample_images(Path(data), backbone.preprocess), "data"
     shape = (NOISE_IMAGES, 3, *backbone.preprocess.image_size)
@@ -215,14 +226,17 @@ def _require(verb: str) -> None:
     require("peft", extra="peft", purpose=verb)
 
 
-def _require_timm(backbone: Any) -> None:
+def _require_free(folder: Path) -> None:
+    if folder.exists() and not (folder.is_dir() and {path.name for path in folder.iterdir()} <= {CONFIG, WEIGHTS}):
+        raise InputError(str(folder), "is there, with other files than an adapter's", fix="name a new folder")
+
+
+def _require_timm(backbone: Backbone) -> None:
     if backbone.label.startswith("module:"):
         raise InputError(backbone.label, "is a module of its user's own", fix="PEFT folders need a timm model")
 
 
-def _report(
-    path: Path, size: int, delta: Delta, worst: tuple[float, float], n: int, inputs: Inputs
-) -> PeftReport:
+def _report(path: Path, size: int, delta: Delta, worst: tuple[float, float], n: int, inputs: Inputs) -> PeftReport:
     return PeftReport(
         path=path,
         bytes=size,

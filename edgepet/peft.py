@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import safetensors
@@ -70,19 +70,23 @@ class Adapter:
         return value
 
     def pattern(self, key: str, module: str, otherwise: float) -> float:
-        """The value for ``module`` as PEFT finds it (``utils/other.py``, ``get_pattern_key``): the first that matches."""
+        """The value for ``module`` as PEFT finds it (``get_pattern_key`` in ``utils/other.py``): the first match."""
         for pattern, value in (self.config.get(key) or {}).items():
             try:
                 matches = re.match(rf"(.*\.)?({pattern})$", module)
             except re.error as error:
-                raise InputError(f"{self.where}/{CONFIG}: {key}", f"is no pattern: {error}", got=repr(pattern)) from error
+                raise InputError(
+                    f"{self.where}/{CONFIG}: {key}", f"is no pattern: {error}", got=repr(pattern)
+                ) from error
             if matches:
                 return Adapter(where=self.where, config={key: value}, tensors={}).number(key, otherwise)
         return otherwise
 
     def refusal(self, key: str, what: str, fix: str | None = None) -> InputError:
         text = repr(self.config.get(key))
-        return InputError(f"{self.where}/{CONFIG}: {key}", what, got=text if len(text) <= 80 else f"{text[:77]}...", fix=fix)
+        return InputError(
+            f"{self.where}/{CONFIG}: {key}", what, got=text if len(text) <= 80 else f"{text[:77]}...", fix=fix
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -109,7 +113,9 @@ def read_adapter(folder: Path) -> Adapter:
     if not (folder / WEIGHTS).is_file():
         fix = "save it with safetensors: model.save_pretrained(DIR, safe_serialization=True)"
         pickled = (folder / PICKLE).is_file()
-        what = f"holds its weights only as a pickle, {PICKLE}, which is not opened" if pickled else f"holds no {WEIGHTS}"
+        what = (
+            f"holds its weights only as a pickle, {PICKLE}, which is not opened" if pickled else f"holds no {WEIGHTS}"
+        )
         raise InputError(str(folder), what, fix=fix)
     try:
         config = parse_json(read_file(folder / CONFIG))
@@ -125,7 +131,7 @@ def read_adapter(folder: Path) -> Adapter:
 def _read_tensors(path: Path) -> dict[str, NpArray]:
     tensors: dict[str, NpArray] = {}
     try:
-        stored = safetensors.deserialize(read_file(path))
+        stored = cast(Any, safetensors).deserialize(read_file(path))
     except SafetensorError as error:
         raise InputError(str(path), "is no whole safetensors file", got=error, fix="copy it again, whole") from error
     for name, facts in stored:
@@ -182,25 +188,36 @@ def lower(adapter: Adapter, base: Tensors, layers: Sequence[Site], classifiers: 
     updates = _replaced(adapter, saved, base)
     moved = dict(base) | {targeted.target.tensor: fold(targeted, base[targeted.target.tensor]) for targeted in updates}
     sites = {site.name: site for site in layers if site.kind in ("linear", "conv")}
-    kind = str(adapter.config["peft_type"])
     for name, given in modules.items():
-        where = f"{adapter.where}: {name}"
-        if name not in sites:
-            fix = "pass the --backbone that it was tuned on, by timm's name"
-            raise InputError(where, "is no linear layer or convolution of the backbone", fix=fix)
-        try:
-            updates += _LOWERING[kind](adapter, sites[name], given, moved)
-        except KeyError as error:
-            raise InputError(where, "lacks a tensor", got=f"{', '.join(given) or 'nothing'} without {error}") from error
-        if given:
-            raise InputError(where, "has tensors that its configuration does not speak of", got=", ".join(sorted(given)))
+        updates += _adapted(adapter, name, sites.get(name), given, moved)
     for targeted in updates:
-        check(targeted, base[targeted.target.tensor].shape, where=adapter.where, fix="pass the backbone it was tuned on")
+        check(
+            targeted, base[targeted.target.tensor].shape, where=adapter.where, fix="pass the backbone it was tuned on"
+        )
     if not updates:
         raise InputError(adapter.where, "holds no adapter")
-    dora = kind == "LORA" and bool(adapter.config.get("use_dora"))
+    kind = _METHODS[adapter.config["peft_type"]]
     settings = {key: adapter.config[key] for key in _SETTINGS if adapter.config.get(key)}
     return Lowered(updates=tuple(updates), head=head, method="dora" if dora else _METHODS[kind], settings=settings)
+
+
+def _adapted(
+    adapter: Adapter, name: str, site: Site | None, given: dict[str, NpArray], base: Tensors
+) -> list[Targeted]:
+    """The updates of one module; all that is ``given`` must be used."""
+    where = f"{adapter.where}: {name}"
+    if site is None:
+        fix = "pass the --backbone that it was tuned on, by timm's name"
+        raise InputError(where, "is no linear layer or convolution of the backbone", fix=fix)
+    has = ", ".join(sorted(given))
+    try:
+        updates = _LOWERING[adapter.config["peft_type"]](adapter, site, given, base)
+    except KeyError as error:
+        raise InputError(where, f"needs the tensor {error}", got=has) from error
+    if given:
+        what = "has tensors that its configuration does not speak of"
+        raise InputError(where, what, got=", ".join(sorted(given)))
+    return updates
 
 
 def _sorted(adapter: Adapter) -> tuple[dict[str, dict[str, NpArray]], dict[str, NpArray]]:

@@ -20,10 +20,11 @@ from edgepet.canonical import canonical_json
 from edgepet.errors import InputError
 from edgepet.expressions import Product, value
 from edgepet.files import write_file
+from edgepet.merging import fold_all
 from edgepet.methods.krona import two_factors
 from edgepet.peft import CONFIG, PREFIX, WEIGHTS, Adapter
 from edgepet.spec import NpArray, Site, Target, Tensors
-from edgepet.updates import Kronecker, LowRank, Scale, Targeted, fold
+from edgepet.updates import LowRank, Scale, Targeted, fold, in_precision_of
 
 _MERGE = "edgepet merge writes dense weights of any pack"
 
@@ -47,9 +48,13 @@ class _Layer:
 
 def write_adapter(folder: Path, adapter: Adapter) -> None:
     """Write what ``PeftModel.from_pretrained`` reads into a folder that is there."""
-    tensors = {f"{PREFIX}{name}": np.asarray(tensor, np.float32, order="C") for name, tensor in adapter.tensors.items()}
+    tensors = {f"{PREFIX}{name}": _stored(tensor) for name, tensor in adapter.tensors.items()}
     write_file(folder / WEIGHTS, safetensors.numpy.save(tensors, metadata={"format": "pt"}))
     write_file(folder / CONFIG, canonical_json(adapter.config))
+
+
+def _stored(tensor: NpArray) -> NpArray:
+    return np.asarray(tensor, np.float32 if tensor.dtype.kind == "f" else tensor.dtype, order="C")
 
 
 def unlower(
@@ -64,31 +69,72 @@ def unlower(
     Raises:
         InputError: PEFT has no adapter that does this.
     """
-    found = _by_layer(updates, layers, where)
+    found, rest = _by_layer(updates, layers)
     kinds = {targeted.update.kind for layer in found for targeted in layer.weight}
     if kinds == {"scale"}:
         config, tensors = _ia3(found, base, where)
     elif kinds == {"kronecker"}:
-        config, tensors = _lokr(found, base, where)
+        config, tensors = _lokr(found, base)
     elif kinds in ({"low-rank"}, {"low-rank", "scale"}):
         config, tensors = _lora(found, base, where, dora="scale" in kinds)
     else:
-        got = ", ".join(sorted(kinds)) or "no updates"
+        got = ", ".join(sorted(kinds)) or "no updates of layers' weights"
         raise InputError(where, "needs updates of one of PEFT's methods: LoRA, DoRA, LoKr or IA3", got=got, fix=_MERGE)
+    rest += [targeted for layer in found for targeted in layer.bias if kinds != {"scale"}]
+    saved, modules = _saved(rest, found, base, where, biases=config["peft_type"] == "LORA")
+    alone = [name for name in saved if _module(name) not in modules]
+    if alone:
+        config["bias"] = "lora_only" if all(".base_layer." in name for name in alone) else "all"
     shared = {
         "task_type": None,
         "base_model_name_or_path": None,
         "inference_mode": True,
         "target_modules": _exactly(layer.site.name for layer in found),
-        "modules_to_save": sorted({name.rpartition(".")[0] for name in head}),
+        "modules_to_save": sorted({*map(_module, head), *modules}),
     }
-    return Adapter(where=where, config={**shared, **config}, tensors={**tensors, **head})
+    return Adapter(where=where, config={**shared, **config}, tensors={**tensors, **saved, **head})
 
 
-def _by_layer(updates: Iterable[Targeted], layers: Sequence[Site], where: str) -> list[_Layer]:
-    found = {site.name: _Layer(site) for site in layers if site.kind in ("linear", "conv")}
-    weights = {layer.site.weight: layer for layer in found.values()}
-    biases = {layer.site.bias: layer for layer in found.values() if layer.site.bias}
+def _module(name: str) -> str:
+    return name.rpartition(".")[0]
+
+
+def _saved(
+    rest: Sequence[Targeted], found: Sequence[_Layer], base: Tensors, where: str, *, biases: bool
+) -> tuple[dict[str, NpArray], set[str]]:
+    """Tensors that take the place of the network's own, and the modules of which PEFT keeps all tensors.
+
+    With ``biases`` a bias is kept by itself: of PEFT's configurations LoRA's alone has a word for that.
+    """
+    adapted = [layer.site.name for layer in found]
+    for targeted in rest:
+        if targeted.target.tensor not in base:
+            raise _refused(where, targeted, "is of no tensor of the backbone")
+    changed = fold_all({targeted.target.tensor: base[targeted.target.tensor] * 1.0 for targeted in rest}, rest)
+    tensors: dict[str, NpArray] = {}
+    modules = set[str]()
+    for targeted in rest:
+        name, module = targeted.target.tensor, _module(targeted.target.tensor)
+        if biases and name == f"{module}.bias":
+            tensors[f"{module}.base_layer.bias" if module in adapted else name] = changed[name]
+            continue
+        kept = {_module(other) for other in base if _module(other).endswith(module)}  # as PEFT matches names
+        if not module or any(f"{layer}.".startswith(f"{each}.") for layer in adapted for each in kept):
+            raise _refused(where, targeted, "is nothing that PEFT's LoRA, DoRA, LoKr or IA3 does")
+        modules |= kept
+        tensors |= {other: changed.get(other, base[other]) for other in base if _module(other) in kept}
+    return tensors, modules
+
+
+def _by_layer(updates: Iterable[Targeted], layers: Sequence[Site]) -> tuple[list[_Layer], list[Targeted]]:
+    """The layers whose weights change, with the scales of their biases, and the updates of all other tensors."""
+    double = np.empty(0)  # factors of a product are not multiplied in a pack's fp16
+    updates = [Targeted(t.target, in_precision_of(t.update, double)) for t in updates]
+    changed = {targeted.target.tensor for targeted in updates}
+    found = [_Layer(site) for site in layers if site.kind in ("linear", "conv") and site.weight in changed]
+    weights = {layer.site.weight: layer for layer in found}
+    biases = {layer.site.bias: layer for layer in found if layer.site.bias}
+    rest = []
     for targeted in updates:
         name = targeted.target.tensor
         if name in weights:
@@ -96,12 +142,8 @@ def _by_layer(updates: Iterable[Targeted], layers: Sequence[Site], where: str) -
         elif name in biases and isinstance(targeted.update, Scale):
             biases[name].bias.append(targeted)
         else:
-            raise _refused(where, targeted, "is nothing that PEFT's LoRA, DoRA, LoKr or IA3 does")
-    touched = [layer for layer in found.values() if layer.weight or layer.bias]
-    for layer in touched:
-        if not layer.weight:
-            raise _refused(where, layer.bias[0], "scales a bias without its weight, which no adapter of PEFT's does")
-    return touched
+            rest.append(targeted)
+    return found, rest
 
 
 def _exactly(names: Iterable[str]) -> str:
@@ -118,14 +160,14 @@ def _patterns(values: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
 # ------------------------------------------------------------------------------------------------- LoRA and DoRA
 
 
-def _lora(found: Sequence[_Layer], base: Tensors, where: str, *, dora: bool) -> tuple[dict[str, Any], dict[str, NpArray]]:
+def _lora(
+    found: Sequence[_Layer], base: Tensors, where: str, *, dora: bool
+) -> tuple[dict[str, Any], dict[str, NpArray]]:
     """All low-rank additions of a layer as one, and for DoRA the lengths of the rows that its scales leave."""
     tensors: dict[str, NpArray] = {}
     ranks, alphas = dict[str, int](), dict[str, float]()
     for layer in found:
         site, name = layer.site, layer.site.name
-        if layer.bias:
-            raise _refused(where, layer.bias[0], "moves a bias, which PEFT's LoRA and DoRA do not")
         if not site.dense:
             raise _refused(where, layer.weight[0], f"is of {site.groups} groups, which PEFT's LoRA does not keep apart")
         left, right, scale, rows = _joined(layer, where)
@@ -161,7 +203,9 @@ def _joined(layer: _Layer, where: str) -> tuple[NpArray, NpArray, float, NpArray
             up = up if update.core is None else up @ value(update.core).astype(np.float64)
             left, right = np.zeros((out, up.shape[1])), np.zeros((up.shape[1], columns))
             left[first:last], right[:, begin:end] = up, value(update.right)
-            lefts.append(left), rights.append(right), scales.append(float(update.scale))
+            lefts.append(left)
+            rights.append(right)
+            scales.append(float(update.scale))
         else:
             raise _refused(where, targeted, "comes where PEFT's LoRA and DoRA have no place for it")
     same = len(set(scales)) == 1
@@ -175,7 +219,7 @@ def _joined(layer: _Layer, where: str) -> tuple[NpArray, NpArray, float, NpArray
 # ---------------------------------------------------------------------------------------------------------- LoKr
 
 
-def _lokr(found: Sequence[_Layer], base: Tensors, where: str) -> tuple[dict[str, Any], dict[str, NpArray]]:
+def _lokr(found: Sequence[_Layer], base: Tensors) -> tuple[dict[str, Any], dict[str, NpArray]]:
     """Each layer's Kronecker product; where PEFT's one factor does not give the cuts, all sums of them as they are."""
     factor = _factor(found)
     tensors: dict[str, NpArray] = {}
@@ -209,14 +253,16 @@ def _lokr(found: Sequence[_Layer], base: Tensors, where: str) -> tuple[dict[str,
 
 def _factor(found: Sequence[_Layer]) -> int | None:
     """The ``decompose_factor`` with which PEFT cuts every layer as its one Kronecker product does, if there is one."""
-    cuts = []
+    cuts = list[tuple[int, int]]()
     for layer in found:
         update: Any = layer.weight[0].update
         target = layer.weight[0].target
         if len(layer.weight) > 1 or target.rows or target.cols or len(value(update.left)) > 1:
             return None
         cuts += zip((layer.site.out_features, layer.site.in_features), value(update.left).shape[1:], strict=True)
-    fitting = (f for f in (-1, *sorted({small for _, small in cuts})) if all(_cut(side, f) == small for side, small in cuts))
+    fitting = (
+        f for f in (-1, *sorted({small for _, small in cuts})) if all(_cut(side, f) == small for side, small in cuts)
+    )
     return next(fitting, None)
 
 
@@ -243,16 +289,17 @@ def _ia3(found: Sequence[_Layer], base: Tensors, where: str) -> tuple[dict[str, 
         site, axes = layer.site, layer.ones(base)
         if layer in inner:
             targeted = layer.weight[0]
-            fits = targeted.target == Target(site.weight) and len(targeted.update.s) == site.in_features
+            given: Any = targeted.update
+            fits = targeted.target == Target(site.weight) and len(given.s) == site.in_features
             if len(layer.weight) > 1 or layer.bias or not fits or site.groups > 1:
                 raise _refused(where, targeted, "scales inputs in a way that PEFT's IA3 does not")
-            tensors[f"{site.name}.ia3_l"] = targeted.update.s.reshape(1, -1, *axes)
+            tensors[f"{site.name}.ia3_l"] = given.s.reshape(1, -1, *axes)
             continue
         scale = _rows(layer.weight, site, where)
         if site.bias is not None and not np.array_equal(scale, _rows(layer.bias, site, where)):
             raise _refused(where, layer.weight[0], "scales a weight and not its bias, which PEFT's IA3 does together")
         tensors[f"{site.name}.ia3_l"] = scale.reshape((1, -1, *axes) if axes else (-1, 1))
-    config = {
+    config: dict[str, Any] = {
         "peft_type": "IA3", "feedforward_modules": _exactly(layer.site.name for layer in inner) or [],
         "fan_in_fan_out": False, "init_ia3_weights": True,
     }  # fmt: skip
@@ -270,7 +317,8 @@ def _rows(scales: Sequence[Targeted], site: Site, where: str) -> NpArray:
         if targeted.target.cols is not None:
             raise _refused(where, targeted, "scales a part of each row, which PEFT's IA3 does not")
         first, last = targeted.target.rows or (0, site.out_features)
-        rows[first:last] *= targeted.update.s
+        given: Any = targeted.update
+        rows[first:last] *= given.s
     return rows
 
 
