@@ -24,6 +24,7 @@ from edgepet.files import read_file
 from edgepet.methods.dora import rescaled
 from edgepet.methods.method import shift
 from edgepet.spec import NpArray, Site, Target, Tensors
+from edgepet.strict import Table
 from edgepet.updates import Kronecker, LowRank, Replace, Scale, Targeted, check, fold, in_precision_of
 
 CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
@@ -64,10 +65,14 @@ class Adapter:
     tensors: Tensors
 
     def number(self, key: str, otherwise: float) -> float:
-        value = self.config.get(key, otherwise)
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
-            raise self.refusal(key, "needs a number")
-        return value
+        table = Table(self.config, f"{self.where}/{CONFIG}", error=InputError)
+        return table.number(key) if table.has(key) else otherwise
+
+    def rank(self, module: str) -> float:
+        rank = self.pattern("rank_pattern", module, self.number("r", 8))
+        if rank < 1:
+            raise InputError(f"{self.where}: {module}", "needs a rank of at least 1", got=rank)
+        return rank
 
     def pattern(self, key: str, module: str, otherwise: float) -> float:
         """The value for ``module`` as PEFT finds it (``get_pattern_key`` in ``utils/other.py``): the first match."""
@@ -196,9 +201,9 @@ def lower(adapter: Adapter, base: Tensors, layers: Sequence[Site], classifiers: 
         )
     if not updates:
         raise InputError(adapter.where, "holds no adapter")
-    kind = _METHODS[adapter.config["peft_type"]]
+    method = "dora" if adapter.config.get("use_dora") else _METHODS[adapter.config["peft_type"]]
     settings = {key: adapter.config[key] for key in _SETTINGS if adapter.config.get(key)}
-    return Lowered(updates=tuple(updates), head=head, method="dora" if dora else _METHODS[kind], settings=settings)
+    return Lowered(updates=tuple(updates), head=head, method=method, settings=settings)
 
 
 def _adapted(
@@ -272,7 +277,7 @@ def _lora(adapter: Adapter, site: Site, given: dict[str, NpArray], base: Tensors
         raise InputError(where, f"is a convolution of {site.groups} groups, whose LoRA PEFT computes across them",
                          fix="leave it out of target_modules: it cannot be folded")  # fmt: skip
     a, b = given.pop("lora_A.weight"), given.pop("lora_B.weight")
-    rank = adapter.pattern("rank_pattern", site.name, adapter.number("r", 8))
+    rank = adapter.rank(site.name)
     if rank != len(a):
         raise InputError(where, f"needs the rank that its configuration says, {rank}", got=len(a))
     alpha = adapter.pattern("alpha_pattern", site.name, adapter.number("lora_alpha", 8))
@@ -297,7 +302,7 @@ def _lora(adapter: Adapter, site: Site, given: dict[str, NpArray], base: Tensors
 def _lokr(adapter: Adapter, site: Site, given: dict[str, NpArray], base: Tensors) -> list[Targeted]:
     """W + alpha / r * w1 (x) w2, each whole or a product; Tucker's w2[p, r] = sum_ij t[i, j] a[i, p] b[j, r]."""
     del base
-    rank = adapter.pattern("rank_pattern", site.name, adapter.number("r", 8))
+    rank = adapter.rank(site.name)
     alpha = adapter.pattern("alpha_pattern", site.name, adapter.number("alpha", 8))
     left = _whole_or_product(given, "lokr_w1")
     if "lokr_t2" in given:
