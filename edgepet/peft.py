@@ -169,6 +169,9 @@ def _check_config(adapter: Adapter) -> None:
     for key in ("rank_pattern", "alpha_pattern"):
         if not isinstance(config.get(key) or {}, dict):
             raise adapter.refusal(key, "needs an object")
+    inner = config.get("feedforward_modules") or []
+    if not isinstance(inner, str) and not (isinstance(inner, list) and all(isinstance(name, str) for name in inner)):
+        raise adapter.refusal("feedforward_modules", "needs names or a pattern")
 
 
 # -------------------------------------------------------------------------------------------------------- lowering
