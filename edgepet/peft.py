@@ -68,11 +68,11 @@ class Adapter:
         table = Table(self.config, f"{self.where}/{CONFIG}", error=InputError)
         return table.number(key) if table.has(key) else otherwise
 
-    def rank(self, module: str) -> float:
+    def rank(self, module: str) -> int:
         rank = self.pattern("rank_pattern", module, self.number("r", 8))
-        if rank < 1:
-            raise InputError(f"{self.where}: {module}", "needs a rank of at least 1", got=rank)
-        return rank
+        if rank < 1 or rank % 1:
+            raise InputError(f"{self.where}: {module}", "needs a whole rank of at least 1", got=rank)
+        return int(rank)
 
     def pattern(self, key: str, module: str, otherwise: float) -> float:
         """The value for ``module`` as PEFT finds it (``get_pattern_key`` in ``utils/other.py``): the first match."""
@@ -164,7 +164,7 @@ def _check_config(adapter: Adapter) -> None:
         if key not in _KNOWN[kind] and value:
             raise adapter.refusal(key, "must be off: it does not fold, or is not known here", f"tune without {key}")
     if kind == "LORA" and config.get("init_lora_weights", True) not in _HARMLESS_STARTS:
-        fix = "save_pretrained(DIR, path_initial_model_for_weight_conversion=...) makes plain LoRA of it"
+        fix = "convert it with save_pretrained(path_initial_model_for_weight_conversion=...); add the classifier again"
         raise adapter.refusal("init_lora_weights", "changes the base weights, which the folder does not hold", fix)
     for key in ("rank_pattern", "alpha_pattern"):
         if not isinstance(config.get(key) or {}, dict):
