@@ -584,3 +584,16 @@ def test_a_bias_beside_a_low_rank_addition_is_kept(backbone: Backbone, tmp_path:
 
     assert json.loads((tmp_path / "adapter" / CONFIG).read_text())["bias"] == "all"
     assert apart(merged(tmp_path / "flowers.pet", backbone), loaded(backbone, tmp_path / "adapter")) <= LIMIT
+
+
+def test_additions_of_different_scales_and_a_layer_of_lengths_alone(backbone: Backbone, tmp_path: Path) -> None:
+    delta = read_pack(packed(backbone, LinearProbe(), tmp_path / "flowers.pet", "fp32")).delta
+    halved = replace(LOW, left=LOW.left[:32], scale=0.5)
+    updates = ((f"{PROJ}.weight", LOW), (f"{PROJ}.weight[0:32]", halved), (f"{FC2}.weight", Scale(1.5 * ROW)))
+    targeted = tuple(Targeted(Target.parse(name, where="test"), update) for name, update in updates)
+    write_pack(tmp_path / "flowers.pet", replace(delta, updates=targeted), codec="fp32")
+
+    export_peft(tmp_path / "flowers.pet", tmp_path / "adapter", backbone=backbone)
+
+    assert json.loads((tmp_path / "adapter" / CONFIG).read_text())["use_dora"] is True
+    assert apart(merged(tmp_path / "flowers.pet", backbone), loaded(backbone, tmp_path / "adapter")) <= LIMIT
