@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 DEMO_EXTRAS := train,openvino,tensorrt-rtx,demo
-TEST_EXTRAS := $(DEMO_EXTRAS),onnxsim,accelerate,dev
+TEST_EXTRAS := $(DEMO_EXTRAS),onnxsim,accelerate,peft,dev
 
 .PHONY: demo test slow check fix bench clean
 
@@ -53,5 +53,5 @@ $(VENV)/.test: pyproject.toml | $(BIN)/python
 	touch $@ $(VENV)/.demo
 
 $(VENV)/.bench: pyproject.toml | $(BIN)/python
-	$(BIN)/python -m pip install --disable-pip-version-check --quiet --editable '.[$(TEST_EXTRAS),peft]'
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet --editable '.[$(TEST_EXTRAS)]'
 	touch $@ $(VENV)/.test $(VENV)/.demo

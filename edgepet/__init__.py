@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from edgepet.deploy import verify as verify
     from edgepet.errors import EdgepetError as EdgepetError
     from edgepet.exporters.exporter import ExportOptions as ExportOptions
+    from edgepet.interchange import export_peft as export_peft
+    from edgepet.interchange import import_peft as import_peft
     from edgepet.methods import METHODS as METHODS
     from edgepet.methods import SSF as SSF
     from edgepet.methods import Consolidator as Consolidator
@@ -47,6 +49,8 @@ _HOME = {
     "bench": "edgepet.ondevice",
     "evaluate": "edgepet.ondevice",
     "export": "edgepet.deploy",
+    "export_peft": "edgepet.interchange",
+    "import_peft": "edgepet.interchange",
     "inspect": "edgepet.ondevice",
     "merge": "edgepet.deploy",
     "pretrain": "edgepet.training",

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from edgepet import __version__
-from edgepet.errors import EdgepetError, InputError
+from edgepet import __version__, arguments
+from edgepet.errors import EdgepetError
 
 DONE, USAGE, STOPPED = 0, 2, 130
 Options: TypeAlias = argparse.Namespace
@@ -126,7 +126,7 @@ def _trained(options: Options) -> tuple[Path, str, str, Path]:
 def _training(options: Options) -> dict[str, Any]:
     """The options that both ways of training have."""
     return {
-        "settings": _settings(options.set),
+        "settings": arguments.settings(options.set),
         "image_size": options.img_size,
         "frames": options.frames,
         "epochs": options.epochs,
@@ -136,10 +136,10 @@ def _training(options: Options) -> dict[str, Any]:
         "shots": options.shots,
         "seed": options.seed,
         "val_fraction": options.val_fraction,
-        "augment": _names(options.augment),
+        "augment": arguments.names(options.augment),
         "precision": options.train_precision,
         "device": options.device,
-        "init": _path(options.init),
+        "init": arguments.path(options.init),
         "resume": options.resume,
         "checkpoint_s": options.checkpoint_every,
     }
@@ -164,7 +164,9 @@ def merge(options: Options) -> Result:
     from edgepet.deploy import merge as run
 
     with _progress(options) as progress, progress.stage(f"merge {options.pack}"):
-        report = run(Path(options.pack), Path(options.output), backbone=options.backbone, data=_path(options.data))
+        report = run(
+            Path(options.pack), Path(options.output), backbone=options.backbone, data=arguments.path(options.data)
+        )
     return Result(report, show.merge)
 
 
@@ -178,7 +180,7 @@ def export(options: Options) -> Result:
     chosen = ExportOptions(
         to=parse_formats(options.to),
         precision=options.precision,
-        sms=_sms(options.sm),
+        sms=arguments.sms(options.sm),
         simplify=options.simplify,
         calib=options.calib,
         external_data=options.external_data,
@@ -186,7 +188,7 @@ def export(options: Options) -> Result:
     with _progress(options) as progress, progress.stages() as stage:
         report = run(
             [Path(pack) for pack in options.packs], Path(options.output), backbone=options.backbone,
-            data=_path(options.data), options=chosen, stage=stage,
+            data=arguments.path(options.data), options=chosen, stage=stage,
         )  # fmt: skip
     return Result(report, show.export)
 
@@ -198,7 +200,10 @@ def verify(options: Options) -> Result:
 
     with _progress(options) as progress, progress.stage(f"verify {options.folder}"):
         report = run(
-            Path(options.folder), data=_path(options.data), pack=_path(options.pack), backbone=options.backbone
+            Path(options.folder),
+            data=arguments.path(options.data),
+            pack=arguments.path(options.pack),
+            backbone=options.backbone,
         )
     return Result(report, show.verify, failed=not report.ok)
 
@@ -211,7 +216,7 @@ def bench(options: Options) -> Result:
     with _progress(options) as progress, progress.bar("bench", options.rounds) as bar:
         report = run(
             [Path(model) for model in options.models],
-            runtimes=_names(options.runtime) or None,
+            runtimes=arguments.names(options.runtime) or None,
             threads=options.threads,
             batch=options.batch,
             rounds=options.rounds,
@@ -228,7 +233,9 @@ def storage(options: Options) -> Result:
     from edgepet.ondevice import storage as run
 
     with _progress(options) as progress, progress.stage("storage: run every task from one folder"):
-        report = run([Path(pack) for pack in options.packs], store=_path(options.store), devices=options.devices)
+        report = run(
+            [Path(pack) for pack in options.packs], store=arguments.path(options.store), devices=options.devices
+        )
     return Result(report, show.storage)
 
 
@@ -238,6 +245,36 @@ def inspect(options: Options) -> Result:
     from edgepet.ondevice import inspect as run
 
     return Result(run(Path(options.file)), show.inspect)
+
+
+def import_peft(options: Options) -> Result:
+    """a PEFT adapter folder as a pack, compared with PEFT itself"""
+    from edgepet import show
+    from edgepet.interchange import import_peft as run
+
+    with _progress(options) as progress, progress.stages() as stage:
+        report = run(
+            Path(options.folder), Path(options.output), backbone=options.backbone, image_size=options.img_size,
+            labels=arguments.labels(options.labels), data=arguments.path(options.data), codec=options.codec,
+            stage=stage,
+        )  # fmt: skip
+    return Result(report, show.peft)
+
+
+def export_peft(options: Options) -> Result:
+    """a pack as an adapter folder that PEFT loads on the timm model"""
+    from edgepet import show
+    from edgepet.interchange import export_peft as run
+
+    with _progress(options) as progress, progress.stages() as stage:
+        report = run(
+            Path(options.pack),
+            Path(options.output),
+            backbone=options.backbone,
+            data=arguments.path(options.data),
+            stage=stage,
+        )
+    return Result(report, show.peft)
 
 
 def demo(options: Options) -> Result:
@@ -280,123 +317,20 @@ def _parser() -> argparse.ArgumentParser:
         return made
 
     verb("doctor", doctor)
-    _methods_options(verb("methods", methods))
-    _train_options(verb("train", train))
-    _eval_options(verb("eval", evaluate))
-    _merge_options(verb("merge", merge))
-    _export_options(verb("export", export))
-    _verify_options(verb("verify", verify))
-    _bench_options(verb("bench", bench))
-    _storage_options(verb("storage", storage))
+    arguments.for_methods(verb("methods", methods))
+    arguments.for_train(verb("train", train))
+    arguments.for_eval(verb("eval", evaluate))
+    arguments.for_merge(verb("merge", merge))
+    arguments.for_export(verb("export", export))
+    arguments.for_verify(verb("verify", verify))
+    arguments.for_bench(verb("bench", bench))
+    arguments.for_storage(verb("storage", storage))
     verb("inspect", inspect).add_argument("file", help="TASK.pet or an exported folder")
-    _pretrain_options(verb("pretrain", pretrain))
+    arguments.for_pretrain(verb("pretrain", pretrain))
+    arguments.for_import_peft(verb("import-peft", import_peft))
+    arguments.for_export_peft(verb("export-peft", export_peft))
     verb("demo", demo).add_argument("--dir", default="demo", help="where everything goes (default: %(default)s)")
     return parser
-
-
-def _backbone_option(parser: argparse.ArgumentParser, *, required: bool = False) -> None:
-    told = "a timm name, NAME@FILE, or demo:vit-small" + ("" if required else " (default: the one that the pack names)")
-    parser.add_argument("--backbone", required=required, metavar="B", help=told)
-
-
-def _methods_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--backbone", metavar="B", help="count parameters on it")
-    parser.add_argument("--img-size", type=int, metavar="N")
-
-
-def _train_options(parser: argparse.ArgumentParser) -> None:
-    _training_options(parser)
-    parser.add_argument("--codec", default="fp16", choices=["fp16", "fp32"], help="precision of the pack")
-    parser.add_argument("-o", "--output", required=True, metavar="TASK.pet")
-
-
-def _pretrain_options(parser: argparse.ArgumentParser) -> None:
-    _training_options(parser)
-    parser.add_argument("-o", "--output", required=True, metavar="NAME.work")
-
-
-def _training_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("data", help="a folder with train/ and val/, or of class folders")
-    _backbone_option(parser, required=True)
-    parser.add_argument("--method", required=True, metavar="M", help="see `edgepet methods`")
-    parser.add_argument(
-        "--set", action="append", default=[], metavar="NAME=VALUE", help="a setting of the method: rank=8"
-    )
-    parser.add_argument(
-        "--img-size", type=int, metavar="N", help="pixels of the square input (default: the backbone's)"
-    )
-    parser.add_argument("--frames", type=int, default=1, metavar="N", help="of clips: DATA's classes hold folders")
-    parser.add_argument("--epochs", type=int, metavar="N")
-    parser.add_argument("--batch-size", type=int, default=32, metavar="N", help="images of one step (%(default)s)")
-    parser.add_argument("--accumulate", type=int, default=1, metavar="N", help="go through a batch in N parts")
-    parser.add_argument("--lr", type=float, metavar="X")
-    parser.add_argument("--shots", type=int, metavar="K", help="train on K images of each class")
-    parser.add_argument("--seed", type=_natural, default=0, metavar="N")
-    parser.add_argument("--val-fraction", type=float, default=0.2, metavar="X")
-    parser.add_argument("--augment", default="", metavar="flip,crop")
-    parser.add_argument("--train-precision", default="auto", choices=["auto", "fp32", "bf16"])
-    parser.add_argument("--device", choices=["cpu", "cuda"], help="what trains (default: a GPU where torch finds one)")
-    parser.add_argument("--init", metavar="WORK", help="start from the tensors of pretrain's WORK, or of a TASK.pet")
-    parser.add_argument("--resume", action="store_true", help="go on from TASK.checkpoint, if there is one")
-    parser.add_argument(
-        "--checkpoint-every", type=float, default=30.0, metavar="SECONDS", help="within an epoch (%(default)s)"
-    )
-
-
-def _eval_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", help="TASK.pet or an exported folder")
-    parser.add_argument("data")
-    parser.add_argument("--split", default="test", choices=["train", "val", "test"])
-    parser.add_argument("--runtime", choices=["torch", "onnxruntime", "openvino", "tensorrt"])
-    parser.add_argument("--threads", type=int, metavar="N")
-    _backbone_option(parser)
-
-
-def _merge_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("pack", metavar="TASK.pet")
-    _backbone_option(parser)
-    parser.add_argument("--data", metavar="DIR", help="images to compare on (default: the work folder's)")
-    parser.add_argument("-o", "--output", required=True, metavar="FILE.safetensors")
-
-
-def _export_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("packs", nargs="+", metavar="TASK.pet")
-    _backbone_option(parser)
-    parser.add_argument("--to", default="onnx", metavar="onnx,openvino,tensorrt")
-    parser.add_argument("--precision", default="fp32", choices=["fp32", "fp16"])
-    parser.add_argument("--calib", metavar="DIR", help="images on which fp16 measures ranges (default: as --data)")
-    parser.add_argument(
-        "--sm", default="86,89,120", metavar="86,89,120", help="compute capabilities of a TensorRT engine"
-    )
-    parser.add_argument("--simplify", action="store_true", help="through onnxsim, kept only if the answers stay")
-    parser.add_argument("--external-data", action="store_true", help="ONNX weights in a file of their own")
-    parser.add_argument("--data", metavar="DIR", help="images to compare on (default: the work folder's)")
-    parser.add_argument("-o", "--output", required=True, metavar="DIR")
-
-
-def _verify_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("folder", metavar="DIR")
-    parser.add_argument("--data", metavar="DIR", help="images to compare on, against the merged pack")
-    parser.add_argument("--pack", metavar="TASK.pet", help="with --data, if it is not beside the folder")
-    _backbone_option(parser)
-
-
-def _bench_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("models", nargs="+", metavar="MODEL", help="TASK.pet or an exported folder")
-    parser.add_argument(
-        "--runtime", default="", metavar="R[,R]", help="torch, onnxruntime, openvino (default: all here)"
-    )
-    parser.add_argument("--threads", type=int, metavar="N", help="default: all cores")
-    parser.add_argument("--batch", type=int, default=1, metavar="N")
-    parser.add_argument("--rounds", type=int, default=200, metavar="N")
-    parser.add_argument("--plain", action="store_true", help="time the backbone's own weights under the head too")
-    _backbone_option(parser)
-
-
-def _storage_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("packs", nargs="*", metavar="TASK.pet")
-    parser.add_argument("--store", metavar="DIR", help="a device's folder")
-    parser.add_argument("--devices", type=int, default=1, metavar="N", help="count a fleet")
 
 
 def _progress(options: Options) -> Any:
@@ -409,37 +343,6 @@ def _progress(options: Options) -> Any:
         told = ", ".join(f"{name} {version}" for name, version in here.versions.items())
         sys.stderr.write(f"{told}; Python {here.python}; {here.cpu}, {here.cores} cores\n")
     return Progress(quiet=options.quiet)
-
-
-def _settings(pairs: Sequence[str]) -> dict[str, str]:
-    settings = {}
-    for pair in pairs:
-        key, equals, value = pair.partition("=")
-        if not equals or not key:
-            raise InputError("--set", "needs NAME=VALUE", got=repr(pair))
-        settings[key] = value
-    return settings
-
-
-def _names(text: str) -> list[str]:
-    return [part.strip() for part in text.split(",") if part.strip()]
-
-
-def _sms(text: str) -> tuple[int, ...]:
-    names = _names(text)
-    if not names or not all(name.isdecimal() for name in names):
-        raise InputError("--sm", "needs compute capabilities such as 86,89,120", got=repr(text))
-    return tuple(int(name) for name in names)
-
-
-def _natural(text: str) -> int:
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"needs a whole number of at least 0, got {text!r}")
-    return int(text)
-
-
-def _path(text: str | None) -> Path | None:
-    return None if text is None else Path(text)
 
 
 if __name__ == "__main__":

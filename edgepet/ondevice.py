@@ -286,7 +286,7 @@ class _PackSource:
                 **self.pack.bytes_by_kind,
                 "header": self.pack.size_bytes - sum(self.pack.bytes_by_kind.values()),
             },
-            val_top1=delta.val.top1,
+            val_top1=delta.val.top1 if delta.val.n else None,
             training=dict(delta.training),
             licences=delta.licences,
             signed_by=None,

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from edgepet.account import StorageReport
     from edgepet.demo import DemoReport
     from edgepet.deploy import Exported, ExportReport, MergeReport, VerifyReport
+    from edgepet.interchange import PeftReport
     from edgepet.latency import BenchReport
     from edgepet.ondevice import EvalReport, InspectReport
     from edgepet.training import PretrainReport, TrainReport
@@ -300,8 +301,9 @@ def inspect(console: Console, report: InspectReport) -> None:
         f" {report.backbone.fingerprint[:19]}…",
         f"  {len(report.classes)} classes: {', '.join(report.classes[:8])}{', …' if len(report.classes) > 8 else ''}",
     )
-    if report.val_top1 is not None:
-        _lines(console, f"  val {format_percent(report.val_top1)}; signed by: {report.signed_by or 'nobody'}")
+    if report.kind == "pack":
+        scored = f"val {format_percent(report.val_top1)}" if report.val_top1 is not None else "not scored"
+        _lines(console, f"  {scored}; signed by: {report.signed_by or 'nobody'}")
     if report.verified is not None:
         _lines(console, "  verified when it was made" if report.verified else "  not verified when it was made")
     for title, counts in (("updates", report.updates), ("branches", report.branches)):
@@ -311,6 +313,16 @@ def inspect(console: Console, report: InspectReport) -> None:
             print_table(console, Table(title, columns, rows))
     parts = [(kind, format_bytes(count)) for kind, count in report.bytes_by_kind.items()]
     print_table(console, Table("bytes", (Column("part"), Column("size", right=True)), parts))
+
+
+def peft(console: Console, report: PeftReport) -> None:
+    _lines(
+        console,
+        f"{report.path}  {format_bytes(report.bytes)}",
+        f"  {report.method}, {report.classes} classes",
+        f"  {report.max_abs_diff:.1e} from PEFT {report.peft} on {report.n} images ({report.inputs}),"
+        f" limit {report.limit:.1e}",
+    )
 
 
 def demo(console: Console, report: DemoReport) -> None:

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from edgepet.backbones import Backbone
+from tests.flow import adapter as adapter
 from tests.flow import artifacts as artifacts
 from tests.flow import graph as graph
 from tests.flow import store as store

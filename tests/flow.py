@@ -140,6 +140,16 @@ def artifacts(tasks: Tasks, tmp_path_factory: pytest.TempPathFactory) -> Artifac
 
 
 @pytest.fixture(scope="session")
+def adapter(tasks: Tasks, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The LoRA task as a PEFT folder."""
+    pytest.importorskip("peft", reason="needs the package peft")
+    folder = tmp_path_factory.mktemp("peft") / "tints"
+    said = edgepet("export-peft", tasks.tints, "--backbone", tasks.spec, "-o", folder, "--json")
+    assert said.code == 0, said.err
+    return folder
+
+
+@pytest.fixture(scope="session")
 def graph(tasks: Tasks, artifacts: Artifacts) -> BaseGraph:
     """The base graph that the exports left in the cache."""
     return Subject(tasks.shapes, None, None).graph

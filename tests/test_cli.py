@@ -66,6 +66,8 @@ PROMISED: dict[str, Any] = {
         "bytes_by_kind": dict, "signed_by": (str, NoneType),
     },
     "pretrain": {"path": str, "max_abs_diff": float},
+    "import-peft": {"path": str, "max_abs_diff": float},
+    "export-peft": {"path": str, "max_abs_diff": float},
 }  # fmt: skip
 
 # Contract v1's verbs and options. What is in NOT_YET is promised and not built: building it fails the test, on purpose.
@@ -93,7 +95,7 @@ OPTIONS = {
     "report": ["-o"],
     "demo": ["--dir"],
 }  # fmt: skip
-NOT_YET_VERBS = {"calibrate", "pack", "keygen", "import-peft", "export-peft", "device", "report"}
+NOT_YET_VERBS = {"calibrate", "pack", "keygen", "device", "report"}
 NOT_YET = {
     ("export", "--max-drop"), ("storage", "--backbone"),
 }  # fmt: skip
@@ -116,7 +118,7 @@ def misfits(value: Any, shape: Any, where: str = "") -> list[str]:
 
 
 @pytest.fixture
-def commands(tasks: Tasks, artifacts: Artifacts, tmp_path: Path) -> dict[str, list[object]]:
+def commands(tasks: Tasks, artifacts: Artifacts, adapter: Path, tmp_path: Path) -> dict[str, list[object]]:
     """A command of every verb that ends well, ``train`` and ``demo`` aside: they are run once for the session."""
     shapes = tasks.shapes
     return {
@@ -130,7 +132,11 @@ def commands(tasks: Tasks, artifacts: Artifacts, tmp_path: Path) -> dict[str, li
         "storage": ["storage", shapes, tasks.tints, "--devices", 10],
         "inspect": ["inspect", shapes],
         "pretrain": ["pretrain", *train_arguments(tasks.spec, tasks.data, "ssf", tmp_path / "broad.work")[1:]],
-    }
+        "import-peft": [
+            "import-peft", adapter, "--backbone", tasks.spec, "--img-size", 32, "-o", tmp_path / "again.pet"
+        ],
+        "export-peft": ["export-peft", tasks.tints, "-o", tmp_path / "adapter"],
+    }  # fmt: skip
 
 
 RUN = [verb for verb in VERBS if verb not in ("train", "demo")]
@@ -251,7 +257,7 @@ def test_a_quiet_command_says_nothing_and_progress_never_reaches_stdout(
 @pytest.mark.parametrize(
     ("verb", "stage"),
     [("eval", "eval "), ("merge", "merge "), ("export", "shapes to onnx"), ("verify", "verify "), ("bench", "bench  "),
-     ("storage", "storage: ")],
+     ("storage", "storage: "), ("import-peft", "compare with PEFT"), ("export-peft", "compare with PEFT")],
 )  # fmt: skip
 def test_progress_is_on_stderr(commands: dict[str, list[object]], verb: str, stage: str) -> None:
     said = edgepet(*commands[verb], "--json")
@@ -278,6 +284,8 @@ def test_the_progress_of_training_is_on_stderr(tasks: Tasks, tmp_path: Path) -> 
         ("verify", ["files", "probe", "ok"]),
         ("bench", ["shapes.pet", "shapes-onnx-fp32", "tuned", "merged", "3 interleaved rounds"]),
         ("storage", ["shapes", "tints", "one backbone", "a model a task", "10 devices"]),
+        ("import-peft", ["again.pet", "lora, 3 classes", " from PEFT ", " on 8 images (synthetic), limit "]),
+        ("export-peft", ["adapter", "lora, 3 classes", " from PEFT ", " on 12 images (work), limit "]),
         ("inspect", ["pack shapes", "ssf", "circle, square, triangle", "signed by: nobody", "scale", "add"]),
     ],
 )

@@ -60,13 +60,18 @@ class DoRA:
             for part, rows in self._parts(site).items():
                 a, b, m = (tuned[site.name][f"{part}{name}"] for name in "abm")
                 low_rank = Targeted(block(site, part, rows), LowRank(left=b, right=a, scale=self.alpha / self.rank))
-                moved = fold(low_rank, base[site.weight])
-                lengths = _lengths(moved.reshape(site.out_features, -1)[rows[0] : rows[1]])
-                updates += [low_rank, Targeted(low_rank.target, Scale(m / lengths))]
+                updates += [low_rank, rescaled(low_rank, base[site.weight], m)]
         return tuple(updates)
 
     def _parts(self, site: Site) -> dict[str, tuple[int, int]]:
         return attention((site,), self.on or QUERY_AND_VALUE)[site.name]
+
+
+def rescaled(low_rank: Targeted, weight: Array, lengths: Array) -> Targeted:
+    """The scale behind ``low_rank`` that gives the rows of its target in ``weight`` these ``lengths``."""
+    moved = fold(low_rank, weight)
+    first, last = low_rank.target.rows or (0, len(moved))
+    return Targeted(low_rank.target, Scale(lengths / _lengths(moved.reshape(len(moved), -1)[first:last])))
 
 
 def _lengths(rows: Array) -> Array:

@@ -1,0 +1,599 @@
+"""PEFT adapter folders, both ways, against PEFT itself; every adapter is moved away from its start."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+import warnings
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import safetensors.torch
+import timm
+import torch
+
+from edgepet import interchange
+from edgepet.backbones import Backbone
+from edgepet.delta import Score
+from edgepet.errors import CheckError, InputError, MissingError
+from edgepet.interchange import export_peft, import_peft
+from edgepet.methods import IA3, SSF, AdaptFormer, DoRA, FacTTT, KronA, LinearProbe, LoKr, LoRA, Method
+from edgepet.pack import read_pack, write_pack
+from edgepet.peft import CONFIG, PREFIX, WEIGHTS
+from edgepet.spec import NpArray, Preprocess, Target
+from edgepet.training import merged_logits
+from edgepet.tune import TunedModel, extract
+from edgepet.updates import Add, LowRank, Scale, Targeted
+from tests.flow import edgepet
+from tests.tiny import perturb, random_images, tiny_vit
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # what transformers says of other packages while it is imported
+    peft = pytest.importorskip("peft", reason="needs the package peft")
+
+CLASSES, LIMIT = 3, 1e-5  # the limit is of the largest logit: float32 through six blocks stays near 1e-6
+IMAGES = random_images(4, 3)
+
+# of biases that are saved and loaded all the same, of groups that cannot be merged, and of PiSSA beside adapters
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::peft.utils.warning.PeftWarning"),
+    pytest.mark.filterwarnings("ignore:.*(groups > 1|PiSSA):UserWarning"),
+]
+
+
+@pytest.fixture(scope="module")
+def networks(tmp_path_factory: pytest.TempPathFactory, backbone: Backbone) -> dict[str, Backbone]:
+    folder = tmp_path_factory.mktemp("networks")
+    others = {name: tiny_vit(folder, seed=7, architecture=name) for name in ("test_resnet", "test_convnext")}
+    return {"test_vit": backbone, **others}
+
+
+def timm_model(backbone: Backbone, classes: int = CLASSES) -> Any:
+    """What a user of PEFT starts from: timm's own network with the pretrained weights and a new classifier."""
+    model = timm.create_model(backbone.name, num_classes=classes, **backbone.create_args)
+    weights = {name: torch.from_numpy(tensor.copy()) for name, tensor in backbone.tensors.items()}
+    model.load_state_dict(weights, strict=False)
+    return model.eval()
+
+
+def tuned(backbone: Backbone, config: Any, folder: Path) -> NpArray:
+    """Write an adapter folder as a user does after tuning, and return the logits of the tuned model."""
+    model = peft.get_peft_model(timm_model(backbone), config)
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
+    model.save_pretrained(str(folder))
+    return logits(model)
+
+
+def logits(model: Any) -> NpArray:
+    with torch.no_grad():
+        return model.eval()(torch.from_numpy(IMAGES)).numpy()
+
+
+def loaded(backbone: Backbone, folder: Path) -> NpArray:
+    """Logits of a folder as PEFT loads it on timm's network."""
+    return logits(peft.PeftModel.from_pretrained(timm_model(backbone), str(folder)))
+
+
+def merged(pack: Path, backbone: Backbone) -> NpArray:
+    return merged_logits(backbone, read_pack(pack).delta, IMAGES)
+
+
+def apart(left: NpArray, right: NpArray) -> float:
+    """The largest difference over the largest logit."""
+    return float(np.abs(left - right).max() / np.abs(left).max())
+
+
+@pytest.fixture(scope="module")
+def plain(backbone: Backbone, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A plain LoRA folder, to be copied."""
+    folder = tmp_path_factory.mktemp("plain") / "adapter"
+    tuned(backbone, lora(target_modules=["qkv"]), folder)
+    return folder
+
+
+@pytest.fixture
+def folder(plain: Path, tmp_path: Path) -> Path:
+    """A plain LoRA folder, to spoil."""
+    return Path(shutil.copytree(plain, tmp_path / "adapter"))
+
+
+def reconfigured(folder: Path, **changes: object) -> Path:
+    config = json.loads((folder / CONFIG).read_text())
+    (folder / CONFIG).write_text(json.dumps(config | changes))
+    return folder
+
+
+def with_tensors(folder: Path, tensors: Mapping[str, Any]) -> Path:
+    safetensors.torch.save_file(dict(tensors), folder / WEIGHTS)
+    return folder
+
+
+def tensors_of(folder: Path) -> dict[str, Any]:
+    return safetensors.torch.load_file(folder / WEIGHTS)
+
+
+def lora(**settings: Any) -> Any:
+    return peft.LoraConfig(**{"modules_to_save": ["head"], **settings})
+
+
+def ia3(**settings: Any) -> Any:
+    return peft.IA3Config(**{"modules_to_save": ["head"], **settings})
+
+
+def lokr(**settings: Any) -> Any:
+    return peft.LoKrConfig(**{"r": 2, "modules_to_save": ["head"], **settings})
+
+
+CONVS: dict[str, Any] = {"target_modules": r"layer\d\.0\.conv[12]", "modules_to_save": ["fc"]}
+PATTERNS: dict[str, Any] = {
+    "rank_pattern": {r"blocks\.[01]\.attn\.qkv": 3, "fc1": 2},
+    "alpha_pattern": {"^blocks.3.attn.qkv": 5.5, "fc1": 3},
+}
+# What edgepet must read: the network, the configuration, and the method that the pack names.
+ADAPTERS: dict[str, tuple[str, Any, str]] = {
+    "lora": ("test_vit", lora(target_modules=["qkv"], lora_dropout=0.3), "lora"),
+    "lora, patterns": ("test_vit", lora(r=4, target_modules=["qkv", "fc1", "proj"], **PATTERNS), "lora"),
+    "lora, rank-stabilised": ("test_vit", lora(target_modules=["qkv", "fc1"], use_rslora=True, **PATTERNS), "lora"),
+    "lora, its layers' biases": ("test_vit", lora(target_modules=["qkv"], bias="lora_only"), "lora"),
+    "lora, all biases": ("test_vit", lora(target_modules=["qkv"], bias="all", lora_bias=True), "lora"),
+    "lora, a layer beside it": ("test_vit", lora(target_modules=["fc2"], modules_to_save=["head", "norm"]), "lora"),
+    "lora on convolutions": ("test_resnet", lora(r=3, lora_alpha=2, **CONVS), "lora"),
+    "lora, batch norms": ("test_resnet", lora(**CONVS | {"modules_to_save": ["fc", "bn1"]}), "lora"),
+    "lora, a head with a norm": ("test_convnext", lora(target_modules=["fc1", "fc2"]), "lora"),
+    "dora": ("test_vit", lora(target_modules=["qkv", "fc2"], use_dora=True), "dora"),
+    "dora on convolutions": ("test_resnet", lora(use_dora=True, **CONVS), "dora"),
+    "ia3": ("test_vit", ia3(target_modules=["qkv", "fc2"], feedforward_modules=["fc2"]), "ia3"),
+    "ia3 on convolutions": ("test_resnet", ia3(feedforward_modules=r".*conv2", **CONVS), "ia3"),
+    "lokr": ("test_vit", lokr(target_modules=["qkv", "fc1"]), "lokr"),
+    "lokr, both factors cut": (
+        "test_vit", lokr(target_modules=["qkv", "fc1"], decompose_both=True, alpha=3, **PATTERNS), "lokr"
+    ),
+    "lokr, a factor": ("test_vit", lokr(target_modules=["qkv", "fc1"], decompose_factor=4), "lokr"),
+    "lokr, whole": ("test_vit", lokr(r=64, target_modules=["qkv"]), "lokr"),
+    "lokr on convolutions": ("test_resnet", lokr(**CONVS), "lokr"),
+    "lokr on convolutions, whole": ("test_resnet", lokr(**CONVS | {"r": 60}), "lokr"),
+    "lokr, a Tucker core": ("test_resnet", lokr(use_effective_conv2d=True, decompose_both=True, **CONVS), "lokr"),
+    "lokr on groups": ("test_convnext", lokr(target_modules=["conv_dw"], modules_to_save=["head.fc"]), "lokr"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("network", "config", "method"), ADAPTERS.values(), ids=ADAPTERS)
+def test_an_adapter_becomes_a_pack_and_comes_back(
+    network: str, config: Any, method: str, networks: dict[str, Backbone], tmp_path: Path
+) -> None:
+    backbone, pack = networks[network], tmp_path / "flowers.pet"
+    expected = tuned(backbone, config, tmp_path / "adapter")
+
+    report = import_peft(tmp_path / "adapter", pack, backbone=backbone)
+
+    assert (report.path, report.method, report.classes) == (pack, method, CLASSES)
+    assert apart(expected, merged(pack, backbone)) <= LIMIT
+    assert report.max_abs_diff <= report.limit
+    moved = merged_logits(backbone, replace(read_pack(pack).delta, updates=()), IMAGES)
+    assert apart(expected, moved) > 1e-3  # or an adapter that does nothing would pass
+
+    export_peft(pack, tmp_path / "back", backbone=backbone)
+
+    assert apart(expected, loaded(backbone, tmp_path / "back")) <= LIMIT
+    assert {path.name for path in (tmp_path / "back").iterdir()} == {CONFIG, WEIGHTS}
+
+
+def packed(backbone: Backbone, method: Method, path: Path, codec: Any = "fp16") -> Path:
+    """A pack as ``train`` writes it."""
+    model = perturb(TunedModel(backbone, method, CLASSES, seed=1), seed=3)
+    delta = extract(model, backbone, task="flowers", labels=("a", "b", "c"), val=Score(top1=0.5, n=8))
+    write_pack(path, delta, codec=codec)
+    return path
+
+
+# What edgepet tunes: the network, the method, and the type that PEFT calls it by.
+TRAINED: dict[str, tuple[str, Method, str]] = {
+    "lora on q and v": ("test_vit", LoRA(), "LORA"),
+    "lora on layers, ranks and alphas of their own": (
+        "test_vit",
+        LoRA(rank=2, on=("qkv", "fc1"), ranks={"fc1": 5}, alphas={"blocks.2.attn.qkv": 3.0}, rslora=True),
+        "LORA",
+    ),
+    "lora on convolutions": ("test_resnet", LoRA(rank=2, on=("conv1", "conv2")), "LORA"),
+    "low rank with a core": ("test_vit", FacTTT(rank=4), "LORA"),
+    "dora on q and v": ("test_vit", DoRA(rank=2, alpha=5.0), "LORA"),
+    "dora on layers": ("test_vit", DoRA(rank=2, on=("attn.proj", "fc1")), "LORA"),
+    "ia3": ("test_vit", IA3(), "IA3"),
+    "ia3 on convolutions": ("test_resnet", IA3(), "IA3"),
+    "lokr on layers": ("test_vit", LoKr(rank=2, on=("attn.proj", "fc1")), "LOKR"),
+    "lokr on q and v, which PEFT cannot cut": ("test_vit", LoKr(), "LOKR"),
+    "krona on layers": ("test_vit", KronA(scale=0.5, on=("attn.proj", "fc1")), "LOKR"),
+}
+
+
+@pytest.mark.parametrize(("network", "method", "kind"), TRAINED.values(), ids=TRAINED)
+def test_a_trained_pack_is_an_adapter(
+    network: str, method: Method, kind: str, networks: dict[str, Backbone], tmp_path: Path
+) -> None:
+    backbone = networks[network]
+    pack = packed(backbone, method, tmp_path / "flowers.pet")
+
+    report = export_peft(pack, tmp_path / "adapter", backbone=backbone)
+
+    assert report.max_abs_diff <= report.limit
+    assert apart(merged(pack, backbone), loaded(backbone, tmp_path / "adapter")) <= LIMIT
+    assert json.loads((tmp_path / "adapter" / CONFIG).read_text())["peft_type"] == kind
+
+
+def test_blocks_of_a_fused_weight_are_rows_of_one_adapter(backbone: Backbone, tmp_path: Path) -> None:
+    pack = packed(backbone, LoRA(rank=3, alpha=6.0), tmp_path / "flowers.pet")
+
+    export_peft(pack, tmp_path / "adapter", backbone=backbone)
+
+    config, up = json.loads((tmp_path / "adapter" / CONFIG).read_text()), tensors_of(tmp_path / "adapter")
+    assert (config["r"], config["lora_alpha"], config["rank_pattern"], config["alpha_pattern"]) == (6, 12.0, {}, {})
+    b = up["base_model.model.blocks.0.attn.qkv.lora_B.weight"]
+    assert b[64:128].count_nonzero() == 0
+    assert b[:64, 3:].count_nonzero() == b[128:, :3].count_nonzero() == 0
+
+
+def test_an_adapter_in_bfloat16_is_read(folder: Path, backbone: Backbone, tmp_path: Path) -> None:
+    halved = {name: tensor.bfloat16() for name, tensor in tensors_of(folder).items()}
+    expected = loaded(backbone, with_tensors(folder, halved))
+
+    import_peft(folder, tmp_path / "flowers.pet", backbone=backbone)
+
+    assert apart(expected, merged(tmp_path / "flowers.pet", backbone)) <= LIMIT
+
+
+def test_rounding_for_storage_is_reported_and_is_no_fault(folder: Path, backbone: Backbone, tmp_path: Path) -> None:
+
+    exact = import_peft(folder, tmp_path / "flowers.pet", backbone=backbone)
+    rounded = import_peft(folder, tmp_path / "small.pet", backbone=backbone, codec="fp16")
+
+    assert exact.max_abs_diff < exact.limit < rounded.max_abs_diff < rounded.limit
+    assert rounded.bytes < 0.7 * exact.bytes
+
+
+def test_a_pack_says_where_it_comes_from(folder: Path, backbone: Backbone, tmp_path: Path) -> None:
+
+    import_peft(folder, tmp_path / "flowers.pet", backbone=backbone, labels=["oak", "elm", "ash"])
+
+    delta = read_pack(tmp_path / "flowers.pet").delta
+    assert (delta.task, delta.labels, delta.val.n) == ("flowers", ("oak", "elm", "ash"), 0)
+    assert delta.settings == {"r": 8, "lora_alpha": 8, "target_modules": ["qkv"]}
+    assert delta.training == {"imported_from": f"peft {peft.__version__}"}
+
+
+def test_the_command_line_takes_names_or_a_file_of_names(folder: Path, backbone: Backbone, tmp_path: Path) -> None:
+    (tmp_path / "names.txt").write_text("oak\nelm, tall\nash\n")
+    for labels, expected in (
+        ("oak,elm,ash", ("oak", "elm", "ash")),
+        (tmp_path / "names.txt", ("oak", "elm, tall", "ash")),
+    ):
+        said = edgepet(
+            "import-peft", folder, "--backbone", backbone.spec, "--img-size", 32, "--labels", labels,
+            "-o", tmp_path / "flowers.pet", "--json",
+        )  # fmt: skip
+        assert said.code == 0, said.err
+        assert read_pack(tmp_path / "flowers.pet").delta.labels == expected
+    shown = edgepet("inspect", tmp_path / "flowers.pet").out
+    assert "not scored; signed by: nobody" in shown
+
+
+# Refusals
+
+
+def refusal(folder: Path, backbone: Backbone) -> str:
+    """The message without the folder's place; nothing must have been written."""
+    with pytest.raises(InputError) as refused:
+        import_peft(folder, folder.parent / "flowers.pet", backbone=backbone)
+    assert not (folder.parent / "flowers.pet").exists()
+    return str(refused.value).replace(str(folder), "DIR")
+
+
+CONFIGURED = {
+    "another type": ({"peft_type": "LOHA"}, ": peft_type: is one of LORA, LOKR, IA3, got 'LOHA'"),
+    "no type": ({"peft_type": None}, ": peft_type: is one of LORA, LOKR, IA3, got None"),
+    "transposed": (
+        {"fan_in_fan_out": True},
+        ": fan_in_fan_out: must be off: it does not fold, or is not known here, got True",
+    ),
+    "parameters": ({"target_parameters": ["x"]}, ": target_parameters: must be off: it does not fold"),
+    "tokens": ({"trainable_token_indices": [1]}, ": trainable_token_indices: must be off: it does not fold"),
+    "replication": ({"layer_replication": [[0, 2]]}, ": layer_replication: must be off: it does not fold"),
+    "a later PEFT": (
+        {"use_nosuch": {"x": 1}},
+        ": use_nosuch: must be off: it does not fold, or is not known here, got {'x': 1}",
+    ),
+    "PiSSA": (
+        {"init_lora_weights": "pissa_niter_4"},
+        ": init_lora_weights: changes the base weights, which the folder does not hold, got 'pissa_niter_4'",
+    ),
+    "OLoRA": ({"init_lora_weights": "olora"}, ": init_lora_weights: changes the base weights"),
+    "CorDA": ({"init_lora_weights": "corda"}, ": init_lora_weights: changes the base weights"),
+    "LoftQ": ({"init_lora_weights": "loftq"}, ": init_lora_weights: changes the base weights"),
+    "LoRA-GA": ({"init_lora_weights": "lora_ga"}, ": init_lora_weights: changes the base weights"),
+    "a rank that is no number": ({"r": "8"}, ".r: needs a finite number, got '8'"),
+    "a pattern that is none": (
+        {"rank_pattern": {"(": 3}},
+        ": rank_pattern: is no pattern: missing ), unterminated subpattern",
+    ),
+    "patterns that are none": ({"alpha_pattern": [1]}, ": alpha_pattern: needs an object, got [1]"),
+}
+
+
+@pytest.mark.parametrize(("changes", "message"), CONFIGURED.values(), ids=CONFIGURED)
+def test_a_configuration_that_does_not_fold(
+    changes: dict[str, object], message: str, folder: Path, backbone: Backbone
+) -> None:
+    assert refusal(reconfigured(folder, **changes), backbone).startswith(f"DIR/{CONFIG}{message}")
+
+
+def test_a_refused_key_is_named_with_its_value_and_a_way_out(folder: Path, backbone: Backbone, tmp_path: Path) -> None:
+    folder = reconfigured(folder, use_qalora=True)
+    assert refusal(folder, backbone) == (
+        f"DIR/{CONFIG}: use_qalora: must be off: it does not fold, or is not known here, got True\n"
+        "  fix: tune without use_qalora"
+    )
+    assert refusal(reconfigured(folder, use_qalora=False, init_lora_weights="pissa"), backbone).endswith(
+        "fix: convert it with save_pretrained(path_initial_model_for_weight_conversion=...); add the classifier again"
+    )
+
+
+def test_pissa_that_was_converted_is_plain_lora(backbone: Backbone, tmp_path: Path) -> None:
+    start, folder = tmp_path / "start", tmp_path / "adapter"
+    model = peft.get_peft_model(timm_model(backbone), lora(r=4, target_modules=["qkv"], init_lora_weights="pissa"))
+    model.peft_config["default"].init_lora_weights = True
+    model.save_pretrained(str(start))
+    model.peft_config["default"].init_lora_weights = "pissa"
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter += 0.1
+    model.save_pretrained(str(folder), path_initial_model_for_weight_conversion=str(start))
+    head = {f"{PREFIX}head.{name}": tensor for name, tensor in model.base_model.model.head.state_dict().items()}
+    plain = {
+        f"{PREFIX}head.{name}": head[f"{PREFIX}head.modules_to_save.default.{name}"] for name in ("weight", "bias")
+    }
+    with_tensors(folder, tensors_of(folder) | plain)  # PEFT leaves them out when it converts
+
+    import_peft(folder, tmp_path / "flowers.pet", backbone=backbone)
+
+    assert apart(logits(model), merged(tmp_path / "flowers.pet", backbone)) <= LIMIT
+
+
+def test_a_folder_without_its_files(folder: Path, backbone: Backbone, tmp_path: Path) -> None:
+    (folder / WEIGHTS).rename(folder / "adapter_model.bin")
+    assert refusal(folder, backbone) == (
+        "DIR: holds its weights only as a pickle, adapter_model.bin, which is not opened\n"
+        "  fix: save it with safetensors: model.save_pretrained(DIR, safe_serialization=True)"
+    )
+    (folder / "adapter_model.bin").unlink()
+    assert refusal(folder, backbone).startswith(f"DIR: holds no {WEIGHTS}\n")
+    shutil.copytree(folder, folder / "second")
+    (folder / CONFIG).unlink()
+    assert refusal(folder, backbone) == f"DIR: holds no {CONFIG}\n  fix: pass one adapter: DIR/second"
+    (folder / CONFIG).write_text("{")
+    (folder / WEIGHTS).write_bytes(b"short")
+    assert refusal(folder, backbone).startswith(f"DIR/{CONFIG}: is no readable JSON, got ")
+    (folder / CONFIG).write_text("[]")
+    assert refusal(folder, backbone) == f"DIR/{CONFIG}: needs an object, got list"
+    (folder / CONFIG).write_text('{"peft_type": "LORA"}')
+    assert refusal(folder, backbone).startswith(f"DIR/{WEIGHTS}: is no whole safetensors file, got ")
+
+
+QKV = "blocks.0.attn.qkv"
+A, B = f"{PREFIX}{QKV}.lora_A.weight", f"{PREFIX}{QKV}.lora_B.weight"
+HELD = {
+    "no classifier": (
+        {f"{PREFIX}head.weight": None},
+        "DIR: holds no weights of the classifier 'head'\n  fix: tune with modules_to_save",
+    ),
+    "half an adapter": ({B: None}, f"DIR: {QKV}: needs the tensor 'lora_B.weight', got lora_A.weight"),
+    "a length without DoRA": (
+        {f"{PREFIX}{QKV}.lora_magnitude_vector": torch.ones(192)},
+        f"DIR: {QKV}: has tensors that its configuration does not speak of, got lora_magnitude_vector",
+    ),
+    "a whole layer left out": ({A: None, B: None}, "DIR: lacks tensors that its configuration speaks of, got "),
+    "another rank": (
+        {A: torch.ones(3, 64), B: torch.ones(192, 3)},
+        f"DIR: {QKV}: needs the rank that its configuration says, 8, got 3",
+    ),
+    "another width": ({A: torch.ones(8, 63)}, f"DIR: {QKV}.weight: LowRank needs right (8, 64), got (8, 63)"),
+    "not finite": ({A: torch.full((8, 64), torch.nan)}, f"DIR/{WEIGHTS}: {A}: needs finite values"),
+    "another kind of number": (
+        {A: torch.ones(8, 64, dtype=torch.int8)},
+        f"DIR/{WEIGHTS}: {A}: needs one of F64, F32, F16, BF16, I64, got I8",
+    ),
+    "another root": ({"model.x": torch.ones(1)}, f"DIR/{WEIGHTS}: model.x: needs a name that begins with {PREFIX}"),
+    "a layer of another network": (
+        {f"{PREFIX}x.lora_A.weight": torch.ones(8, 64)},
+        "DIR: x: is no linear layer or convolution of the backbone\n",
+    ),
+    "an adapted norm": (
+        {f"{PREFIX}norm.lora_A.weight": torch.ones(8, 64)},
+        "DIR: norm: is no linear layer or convolution of the backbone\n",
+    ),
+    "an unknown tensor": ({f"{PREFIX}{QKV}.lora_E": torch.ones(8)}, f"DIR: {QKV}.lora_E: is no tensor of the backbone"),
+    "a layer of another shape": (
+        {f"{PREFIX}norm.weight": torch.ones(8)},
+        "DIR: norm.weight: Replace needs value (64,), got (8,)",
+    ),
+    "an adapted classifier": (
+        {f"{PREFIX}head.lora_A.weight": torch.ones(8, 64)},
+        "DIR: head: is adapted, but its own weights are not in the folder\n",
+    ),
+}
+
+
+@pytest.mark.parametrize(("changes", "message"), HELD.values(), ids=HELD)
+def test_tensors_that_do_not_fold(
+    changes: dict[str, Any], message: str, folder: Path, backbone: Backbone, tmp_path: Path
+) -> None:
+    tensors = {name: tensor for name, tensor in {**tensors_of(folder), **changes}.items() if tensor is not None}
+
+    assert refusal(with_tensors(folder, tensors), backbone).startswith(message)
+
+
+GROUPED = {
+    "lora": (lora(r=48, target_modules=["conv_dw"]), "whose LoRA PEFT computes across them"),
+    "ia3": (ia3(target_modules=["conv_dw"], feedforward_modules=["conv_dw"]), "whose inputs cannot be scaled"),
+}
+
+
+@pytest.mark.parametrize(("config", "message"), GROUPED.values(), ids=GROUPED)
+def test_a_convolution_of_groups(config: Any, message: str, networks: dict[str, Backbone], tmp_path: Path) -> None:
+    config.target_modules = ["stages.0.blocks.0.conv_dw"]
+    tuned(networks["test_convnext"], config, tmp_path / "adapter")
+
+    said = refusal(tmp_path / "adapter", networks["test_convnext"])
+
+    assert said.startswith("DIR: stages.0.blocks.0.conv_dw: is a convolution of 24 groups, ")
+    assert message in said
+
+
+def test_a_wrong_lowering_is_a_failed_command(
+    folder: Path, backbone: Backbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+
+    def doubled(*given: Any) -> Any:
+        lowered = lower(*given)
+        first = lowered.updates[0]
+        update = replace(first.update, scale=2.0)
+        return replace(lowered, updates=(Targeted(first.target, update), *lowered.updates[1:]))
+
+    lower = interchange.lower
+    monkeypatch.setattr(interchange, "lower", doubled)
+
+    with pytest.raises(CheckError, match=r"PEFT's network and the merged pack must agree within .* on logits, got "):
+        import_peft(folder, tmp_path / "flowers.pet", backbone=backbone)
+    assert not (tmp_path / "flowers.pet").exists()
+
+
+def test_peft_is_needed_and_named(
+    folder: Path, backbone: Backbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pack = packed(backbone, LoRA(), tmp_path / "p.pet")
+    monkeypatch.setitem(sys.modules, "peft", None)
+
+    with pytest.raises(
+        MissingError, match=r"import-peft: needs the package 'peft'.*\n  fix: pip install 'edgepet\[peft\]'"
+    ):
+        import_peft(folder, tmp_path / "flowers.pet", backbone=backbone)
+    assert edgepet("export-peft", pack, "-o", tmp_path / "out").code == 5
+
+
+def test_places_that_are_not_free(folder: Path, backbone: Backbone, tmp_path: Path) -> None:
+    pack = packed(backbone, LoRA(), tmp_path / "p.pet")
+    (folder / "notes.txt").touch()
+
+    with pytest.raises(InputError, match=r"needs a file name ending in .pet, got 'flowers'"):
+        import_peft(folder, tmp_path / "flowers", backbone=backbone)
+    with pytest.raises(InputError, match=r"nosuch: is no folder\n  fix: mkdir -p "):
+        import_peft(folder, tmp_path / "nosuch" / "flowers.pet", backbone=backbone)
+    with pytest.raises(InputError, match=r"is there, with other files than an adapter's\n  fix: name a new folder"):
+        export_peft(pack, folder, backbone=backbone)
+    assert (folder / "notes.txt").exists()
+
+
+def test_a_module_of_ones_own(folder: Path, backbone: Backbone, tmp_path: Path) -> None:
+    own = Backbone.from_module(backbone.module, name="mine", preprocess=Preprocess(image_size=(32, 32)))
+
+    assert refusal(folder, own) == "module:mine: is a module of its user's own\n  fix: PEFT folders need a timm model"
+
+
+ROW = np.ones(64, np.float32)
+UNFIT = {
+    "ssf": (SSF(), "patch_embed.proj.bias: Add is nothing that PEFT's LoRA, DoRA, LoKr or IA3 does"),
+    "a linear probe": (
+        LinearProbe(),
+        "needs updates of one of PEFT's methods: LoRA, DoRA, LoKr or IA3, got no updates of layers' weights",
+    ),
+    "branches": (AdaptFormer(), "adaptformer has 6 branches, which stay in the graph and cannot be folded"),
+}
+
+
+@pytest.mark.parametrize(("method", "message"), UNFIT.values(), ids=UNFIT)
+def test_a_pack_that_peft_has_no_adapter_for(method: Method, message: str, backbone: Backbone, tmp_path: Path) -> None:
+    pack = packed(backbone, method, tmp_path / "flowers.pet")
+
+    with pytest.raises(InputError) as refused:
+        export_peft(pack, tmp_path / "adapter", backbone=backbone)
+
+    assert message in str(refused.value)
+    assert not (tmp_path / "adapter").exists()
+
+
+LOW = LowRank(np.ones((64, 1), np.float32), np.ones((1, 64), np.float32))
+PROJ, FC2 = "blocks.0.attn.proj", "blocks.0.mlp.fc2"
+MIXED = {
+    "an addition behind a scale": (
+        [(f"{PROJ}.weight", Scale(2 * ROW)), (f"{PROJ}.weight", LOW)],
+        "LowRank comes where PEFT's LoRA and DoRA have no place for it",
+    ),
+    "a scale of inputs behind an addition": (
+        [(f"{PROJ}.weight", LOW), (f"{PROJ}.weight", Scale(ROW, "in"))],
+        "Scale comes where PEFT's LoRA and DoRA have no place for it",
+    ),
+    "a scale that leaves the bias": ([(f"{PROJ}.weight", Scale(2 * ROW))], "Scale scales a weight and not its bias"),
+    "both sides": (
+        [(f"{PROJ}.weight", Scale(ROW, "in")), (f"{PROJ}.weight", Scale(ROW))],
+        "Scale scales inputs in a way that PEFT's IA3 does not",
+    ),
+    "a part of each row": ([(f"{PROJ}.weight[0:64, 0:8]", Scale(ROW))], "Scale scales a part of each row"),
+    "a bare parameter": (
+        [(f"{PROJ}.weight", LOW), ("cls_token", Add(np.ones((1, 1, 64), np.float32)))],
+        "Add is nothing that PEFT's",
+    ),
+    "an unknown tensor": ([(f"{PROJ}.weight", LOW), ("nosuch", Scale(ROW))], "Scale is of no tensor of the backbone"),
+    "a dense weight": (
+        [(f"{PROJ}.weight", Add(np.ones((64, 64), np.float32)))],
+        "needs updates of one of PEFT's methods: LoRA, DoRA, LoKr or IA3, got add",
+    ),
+}
+
+
+@pytest.mark.parametrize(("updates", "message"), MIXED.values(), ids=MIXED)
+def test_updates_that_no_adapter_of_pefts_does(
+    updates: list[tuple[str, Any]], message: str, backbone: Backbone, tmp_path: Path
+) -> None:
+    delta = read_pack(packed(backbone, LinearProbe(), tmp_path / "flowers.pet", "fp32")).delta
+    targeted = tuple(Targeted(Target.parse(name, where="test"), update) for name, update in updates)
+    write_pack(tmp_path / "flowers.pet", replace(delta, updates=targeted), codec="fp32")
+
+    with pytest.raises(InputError) as refused:
+        export_peft(tmp_path / "flowers.pet", tmp_path / "adapter", backbone=backbone)
+
+    assert str(refused.value).startswith("flowers.pet: ")
+    assert message in str(refused.value)
+    assert str(refused.value).endswith("\n  fix: edgepet merge writes dense weights of any pack")
+
+
+def test_a_bias_beside_a_low_rank_addition_is_kept(backbone: Backbone, tmp_path: Path) -> None:
+    delta = read_pack(packed(backbone, LinearProbe(), tmp_path / "flowers.pet", "fp32")).delta
+    updates = ((f"{PROJ}.weight", LOW), (f"{PROJ}.bias", Add(ROW)), (f"{FC2}.bias", Add(ROW)))
+    targeted = tuple(Targeted(Target(name), update) for name, update in updates)
+    write_pack(tmp_path / "flowers.pet", replace(delta, updates=targeted), codec="fp32")
+
+    export_peft(tmp_path / "flowers.pet", tmp_path / "adapter", backbone=backbone)
+
+    assert json.loads((tmp_path / "adapter" / CONFIG).read_text())["bias"] == "all"
+    assert apart(merged(tmp_path / "flowers.pet", backbone), loaded(backbone, tmp_path / "adapter")) <= LIMIT
+
+
+def test_additions_of_different_scales_and_a_layer_of_lengths_alone(backbone: Backbone, tmp_path: Path) -> None:
+    delta = read_pack(packed(backbone, LinearProbe(), tmp_path / "flowers.pet", "fp32")).delta
+    halved = replace(LOW, left=LOW.left[:32], scale=0.5)
+    updates = ((f"{PROJ}.weight", LOW), (f"{PROJ}.weight[0:32]", halved), (f"{FC2}.weight", Scale(1.5 * ROW)))
+    targeted = tuple(Targeted(Target.parse(name, where="test"), update) for name, update in updates)
+    write_pack(tmp_path / "flowers.pet", replace(delta, updates=targeted), codec="fp32")
+
+    export_peft(tmp_path / "flowers.pet", tmp_path / "adapter", backbone=backbone)
+
+    assert json.loads((tmp_path / "adapter" / CONFIG).read_text())["use_dora"] is True
+    assert apart(merged(tmp_path / "flowers.pet", backbone), loaded(backbone, tmp_path / "adapter")) <= LIMIT
