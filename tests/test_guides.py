@@ -1,0 +1,75 @@
+"""What the guides tell people to do works as they say."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from edgepet.backbones import Backbone
+from edgepet.methods import METHODS, Method, configure
+from edgepet.methods.method import count
+from tests import test_methods
+from tests.flow import Tasks, edgepet, train_arguments
+from tests.test_methods import vit
+
+GUIDE = Path(__file__).parent.parent / "docs" / "guide" / "add-a-method.md"
+
+
+def block(mark: str) -> str:
+    return GUIDE.read_text().split(f"<!-- {mark} -->")[1].split("```python\n")[1].split("```")[0]
+
+
+@pytest.fixture
+def method(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Method:
+    """The guide's method, added in the guide's three places."""
+    (tmp_path / "residual_scale.py").write_text(block("the file"))
+    spec = importlib.util.spec_from_file_location("residual_scale", tmp_path / "residual_scale.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "residual_scale", module)  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    for mark, table in (("the line", METHODS), ("the row", test_methods.EXAMPLES)):
+        for name, value in eval(f"{{{block(mark)}}}", vars(module)).items():
+            monkeypatch.setitem(table, name, value)
+    return test_methods.EXAMPLES["residual-scale"]
+
+
+CHECKS: list[Any] = [
+    test_methods.test_every_method_has_an_example,
+    test_methods.test_the_start_is_the_identity_exactly_where_the_method_says_so,
+    test_methods.test_the_merged_network_answers_as_the_tuned_one,
+    test_methods.test_what_was_learnt_survives_the_pack,
+    test_methods.test_three_steps_move_the_method_and_leave_every_bit_of_the_backbone,
+]
+
+
+def test_the_method_of_the_guide_passes_the_tests_of_every_method(
+    method: Method, request: pytest.FixtureRequest
+) -> None:
+    for check in CHECKS:
+        known = {"method": method, "network": "scaled_backbone", "request": request}
+        names = check.__code__.co_varnames[: check.__code__.co_argcount]
+        check(**{name: known[name] if name in known else request.getfixturevalue(name) for name in names})
+
+
+def test_it_has_as_many_parameters_as_the_guide_says(method: Method) -> None:
+    assert "2 · 12 · 384 = 9,216" in GUIDE.read_text()
+    assert count(method, vit("vit_small_patch14_dinov2"), {}) == 9216
+
+
+def test_it_is_listed_trained_and_exported(method: Method, backbone: Backbone, tasks: Tasks, tmp_path: Path) -> None:
+    assert "residual-scale" in {row["name"] for row in edgepet("methods", "--json").json["methods"]}
+    assert configure("residual-scale", {"on": "mlp.fc2"}) == type(method)(on=("mlp.fc2",))  # type: ignore[call-arg]
+    words = train_arguments(tasks.spec, tasks.data, "residual-scale", tmp_path / "t.pet")
+
+    said = edgepet(*words, "--set", "on=mlp.fc2", "--json")
+
+    assert said.code == 0, said.err
+    assert said.json["trainable_params"] == 6 * backbone.width  # blocks
+    exported = edgepet("export", tmp_path / "t.pet", "-o", tmp_path / "out", "--json")
+    assert [row["verified"] for row in exported.json["artifacts"]] == [True]
