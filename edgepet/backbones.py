@@ -109,7 +109,12 @@ class Backbone:
         """Every layer, block and bare parameter that a method can act on, in the order in which they run."""
         from edgepet.sites import parameters
 
-        return (*self._seen.sites, *self._seen.blocks, *parameters(self.module))
+        return (*self._seen.sites, *self._seen.blocks, *parameters(self.module, self.unread))
+
+    @property
+    def unread(self) -> frozenset[str]:
+        """Names of tensors that the network does not compute with: no method tunes them, and no graph needs them."""
+        return self._seen.unread
 
     @cached_property
     def _seen(self) -> Seen:

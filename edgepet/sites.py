@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal, cast
@@ -38,11 +38,15 @@ _CHANNELS_FIRST = frozenset({"conv1d", "conv2d", "conv3d", "group_norm", "batch_
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Seen:
-    """What one forward pass showed: the layers in the order they ran, the blocks, and the network's output."""
+    """What one forward pass showed: the layers in the order they ran, the blocks, and the network's output.
+
+    ``unread`` are the state-dict names of tensors that no operator read.
+    """
 
     sites: tuple[Site, ...]
     blocks: tuple[Block, ...]
     output: Any
+    unread: frozenset[str]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -108,7 +112,8 @@ def watch(module: nn.Module, images: Tensor) -> Seen:
         if "weight" in call.names and (_KINDS[call.operator] != "norm" or call.given["weight"].ndim == 1):
             first.setdefault(call.names["weight"], call)
     sites = tuple(_site(call, watcher, put_out) for call in first.values())
-    return Seen(sites, tuple(_blocks(module, points, sites)), output)
+    unread = frozenset(name for key, name in watcher.names.items() if not watcher.readers[key])
+    return Seen(sites, tuple(_blocks(module, points, sites)), output, unread)
 
 
 def _blocks(module: nn.Module, points: Mapping[str, tuple[int, ...]], sites: Sequence[Site]) -> Iterator[Block]:
@@ -166,9 +171,14 @@ def _grid(module: nn.Module, tokens: tuple[int, ...], front: int) -> tuple[int, 
     return grid if grid[0] * grid[1] == tokens[0] - front else None
 
 
-def parameters(module: nn.Module) -> Iterator[Site]:
-    """Every parameter by itself, as full fine-tuning takes it: position tables, layer scales and GRNs among them."""
+def parameters(module: nn.Module, unread: Collection[str] = ()) -> Iterator[Site]:
+    """Every parameter by itself, as full fine-tuning takes it: position tables, layer scales and GRNs among them.
+
+    Those that are ``unread`` are left out: they would get no gradient, and a graph does not hold them.
+    """
     for name, parameter in module.named_parameters():
+        if name in unread:
+            continue
         rows = int(parameter.shape[0]) if parameter.ndim else 1
         width = parameter.numel() // rows
         yield Site(name=name, kind="tensor", weight=name, bias=None, in_features=width, out_features=rows)

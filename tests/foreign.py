@@ -178,7 +178,9 @@ class Fusion(nn.Module):
             self.down = nn.Sequential(nn.Conv2d(WIDTHS[level - 1], width, 2, stride=2), ChannelNorm(width))
         self.up = None
         if level + 1 < len(WIDTHS) and not first_column:
-            self.up = nn.Sequential(nn.Conv2d(WIDTHS[level + 1], width, 1), ChannelNorm(width), nn.Upsample(scale_factor=2))
+            self.up = nn.Sequential(
+                nn.Conv2d(WIDTHS[level + 1], width, 1), ChannelNorm(width), nn.Upsample(scale_factor=2)
+            )
 
     def forward(self, below: Tensor, above: Tensor | int) -> Tensor:
         return self.down(below) if self.up is None else self.down(below) + self.up(above)
@@ -210,7 +212,7 @@ class Column(nn.Module):
         streams, below = [], stem
         for level, (fusion, block) in enumerate(zip(self.fusions, self.blocks, strict=True)):
             above = before[level + 1] if level + 1 < len(WIDTHS) else 0
-            below = self.get_parameter(f"alpha{level}") * before[level] + block(fusion(below, above))
+            below = getattr(self, f"alpha{level}") * before[level] + block(fusion(below, above))
             streams.append(below)
         return streams
 
