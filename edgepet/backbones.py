@@ -132,6 +132,9 @@ class Backbone:
         if len(shape) != 2 or shape[0] != 2:
             got = shape or type(seen.output).__name__
             raise InputError(self.label, "must put out features (n, d) for images (n, 3, H, W)", got=got)
+        for name, operator in seen.written.items():  # the fingerprint is of other values, and tracing it crashes torch
+            fix = "do it once, before the network is handed over"
+            raise InputError(self.label, "must not write into its own tensors", got=f"{operator} on {name}", fix=fix)
         return seen
 
     def with_head(self, head: Head) -> nn.Module:

@@ -50,6 +50,18 @@ class GatedConv(nn.Module):
         return self.proj_out(p)
 
 
+class GlobalFilter(nn.Module):
+    """What the ``gf`` models have for the depthwise convolution: every frequency of every channel has a weight."""
+
+    def __init__(self, width: int, side: int) -> None:
+        super().__init__()
+        self.complex_weight = nn.Parameter(0.1 * torch.ones(width, side, side // 2 + 1, 2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        frequencies = torch.fft.rfft2(x, norm="ortho") * torch.view_as_complex(self.complex_weight)
+        return torch.fft.irfft2(frequencies, s=x.shape[2:], norm="ortho")
+
+
 class HorBlock(nn.Module):
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -64,14 +76,16 @@ class HorBlock(nn.Module):
 
 
 class HorNet(nn.Module):
-    """Recursive gated convolutions of order 3."""
+    """Recursive gated convolutions of order 3; with ``global_filter`` a circular one in the last stage."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, global_filter: bool = False) -> None:
         super().__init__()
         self.stem = nn.Sequential(nn.Conv2d(3, 16, 4, stride=4), ChannelNorm(16))
         self.stages = nn.ModuleList([nn.Sequential(HorBlock(16)), nn.Sequential(HorBlock(32))])
         self.downsample = nn.Sequential(ChannelNorm(16), nn.Conv2d(16, 32, 2, stride=2))
         self.norm = nn.LayerNorm(32)
+        if global_filter:
+            self.stages[1][0].gnconv.dwconv = GlobalFilter(8 + 16 + 32, 4)
 
     def forward(self, images: Tensor) -> Tensor:
         x = self.downsample(self.stages[0](self.stem(images)))

@@ -5,6 +5,8 @@ To add one: its module in ``foreign.py``, its row in ``NETWORKS`` and what is sp
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import onnx
 import pytest
 import torch
@@ -12,12 +14,17 @@ from torch import nn
 from torch.nn import functional
 
 from edgepet.backbones import Backbone
+from edgepet.errors import InputError
+from edgepet.exporters.onnx import build_model, serialize
+from edgepet.exporters.tensorrt import build_engines
 from edgepet.exporters.trace import base_graph
+from edgepet.merging import merge
 from edgepet.methods import SSF, BitFit, Full, Method
 from edgepet.pack import encode_pack, read_pack
 from edgepet.runtime import open_task
 from edgepet.spec import Preprocess
 from edgepet.tune import logits_of
+from tests.flow import needs_openvino
 from tests.foreign import (
     DeformableConv,
     GatedConv,
@@ -29,7 +36,7 @@ from tests.foreign import (
     in_grids,
     out_of_grids,
 )
-from tests.test_architectures import METHODS, Network, close, tuned
+from tests.test_architectures import METHODS, Network, close, needs_tensorrt_rtx, tuned
 
 # What every architecture must keep is asked of these, too: pytest runs these tests on the networks of this file.
 from tests.test_architectures import (
@@ -78,8 +85,9 @@ SPECIAL: dict[str, dict[str, set[str]]] = {
 }
 
 
-def backbone_of(name: str) -> Backbone:
-    return Backbone.from_module(seeded(NETWORKS[name](), 7), name=name, preprocess=Preprocess(image_size=(32, 32)))
+def backbone_of(name: str, **changes: bool) -> Backbone:
+    module = seeded(NETWORKS[name](**changes), 7)
+    return Backbone.from_module(module, name=name, preprocess=Preprocess(image_size=(32, 32)))
 
 
 @pytest.fixture(scope="module", params=NETWORKS)
@@ -127,6 +135,34 @@ def test_a_norm_spelled_out_as_arithmetic_is_its_bare_parameters() -> None:
     assert named == [f"stages.{i}.0.norm1.{kind}" for i in range(2) for kind in ("weight", "bias")]
     assert not any("norm1" in site.name for site in SSF().sites(layers))
     assert set(named) <= {site.name for site in Full().sites(layers)}
+
+
+@pytest.fixture(scope="module")
+def filtered(tmp_path_factory: pytest.TempPathFactory) -> Network:
+    backbone = backbone_of("hornet", global_filter=True)
+    return Network(backbone, base_graph(backbone, root=tmp_path_factory.mktemp("filtered")), random_images(4, 3))
+
+
+def test_onnx_runtime_answers_as_a_tuned_global_filter(filtered: Network) -> None:
+    model, delta = tuned(filtered, Full())
+    assert "stages.1.0.gnconv.dwconv.complex_weight" in delta.targets
+
+    with open_task(filtered.graph, delta) as task:
+        assert close(task(filtered.images), logits_of(model, filtered.images))
+
+
+@needs_openvino
+def test_openvino_refuses_a_global_filter(filtered: Network) -> None:
+    with pytest.raises(InputError, match=r"graph-32\.onnx: cannot be opened by OpenVINO"):
+        open_task(filtered.graph, tuned(filtered, SSF())[1], runtime="openvino")
+
+
+@needs_tensorrt_rtx
+def test_tensorrt_rtx_refuses_a_global_filter_for_its_fourier_transform(filtered: Network, tmp_path: Path) -> None:
+    _, delta = tuned(filtered, SSF())
+
+    with pytest.raises(InputError, match=r"^ONNX node '\w+', operator DFT: tensorrt_rtx [\d.]+ must read it"):
+        build_engines(serialize(build_model(filtered.graph, merge(filtered.graph.base, delta), delta)), tmp_path)
 
 
 # -------------------------------------------------------------------------------------------------------- InternImage
@@ -187,6 +223,16 @@ def test_the_last_level_reads_every_stream_of_the_first_column() -> None:
 
     still = {name for name, alpha in alphas.items() if not alpha.grad.any()}
     assert still == {f"subnet0.alpha{level}" for level in range(4)}  # these scale the zeros before the first column
+
+
+def test_the_official_revcol_is_refused_because_it_clamps_its_alphas_at_every_run() -> None:
+    class Official(RevCol):
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            self.subnet0.alpha0.data.abs_().clamp_(min=1e-3)
+            return super().forward(images)
+
+    with pytest.raises(InputError, match=r"must not write into its own tensors, got abs_ on subnet0\.alpha0"):
+        Backbone.from_module(Official(), name="revcol", preprocess=Preprocess(image_size=(32, 32)))
 
 
 # ------------------------------------------------------------------------------------------------------------ HAT-Net

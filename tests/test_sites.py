@@ -201,6 +201,25 @@ def test_a_network_that_puts_out_no_features_is_refused() -> None:
     assert str(refused.value) == ("module:net: must put out features (n, d) for images (n, 3, H, W), got (2, 6, 6, 6)")
 
 
+@pytest.mark.parametrize("write", ["clamp_", "__setitem__"])
+def test_a_network_that_writes_into_its_own_tensors_is_refused(write: str) -> None:
+    class Restless(Net):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            weight = self.fc.weight.data
+            if write == "clamp_":  # as the official RevCol does with its alphas
+                weight.clamp_(min=1e-3)
+            else:
+                weight[0] = 0
+            return super().forward(x)
+
+    with pytest.raises(InputError) as refused:
+        own(Restless())
+    assert str(refused.value) == (
+        f"module:net: must not write into its own tensors, got {write} on fc.weight\n"
+        "  fix: do it once, before the network is handed over"
+    )
+
+
 def test_a_network_that_cannot_take_the_size_is_refused_with_its_own_words() -> None:
     with pytest.raises(InputError) as refused:
         own(nn.Sequential(nn.Conv2d(3, 6, 9), nn.Flatten()))
