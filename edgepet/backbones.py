@@ -62,7 +62,8 @@ class Backbone:
             preprocess: how an image becomes the input; its ``image_size`` is the one of training and export.
 
         Raises:
-            InputError: ``module`` does not take such images, or does not put out one row of features for each.
+            InputError: ``module`` does not take such images, does not put out one row of features for each, or writes
+                into its own tensors.
             MissingError: torch is not installed.
         """
         require("torch", extra="train", purpose=name)
