@@ -64,7 +64,8 @@ class Backbone:
             preprocess: how an image becomes the input; its ``image_size`` is the one of training and export.
 
         Raises:
-            InputError: ``module`` does not take such images, or does not put out one row of features for each.
+            InputError: ``module`` does not take such images, does not put out one row of features for each, or writes
+                into its own tensors.
             MissingError: torch is not installed.
         """
         require("torch", extra="train", purpose=name)
@@ -111,7 +112,12 @@ class Backbone:
         """Every layer, block and bare parameter that a method can act on, in the order in which they run."""
         from edgepet.sites import parameters
 
-        return (*self._seen.sites, *self._seen.blocks, *parameters(self.module))
+        return (*self._seen.sites, *self._seen.blocks, *parameters(self.module, self.unread))
+
+    @property
+    def unread(self) -> frozenset[str]:
+        """Names of tensors that the network does not compute with: no method tunes them, and no graph needs them."""
+        return self._seen.unread
 
     @cached_property
     def _seen(self) -> Seen:
@@ -129,6 +135,9 @@ class Backbone:
         if len(shape) != 2 or shape[0] != 2:
             got = shape or type(seen.output).__name__
             raise InputError(self.label, "must put out features (n, d) for images (n, 3, H, W)", got=got)
+        for name, operator in seen.written.items():  # the fingerprint is of other values, and tracing it crashes torch
+            fix = "do it once, before the network is handed over"
+            raise InputError(self.label, "must not write into its own tensors", got=f"{operator} on {name}", fix=fix)
         return seen
 
     def with_head(self, head: Head) -> nn.Module:

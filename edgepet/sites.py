@@ -8,8 +8,9 @@ standardised on the way, whose fold would be undone, is none.
 from __future__ import annotations
 
 import math
+import re
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal, cast
@@ -33,16 +34,22 @@ _ARGUMENTS: dict[str, tuple[str, ...]] = {  # of the operators that are layers, 
 }
 _KINDS: dict[str, Literal["linear", "conv", "norm"]] = {"linear": "linear", **dict.fromkeys(_ARGUMENTS, "norm")}
 _KINDS |= {"linear": "linear", "conv1d": "conv", "conv2d": "conv", "conv3d": "conv"}
+_IN_PLACE = re.compile(r"(?!requires_grad).*[^_]_|__setitem__")
 _CHANNELS_FIRST = frozenset({"conv1d", "conv2d", "conv3d", "group_norm", "batch_norm"})
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Seen:
-    """What one forward pass showed: the layers in the order they ran, the blocks, and the network's output."""
+    """What one forward pass showed: the layers in the order they ran, the blocks, and the network's output.
+
+    ``unread`` are the state-dict names of tensors that no operator read, ``written`` of those that one wrote into.
+    """
 
     sites: tuple[Site, ...]
     blocks: tuple[Block, ...]
     output: Any
+    unread: frozenset[str]
+    written: Mapping[str, str]  # name -> operator
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -58,9 +65,11 @@ class _Call:
 class _Watch(TorchFunctionMode):
     """Notes every layer's operator, and which operators read the parameters and what layers put out."""
 
-    def __init__(self, names: Mapping[int, str]) -> None:
+    def __init__(self, module: nn.Module) -> None:
         super().__init__()
-        self.names, self.calls = names, list[_Call]()
+        self.names, self.calls = _names(module), list[_Call]()
+        self.written = dict[str, str]()
+        self._storages = {_storage(tensor): name for name, tensor in _state(module)}
         self.readers: dict[int, list[tuple[str, tuple[Any, ...]]]] = defaultdict(list)
         self._outputs = set[int]()  # ids of tensors that ``calls`` keeps alive, so that none is used twice
 
@@ -68,6 +77,8 @@ class _Watch(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         output, name = func(*args, **(kwargs or {})), getattr(func, "__name__", "")
+        if _IN_PLACE.fullmatch(name) and args and isinstance(args[0], Tensor) and _storage(args[0]) in self._storages:
+            self.written.setdefault(self._storages[_storage(args[0])], name)
         if _holds_tensor(output):  # a shape or a dtype that is asked for is no reader
             for tensor in _tensors((*args, *(kwargs or {}).values())):
                 if id(tensor) in self._outputs or id(tensor) in self.names:
@@ -86,7 +97,7 @@ def watch(module: nn.Module, images: Tensor) -> Seen:
     Raises:
         Exception: whatever ``module`` raises.
     """
-    watcher, put_out = _Watch(_names(module)), dict[str, Tensor]()
+    watcher, put_out = _Watch(module), dict[str, Tensor]()
     points: dict[str, tuple[int, ...]] = {}
     pictures = images.shape[:-3].numel()  # frames of all clips, where ``images`` are clips
 
@@ -109,8 +120,10 @@ def watch(module: nn.Module, images: Tensor) -> Seen:
         if "weight" in call.names and (_KINDS[call.operator] != "norm" or call.given["weight"].ndim == 1):
             first.setdefault(call.names["weight"], call)
     sites = tuple(_site(call, watcher, put_out) for call in first.values())
+    unread = frozenset(name for key, name in watcher.names.items() if not watcher.readers[key])
     frames = pictures // len(images)
-    return Seen(sites, tuple(replace(block, frames=frames) for block in _blocks(module, points, sites)), output)
+    blocks = tuple(replace(block, frames=frames) for block in _blocks(module, points, sites))
+    return Seen(sites, blocks, output, unread, watcher.written)
 
 
 def _blocks(module: nn.Module, points: Mapping[str, tuple[int, ...]], sites: Sequence[Site]) -> Iterator[Block]:
@@ -168,9 +181,14 @@ def _grid(module: nn.Module, tokens: tuple[int, ...], front: int) -> tuple[int, 
     return grid if grid[0] * grid[1] == tokens[0] - front else None
 
 
-def parameters(module: nn.Module) -> Iterator[Site]:
-    """Every parameter by itself, as full fine-tuning takes it: position tables, layer scales and GRNs among them."""
+def parameters(module: nn.Module, unread: Collection[str] = ()) -> Iterator[Site]:
+    """Every parameter by itself, as full fine-tuning takes it: position tables, layer scales and GRNs among them.
+
+    Those that are ``unread`` are left out: they would get no gradient, and a graph does not hold them.
+    """
     for name, parameter in module.named_parameters():
+        if name in unread:
+            continue
         rows = int(parameter.shape[0]) if parameter.ndim else 1
         width = parameter.numel() // rows
         yield Site(name=name, kind="tensor", weight=name, bias=None, in_features=width, out_features=rows)
@@ -235,6 +253,11 @@ def _names(module: nn.Module) -> dict[int, str]:
 def _state(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
     stored = module.state_dict(keep_vars=True)
     return ((name, cast(Tensor, tensor)) for name, tensor in stored.items())
+
+
+def _storage(tensor: Tensor) -> int:
+    """The same for all views of one tensor, ``.data`` among them, on the meta device too."""
+    return cast(int, tensor.untyped_storage()._cdata)
 
 
 def _holds_tensor(value: Any) -> bool:

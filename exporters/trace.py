@@ -82,7 +82,7 @@ def _make(backbone: Backbone, branches: Sequence[Branch], folder: Path) -> None:
         write_file(folder / files[-1], safetensors.numpy.save({n: np.asarray(t, order="C") for n, t in tables.items()}))
         places |= safetensors_places(folder / files[-1])
     model = _traced(backbone, branches)
-    _externalise(model, places, {*backbone.tensors, *named_tensors(branches)}, backbone)
+    _externalise(model, places, {*backbone.tensors, *named_tensors(branches)} - backbone.unread, backbone)
     write_file(folder / f"{stem}.onnx", model.SerializeToString(deterministic=True))
     facts = {
         "backbone": backbone.label,

@@ -150,6 +150,25 @@ def test_q_k_and_v_are_the_thirds_of_an_output_that_is_cut_so_and_of_no_other() 
     assert found(HeadsFirst())["qkv"].blocks == ()
 
 
+def test_a_parameter_that_nothing_reads_is_no_site() -> None:
+    class Spare(Net):
+        def __init__(self) -> None:
+            super().__init__()
+            self.spare, self.scale = nn.LayerNorm(4), nn.Parameter(torch.ones(4))
+            self.twin = nn.Linear(6, 4)
+            self.twin.weight = self.fc.weight
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(x) * self.scale
+
+    module = Spare().eval()
+    seen = watch(module, torch.zeros(2, 3, SIZE, SIZE))
+
+    assert {name for name in seen.unread if "num_batches" not in name} == {"spare.weight", "spare.bias", "twin.bias"}
+    names = [site.name for site in parameters(module, seen.unread)]
+    assert names == ["scale", "conv.weight", "norm.weight", "norm.bias", "fc.weight", "fc.bias"]
+
+
 def test_every_parameter_is_a_site_of_its_own() -> None:
     names = [site.name for site in parameters(Net())]
     assert names == ["conv.weight", "norm.weight", "norm.bias", "fc.weight", "fc.bias"]
@@ -180,6 +199,25 @@ def test_a_network_that_puts_out_no_features_is_refused() -> None:
     with pytest.raises(InputError) as refused:
         own(nn.Conv2d(3, 6, 3))
     assert str(refused.value) == ("module:net: must put out features (n, d) for images (n, 3, H, W), got (2, 6, 6, 6)")
+
+
+@pytest.mark.parametrize("write", ["clamp_", "__setitem__"])
+def test_a_network_that_writes_into_its_own_tensors_is_refused(write: str) -> None:
+    class Restless(Net):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            weight = self.fc.weight.data
+            if write == "clamp_":  # as the official RevCol does with its alphas
+                weight.clamp_(min=1e-3)
+            else:
+                weight[0] = 0
+            return super().forward(x)
+
+    with pytest.raises(InputError) as refused:
+        own(Restless())
+    assert str(refused.value) == (
+        f"module:net: must not write into its own tensors, got {write} on fc.weight\n"
+        "  fix: do it once, before the network is handed over"
+    )
 
 
 def test_a_network_that_cannot_take_the_size_is_refused_with_its_own_words() -> None:

@@ -37,7 +37,7 @@ class LinearProbe:
 
 @dataclass(frozen=True, slots=True)
 class Full:
-    """Full fine-tuning: every floating-point tensor of the backbone is trained and shipped."""
+    """Full fine-tuning: every parameter that the backbone computes with is trained and shipped."""
 
     name: ClassVar[str] = "full"
     paper: ClassVar[str] = "baseline"
