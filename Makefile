@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 DEMO_EXTRAS := train,openvino,tensorrt-rtx,demo
 TEST_EXTRAS := $(DEMO_EXTRAS),onnxsim,accelerate,peft,dev
 
-.PHONY: demo test slow check fix bench clean
+.PHONY: demo test slow check fix bench bench-methods clean
 
 demo: $(VENV)/.demo
 	$(BIN)/edgepet demo --dir demo
@@ -36,6 +36,12 @@ bench: $(VENV)/.bench
 	$(BIN)/python benchmarks/latency.py --backbone efficientnet-lite0
 	$(BIN)/python benchmarks/half.py --pack bench/vit-small/landcover-ssf.pet --pack bench/lite0/digits-ssf.pet
 	$(BIN)/python benchmarks/timm_sweep.py
+
+bench-methods: $(VENV)/.bench
+	$(BIN)/python benchmarks/methods.py
+	$(BIN)/python benchmarks/branches.py
+	$(BIN)/python benchmarks/accuracy.py --dir bench/every --every
+	$(BIN)/python benchmarks/report.py
 
 clean:
 	rm -rf $(VENV) demo bench build dist

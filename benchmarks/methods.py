@@ -47,7 +47,7 @@ from edgepet.tune import TunedModel, algebra_error, extract, logits_of
 RESULT = Path(__file__).parent / "results" / "methods.json"
 BASELINES = ("linear-probe", "full")  # nothing to fold, and everything
 FRAMES = 4  # of a clip, for the method that mixes frames
-STEPS = Plan(epochs=2, lr=0.0, head_lr=2e-3, batch_size=10)
+STEPS = Plan(epochs=6, lr=0.0, head_lr=2e-3, batch_size=10)
 
 
 @dataclass(frozen=True)

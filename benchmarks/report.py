@@ -1,4 +1,7 @@
-"""Write the committed results as tables into README.md, between its two marks: `python benchmarks/report.py`."""
+"""Write the committed results as tables between two marks: `python benchmarks/report.py`.
+
+README.md gets accuracy, latency and speed, docs/guide/methods.md what was measured of every method.
+"""
 
 from __future__ import annotations
 
@@ -9,21 +12,23 @@ from typing import Any
 from edgepet.report import Column, Table, format_bytes, format_number, format_percent, markdown
 
 HERE = Path(__file__).parent
-README = HERE.parent / "README.md"
+README, METHODS = HERE.parent / "README.md", HERE.parent / "docs" / "guide" / "methods.md"
+FP32_LIMIT = 1e-4  # edgepet.parity.STORED["fp32"]
 HALF_LIMIT = 2e-2  # of the largest logit: edgepet.parity.STORED["fp16"]
 BACKBONES = ("vit-small", "efficientnet-lite0")
 BEGIN, END = "<!-- results: made by benchmarks/report.py -->", "<!-- end of results -->"
 
 
 def main() -> None:
-    text = README.read_text()
-    before, after = text.split(BEGIN)[0], text.split(END)[1]
-    README.write_text(f"{before}{BEGIN}\n\n{tables()}\n{END}{after}")
+    for page, made in ((README, tables()), (METHODS, method_tables())):
+        text = page.read_text()
+        before, after = text.split(BEGIN)[0], text.split(END)[1]
+        page.write_text(f"{before}{BEGIN}\n\n{made}\n{END}{after}")
 
 
 def tables() -> str:
     """All tables, each with the command that made its numbers and the machine that they hold for."""
-    results = {path.stem: json.loads(path.read_text()) for path in sorted((HERE / "results").glob("*.json"))}
+    results = committed()
     parts = [
         *(accuracy(results[f"accuracy-{name}"]) for name in BACKBONES),
         *(latency(results[f"latency-{name}"]) for name in BACKBONES),
@@ -31,6 +36,91 @@ def tables() -> str:
         speed(results["training"], results["export"]),
     ]
     return "\n".join(parts)
+
+
+def committed() -> dict[str, Any]:
+    return {path.stem: json.loads(path.read_text()) for path in sorted((HERE / "results").glob("*.json"))}
+
+
+def method_tables() -> str:
+    """Every method on four networks, its accuracy, and what branches cost."""
+    results = committed()
+    result = results["methods"]
+    parts = [network(title, result) for title in result["cells"]]
+    parts.append(f"{source(result)} ConvNeXt and ResNet have seeded weights: no package carries trained ones.\n")
+    return "\n".join([*parts, every(results["accuracy-every"]), branches(results["branches"])])
+
+
+def network(title: str, result: dict[str, Any]) -> str:
+    """One network: a row for each method that has a place there, and the reasons of all others."""
+    facts, cells = result["networks"][title], result["cells"][title]
+    rows = [
+        (
+            name,
+            "folds" if cell["foldable"] else "branch",
+            format_number(cell["parameters"]),
+            format_number(cell["stored_values"]),
+            format_bytes(cell["pack_bytes_fp16"]),
+            *(_difference(cell[kind], limit) for kind, limit in
+              (("float64", 1e-9), ("onnxruntime", FP32_LIMIT), ("openvino", FP32_LIMIT))),
+            "built" if cell["tensorrt-rtx"] is True else cell["tensorrt-rtx"],
+        )
+        for name, cell in cells.items()
+        if "reason" not in cell
+    ]  # fmt: skip
+    numbers = ("parameters", "values stored", "pack, fp16", "float64", "ONNX Runtime", "OpenVINO")
+    columns = (Column("method"), Column(""), *(Column(name, right=True) for name in numbers), Column("TensorRT-RTX"))
+    reasons: dict[str, list[str]] = {}
+    for name, cell in cells.items():
+        if "reason" in cell:
+            reasons.setdefault(cell["reason"], []).append(name)
+    missing = "".join(f"- no {', '.join(names)}: {reason}\n" for reason, names in reasons.items())
+    shown = Table(f"{title}: {facts['name']} at {facts['image_size']} px", columns, rows)
+    return f"{markdown(shown)}\n{missing}"
+
+
+def _difference(found: float, limit: float) -> str:
+    return f"{found:.0e}" + ("" if found <= limit else ", beyond the limit") if found else "0"
+
+
+def every(result: dict[str, Any]) -> str:
+    """Top-1 of every method beside the linear probe on the same backbone and task."""
+    by = {(row["backbone"], row["method"], row["task"]): row for row in result["rows"]}
+    tasks = sorted({row["task"] for row in result["rows"]})
+    rows = []
+    for backbone, method in dict.fromkeys((row["backbone"], row["method"]) for row in result["rows"]):
+        top1 = {task: by[backbone, method, task]["test_top1"] for task in tasks}
+        gains = (100 * (top1[task] - by[backbone, "linear-probe", task]["test_top1"]) for task in tasks)
+        shown = [f"{format_percent(top1[task])} ({gain:+.1f})" for task, gain in zip(tasks, gains, strict=True)]
+        rows.append((backbone, method, *shown))
+    n = {row["test_n"] for row in result["rows"]}.pop()
+    columns = (Column("backbone"), Column("method"), *(Column(task, right=True) for task in tasks))
+    shots = {row["shots"] for row in result["rows"]}.pop()
+    told = f"Test top-1 of {n} images after training on {shots} of each class, and points above the linear probe."
+    return f"{markdown(Table('Accuracy at defaults', columns, rows))}\n{told} One seed. {source(result)}\n"
+
+
+def branches(result: dict[str, Any]) -> str:
+    """Milliseconds and kilobytes of methods that fold and of methods that do not, from one run."""
+    rows = [
+        (
+            row["method"],
+            "folds" if row["foldable"] else "branch",
+            format_bytes(row["pack_bytes"]),
+            *(part for runtime in ("onnxruntime", "openvino") for part in _over_plain(row[runtime])),
+        )
+        for row in result["rows"]
+    ]
+    numbers = ("pack", "ONNX Runtime ms", "over plain", "OpenVINO ms", "over plain")
+    columns = (Column("method"), Column(""), *(Column(name, right=True) for name in numbers))
+    title = f"What branches cost, {result['backbone']} at {result['image_size']} px, fp32"
+    told = f"One run of {result['rounds']} interleaved rounds, {result['threads']} threads, batch 1; p50."
+    return f"{markdown(Table(title, columns, rows))}\n{told} {source(result)}\n"
+
+
+def _over_plain(cell: dict[str, Any]) -> tuple[str, str]:
+    ratio = cell["ratio"]
+    return f"{cell['p50_ms']:.1f}", f"{ratio['median']:.2f} ({ratio['low']:.2f} to {ratio['high']:.2f})"
 
 
 def accuracy(result: dict[str, Any]) -> str:

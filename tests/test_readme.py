@@ -13,6 +13,7 @@ import pytest
 from PIL import Image
 
 from edgepet.cli import main
+from edgepet.methods import METHODS
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -63,6 +64,48 @@ def test_the_results_in_the_readme_are_the_committed_ones(monkeypatch: pytest.Mo
     shown = between((ROOT / "README.md").read_text(), report.BEGIN, report.END)
 
     assert shown == f"\n\n{report.tables()}\n"
+
+
+METHODS_PAGE = ROOT / "docs" / "guide" / "methods.md"
+EVERYWHERE = ("bitfit", "norm-tuning", "ssf", "ia3", "lora", "lokr", "consolidator")
+
+
+def test_the_tables_of_methods_are_the_committed_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    monkeypatch.delitem(sys.modules, "report", raising=False)
+    import report
+
+    shown = between(METHODS_PAGE.read_text(), report.BEGIN, report.END)
+
+    assert shown == f"\n\n{report.method_tables()}\n"
+
+
+def test_every_method_was_tried_on_every_network_or_has_a_reason() -> None:
+    cells = json.loads((RESULTS / "methods.json").read_text())["cells"]
+
+    assert list(cells) == ["ViT", "ConvNeXt", "ResNet", "EfficientNet"]
+    for network, tried in cells.items():
+        assert tried.keys() == METHODS.keys() - {"linear-probe", "full"}
+        filled = {name: cell for name, cell in tried.items() if "reason" not in cell}
+        assert set(EVERYWHERE) < filled.keys()
+        assert network == "ViT" or "conv-adapter" in filled
+        for name, cell in filled.items():
+            assert cell["float64"] <= 1e-9, (network, name)
+            assert max(cell["onnxruntime"], cell["openvino"]) <= 1e-4, (network, name)
+            assert cell["tensorrt-rtx"] is True, (network, name)
+    for name in ("repadapter", "dora", "fact-tt", "fact-tk"):
+        assert all("reason" not in cells[network][name] for network in ("ViT", "ConvNeXt"))
+
+
+def test_every_method_beats_the_linear_probe_or_the_page_says_where_not() -> None:
+    rows = json.loads((RESULTS / "accuracy-every.json").read_text())["rows"]
+    top1 = {(row["backbone"], row["task"], row["method"]): row["test_top1"] for row in rows}
+    text = METHODS_PAGE.read_text()
+
+    assert {row["method"] for row in rows} == METHODS.keys() - {"st-adapter"}
+    for (backbone, task, method), reached in top1.items():
+        if method != "linear-probe" and reached <= top1[backbone, task, "linear-probe"]:
+            assert f"- {method}, {task}: " in text, "docs/guide/methods.md must say why"
 
 
 @pytest.mark.parametrize("backbone", ["vit-small", "efficientnet-lite0"])
