@@ -86,6 +86,8 @@ class Keeper:
         Raises:
             InputError: the file is damaged, or was written by a training that differs.
         """
+        for left in self.path.parent.glob(f".{self.path.name}.*") if self.writes else ():
+            left.unlink(missing_ok=True)  # half a checkpoint, of a process that was killed while it wrote
         if not self.path.exists():
             return None
         was, saved = _read(self.path)
@@ -139,9 +141,10 @@ def ends_when_asked(keeper: Keeper) -> Iterator[None]:
     before = {number: handler for number, handler in found.items() if handler is not signal.SIG_IGN}
 
     def ask(number: int, frame: FrameType | None) -> None:
-        del frame
+        del number, frame
         keeper.stop = True
-        signal.signal(number, before[signal.Signals(number)])
+        for each, handler in before.items():  # the second may be the other of the two
+            signal.signal(each, handler)
 
     try:
         for number in before:

@@ -157,6 +157,7 @@ class _Run:
             if keeper and self.crew.any(keeper.due):
                 keeper.save(self.state())
         top1, val_loss = _judge(self.model, self.val, self.preprocess, self.plan, self.held if self.probe else None)
+        _require_finite(val_loss, self.epoch, self.plan, keeper)
         if (top1, -val_loss) > self.best:
             self.best, self.best_epoch = (top1, -val_loss), self.epoch
             self.kept = {name: value.clone() for name, value in self.own().items()}
@@ -181,7 +182,8 @@ class _Run:
                 total += self.backward(part, len(index))
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         self.crew.add_up(parameters)
-        nn.utils.clip_grad_norm_(parameters, 1.0)
+        if not math.isfinite(nn.utils.clip_grad_norm_(parameters, 1.0)):
+            return math.nan  # a step now would put it into the weights, and a checkpoint would keep it
         self.optimizer.step()
         return self.crew.total(float(total))
 

@@ -48,7 +48,8 @@ def load_pixels(path: Path, preprocess: Preprocess) -> Pixels:
     try:
         with Image.open(path, formats=_FORMATS) as file:
             if file.mode in _WIDE:
-                raise _unreadable(path, f"{_WIDE[file.mode]} values, which would be cut off at 255")
+                told = "16-bit" if file.format == "PPM" else _WIDE[file.mode]  # Pillow widens these
+                raise _unreadable(path, f"{told} values, which would be cut off at 255")
             image = _rgb(file)
     except UnidentifiedImageError as error:
         raise _unreadable(path, "bytes of no known image format") from error
@@ -91,7 +92,14 @@ def load_input(path: Path, preprocess: Preprocess) -> Pixels:
 
 
 def to_pixels(image: Image.Image, preprocess: Preprocess) -> Pixels:
-    """Resize and crop a decoded image of any mode to (height, width, 3); ``image`` is not modified."""
+    """Resize and crop a decoded image of any mode to (height, width, 3); ``image`` is not modified.
+
+    Raises:
+        InputError: its values are wider than 8 bits.
+    """
+    if image.mode in _WIDE:
+        told = f"{_WIDE[image.mode]} values, which would be cut off at 255"
+        raise InputError("image", "must have 8 bits a channel", got=told, fix="scale it to 8 bits a channel")
     image = _rgb(image)
     height, width = _resized(image.height, image.width, preprocess)
     image = image.resize((width, height), _RESAMPLING[preprocess.interpolation])

@@ -181,7 +181,12 @@ def test_a_line_of_pixels_is_refused_before_resizing_fills_the_memory(tmp_path: 
 
 @pytest.mark.parametrize(
     ("dtype", "suffix", "told"),
-    [(np.uint16, "png", "16-bit"), (np.int32, "tiff", "32-bit"), (np.float32, "tiff", "floating-point")],
+    [
+        (np.uint16, "png", "16-bit"),
+        (np.uint16, "pgm", "16-bit"),
+        (np.int32, "tiff", "32-bit"),
+        (np.float32, "tiff", "floating-point"),
+    ],
 )
 def test_values_that_eight_bits_would_cut_off_are_refused(dtype: type, suffix: str, told: str, tmp_path: Path) -> None:
     path = tmp_path / f"image.{suffix}"
@@ -194,3 +199,5 @@ def test_values_that_eight_bits_would_cut_off_are_refused(dtype: type, suffix: s
         f"{path}: is not a readable image, got {told} values, which would be cut off at 255\n"
         "  fix: scale it to 8 bits a channel"
     )
+    with Image.open(path) as decoded, pytest.raises(InputError, match="image: must have 8 bits a channel"):
+        to_pixels(decoded, Preprocess(image_size=(8, 8)))

@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import safetensors.numpy
+import torch
 
 from edgepet.backbones import Backbone
 from edgepet.checkpoint import Checkpoint, Keeper, checkpoint_file, ends_when_asked
@@ -199,6 +200,41 @@ def test_a_loss_that_is_no_number_leaves_the_last_checkpoint_whole(backbone: Bac
     assert saved.progress["epoch"] == 1
 
 
+def test_a_gradient_that_is_no_number_moves_nothing(
+    backbone: Backbone, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    model = TunedModel(backbone, SSF(), 3, seed=1)
+    start, steps = model.arrays(), []
+
+    def broken(*given: object) -> torch.Tensor:
+        steps.append(1)
+        return torch.tensor(float("nan"))
+
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", broken)
+    with pytest.raises(InputError, match="the loss must stay finite, got nan"):
+        fit(model, images(1, 12), images(2, 6), backbone.preprocess, PLAN, lambda step: None, keeper=keeper(tmp_path))
+
+    assert (steps, same_bits(model.arrays(), start)) == ([1], True)
+
+
+def test_a_val_loss_that_is_no_number_is_refused(
+    backbone: Backbone, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("edgepet.fitting._judge", lambda *given: (0.5, float("inf")))
+
+    with pytest.raises(InputError, match="epoch 1: the loss must stay finite, got inf"):
+        run(backbone, keeper(tmp_path))
+
+
+def test_half_a_checkpoint_that_a_killed_process_left_is_removed(tmp_path: Path) -> None:
+    (tmp_path / ".flowers.checkpoint.a1b2").write_bytes(b"half")
+    (tmp_path / ".other.checkpoint.a1b2").write_bytes(b"another task's")
+
+    assert keeper(tmp_path).load() is None
+
+    assert [path.name for path in tmp_path.iterdir()] == [".other.checkpoint.a1b2"]
+
+
 # ------------------------------------------------------------------------------------------------------ being asked
 
 
@@ -221,12 +257,13 @@ def test_a_signal_that_is_ignored_stays_so(interrupts: None, tmp_path: Path) -> 
     assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
 
 
-def test_the_first_signal_asks_and_the_second_acts(interrupts: None, tmp_path: Path) -> None:
+@pytest.mark.parametrize("first", [signal.SIGINT, signal.SIGTERM])
+def test_the_first_signal_asks_and_the_second_acts(first: signal.Signals, interrupts: None, tmp_path: Path) -> None:
     kept, before = keeper(tmp_path), signal.getsignal(signal.SIGINT)
 
     def twice() -> None:
         with ends_when_asked(kept):
-            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), first)
             assert kept.stop
             os.kill(os.getpid(), signal.SIGINT)
             time.sleep(1)
