@@ -53,6 +53,7 @@ class Artifact:
     backbone: str
     fingerprint: str
     method: str
+    branches: int
     pack_sha256: str
     codec: Precision
     files: Mapping[str, tuple[str, int]]
@@ -83,6 +84,7 @@ def write_artifact(folder: Path, artifact: Artifact) -> None:
         "preprocess": artifact.preprocess.as_json(),
         "backbone": {"name": artifact.backbone, "fingerprint": artifact.fingerprint},
         "method": artifact.method,
+        "branches": artifact.branches,
         "pack": {"sha256": artifact.pack_sha256, "codec": artifact.codec},
         "files": {name: {"sha256": digest, "bytes": size} for name, (digest, size) in artifact.files.items()},
         "versions": dict(artifact.versions),
@@ -120,6 +122,7 @@ def read_artifact(folder: Path) -> Artifact:
         backbone=backbone.text("name"),
         fingerprint=backbone.text("fingerprint"),
         method=table.text("method"),
+        branches=table.integer("branches"),
         pack_sha256=pack.text("sha256"),
         codec=cast(Precision, pack.text("codec", choices=["fp32", "fp16", "int8"])),
         files=_files(table.table("files")),

@@ -71,7 +71,7 @@ def methods(options: Options) -> Result:
     """every method: paper, and its parameters and kilobytes on a backbone"""
     from edgepet import show
     from edgepet.methods import METHODS, Branching, configure
-    from edgepet.methods.method import count
+    from edgepet.methods.method import count, fp16_bytes
 
     backbone = None
     if options.backbone:
@@ -82,7 +82,7 @@ def methods(options: Options) -> Result:
     for name in METHODS:
         method = configure(name)
         params = count(method, backbone.layers, backbone.tensors) if backbone else None
-        size = None if params is None else 2 * params
+        size = fp16_bytes(method, backbone.layers, backbone.tensors) if backbone else None
         foldable = not isinstance(method, Branching)
         row = show.MethodRow(name=name, paper=method.paper, foldable=foldable, trainable_params=params, fp16_bytes=size)
         rows.append(row)

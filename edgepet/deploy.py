@@ -268,6 +268,7 @@ def _export_one(subject: Subject, model: _Model, name: Format, folder: Path, opt
             backbone=delta.backbone,
             fingerprint=delta.fingerprint,
             method=delta.method,
+            branches=len(delta.branches),
             pack_sha256=subject.pack.sha256,
             codec=subject.pack.codec,
             files=listed(scratch, written.files),

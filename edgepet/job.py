@@ -23,7 +23,7 @@ from edgepet.delta import Delta
 from edgepet.errors import CheckError, InputError
 from edgepet.fitting import AUGMENTATIONS, Augmentation, Fit, Pixels, Plan, Say, fast_bfloat16, fit
 from edgepet.imaging import normalize
-from edgepet.methods import Method, configure
+from edgepet.methods import Method, STAdapter, configure
 from edgepet.parity import ALGEBRA
 from edgepet.spec import FilePath, NpArray
 from edgepet.tune import TunedModel, algebra_error, extract
@@ -195,6 +195,9 @@ def _device(name: str | None) -> str:
 
 
 def _attach(backbone: Backbone, method: Method, classes: int, seed: int) -> TunedModel:
+    if isinstance(method, STAdapter) and backbone.preprocess.frames < 2:
+        fix = "train on a folder of clips with --frames 8"
+        raise InputError(f"--method {method.name}", "needs clips of at least 2 frames", got="images", fix=fix)
     model = TunedModel(backbone, method, classes, seed=seed)
     if not model.sites and method.name != "linear-probe":
         where, what = f"--method {method.name}", f"finds no layer of {backbone.label} to act on"

@@ -325,7 +325,7 @@ class _ArtifactSource:
                 model=self._path.name,
                 runtime=own,
                 precision="bf16" if bf16 else "fp32",
-                mode="merged",
+                mode="branches" if self.artifact.branches else "merged",
                 open=opener(bf16),
             )
             for bf16 in ((False, True) if own == "openvino" else (False,))

@@ -49,7 +49,7 @@ class Doctor:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MethodRow:
-    """``fp16_bytes`` is two bytes for every trainable value, head and manifest left out."""
+    """``fp16_bytes`` is what a pack stores in fp16, head and manifest left out; 0 where there is no place for it."""
 
     name: str
     paper: str
@@ -83,8 +83,7 @@ def methods(console: Console, report: MethodList) -> None:
             m.name,
             m.paper,
             "folds" if m.foldable else "branch",
-            format_number(m.trainable_params),
-            "–" if m.fp16_bytes is None else format_bytes(m.fp16_bytes),
+            *_size(m),
         )
         for m in report.methods
     ]
@@ -96,6 +95,14 @@ def methods(console: Console, report: MethodList) -> None:
         Column("fp16", right=True),
     )
     print_table(console, Table("methods", columns, rows))
+
+
+def _size(row: MethodRow) -> tuple[str, str]:
+    if row.fp16_bytes is None:
+        return "–", "–"
+    if not row.trainable_params and row.name != "linear-probe":
+        return "no place", "–"
+    return format_number(row.trainable_params), format_bytes(row.fp16_bytes)
 
 
 def train(console: Console, report: TrainReport) -> None:

@@ -23,6 +23,7 @@ from edgepet.methods import (
     IA3,
     METHODS,
     SSF,
+    Adapter,
     BiLoRA,
     BitFit,
     Branching,
@@ -41,7 +42,7 @@ from edgepet.methods import (
     RepAdapter,
     configure,
 )
-from edgepet.methods.method import count, unflatten
+from edgepet.methods.method import count, fp16_bytes, unflatten
 from edgepet.pack import encode_pack, read_pack
 from edgepet.spec import NpArray, Site, Target
 from edgepet.tune import TunedModel, algebra_error, extract
@@ -274,6 +275,16 @@ def test_a_method_trains_and_stores_as_many_values_as_its_paper_says(method: Met
 
         assert count(method, layers, ones(layers)) == values
         assert stored(method, layers) == values
+
+
+def test_bytes_are_those_of_the_packs_planes(backbone: Backbone) -> None:
+    for method in (*EXAMPLES.values(), Adapter(rank=4)):
+        model = TunedModel(backbone, method, 3, seed=1)
+        delta = extract(model, backbone, task="t", labels=("a", "b", "c"), val=Score(top1=1.0, n=3))
+        sizes = read_pack(encode_pack(delta, codec="fp16")).bytes_by_kind
+        planes = sum(size for name, size in sizes.items() if not name.startswith("head."))
+
+        assert fp16_bytes(method, backbone.layers, backbone.tensors) == planes, method
 
 
 def test_repadapter_stores_what_its_shift_becomes_behind_the_layer() -> None:

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Protocol, TypeAlias, TypeVar, runtime_checkable
 
 import numpy as np
 
-from edgepet.branches import Branch
+from edgepet.branches import Branch, arrays_of
 from edgepet.spec import Array, Block, NpArray, Site, Target, Tensors, Tuned
-from edgepet.updates import Add, Targeted
+from edgepet.updates import Add, Targeted, factors
 
 T = TypeVar("T")
 Start: TypeAlias = Mapping[str, Mapping[str, NpArray]]
 SHARED = "*"  # what tensors that belong to no one site are under
 QUERY_AND_VALUE = ("q", "v", "q_proj", "v_proj")  # blocks of a fused layer, or layers that are not fused
 _WHOLE = ""  # the part of a layer that is not cut into blocks
+_BITS = {"f": 16, "b": 1, "i": 32}  # of one value in an fp16 pack
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -103,6 +105,15 @@ def count(method: Method, layers: Sequence[Site], base: Tensors) -> int:
     """Trainable values of ``method``, head left out."""
     start = method.start(method.sites(layers), base, np.random.default_rng(0))
     return sum(int(tensor.size) for tensors in start.values() for tensor in tensors.values())
+
+
+def fp16_bytes(method: Method, layers: Sequence[Site], base: Tensors) -> int:
+    """Bytes that ``method`` stores in an fp16 pack, head and manifest left out: bits are bits, shared tensors once."""
+    sites = method.sites(layers)
+    start = method.start(sites, base, np.random.default_rng(0))
+    arrays = [a for targeted in method.lower(base, sites, start) for a in factors(targeted.update).values()]
+    arrays += arrays_of(method.branches(sites, start)) if isinstance(method, Branching) else ()
+    return sum(math.ceil(a.size * _BITS[a.dtype.kind] / 8) for a in {id(a): a for a in arrays}.values())
 
 
 def flatten(tuned: Tuned) -> dict[str, Array]:

@@ -13,7 +13,6 @@ from typing import ClassVar
 import numpy as np
 
 from edgepet.branches import Branch
-from edgepet.errors import InputError
 from edgepet.methods.bottleneck import require_rank
 from edgepet.methods.method import BranchesOnly, Recipe, Start, blocks_with, uniform
 from edgepet.spec import Block, Site, Tensors, Tuned
@@ -56,9 +55,6 @@ class STAdapter(BranchesOnly):
         return tuple(self._branch(site, tuned) for site in sites if isinstance(site, Block))
 
     def _branch(self, block: Block, tuned: Tuned) -> Branch:
-        if block.frames < 2:
-            fix = "train on a folder of clips with --frames 8"
-            raise InputError(f"--method {self.name}", "needs clips of at least 2 frames", got="images", fix=fix)
         return Branch(
             kind="temporal",
             tap=f"{block.name}:in",
