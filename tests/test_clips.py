@@ -28,7 +28,7 @@ from edgepet.spec import NpArray, Preprocess
 from edgepet.store import Store
 from edgepet.tune import TunedModel, algebra_error, extract, logits_of
 from tests.flow import edgepet, has_openvino, refused
-from tests.test_branches import needs_tensorrt_rtx
+from tests.test_branches import needs_tensorrt_rtx, stored
 from tests.test_methods import vit
 from tests.tiny import perturb, tiny_vit
 
@@ -186,7 +186,7 @@ def test_it_starts_as_the_identity_with_a_convolution_of_zeros(backbone: Backbon
     ("architecture", "values"), [("vit_small_patch14_dinov2", 3_566_592), ("vit_base_patch16_224", 7_110_144)]
 )
 def test_it_trains_as_many_values_as_its_paper_says(architecture: str, values: int) -> None:
-    assert count(STAdapter(), vit(architecture), {}) == values
+    assert count(STAdapter(), vit(architecture), {}) == stored(STAdapter(), vit(architecture)) == values
 
 
 # ------------------------------------------------------------------------------------------------ packs and runtimes
