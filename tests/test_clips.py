@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ from edgepet.errors import InputError, PackError
 from edgepet.exporters.onnx import build_model, serialize
 from edgepet.exporters.tensorrt import build_engines
 from edgepet.exporters.trace import base_graph
+from edgepet.fitting import Plan, _images
 from edgepet.imaging import load_clip, load_pixels
 from edgepet.merging import task_tensors
 from edgepet.methods import SSF, Method, STAdapter
@@ -112,6 +114,20 @@ def test_images_where_clips_should_be_are_refused(clips: Path, tmp_path: Path) -
         f"{tmp_path / 'images' / 'a'}: holds no folder of frames\n"
         "  fix: put every clip's frames into a folder of its own, or leave out --frames"
     )
+
+
+def test_frames_of_a_clip_are_flipped_and_cropped_together() -> None:
+    still = np.random.default_rng(1).integers(0, 255, (16, 1, 32, 32, 3), dtype=np.uint8)
+    clips = torch.from_numpy(np.repeat(still, FRAMES, axis=1))
+    plan = Plan(epochs=1, lr=1e-3, head_lr=1e-3, augment=("flip", "crop"))
+    torch.manual_seed(0)
+
+    augmented = _images(clips, Preprocess(image_size=(32, 32), frames=FRAMES), plan)
+
+    assert augmented.shape == (16, FRAMES, 3, 32, 32)
+    assert torch.equal(augmented, augmented[:, :1].expand_as(augmented))
+    plain = _images(clips, Preprocess(image_size=(32, 32), frames=FRAMES), replace(plan, augment=()))
+    assert not torch.equal(augmented, plain)
 
 
 # -------------------------------------------------------------------------------------------------------- the network
