@@ -27,6 +27,7 @@ from edgepet.samples import build_task
 
 TASKS = ("digits", "landcover")
 IMAGE_SIZES = {"vit-small": 112, "efficientnet-lite0": 224}
+SMALLER = {"vit-small": 112, "efficientnet-lite0": 128}  # where every method is tried
 CHOSEN = {
     "vit-small": ("linear-probe", "ssf", "lora", "consolidator"),
     "efficientnet-lite0": ("linear-probe", "full", "ssf", "lora"),
@@ -47,12 +48,13 @@ def main() -> None:
     options = parser.parse_args()
     plan = EVERY if options.every else {options.backbone: CHOSEN[options.backbone]}
     told = "--every" if options.every else f"--backbone {options.backbone}"
-    backbones = {name: load_backbone(f"demo:{name}", image_size=IMAGE_SIZES[name]) for name in plan}
+    sizes = SMALLER if options.every else IMAGE_SIZES
+    backbones = {name: load_backbone(f"demo:{name}", image_size=sizes[name]) for name in plan}
     rows: list[dict[str, object]] = []
     for task in TASKS:
         build_task(task, options.dir / task, test_cap=TEST_IMAGES if options.every else 2000)
         for name, methods in plan.items():
-            rows += judged(task, backbones[name], methods, options.dir, SHOTS if options.every else None)
+            rows += scores(task, backbones[name], methods, options.dir, SHOTS if options.every else None)
     result: dict[str, object] = {
         "command": f"python benchmarks/accuracy.py --dir DIR {told}",
         "rows": rows,
@@ -61,25 +63,28 @@ def main() -> None:
     if not options.every:
         backbone = backbones[options.backbone]
         facts = {"name": backbone.label, "fingerprint": backbone.fingerprint, "description": backbone.description}
-        result |= {"backbone": facts, "image_size": IMAGE_SIZES[options.backbone]}
+        result |= {"backbone": facts, "image_size": sizes[options.backbone]}
     name = "every" if options.every else options.backbone
     (RESULTS / f"accuracy-{name}.json").write_text(json.dumps(result, indent=1, sort_keys=True) + "\n")
 
 
-def judged(
+def scores(
     task: str, backbone: Backbone, methods: tuple[str, ...], folder: Path, shots: int | None
 ) -> Iterator[dict[str, object]]:
     packs = folder / backbone.label.removeprefix("demo:")
     packs.mkdir(parents=True, exist_ok=True)
     with Progress() as progress:
         for method in methods:
-            pack = packs / f"{task}-{method}.pet"
-            if not pack.exists():  # packs of an interrupted run are kept
+            pack, score = packs / f"{task}-{method}.pet", packs / f"{task}-{method}.json"
+            if not pack.exists():  # packs and scores of an interrupted run are kept
                 with progress.training(f"{task} {method}") as say:
                     train(folder / task, backbone, method, pack, shots=shots, say=say, resume=True)
-            with progress.stage(f"{task} {method}: test"):
-                base_graph(backbone, read_pack(pack).delta.branches)
-                yield row(task, method, backbone, pack, evaluate(pack, folder / task))
+            if not score.exists():
+                with progress.stage(f"{task} {method}: test"):
+                    base_graph(backbone, read_pack(pack).delta.branches)
+                    judged = row(task, method, backbone, pack, evaluate(pack, folder / task))
+                score.write_text(json.dumps(judged))
+            yield json.loads(score.read_text())
 
 
 def row(task: str, method: str, backbone: Backbone, path: Path, test: EvalReport) -> dict[str, object]:

@@ -56,7 +56,7 @@ class ConvAdapter(BranchesOnly):
 
     name: ClassVar[str] = "conv-adapter"
     paper: ClassVar[str] = "Chen et al. 2022, arXiv:2208.07463"
-    recipe: ClassVar[Recipe] = Recipe(lr=2e-3)
+    recipe: ClassVar[Recipe] = Recipe(lr=5e-4)
     starts_as_identity: ClassVar[bool] = False
 
     def __post_init__(self) -> None:

@@ -27,7 +27,7 @@ class ParallelAdapter(BranchesOnly):
 
     name: ClassVar[str] = "parallel-adapter"
     paper: ClassVar[str] = "He et al. 2022, arXiv:2110.04366"
-    recipe: ClassVar[Recipe] = Recipe(lr=2e-3)
+    recipe: ClassVar[Recipe] = Recipe(lr=5e-4)
     starts_as_identity: ClassVar[bool] = True
 
     def __post_init__(self) -> None:

@@ -77,7 +77,7 @@ class MAM(BranchesOnly):
 
     name: ClassVar[str] = "mam"
     paper: ClassVar[str] = "He et al. 2022, arXiv:2110.04366"
-    recipe: ClassVar[Recipe] = Recipe(lr=2e-3)
+    recipe: ClassVar[Recipe] = Recipe(lr=1e-3)
     starts_as_identity: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
