@@ -30,7 +30,7 @@ class Convpass(BranchesOnly):
 
     name: ClassVar[str] = "convpass"
     paper: ClassVar[str] = "Jie and Deng 2022, arXiv:2207.07039"
-    recipe: ClassVar[Recipe] = Recipe(lr=1e-3)
+    recipe: ClassVar[Recipe] = Recipe(lr=5e-4)
     starts_as_identity: ClassVar[bool] = True
 
     def __post_init__(self) -> None:

@@ -33,7 +33,7 @@ class Prefix(BranchesOnly):
 
     name: ClassVar[str] = "prefix"
     paper: ClassVar[str] = "Li and Liang 2021, arXiv:2101.00190"
-    recipe: ClassVar[Recipe] = Recipe(lr=1e-2)
+    recipe: ClassVar[Recipe] = Recipe(lr=5e-2)
     starts_as_identity: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
