@@ -15,7 +15,7 @@ import argparse
 import json
 import tempfile
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -141,8 +141,7 @@ def examine(method: Method, backbone: Backbone, folder: Path) -> dict[str, Any]:
         return {"reason": REASONS[method.name]}
     images = digits(folder, backbone)
     model = TunedModel(backbone, method, 10)
-    plan = Plan(epochs=STEPS.epochs, lr=method.recipe.lr, head_lr=STEPS.head_lr, batch_size=STEPS.batch_size)
-    fit(model, images, images, backbone.preprocess, plan, lambda step: None)
+    fit(model, images, images, backbone.preprocess, replace(STEPS, lr=method.recipe.lr), lambda step: None)
     shown = normalize(images.pixels[:4], backbone.preprocess)
     error, largest = algebra_error(model, backbone, shown)
     labels = tuple("0123456789")
@@ -174,16 +173,12 @@ def runtimes(model: TunedModel, backbone: Backbone, delta: Any, images: NpArray,
 
 def digits(folder: Path, backbone: Backbone) -> Pixels:
     """Twenty images; a clip is one image that comes in from the side."""
-    pixels, labels = load_set(few_shots(open_split(folder / "digits", "train"), 2, 0), _still(backbone))
+    pixels, labels = load_set(
+        few_shots(open_split(folder / "digits", "train"), 2, 0), replace(backbone.preprocess, frames=1)
+    )
     if backbone.preprocess.frames > 1:
         pixels = np.stack([np.roll(pixels, 8 * i, axis=2) for i in range(backbone.preprocess.frames)], axis=1)
     return Pixels(pixels, labels)
-
-
-def _still(backbone: Backbone) -> Any:
-    from dataclasses import replace
-
-    return replace(backbone.preprocess, frames=1)
 
 
 if __name__ == "__main__":

@@ -19,14 +19,13 @@ from edgepet.pack import Codec, encode_pack, read_pack, write_pack
 from edgepet.parity import STORED, Inputs
 from edgepet.peft import CONFIG, WEIGHTS, Lowered, lower, read_adapter
 from edgepet.spec import AnyBackbone, FilePath, NpArray, Tensors
-from edgepet.subject import Subject, sample_images
+from edgepet.subject import Subject, sample_images, synthetic_images
 from edgepet.unlowering import unlower, write_adapter
 
 if TYPE_CHECKING:
     from edgepet.backbones import Backbone
 
 EXACT = 1e-5  # of the largest logit: both in float64, after factors were stored in float32
-NOISE_IMAGES = 8
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -217,8 +216,7 @@ def _compare(expected: NpArray, got: NpArray, stored: Codec, where: str) -> tupl
 def _images(backbone: Backbone, data: FilePath | None) -> tuple[NpArray, Inputs]:
     if data is not None:
         return sample_images(Path(data), backbone.preprocess), "data"
-    shape = (NOISE_IMAGES, 3, *backbone.preprocess.image_size)
-    return np.random.default_rng(0).standard_normal(shape, dtype=np.float32), "synthetic"
+    return synthetic_images(backbone.preprocess), "synthetic"
 
 
 def _require(verb: str) -> None:

@@ -368,14 +368,11 @@ def _open(path: FilePath) -> _PackSource | _ArtifactSource:
 
 def _graph(path: Path, delta: Delta, backbone: AnyBackbone = None) -> BaseGraph:
     """The graph that ``delta`` runs on, from the cache; where torch and the backbone are here it is made now."""
-    try:
+    if importlib.util.find_spec("torch") is None:
         return open_graph(delta.fingerprint, delta.preprocess, delta.structure)
-    except InputError:
-        if importlib.util.find_spec("torch") is None:
-            raise
-    from edgepet.exporters.trace import base_graph
+    from edgepet.subject import Subject
 
-    return base_graph(_subject(path, backbone).backbone, delta.branches)
+    return Subject(path, backbone, None).graph_of(delta)
 
 
 def _counts(branches: Sequence[Branch]) -> tuple[UpdateCount, ...]:

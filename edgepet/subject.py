@@ -39,8 +39,11 @@ class Subject:
 
     @cached_property
     def graph(self) -> BaseGraph:
-        """The base graph from the cache; traced where it is not there yet."""
-        delta = self.delta
+        """The graph that the pack runs on."""
+        return self.graph_of(self.delta)
+
+    def graph_of(self, delta: Delta) -> BaseGraph:
+        """The graph of a delta on the backbone of the pack, from the cache; traced where it is not there."""
         try:
             return open_graph(delta.fingerprint, delta.preprocess, delta.structure)
         except InputError:
@@ -90,8 +93,7 @@ class Subject:
             return sample_images(Path(self._data), preprocess), "data"
         if self.work is not None:
             return normalize(self.work.pixels, preprocess), "work"
-        noise = np.random.default_rng(0).standard_normal((8, *preprocess.input_shape), dtype=np.float32)
-        return noise, "synthetic"
+        return synthetic_images(preprocess), "synthetic"
 
     @cached_property
     def reference(self) -> tuple[NpArray, Against]:
@@ -220,6 +222,11 @@ def sample_images(folder: Path, preprocess: Preprocess) -> NpArray:
     """Preprocessed images (n, 3, H, W) out of the val split of ``folder``, spread over its classes."""
     val = open_split(folder, "val", clips=preprocess.frames > 1)
     return normalize(load_set(_sample(val), preprocess)[0], preprocess)
+
+
+def synthetic_images(preprocess: Preprocess, count: int = 8) -> NpArray:
+    """Seeded noise as preprocessed images: what is compared on where nothing better is there."""
+    return np.random.default_rng(0).standard_normal((count, *preprocess.input_shape), dtype=np.float32)
 
 
 def _sample(images: ImageSet, count: int = HELD_OUT) -> ImageSet:
