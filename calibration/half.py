@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from edgepet.calibration.folding import folded
 from edgepet.errors import CheckError, InputError, require
 from edgepet.spec import NpArray
 
@@ -67,12 +68,12 @@ def to_half(model: Any, images: NpArray, *, where: str) -> Half:
         CheckError: less than half of its weights could be stored in fp16.
     """
     onnx = require("onnx", extra="train", purpose="fp16")
-    folded = _without_batch_norms(model)
-    if any(attribute.type == attribute.GRAPH for node in folded.graph.node for attribute in node.attribute):
+    source = folded(model)
+    if any(attribute.type == attribute.GRAPH for node in source.graph.node for attribute in node.attribute):
         raise InputError(where, "has control flow, which edgepet does not convert to fp16", fix="export it in fp32")
-    ranges = _ranges(folded, images, where)
-    reasons = _reasons(folded, ranges, len(images))
-    half = _Rewriter(folded, ranges, reasons).model()
+    ranges = _ranges(source, images, where)
+    reasons = _reasons(source, ranges, len(images))
+    half = _Rewriter(source, ranges, reasons).model()
     onnx.checker.check_model(half, full_check=True)
     stored = stored_types(half)
     floats = {kind: stored.get(kind, {"bytes": 0})["bytes"] for kind in ("float32", "float16")}
@@ -80,8 +81,8 @@ def to_half(model: Any, images: NpArray, *, where: str) -> Half:
         got = f"{floats['float16']} of {sum(floats.values())} bytes"
         what = "must store most of its weights in fp16"
         raise CheckError(where, what, got=got, fix="export it in fp32: its numbers are beyond fp16's range")
-    named = _layer_names(folded)
-    return Half(half, tuple(Kept(name=named[i], op=folded.graph.node[i].op_type, reason=r) for i, r in reasons.items()))
+    named = _layer_names(source)
+    return Half(half, tuple(Kept(name=named[i], op=source.graph.node[i].op_type, reason=r) for i, r in reasons.items()))
 
 
 def stored_types(model: Any) -> dict[str, dict[str, int]]:
@@ -93,20 +94,6 @@ def stored_types(model: Any) -> dict[str, dict[str, int]]:
         tensors[dtype.name] += 1
         size[dtype.name] += int(np.prod(tensor.dims, dtype=np.int64)) * dtype.itemsize
     return {name: {"tensors": tensors[name], "bytes": size[name]} for name in sorted(tensors)}
-
-
-def _without_batch_norms(model: Any) -> Any:
-    """A copy in which every constant is an initializer, and a batch norm behind a convolution is part of it."""
-    from onnxscript import ir
-    from onnxscript.rewriter.rules.common import fuse_batchnorm_into_conv_rule
-
-    graph = ir.from_proto(model)
-    fuse_batchnorm_into_conv_rule.apply_to_model(graph)
-    ir.passes.Sequential(
-        ir.passes.common.LiftConstantsToInitializersPass(lift_all_constants=True),
-        ir.passes.common.RemoveUnusedNodesPass(),
-    )(graph)
-    return ir.to_proto(graph)
 
 
 def _ranges(model: Any, images: NpArray, where: str) -> dict[str, float]:

