@@ -17,12 +17,10 @@ import numpy as np
 from edgepet.calibration.layers import Graph, Layer
 from edgepet.calibration.observe import Activations, Seen
 from edgepet.calibration.ranges import Estimator, Histogram, threshold
+from edgepet.codes import HIGH, LOW, Range, coded, per_channel, smoothing
 from edgepet.spec import NpArray
 
-LOW, HIGH = -128, 127  # codes of activations; those of weights stop at -HIGH
 ONE_SIDED = 0.25  # a tensor that goes less than this part as far down as up is shifted
-CLIPS = np.arange(0.40, 1.01, 0.05)  # of a row's largest weight, where codes are too few to hold it
-TINY = 1e-30  # the step of a row of zeros
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,20 +38,6 @@ class Recipe:
     keep: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Range:
-    """What the codes of a tensor stand for: shift + scale * code, code in -128 .. 127."""
-
-    scale: float
-    shift: float = 0.0
-
-    def rounded(self, values: NpArray) -> NpArray:
-        """What ``values`` become."""
-        codes = np.clip(np.rint((values - self.shift) / self.scale), LOW, HIGH)
-        rounded: NpArray = (codes * self.scale + self.shift).astype(np.float32)
-        return rounded
-
-
 @dataclass(frozen=True, slots=True, eq=False)
 class Int8:
     """The Q/DQ model (``onnx.ModelProto``), the ranges of its tensors by name, and which layers compute in int8."""
@@ -63,59 +47,16 @@ class Int8:
     layers: tuple[Layer, ...]
 
 
-# ---------------------------------------------------------------------------------------------------------- weights
-
-
-def weight_scales(weight: NpArray, bits: int = 8) -> NpArray:
-    """The step of each output channel (out,), in the precision of ``weight`` (out, ...).
-
-    It is proportional to the channel, so that diag(s) W has the codes of W up to the sign of s. With 8 bits the largest
-    weight has the last code; with fewer the step of least squared error is taken.
-    """
-    rows = np.abs(weight.reshape(len(weight), -1))
-    last = 2 ** (bits - 1) - 1
-    largest: NpArray = np.maximum(rows.max(axis=1), np.asarray(TINY, rows.dtype))
-    if bits == 8:
-        steps: NpArray = largest / last
-        return steps
-    errors = [((_coded(rows, clip * largest / last, last) - rows) ** 2).sum(axis=1) for clip in CLIPS]
-    best: NpArray = CLIPS[np.argmin(errors, axis=0)]
-    clipped: NpArray = (best * largest / last).astype(rows.dtype)
-    return clipped
-
-
-def weight_codes(weight: NpArray, scales: NpArray, bits: int = 8) -> NpArray:
-    """int8 codes of ``weight`` (out, ...), between -127 and 127, or less far with fewer bits."""
-    last = 2 ** (bits - 1) - 1
-    codes: NpArray = np.clip(np.rint(weight / per_channel(scales, weight)), -last, last).astype(np.int8)
-    return codes
-
-
-def per_channel(values: NpArray, weight: NpArray) -> NpArray:
-    """``values`` (out,) in a shape that multiplies ``weight`` (out, ...)."""
-    return values.reshape(-1, *[1] * (weight.ndim - 1))
-
-
-def _coded(rows: NpArray, steps: NpArray, last: int) -> NpArray:
-    coded: NpArray = np.minimum(np.rint(rows / steps[:, None]), last) * steps[:, None]
-    return coded
-
-
 # -------------------------------------------------------------------------------------------------------- activations
 
 
-def smoothing(graph: Graph, layers: Sequence[Layer], seen: Seen, strength: float | None) -> dict[str, NpArray]:
+def observed_smoothing(graph: Graph, layers: Sequence[Layer], seen: Seen, strength: float) -> dict[str, NpArray]:
     """Divisors (in,) of the channels behind each layer norm, by the name of the tensor that it puts out."""
-    if strength is None:
-        return {}
-    found = {}
-    for layer in layers:
-        if layer.norm and layer.kind == "linear":
-            inputs = np.maximum(seen[layer.reads].largest, 1e-5).astype(np.float64)
-            columns = np.maximum(np.abs(graph.value(layer.weight)).max(axis=0), 1e-5).astype(np.float64)
-            factors = inputs**strength / columns ** (1 - strength)
-            found[layer.reads] = (factors / np.exp(np.log(factors).mean())).astype(np.float32)
-    return found
+    return {
+        layer.reads: smoothing(seen[layer.reads].largest, graph.value(layer.weight), strength)
+        for layer in layers
+        if layer.norm is not None and layer.kind == "linear"
+    }
 
 
 def choose_ranges(
@@ -157,9 +98,10 @@ def quantize(
         smooth: fixed divisors in place of those that ``recipe`` would choose.
     """
     chosen = tuple(layer for layer in layers if layer.name not in recipe.keep)
-    divisors = smoothing(graph, layers, seen, recipe.smooth) if smooth is None else smooth
+    if smooth is None:
+        smooth = {} if recipe.smooth is None else observed_smoothing(graph, layers, seen, recipe.smooth)
     read = {layer.reads for layer in chosen}
-    divisors = {name: value for name, value in divisors.items() if name in read}
+    divisors = {name: value for name, value in smooth.items() if name in read}
     ranges = choose_ranges(chosen, seen, recipe.estimator, divisors)
     return Int8(_Writer(graph, chosen, seen, recipe, divisors, ranges).model(), ranges, chosen)
 
@@ -241,16 +183,15 @@ class _Writer:
 
     def _weight(self, layer: Layer) -> tuple[str, NpArray]:
         """The name of the dequantised weight, and its values (out, ...) in float64."""
-        weight = self._dense(layer)
-        scales = weight_scales(weight, self._recipe.bits).astype(np.float32)
-        codes, axis = weight_codes(weight, scales, self._recipe.bits), 0
-        rounded = codes * per_channel(scales.astype(np.float64), weight)
+        made = coded(self._graph.value(layer.weight), self._smooth.get(layer.reads), self._recipe.bits)
+        codes, axis = made.codes, 0
+        rounded = codes * per_channel(made.scales.astype(np.float64), codes)
         if layer.kind == "linear":
             codes, axis = np.ascontiguousarray(codes.T), 1
         inputs = [
             self._put(f"{layer.weight}.codes", codes),
-            self._put(f"{layer.weight}.scale", scales),
-            self._put(f"{layer.weight}.zeros", np.zeros(len(scales), np.int8)),
+            self._put(f"{layer.weight}.scale", made.scales),
+            self._put(f"{layer.weight}.zeros", np.zeros(len(made.scales), np.int8)),
         ]
         self._node("DequantizeLinear", inputs, f"{layer.weight}.int8", axis=axis)
         return f"{layer.weight}.int8", rounded

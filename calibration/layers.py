@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
 
-import numpy as np
-
 from edgepet.errors import require
 from edgepet.spec import NpArray
+
+
+_FLOAT = 1  # onnx.TensorProto
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -19,8 +20,8 @@ class Layer:
 
     ``name`` is what people call it, ``blocks.0.attn.qkv``. ``weight`` is (out, in) or (out, in / groups, kh, kw);
     ``reads`` is the tensor in front of it and of a padding with zeros, which is the node at ``pad``; ``puts_out`` is
-    behind its bias. ``padded``: it sees zeros around what it reads. ``norm``: a layer norm puts out what only this layer
-    reads. ``places`` are its nodes in the graph.
+    behind its bias. ``padded``: it sees zeros around what it reads. ``norm`` are weight and bias of the layer norm
+    that puts out what only this layer reads. ``places`` are its nodes in the graph.
     """
 
     name: str
@@ -29,7 +30,7 @@ class Layer:
     weight: str
     bias: str | None
     puts_out: str
-    norm: bool = False
+    norm: tuple[str, str] | None = None
     padded: bool = False
     places: tuple[int, ...] = ()
     pad: int | None = None
@@ -96,7 +97,7 @@ def _found(graph: Graph, weights: Collection[str]) -> Iterator[Layer]:
         if (
             layer is not None
             and layer.weight in weights
-            and np.issubdtype(graph.value(layer.weight).dtype, np.floating)
+            and graph.initializers[layer.weight].data_type == _FLOAT
         ):
             yield layer
 
@@ -158,7 +159,9 @@ def _layer(
     graph: Graph, kind: Literal["linear", "conv"], reads: str, weight: str, bias: str | None, puts_out: str,
     places: tuple[int, ...], pad: int | None = None, padded: bool = False,
 ) -> Layer:  # fmt: skip
-    norm = graph.maker(reads, "LayerNormalization") is not None and len(graph.readers[reads]) == 1
+    made = graph.maker(reads, "LayerNormalization") if len(graph.readers[reads]) == 1 else None
+    vectors = list(graph.nodes[made].input[1:]) if made is not None else []
+    norm = (vectors[0], vectors[1]) if len(vectors) == 2 and all(graph.only_reader(v, "LayerNormalization") is not None for v in vectors) else None
     return Layer(
         name=weight.removesuffix(".weight"), kind=kind, reads=reads, weight=weight, bias=bias, puts_out=puts_out,
         norm=norm, padded=padded, places=places, pad=pad,
