@@ -78,8 +78,11 @@ def for_export(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("packs", nargs="+", metavar="TASK.pet")
     _backbone_option(parser)
     parser.add_argument("--to", default="onnx", metavar="onnx,openvino,tensorrt")
-    parser.add_argument("--precision", default="fp32", choices=["fp32", "fp16"])
-    parser.add_argument("--calib", metavar="DIR", help="images on which fp16 measures ranges (default: as --data)")
+    parser.add_argument("--precision", default="fp32", choices=["fp32", "fp16", "int8", "auto"])
+    parser.add_argument(
+        "--calib", metavar="DIR", help="labelled images: int8 measures ranges on them (fp16's default: as --data)"
+    )
+    _budget_options(parser)
     parser.add_argument(
         "--sm", default="86,89,120", metavar="86,89,120", help="compute capabilities of a TensorRT engine"
     )
@@ -87,6 +90,21 @@ def for_export(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--external-data", action="store_true", help="ONNX weights in a file of their own")
     parser.add_argument("--data", metavar="DIR", help="images to compare on (default: the work folder's)")
     parser.add_argument("-o", "--output", required=True, metavar="DIR")
+
+
+def for_calibrate(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("pack", metavar="TASK.pet")
+    _backbone_option(parser)
+    parser.add_argument("--calib", required=True, metavar="DIR", help="labelled images of the task, as for train")
+    _budget_options(parser)
+    parser.add_argument("--data", metavar="DIR", help="where the test images are that must not be calibrated on")
+
+
+def _budget_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--calib-images", type=_natural, default=256, metavar="N", help="of --calib, at most (%(default)s)"
+    )
+    parser.add_argument("--max-drop", type=float, metavar="POINTS", help="of top-1 that int8 may lose on train and val")
 
 
 def for_verify(parser: argparse.ArgumentParser) -> None:

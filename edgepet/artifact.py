@@ -233,7 +233,7 @@ def _parity(table: Table) -> Parity | None:
     entry = table.table("parity")
     parity = Parity(
         max_abs=entry.number("max_abs"),
-        limit=entry.number("limit"),
+        limit=None if entry.absent("limit") else entry.number("limit"),
         top1_agreement=entry.number("top1_agreement"),
         least_agreement=entry.number("least_agreement"),
         n=entry.integer("n"),

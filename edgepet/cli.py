@@ -183,6 +183,8 @@ def export(options: Options) -> Result:
         sms=arguments.sms(options.sm),
         simplify=options.simplify,
         calib=options.calib,
+        calib_images=options.calib_images,
+        max_drop=options.max_drop,
         external_data=options.external_data,
     )
     with _progress(options) as progress, progress.stages() as stage:
@@ -191,6 +193,19 @@ def export(options: Options) -> Result:
             data=arguments.path(options.data), options=chosen, stage=stage,
         )  # fmt: skip
     return Result(report, show.export)
+
+
+def calibrate(options: Options) -> Result:
+    """what int8 costs a task: every layer, the ranges, and the recipe that would be chosen"""
+    from edgepet import show
+    from edgepet.deploy import calibrate as run
+
+    with _progress(options) as progress, progress.stages() as stage:
+        report = run(
+            Path(options.pack), options.calib, backbone=options.backbone, data=arguments.path(options.data),
+            images=options.calib_images, max_drop=options.max_drop, stage=stage,
+        )  # fmt: skip
+    return Result(report, show.calibrate)
 
 
 def verify(options: Options) -> Result:
@@ -322,6 +337,7 @@ def _parser() -> argparse.ArgumentParser:
     arguments.for_eval(verb("eval", evaluate))
     arguments.for_merge(verb("merge", merge))
     arguments.for_export(verb("export", export))
+    arguments.for_calibrate(verb("calibrate", calibrate))
     arguments.for_verify(verb("verify", verify))
     arguments.for_bench(verb("bench", bench))
     arguments.for_storage(verb("storage", storage))

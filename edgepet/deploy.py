@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import cast
 
 import numpy as np
 import safetensors.numpy
@@ -16,24 +18,33 @@ from edgepet.artifact import (
     MANIFEST,
     Artifact,
     Format,
+    Probe,
     damaged,
     listed,
     open_artifact,
     read_artifact,
     write_artifact,
 )
-from edgepet.calibration.half import Kept, stored_types, to_half
+from edgepet.calibration.budget import Drop, LayerDrop
+from edgepet.calibration.calibrate import Tried
+from edgepet.calibration.half import Kept, stored_types
+from edgepet.calibration.int8 import Recipe
+from edgepet.codes import Range
 from edgepet.errors import CheckError, InputError, MissingError, require
 from edgepet.exporters import EXPORTERS
 from edgepet.exporters.exporter import ExportOptions
-from edgepet.exporters.onnx import build_model, simplified
 from edgepet.files import folder_bytes, new_folder, write_file
-from edgepet.merging import require_foldable, task_tensors
-from edgepet.parity import Against, Inputs, Parity, compare, require_parity
+from edgepet.latency import Candidate, measure
+from edgepet.machine import environment
+from edgepet.merging import require_foldable
+from edgepet.parity import SAME_CODES, Against, Inputs, Parity, compare, require_parity
+from edgepet.precision import Model, calibration_of, in_precision, task_images
 from edgepet.spec import AnyBackbone, FilePath, NpArray, Precision
-from edgepet.subject import Subject, plain_network, sample_images
+from edgepet.subject import Subject, plain_network
 
 DEFAULTS = ExportOptions()
+PRECISIONS = ("fp32", "fp16", "int8", "auto")
+AUTO_ROUNDS = 60  # enough to tell precisions apart, which differ by tenths
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,29 +66,12 @@ class MergeReport:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Calibrated:
-    """The images on which ranges were measured."""
-
-    inputs: Literal["calib", "data", "work", "synthetic"]
-    n: int
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class _Model:
-    """One task's ONNX model in the precision that was asked for, the seconds it took, and how it came to be."""
-
-    proto: Any
-    seconds: float
-    kept: tuple[Kept, ...] = ()
-    calibration: Calibrated | None = None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class Exported:
     """One artefact. ``seconds`` is folding and writing, ``verify_seconds`` the comparison.
 
     ``stored`` counts tensors and bytes by type, ``executed`` is what the runtime says of its nodes, or what was built
-    where nothing here can run it; ``kept_fp32`` is what an fp16 model computes in fp32.
+    where nothing here can run it; ``kept_fp32`` is what an fp16 or int8 model computes in fp32. ``int8`` is the recipe
+    and what it costs. ``why`` says why "auto" chose this precision.
     """
 
     task: str
@@ -94,12 +88,33 @@ class Exported:
     stored: Mapping[str, object]
     executed: Mapping[str, object]
     kept_fp32: tuple[Kept, ...]
-    calibration: Calibrated | None
+    calibration: Mapping[str, object] | None
+    int8: Mapping[str, object] | None
+    drop: Drop | None
+    warning: str | None
+    why: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ExportReport:
     artifacts: tuple[Exported, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CalibrateReport:
+    """What int8 costs. ``layers`` are alone in int8, the worst first; ``ranges`` have the tensors' names in the graph.
+
+    ``drop`` is of all layers but those that ``recipe`` keeps, on all of train and val.
+    """
+
+    layers: tuple[LayerDrop, ...]
+    recipe: Recipe
+    ranges: Mapping[str, Range]
+    tried: tuple[Tried, ...]
+    drop: Drop
+    held_out: int
+    calibration: Mapping[str, object]
+    warning: str | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -148,7 +163,7 @@ def merge(
         create_args=subject.backbone.create_args,
         loads_into=subject.backbone.spelled_with_head(len(subject.delta.labels)),
         max_abs_diff=parity.max_abs,
-        limit=parity.limit,
+        limit=cast(float, parity.limit),
         n=parity.n,
         inputs=parity.inputs,
         against=parity.against,
@@ -171,10 +186,7 @@ def export(
         CheckError: an artefact answers otherwise; nothing of it is kept.
         MissingError: a runtime is not installed.
     """
-    if options.precision not in ("fp32", "fp16"):
-        raise InputError("--precision", "is fp32 or fp16", got=repr(options.precision))
-    if options.calib is not None and options.precision == "fp32":
-        raise InputError("--calib", "is for --precision fp16: fp32 needs no images to measure ranges on")
+    _check_precision(options)
     unknown = [name for name in options.to if name not in EXPORTERS]
     if unknown or not options.to:
         raise InputError("--to", f"knows {', '.join(EXPORTERS)}", got=repr(unknown[0]) if unknown else "none of them")
@@ -186,11 +198,58 @@ def export(
     for subject in subjects:
         subject.check_backbone()
         stage(f"graph of {subject.delta.backbone}")
-        model = _model(subject, options)
+        if options.precision == "auto":
+            artifacts += _fastest(subject, Path(folder), options, stage)
+            continue
+        model = in_precision(subject, options.precision, options, stage)
         for name in options.to:
             stage(f"{subject.delta.task} to {name}")
             artifacts.append(_export_one(subject, model, name, Path(folder), options))
     return ExportReport(artifacts=tuple(artifacts))
+
+
+def _check_precision(options: ExportOptions) -> None:
+    if options.precision not in PRECISIONS:
+        raise InputError("--precision", f"is one of {', '.join(PRECISIONS)}", got=repr(options.precision))
+    if options.calib is not None and options.precision == "fp32":
+        raise InputError("--calib", "is for --precision fp16, int8 and auto: fp32 needs no images to measure ranges on")
+    if options.max_drop is not None and options.precision not in ("int8", "auto"):
+        raise InputError("--max-drop", "is for --precision int8 and auto", got=f"--precision {options.precision}")
+
+
+def calibrate(
+    pack: FilePath,
+    calib: FilePath,
+    *,
+    backbone: AnyBackbone = None,
+    data: FilePath | None = None,
+    images: int = 256,
+    max_drop: float | None = None,
+    stage: Callable[[str], None] = lambda name: None,
+) -> CalibrateReport:
+    """What ``export --precision int8`` would do with a task: its recipe and ranges, and what every layer costs.
+
+    Raises:
+        InputError: images that cannot be used, or a budget finer than they show.
+        CheckError: half of the layers in float do not hold the budget.
+    """
+    subject = Subject(pack, backbone, data)
+    options = ExportOptions(precision="int8", calib=calib, calib_images=images)
+    chosen = task_images(subject, options)
+    stage(f"graph of {subject.delta.backbone}")
+    calibration = calibration_of(subject, chosen)
+    made = calibration.run(max_drop=max_drop, stage=stage)
+    stage("every layer alone in int8")
+    return CalibrateReport(
+        layers=made.layers or calibration.sensitivity(made.recipe),
+        recipe=made.recipe,
+        ranges=made.int8.ranges,
+        tried=made.tried,
+        drop=made.drop,
+        held_out=len(chosen.held_out),
+        calibration=chosen.facts,
+        warning=chosen.warning,
+    )
 
 
 def verify(
@@ -229,40 +288,73 @@ def verify(
     return VerifyReport(ok=all(check.ok for check in checks), checks=tuple(checks))
 
 
-def _model(subject: Subject, options: ExportOptions) -> _Model:
-    """Fold, and bring the model into the precision that was asked for."""
-    graph, task = subject.graph, subject.delta.task
-    began = time.perf_counter()
-    model = build_model(graph, task_tensors(graph.base, subject.delta), subject.delta)
-    seconds = time.perf_counter() - began
-    if options.simplify:
-        model = simplified(model, subject.images[0][:2], where=task)
-    if options.precision == "fp32":
-        return _Model(model, seconds)
-    if options.calib is None:
-        images, inputs = subject.images
-        calibrated = Calibrated(inputs=inputs, n=len(images))
-    else:
-        images = sample_images(Path(options.calib), subject.delta.preprocess)
-        calibrated = Calibrated(inputs="calib", n=len(images))
-    began = time.perf_counter()
-    half = to_half(model, images, where=task)
-    return _Model(half.model, seconds + time.perf_counter() - began, half.kept, calibrated)
+def _fastest(subject: Subject, folder: Path, options: ExportOptions, stage: Callable[[str], None]) -> list[Exported]:
+    """Of each format the precision that is fastest here, among those that pass their checks."""
+    models, refused = dict[Precision, Model](), dict[str, str]()
+    for precision in ("fp32", "fp16", "int8"):
+        try:
+            models[precision] = in_precision(subject, precision, options, stage)
+        except CheckError as error:
+            refused[precision] = f"{precision} is out: {error.what}, got {str(error.got).splitlines()[0]}"
+    chosen = []
+    for name in options.to:
+        with tempfile.TemporaryDirectory(prefix="edgepet-") as scratch:
+            made = dict[Precision, Exported]()
+            for precision, model in models.items():
+                stage(f"{subject.delta.task} to {name}, {precision}")
+                try:
+                    made[precision] = _export_one(subject, model, name, Path(scratch), options)
+                except CheckError as error:
+                    refused[f"{name} {precision}"] = f"{precision} is out: {error.what}, got {error.got}"
+            stage(f"{subject.delta.task} to {name}: measure")
+            precision, why = _measured(made)
+            out = [
+                told for key, told in refused.items() if not key.startswith(tuple(EXPORTERS)) or key.startswith(name)
+            ]
+        written = _export_one(subject, models[precision], name, folder, options)
+        chosen.append(replace(written, why="; ".join([why, *out])))
+    return chosen
 
 
-def _export_one(subject: Subject, model: _Model, name: Format, folder: Path, options: ExportOptions) -> Exported:
+def _measured(made: Mapping[Precision, Exported]) -> tuple[Precision, str]:
+    """The fastest of artefacts of one format, and the numbers that say so."""
+    if not all(exported.verified for exported in made.values()):
+        reason = next(exported.reason for exported in made.values() if not exported.verified)
+        return "fp32", f"fp32: no precision could be measured here, {reason}"
+    threads = environment().cores
+    candidates = [
+        Candidate(
+            model=exported.path.name,
+            runtime=exported.format,
+            precision=precision,
+            mode="merged",
+            open=partial(open_artifact, exported.path, read_artifact(exported.path), threads=threads),
+        )
+        for precision, exported in made.items()
+    ]
+    shape = read_artifact(next(iter(made.values())).path).preprocess.input_shape
+    report = measure(candidates, np.zeros((1, *shape), np.float32), threads=threads, rounds=AUTO_ROUNDS, warmup=5)
+    best = min(report.rows, key=lambda row: row.p50_ms)
+    others = ", ".join(f"{row.precision} {row.p50_ms:.2f}" for row in report.rows if row is not best)
+    why = f"{best.precision}: {best.p50_ms:.2f} ms, {others} (p50 of {AUTO_ROUNDS} rounds, {threads} threads)"
+    drop = made[cast(Precision, best.precision)].drop
+    lost = f", and loses {drop.points:.2f} points ({drop.low:.2f} to {drop.high:.2f}, n = {drop.n})" if drop else ""
+    return cast(Precision, best.precision), why + lost
+
+
+def _export_one(subject: Subject, model: Model, name: Format, folder: Path, options: ExportOptions) -> Exported:
     delta = subject.delta
-    path = folder / f"{delta.task}-{name}-{options.precision}"
+    path = folder / f"{delta.task}-{name}-{model.precision}"
     with new_folder(path) as scratch:
         began = time.perf_counter()
-        written = EXPORTERS[name](model.proto, scratch, options, delta.task)
+        written = EXPORTERS[name](model.proto, model.precision, scratch, options, delta.task)
         seconds = model.seconds + time.perf_counter() - began
         began = time.perf_counter()
         artifact = Artifact(
             task=delta.task,
             format=name,
             engine=written.engine,
-            precision=options.precision,
+            precision=model.precision,
             labels=delta.labels,
             preprocess=delta.preprocess,
             backbone=delta.backbone,
@@ -276,12 +368,13 @@ def _export_one(subject: Subject, model: _Model, name: Format, folder: Path, opt
             verified=False,
             reason=written.note,
             parity=None,
-            probe=subject.probe,
+            probe=_probe(subject, model),
             evidence={
                 "stored": stored_types(model.proto),
                 "executed": dict(written.layers or {}),
                 "kept_fp32": [asdict(node) for node in model.kept],
-                "calibration": asdict(model.calibration) if model.calibration else None,
+                "calibration": model.calibration,
+                **({"int8": model.int8} if model.int8 else {}),
             },
         )
         artifact = _verified(subject, artifact, scratch, path)
@@ -291,7 +384,7 @@ def _export_one(subject: Subject, model: _Model, name: Format, folder: Path, opt
         task=delta.task,
         format=name,
         engine=written.engine,
-        precision=options.precision,
+        precision=model.precision,
         path=path,
         size_bytes=folder_bytes(path),
         seconds=seconds,
@@ -303,7 +396,17 @@ def _export_one(subject: Subject, model: _Model, name: Format, folder: Path, opt
         executed=cast(Mapping[str, object], artifact.evidence["executed"]),
         kept_fp32=model.kept,
         calibration=model.calibration,
+        int8=model.int8,
+        drop=model.drop,
+        warning=model.warning,
     )
+
+
+def _probe(subject: Subject, model: Model) -> Probe:
+    """Answers to noise: those of the merged network, or where codes decide, those of the same codes in ONNX Runtime."""
+    if model.precision != "int8":
+        return subject.probe
+    return replace(subject.probe, logits=model.logits(subject.probe.images(subject.delta.preprocess)))
 
 
 def _verified(subject: Subject, artifact: Artifact, scratch: Path, path: Path) -> Artifact:
@@ -331,8 +434,14 @@ def _verified(subject: Subject, artifact: Artifact, scratch: Path, path: Path) -
 
 
 def _check(name: str, artifact: Artifact, expected: NpArray, got: NpArray) -> Check:
-    parity = compare(expected, got, stored=artifact.precision, inputs="synthetic", against="merged")
-    return Check(name=name, ok=parity.ok, value=parity.max_abs, limit=parity.limit)
+    """``probe`` repeats what was run when the artefact was made; int8's answers to images are judged by their top-1."""
+    if artifact.precision == "int8" and name == "data":
+        parity = compare(expected, got, stored="int8", inputs="data", against="merged")
+        limit = 1 - parity.least_agreement
+        return Check(name="data top-1", ok=parity.ok, value=1 - parity.top1_agreement, limit=limit)
+    stored = SAME_CODES if artifact.precision == "int8" else artifact.precision
+    parity = compare(expected, got, stored=stored, inputs="synthetic", against="merged")
+    return Check(name=name, ok=parity.ok, value=parity.max_abs, limit=cast(float, parity.limit))
 
 
 def _find_pack(folder: Path, artifact: Artifact) -> Path:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
@@ -202,7 +202,7 @@ def _logits(network: Any, images: NpArray) -> NpArray:
 def _compare(expected: NpArray, got: NpArray, stored: Codec, where: str) -> tuple[float, float]:
     """The largest difference and its limit."""
     difference = float(np.abs(expected - got).max())
-    limit = float(np.abs(expected).max()) * (EXACT if stored == "fp32" else STORED[stored].relative)
+    limit = float(np.abs(expected).max()) * (EXACT if stored == "fp32" else cast(float, STORED[stored].relative))
     if not difference <= limit:
         raise CheckError(
             where,

@@ -311,11 +311,13 @@ class _ArtifactSource:
                 str(self._path), f"is a {self.artifact.format} artefact and runs on {own}", got=f"--runtime {runtime}"
             )
         runner = open_artifact(self._path, self.artifact, threads=threads)
-        return runner, own, _precision(runner.executed)
+        return runner, own, executed_precision(self.artifact, runner)
 
     def candidates(self, runtimes: Sequence[str], threads: int, plain: bool, backbone: AnyBackbone) -> list[Candidate]:
         del plain, backbone
         own = RUNNERS[self.artifact.format].runtime
+
+        int8 = self.artifact.precision == "int8"
 
         def opener(bf16: bool) -> Callable[[], Runner]:
             return lambda: open_artifact(self._path, self.artifact, threads=threads, bf16=bf16)
@@ -324,11 +326,11 @@ class _ArtifactSource:
             Candidate(
                 model=self._path.name,
                 runtime=own,
-                precision="bf16" if bf16 else "fp32",
+                precision="bf16" if bf16 else "int8" if int8 else "fp32",
                 mode="branches" if self.artifact.branches else "merged",
                 open=opener(bf16),
             )
-            for bf16 in ((False, True) if own == "openvino" else (False,))
+            for bf16 in ((False, True) if own == "openvino" and not int8 else (False,))
             if own in runtimes
         ]
 
@@ -410,6 +412,14 @@ def _installed(name: str) -> bool:
         return importlib.util.find_spec(name) is not None
     except ValueError:  # a blocked module leaves None where its spec should be
         return False
+
+
+def executed_precision(artifact: Artifact, runner: Runner) -> str:
+    """What ran: an int8 model is int8 only where the runtime has multiplied codes."""
+    if artifact.precision != "int8":
+        return _precision(runner.executed)
+    layers = runner.evidence.get("layers", {})
+    return "int8" if isinstance(layers, dict) and layers.get("int8") else "fp32"
 
 
 def _precision(executed: str) -> str:

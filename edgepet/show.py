@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any, cast
 
 from edgepet.machine import Environment, RuntimeStatus
 from edgepet.report import (
@@ -24,8 +25,9 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from edgepet.account import StorageReport
+    from edgepet.calibration.budget import Drop
     from edgepet.demo import DemoReport
-    from edgepet.deploy import Exported, ExportReport, MergeReport, VerifyReport
+    from edgepet.deploy import CalibrateReport, Exported, ExportReport, MergeReport, VerifyReport
     from edgepet.interchange import PeftReport
     from edgepet.latency import BenchReport
     from edgepet.ondevice import EvalReport, InspectReport
@@ -196,15 +198,57 @@ def export(console: Console, report: ExportReport) -> None:
         _lines(console, f"  {reason}")
     for told in dict.fromkeys(_kept_fp32(a) for a in report.artifacts if a.kept_fp32):
         _lines(console, f"  {told}")
+    for a in report.artifacts:
+        cost = _int8(a) if a.int8 else None
+        _lines(console, *(f"  {line}" for line in (cost, a.why, a.warning) if line))
 
 
 def _kept_fp32(artifact: Exported) -> str:
-    """What an fp16 model computes in fp32: layers that its numbers keep by name, operators by their count."""
+    """What an fp16 or int8 model computes in fp32: layers that its numbers keep by name, operators by their count."""
     kinds = Counter(node.op for node in artifact.kept_fp32 if not node.forced)
     forced = [f"{node.name} ({node.op}, {node.reason})" for node in artifact.kept_fp32 if node.forced]
     parts = [*forced, *(f"{count} {op}" for op, count in sorted(kinds.items()))]
-    looked = f"{artifact.calibration.n} images ({artifact.calibration.inputs})" if artifact.calibration else ""
-    return f"{artifact.task} fp16, ranges on {looked}: fp32 in {', '.join(parts)}"
+    facts = artifact.calibration or {}
+    looked = f"{facts.get('n')} images ({facts.get('inputs')})"
+    return f"{artifact.task} {artifact.precision}, ranges on {looked}: fp32 in {', '.join(parts)}"
+
+
+def _int8(artifact: Exported) -> str:
+    """What int8 costs on how many images, by which recipe, and what was executed."""
+    facts = cast(Mapping[str, Any], artifact.int8)
+    shown = recipe(facts["recipe"])
+    executed = cast(Mapping[str, int], artifact.executed.get("layers", {}))
+    ran = f"; {artifact.format} ran {executed.get('int8', 0)} of {sum(executed.values())} products on int8 codes"
+    return f"{artifact.task} int8: {lost(artifact.drop)}; {shown}{ran if executed else ''}"
+
+
+def recipe(facts: Mapping[str, Any]) -> str:
+    """A recipe in one line."""
+    smooth = "no smoothing" if facts["smooth"] is None else f"SmoothQuant {facts['smooth']}"
+    corrected = "bias correction" if facts["bias_correction"] else "no bias correction"
+    return f"{smooth}, {facts['estimator']} ranges, {corrected}"
+
+
+def lost(drop: Drop | None) -> str:
+    """Points of top-1, the interval, and on how many images."""
+    if drop is None:
+        return "not judged"
+    reach = f"{drop.low:.2f} to {drop.high:.2f}"
+    return f"loses {drop.points:.2f} points of top-1 ({reach}, n = {drop.n}), divergence {drop.kl:.2g}"
+
+
+def calibrate(console: Console, report: CalibrateReport) -> None:
+    rows = [(layer.name, f"{layer.drop:+.2f}", f"{layer.kl:.2g}") for layer in report.layers]
+    columns = (Column("layer, alone in int8"), Column("points", right=True), Column("divergence", right=True))
+    print_table(console, Table(f"sensitivity on {report.held_out} held-out images, the worst first", columns, rows))
+    chosen = report.recipe
+    _lines(
+        console,
+        f"  recipe: {recipe(asdict(chosen))}, of {len(report.tried)} tried on the held-out images",
+        f"  all layers in int8: {lost(report.drop)}",
+        *([f"  in float for the budget: {', '.join(chosen.keep)}"] if chosen.keep else []),
+        *([f"  {report.warning}"] if report.warning else []),
+    )
 
 
 def verify(console: Console, report: VerifyReport) -> None:

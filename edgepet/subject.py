@@ -30,7 +30,7 @@ class Subject:
     """A pack and all that it can be compared with; torch is touched only when a comparison is asked for."""
 
     def __init__(self, path: FilePath, backbone: AnyBackbone, data: FilePath | None) -> None:
-        self.path, self._spec, self._data = Path(path), backbone, data
+        self.path, self._spec, self.data = Path(path), backbone, data
         self.pack: Pack = read_pack(self.path)
 
     @property
@@ -89,8 +89,8 @@ class Subject:
     def images(self) -> tuple[NpArray, Inputs]:
         """What to compare on: --data, else the work folder's held-out images, else seeded noise."""
         preprocess = self.delta.preprocess
-        if self._data is not None:
-            return sample_images(Path(self._data), preprocess), "data"
+        if self.data is not None:
+            return sample_images(Path(self.data), preprocess), "data"
         if self.work is not None:
             return normalize(self.work.pixels, preprocess), "work"
         return synthetic_images(preprocess), "synthetic"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 from edgepet.artifact import Format
 from edgepet.spec import FilePath, Precision
@@ -15,15 +15,19 @@ from edgepet.spec import FilePath, Precision
 class ExportOptions:
     """How to export. ``sms`` are compute capabilities of a TensorRT engine, 86 for 8.6.
 
-    ``calib`` is a folder of images on which ranges are measured for fp16; None takes what the export is compared on.
+    ``precision`` "auto" is the fastest of the three that this machine can run within the budget. ``calib`` is a folder
+    of labelled images: ranges are measured on ``calib_images`` of them; int8 needs it, fp16 takes what the export is
+    compared on without. ``max_drop`` is how many points of top-1 int8 may lose; None only reports them.
     """
 
     to: tuple[Format, ...] = ("onnx",)
-    precision: Precision = "fp32"
+    precision: Precision | Literal["auto"] = "fp32"
     sms: tuple[int, ...] = (86, 89, 120)
     simplify: bool = False
     external_data: bool = False
     calib: FilePath | None = None
+    calib_images: int = 256
+    max_drop: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,5 +43,5 @@ class Written:
     layers: Mapping[str, object] | None = None
 
 
-# (onnx.ModelProto with fp32 weights inside, an empty folder, options, the task's name for errors) -> what was written
-Exporter: TypeAlias = Callable[[Any, Path, ExportOptions, str], Written]
+# (onnx.ModelProto, its precision, an empty folder, options, the task's name for errors) -> what was written
+Exporter: TypeAlias = Callable[[Any, Precision, Path, ExportOptions, str], Written]

@@ -14,7 +14,7 @@ from edgepet.errors import CheckError, InputError, require
 from edgepet.exporters.exporter import ExportOptions, Written
 from edgepet.files import write_file
 from edgepet.graph import FEATURES, LOGITS, BaseGraph
-from edgepet.spec import NpArray, Tensors
+from edgepet.spec import NpArray, Precision, Tensors
 
 MODEL = "model.onnx"
 MAX_SINGLE_FILE_BYTES = 1_900_000_000  # protobuf cannot hold 2 GiB
@@ -131,9 +131,9 @@ def write_onnx(model: Any, folder: Path, *, external: bool = False) -> list[str]
     return [MODEL, f"{MODEL}.data"]
 
 
-def export(model: Any, folder: Path, options: ExportOptions, task: str) -> Written:
+def export(model: Any, precision: Precision, folder: Path, options: ExportOptions, task: str) -> Written:
     """Write ``model`` itself; see ``Exporter``."""
-    del task
+    del precision, task
     return Written(write_onnx(model, folder, external=options.external_data), "onnxruntime")
 
 

@@ -11,6 +11,7 @@ from edgepet.errors import InputError, require
 from edgepet.exporters.exporter import ExportOptions, Written
 from edgepet.exporters.onnx import serialize
 from edgepet.files import sync_folder
+from edgepet.spec import Precision
 
 MODEL = "model.xml"
 _MADE_UP = re.compile(r"[A-Za-z]+_\d+")
@@ -41,7 +42,7 @@ def write_openvino(onnx_model: bytes, folder: Path, *, where: str) -> list[str]:
     return names
 
 
-def export(model: Any, folder: Path, options: ExportOptions, task: str) -> Written:
+def export(model: Any, precision: Precision, folder: Path, options: ExportOptions, task: str) -> Written:
     """Write the IR; see ``Exporter``."""
-    del options
+    del precision, options
     return Written(write_openvino(serialize(model), folder, where=task), "openvino")

@@ -115,10 +115,10 @@ def build_engines(
     return _write(trt, plan, sidecar, folder, stem=stem, seconds=seconds, layers=layers)
 
 
-def export(model: Any, folder: Path, options: ExportOptions, task: str) -> Written:
+def export(model: Any, precision: Precision, folder: Path, options: ExportOptions, task: str) -> Written:
     """Build and write an engine and its side-car; see ``Exporter``."""
     del task
-    built = build_engines(serialize(model), folder, precision=options.precision, sms=options.sms)
+    built = build_engines(serialize(model), folder, precision=precision, sms=options.sms)
     layers = {"layers_by_output_type": built.layers, "source": "the strongly typed network that was built"}
     return Written([*built.files, "model.engine.json"], built.engine, built.readback.reason, layers)
 
@@ -278,9 +278,10 @@ def _layers(trt: Any, network: Any, precision: Precision) -> Mapping[str, int]:
     """Layers by the type of their first output, which is what they compute in: the side-car must not lie about it.
 
     Raises:
-        InputError: a layer is of another type than ``precision`` allows, or fp16 was asked for and none has it.
+        InputError: a layer is of another type than ``precision`` allows, or none has the one that was asked for.
     """
-    allowed = {trt.float32, trt.int32, trt.int64, trt.bool} | ({trt.float16} if precision == "fp16" else set())
+    narrow = {"fp16": {trt.float16}, "int8": {trt.int8}}.get(precision, set())
+    allowed = {trt.float32, trt.int32, trt.int64, trt.bool} | narrow
     counts = Counter[str]()
     for layer in (network.get_layer(index) for index in range(network.num_layers)):
         puts_out = [layer.get_output(index) for index in range(layer.num_outputs)]
@@ -289,8 +290,8 @@ def _layers(trt: Any, network: Any, precision: Precision) -> Mapping[str, int]:
                 what = f"must be {precision} in an {precision} engine"
                 raise InputError(f"ONNX tensor {tensor.name!r}", what, got=tensor.dtype.name, fix="export in fp32")
         counts.update(tensor.dtype.name.lower() for tensor in filter(None, puts_out[:1]))
-    if precision == "fp16" and not counts["half"]:
-        raise InputError("ONNX model", "must have fp16 layers for an fp16 engine", got="none")
+    if narrow and not any(counts[kind.name.lower()] for kind in narrow):
+        raise InputError("ONNX model", f"must have {precision} layers for an {precision} engine", got="none")
     return dict(sorted(counts.items()))
 
 

@@ -16,6 +16,7 @@ from edgepet.runners.runner import check_images
 from edgepet.spec import NpArray
 
 Executed = Literal["f32", "bf16"]
+_LAYERS = frozenset(("Convolution", "FullyConnected", "MatMul"))
 
 
 class OpenVino:
@@ -36,14 +37,20 @@ class OpenVino:
 
     @property
     def evidence(self) -> Mapping[str, object]:
-        """How many nodes of the executed graph ran in each precision."""
-        nodes = self._compiled.get_runtime_model().get_ordered_ops()
-        kinds = Counter(
-            str(node.get_rt_info()["runtimePrecision"].astype(str))
-            for node in nodes
-            if "runtimePrecision" in node.get_rt_info()
-        )
-        return {"hint": self.executed, "executed_nodes": dict(sorted(kinds.items()))}
+        """How many nodes of the executed graph ran in each precision, and how many layers on int8 codes or floats."""
+        kinds, layers = Counter[str](), Counter[str]()
+        for node in self._compiled.get_runtime_model().get_ordered_ops():
+            facts = node.get_rt_info()
+            if "runtimePrecision" in facts:
+                precision = str(facts["runtimePrecision"].astype(str))
+                kinds[precision] += 1
+                if str(facts["layerType"].astype(str)) in _LAYERS:
+                    layers["int8" if precision in ("i8", "u8") else "float"] += 1
+        return {
+            "hint": self.executed,
+            "executed_nodes": dict(sorted(kinds.items())),
+            "layers": dict(sorted(layers.items())),
+        }
 
     @classmethod
     def of_model(cls, path: Path, *, threads: int | None = None, executed: Executed = "f32") -> OpenVino:

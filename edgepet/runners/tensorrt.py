@@ -81,7 +81,7 @@ def read_sidecar(folder: Path, *, stem: str = "model") -> Sidecar:
         input=_read_tensor(table.table("input"), ranks=(4, 5)),
         output=_read_tensor(table.table("output"), ranks=(2,)),
         max_batch=table.integer("max_batch", least=1),
-        precision=cast(Precision, table.text("precision", choices=("fp32", "fp16"))),
+        precision=cast(Precision, table.text("precision", choices=("fp32", "fp16", "int8"))),
     )
     table.end()
     if not sidecar.sms:

@@ -1,0 +1,144 @@
+"""What int8 costs: paired loss of top-1 with its interval, mean divergence, and which layers cost most of it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from edgepet.errors import CheckError, InputError
+from edgepet.graph import INPUT
+from edgepet.parity import INTERVAL_Z
+from edgepet.spec import NpArray
+
+BATCH = 16
+MOST_NAMED = 12  # layers in a message
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Drop:
+    """What ``n`` images lose from float to int8.
+
+    ``points`` of top-1, negative for a gain, with the 95 % interval of a paired difference; ``kl`` is the mean
+    Kullback-Leibler divergence of the answers' distributions, in nats.
+    """
+
+    points: float
+    low: float
+    high: float
+    kl: float
+    n: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayerDrop:
+    """One layer alone in int8: what it takes off top-1 in points (``drop``), and the mean divergence (``kl``)."""
+
+    name: str
+    drop: float
+    kl: float
+
+
+def drop_between(before: NpArray, after: NpArray, labels: NpArray) -> Drop:
+    """Compare logits (n, C) of the same images, whose classes are ``labels`` (n,).
+
+    Source of the interval: Agresti & Min 2005, doi:10.1002/sim.1781, half an image added to each cell of the table.
+    """
+    n = len(labels)
+    right, still = before.argmax(axis=1) == labels, after.argmax(axis=1) == labels
+    lost, won = int((right & ~still).sum()), int((~right & still).sum())
+    b, c, m = lost + 0.5, won + 0.5, n + 2
+    middle, error = (b - c) / m, math.sqrt((b + c) - (b - c) ** 2 / m) / m
+    return Drop(
+        points=100 * (lost - won) / n,
+        low=100 * (middle - INTERVAL_Z * error),
+        high=100 * (middle + INTERVAL_Z * error),
+        kl=divergence(before, after),
+        n=n,
+    )
+
+
+def divergence(before: NpArray, after: NpArray) -> float:
+    """Mean Kullback-Leibler divergence of softmax(``after``) from softmax(``before``), in nats."""
+    p, q = _log_softmax(before), _log_softmax(after)
+    return float(max(0.0, (np.exp(p) * (p - q)).sum(axis=1).mean()))
+
+
+def _log_softmax(logits: NpArray) -> NpArray:
+    shifted = logits.astype(np.float64) - logits.max(axis=1, keepdims=True)
+    log: NpArray = shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
+    return log
+
+
+def answers(model: Any, images: NpArray) -> NpArray:
+    """Logits (n, C) of an ``onnx.ModelProto`` in ONNX Runtime."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    parts = [session.run(None, {INPUT: images[i : i + BATCH]})[0] for i in range(0, len(images), BATCH)]
+    logits: NpArray = np.concatenate(parts)
+    return logits
+
+
+def require_resolution(budget: float, n: int) -> None:
+    """Refuse a budget that ``n`` images cannot show.
+
+    Raises:
+        InputError: it is finer than one image.
+    """
+    if not 0 < budget < 100:
+        raise InputError("--max-drop", "is in points of top-1, above 0 and below 100", got=budget)
+    if budget < 100 / n:
+        what = f"must be at least {100 / n:.2g} points: {n} images show no less"
+        raise InputError("--max-drop", what, got=budget, fix="give more images, or a wider budget")
+
+
+def within_budget(
+    judge: Callable[[tuple[str, ...]], Drop],
+    ranked: Callable[[], Sequence[LayerDrop]],
+    budget: float,
+    first: Drop,
+    *,
+    where: str,
+) -> tuple[tuple[str, ...], Drop, tuple[LayerDrop, ...]]:
+    """Names of the fewest layers, worst first, that have to return to float, and the drop without them.
+
+    Args:
+        judge: layers that stay float -> what the rest costs.
+        ranked: layers by what they cost, the worst first; asked for only where the budget does not hold at once.
+        first: what it costs with every layer in int8.
+
+    Raises:
+        CheckError: with half of the layers in float the budget still does not hold; the message names the worst.
+    """
+    if first.points <= budget:
+        return (), first, ()
+    layers = tuple(ranked())
+    names = [layer.name for layer in layers]
+    most, step, tried = len(names) // 2, 1, dict[int, Drop]()
+    while step <= most:
+        tried[step] = judge(tuple(names[:step]))
+        if tried[step].points <= budget:
+            break
+        step *= 2
+    else:
+        raise _too_much(where, budget, tried.get(step // 2, first), layers)
+    low, high = step // 2, step
+    while high - low > 1:  # fewer may do
+        middle = (low + high) // 2
+        tried[middle] = judge(tuple(names[:middle]))
+        low, high = (low, middle) if tried[middle].points <= budget else (middle, high)
+    return tuple(names[:high]), tried[high], layers
+
+
+def _too_much(where: str, budget: float, last: Drop, layers: Sequence[LayerDrop]) -> CheckError:
+    told = "\n".join(f"  {layer.name}: {layer.drop:+.2f} points, divergence {layer.kl:.2g}" for layer in layers[:MOST_NAMED])
+    more = f"\n  and {len(layers) - MOST_NAMED} more: edgepet calibrate lists all" if len(layers) > MOST_NAMED else ""
+    what = f"must lose at most {budget:g} points in int8, with half of its layers in float"
+    got = f"{last.points:.2f} ({last.low:.2f} to {last.high:.2f}) on {last.n} images; alone in int8, the worst first:\n{told}{more}"
+    return CheckError(where, what, got=got, fix="a wider --max-drop, more calibration images, or fp16")

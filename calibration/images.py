@@ -1,0 +1,199 @@
+"""Calibration images as provenance: given, never invented, and every file of them is written down.
+
+They come from a folder with train/ and perhaps val/ and test/, or from one folder of class folders. Ranges are measured
+on one part; the recipe is chosen on another, held out. A budget is judged on all of train and val; test is refused.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+
+from edgepet.data import ImageSet, load_set, open_split
+from edgepet.errors import InputError
+from edgepet.files import sha256_file
+from edgepet.imaging import normalize
+from edgepet.spec import FilePath, NpArray, Preprocess
+
+LEAST, ENOUGH = 32, 128  # images: below the first it is refused, below the second it is said
+COUNT, HELD_OUT = 256, 0.25  # images at most, and the part of them on which the recipe is chosen
+SEED = 0
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class CalibrationImages:
+    """What was drawn: class by class in turn, by ``seed``.
+
+    ``measured`` and ``held_out`` are disjoint; ``judged`` is all of train and val. ``digests`` are sha256 of the files
+    of the first two, by their path in the folder.
+    """
+
+    folder: Path
+    preprocess: Preprocess
+    measured: ImageSet
+    held_out: ImageSet
+    judged: ImageSet
+    digests: Mapping[str, str]
+    seed: int
+
+    @cached_property
+    def images(self) -> NpArray:
+        """Those to measure ranges on, through the artefact's own preprocessing, float32 (n, 3, H, W)."""
+        return self._loaded(self.measured)[0]
+
+    @cached_property
+    def held_out_images(self) -> NpArray:
+        return self._loaded(self.held_out)[0]
+
+    @cached_property
+    def judged_images(self) -> tuple[NpArray, NpArray]:
+        """All of train and val, and their labels as indices of the sorted classes."""
+        return self._loaded(self.judged)
+
+    @property
+    def warning(self) -> str | None:
+        n = len(self.digests)
+        return f"{n} calibration images are few: {ENOUGH} or more are advised" if n < ENOUGH else None
+
+    @property
+    def facts(self) -> dict[str, object]:
+        """What a manifest keeps: enough to draw the same images again, and to know them by content."""
+        whole = hashlib.sha256("".join(f"{name} {d}\n" for name, d in self.digests.items()).encode()).hexdigest()
+        return {
+            "folder": self.folder.name,
+            "seed": self.seed,
+            "images": len(self.digests),
+            "measured": len(self.measured),
+            "held_out": len(self.held_out),
+            "judged": len(self.judged),
+            "per_class": {name: self._count(label) for label, name in enumerate(self.measured.classes)},
+            "sha256": whole,
+            "files": dict(self.digests),
+        }
+
+    def _count(self, label: int) -> int:
+        return self.measured.labels.count(label) + self.held_out.labels.count(label)
+
+    def _loaded(self, images: ImageSet) -> tuple[NpArray, NpArray]:
+        pixels, labels = load_set(images, self.preprocess)
+        return normalize(pixels, self.preprocess), labels
+
+
+def calibration_images(
+    folder: FilePath,
+    classes: Sequence[str],
+    preprocess: Preprocess,
+    *,
+    evaluation: FilePath | None = None,
+    count: int = COUNT,
+    seed: int = SEED,
+) -> CalibrationImages:
+    """Draw calibration images from ``folder``.
+
+    Args:
+        classes: of the task; the folder must have these.
+        evaluation: a folder whose test/ must not be touched, besides that of ``folder`` and of the folder above it.
+
+    Raises:
+        InputError: no images, other classes, fewer than 32 different images, or one that the evaluation split has too.
+    """
+    folder = Path(folder)
+    clips = preprocess.frames > 1
+    judged = _joined([open_split(folder, part, clips=clips) for part in ("train", "val")])
+    if judged.classes != tuple(sorted(classes)):
+        unlike = ", ".join(sorted(set(judged.classes) ^ set(classes))[:5])
+        raise InputError(str(folder), f"needs the {len(classes)} classes of the task", got=f"a difference in {unlike}")
+    source = open_split(folder, "train", clips=clips) if (folder / "train").is_dir() else judged
+    chosen = list(_distinct(source, _in_turn(source, seed), count))
+    if len(chosen) < LEAST:
+        what = f"needs at least {LEAST} different images to calibrate on"
+        raise InputError(str(folder), what, got=f"{len(chosen)} in {len(source)} files", fix="give it more images")
+    digests = {_name(source.paths[i], folder): digest for i, digest in chosen}
+    _require_apart(folder, evaluation, {digest: name for name, digest in digests.items()}, clips)
+    held = max(len(source.classes), round(HELD_OUT * len(chosen)))
+    indices = [i for i, _ in chosen]
+    return CalibrationImages(
+        folder=folder,
+        preprocess=preprocess,
+        measured=_part(source, indices[held:]),
+        held_out=_part(source, indices[:held]),
+        judged=judged,
+        digests=dict(sorted(digests.items())),
+        seed=seed,
+    )
+
+
+def _in_turn(images: ImageSet, seed: int) -> Iterator[int]:
+    """Indices, one image of each class after the other, each class in random order."""
+    rng = np.random.default_rng(seed)
+    labels = np.asarray(images.labels)
+    queues = [list(rng.permutation(np.flatnonzero(labels == label))) for label in range(len(images.classes))]
+    while any(queues):
+        for queue in queues:
+            if queue:
+                yield int(queue.pop())
+
+
+def _distinct(images: ImageSet, order: Iterator[int], count: int) -> Iterator[tuple[int, str]]:
+    """Up to ``count`` images whose files differ, with their digests."""
+    seen = set[str]()
+    for index in order:
+        digest = _digest(images.paths[index])
+        if digest not in seen:
+            seen.add(digest)
+            yield index, digest
+        if len(seen) == count:
+            return
+
+
+def _require_apart(folder: Path, evaluation: FilePath | None, mine: Mapping[str, str], clips: bool) -> None:
+    """Refuse a file that a test split has too, by its content."""
+    places = [folder / "test", folder.absolute().parent / "test"]
+    places += [] if evaluation is None else [Path(evaluation) / "test", Path(evaluation)]
+    for place in places:
+        if place.name != "test" or not place.is_dir():
+            continue
+        held = place.absolute()
+        theirs = (path for path in sorted(held.glob("*/*")) if not path.name.startswith(".") and path.is_dir() == clips)
+        common = [path for path in theirs if mine.get(_digest(path))]
+        if common:
+            example = f"{mine[_digest(common[0])]} is {common[0].relative_to(held)}"
+            raise InputError(
+                str(folder),
+                f"must not overlap the evaluation split {place}",
+                got=f"{len(common)} of its images: {example}",
+                fix="calibrate on train/, so that test/ can still judge",
+            )
+
+
+def _digest(path: Path) -> str:
+    if path.is_file():
+        return sha256_file(path)
+    whole = hashlib.sha256()
+    for frame in sorted(path.iterdir()):
+        whole.update(sha256_file(frame).encode())
+    return whole.hexdigest()
+
+
+def _name(path: Path, folder: Path) -> str:
+    return path.relative_to(folder).as_posix()
+
+
+def _joined(sets: Sequence[ImageSet]) -> ImageSet:
+    return ImageSet(
+        sets[0].classes,
+        tuple(path for images in sets for path in images.paths),
+        tuple(label for images in sets for label in images.labels),
+    )
+
+
+def _part(images: ImageSet, indices: Sequence[int]) -> ImageSet:
+    ordered = sorted(indices)
+    return ImageSet(
+        images.classes, tuple(images.paths[i] for i in ordered), tuple(images.labels[i] for i in ordered)
+    )
