@@ -66,8 +66,9 @@ def choose_ranges(
     ranges = {}
     for name in dict.fromkeys(layer.reads for layer in layers):
         values = seen[name].divided(smooth[name]) if name in smooth else seen[name]
-        padded = any(layer.padded for layer in layers if layer.reads == name)
-        ranges[name] = _range(values, estimator, may_shift=not padded)
+        readers = [layer for layer in layers if layer.reads == name]
+        may_shift = not any(layer.padded or layer.norm for layer in readers)  # a norm's output goes both ways
+        ranges[name] = _range(values, estimator, may_shift=may_shift)
     return ranges
 
 

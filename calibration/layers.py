@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Literal
 
@@ -20,7 +20,7 @@ class Layer:
 
     ``name`` is what people call it, ``blocks.0.attn.qkv``. ``weight`` is (out, in) or (out, in / groups, kh, kw);
     ``reads`` is the tensor in front of it and of a padding with zeros, which is the node at ``pad``; ``puts_out`` is
-    behind its bias. ``padded``: it sees zeros around what it reads. ``norm`` are weight and bias of the layer norm
+    behind its bias, and behind a batch norm whose weight, bias, mean and variance are ``batch_norm``. ``padded``: it sees zeros around what it reads. ``norm`` are weight and bias of the layer norm
     that puts out what only this layer reads. ``places`` are its nodes in the graph.
     """
 
@@ -31,6 +31,8 @@ class Layer:
     bias: str | None
     puts_out: str
     norm: tuple[str, str] | None = None
+    batch_norm: tuple[str, str, str, str] | None = None
+    epsilon: float = 0.0
     padded: bool = False
     places: tuple[int, ...] = ()
     pad: int | None = None
@@ -145,7 +147,18 @@ def _convolution(graph: Graph, place: int) -> Layer | None:
     else:
         pad = None
     padded = pad is not None or any(graph.attribute(place, "pads", ()))
-    return _layer(graph, "conv", reads, weight, bias, node.output[0], (place,), pad, padded)
+    layer = _layer(graph, "conv", reads, weight, bias, node.output[0], (place,), pad, padded)
+    behind = graph.only_reader(node.output[0], "BatchNormalization")
+    if behind is None:
+        return layer
+    scale, shift, mean, variance = graph.nodes[behind].input[1:]
+    return replace(
+        layer,
+        puts_out=graph.nodes[behind].output[0],
+        places=(place, behind),
+        batch_norm=(scale, shift, mean, variance),
+        epsilon=float(graph.attribute(behind, "epsilon", 1e-5)),
+    )
 
 
 def _pads_with_zeros(graph: Graph, place: int) -> bool:

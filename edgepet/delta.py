@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from edgepet.branches import Branch, arrays_of, require_distinct, structure_digest, structure_of
+from edgepet.codes import Range
 from edgepet.errors import InputError
 from edgepet.spec import NpArray, Preprocess
 from edgepet.updates import Targeted, factors
@@ -40,12 +41,24 @@ class Score:
     n: int
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Int8Ranges:
+    """What a task's activations need to run on the int8 backbone whose file of codes has the sha256 ``codes``.
+
+    ``ranges`` are of the tensors that have codes, in that backbone's order.
+    """
+
+    codes: str
+    ranges: tuple[Range, ...]
+
+
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Delta:
     """One task, ready for the backbone that it names.
 
     ``updates`` are folded into it, those of one target in order; ``branches`` stay beside it. ``method`` and
-    ``training`` are provenance: nothing that applies a delta reads them.
+    ``training`` are provenance: nothing that applies a delta reads them. ``int8`` is there where the task was
+    calibrated on the int8 backbone.
     """
 
     task: str
@@ -61,6 +74,7 @@ class Delta:
     training: Mapping[str, object] = field(default_factory=dict)
     licences: tuple[str, ...] = ()
     branches: tuple[Branch, ...] = ()
+    int8: Int8Ranges | None = None
 
     def __post_init__(self) -> None:
         if _TASK.fullmatch(self.task) is None:

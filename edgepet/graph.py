@@ -28,13 +28,22 @@ from edgepet.errors import InputError
 from edgepet.files import cache_folder, read_file, sha256_file, write_file
 from edgepet.merging import require_backbone
 from edgepet.pack import read_preprocess
-from edgepet.spec import Base, Preprocess
+from edgepet.spec import Base, NpArray, Preprocess
 from edgepet.strict import Table
 
 FORMAT, VERSION = "edgepet-graph", 1
 WEIGHTS = "backbone.safetensors"
 INPUT, FEATURES, LOGITS = "images", "features", "logits"
-_DTYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "I64": "<i8", "I32": "<i4", "U8": "|u1", "BOOL": "|b1"}
+_DTYPES = {
+    "F64": "<f8",
+    "F32": "<f4",
+    "F16": "<f2",
+    "I64": "<i8",
+    "I32": "<i4",
+    "I8": "|i1",
+    "U8": "|u1",
+    "BOOL": "|b1",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,11 +118,7 @@ class BaseGraph:
     @cached_property
     def base(self) -> Base:
         """The tensors that the graph computes with, as read-only views of the files."""
-        maps = {name: _mapped(self.folder / name) for name in {place.file for place in self.places.values()}}
-        tensors = {
-            name: np.frombuffer(maps[p.file], p.dtype, int(np.prod(p.shape)), p.offset).reshape(p.shape)
-            for name, p in self.places.items()
-        }
+        tensors = _views(self.folder, self.places)
         return Base(name=self.backbone, fingerprint=self.fingerprint, tensors=tensors)
 
 
@@ -151,34 +156,56 @@ def open_graph(fingerprint: str, preprocess: Preprocess, structure: str = "", *,
         raise InputError(
             str(folder), f"holds no graph of {wanted}", fix="run `edgepet export` once where torch is installed"
         )
-    table = _table(path)
+    described = read_description(path, FORMAT, VERSION, large=WEIGHTS)
+    table = described.table
     graph = BaseGraph(
         folder=folder,
         backbone=table.text("backbone"),
         architecture=table.text("architecture"),
         fingerprint=table.text("fingerprint"),
-        preprocess=read_preprocess(table.table("preprocess")),
+        preprocess=described.preprocess,
         width=table.integer("width", least=1),
         create_args=_settings(table.table("create_args")),
         licence=table.text("licence"),
-        files={name: _file(entry) for name, entry in _entries(table)},
+        files=described.files,
         structure=structure_digest(table.sequence("branches")),
     )
-    table.raw("versions")
     table.end()
     if (graph.fingerprint, graph.stem) != (fingerprint, graph_stem(preprocess, structure)):
         raise InputError(str(path), "describes another graph than its name says", fix=f"delete {folder} and run again")
-    for name, (digest, size) in graph.files.items():
-        _check_file(folder / name, digest, size, whole=name != WEIGHTS)
     return graph
 
 
-def write_graph_json(folder: Path, stem: str, facts: Mapping[str, object], files: list[str]) -> None:
+@dataclass(frozen=True, slots=True, eq=False)
+class Described:
+    """A graph's description, half read: ``table`` has what is its own still to be taken."""
+
+    table: Table
+    preprocess: Preprocess
+    files: Mapping[str, tuple[str, int]]
+
+
+def read_description(path: Path, kind: str, version: int, *, large: str) -> Described:
+    """Read a description and check the files that it names; of the ``large`` one only the size.
+
+    Raises:
+        InputError: it is of another kind or version, or a file is damaged.
+    """
+    table = _table(path, kind, version)
+    preprocess = read_preprocess(table.table("preprocess"))
+    files = {name: _file(entry) for name, entry in _entries(table)}
+    table.raw("versions")
+    for name, (digest, size) in files.items():
+        _check_file(path.parent / name, digest, size, whole=name != large)
+    return Described(table, preprocess, files)
+
+
+def write_graph_json(
+    folder: Path, stem: str, facts: Mapping[str, object], files: list[str], *, kind: str = FORMAT
+) -> None:
     """Seal a graph: its facts and the digests of its files, written last."""
     listed = {name: {"sha256": sha256_file(folder / name), "bytes": (folder / name).stat().st_size} for name in files}
-    write_file(
-        folder / f"{stem}.json", canonical_json({"format": FORMAT, "version": VERSION, **facts, "files": listed})
-    )
+    write_file(folder / f"{stem}.json", canonical_json({"format": kind, "version": VERSION, **facts, "files": listed}))
 
 
 def safetensors_places(path: Path) -> dict[str, Place]:
@@ -195,19 +222,35 @@ def safetensors_places(path: Path) -> dict[str, Place]:
     return places
 
 
+def mapped_tensors(folder: Path, files: list[str]) -> dict[str, NpArray]:
+    """Read-only views of all tensors in safetensors files; those of a later file hide those of an earlier one."""
+    places: dict[str, Place] = {}
+    for name in files:
+        places |= safetensors_places(folder / name)
+    return _views(folder, places)
+
+
+def _views(folder: Path, places: Mapping[str, Place]) -> dict[str, NpArray]:
+    maps = {name: _mapped(folder / name) for name in {place.file for place in places.values()}}
+    return {
+        name: np.frombuffer(maps[p.file], p.dtype, int(np.prod(p.shape)), p.offset).reshape(p.shape)
+        for name, p in places.items()
+    }
+
+
 def _mapped(path: Path) -> mmap.mmap:
     with path.open("rb") as file:
         return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
 
 
-def _table(path: Path) -> Table:
+def _table(path: Path, kind: str, version: int) -> Table:
     try:
         table = Table(parse_json(read_file(path)), path.name, error=InputError)
     except (ValueError, RecursionError) as error:
         raise InputError(str(path), "is not readable JSON", got=error, fix="delete it and run again") from error
-    table.text("format", choices=[FORMAT])
-    if table.integer("version") != VERSION:
-        raise InputError(str(path), f"this edgepet reads graphs of version {VERSION}", fix="delete it and run again")
+    table.text("format", choices=[kind])
+    if table.integer("version") != version:
+        raise InputError(str(path), f"this edgepet reads graphs of version {version}", fix="delete it and run again")
     return table
 
 

@@ -70,11 +70,16 @@ def require_backbone(base: Base, delta: Delta) -> None:
     Raises:
         BackboneError: the fingerprints differ.
     """
-    if base.fingerprint != delta.fingerprint:
+    require_fingerprint(base.name, base.fingerprint, delta)
+
+
+def require_fingerprint(name: str, fingerprint: str, delta: Delta) -> None:
+    """``require_backbone`` of a backbone that is not here as dense tensors."""
+    if fingerprint != delta.fingerprint:
         raise BackboneError(
             f"task {delta.task!r}",
             f"was trained on {delta.backbone} {short(delta.fingerprint)}",
-            got=f"{base.name} {short(base.fingerprint)}",
+            got=f"{name} {short(fingerprint)}",
             fix=f"pass --backbone {delta.backbone} with the weights that it was trained on",
         )
 

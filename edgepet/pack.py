@@ -8,8 +8,10 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from math import isfinite
 from pathlib import Path
 from typing import Literal, TypeAlias, cast
 
@@ -18,7 +20,8 @@ import safetensors.numpy
 from safetensors import SafetensorError
 
 from edgepet.canonical import canonical_json, parse_json
-from edgepet.delta import Delta, Head, Score
+from edgepet.codes import Range
+from edgepet.delta import Delta, Head, Int8Ranges, Score
 from edgepet.errors import InputError, PackError
 from edgepet.files import read_file, write_file
 from edgepet.planes import Planes, Reader, write_branches, write_updates
@@ -68,6 +71,8 @@ def encode_pack(delta: Delta, *, codec: Codec = "fp16") -> bytes:
         "val": {"top1": delta.val.top1, "n": delta.val.n},
         "licences": list(delta.licences),
     }
+    if delta.int8 is not None:
+        manifest["int8"] = {"codes": delta.int8.codes, "ranges": [[r.scale, r.shift] for r in delta.int8.ranges]}
     return _container(tensors, canonical_json(manifest).decode("utf-8"))
 
 
@@ -175,10 +180,26 @@ def _read_manifest(value: object, tensors: dict[str, NpArray], where: str) -> tu
         training=_provenance(table, "training"),
         val=Score(top1=val.number("top1"), n=val.integer("n")),
         licences=table.texts("licences"),
+        int8=_int8(table.table("int8")) if "int8" in table.names() else None,
     )
     for part in (backbone, method, val, table):
         part.end()
     return delta, codec
+
+
+def _int8(table: Table) -> Int8Ranges:
+    ranges = []
+    for index, pair in enumerate(table.sequence("ranges")):
+        numbers = isinstance(pair, list) and len(pair) == 2 and all(isinstance(n, float) and isfinite(n) for n in pair)
+        if not numbers or pair[0] <= 0:
+            what = "needs a scale above 0 and a shift, both finite numbers with a decimal point"
+            raise PackError(f"{table.where}.ranges[{index}]", what, got=json.dumps(pair)[:80])
+        ranges.append(Range(scale=pair[0], shift=pair[1]))
+    codes = table.text("codes")
+    if re.fullmatch("[0-9a-f]{64}", codes) is None:
+        raise PackError(f"{table.where}.codes", "needs a sha256 of 64 digits", got=repr(codes[:80]))
+    table.end()
+    return Int8Ranges(codes=codes, ranges=tuple(ranges))
 
 
 def read_preprocess(table: Table) -> Preprocess:

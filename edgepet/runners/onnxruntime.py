@@ -14,7 +14,8 @@ import numpy as np
 import onnxruntime
 
 from edgepet.errors import InputError
-from edgepet.graph import INPUT, BaseGraph
+from edgepet.graph import FEATURES, INPUT, BaseGraph
+from edgepet.int8 import Int8Graph, Slots
 from edgepet.runners.runner import check_images
 from edgepet.spec import NpArray
 
@@ -87,6 +88,67 @@ class OnnxRuntime:
         self.close()
 
 
+class SharedOnnxRuntime:
+    """One session on the int8 backbone; every task is a binding of its slots, kept ready.
+
+    ``codes`` are one task's own in place of the file's: a session with them is that task's alone.
+    """
+
+    runtime = "onnxruntime"
+
+    def __init__(
+        self, graph: Int8Graph, *, threads: int | None = None, codes: Mapping[str, NpArray] | None = None
+    ) -> None:
+        options = _options(threads)
+        self._held = {name: onnxruntime.OrtValue.ortvalue_from_numpy(value) for name, value in (codes or {}).items()}
+        if self._held:
+            options.add_external_initializers(list(self._held), list(self._held.values()))
+        self.path = graph.model_path(self.runtime)
+        self._session = _session(self.path, options)
+        self._shape = (None, *graph.preprocess.input_shape)
+
+    def bind(self, slots: Slots) -> BoundOnnxRuntime:
+        """A task, ready to run: its slots are handed over once."""
+        binding = self._session.io_binding()
+        held = {name: onnxruntime.OrtValue.ortvalue_from_numpy(value) for name, value in slots.values.items()}
+        for entry in self._session.get_inputs():
+            if entry.name != INPUT:
+                binding.bind_ortvalue_input(entry.name, held[entry.name])
+        return BoundOnnxRuntime(self, self._session, binding, (held, slots, self._held), self._shape)
+
+    def close(self) -> None:
+        self._session = None
+
+
+class BoundOnnxRuntime:
+    """One task on a shared session; closing it leaves the session open."""
+
+    runtime, executed = "onnxruntime", "int8"
+
+    def __init__(
+        self, shared: SharedOnnxRuntime, session: Any, binding: Any, held: object, shape: tuple[int | None, ...]
+    ) -> None:
+        # ``held``: the session reads the arrays of the slots where they lie.
+        self._shared, self._session, self._binding, self._held, self._shape = shared, session, binding, held, shape
+
+    @property
+    def evidence(self) -> Mapping[str, object]:
+        """From a profile of one run with all slots one: how many layers multiplied int8 codes or floats."""
+        return _profiled(self._shared.path, self._shape)
+
+    def __call__(self, images: NpArray) -> NpArray:
+        check_images(images, self._shape, where="int8 backbone")
+        self._binding.bind_cpu_input(INPUT, images)
+        self._binding.clear_binding_outputs()  # the last call's has its batch's shape
+        self._binding.bind_output(FEATURES)
+        self._session.run_with_iobinding(self._binding)
+        output: NpArray = self._binding.copy_outputs_to_cpu()[0]
+        return output
+
+    def close(self) -> None:
+        self._binding = self._held = None
+
+
 def _profiled(path: Path, shape: tuple[int | None, ...]) -> dict[str, object]:
     """Nodes that ran, by the type of their first input: ONNX Runtime casts what it has no kernel for, and says so."""
     options = _options(None)
@@ -94,7 +156,11 @@ def _profiled(path: Path, shape: tuple[int | None, ...]) -> dict[str, object]:
     with tempfile.TemporaryDirectory() as folder:
         options.profile_file_prefix = str(Path(folder) / "profile")
         session = _session(path, options)
-        session.run(None, {INPUT: np.zeros([side or 1 for side in shape], np.float32)})
+        feed = {
+            entry.name: np.ones([side if isinstance(side, int) else 1 for side in entry.shape], np.float32)
+            for entry in session.get_inputs()
+        }
+        session.run(None, feed | {INPUT: np.zeros([side or 1 for side in shape], np.float32)})
         events = json.loads(Path(session.end_profiling()).read_text())
     kinds, layers = Counter[str](), Counter[str]()
     for event in events:

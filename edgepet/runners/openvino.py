@@ -12,6 +12,7 @@ import numpy as np
 
 from edgepet.errors import InputError, require
 from edgepet.graph import INPUT, BaseGraph
+from edgepet.int8 import Int8Graph, Slots, openvino_slots
 from edgepet.runners.runner import check_images
 from edgepet.spec import NpArray
 
@@ -38,19 +39,7 @@ class OpenVino:
     @property
     def evidence(self) -> Mapping[str, object]:
         """How many nodes of the executed graph ran in each precision, and how many layers on int8 codes or floats."""
-        kinds, layers = Counter[str](), Counter[str]()
-        for node in self._compiled.get_runtime_model().get_ordered_ops():
-            facts = node.get_rt_info()
-            if "runtimePrecision" in facts:
-                precision = str(facts["runtimePrecision"].astype(str))
-                kinds[precision] += 1
-                if str(facts["layerType"].astype(str)) in _LAYERS:
-                    layers["int8" if precision in ("i8", "u8") else "float"] += 1
-        return {
-            "hint": self.executed,
-            "executed_nodes": dict(sorted(kinds.items())),
-            "layers": dict(sorted(layers.items())),
-        }
+        return {"hint": self.executed, **_executed(self._compiled)}
 
     @classmethod
     def of_model(cls, path: Path, *, threads: int | None = None, executed: Executed = "f32") -> OpenVino:
@@ -66,14 +55,7 @@ class OpenVino:
     def of_graph(cls, graph: BaseGraph, tensors: Mapping[str, NpArray], *, threads: int | None = None,
                  executed: Executed = "f32") -> OpenVino:  # fmt: skip
         """Open ``graph`` with ``tensors`` in place of the backbone's constants of the same names."""
-        openvino = _openvino()
-        model = _read(graph.model_path)
-        constants = {op.get_friendly_name(): op for op in model.get_ordered_ops() if op.get_type_name() == "Constant"}
-        for name, tensor in tensors.items():
-            if name not in constants:
-                raise InputError(str(graph.model_path), f"holds no constant {name!r}")
-            fresh = openvino.op.Constant(np.asarray(tensor, order="C"))
-            constants[name].output(0).replace(fresh.output(0))
+        model = _with_constants(_read(graph.model_path), tensors, graph.model_path)
         return cls(model, where=graph.backbone, threads=threads, executed=executed)
 
     def __call__(self, images: NpArray) -> NpArray:
@@ -91,6 +73,107 @@ class OpenVino:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+class SharedOpenVino:
+    """One compiled int8 backbone whose slots are state variables; every task is a request with its own states.
+
+    ``codes`` are one task's own in place of the file's: a network compiled with them is that task's alone.
+    """
+
+    runtime = "openvino"
+
+    def __init__(
+        self, graph: Int8Graph, *, threads: int | None = None, codes: Mapping[str, NpArray] | None = None
+    ) -> None:
+        openvino = _openvino()
+        model = _with_constants(_read(graph.model_path(self.runtime)), codes or {}, graph.model_path(self.runtime))
+        config: dict[str, object] = {"INFERENCE_PRECISION_HINT": "f32", "PERFORMANCE_HINT": "LATENCY"}
+        if threads is not None:
+            config["INFERENCE_NUM_THREADS"] = threads
+        self._compiled = openvino.Core().compile_model(_stateful(model), "CPU", config)
+        self._graph, self._shape = graph, (None, *graph.preprocess.input_shape)
+
+    @property
+    def evidence(self) -> Mapping[str, object]:
+        """How many nodes of the executed graph ran in each precision, and how many layers on int8 codes or floats."""
+        return _executed(self._compiled)
+
+    def bind(self, slots: Slots) -> BoundOpenVino:
+        """A task, ready to run: a request of its own, whose states are its slots."""
+        openvino, request = _openvino(), self._compiled.create_infer_request()
+        values = openvino_slots(self._graph, slots)
+        for state in request.query_state():
+            state.state = openvino.Tensor(np.ascontiguousarray(values[state.name], np.float32))
+        return BoundOpenVino(self, request, self._shape)
+
+    def close(self) -> None:
+        self._compiled = None
+
+
+class BoundOpenVino:
+    """One task's request; closing it leaves the compiled network open."""
+
+    runtime, executed = "openvino", "int8"
+
+    def __init__(self, shared: SharedOpenVino, request: Any, shape: tuple[int | None, ...]) -> None:
+        self._shared, self._request, self._shape = shared, request, shape
+
+    @property
+    def evidence(self) -> Mapping[str, object]:
+        return self._shared.evidence
+
+    def __call__(self, images: NpArray) -> NpArray:
+        check_images(images, self._shape, where="int8 backbone")
+        output: NpArray = self._request.infer({INPUT: images})[0].copy()
+        return output
+
+    def close(self) -> None:
+        self._request = None
+
+
+def _stateful(model: Any) -> Any:
+    """``model`` with every input but the images a state variable, whose value a request keeps from call to call."""
+    opset, openvino = _openvino().opset13, _openvino()
+    sinks, images = [], []
+    for parameter in model.get_parameters():
+        if parameter.get_friendly_name() == INPUT:
+            images.append(parameter)
+            continue
+        shape = parameter.get_output_shape(0)
+        info = openvino.op.util.VariableInfo()
+        info.data_shape, info.data_type = openvino.PartialShape(shape), openvino.Type.f32
+        info.variable_id = parameter.get_friendly_name()
+        variable = openvino.op.util.Variable(info)
+        start = openvino.op.Constant(np.ones(tuple(shape), np.float32))
+        read = opset.read_value(start, variable)
+        for target in parameter.output(0).get_target_inputs():
+            target.replace_source_output(read.output(0))
+        sinks.append(opset.assign(read, variable))
+    return openvino.Model(model.get_results(), sinks, images, "int8")
+
+
+def _with_constants(model: Any, tensors: Mapping[str, NpArray], path: Path) -> Any:
+    """``model`` with ``tensors`` in place of its constants of the same names."""
+    constants = {op.get_friendly_name(): op for op in model.get_ordered_ops() if op.get_type_name() == "Constant"}
+    for name, tensor in tensors.items():
+        if name not in constants:
+            raise InputError(str(path), f"holds no constant {name!r}")
+        fresh = _openvino().op.Constant(np.asarray(tensor, order="C"))
+        constants[name].output(0).replace(fresh.output(0))
+    return model
+
+
+def _executed(compiled: Any) -> dict[str, object]:
+    kinds, layers = Counter[str](), Counter[str]()
+    for node in compiled.get_runtime_model().get_ordered_ops():
+        facts = node.get_rt_info()
+        if "runtimePrecision" in facts:
+            precision = str(facts["runtimePrecision"].astype(str))
+            kinds[precision] += 1
+            if str(facts["layerType"].astype(str)) in _LAYERS:
+                layers["int8" if precision in ("i8", "u8") else "float"] += 1
+    return {"executed_nodes": dict(sorted(kinds.items())), "layers": dict(sorted(layers.items()))}
 
 
 def _openvino() -> Any:
