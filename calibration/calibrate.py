@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 
@@ -30,6 +30,7 @@ from edgepet.spec import NpArray
 TRANSFORMER = Recipe(smooth=0.5)
 CONVNET = Recipe(estimator="mse", bias_correction=True)
 SMOOTH = (None, 0.25, 0.5, 0.75, 0.9)
+_Search: TypeAlias = "Callable[[Recipe], Iterator[Recipe]]"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,12 +67,17 @@ class Calibrated:
 class Calibration:
     """One folded model on its calibration images; nothing is measured twice."""
 
-    def __init__(self, model: Any, weights: Collection[str], images: CalibrationImages, order: NpArray, *, where: str) -> None:
+    def __init__(
+        self, model: Any, weights: Collection[str], images: CalibrationImages, order: NpArray, *, where: str,
+        smooth: Mapping[str, NpArray] | None = None, against: Any = None,
+    ) -> None:  # fmt: skip
         """
         Args:
             model: an ``onnx.ModelProto`` in fp32 that puts out logits, weights inside.
             weights: names of the initializers whose layers may become int8.
             order: the model's class for each class of ``images``.
+            smooth: fixed divisors behind layer norms, by the tensor: then no strength is tried, and biases stay.
+            against: a model whose answers are what int8 is judged by, where ``model`` itself is already rounded.
         """
         self._where, self._images, self._order = where, images, order
         _require_finite(model, where)
@@ -81,19 +87,22 @@ class Calibration:
         if not self.layers:
             raise InputError(where, "has no linear layer or convolution that int8 is for", fix="export it in fp16")
         self._seen = observe(self._model, self.layers, images.images, where=where)
-        self._held_out = answers(self._model, images.held_out_images)
+        self._smooth, self._float = smooth, self._model if against is None else against
+        self._held_out = answers(self._float, images.held_out_images)
         self._judged: NpArray | None = None
 
     def made(self, recipe: Recipe) -> Int8:
         """The model in int8."""
-        return quantize(self._graph, self.layers, self._seen, recipe)
+        return quantize(self._graph, self.layers, self._seen, recipe, smooth=self._smooth)
 
     def choose(self) -> tuple[Tried, ...]:
         """Recipes by what they lose on the held-out images, the best first."""
-        start = TRANSFORMER if any(layer.norm for layer in self.layers) else CONVNET
+        best = TRANSFORMER if any(layer.norm for layer in self.layers) else CONVNET
+        searched: tuple[_Search, ...] = (_smoothed, _estimated, _corrected)
+        if self._smooth is not None:
+            best, searched = replace(best, smooth=None, bias_correction=False), (_estimated,)
         tried: dict[Recipe, float] = {}
-        best = start
-        for candidates in (_smoothed, _estimated, _corrected):
+        for candidates in searched:
             for recipe in candidates(best):
                 if recipe not in tried:
                     tried[recipe] = divergence(self._held_out, answers(self.made(recipe).model, self._images.held_out_images))
@@ -102,10 +111,14 @@ class Calibration:
 
     def judge(self, int8: Int8) -> Drop:
         """What ``int8`` loses on all of train and val."""
+        return self.judged(lambda images: answers(int8.model, images))
+
+    def judged(self, network: Callable[[NpArray], NpArray]) -> Drop:
+        """What ``network``, images to logits, loses on all of train and val."""
         images, labels = self._images.judged_images
         if self._judged is None:
-            self._judged = answers(self._model, images)
-        return drop_between(self._judged, answers(int8.model, images), self._order[labels])
+            self._judged = answers(self._float, images)
+        return drop_between(self._judged, network(images), self._order[labels])
 
     def sensitivity(self, recipe: Recipe) -> tuple[LayerDrop, ...]:
         """Every layer alone in int8, on the held-out images; the worst first."""

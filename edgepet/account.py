@@ -8,19 +8,24 @@ import numpy as np
 
 from edgepet.errors import InputError, MissingError
 from edgepet.graph import BaseGraph
+from edgepet.int8 import Int8Graph, task_slots
 from edgepet.pack import Pack
-from edgepet.runtime import SHARED_RUNTIMES, open_task
+from edgepet.runtime import SHARED_RUNTIMES, open_installed
 from edgepet.store import Store
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TaskBytes:
-    """``full_copy_bytes``: the task as an fp32 model of its own, weights and graph and head."""
+    """``full_copy_bytes``: the task as a model of its own in that precision, weights and graph and head.
+
+    ``own_memory_bytes``: what an int8 task keeps in memory beside the shared codes, its slots and codes of its own.
+    """
 
     task: str
     method: str
     pack_bytes: int
     full_copy_bytes: int
+    own_memory_bytes: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,6 +44,7 @@ class RuntimeBytes:
 class StorageReport:
     """Bytes on disk. ``ratio`` is ``full_total_bytes / shared_total_bytes``; totals are for one device."""
 
+    precision: str
     backbone_bytes: int
     graph_bytes: int
     cache_bytes: int
@@ -52,8 +58,11 @@ class StorageReport:
     fleet_full_bytes: int
 
 
-def storage(store: Store, *, devices: int = 1) -> StorageReport:
+def storage(store: Store, *, devices: int = 1, precision: str = "fp32") -> StorageReport:
     """Run every task of ``store`` once on every runtime that shares the backbone, then count the folder's files.
+
+    Args:
+        precision: "fp32", or "int8" for a folder with an int8 backbone.
 
     Raises:
         InputError: nothing is installed.
@@ -61,14 +70,18 @@ def storage(store: Store, *, devices: int = 1) -> StorageReport:
     packs = [store.pack(task) for task in store.tasks()]
     if not packs:
         raise InputError(str(store.root), "has no task installed", fix="install a pack first")
-    graphs = {graph.model_path: graph for graph in map(store.graph_of, packs)}
-    ran = {runtime: _run_all(store, packs, runtime) for runtime in SHARED_RUNTIMES}
-    tasks = tuple(_task_bytes(store.graph_of(pack), pack) for pack in packs)
+    found: list[BaseGraph | Int8Graph] = [
+        store.int8_of(pack) if precision == "int8" else store.graph_of(pack) for pack in packs
+    ]
+    graphs = {(graph.folder, graph.stem): graph for graph in found}
+    ran = {runtime: _run_all(store, packs, runtime, precision) for runtime in SHARED_RUNTIMES}
+    tasks = tuple(_task_bytes(graph, pack) for graph, pack in zip(found, packs, strict=True))
     backbone = sum({graph.folder: graph.weights_bytes for graph in graphs.values()}.values())
     graph_bytes = sum(graph.graph_bytes for graph in graphs.values())
     shared = backbone + graph_bytes + store.cache_bytes + sum(task.pack_bytes for task in tasks)
     full = sum(task.full_copy_bytes for task in tasks)
     return StorageReport(
+        precision=precision,
         backbone_bytes=backbone,
         graph_bytes=graph_bytes,
         cache_bytes=store.cache_bytes,
@@ -83,13 +96,12 @@ def storage(store: Store, *, devices: int = 1) -> StorageReport:
     )
 
 
-def _run_all(store: Store, packs: list[Pack], runtime: str) -> int | str:
+def _run_all(store: Store, packs: list[Pack], runtime: str, precision: str) -> int | str:
     """How many tasks gave finite answers on ``runtime``, or why none could be tried."""
     for pack in packs:
-        graph = store.graph_of(pack)
-        image = np.zeros((1, *graph.preprocess.input_shape), np.float32)
+        image = np.zeros((1, *pack.delta.preprocess.input_shape), np.float32)
         try:
-            with open_task(graph, pack.delta, runtime=runtime) as network:
+            with open_installed(store, pack, runtime=runtime, precision=precision) as network:
                 if not np.isfinite(network(image)).all():
                     raise InputError(pack.delta.task, f"gave answers on {runtime} that are not finite")
         except MissingError as error:
@@ -97,14 +109,19 @@ def _run_all(store: Store, packs: list[Pack], runtime: str) -> int | str:
     return len(packs)
 
 
-def _task_bytes(graph: BaseGraph, pack: Pack) -> TaskBytes:
-    values = sum(place.length for place in graph.places.values())
+def _task_bytes(graph: BaseGraph | Int8Graph, pack: Pack) -> TaskBytes:
+    if isinstance(graph, Int8Graph):
+        values, model = graph.weights_bytes, graph.model_path(SHARED_RUNTIMES[0])
+        own: int | None = task_slots(graph, pack.delta).own_bytes
+    else:
+        values, model, own = sum(place.length for place in graph.places.values()), graph.model_path, None
     head = 4 * (pack.delta.head.weight.size + pack.delta.head.bias.size)
     return TaskBytes(
         task=pack.delta.task,
         method=pack.delta.method,
         pack_bytes=pack.size_bytes,
-        full_copy_bytes=values + head + graph.model_path.stat().st_size,
+        full_copy_bytes=values + head + model.stat().st_size,
+        own_memory_bytes=own,
     )
 
 

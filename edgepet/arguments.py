@@ -63,6 +63,7 @@ def for_eval(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("data")
     parser.add_argument("--split", default="test", choices=["train", "val", "test"])
     parser.add_argument("--runtime", choices=["torch", "onnxruntime", "openvino", "tensorrt"])
+    _pack_precision(parser)
     parser.add_argument("--threads", type=int, metavar="N")
     _backbone_option(parser)
 
@@ -98,6 +99,8 @@ def for_calibrate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--calib", required=True, metavar="DIR", help="labelled images of the task, as for train")
     _budget_options(parser)
     parser.add_argument("--data", metavar="DIR", help="where the test images are that must not be calibrated on")
+    told = "calibrate on the int8 backbone that tasks share, and write the pack with its ranges"
+    parser.add_argument("-o", "--output", metavar="OUT.pet", help=told)
 
 
 def _budget_options(parser: argparse.ArgumentParser) -> None:
@@ -130,6 +133,12 @@ def for_storage(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("packs", nargs="*", metavar="TASK.pet")
     parser.add_argument("--store", metavar="DIR", help="a device's folder")
     parser.add_argument("--devices", type=int, default=1, metavar="N", help="count a fleet")
+    _pack_precision(parser)
+
+
+def _pack_precision(parser: argparse.ArgumentParser) -> None:
+    told = "of packs: int8 is on the int8 backbone that tasks share (default: %(default)s)"
+    parser.add_argument("--precision", default="fp32", choices=["fp32", "int8"], help=told)
 
 
 def for_import_peft(parser: argparse.ArgumentParser) -> None:

@@ -153,7 +153,7 @@ def evaluate(options: Options) -> Result:
     with _progress(options) as progress, progress.stage(f"eval {options.model}"):
         report = run(
             Path(options.model), Path(options.data), split=options.split, runtime=options.runtime,
-            backbone=options.backbone, threads=options.threads,
+            precision=options.precision, backbone=options.backbone, threads=options.threads,
         )  # fmt: skip
     return Result(report, show.evaluate)
 
@@ -195,13 +195,20 @@ def export(options: Options) -> Result:
     return Result(report, show.export)
 
 
-def calibrate(options: Options) -> Result:
+def calibrated(options: Options) -> Result:
     """what int8 costs a task: every layer, the ranges, and the recipe that would be chosen"""
     from edgepet import show
-    from edgepet.deploy import calibrate as run
+    from edgepet.calibrating import calibrate, share
 
+    if options.output is not None:
+        with _progress(options) as progress, progress.stages() as stage:
+            shared = share(
+                Path(options.pack), options.calib, Path(options.output), backbone=options.backbone,
+                data=arguments.path(options.data), images=options.calib_images, max_drop=options.max_drop, stage=stage,
+            )  # fmt: skip
+        return Result(shared, show.shared)
     with _progress(options) as progress, progress.stages() as stage:
-        report = run(
+        report = calibrate(
             Path(options.pack), options.calib, backbone=options.backbone, data=arguments.path(options.data),
             images=options.calib_images, max_drop=options.max_drop, stage=stage,
         )  # fmt: skip
@@ -249,7 +256,10 @@ def storage(options: Options) -> Result:
 
     with _progress(options) as progress, progress.stage("storage: run every task from one folder"):
         report = run(
-            [Path(pack) for pack in options.packs], store=arguments.path(options.store), devices=options.devices
+            [Path(pack) for pack in options.packs],
+            store=arguments.path(options.store),
+            devices=options.devices,
+            precision=options.precision,
         )
     return Result(report, show.storage)
 
@@ -337,7 +347,7 @@ def _parser() -> argparse.ArgumentParser:
     arguments.for_eval(verb("eval", evaluate))
     arguments.for_merge(verb("merge", merge))
     arguments.for_export(verb("export", export))
-    arguments.for_calibrate(verb("calibrate", calibrate))
+    arguments.for_calibrate(verb("calibrate", calibrated))
     arguments.for_verify(verb("verify", verify))
     arguments.for_bench(verb("bench", bench))
     arguments.for_storage(verb("storage", storage))

@@ -25,11 +25,8 @@ from edgepet.artifact import (
     read_artifact,
     write_artifact,
 )
-from edgepet.calibration.budget import Drop, LayerDrop
-from edgepet.calibration.calibrate import Tried
+from edgepet.calibration.budget import Drop
 from edgepet.calibration.half import Kept, stored_types
-from edgepet.calibration.int8 import Recipe
-from edgepet.codes import Range
 from edgepet.errors import CheckError, InputError, MissingError, require
 from edgepet.exporters import EXPORTERS
 from edgepet.exporters.exporter import ExportOptions
@@ -38,7 +35,7 @@ from edgepet.latency import Candidate, measure
 from edgepet.machine import environment
 from edgepet.merging import require_foldable
 from edgepet.parity import SAME_CODES, Against, Inputs, Parity, compare, require_parity
-from edgepet.precision import Model, calibration_of, in_precision, task_images
+from edgepet.precision import Model, in_precision
 from edgepet.spec import AnyBackbone, FilePath, NpArray, Precision
 from edgepet.subject import Subject, plain_network
 
@@ -98,23 +95,6 @@ class Exported:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ExportReport:
     artifacts: tuple[Exported, ...]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class CalibrateReport:
-    """What int8 costs. ``layers`` are alone in int8, the worst first; ``ranges`` have the tensors' names in the graph.
-
-    ``drop`` is of all layers but those that ``recipe`` keeps, on all of train and val.
-    """
-
-    layers: tuple[LayerDrop, ...]
-    recipe: Recipe
-    ranges: Mapping[str, Range]
-    tried: tuple[Tried, ...]
-    drop: Drop
-    held_out: int
-    calibration: Mapping[str, object]
-    warning: str | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -215,41 +195,6 @@ def _check_precision(options: ExportOptions) -> None:
         raise InputError("--calib", "is for --precision fp16, int8 and auto: fp32 needs no images to measure ranges on")
     if options.max_drop is not None and options.precision not in ("int8", "auto"):
         raise InputError("--max-drop", "is for --precision int8 and auto", got=f"--precision {options.precision}")
-
-
-def calibrate(
-    pack: FilePath,
-    calib: FilePath,
-    *,
-    backbone: AnyBackbone = None,
-    data: FilePath | None = None,
-    images: int = 256,
-    max_drop: float | None = None,
-    stage: Callable[[str], None] = lambda name: None,
-) -> CalibrateReport:
-    """What ``export --precision int8`` would do with a task: its recipe and ranges, and what every layer costs.
-
-    Raises:
-        InputError: images that cannot be used, or a budget finer than they show.
-        CheckError: half of the layers in float do not hold the budget.
-    """
-    subject = Subject(pack, backbone, data)
-    options = ExportOptions(precision="int8", calib=calib, calib_images=images)
-    chosen = task_images(subject, options)
-    stage(f"graph of {subject.delta.backbone}")
-    calibration = calibration_of(subject, chosen)
-    made = calibration.run(max_drop=max_drop, stage=stage)
-    stage("every layer alone in int8")
-    return CalibrateReport(
-        layers=made.layers or calibration.sensitivity(made.recipe),
-        recipe=made.recipe,
-        ranges=made.int8.ranges,
-        tried=made.tried,
-        drop=made.drop,
-        held_out=len(chosen.held_out),
-        calibration=chosen.facts,
-        warning=chosen.warning,
-    )
 
 
 def verify(

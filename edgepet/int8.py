@@ -82,6 +82,16 @@ class Int8Graph:
         return self.folder / model_name(self.stem, runtime)
 
     @property
+    def weights_bytes(self) -> int:
+        return self.files[CODES][1]
+
+    @property
+    def graph_bytes(self) -> int:
+        """Bytes on disk that this image size adds to the codes."""
+        own = sum(size for name, (_, size) in self.files.items() if name != CODES)
+        return own + (self.folder / f"{self.stem}.json").stat().st_size
+
+    @property
     def codes_path(self) -> Path:
         return self.folder / CODES
 

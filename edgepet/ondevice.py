@@ -19,12 +19,13 @@ from edgepet.data import batches, load_set, open_split
 from edgepet.delta import Delta
 from edgepet.errors import InputError, require
 from edgepet.graph import BaseGraph, open_graph
+from edgepet.int8 import open_int8
 from edgepet.latency import SETTLE_S, BenchReport, Candidate, measure
 from edgepet.machine import environment
 from edgepet.pack import Pack, read_pack
 from edgepet.parity import accuracy
 from edgepet.runners.runner import Runner
-from edgepet.runtime import SHARED_RUNTIMES, open_task
+from edgepet.runtime import SHARED_RUNTIMES, SharedInt8, open_task
 from edgepet.spec import AnyBackbone, FilePath, Preprocess
 from edgepet.store import Store
 from edgepet.updates import factors
@@ -88,6 +89,7 @@ def evaluate(
     *,
     split: str = "test",
     runtime: str | None = None,
+    precision: str = "fp32",
     backbone: AnyBackbone = None,
     threads: int | None = None,
 ) -> EvalReport:
@@ -95,6 +97,7 @@ def evaluate(
 
     Args:
         runtime: None is the artefact's own, or ONNX Runtime for a pack; "torch" needs the ``train`` extra.
+        precision: of a pack, "fp32" or "int8": on the int8 backbone; an artefact has its own.
 
     Raises:
         InputError: other classes than the model's, or a runtime that cannot run it.
@@ -111,7 +114,7 @@ def evaluate(
             f"needs the {len(source.labels)} classes of {Path(model).name}",
             got=f"a difference in {', '.join(missing[:5])}",
         )
-    network, name, executed = source.network(runtime, backbone, threads)
+    network, name, executed = source.network(runtime, precision, backbone, threads)
     pixels, truth = load_set(images, source.preprocess)
     order = np.array([source.labels.index(name) for name in images.classes])
     answers = []
@@ -173,7 +176,7 @@ def bench(
 
 
 def storage(
-    packs: Sequence[FilePath] = (), *, store: FilePath | None = None, devices: int = 1
+    packs: Sequence[FilePath] = (), *, store: FilePath | None = None, devices: int = 1, precision: str = "fp32"
 ) -> account.StorageReport:
     """Bytes of a device's folder from which every task was run: ``store``, or a temporary one made for ``packs``.
 
@@ -185,16 +188,19 @@ def storage(
     if (store is None) == (not packs):
         raise InputError("storage", "needs packs, or --store with a device's folder")
     if store is not None:
-        return account.storage(Store(Path(store)), devices=devices)
+        return account.storage(Store(Path(store)), devices=devices, precision=precision)
     with tempfile.TemporaryDirectory(prefix="edgepet-") as folder:
         scratch = Store(Path(folder))
         for path in packs:
             delta = read_pack(path).delta
             if delta.task in scratch.tasks():
                 raise InputError("storage", "needs packs of different tasks", got=f"{delta.task!r} twice")
-            scratch.add_graph(_graph(Path(path), delta))
+            if precision == "int8":
+                scratch.add_int8(open_int8(delta.fingerprint, delta.preprocess))
+            else:
+                scratch.add_graph(_graph(Path(path), delta))
             scratch.install(Path(path))
-        return account.storage(scratch, devices=devices)
+        return account.storage(scratch, devices=devices, precision=precision)
 
 
 def inspect(path: FilePath) -> InspectReport:
@@ -211,8 +217,16 @@ class _PackSource:
         self.pack: Pack = read_pack(path)
         self.labels, self.preprocess = self.pack.delta.labels, self.pack.delta.preprocess
 
-    def network(self, runtime: str | None, backbone: AnyBackbone, threads: int | None) -> tuple[Any, str, str]:
-        name = runtime or "onnxruntime"
+    def network(
+        self, runtime: str | None, precision: str, backbone: AnyBackbone, threads: int | None
+    ) -> tuple[Any, str, str]:
+        name, delta = runtime or "onnxruntime", self.pack.delta
+        if precision not in ("fp32", "int8"):
+            raise InputError("--precision", "is fp32 or int8 for a pack", got=repr(precision))
+        if precision == "int8":
+            shared = SharedInt8(open_int8(delta.fingerprint, delta.preprocess), runtime=name, threads=threads)
+            bound = shared.bind(delta)
+            return bound, name, bound.executed
         if name == "torch":
             from edgepet.subject import TorchNetwork
 
@@ -244,10 +258,21 @@ class _PackSource:
         modes = {self._mode: self.pack.delta}
         if plain:  # the backbone with the task's head and nothing else of it: the head is no cost of a method
             modes["plain"] = replace(self.pack.delta, updates=(), branches=())
-        return [
+        found = [
             Candidate(model=self._path.name, runtime=name, precision=precision, mode=mode, open=opener(delta))
             for mode, delta in modes.items()
         ]
+        return found if bf16 or self.pack.delta.int8 is None else [*found, self._on_codes(name, threads)]
+
+    def _on_codes(self, name: str, threads: int) -> Candidate:
+        """The task on the int8 backbone that other tasks may share."""
+
+        def opener() -> Any:
+            delta = self.pack.delta
+            graph = open_int8(delta.fingerprint, delta.preprocess)
+            return SharedInt8(graph, runtime=name, threads=threads).bind(delta)
+
+        return Candidate(model=self._path.name, runtime=name, precision="int8", mode="shared", open=opener)
 
     def _torch(self, threads: int, plain: bool, backbone: AnyBackbone) -> list[Candidate]:
         from edgepet.subject import TorchNetwork
@@ -303,8 +328,10 @@ class _ArtifactSource:
         self.labels: tuple[str, ...] = self.artifact.labels
         self.preprocess: Preprocess = self.artifact.preprocess
 
-    def network(self, runtime: str | None, backbone: AnyBackbone, threads: int | None) -> tuple[Any, str, str]:
-        del backbone
+    def network(
+        self, runtime: str | None, precision: str, backbone: AnyBackbone, threads: int | None
+    ) -> tuple[Any, str, str]:
+        del precision, backbone
         own = RUNNERS[self.artifact.format].runtime
         if runtime not in (None, own):
             raise InputError(

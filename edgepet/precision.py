@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +14,11 @@ from edgepet.calibration.budget import Drop, answers
 from edgepet.calibration.calibrate import Calibrated, Calibration
 from edgepet.calibration.half import Kept, to_half
 from edgepet.calibration.images import CalibrationImages, calibration_images
+from edgepet.codes import Range
 from edgepet.errors import InputError
 from edgepet.exporters.exporter import ExportOptions
 from edgepet.exporters.onnx import build_model, simplified
+from edgepet.int8 import Int8Graph
 from edgepet.merging import task_tensors
 from edgepet.spec import NpArray, Precision
 from edgepet.subject import Subject, sample_images
@@ -112,10 +114,29 @@ def task_images(subject: Subject, options: ExportOptions) -> CalibrationImages:
     )  # fmt: skip
 
 
-def calibration_of(subject: Subject, images: CalibrationImages, proto: Any = None) -> Calibration:
+def shared_calibration(subject: Subject, graph: Int8Graph, images: CalibrationImages) -> Calibration:
+    """The task on what the shared codes stand for, with their divisors, judged by the task in float."""
+    dense = {layer.weight: graph.coded(layer) for layer in graph.layers}
+    base = subject.graph.base
+    rounded_base = replace(base, tensors={**base.tensors, **{name: made.dense for name, made in dense.items()}})
+    delta = subject.delta
+    proto = build_model(subject.graph, task_tensors(rounded_base, delta), delta)
+    divisors = {layer.reads: dense[layer.weight].divisors for layer in graph.layers}
+    smooth = {name: value for name, value in divisors.items() if value is not None}
+    exact = build_model(subject.graph, task_tensors(base, delta), delta)
+    return calibration_of(subject, images, proto, smooth=smooth, against=exact)
+
+
+def rounded(of: Range) -> Range:
+    """A range in six digits, as a pack keeps it."""
+    return Range(scale=float(f"{of.scale:.6g}"), shift=float(f"{of.shift:.6g}"))
+
+
+def calibration_of(subject: Subject, images: CalibrationImages, proto: Any = None, **fixed: Any) -> Calibration:
     """The merged model of a task on its calibration images."""
     delta = subject.delta
     if proto is None:
         proto = build_model(subject.graph, task_tensors(subject.graph.base, delta), delta)
     order = np.array([delta.labels.index(name) for name in images.measured.classes])
-    return Calibration(proto, frozenset(subject.graph.base.tensors), images, order, where=f"task {delta.task!r}")
+    weights = frozenset(subject.graph.base.tensors)
+    return Calibration(proto, weights, images, order, where=f"task {delta.task!r}", **fixed)

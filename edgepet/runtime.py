@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -14,11 +15,16 @@ from edgepet.delta import Delta, Head
 from edgepet.errors import InputError
 from edgepet.graph import BaseGraph
 from edgepet.imaging import load_input, normalize
+from edgepet.int8 import Int8Graph, require_codes, task_slots
 from edgepet.merging import task_tensors
 from edgepet.pack import Pack
 from edgepet.runners.runner import Runner
 from edgepet.spec import FilePath, NpArray
 from edgepet.store import Store
+
+if TYPE_CHECKING:
+    from edgepet.runners.onnxruntime import SharedOnnxRuntime
+    from edgepet.runners.openvino import SharedOpenVino
 
 
 class TaskNetwork:
@@ -76,7 +82,65 @@ def open_features(graph: BaseGraph, tensors: Mapping[str, NpArray], *, runtime: 
     )
 
 
+class SharedInt8:
+    """The int8 backbone, opened once on one runtime; tasks are bound to it, each in its own slots.
+
+    A task whose codes changed (LoRA and whatever else does not only scale and shift) gets a network of its own.
+    """
+
+    def __init__(self, graph: Int8Graph, *, runtime: str = "onnxruntime", threads: int | None = None) -> None:
+        """
+        Raises:
+            InputError: no such runtime, or codes that are not those that were made.
+            MissingError: the runtime is not installed.
+        """
+        require_codes(graph)
+        self.graph, self._runtime, self._threads = graph, runtime, threads
+        self._network = self._open()
+
+    def _open(self, codes: Mapping[str, NpArray] | None = None) -> SharedOnnxRuntime | SharedOpenVino:
+        if self._runtime == "onnxruntime":
+            from edgepet.runners.onnxruntime import SharedOnnxRuntime
+
+            return SharedOnnxRuntime(self.graph, threads=self._threads, codes=codes)
+        if self._runtime == "openvino":
+            from edgepet.runners.openvino import SharedOpenVino
+
+            return SharedOpenVino(self.graph, threads=self._threads, codes=codes)
+        names = ", ".join(SHARED_RUNTIMES)
+        raise InputError("--runtime", f"is one of {names} for an int8 backbone", got=repr(self._runtime))
+
+    def bind(self, delta: Delta) -> TaskNetwork:
+        """A task, ready to run; from one bound task to another there is nothing to switch.
+
+        Raises:
+            BackboneError, InputError: as ``task_slots``.
+        """
+        slots = task_slots(self.graph, delta)
+        network = self._open(slots.codes) if slots.codes else self._network
+        head = Head(weight=delta.head.weight.astype(np.float32), bias=delta.head.bias.astype(np.float32))
+        return TaskNetwork(network.bind(slots), head)
+
+    def close(self) -> None:
+        self._network.close()
+
+
 SHARED_RUNTIMES = ("onnxruntime", "openvino")  # these run every task from one folder with one backbone
+
+
+def open_installed(
+    store: Store, pack: Pack, *, runtime: str, threads: int | None = None, precision: str = "fp32"
+) -> TaskNetwork:
+    """A pack on the backbone of ``store`` in "fp32" or "int8".
+
+    Raises:
+        InputError: another precision, or as ``open_task`` and ``SharedInt8``.
+    """
+    if precision == "int8":
+        return SharedInt8(store.int8_of(pack), runtime=runtime, threads=threads).bind(pack.delta)
+    if precision != "fp32":
+        raise InputError("--precision", "is fp32 or int8 for a pack", got=repr(precision))
+    return open_task(store.graph_of(pack), pack.delta, runtime=runtime, threads=threads)
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,17 +176,39 @@ class Device:
         return Store(Path(self.store)).tasks()
 
     def run(
-        self, task: str, images: Iterable[FilePath], *, runtime: str = "onnxruntime", threads: int | None = None
-    ) -> DeviceRun:
-        """Classify image files, or folders of frames, with an installed task."""
+        self, task: str, images: Iterable[FilePath], *, runtime: str = "onnxruntime", threads: int | None = None,
+        precision: str = "fp32",
+    ) -> DeviceRun:  # fmt: skip
+        """Classify image files, or folders of frames, with an installed task in "fp32" or "int8"."""
         store = Store(Path(self.store))
         began = time.perf_counter()
         pack = store.pack(task)
-        with open_task(store.graph_of(pack), pack.delta, runtime=runtime, threads=threads) as network:
+        with open_installed(store, pack, runtime=runtime, threads=threads, precision=precision) as network:
             opened = time.perf_counter()
             answers = tuple(self._answer(Path(path), pack.delta, network) for path in images)
             spent = time.perf_counter() - opened
         return DeviceRun(answers, 1e3 * (opened - began), 1e3 * spent / max(1, len(answers)))
+
+    def open_int8(self, *, runtime: str = "onnxruntime", threads: int | None = None) -> dict[str, TaskNetwork]:
+        """All installed tasks that have ranges for it, on one int8 backbone: images to logits, by the task's name.
+
+        Raises:
+            InputError: no installed task has ranges, or the int8 backbone is not here.
+        """
+        store = Store(Path(self.store))
+        packs = [pack for pack in map(store.pack, store.tasks()) if pack.delta.int8 is not None]
+        if not packs:
+            fix = "install packs that `edgepet calibrate TASK.pet --calib DIR -o OUT.pet` wrote"
+            raise InputError(str(self.store), "has no task with ranges for the int8 backbone", fix=fix)
+        opened: dict[Path, SharedInt8] = {}
+        networks = {}
+        for pack in packs:
+            graph = store.int8_of(pack)
+            key = graph.model_path(runtime)
+            if key not in opened:
+                opened[key] = SharedInt8(graph, runtime=runtime, threads=threads)
+            networks[pack.delta.task] = opened[key].bind(pack.delta)
+        return networks
 
     @staticmethod
     def _answer(path: Path, delta: Delta, network: TaskNetwork) -> Answer:

@@ -25,9 +25,10 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from edgepet.account import StorageReport
+    from edgepet.calibrating import CalibrateReport, ShareReport
     from edgepet.calibration.budget import Drop
     from edgepet.demo import DemoReport
-    from edgepet.deploy import CalibrateReport, Exported, ExportReport, MergeReport, VerifyReport
+    from edgepet.deploy import Exported, ExportReport, MergeReport, VerifyReport
     from edgepet.interchange import PeftReport
     from edgepet.latency import BenchReport
     from edgepet.ondevice import EvalReport, InspectReport
@@ -247,6 +248,30 @@ def calibrate(console: Console, report: CalibrateReport) -> None:
         f"  recipe: {recipe(asdict(chosen))}, of {len(report.tried)} tried on the held-out images",
         f"  all layers in int8: {lost(report.drop)}",
         *([f"  in float for the budget: {', '.join(chosen.keep)}"] if chosen.keep else []),
+        *([f"  {report.warning}"] if report.warning else []),
+    )
+
+
+def shared(console: Console, report: ShareReport) -> None:
+    rows = [
+        (
+            run.runtime,
+            f"{run.drop.points:.2f} ({run.drop.low:.2f} to {run.drop.high:.2f})",
+            f"{run.drop.kl:.2g}",
+            f"{run.layers.get('int8', 0)} of {sum(run.layers.values())}",
+            format_ms(run.bind_ms),
+        )
+        for run in report.runs
+    ]
+    numbers = (f"points lost, n = {report.runs[0].drop.n}", "divergence", "products on codes", "bind")
+    columns = (Column("runtime"), *(Column(name, right=True) for name in numbers))
+    print_table(console, Table("on the int8 backbone that tasks share", columns, rows))
+    own = f", {format_bytes(report.own_codes_bytes)} of it codes of its own" if report.own_codes_bytes else ""
+    _lines(
+        console,
+        f"  {report.pack}  {format_bytes(report.pack_bytes)}; codes {format_bytes(report.codes_bytes)},"
+        f" sha256 {report.codes_sha256[:12]}, for all tasks",
+        f"  in memory the task adds {format_bytes(report.own_memory_bytes)}{own}",
         *([f"  {report.warning}"] if report.warning else []),
     )
 

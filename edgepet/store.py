@@ -16,6 +16,7 @@ from pathlib import Path
 from edgepet.errors import InputError
 from edgepet.files import folder_bytes, new_folder, read_file, write_file
 from edgepet.graph import BaseGraph, graph_folder, open_graph
+from edgepet.int8 import Int8Graph, int8_stem, open_int8, task_slots
 from edgepet.merging import task_tensors
 from edgepet.pack import Pack, read_pack
 
@@ -28,16 +29,22 @@ class Store:
 
     def add_graph(self, graph: BaseGraph) -> None:
         """Bring a backbone and one graph of it, from the cache say; what is there already stays."""
-        target = graph_folder(graph.fingerprint, self.root)
-        names = [*graph.files, f"{graph.stem}.json"]
+        self._add(graph.folder, graph.fingerprint, [*graph.files, f"{graph.stem}.json"])
+
+    def add_int8(self, graph: Int8Graph) -> None:
+        """Bring an int8 backbone: with it a device needs no other."""
+        self._add(graph.folder, graph.fingerprint, [*graph.files, f"{graph.stem}.json"])
+
+    def _add(self, source: Path, fingerprint: str, names: list[str]) -> None:
+        target = graph_folder(fingerprint, self.root)
         if not target.exists():
             with new_folder(target) as scratch:
                 for name in names:
-                    _bring(graph.folder / name, scratch / name)
+                    _bring(source / name, scratch / name)
             return
         for name in names:  # the description comes last: a graph without it is not there
             if not (target / name).exists():
-                write_file(target / name, read_file(graph.folder / name))
+                write_file(target / name, read_file(source / name))
 
     def install(self, source: Path | bytes) -> Pack:
         """Check a pack against the backbone that is here, then put it in its task's place in one step.
@@ -48,9 +55,12 @@ class Store:
         """
         data = source if isinstance(source, bytes) else read_file(source)
         pack = read_pack(data)
-        graph = self.graph_of(pack)
-        graph.require_fit(pack.delta)
-        task_tensors(graph.base, pack.delta)
+        if pack.delta.int8 is not None and self._has_int8(pack):
+            task_slots(self.int8_of(pack), pack.delta)
+        else:
+            graph = self.graph_of(pack)
+            graph.require_fit(pack.delta)
+            task_tensors(graph.base, pack.delta)
         path = self._path(pack.delta.task)
         path.parent.mkdir(parents=True, exist_ok=True)
         write_file(path, data)
@@ -75,6 +85,14 @@ class Store:
     def graph_of(self, pack: Pack) -> BaseGraph:
         """The graph that ``pack`` runs on."""
         return open_graph(pack.delta.fingerprint, pack.delta.preprocess, pack.delta.structure, root=self.root)
+
+    def int8_of(self, pack: Pack) -> Int8Graph:
+        """The int8 backbone that ``pack`` runs on."""
+        return open_int8(pack.delta.fingerprint, pack.delta.preprocess, root=self.root)
+
+    def _has_int8(self, pack: Pack) -> bool:
+        folder = graph_folder(pack.delta.fingerprint, self.root)
+        return (folder / f"{int8_stem(pack.delta.preprocess)}.json").is_file()
 
     @property
     def cache_bytes(self) -> int:
