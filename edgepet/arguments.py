@@ -50,6 +50,10 @@ def _training_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--val-fraction", type=float, default=0.2, metavar="X")
     parser.add_argument("--augment", default="", metavar="flip,crop")
     parser.add_argument("--train-precision", default="auto", choices=["auto", "fp32", "bf16"])
+    parser.add_argument(
+        "--backbone-precision", default="fp32", choices=["fp32", "int8", "int4"],
+        help="round the backbone while tuning, so that the delta repairs that too (%(default)s)",
+    )  # fmt: skip
     parser.add_argument("--device", choices=["cpu", "cuda"], help="what trains (default: a GPU where torch finds one)")
     parser.add_argument("--init", metavar="WORK", help="start from the tensors of pretrain's WORK, or of a TASK.pet")
     parser.add_argument("--resume", action="store_true", help="go on from TASK.checkpoint, if there is one")

@@ -138,6 +138,7 @@ def _training(options: Options) -> dict[str, Any]:
         "val_fraction": options.val_fraction,
         "augment": arguments.names(options.augment),
         "precision": options.train_precision,
+        "backbone_precision": options.backbone_precision,
         "device": options.device,
         "init": arguments.path(options.init),
         "resume": options.resume,

@@ -45,6 +45,12 @@ class Crew:
         for parameter, part in zip(parameters, parts, strict=True):
             parameter.grad = part.reshape(parameter.shape)
 
+    def average(self, tensors: Sequence[Tensor]) -> None:
+        """The mean of each tensor over the processes, in place."""
+        if self.state is not None:
+            for tensor in tensors:
+                tensor.copy_(self._sum(tensor.clone()) / self.size)
+
     def total(self, value: float) -> float:
         return value if self.state is None else float(self._sum(torch.tensor([value], device=self.state.device)))
 

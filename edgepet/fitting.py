@@ -123,7 +123,7 @@ class _Run:
     def fit(self, say: Say, keeper: Keeper | None) -> Fit:
         began, saved = time.perf_counter(), keeper.load() if keeper else None
         if saved is None or self.probe:
-            self.seen = _features(self.model, self.train.pixels, self.preprocess, self.plan)
+            self.seen = _features(self.model, self.train.pixels, self.preprocess, self.plan, follow=True)
             self.model.mean.copy_(self.seen.mean(0))
             self.model.std.copy_(self.seen.std(0).clamp_min(1e-6))
         if self.probe:
@@ -182,6 +182,8 @@ class _Run:
                 total += self.backward(part, len(index))
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         self.crew.add_up(parameters)
+        if self.model.rounding is not None:
+            self.crew.average(self.model.rounding.ranges)
         if not math.isfinite(nn.utils.clip_grad_norm_(parameters, 1.0)):
             return math.nan  # a step now would put it into the weights, and a checkpoint would keep it
         self.optimizer.step()
@@ -307,8 +309,13 @@ def _images(pixels: Tensor, preprocess: Preprocess, plan: Plan) -> Tensor:
     return images.to(plan.device)
 
 
-def _features(model: TunedModel, pixels: NpArray, preprocess: Preprocess, plan: Plan) -> Tensor:
+def _features(
+    model: TunedModel, pixels: NpArray, preprocess: Preprocess, plan: Plan, *, follow: bool = False
+) -> Tensor:
+    """Of all images, as float32 (n, d); with ``follow`` the ranges of a backbone that is rounded take them in."""
     model.eval()
+    if model.rounding is not None:
+        model.rounding.train(follow)
     with torch.no_grad(), _autocast(plan):
         return torch.cat([model.features(part.to(plan.device)).float() for part in _batches(pixels, preprocess)])
 

@@ -21,10 +21,12 @@ from edgepet.crew import Crew
 from edgepet.data import few_shots, load_sets, open_split
 from edgepet.delta import Delta
 from edgepet.errors import CheckError, InputError
+from edgepet.exporters.trace import base_graph
 from edgepet.fitting import AUGMENTATIONS, Augmentation, Fit, Pixels, Plan, Say, fast_bfloat16, fit
 from edgepet.imaging import normalize
 from edgepet.methods import Method, STAdapter, configure
 from edgepet.parity import ALGEBRA
+from edgepet.rounding import PRECISIONS, Rounding
 from edgepet.spec import FilePath, NpArray
 from edgepet.tune import TunedModel, algebra_error, extract
 from edgepet.work import Work, read_work, work_folder
@@ -52,6 +54,7 @@ class Job:
     val_fraction: float = 0.2
     augment: Sequence[str] = ()
     precision: str = "auto"
+    backbone_precision: str = "fp32"
     device: str | None = None
     init: FilePath | None = None
     resume: bool = False
@@ -92,9 +95,9 @@ def run_job(job: Job, crew: Crew) -> Made:
     backbone = _backbone(job)
     train_images, val_images = (Pixels(*part) for part in load_sets([train_set, val_set], backbone.preprocess))
     plan = _plan(job, method, device, crew)
-    model = _attach(backbone, method, len(train_set.classes), job.seed)
+    model = _attach(backbone, method, len(train_set.classes), job)
     began_with = {} if work is None else {"init": _start(model, backbone, work, str(job.init))}
-    identity = _identity(backbone, method, plan, crew, train_set.classes, train_images, val_images) | began_with
+    identity = _identity(backbone, model, plan, crew, train_set.classes, train_images, val_images) | began_with
     keeper = Keeper(path=checkpoint_file(job.output), identity=identity, every_s=job.checkpoint_s,
                     writes=crew.leads)  # fmt: skip
     job.stage("tune")
@@ -194,11 +197,13 @@ def _device(name: str | None) -> str:
     return name or ("cuda" if here else "cpu")
 
 
-def _attach(backbone: Backbone, method: Method, classes: int, seed: int) -> TunedModel:
+def _attach(backbone: Backbone, method: Method, classes: int, job: Job) -> TunedModel:
     if isinstance(method, STAdapter) and backbone.preprocess.frames < 2:
         fix = "train on a folder of clips with --frames 8"
         raise InputError(f"--method {method.name}", "needs clips of at least 2 frames", got="images", fix=fix)
-    model = TunedModel(backbone, method, classes, seed=seed)
+    precision = job.backbone_precision
+    rounding = None if precision == "fp32" else Rounding(base_graph(backbone), precision)
+    model = TunedModel(backbone, method, classes, seed=job.seed, rounding=rounding)
     if not model.sites and method.name != "linear-probe":
         where, what = f"--method {method.name}", f"finds no layer of {backbone.label} to act on"
         raise InputError(where, what, fix="change its --set settings")
@@ -211,6 +216,8 @@ def _check_options(job: Job) -> None:
         raise InputError(str(output.parent), "is no folder", fix=f"mkdir -p {output.parent}")
     if job.precision not in ("auto", "fp32", "bf16"):
         raise InputError("--train-precision", "is auto, fp32 or bf16", got=repr(job.precision))
+    if job.backbone_precision not in PRECISIONS:
+        raise InputError("--backbone-precision", "is fp32, int8 or int4", got=repr(job.backbone_precision))
     if job.epochs is not None and job.epochs < 1:
         raise InputError("--epochs", "must be at least 1", got=job.epochs)
     if job.batch_size < 1:
@@ -246,7 +253,7 @@ def _check_checkpoint(path: Path, resume: bool) -> None:
 
 def _identity(
     backbone: Backbone,
-    method: Method,
+    model: TunedModel,
     plan: Plan,
     crew: Crew,
     classes: Sequence[str],
@@ -257,10 +264,11 @@ def _identity(
     for part in images:
         for array in (part.pixels, part.labels):
             digest.update(np.ascontiguousarray(array).data)
-    settings = {key: list(v) if isinstance(v, tuple) else v for key, v in asdict(cast(Any, method)).items()}
+    settings = {key: list(v) if isinstance(v, tuple) else v for key, v in asdict(cast(Any, model.method)).items()}
     return {
         "backbone": backbone.fingerprint,
-        "method": method.name,
+        "backbone_precision": model.backbone_precision,
+        "method": model.method.name,
         **{f"--set {key}": value for key, value in settings.items()},
         **{key: list(v) if isinstance(v, tuple) else v for key, v in asdict(plan).items()},
         "input": list(backbone.preprocess.input_shape),
@@ -283,5 +291,6 @@ def _provenance(plan: Plan, model: TunedModel, fitted: Fit, images: int, shots: 
         "precision": "bf16" if plan.autocast else "fp32",
         "device": plan.device,
         "seed": plan.seed,
+        **({} if model.rounding is None else {"backbone_precision": model.backbone_precision}),
         "versions": {name: version(name) for name in ("edgepet", "torch", "timm")},
     }

@@ -118,6 +118,7 @@ def train(console: Console, report: TrainReport) -> None:
         f"  val {format_percent(report.val.top1)} of {report.val.n} images, as stored;"
         f" epoch {report.best_epoch} of {report.epochs}",
         f"  95 % interval {format_percent(report.val.low)} to {format_percent(report.val.high)}",
+        *_rounded(report),
         *_warnings(report),
         f"  {format_number(report.images_per_second)} images/s in {report.precision},"
         f" {format_seconds(report.seconds)} in all",
@@ -136,6 +137,13 @@ def pretrain(console: Console, report: PretrainReport) -> None:
         f"  lowered equals tuned in float64: {report.max_abs_diff:.1e}",
         f"next: {program()} train DATA --method {report.method} --init {report.path} ...",
     )
+
+
+def _rounded(report: TrainReport) -> list[str]:
+    if report.val_rounded is None:
+        return []
+    top1 = format_percent(report.val_rounded.top1)
+    return [f"  val {top1} with the backbone rounded to {report.backbone_precision}, as it was tuned"]
 
 
 def _warnings(report: TrainReport) -> list[str]:

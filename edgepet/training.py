@@ -27,7 +27,7 @@ from edgepet.methods.method import count
 from edgepet.pack import Codec, encode_pack, read_pack, write_pack
 from edgepet.parity import Accuracy, accuracy
 from edgepet.spec import FilePath, NpArray
-from edgepet.tune import TunedModel
+from edgepet.tune import TunedModel, logits_of
 from edgepet.work import work_folder, write_work
 
 
@@ -61,7 +61,8 @@ class TrainReport:
     """What ``train`` made. ``val`` is of the pack as stored, in float32; ``trainable_params`` leaves the head out.
 
     ``algebra_max_abs`` is the largest difference of logits between tuned and merged network in float64.
-    ``images_per_class`` are the fewest and the most that a class was trained on.
+    ``images_per_class`` are the fewest and the most that a class was trained on. Where ``backbone_precision``
+    is not fp32, ``val_rounded`` is of the network as it was tuned: its backbone rounded, all else float32.
     """
 
     pack: Path
@@ -75,8 +76,10 @@ class TrainReport:
     seconds: float
     images_per_second: float
     precision: str
+    backbone_precision: str
     images_per_class: tuple[int, int]
     val: Accuracy
+    val_rounded: Accuracy | None
     algebra_max_abs: float
     algebra_limit: float
     backbone: BackboneFacts
@@ -100,6 +103,7 @@ def train(
     val_fraction: float = 0.2,
     augment: Sequence[str] = (),
     precision: str = "auto",
+    backbone_precision: str = "fp32",
     device: str | None = None,
     codec: Codec = "fp16",
     init: FilePath | None = None,
@@ -119,6 +123,8 @@ def train(
         batch_size: images of one step, over all processes; each goes through its share in ``accumulate`` parts.
         shots: images of each class to train on, chosen by ``seed``; None is all.
         precision: "fp32", "bf16" (autocast) or "auto": bf16 where it is measured to be faster here.
+        backbone_precision: "int8" or "int4" (weights; activations have 8 bits) rounds the backbone while tuning, so
+            that the delta repairs that too; the pack fits the float backbone as ever.
         init: start from the tensors of an earlier training of this method: its work folder, ``pretrain``'s, or its pack
             where the work folder lies beside it; the head starts anew.
         device: torch's name of what trains, "cpu" or "cuda"; None is a GPU where torch finds one.
@@ -137,8 +143,9 @@ def train(
     request = Job(
         data=Path(data), backbone=backbone, method=method, output=output, settings=settings or {},
         image_size=image_size, frames=frames, epochs=epochs, batch_size=batch_size, accumulate=accumulate, lr=lr,
-        shots=shots, seed=seed, val_fraction=val_fraction, augment=augment, precision=precision, device=device,
-        init=init, resume=resume, checkpoint_s=checkpoint_s, say=say, stage=stage,
+        shots=shots, seed=seed, val_fraction=val_fraction, augment=augment, precision=precision,
+        backbone_precision=backbone_precision, device=device, init=init, resume=resume, checkpoint_s=checkpoint_s,
+        say=say, stage=stage,
     )  # fmt: skip
     made = run_job(request, crew)
     if crew.leads:
@@ -197,8 +204,10 @@ def _report(output: Path, made: Made, seconds: float) -> TrainReport:
         seconds=seconds,
         images_per_second=fitted.images_per_second,
         precision="bf16" if made.plan.autocast else "fp32",
+        backbone_precision=model.backbone_precision,
         images_per_class=(int(counts.min()), int(counts.max())),
         val=_accuracy(backbone, read_pack(output).delta, made.val),
+        val_rounded=None if model.rounding is None else _rounded(model, backbone, made.val),
         algebra_max_abs=made.proof[0],
         algebra_limit=made.proof[1],
         backbone=BackboneFacts(
@@ -242,3 +251,8 @@ def _keep(folder: Path, delta: Delta, backbone: Backbone, model: TunedModel, val
 def _accuracy(backbone: Backbone, delta: Delta, val: Pixels) -> Accuracy:
     logits = merged_logits(backbone, delta, normalize(val.pixels, backbone.preprocess))
     return accuracy(logits.argmax(1), val.labels, len(delta.labels))
+
+
+def _rounded(model: TunedModel, backbone: Backbone, val: Pixels) -> Accuracy:
+    logits = logits_of(model, normalize(val.pixels, backbone.preprocess))
+    return accuracy(logits.argmax(1), val.labels, logits.shape[1])

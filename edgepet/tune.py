@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
 from typing import Any, cast
 
@@ -17,8 +18,9 @@ from edgepet.graft import grafted, in_torch
 from edgepet.merging import fold_all
 from edgepet.methods import ActivationPath, Branching, Method
 from edgepet.methods.method import flatten, unflatten
+from edgepet.rounding import Rounding
 from edgepet.spec import NpArray, Site, Tuned
-from edgepet.updates import fold
+from edgepet.updates import Scale, Update, fold
 
 _MEAN = ".running_mean"
 
@@ -29,10 +31,16 @@ class TunedModel(nn.Module):
     The backbone's own submodules run unchanged, LayerScale and all. A site is tuned by a hook on its module where the
     method has an activation path for it; at all others the updates are folded into the weights at every step. The
     head sees features standardised by fixed statistics, which ``head`` folds away; it starts at zero.
+
+    With ``rounding`` the backbone's layers compute with their codes, and the updates, which are lowered from the float
+    weights as those of a pack are, act on what the codes stand for.
     """
 
-    def __init__(self, backbone: Backbone, method: Method, classes: int, *, seed: int = 0) -> None:
+    def __init__(
+        self, backbone: Backbone, method: Method, classes: int, *, seed: int = 0, rounding: Rounding | None = None
+    ) -> None:
         super().__init__()
+        self.rounding: Rounding | None = rounding
         self.method, self.sites = method, method.sites(backbone.layers)
         on_activations = method.activation_kinds if isinstance(method, ActivationPath) else ()
         self._hooked = tuple(site for site in self.sites if site.exposed and site.kind in on_activations)
@@ -67,7 +75,8 @@ class TunedModel(nn.Module):
             norm = self.backbone.get_submodule(name.removesuffix(_MEAN))
             hooks.append(norm.register_forward_pre_hook(_shifted(folded.pop(name) - norm.get_buffer(_MEAN[1:]))))
         try:
-            with grafted(self.backbone, self.branches(tuned)):
+            # The hooks that round come last, so that branches read what was there before.
+            with grafted(self.backbone, self.branches(tuned)), self._reading():
                 return cast(Tensor, torch.func.functional_call(self.backbone, folded, (images,)))
         finally:
             for hook in hooks:
@@ -93,13 +102,35 @@ class TunedModel(nn.Module):
         return after
 
     def _folded(self, tuned: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
-        """The tensors that the method changes at the sites without a hook."""
+        """The tensors that are rounded, and those that the method changes at the sites without a hook."""
         frozen = self.backbone.state_dict(keep_vars=True) if self._folding else {}
-        state: dict[str, Tensor] = {}
+        coded, moved = {} if self.rounding is None else self.rounding.weights, set[str]()
+        state = dict(coded)
         for targeted in self.method.lower(frozen, self._folding, tuned):
             name = targeted.target.tensor
             state[name] = fold(targeted, state.get(name, frozen[name]))
+            if name in coded and not _keeps_codes(targeted.update):
+                moved.add(name)
+        if self.rounding is not None:
+            state |= {name: self.rounding.recoded(name, state[name]) for name in moved}
         return state
+
+    def _reading(self) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext() if self.rounding is None else self.rounding.reading(self.backbone)
+
+    @property
+    def backbone_precision(self) -> str:
+        """What the backbone is tuned in: fp32, or that of ``rounding``."""
+        return "fp32" if self.rounding is None else self.rounding.precision
+
+    @contextlib.contextmanager
+    def unrounded(self) -> Iterator[None]:
+        """While the block runs the backbone computes with its own weights."""
+        rounding, self.rounding = self.rounding, None
+        try:
+            yield
+        finally:
+            self.rounding = rounding
 
     def train(self, mode: bool = True) -> TunedModel:
         """Frozen modules stay in eval mode, batch norm included."""
@@ -136,6 +167,11 @@ class TunedModel(nn.Module):
             self.linear.bias.copy_(torch.from_numpy(np.array(head.bias)))
             self.mean.zero_()
             self.std.fill_(1)
+
+
+def _keeps_codes(update: Update) -> bool:
+    """Rows that are scaled have the codes that they had, and a step that is scaled."""
+    return isinstance(update, Scale) and update.axis == "out"
 
 
 def _shifted(mean: Tensor) -> Callable[..., tuple[Tensor, ...]]:
@@ -180,7 +216,8 @@ def extract(
 def algebra_error(model: TunedModel, backbone: Backbone, images: NpArray) -> tuple[float, float]:
     """Largest difference of logits between the tuned and the merged network, both in float64, and the largest logit.
 
-    Nothing is rounded for storage here: this judges the lowering and ``fold``, not a file format.
+    Nothing is rounded here, neither for storage nor as the backbone was while tuning: this judges the lowering and
+    ``fold``.
 
     Args:
         images: preprocessed, (n, 3, H, W).
@@ -192,16 +229,17 @@ def algebra_error(model: TunedModel, backbone: Backbone, images: NpArray) -> tup
     tuned = unflatten({name: value.astype(np.float64) for name, value in model.arrays().items()}, model.sites)
     merged = fold_all(double, model.method.lower(double, model.sites, tuned))
     was_training = model.training
-    model.eval().double()
-    try:
-        batch = torch.from_numpy(images).double()
-        with torch.no_grad():
-            expected = model(batch)
-            state = {name: torch.from_numpy(tensor) for name, tensor in merged.items()}
-            with grafted(model.backbone, in_torch(model.branches(tuned))):
-                got = model.classify(torch.func.functional_call(model.backbone, state, (batch,), tie_weights=False))
-    finally:
-        model.float().train(was_training)
+    with model.unrounded():
+        model.eval().double()
+        try:
+            batch = torch.from_numpy(images).double()
+            with torch.no_grad():
+                expected = model(batch)
+                state = {name: torch.from_numpy(tensor) for name, tensor in merged.items()}
+                with grafted(model.backbone, in_torch(model.branches(tuned))):
+                    got = model.classify(torch.func.functional_call(model.backbone, state, (batch,), tie_weights=False))
+        finally:
+            model.float().train(was_training)
     return float((expected - got).abs().max()), float(expected.abs().max())
 
 
