@@ -35,6 +35,9 @@ bench: $(VENV)/.bench
 	$(BIN)/python benchmarks/accuracy.py --dir bench/lite0 --backbone efficientnet-lite0
 	$(BIN)/python benchmarks/latency.py --backbone efficientnet-lite0
 	$(BIN)/python benchmarks/half.py --pack bench/vit-small/landcover-ssf.pet --pack bench/lite0/digits-ssf.pet
+	$(BIN)/python benchmarks/int8.py --dir bench/int8
+	$(BIN)/python benchmarks/shared_int8.py --dir bench/int8
+	$(BIN)/python benchmarks/int8_tuning.py --dir bench/int8
 	$(BIN)/python benchmarks/timm_sweep.py
 
 bench-methods: $(VENV)/.bench
@@ -59,5 +62,5 @@ $(VENV)/.test: pyproject.toml | $(BIN)/python
 	touch $@ $(VENV)/.demo
 
 $(VENV)/.bench: pyproject.toml | $(BIN)/python
-	$(BIN)/python -m pip install --disable-pip-version-check --quiet --editable '.[$(TEST_EXTRAS)]'
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet --editable '.[$(TEST_EXTRAS),bench]'
 	touch $@ $(VENV)/.test $(VENV)/.demo

@@ -4,8 +4,7 @@
 
 Four tasks, two backbones, SSF and LoRA. One Q/DQ file a pack runs on ONNX Runtime and OpenVINO and is built by
 TensorRT-RTX; the same pack also runs on the int8 backbone that all tasks share. NNCF and ONNX Runtime quantise the same
-fp32 model with the same images. Needs the extras ``int8`` and ``benchmarks``, and the Debian package
-dataset-fashion-mnist. Rows of an interrupted run are kept beside the packs. Writes ``results/int8.json``.
+fp32 model with the same images. Needs the extra ``bench`` and the Debian package dataset-fashion-mnist. Rows of an interrupted run are kept beside the packs. Writes ``results/int8.json``.
 """
 
 from __future__ import annotations
@@ -38,7 +37,7 @@ TASKS = ("digits", "landcover", "elpv", "fashion")
 METHODS = ("ssf", "lora")
 IMAGE_SIZES = {"vit-small": 112, "efficientnet-lite0": 224}
 EPOCHS = {"vit-small": None, "efficientnet-lite0": 4}  # the larger images take their time
-TEST_IMAGES, BATCH = 1000, 16
+TEST_IMAGES, CALIB_IMAGES, BATCH = 1000, 128, 16
 RUNTIMES = ("onnxruntime", "openvino")
 RESULT = Path(__file__).parent / "results" / "int8.json"
 Network = Callable[[NpArray], NpArray]
@@ -93,7 +92,7 @@ def measured(pack: Path, data: Path) -> dict[str, Any]:
         fp32 = next(a.path / "model.onnx" for a in made if (a.precision, a.format) == ("fp32", "onnx"))
         for name, network in defaults(fp32, pack, data, Path(scratch)):
             judge(name, network)
-        shared = share(pack, data, Path(scratch) / pack.name)
+        shared = share(pack, data, Path(scratch) / pack.name, images=CALIB_IMAGES)
         delta = read_pack(Path(scratch) / pack.name).delta
         for runtime in RUNTIMES:
             judge(
@@ -137,7 +136,7 @@ def exported(pack: Path, data: Path, folder: Path) -> list[Exported]:
     for precision, formats in (("fp32", ("onnx", "openvino")), ("fp16", ("onnx", "openvino")),
                                ("int8", ("onnx", "openvino", "tensorrt"))):  # fmt: skip
         calib = None if precision == "fp32" else data
-        options = ExportOptions(to=formats, precision=precision, calib=calib)
+        options = ExportOptions(to=formats, precision=precision, calib=calib, calib_images=CALIB_IMAGES)
         made += export([pack], folder / precision, options=options).artifacts
     return made
 
@@ -152,7 +151,7 @@ def defaults(fp32: Path, pack: Path, data: Path, folder: Path) -> Iterator[tuple
     from edgepet.runners.openvino import OpenVino
 
     delta = read_pack(pack).delta
-    images = calibration_images(data, delta.labels, delta.preprocess).images
+    images = calibration_images(data, delta.labels, delta.preprocess, count=CALIB_IMAGES).images
     nncf.set_log_level("ERROR")
     dataset = nncf.Dataset([images[i : i + 1] for i in range(len(images))], lambda image: {"images": image})
     onnx.save(nncf.quantize(onnx.load(fp32), dataset), folder / "nncf.onnx")

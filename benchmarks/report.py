@@ -1,6 +1,7 @@
 """Write the committed results as tables between two marks: `python benchmarks/report.py`.
 
-README.md gets accuracy, latency and speed, docs/guide/methods.md what was measured of every method.
+README.md gets accuracy, latency and speed, docs/guide/methods.md what was measured of every method, docs/guide/int8.md
+what int8 costs.
 """
 
 from __future__ import annotations
@@ -12,7 +13,8 @@ from typing import Any
 from edgepet.report import Column, Table, format_bytes, format_number, format_percent, markdown
 
 HERE = Path(__file__).parent
-README, METHODS = HERE.parent / "README.md", HERE.parent / "docs" / "guide" / "methods.md"
+GUIDE = HERE.parent / "docs" / "guide"
+README, METHODS, INT8 = HERE.parent / "README.md", GUIDE / "methods.md", GUIDE / "int8.md"
 FP32_LIMIT = 1e-4  # edgepet.parity.STORED["fp32"]
 HALF_LIMIT = 2e-2  # of the largest logit: edgepet.parity.STORED["fp16"]
 BACKBONES = ("vit-small", "efficientnet-lite0")
@@ -20,7 +22,7 @@ BEGIN, END = "<!-- results: made by benchmarks/report.py -->", "<!-- end of resu
 
 
 def main() -> None:
-    for page, made in ((README, tables()), (METHODS, method_tables())):
+    for page, made in ((README, tables()), (METHODS, method_tables()), (INT8, int8_tables())):
         text = page.read_text()
         before, after = text.split(BEGIN)[0], text.split(END)[1]
         page.write_text(f"{before}{BEGIN}\n\n{made}\n{END}{after}")
@@ -33,6 +35,7 @@ def tables() -> str:
         *(accuracy(results[f"accuracy-{name}"]) for name in BACKBONES),
         *(latency(results[f"latency-{name}"]) for name in BACKBONES),
         half(results["half"]),
+        shared_int8(results["shared-int8"], results["int8"]),
         speed(results["training"], results["export"]),
     ]
     return "\n".join(parts)
@@ -186,6 +189,105 @@ def half(result: dict[str, Any]) -> str:
     )
     told = "Beside the tuned network in fp32, on held-out images; the limit is 2e-2."
     return f"{markdown(Table('fp16', columns, rows))}\n{told} {source(result)}\n"
+
+
+FORMS = (  # a column of the int8 tables, and what it is called in the results
+    ("fp32", "fp32 onnxruntime"),
+    ("fp16", "fp16 openvino"),
+    ("int8, ONNX Runtime", "int8 onnxruntime"),
+    ("int8, OpenVINO", "int8 openvino"),
+    ("shared, ONNX Runtime", "shared int8 onnxruntime"),
+    ("shared, OpenVINO", "shared int8 openvino"),
+    ("NNCF, ONNX Runtime", "nncf default onnxruntime"),
+    ("NNCF, OpenVINO", "nncf default openvino"),
+    ("quantize_static", "onnxruntime default onnxruntime"),
+)
+
+
+def int8_tables() -> str:
+    """Every cell of int8, what the shared backbone costs, and what tuning on it repairs."""
+    results = committed()
+    result = results["int8"]
+    parts = [int8_accuracy(result, backbone) for backbone in BACKBONES]
+    n = {row["n"] for row in result["rows"]}.pop()
+    parts.append(
+        f"Test top-1 on {n} images. One Q/DQ file runs on ONNX Runtime and OpenVINO, and TensorRT-RTX built it in every"
+        " cell; `shared` is the same pack on the int8 backbone of all tasks. NNCF and `quantize_static` at their"
+        f" defaults, on the same fp32 model and calibration images. {source(result)}\n"
+    )
+    parts += [shared_int8(results["shared-int8"], result), repaired(results["int8-tuning"])]
+    return "\n".join(parts)
+
+
+def int8_accuracy(result: dict[str, Any], backbone: str) -> str:
+    found = [row for row in result["rows"] if row["backbone"] == backbone]
+    rows = [(row["task"], row["method"], *(format_percent(row["top1"][key]) for _, key in FORMS)) for row in found]
+    lost = ("mean loss, points", "", *(f"{mean_loss(found, key):.2f}" for _, key in FORMS))
+    columns = (Column("task"), Column("method"), *(Column(name, right=True) for name, _ in FORMS))
+    return markdown(Table(f"int8, demo:{backbone}", columns, [*rows, lost]))
+
+
+def mean_loss(rows: list[dict[str, Any]], key: str) -> float:
+    """Points of top-1 below fp32 of the same runtime, the mean over rows."""
+    runtime = key.rpartition(" ")[2]
+    return 100 * sum(row["top1"][f"fp32 {runtime}"] - row["top1"][key] for row in rows) / len(rows)
+
+
+def shared_int8(result: dict[str, Any], accuracy: dict[str, Any]) -> str:
+    """What a further task on the int8 backbone costs."""
+    rows = []
+    for name, found in result["backbones"].items():
+        of = [row for row in accuracy["rows"] if (row["backbone"], row["method"]) == (name, "ssf")]
+        for runtime, cell in found["latency"].items():
+            ratios = cell["ratios"]
+            rows.append(
+                (
+                    f"{name}, {runtime}",
+                    f"{cell['p50_ms']['fp32']:.1f}",
+                    f"{cell['p50_ms']['own']:.1f}",
+                    f"{cell['p50_ms']['shared']:.1f}",
+                    f"{ratios['shared / own']['median']:.2f}",
+                    f"{ratios['shared / fp32']['median']:.2f}",
+                    f"{1000 * max(0.0, cell['switch_ms']):.0f} µs",
+                    format_bytes(round(found["memory"][runtime]["further_bytes"])),
+                    f"{mean_loss(of, f'shared int8 {runtime}') - mean_loss(of, f'int8 {runtime}'):+.2f}",
+                )
+            )
+    numbers = (
+        "fp32 ms",
+        "own int8 ms",
+        "shared ms",
+        "shared / own",
+        "shared / fp32",
+        "switch",
+        "memory a task",
+        "points below own",
+    )
+    columns = (Column("backbone, runtime"), *(Column(name, right=True) for name in numbers))
+    shown = markdown(Table("One int8 backbone for all tasks, SSF", columns, rows))
+    told = [
+        f"{name}: codes {format_bytes(found['codes_bytes'])} for {format_bytes(found['fp32_bytes'])} in fp32,"
+        f" packs {format_bytes(min(found['pack_bytes'].values()))} to {format_bytes(max(found['pack_bytes'].values()))}."
+        for name, found in result["backbones"].items()
+    ]
+    rounds = f"Median of {result['runs']} runs of {result['rounds']} interleaved rounds"
+    told.append(f"{rounds}, {result['threads']} threads, batch 1. {source(result)}")
+    return f"{shown}\n{' '.join(told)}\n"
+
+
+def repaired(result: dict[str, Any]) -> str:
+    """What tuning on the quantised backbone gives back."""
+    rows = [
+        (
+            row["backbone"], row["task"], row["bits"], format_percent(row["fp32"]), format_percent(row["after"]),
+            format_percent(row["tuned"]), f"{100 * row['recovered']:.0f} %",
+        )
+        for row in result["rows"]
+    ]  # fmt: skip
+    numbers = ("fp32", "tuned in fp32, then rounded", "tuned on the codes", "of the loss recovered")
+    columns = (Column("backbone"), Column("task"), Column("weights"), *(Column(name, right=True) for name in numbers))
+    told = f"Test top-1 of SSF on {result['n']} images, weights and activations rounded, by ONNX Runtime."
+    return f"{markdown(Table('Tuning on the quantised backbone', columns, rows))}\n{told} {source(result)}\n"
 
 
 def speed(training: dict[str, Any], export: dict[str, Any]) -> str:

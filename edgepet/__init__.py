@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from edgepet.backbones import Backbone as Backbone
+    from edgepet.calibrating import calibrate as calibrate
+    from edgepet.calibrating import share as share
     from edgepet.delta import Delta as Delta
     from edgepet.deploy import export as export
     from edgepet.deploy import merge as merge
@@ -47,6 +49,7 @@ _HOME = {
     "Preprocess": "edgepet.spec",
     "SSF": "edgepet.methods",
     "bench": "edgepet.ondevice",
+    "calibrate": "edgepet.calibrating",
     "evaluate": "edgepet.ondevice",
     "export": "edgepet.deploy",
     "export_peft": "edgepet.interchange",
@@ -55,6 +58,7 @@ _HOME = {
     "merge": "edgepet.deploy",
     "pretrain": "edgepet.training",
     "read_pack": "edgepet.pack",
+    "share": "edgepet.calibrating",
     "storage": "edgepet.ondevice",
     "train": "edgepet.training",
     "verify": "edgepet.deploy",
