@@ -4,7 +4,8 @@
 
 Four tasks, two backbones, SSF and LoRA. One Q/DQ file a pack runs on ONNX Runtime and OpenVINO and is built by
 TensorRT-RTX; the same pack also runs on the int8 backbone that all tasks share. NNCF and ONNX Runtime quantise the same
-fp32 model with the same images. Needs the extra ``bench`` and the Debian package dataset-fashion-mnist. Rows of an interrupted run are kept beside the packs. Writes ``results/int8.json``.
+fp32 model with the same images. Needs the extra ``bench`` and the Debian package dataset-fashion-mnist. Rows of an
+interrupted run are kept beside the packs. Writes ``results/int8.json``.
 """
 
 from __future__ import annotations

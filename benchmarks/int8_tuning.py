@@ -2,8 +2,8 @@
 
     python benchmarks/int8_tuning.py --dir DIR     # DIR as of benchmarks/int8.py; ten minutes on 2 cores
 
-8-bit weights lose too little on these tasks for a loss to be repaired (``results/int8.json``), so weights have 4 bits and
-activations 8. Codes and divisors are the shared backbone's, ranges those of 128 training images. Writes
+8-bit weights lose too little on these tasks for a loss to be repaired (``results/int8.json``), so weights have 4 bits
+and activations 8. Codes and divisors are the shared backbone's, ranges those of 128 training images. Writes
 ``results/int8-tuning.json``.
 """
 

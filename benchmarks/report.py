@@ -267,7 +267,7 @@ def shared_int8(result: dict[str, Any], accuracy: dict[str, Any]) -> str:
     shown = markdown(Table("One int8 backbone for all tasks, SSF", columns, rows))
     told = [
         f"{name}: codes {format_bytes(found['codes_bytes'])} for {format_bytes(found['fp32_bytes'])} in fp32,"
-        f" packs {format_bytes(min(found['pack_bytes'].values()))} to {format_bytes(max(found['pack_bytes'].values()))}."
+        f" packs up to {format_bytes(max(found['pack_bytes'].values()))}."
         for name, found in result["backbones"].items()
     ]
     rounds = f"Median of {result['runs']} runs of {result['rounds']} interleaved rounds"

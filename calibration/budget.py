@@ -137,8 +137,12 @@ def within_budget(
 
 
 def _too_much(where: str, budget: float, last: Drop, layers: Sequence[LayerDrop]) -> CheckError:
-    told = "\n".join(f"  {layer.name}: {layer.drop:+.2f} points, divergence {layer.kl:.2g}" for layer in layers[:MOST_NAMED])
+    told = "\n".join(
+        f"  {layer.name}: {layer.drop:+.2f} points, divergence {layer.kl:.2g}" for layer in layers[:MOST_NAMED]
+    )
     more = f"\n  and {len(layers) - MOST_NAMED} more: edgepet calibrate lists all" if len(layers) > MOST_NAMED else ""
     what = f"must lose at most {budget:g} points in int8, with half of its layers in float"
-    got = f"{last.points:.2f} ({last.low:.2f} to {last.high:.2f}) on {last.n} images; alone in int8, the worst first:\n{told}{more}"
-    return CheckError(where, what, got=got, fix="a wider --max-drop, more calibration images, or fp16")
+    got = f"{last.points:.2f} ({last.low:.2f} to {last.high:.2f}) on {last.n} images; alone in int8, the worst first:"
+    return CheckError(
+        where, what, got=f"{got}\n{told}{more}", fix="a wider --max-drop, more calibration images, or fp16"
+    )

@@ -105,7 +105,9 @@ class Calibration:
         for candidates in searched:
             for recipe in candidates(best):
                 if recipe not in tried:
-                    tried[recipe] = divergence(self._held_out, answers(self.made(recipe).model, self._images.held_out_images))
+                    tried[recipe] = divergence(
+                        self._held_out, answers(self.made(recipe).model, self._images.held_out_images)
+                    )
             best = min(tried, key=lambda recipe: tried[recipe])
         return tuple(Tried(recipe=recipe, kl=kl) for recipe, kl in sorted(tried.items(), key=lambda item: item[1]))
 
@@ -132,7 +134,11 @@ class Calibration:
         return tuple(sorted(found, key=lambda layer: -layer.kl))
 
     def run(
-        self, *, max_drop: float | None = None, recipe: Recipe | None = None, stage: Callable[[str], None] = lambda name: None
+        self,
+        *,
+        max_drop: float | None = None,
+        recipe: Recipe | None = None,
+        stage: Callable[[str], None] = lambda name: None,
     ) -> Calibrated:
         """Choose a recipe, unless it is given, and hold the budget.
 

@@ -1,4 +1,4 @@
-"""The merged graph as precision passes want it: constants are initializers, batch norms are part of the convolutions."""
+"""The merged graph as precision passes want it: constants are initializers, batch norms parts of convolutions."""
 
 from __future__ import annotations
 

@@ -194,6 +194,4 @@ def _joined(sets: Sequence[ImageSet]) -> ImageSet:
 
 def _part(images: ImageSet, indices: Sequence[int]) -> ImageSet:
     ordered = sorted(indices)
-    return ImageSet(
-        images.classes, tuple(images.paths[i] for i in ordered), tuple(images.labels[i] for i in ordered)
-    )
+    return ImageSet(images.classes, tuple(images.paths[i] for i in ordered), tuple(images.labels[i] for i in ordered))

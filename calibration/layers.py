@@ -10,7 +10,6 @@ from typing import Any, Literal
 from edgepet.errors import require
 from edgepet.spec import NpArray
 
-
 _FLOAT = 1  # onnx.TensorProto
 
 
@@ -20,8 +19,9 @@ class Layer:
 
     ``name`` is what people call it, ``blocks.0.attn.qkv``. ``weight`` is (out, in) or (out, in / groups, kh, kw);
     ``reads`` is the tensor in front of it and of a padding with zeros, which is the node at ``pad``; ``puts_out`` is
-    behind its bias, and behind a batch norm whose weight, bias, mean and variance are ``batch_norm``. ``padded``: it sees zeros around what it reads. ``norm`` are weight and bias of the layer norm
-    that puts out what only this layer reads. ``places`` are its nodes in the graph.
+    behind its bias, and behind a batch norm whose weight, bias, mean and variance are ``batch_norm``. ``padded``: it sees
+    zeros around what it reads. ``norm`` are weight and bias of the layer norm that puts out what only this layer reads.
+    ``places`` are its nodes in the graph.
     """
 
     name: str
@@ -96,11 +96,7 @@ def _found(graph: Graph, weights: Collection[str]) -> Iterator[Layer]:
             layer = _gemm(graph, place)
         elif node.op_type == "Conv":
             layer = _convolution(graph, place)
-        if (
-            layer is not None
-            and layer.weight in weights
-            and graph.initializers[layer.weight].data_type == _FLOAT
-        ):
+        if layer is not None and layer.weight in weights and graph.initializers[layer.weight].data_type == _FLOAT:
             yield layer
 
 
@@ -174,7 +170,11 @@ def _layer(
 ) -> Layer:  # fmt: skip
     made = graph.maker(reads, "LayerNormalization") if len(graph.readers[reads]) == 1 else None
     vectors = list(graph.nodes[made].input[1:]) if made is not None else []
-    norm = (vectors[0], vectors[1]) if len(vectors) == 2 and all(graph.only_reader(v, "LayerNormalization") is not None for v in vectors) else None
+    norm = (
+        (vectors[0], vectors[1])
+        if len(vectors) == 2 and all(graph.only_reader(v, "LayerNormalization") is not None for v in vectors)
+        else None
+    )
     return Layer(
         name=weight.removesuffix(".weight"), kind=kind, reads=reads, weight=weight, bias=bias, puts_out=puts_out,
         norm=norm, padded=padded, places=places, pad=pad,

@@ -248,7 +248,7 @@ def test_ranges_are_measured_on_the_images_that_were_given(tasks: Tasks, tmp_pat
     assert "shapes fp16, ranges on 6 images (calib): fp32 in 13 LayerNormalization, 6 Softmax" in told.out
 
 
-def test_calibration_images_are_for_fp16_only(tasks: Tasks, tmp_path: Path) -> None:
+def test_calibration_images_are_not_for_fp32(tasks: Tasks, tmp_path: Path) -> None:
     message = refused(3, "export", tasks.shapes, "--calib", tasks.data, "-o", tmp_path)
 
-    assert message == "--calib: is for --precision fp16: fp32 needs no images to measure ranges on\n"
+    assert message == "--calib: is for --precision fp16, int8 and auto: fp32 needs no images to measure ranges on\n"
