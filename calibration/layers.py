@@ -19,9 +19,9 @@ class Layer:
 
     ``name`` is what people call it, ``blocks.0.attn.qkv``. ``weight`` is (out, in) or (out, in / groups, kh, kw);
     ``reads`` is the tensor in front of it and of a padding with zeros, which is the node at ``pad``; ``puts_out`` is
-    behind its bias, and behind a batch norm whose weight, bias, mean and variance are ``batch_norm``. ``padded``: it sees
-    zeros around what it reads. ``norm`` are weight and bias of the layer norm that puts out what only this layer reads.
-    ``places`` are its nodes in the graph.
+    behind its bias, and behind a batch norm whose weight, bias, mean and variance are ``batch_norm``. ``padded``: it
+    sees zeros around what it reads. ``norm`` are weight and bias of the layer norm that puts out what only this layer
+    reads. ``places`` are its nodes in the graph.
     """
 
     name: str

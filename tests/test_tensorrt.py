@@ -250,7 +250,7 @@ def test_another_release_of_the_library_is_refused_before_the_gpu_is_asked(folde
         ({"file": "../model.engine"}, ".file: needs one of model.engine, got '../model.engine'"),
         ({"size_bytes": True}, ".size_bytes: needs an integer of at least 1, got True"),
         ({"sms": []}, ".sms: needs one compute capability at least"),
-        ({"precision": "int8"}, ".precision: needs one of fp32, fp16, got 'int8'"),
+        ({"precision": "int4"}, ".precision: needs one of fp32, fp16, int8, got 'int4'"),
         (
             {"input": {"name": "images", "dtype": "float32", "shape": [1, 3, 8, 8]}},
             ".input.shape: needs -1 and 3 or 4 sizes, got [1, 3, 8, 8]",
