@@ -222,8 +222,7 @@ def test_one_grey_image_forty_times_is_one_image(tmp_path: Path) -> None:
         Image.new("RGB", (8, 8), (128, 128, 128)).save(path)
 
     assert refusal(tmp_path) == (
-        f"{tmp_path}: needs at least 32 different images to calibrate on, got 1 in 40 files\n"
-        "  fix: give it more images"
+        f"{tmp_path}: needs at least 32 different images to calibrate on, got 1 in 40 files\n  fix: give it more images"
     )
 
 
@@ -248,9 +247,7 @@ def test_the_test_folder_beside_a_train_folder_is_seen(data: Path) -> None:
     assert got == overlap(data / "train", data / "test", 1, "ash/innocent.png is cedar/07.png")
 
 
-def test_the_test_folder_beside_a_train_folder_is_seen_from_inside(
-    data: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_test_folder_beside_a_train_folder_is_seen_from_inside(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shutil.copy(data / "test" / "cedar" / "07.png", data / "train" / "ash" / "innocent.png")
     monkeypatch.chdir(data / "train")
 

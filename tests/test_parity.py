@@ -22,9 +22,7 @@ def test_equal_answers_are_equal() -> None:
     )
 
 
-@pytest.mark.parametrize(
-    ("stored", "limit", "least"), [("fp32", 4e-4, 0.0), ("fp16", 0.08, 0.99), ("int8", None, 0.9)]
-)
+@pytest.mark.parametrize(("stored", "limit", "least"), [("fp32", 4e-4, 0.0), ("fp16", 0.08, 0.99), ("int8", None, 0.9)])
 def test_a_limit_is_a_fraction_of_the_largest_logit(stored: Precision, limit: float | None, least: float) -> None:
     parity = judged(-LOGITS, stored, -LOGITS)
 
