@@ -120,15 +120,15 @@ def within_budget(
         return (), first, ()
     layers = tuple(ranked())
     names = [layer.name for layer in layers]
-    most, step, tried = len(names) // 2, 1, dict[int, Drop]()
-    while step <= most:
-        tried[step] = judge(tuple(names[:step]))
-        if tried[step].points <= budget:
+    most, low, tried = len(names) // 2, 0, {0: first}
+    while low < most:
+        high = min(max(2 * low, 1), most)
+        tried[high] = judge(tuple(names[:high]))
+        if tried[high].points <= budget:
             break
-        step *= 2
+        low = high
     else:
-        raise _too_much(where, budget, tried.get(step // 2, first), layers)
-    low, high = step // 2, step
+        raise _too_much(where, budget, tried[low], layers)
     while high - low > 1:  # fewer may do
         middle = (low + high) // 2
         tried[middle] = judge(tuple(names[:middle]))

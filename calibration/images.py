@@ -114,8 +114,8 @@ def calibration_images(
         what = f"needs at least {LEAST} different images to calibrate on"
         raise InputError(str(folder), what, got=f"{len(chosen)} in {len(source)} files", fix="give it more images")
     digests = {_name(source.paths[i], folder): digest for i, digest in chosen}
-    _require_apart(folder, evaluation, {digest: name for name, digest in digests.items()}, clips)
-    held = max(len(source.classes), round(HELD_OUT * len(chosen)))
+    _require_apart(folder, evaluation, judged, clips)
+    held = min(max(len(source.classes), round(HELD_OUT * len(chosen))), len(chosen) // 2)
     indices = [i for i, _ in chosen]
     return CalibrationImages(
         folder=folder,
@@ -151,13 +151,13 @@ def _distinct(images: ImageSet, order: Iterator[int], count: int) -> Iterator[tu
             return
 
 
-def _require_apart(folder: Path, evaluation: FilePath | None, mine: Mapping[str, str], clips: bool) -> None:
-    """Refuse a file that a test split has too, by its content."""
+def _require_apart(folder: Path, evaluation: FilePath | None, judged: ImageSet, clips: bool) -> None:
+    """Refuse a file that a test split has too, by its content; all of train and val judge a budget, drawn or not."""
     places = [folder / "test", folder.absolute().parent / "test"]
     places += [] if evaluation is None else [Path(evaluation) / "test", Path(evaluation)]
+    places = [place for place in places if place.name == "test" and place.is_dir()]
+    mine = {_digest(path): _name(path, folder) for path in reversed(judged.paths)} if places else {}
     for place in places:
-        if place.name != "test" or not place.is_dir():
-            continue
         held = place.absolute()
         theirs = (path for path in sorted(held.glob("*/*")) if not path.name.startswith(".") and path.is_dir() == clips)
         common = [path for path in theirs if mine.get(_digest(path))]

@@ -6,7 +6,8 @@
     <folder>/graph-112-int8.json              the layers, the slots and the digests of the files
 
 A scale and shift of outputs leaves codes alone: W ~ diag(s) C gives diag(g) W ~ diag(g s) C. So a task made of
-out-scales and additions to vectors (SSF, BitFit, norm tuning, IA3) is its slots. Any other delta is folded into what
+out-scales and additions to vectors (SSF, BitFit, norm tuning) is its slots; IA3 is in all layers whose outputs it
+scales, but it scales what the second layer of an MLP reads. Any other delta is folded into what
 the codes stand for and coded again by the same recipe; the codes that changed are that task's own memory. Reading needs
 neither torch nor ``onnx``. The files are made by ``edgepet.calibration.shared``.
 """
@@ -233,9 +234,12 @@ def task_ranges(graph: Int8Graph, delta: Delta) -> dict[str, Range]:
     fix = "run `edgepet calibrate TASK.pet --calib DIR -o OUT.pet`"
     if delta.int8 is None:
         raise InputError(f"task {delta.task!r}", "has no activation ranges for the int8 backbone", fix=fix)
-    if delta.int8.codes != graph.codes_sha256 or len(delta.int8.ranges) != len(graph.reads):
+    if delta.int8.codes != graph.codes_sha256:
         what = f"has ranges for the int8 codes {delta.int8.codes[:12]}"
         raise InputError(f"task {delta.task!r}", what, got=graph.codes_sha256[:12], fix=fix)
+    if len(delta.int8.ranges) != len(graph.reads):
+        what = f"needs {len(graph.reads)} activation ranges for the int8 backbone"
+        raise InputError(f"task {delta.task!r}", what, got=len(delta.int8.ranges), fix=fix)
     return dict(zip(graph.reads, delta.int8.ranges, strict=True))
 
 

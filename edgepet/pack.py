@@ -32,6 +32,7 @@ Codec: TypeAlias = Literal["fp32", "fp16"]
 CODECS: dict[Codec, type[np.floating]] = {"fp32": np.float32, "fp16": np.float16}
 FORMAT, VERSION = "edgepet-pack", 1
 MAX_HEADER_BYTES = 1 << 20
+LEAST_SCALE, MOST = float(np.finfo(np.float32).tiny), float(np.finfo(np.float32).max)  # runtimes take float32
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -191,8 +192,8 @@ def _int8(table: Table) -> Int8Ranges:
     ranges = []
     for index, pair in enumerate(table.sequence("ranges")):
         numbers = isinstance(pair, list) and len(pair) == 2 and all(isinstance(n, float) and isfinite(n) for n in pair)
-        if not numbers or pair[0] <= 0:
-            what = "needs a scale above 0 and a shift, both finite numbers with a decimal point"
+        if not numbers or not LEAST_SCALE <= pair[0] <= MOST or abs(pair[1]) > MOST:
+            what = "needs a scale above 0 and a shift, both finite float32 numbers with a decimal point"
             raise PackError(f"{table.where}.ranges[{index}]", what, got=json.dumps(pair)[:80])
         ranges.append(Range(scale=pair[0], shift=pair[1]))
     codes = table.text("codes")

@@ -12,6 +12,7 @@ from edgepet.backbones import Backbone
 from tests.flow import adapter as adapter
 from tests.flow import artifacts as artifacts
 from tests.flow import graph as graph
+from tests.flow import networks as networks
 from tests.flow import store as store
 from tests.flow import tasks as tasks
 from tests.tiny import tiny_vit

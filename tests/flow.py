@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -16,10 +18,15 @@ from PIL import Image, ImageDraw
 
 from edgepet.backbones import Backbone
 from edgepet.cli import main
+from edgepet.delta import Delta, Score
 from edgepet.graph import BaseGraph
+from edgepet.merging import merge
+from edgepet.methods import SSF, Method
 from edgepet.store import Store
 from edgepet.subject import Subject
+from tests.tiny import perturb, tiny_vit
 
+needs_tensorrt_rtx = pytest.mark.skipif(find_spec("tensorrt_rtx") is None, reason="needs the package tensorrt_rtx")
 has_openvino = find_spec("openvino") is not None
 needs_openvino = pytest.mark.skipif(not has_openvino, reason="needs the package openvino")
 FORMATS = ["onnx", pytest.param("openvino", marks=needs_openvino)]
@@ -153,6 +160,44 @@ def adapter(tasks: Tasks, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def graph(tasks: Tasks, artifacts: Artifacts) -> BaseGraph:
     """The base graph that the exports left in the cache."""
     return Subject(tasks.shapes, None, None).graph
+
+
+@dataclass(frozen=True)
+class Network:
+    """A tiny backbone of one architecture with its traced graph, and a task's fp32 model on it."""
+
+    backbone: Backbone
+    graph: BaseGraph
+    delta: Delta
+    model: Any
+
+    def task(self, method: Method, *, name: str = "flowers", seed: int = 3, by: float = 0.02) -> Delta:
+        """A task of five classes, its tensors ``by`` away from the method's start."""
+        return task_on(self.backbone, method, name=name, seed=seed, by=by)
+
+
+def task_on(backbone: Backbone, method: Method, *, name: str, seed: int, by: float) -> Delta:
+    from edgepet.tune import TunedModel, extract
+
+    tuned = perturb(TunedModel(backbone, method, 5), seed=seed, by=by)
+    return extract(tuned, backbone, task=name, labels=tuple("abcde"), val=Score(top1=1.0, n=3))
+
+
+@pytest.fixture(scope="session")
+def networks(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Network]:
+    """Architecture -> ``Network`` with an SSF task; each is traced once a session."""
+    from edgepet.exporters.onnx import build_model
+    from edgepet.exporters.trace import base_graph
+
+    @functools.cache
+    def network(architecture: str) -> Network:
+        folder = tmp_path_factory.mktemp(architecture)
+        backbone = tiny_vit(folder, seed=7, architecture=architecture)
+        graph = base_graph(backbone, root=folder)
+        delta = task_on(backbone, SSF(), name="flowers", seed=3, by=0.02)
+        return Network(backbone, graph, delta, build_model(graph, merge(graph.base, delta), delta))
+
+    return network
 
 
 @pytest.fixture

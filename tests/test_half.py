@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from importlib.util import find_spec
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,20 +14,14 @@ from onnx import TensorProto, helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 
 from edgepet.calibration.half import LARGEST, Kept, stored_types, to_half
-from edgepet.delta import Score
 from edgepet.errors import CheckError, InputError
-from edgepet.exporters.onnx import build_model, serialize
+from edgepet.exporters.onnx import serialize
 from edgepet.exporters.tensorrt import build_engines
-from edgepet.exporters.trace import base_graph
-from edgepet.merging import merge
-from edgepet.methods import SSF
 from edgepet.spec import NpArray
-from edgepet.tune import TunedModel, extract
-from tests.flow import Tasks, edgepet, needs_openvino, refused
-from tests.tiny import perturb, random_images, tiny_vit
+from tests.flow import Network, Tasks, edgepet, needs_openvino, needs_tensorrt_rtx, refused
+from tests.tiny import random_images
 
 IMAGES = random_images(4, 8)
-needs_tensorrt_rtx = pytest.mark.skipif(find_spec("tensorrt_rtx") is None, reason="needs the package tensorrt_rtx")
 
 
 def run(model: Any, images: NpArray = IMAGES) -> NpArray:
@@ -44,14 +38,9 @@ def weight_bytes(model: Any) -> int:
 
 
 @pytest.fixture(scope="module", params=["test_vit", "test_resnet", "test_efficientnet", "convnextv2_atto"])
-def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
+def model(request: pytest.FixtureRequest, networks: Callable[[str], Network]) -> Any:
     """A task's fp32 model on a tiny network: a transformer, and ConvNets with batch norm and with layer norm."""
-    folder = tmp_path_factory.mktemp(request.param)
-    backbone = tiny_vit(folder, seed=7, architecture=request.param)
-    graph = base_graph(backbone, root=folder)
-    tuned = perturb(TunedModel(backbone, SSF(), 5), seed=3, by=0.02)
-    delta = extract(tuned, backbone, task="flowers", labels=tuple("abcde"), val=Score(top1=1.0, n=3))
-    return build_model(graph, merge(graph.base, delta), delta)
+    return networks(request.param).model
 
 
 def test_the_answers_stay_and_the_weights_take_half_the_bytes(model: Any) -> None:

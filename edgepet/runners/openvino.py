@@ -140,6 +140,9 @@ def _stateful(model: Any) -> Any:
         if parameter.get_friendly_name() == INPUT:
             images.append(parameter)
             continue
+        targets = parameter.output(0).get_target_inputs()
+        if not targets:  # the shift of a tensor that is padded: a state that nothing reads cannot be compiled
+            continue
         shape = parameter.get_output_shape(0)
         info = openvino.op.util.VariableInfo()
         info.data_shape, info.data_type = openvino.PartialShape(shape), openvino.Type.f32
@@ -147,7 +150,7 @@ def _stateful(model: Any) -> Any:
         variable = openvino.op.util.Variable(info)
         start = openvino.op.Constant(np.ones(tuple(shape), np.float32))
         read = opset.read_value(start, variable)
-        for target in parameter.output(0).get_target_inputs():
+        for target in targets:
             target.replace_source_output(read.output(0))
         sinks.append(opset.assign(read, variable))
     return openvino.Model(model.get_results(), sinks, images, "int8")
