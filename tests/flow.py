@@ -66,10 +66,10 @@ def refused(code: int, *arguments: object) -> str:
     return said.err
 
 
-def draw_shapes(folder: Path) -> None:
-    """train/, val/ and test/ of coloured shapes on noise, 48 x 40 pixels."""
+def draw_shapes(folder: Path, splits: dict[str, int] = SPLITS) -> None:
+    """train/, val/ and test/ of coloured shapes on noise, 48 x 40 pixels; ``splits`` are images of each class."""
     rng = np.random.default_rng(5)
-    for split, count in SPLITS.items():
+    for split, count in splits.items():
         for name, colour in zip(CLASSES, ("red", "green", "blue"), strict=True):
             (folder / split / name).mkdir(parents=True)
             for number in range(count):

@@ -16,7 +16,7 @@ import edgepet as package
 from edgepet import ondevice
 from edgepet.cli import main
 from edgepet.parity import interval
-from tests.flow import CLASSES, Artifacts, Tasks, edgepet, has_openvino, train_arguments
+from tests.flow import CLASSES, Artifacts, Tasks, draw_shapes, edgepet, has_openvino, train_arguments
 
 OPTIONAL_NUMBER = (float, NoneType)
 PARITY = {"max_abs": float, "top1_agreement": float, "n": int, "inputs": str, "against": str}
@@ -54,6 +54,7 @@ PROMISED: dict[str, Any] = {
             }
         ]
     },
+    "calibrate": {"layers": [{"name": str, "drop": float}], "recipe": dict, "ranges": dict, "drop": dict},
     "verify": {"ok": bool, "checks": [{"name": str, "ok": bool, "value": float, "limit": float}]},
     "bench": {"rows": [LATENCY], "environment": dict},
     "storage": {
@@ -95,10 +96,8 @@ OPTIONS = {
     "report": ["-o"],
     "demo": ["--dir"],
 }  # fmt: skip
-NOT_YET_VERBS = {"calibrate", "pack", "keygen", "device", "report"}
-NOT_YET = {
-    ("export", "--max-drop"), ("storage", "--backbone"),
-}  # fmt: skip
+NOT_YET_VERBS = {"pack", "keygen", "device", "report"}
+NOT_YET = {("storage", "--backbone")}
 VERBS = [verb for verb in OPTIONS if verb not in NOT_YET_VERBS]
 
 
@@ -121,12 +120,14 @@ def misfits(value: Any, shape: Any, where: str = "") -> list[str]:
 def commands(tasks: Tasks, artifacts: Artifacts, adapter: Path, tmp_path: Path) -> dict[str, list[object]]:
     """A command of every verb that ends well, ``train`` and ``demo`` aside: they are run once for the session."""
     shapes = tasks.shapes
+    draw_shapes(tmp_path / "many", {"train": 12, "val": 4})
     return {
         "doctor": ["doctor"],
         "methods": ["methods", "--backbone", tasks.spec, "--img-size", 32],
         "eval": ["eval", shapes, tasks.data],
         "merge": ["merge", shapes, "-o", tmp_path / "m.safetensors"],
         "export": ["export", shapes, "-o", tmp_path / "out"],
+        "calibrate": ["calibrate", shapes, "--calib", tmp_path / "many"],
         "verify": ["verify", artifacts.of("shapes", "onnx")],
         "bench": ["bench", shapes, artifacts.of("shapes", "onnx"), "--rounds", 3, "--runtime", "onnxruntime,torch"],
         "storage": ["storage", shapes, tasks.tints, "--devices", 10],
