@@ -166,6 +166,8 @@ def defaults(fp32: Path, pack: Path, data: Path, folder: Path) -> Iterator[tuple
         def get_next(self) -> dict[str, NpArray] | None:
             return next(self._left, None)
 
+    if delta.method != "ssf":  # minutes a model, in which it adds a node for every tensor
+        return
     quantize_static(str(fp32), str(folder / "static.onnx"), Reader())
     yield "onnxruntime default onnxruntime", OnnxRuntime.of_model(folder / "static.onnx")
 
