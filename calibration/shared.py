@@ -133,7 +133,7 @@ def _described(layer: Layer) -> Int8Layer:
 
 
 def _as_json(layer: Int8Layer) -> dict[str, object]:
-    return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(layer).items()}
+    return asdict(layer) | {"norm": list(layer.norm or ()), "batch_norm": list(layer.batch_norm or ())}
 
 
 def _vectors(graph: Graph, layers: tuple[Layer, ...], places: Mapping[str, Place]) -> dict[str, int]:

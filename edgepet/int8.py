@@ -169,15 +169,18 @@ def open_int8(fingerprint: str, preprocess: Preprocess, *, root: Path | None = N
 
 
 def _layer(table: Table) -> Int8Layer:
-    names = table.raw("norm"), table.raw("batch_norm")
+    norm, batch_norm = table.texts("norm"), table.texts("batch_norm")
+    for names, key, count in ((norm, "norm", 2), (batch_norm, "batch_norm", 4)):
+        if len(names) not in (0, count):
+            raise InputError(f"{table.where}.{key}", f"needs {count} names or none", got=len(names))
     layer = Int8Layer(
         name=table.text("name"),
         kind="linear" if table.text("kind", choices=["linear", "conv"]) == "linear" else "conv",
         reads=table.text("reads"),
         weight=table.text("weight"),
         bias=None if table.absent("bias") else table.text("bias"),
-        norm=None if names[0] is None else tuple(names[0]),
-        batch_norm=None if names[1] is None else tuple(names[1]),
+        norm=(norm[0], norm[1]) if norm else None,
+        batch_norm=(batch_norm[0], batch_norm[1], batch_norm[2], batch_norm[3]) if batch_norm else None,
         epsilon=table.number("epsilon"),
         padded=table.boolean("padded"),
     )
@@ -240,7 +243,12 @@ def task_ranges(graph: Int8Graph, delta: Delta) -> dict[str, Range]:
     if len(delta.int8.ranges) != len(graph.reads):
         what = f"needs {len(graph.reads)} activation ranges for the int8 backbone"
         raise InputError(f"task {delta.task!r}", what, got=len(delta.int8.ranges), fix=fix)
-    return dict(zip(graph.reads, delta.int8.ranges, strict=True))
+    ranges = dict(zip(graph.reads, delta.int8.ranges, strict=True))
+    for layer in graph.layers:
+        if ranges[layer.reads].shift and (layer.padded or scaled_by_norm(layer)):
+            what = f"{layer.reads} is read with zeros around it or behind a layer norm, and can have no shift"
+            raise InputError(f"task {delta.task!r}", what, got=ranges[layer.reads].shift, fix=fix)
+    return ranges
 
 
 def _folded(graph: Int8Graph, delta: Delta) -> tuple[dict[str, NpArray], dict[str, CodedWeight]]:
@@ -248,6 +256,8 @@ def _folded(graph: Int8Graph, delta: Delta) -> tuple[dict[str, NpArray], dict[st
     if delta.branches:
         raise InputError(f"task {delta.task!r}", "has branches, which the int8 backbone does not take yet")
     weights = {layer.weight: layer for layer in graph.layers}
+    foldable = {*graph.vectors, *(layer.bias for layer in graph.layers)}
+    foldable |= {name for layer in graph.layers for name in layer.batch_norm or ()}
     by_tensor: dict[str, list[Targeted]] = {}
     for targeted in delta.updates:
         by_tensor.setdefault(targeted.target.tensor, []).append(targeted)
@@ -266,18 +276,12 @@ def _folded(graph: Int8Graph, delta: Delta) -> tuple[dict[str, NpArray], dict[st
         changed = fold_all({name: tensor}, updates)[name]
         if name in weights and not rows:
             codes[name] = coded(changed, made.divisors)
-        elif name in weights or name in graph.vectors or _is_batch_norm(graph, name):
+        elif name in weights or name in foldable:
             folded[name] = changed
         else:
             what = "is a constant of the int8 graph and cannot change"
             raise InputError(f"{delta.task}: {name}", what, fix="run this task in fp32")
     return folded, codes
-
-
-def _is_batch_norm(graph: Int8Graph, name: str) -> bool:
-    return any(name in layer.batch_norm for layer in graph.layers if layer.batch_norm) or any(
-        name == layer.bias for layer in graph.layers
-    )
 
 
 def _keeps_codes(targeted: Targeted) -> bool:
