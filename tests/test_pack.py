@@ -7,6 +7,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,8 @@ from hypothesis import strategies as st
 
 from edgepet.branches import BRANCHES, Branch
 from edgepet.canonical import canonical_json
-from edgepet.delta import Delta, Head, Score
+from edgepet.codes import Range
+from edgepet.delta import Delta, Head, Int8Ranges, Score
 from edgepet.errors import InputError, PackError
 from edgepet.expressions import Binary, Mix
 from edgepet.methods import SSF, Consolidator, LoRA, Method
@@ -441,6 +443,39 @@ def branched(change: Callable[[dict[str, Any], dict[str, NpArray]], object] = la
     return safetensors.numpy.save(tensors, metadata={"edgepet": canonical_json(manifest).decode()})
 
 
+def calibrated(change: Callable[[dict[str, Any]], object] = lambda int8: None) -> bytes:
+    """A pack with two ranges for an int8 backbone, its section changed."""
+    ranges = (Range(scale=0.5), Range(scale=1.25e-05, shift=-3.0))
+    data = encode_pack(make_delta(int8=Int8Ranges(codes="0f" * 32, ranges=ranges)), codec="fp32")
+    manifest = manifest_of(data)
+    change(manifest["int8"])
+    tensors = safetensors.numpy.load(data)
+    return safetensors.numpy.save(tensors, metadata={"edgepet": canonical_json(manifest).decode()})
+
+
+def test_ranges_for_an_int8_backbone_come_out_as_they_went_in() -> None:
+    data = calibrated()
+
+    read = read_pack(data)
+
+    assert manifest_of(data)["int8"] == {"codes": "0f" * 32, "ranges": [[0.5, 0.0], [1.25e-05, -3.0]]}
+    assert read.delta.int8 == Int8Ranges(codes="0f" * 32, ranges=(Range(scale=0.5), Range(scale=1.25e-05, shift=-3.0)))
+    assert encode_pack(read.delta, codec="fp32") == data
+    plain = encode_pack(replace(read.delta, int8=None), codec="fp32")
+    assert "int8" not in manifest_of(plain)
+    assert read_pack(plain).delta.int8 is None
+
+
+def test_ranges_that_a_device_would_refuse_are_not_written(tmp_path: Path) -> None:
+    delta = make_delta(int8=Int8Ranges(codes="0f" * 32, ranges=(Range(scale=0.0),)))
+
+    with pytest.raises(PackError) as refused:
+        write_pack(tmp_path / "x.pet", delta)
+
+    assert str(refused.value) == f"pack.int8.ranges[0]: {A_RANGE}, got [0.0, 0.0]"
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_the_manifest_says_where_branches_read_and_where_they_are_added() -> None:
     (group,) = manifest_of(branched())["branches"]
 
@@ -471,7 +506,49 @@ def test_the_manifest_says_how_a_factor_is_computed() -> None:
 
 
 NEWER = "\n  fix: update edgepet if a newer version wrote this file"
+A_RANGE = "needs a scale above 0 and a shift, both finite float32 numbers with a decimal point"
+
+
+def ranges_to(*value: object) -> bytes:
+    return calibrated(lambda int8: int8.update(ranges=list(value)))
+
+
+def range_to(value: object) -> tuple[bytes, str]:
+    """A pack whose second range is ``value``, and what is said of it."""
+    return ranges_to([0.5, 0.0], value), f"pack.int8.ranges[1]: {A_RANGE}, got {json.dumps(value)}"
+
+
 MALFORMED: dict[str, tuple[bytes, str]] = {
+    # what an int8 backbone needs
+    "ranges for no codes": (calibrated(lambda int8: int8.pop("codes")), "pack.int8: needs the key 'codes'"),
+    "codes without ranges": (calibrated(lambda int8: int8.pop("ranges")), "pack.int8: needs the key 'ranges'"),
+    "codes that are no digest": (
+        calibrated(lambda int8: int8.update(codes="0f" * 31)), f"pack.int8.codes: needs a sha256 of 64 digits, got {'0f' * 31!r}"),
+    "codes in capitals": (
+        calibrated(lambda int8: int8.update(codes="0F" * 32)), f"pack.int8.codes: needs a sha256 of 64 digits, got {'0F' * 32!r}"),
+    "codes that are a path": (
+        calibrated(lambda int8: int8.update(codes="../../etc")), "pack.int8.codes: needs a sha256 of 64 digits, got '../../etc'"),
+    "codes that are a number": (calibrated(lambda int8: int8.update(codes=64)), "pack.int8.codes: needs a text, got 64"),
+    "an int8 section that is a list": (
+        key_to([], "int8"), "pack.int8: needs an object, got []"),
+    "an int8 section of nothing": (key_to(None, "int8"), "pack.int8: needs an object, got None"),
+    "an int8 section with an unknown key": (
+        calibrated(lambda int8: int8.update(bits=4)), f"pack.int8: knows no key 'bits'{NEWER}"),
+    "ranges that are an object": (
+        calibrated(lambda int8: int8.update(ranges={})), "pack.int8.ranges: needs an array, got {}"),
+    "a range without its shift": range_to([0.5]),
+    "a range of three numbers": range_to([0.5, 0.0, 1.0]),
+    "a range that is a number": range_to(0.5),
+    "a range of integers": range_to([1, 0]),
+    "a range whose shift is an integer": range_to([1.0, 0]),
+    "a range of bools": range_to([True, False]),
+    "a range of text": range_to(["0.5", "0.0"]),
+    "a scale of zero": range_to([0.0, 0.0]),
+    "a scale below zero": range_to([-0.5, 0.0]),
+    "a scale that float32 rounds to zero": range_to([1e-50, 0.0]),
+    "a scale beyond float32": range_to([1e39, 0.0]),
+    "a shift beyond float32": range_to([0.5, -1e39]),
+
     # the container
     "an empty file": (b"", f"{CUT}, got 0 bytes{WHOLE}"),
     "a header longer than the file": (b"\xff" * 64, f"{CUT}, got 64 bytes{WHOLE}"),
