@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 import shlex
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -131,6 +133,85 @@ def test_a_merged_task_is_as_fast_as_its_backbone_and_a_tuned_one_is_slower(
             if name.endswith("merged") and "fp32" in name:
                 assert all(0.95 <= ratio[end] <= 1.05 for end in ends), (case["method"], name)
         assert case["ratios"]["torch fp32 tuned"]["low"] > case["ratios"]["torch fp32 merged"]["high"]
+
+
+INT8_PAGE = ROOT / "docs" / "guide" / "int8.md"
+
+
+def test_the_tables_of_int8_are_the_committed_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    monkeypatch.delitem(sys.modules, "report", raising=False)
+    import report
+
+    shown = between(INT8_PAGE.read_text(), report.BEGIN, report.END)
+
+    assert shown == f"\n\n{report.int8_tables()}\n"
+
+
+def int8_rows() -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = json.loads((RESULTS / "int8.json").read_text())["rows"]
+    return rows
+
+
+def mean_loss(rows: list[dict[str, Any]], form: str, runtime: str) -> float:
+    """Points of top-1 that ``form`` loses to fp32 on the same runtime."""
+    return 100 * sum(row["top1"][f"fp32 {runtime}"] - row["top1"][f"{form} {runtime}"] for row in rows) / len(rows)
+
+
+def test_int8_was_tried_on_two_backbones_four_tasks_and_two_methods() -> None:
+    cells = {(row["backbone"], row["task"], row["method"]) for row in int8_rows()}
+
+    tasks = ("digits", "landcover", "elpv", "fashion")
+    assert cells == set(itertools.product(("vit-small", "efficientnet-lite0"), tasks, ("ssf", "lora")))
+
+
+@pytest.mark.parametrize("runtime", ["onnxruntime", "openvino"])
+def test_int8_loses_at_most_half_a_point_on_the_mean(runtime: str) -> None:
+    assert mean_loss(int8_rows(), "int8", runtime) <= 0.5
+
+
+@pytest.mark.parametrize("runtime", ["onnxruntime", "openvino"])
+def test_the_shared_backbone_is_within_a_fifth_of_a_point_of_models_of_their_own(runtime: str) -> None:
+    rows = [row for row in int8_rows() if row["method"] == "ssf"]
+
+    assert mean_loss(rows, "shared int8", runtime) - mean_loss(rows, "int8", runtime) <= 0.2
+
+
+def test_tensorrt_built_the_file_that_the_others_run_with_int8_layers() -> None:
+    assert all(row["tensorrt"]["layers_by_output_type"]["int8"] > 0 for row in int8_rows())
+
+
+def test_no_task_changes_the_shared_codes_and_merged_weights_have_them_too() -> None:
+    backbones = json.loads((RESULTS / "shared-int8.json").read_text())["backbones"]
+
+    assert set(backbones) == {"vit-small", "efficientnet-lite0"}
+    for backbone in backbones.values():
+        assert len(backbone["codes_sha256"]) == 4
+        assert len(set(backbone["codes_sha256"])) == 1
+        for codes in backbone["codes"].values():
+            assert codes["differ_fp64"] == 0
+            assert codes["most_codes_apart"] <= 1
+            assert codes["differ_fp32"] <= 1e-5 * codes["weights"]
+
+
+def test_a_further_task_on_the_shared_codes_costs_next_to_nothing() -> None:
+    backbones = json.loads((RESULTS / "shared-int8.json").read_text())["backbones"]
+
+    for backbone in backbones.values():
+        for runtime, limit in (("onnxruntime", 1.03), ("openvino", 1.08)):
+            assert backbone["latency"][runtime]["ratios"]["shared / own"]["median"] <= limit
+            assert backbone["latency"][runtime]["switch_ms"] <= 1.0
+            assert backbone["memory"][runtime]["further_bytes"] <= 1e6
+    for cell in backbones["vit-small"]["latency"].values():
+        assert cell["ratios"]["shared / fp32"]["median"] <= 0.5
+
+
+def test_tuning_on_the_codes_recovers_half_of_the_worst_loss() -> None:
+    rows = json.loads((RESULTS / "int8-tuning.json").read_text())["rows"]
+    worst = max(rows, key=lambda row: row["fp32"] - row["after"])
+
+    assert worst["fp32"] - worst["after"] >= 0.005
+    assert worst["recovered"] >= 0.5
 
 
 def test_exporting_a_second_task_takes_at_most_a_second() -> None:
