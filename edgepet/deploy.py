@@ -240,7 +240,8 @@ def _fastest(subject: Subject, folder: Path, options: ExportOptions, stage: Call
         try:
             models[precision] = in_precision(subject, precision, options, stage)
         except CheckError as error:
-            refused[precision] = f"{precision} is out: {error.what}, got {str(error.got).splitlines()[0]}"
+            got = str(error.got).splitlines()[0].partition(";")[0]  # without the layers
+            refused[precision] = f"{precision} is out: {error.what}, got {got}"
     chosen = []
     for name in options.to:
         with tempfile.TemporaryDirectory(prefix="edgepet-") as scratch:
