@@ -13,35 +13,43 @@ from __future__ import annotations
 import argparse
 import json
 import tempfile
-from collections.abc import Callable, Iterator
-from dataclasses import asdict
+from collections.abc import Iterator
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from edgepet import ExportOptions, export, read_pack, train
-from edgepet.artifact import open_artifact, read_artifact
-from edgepet.calibrating import share
+from edgepet import read_pack, train
+from edgepet.calibration.half import to_half
 from edgepet.calibration.images import calibration_images
+from edgepet.calibration.int8 import Recipe
+from edgepet.calibration.shared import int8_graph
 from edgepet.data import ImageSet, load_set, open_split
-from edgepet.deploy import Exported
+from edgepet.delta import Delta, Int8Ranges
+from edgepet.exporters.onnx import build_model, serialize
+from edgepet.exporters.tensorrt import build_engines
 from edgepet.imaging import normalize
-from edgepet.int8 import open_int8
+from edgepet.int8 import Int8Graph, task_slots
 from edgepet.machine import environment
+from edgepet.merging import task_tensors
+from edgepet.pack import write_pack
+from edgepet.precision import calibration_of, rounded, shared_calibration
 from edgepet.report import Progress, to_json
+from edgepet.runners.onnxruntime import OnnxRuntime
+from edgepet.runners.openvino import OpenVino
 from edgepet.runtime import SharedInt8
 from edgepet.samples import build_task
 from edgepet.spec import NpArray
+from edgepet.subject import Subject
 
 TASKS = ("digits", "landcover", "elpv", "fashion")
 METHODS = ("ssf", "lora")
 IMAGE_SIZES = {"vit-small": 112, "efficientnet-lite0": 224}
-EPOCHS = {"vit-small": None, "efficientnet-lite0": 4}  # the larger images take their time
+EPOCHS = {"vit-small": 4, "efficientnet-lite0": 2}  # packs that are there already may have had more
 TEST_IMAGES, CALIB_IMAGES, BATCH = 500, 128, 16
 RUNTIMES = ("onnxruntime", "openvino")
 RESULT = Path(__file__).parent / "results" / "int8.json"
-Network = Callable[[NpArray], NpArray]
 
 
 def main() -> None:
@@ -76,50 +84,67 @@ def row(folder: Path, method: str, backbone: str, task: str) -> dict[str, Any]:
 
 def measured(pack: Path, data: Path) -> dict[str, Any]:
     images, labels = test_images(pack, data)
+    subject = Subject(pack, None, None)
+    delta, graph = subject.delta, subject.graph
+    fp32 = build_model(graph, task_tensors(graph.base, delta), delta)
+    chosen = calibration_images(data, delta.labels, delta.preprocess, evaluation=data, count=CALIB_IMAGES)
+    calibration = calibration_of(subject, chosen, fp32)
+    tried = calibration.choose()
     top1: dict[str, float] = {}
 
     def judge(name: str, network: Any) -> None:
         answers = np.concatenate([network(images[i : i + BATCH]).argmax(axis=1) for i in range(0, len(images), BATCH)])
-        top1[name] = float((answers == labels).mean())
-        if hasattr(network, "close"):
-            network.close()
+        top1[f"{name} {network.runtime}"] = float((answers == labels).mean())
+        network.close()
 
     with tempfile.TemporaryDirectory() as scratch:
-        made = exported(pack, data, Path(scratch))
-        for artifact in made:
-            if artifact.format != "tensorrt":
-                opened = open_artifact(artifact.path, read_artifact(artifact.path))
-                judge(f"{artifact.precision} {opened.runtime}", opened)
-        fp32 = next(a.path / "model.onnx" for a in made if (a.precision, a.format) == ("fp32", "onnx"))
-        for name, network in defaults(fp32, pack, data, Path(scratch)):
+        folder, layers = Path(scratch), dict[str, Any]()
+        made = {
+            "fp32": fp32,
+            "fp16": to_half(fp32, chosen.held_out_images, where=delta.task).model,
+            "int8": calibration.made(tried[0].recipe).model,
+        }
+        for precision, model in made.items():
+            path = folder / f"{precision}.onnx"
+            path.write_bytes(serialize(model))
+            for network in (OnnxRuntime.of_model(path), OpenVino.of_model(path)):
+                if precision == "int8":
+                    layers[network.runtime] = network.evidence["layers"]
+                judge(precision, network)
+        for name, network in defaults(folder / "fp32.onnx", chosen.images, folder, static=delta.method == "ssf"):
             judge(name, network)
-        shared = share(pack, data, Path(scratch) / pack.name, images=CALIB_IMAGES)
-        delta = read_pack(Path(scratch) / pack.name).delta
+        (folder / "engine").mkdir()
+        engine = build_engines(serialize(made["int8"]), folder / "engine", precision="int8")
+        int8, expressed = express(pack, data, folder / pack.name)
         for runtime in RUNTIMES:
-            judge(
-                f"shared int8 {runtime}",
-                SharedInt8(open_int8(delta.fingerprint, delta.preprocess), runtime=runtime).bind(delta),
-            )
-        rows = {f"{a.precision} {a.format}": a for a in made}
-        int8 = rows["int8 onnx"]
+            judge("shared int8", SharedInt8(int8, runtime=runtime).bind(expressed))
+        slots = task_slots(int8, expressed)
         return {
             "n": len(labels),
             "epochs": delta.training["epochs"],
             "top1": top1,
-            "size_bytes": {name: a.size_bytes for name, a in rows.items()},
-            "int8": to_json(int8.int8),
-            "layers": {name: a.executed.get("layers") for name, a in rows.items() if a.precision == "int8"},
-            "tensorrt": to_json(rows["int8 tensorrt"].executed),
-            "shared": {
-                "pack_bytes": shared.pack_bytes,
-                "codes_bytes": shared.codes_bytes,
-                "codes_sha256": shared.codes_sha256,
-                "own_memory_bytes": shared.own_memory_bytes,
-                "own_codes_bytes": shared.own_codes_bytes,
-                "recipe": asdict(shared.recipe),
-                "drop": {run.runtime: asdict(run.drop) for run in shared.runs},
-            },
+            "size_bytes": {name: (folder / f"{name}.onnx").stat().st_size for name in made},
+            "recipe": asdict(tried[0].recipe),
+            "held_out_kl": tried[0].kl,
+            "layers": layers,
+            "tensorrt": {"layers_by_output_type": engine.layers, "version": engine.version},
+            "pack_bytes": (folder / pack.name).stat().st_size,
+            "own_memory_bytes": slots.own_bytes,
+            "own_codes_bytes": sum(codes.nbytes for codes in slots.codes.values()),
         }
+
+
+def express(pack: Path, data: Path, output: Path) -> tuple[Int8Graph, Delta]:
+    """Write the pack with its ranges for the int8 backbone, as ``calibrate -o`` does, without judging it."""
+    subject = Subject(pack, None, None)
+    graph = int8_graph(subject.graph)
+    delta = subject.delta
+    chosen = calibration_images(data, delta.labels, delta.preprocess, evaluation=data, count=CALIB_IMAGES)
+    made = shared_calibration(subject, graph, chosen).made(Recipe())
+    ranges = tuple(rounded(made.ranges[name]) for name in graph.reads)
+    expressed = replace(delta, int8=Int8Ranges(codes=graph.codes_sha256, ranges=ranges))
+    write_pack(output, expressed, codec=subject.pack.codec)
+    return graph, expressed
 
 
 def test_images(pack: Path, data: Path) -> tuple[NpArray, NpArray]:
@@ -132,32 +157,17 @@ def test_images(pack: Path, data: Path) -> tuple[NpArray, NpArray]:
     return normalize(pixels, delta.preprocess), order[labels]
 
 
-def exported(pack: Path, data: Path, folder: Path) -> list[Exported]:
-    made: list[Exported] = []
-    for precision, formats in (("fp32", ("onnx", "openvino")), ("fp16", ("onnx", "openvino")),
-                               ("int8", ("onnx", "openvino", "tensorrt"))):  # fmt: skip
-        calib = None if precision == "fp32" else data
-        options = ExportOptions(to=formats, precision=precision, calib=calib, calib_images=CALIB_IMAGES)
-        made += export([pack], folder / precision, options=options).artifacts
-    return made
-
-
-def defaults(fp32: Path, pack: Path, data: Path, folder: Path) -> Iterator[tuple[str, Network]]:
-    """The same fp32 model and images through NNCF and through ONNX Runtime, all settings left alone."""
+def defaults(fp32: Path, images: NpArray, folder: Path, *, static: bool) -> Iterator[tuple[str, Any]]:
+    """The same fp32 model and images through NNCF and ONNX Runtime's ``quantize_static``, all settings left alone."""
     import nncf
     import onnx
     from onnxruntime.quantization import CalibrationDataReader, quantize_static
 
-    from edgepet.runners.onnxruntime import OnnxRuntime
-    from edgepet.runners.openvino import OpenVino
-
-    delta = read_pack(pack).delta
-    images = calibration_images(data, delta.labels, delta.preprocess, count=CALIB_IMAGES).images
     nncf.set_log_level("ERROR")
     dataset = nncf.Dataset([images[i : i + 1] for i in range(len(images))], lambda image: {"images": image})
     onnx.save(nncf.quantize(onnx.load(fp32), dataset), folder / "nncf.onnx")
-    yield "nncf default onnxruntime", OnnxRuntime.of_model(folder / "nncf.onnx")
-    yield "nncf default openvino", OpenVino.of_model(folder / "nncf.onnx")
+    yield "nncf default", OnnxRuntime.of_model(folder / "nncf.onnx")
+    yield "nncf default", OpenVino.of_model(folder / "nncf.onnx")
 
     class Reader(CalibrationDataReader):
         def __init__(self) -> None:
@@ -166,10 +176,9 @@ def defaults(fp32: Path, pack: Path, data: Path, folder: Path) -> Iterator[tuple
         def get_next(self) -> dict[str, NpArray] | None:
             return next(self._left, None)
 
-    if delta.method != "ssf":  # minutes a model, in which it adds a node for every tensor
-        return
-    quantize_static(str(fp32), str(folder / "static.onnx"), Reader())
-    yield "onnxruntime default onnxruntime", OnnxRuntime.of_model(folder / "static.onnx")
+    if static:  # minutes a model, in which it adds nodes for every tensor
+        quantize_static(str(fp32), str(folder / "static.onnx"), Reader())
+        yield "onnxruntime default", OnnxRuntime.of_model(folder / "static.onnx")
 
 
 if __name__ == "__main__":

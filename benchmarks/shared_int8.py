@@ -15,32 +15,24 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from int8 import CALIB_IMAGES
+from int8 import CALIB_IMAGES, TASKS, express
 
 from edgepet import ExportOptions, export, read_pack
 from edgepet.artifact import open_artifact, read_artifact
-from edgepet.calibration.images import calibration_images
-from edgepet.calibration.int8 import Recipe
-from edgepet.calibration.shared import int8_graph
 from edgepet.codes import coded, weight_codes, weight_scales
-from edgepet.delta import Int8Ranges
 from edgepet.files import sha256_file
 from edgepet.int8 import Int8Graph, open_int8, task_slots
 from edgepet.latency import Candidate, measure, ratio, ratio_of_runs
 from edgepet.machine import environment
 from edgepet.merging import fold_all
-from edgepet.pack import write_pack
-from edgepet.precision import rounded, shared_calibration
 from edgepet.report import to_json
 from edgepet.runtime import SharedInt8, open_task
 from edgepet.subject import Subject
 
-TASKS = ("digits", "landcover", "elpv", "fashion")
 BACKBONES = ("vit-small", "efficientnet-lite0")
 RUNTIMES = {"onnxruntime": "onnx", "openvino": "openvino"}
 THREADS, ROUNDS, RUNS, FURTHER = 2, 100, 3, 20
@@ -73,7 +65,7 @@ def backbone(folder: Path, name: str) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as scratch:
         digests, slots = [], {}
         for pack, task in zip(packs, TASKS, strict=True):
-            slots[task] = express(pack, folder / task, Path(scratch) / f"{task}.pet")
+            slots[task] = task_slots(*express(pack, folder / task, Path(scratch) / f"{task}.pet")).own_bytes
             digests.append(sha256_file(graph_of(Path(scratch) / f"{task}.pet").codes_path))
         options = ExportOptions(
             to=("onnx", "openvino"), precision="int8", calib=folder / TASKS[0], calib_images=CALIB_IMAGES
@@ -91,18 +83,6 @@ def backbone(folder: Path, name: str) -> dict[str, Any]:
             "latency": {runtime: runs(scratch, runtime) for runtime in RUNTIMES},
             "memory": {runtime: process("memory", runtime, scratch) for runtime in RUNTIMES},
         }
-
-
-def express(pack: Path, data: Path, output: Path) -> int:
-    """Write the pack with its ranges, and return the bytes of its slots; ``int8.py`` judges what it answers."""
-    subject = Subject(pack, None, None)
-    delta, graph = subject.delta, int8_graph(subject.graph)
-    images = calibration_images(data, delta.labels, delta.preprocess, count=CALIB_IMAGES)
-    made = shared_calibration(subject, graph, images).made(Recipe())
-    ranges = tuple(rounded(made.ranges[name]) for name in graph.reads)
-    expressed = replace(delta, int8=Int8Ranges(codes=graph.codes_sha256, ranges=ranges))
-    write_pack(output, expressed, codec=subject.pack.codec)
-    return task_slots(graph, expressed).own_bytes
 
 
 def graph_of(pack: Path) -> Int8Graph:
