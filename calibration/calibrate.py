@@ -23,6 +23,7 @@ from edgepet.calibration.int8 import Int8, Recipe, quantize
 from edgepet.calibration.layers import Graph, Layer, find_layers
 from edgepet.calibration.observe import observe
 from edgepet.calibration.ranges import ESTIMATORS
+from edgepet.codes import Range
 from edgepet.errors import InputError
 from edgepet.spec import NpArray
 
@@ -91,9 +92,9 @@ class Calibration:
         self._held_out = answers(self._float, images.held_out_images)
         self._judged: NpArray | None = None
 
-    def made(self, recipe: Recipe) -> Int8:
-        """The model in int8."""
-        return quantize(self._graph, self.layers, self._seen, recipe, smooth=self._smooth)
+    def made(self, recipe: Recipe, ranges: Mapping[str, Range] | None = None) -> Int8:
+        """The model in int8, with ``ranges`` in place of those that the recipe would choose."""
+        return quantize(self._graph, self.layers, self._seen, recipe, smooth=self._smooth, ranges=ranges)
 
     def choose(self) -> tuple[Tried, ...]:
         """Recipes by what they lose on the held-out images, the best first."""

@@ -91,19 +91,20 @@ def quantize(
     recipe: Recipe,
     *,
     smooth: Mapping[str, NpArray] | None = None,
+    ranges: Mapping[str, Range] | None = None,
 ) -> Int8:
     """The model of ``graph`` in int8; it is not touched.
 
     Args:
         seen: what ``observe`` saw of ``layers`` on the calibration images.
-        smooth: fixed divisors in place of those that ``recipe`` would choose.
+        smooth, ranges: fixed ones in place of those that ``recipe`` would choose.
     """
     chosen = tuple(layer for layer in layers if layer.name not in recipe.keep)
     if smooth is None:
         smooth = {} if recipe.smooth is None else observed_smoothing(graph, layers, seen, recipe.smooth)
     read = {layer.reads for layer in chosen}
     divisors = {name: value for name, value in smooth.items() if name in read}
-    ranges = choose_ranges(chosen, seen, recipe.estimator, divisors)
+    ranges = choose_ranges(chosen, seen, recipe.estimator, divisors) if ranges is None else ranges
     return Int8(_Writer(graph, chosen, seen, recipe, divisors, ranges).model(), ranges, chosen)
 
 

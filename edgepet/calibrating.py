@@ -136,6 +136,8 @@ def share(
     subject, output = Subject(pack, backbone, data), Path(output)
     if output.suffix != ".pet":
         raise InputError("-o", "needs a file name ending in .pet", got=repr(output.name))
+    if not output.absolute().parent.is_dir():
+        raise InputError(str(output.parent), "is no folder", fix=f"mkdir -p {output.parent}")
     options = ExportOptions(precision="int8", calib=calib, calib_images=images)
     chosen = task_images(subject, options)
     if max_drop is not None:
@@ -144,8 +146,9 @@ def share(
     graph = int8_graph(subject.graph)
     stage("measure ranges")
     calibration = shared_calibration(subject, graph, chosen)
-    made = calibration.made(recipe := calibration.choose()[0].recipe)
-    ranges = tuple(rounded(made.ranges[name]) for name in graph.reads)
+    recipe = calibration.choose()[0].recipe
+    stored = {name: rounded(of) for name, of in calibration.made(recipe).ranges.items()}
+    made, ranges = calibration.made(recipe, stored), tuple(stored[name] for name in graph.reads)
     delta = replace(subject.delta, int8=Int8Ranges(codes=graph.codes_sha256, ranges=ranges))
     runs = list[SharedRun]()
     installed = [found.name for found in runtimes() if found.available and found.name in SHARED_RUNTIMES]

@@ -35,7 +35,7 @@ from edgepet.latency import Candidate, measure
 from edgepet.machine import environment
 from edgepet.merging import require_foldable
 from edgepet.parity import SAME_CODES, Against, Inputs, Parity, compare, require_parity
-from edgepet.precision import Model, in_precision
+from edgepet.precision import Model, in_precision, require_images
 from edgepet.spec import AnyBackbone, FilePath, NpArray, Precision
 from edgepet.subject import Subject, plain_network
 
@@ -193,6 +193,8 @@ def _check_precision(options: ExportOptions) -> None:
         raise InputError("--precision", f"is one of {', '.join(PRECISIONS)}", got=repr(options.precision))
     if options.calib is not None and options.precision == "fp32":
         raise InputError("--calib", "is for --precision fp16, int8 and auto: fp32 needs no images to measure ranges on")
+    if options.precision in ("int8", "auto"):
+        require_images(options)
     if options.max_drop is not None and options.precision not in ("int8", "auto"):
         raise InputError("--max-drop", "is for --precision int8 and auto", got=f"--precision {options.precision}")
 

@@ -20,7 +20,7 @@ from edgepet.exporters.exporter import ExportOptions
 from edgepet.exporters.onnx import build_model, simplified
 from edgepet.int8 import Int8Graph
 from edgepet.merging import task_tensors
-from edgepet.spec import NpArray, Precision
+from edgepet.spec import FilePath, NpArray, Precision
 from edgepet.subject import Subject, sample_images
 
 Stage = Callable[[str], None]
@@ -105,13 +105,23 @@ def task_images(subject: Subject, options: ExportOptions) -> CalibrationImages:
     Raises:
         InputError: none are given, or they cannot be used.
     """
-    if options.calib is None:
-        fix = "pass --calib DIR with labelled images of the task, its training folder say"
-        raise InputError("--precision int8", "needs calibration images: they are given, never invented", fix=fix)
     return calibration_images(
-        options.calib, subject.delta.labels, subject.delta.preprocess, evaluation=subject.data,
+        require_images(options), subject.delta.labels, subject.delta.preprocess, evaluation=subject.data,
         count=options.calib_images,
     )  # fmt: skip
+
+
+def require_images(options: ExportOptions) -> FilePath:
+    """The folder of calibration images.
+
+    Raises:
+        InputError: none is given.
+    """
+    if options.calib is None:
+        fix = "pass --calib DIR with labelled images of the task, its training folder say"
+        what = "needs calibration images: they are given, never invented"
+        raise InputError(f"--precision {options.precision}", what, fix=fix)
+    return options.calib
 
 
 def shared_calibration(subject: Subject, graph: Int8Graph, images: CalibrationImages) -> Calibration:

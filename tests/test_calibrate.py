@@ -329,14 +329,14 @@ def test_auto_leaves_int8_out_where_the_budget_does_not_hold(
 
 
 NO_IMAGES = (
-    "--precision int8: needs calibration images: they are given, never invented\n"
+    "--precision {}: needs calibration images: they are given, never invented\n"
     "  fix: pass --calib DIR with labelled images of the task, its training folder say\n"
 )
 
 
 @pytest.mark.parametrize("precision", ["int8", "auto"])
 def test_int8_without_images_is_refused(trained: Trained, tmp_path: Path, precision: str) -> None:
-    assert refused(3, "export", trained.pack, "--precision", precision, "-o", tmp_path) == NO_IMAGES
+    assert refused(3, "export", trained.pack, "--precision", precision, "-o", tmp_path) == NO_IMAGES.format(precision)
     assert list(tmp_path.iterdir()) == []
 
 
