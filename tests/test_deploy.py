@@ -17,7 +17,7 @@ import safetensors.torch
 import timm
 import torch
 
-from edgepet import deploy, read_pack, write_pack
+from edgepet import precision, read_pack, write_pack
 from edgepet.artifact import MANIFEST, open_artifact, read_artifact, write_artifact
 from edgepet.backbones import load_backbone
 from edgepet.delta import Score
@@ -236,7 +236,7 @@ def older(tmp_path: Path) -> Path:
 def test_an_export_that_forgets_the_delta_fails_and_leaves_the_older_one(
     artifacts: Artifacts, tasks: Tasks, older: Path, monkeypatch: pytest.MonkeyPatch, format_name: str
 ) -> None:
-    monkeypatch.setattr(deploy, "task_tensors", lambda base, delta: dict(base.tensors))
+    monkeypatch.setattr(precision, "task_tensors", lambda base, delta: dict(base.tensors))
     before = digests(older)
 
     message = refused(4, "export", tasks.shapes, "--to", format_name, "-o", older)
@@ -253,7 +253,7 @@ def test_an_export_that_forgets_the_delta_fails_and_leaves_the_older_one(
 def test_a_failed_export_leaves_no_folder(
     artifacts: Artifacts, tasks: Tasks, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, format_name: str
 ) -> None:
-    monkeypatch.setattr(deploy, "task_tensors", lambda base, delta: dict(base.tensors))
+    monkeypatch.setattr(precision, "task_tensors", lambda base, delta: dict(base.tensors))
 
     refused(4, "export", tasks.shapes, "--to", format_name, "-o", tmp_path / "out")
 
