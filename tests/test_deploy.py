@@ -17,7 +17,7 @@ import safetensors.torch
 import timm
 import torch
 
-from edgepet import precision, read_pack, write_pack
+from edgepet import deploy, precision, read_pack, write_pack
 from edgepet.artifact import MANIFEST, open_artifact, read_artifact, write_artifact
 from edgepet.backbones import load_backbone
 from edgepet.delta import Score
