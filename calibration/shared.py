@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import safetensors.numpy
 
+from edgepet.calibration.folding import lifted
 from edgepet.calibration.layers import Graph, Layer, find_layers
 from edgepet.codes import CodedWeight, coded, norm_smoothing
 from edgepet.errors import InputError, require
@@ -107,7 +108,7 @@ def _make(graph: BaseGraph) -> None:
 
 def _structure(graph: BaseGraph) -> Any:
     onnx = require("onnx", extra="train", purpose="int8")
-    return onnx.load(str(graph.model_path), load_external_data=False)
+    return lifted(onnx.load(str(graph.model_path), load_external_data=False))
 
 
 def _stored(graph: BaseGraph, layers: tuple[Layer, ...]) -> dict[str, NpArray]:
