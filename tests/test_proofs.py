@@ -12,7 +12,10 @@ import safetensors.torch
 import torch
 
 from edgepet import ExportOptions, export, merge, read_pack, train, write_pack
+from edgepet.calibrating import share
+from edgepet.calibration.shared import int8_graph
 from edgepet.data import load_set, open_split
+from edgepet.files import sha256_file
 from edgepet.imaging import normalize
 from edgepet.methods.method import unflatten
 from edgepet.pack import Codec
@@ -122,6 +125,32 @@ def test_an_fp16_export_takes_half_the_bytes_and_stays_within_its_limit(trained:
     assert 0.47 < onnx.size_bytes / whole.artifacts[0].size_bytes < 0.53  # batch norms are folded away
     assert tensorrt.executed["layers_by_output_type"]["half"] > 0
     assert [node for node in onnx.kept_fp32 if node.forced] == []
+
+
+INT8 = [("demo:vit-small", "ssf"), ("demo:vit-small", "lora"), ("demo:efficientnet-lite0", "lora")]
+
+
+@pytest.mark.parametrize("trained", INT8, indirect=True, ids=" ".join)
+def test_int8_is_a_quarter_of_the_bytes_alone_and_on_codes_that_no_task_changes(
+    trained: TrainReport, digits: Path, tmp_path: Path
+) -> None:
+    options = ExportOptions(
+        to=("onnx", "openvino", "tensorrt"), precision="int8", calib=digits, calib_images=64, max_drop=2.0
+    )
+    whole = export([trained.pack], tmp_path, options=ExportOptions(to=("onnx",))).artifacts[0].size_bytes
+    graph = int8_graph(Subject(trained.pack, None, None).graph)
+    codes = sha256_file(graph.codes_path)
+
+    onnx, openvino, tensorrt = export([trained.pack], tmp_path, options=options).artifacts
+    shared = share(trained.pack, digits, tmp_path / "shared.pet", images=64, max_drop=2.0)
+
+    assert (onnx.verified, openvino.verified) == (True, True)
+    assert 0.24 < onnx.size_bytes / whole < 0.32
+    assert openvino.executed["layers"]["int8"] >= 49
+    assert tensorrt.executed["layers_by_output_type"]["int8"] > 0
+    assert sha256_file(graph.codes_path) == codes == shared.codes_sha256
+    assert (shared.own_codes_bytes == 0) == (trained.method == "ssf")
+    assert {run.runtime for run in shared.runs} == {"onnxruntime", "openvino"}
 
 
 def test_merged_weights_load_strictly_into_plain_timm(trained: TrainReport, tmp_path: Path) -> None:
