@@ -134,14 +134,8 @@ class Calibration:
             found.append(LayerDrop(name=layer.name, drop=drop.points, kl=drop.kl))
         return tuple(sorted(found, key=lambda layer: -layer.kl))
 
-    def run(
-        self,
-        *,
-        max_drop: float | None = None,
-        recipe: Recipe | None = None,
-        stage: Callable[[str], None] = lambda name: None,
-    ) -> Calibrated:
-        """Choose a recipe, unless it is given, and hold the budget.
+    def run(self, *, max_drop: float | None = None, stage: Callable[[str], None] = lambda name: None) -> Calibrated:
+        """Choose a recipe, and hold the budget.
 
         Raises:
             InputError: a budget finer than the images show.
@@ -149,23 +143,22 @@ class Calibration:
         """
         if max_drop is not None:
             require_resolution(max_drop, len(self._images.judged))
-        tried: tuple[Tried, ...] = ()
-        if recipe is None:
-            stage("choose an int8 recipe")
-            tried = self.choose()
-            recipe = tried[0].recipe
-        chosen = recipe
+        stage("choose an int8 recipe")
+        tried = self.choose()
+        recipe = tried[0].recipe
         stage("judge int8")
-        drop = self.judge(self.made(chosen))
-        kept, layers = tuple[str, ...](), tuple[LayerDrop, ...]()
+        int8 = self.made(recipe)
+        drop, layers = self.judge(int8), tuple[LayerDrop, ...]()
         if max_drop is not None:
             kept, drop, layers = within_budget(
-                lambda names: self.judge(self.made(replace(chosen, keep=names))),
-                lambda: self.sensitivity(chosen),
+                lambda names: self.judge(self.made(replace(recipe, keep=names))),
+                lambda: self.sensitivity(recipe),
                 max_drop, drop, where=self._where,
             )  # fmt: skip
-        final = replace(chosen, keep=kept)
-        return Calibrated(int8=self.made(final), recipe=final, tried=tried, drop=drop, layers=layers)
+            if kept:
+                recipe = replace(recipe, keep=kept)
+                int8 = self.made(recipe)
+        return Calibrated(int8=int8, recipe=recipe, tried=tried, drop=drop, layers=layers)
 
 
 def _smoothed(best: Recipe) -> Iterator[Recipe]:
