@@ -19,7 +19,7 @@ from edgepet.data import batches, load_set, open_split
 from edgepet.delta import Delta
 from edgepet.errors import InputError, require
 from edgepet.graph import BaseGraph, open_graph
-from edgepet.int8 import open_int8
+from edgepet.int8 import Int8Graph, open_int8
 from edgepet.latency import SETTLE_S, BenchReport, Candidate, measure
 from edgepet.machine import environment
 from edgepet.pack import Pack, read_pack
@@ -64,7 +64,10 @@ class BackboneName:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class InspectReport:
-    """A pack or an artefact, read without its backbone; what an artefact does not keep is empty."""
+    """A pack or an artefact, read without its backbone; what an artefact does not keep is empty.
+
+    ``int8_codes`` is the sha256 of the int8 backbone's codes that a pack has ranges for.
+    """
 
     kind: str
     task: str
@@ -81,6 +84,7 @@ class InspectReport:
     licences: tuple[str, ...]
     signed_by: str | None
     verified: bool | None
+    int8_codes: str | None = None
 
 
 def evaluate(
@@ -196,7 +200,7 @@ def storage(
             if delta.task in scratch.tasks():
                 raise InputError("storage", "needs packs of different tasks", got=f"{delta.task!r} twice")
             if precision == "int8":
-                scratch.add_int8(open_int8(delta.fingerprint, delta.preprocess))
+                scratch.add_int8(_int8_graph(Path(path), delta))
             else:
                 scratch.add_graph(_graph(Path(path), delta))
             scratch.install(Path(path))
@@ -224,7 +228,7 @@ class _PackSource:
         if precision not in ("fp32", "int8"):
             raise InputError("--precision", "is fp32 or int8 for a pack", got=repr(precision))
         if precision == "int8":
-            shared = SharedInt8(open_int8(delta.fingerprint, delta.preprocess), runtime=name, threads=threads)
+            shared = SharedInt8(_int8_graph(self._path, delta, backbone), runtime=name, threads=threads)
             bound = shared.bind(delta)
             return bound, name, bound.executed
         if name == "torch":
@@ -262,14 +266,14 @@ class _PackSource:
             Candidate(model=self._path.name, runtime=name, precision=precision, mode=mode, open=opener(delta))
             for mode, delta in modes.items()
         ]
-        return found if bf16 or self.pack.delta.int8 is None else [*found, self._on_codes(name, threads)]
+        return found if bf16 or self.pack.delta.int8 is None else [*found, self._on_codes(name, threads, backbone)]
 
-    def _on_codes(self, name: str, threads: int) -> Candidate:
+    def _on_codes(self, name: str, threads: int, backbone: AnyBackbone) -> Candidate:
         """The task on the int8 backbone that other tasks may share."""
 
         def opener() -> Any:
             delta = self.pack.delta
-            graph = open_int8(delta.fingerprint, delta.preprocess)
+            graph = _int8_graph(self._path, delta, backbone)
             return SharedInt8(graph, runtime=name, threads=threads).bind(delta)
 
         return Candidate(model=self._path.name, runtime=name, precision="int8", mode="shared", open=opener)
@@ -316,6 +320,7 @@ class _PackSource:
             licences=delta.licences,
             signed_by=None,
             verified=None,
+            int8_codes=delta.int8.codes if delta.int8 else None,
         )
 
 
@@ -402,6 +407,18 @@ def _graph(path: Path, delta: Delta, backbone: AnyBackbone = None) -> BaseGraph:
     from edgepet.subject import Subject
 
     return Subject(path, backbone, None).graph_of(delta)
+
+
+def _int8_graph(path: Path, delta: Delta, backbone: AnyBackbone = None) -> Int8Graph:
+    """The int8 backbone that ``delta`` runs on, from the cache; where torch and the backbone are here it is made."""
+    try:
+        return open_int8(delta.fingerprint, delta.preprocess)
+    except InputError:
+        if importlib.util.find_spec("torch") is None:
+            raise
+    from edgepet.calibration.shared import int8_graph
+
+    return int8_graph(_graph(path, delta, backbone))
 
 
 def _counts(branches: Sequence[Branch]) -> tuple[UpdateCount, ...]:

@@ -388,6 +388,8 @@ def inspect(console: Console, report: InspectReport) -> None:
     if report.kind == "pack":
         scored = f"val {format_percent(report.val_top1)}" if report.val_top1 is not None else "not scored"
         _lines(console, f"  {scored}; signed by: {report.signed_by or 'nobody'}")
+        if report.int8_codes is not None:
+            _lines(console, f"  has ranges for the int8 codes {report.int8_codes[:12]}…")
     if report.verified is not None:
         _lines(console, "  verified when it was made" if report.verified else "  not verified when it was made")
     for title, counts in (("updates", report.updates), ("branches", report.branches)):
