@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 
 from edgepet import read_pack, train
+from edgepet.calibration.folding import folded
 from edgepet.calibration.half import to_half
 from edgepet.calibration.images import calibration_images
 from edgepet.calibration.int8 import Recipe
@@ -111,7 +112,7 @@ def measured(pack: Path, data: Path) -> dict[str, Any]:
                 if precision == "int8":
                     layers[network.runtime] = network.evidence["layers"]
                 judge(precision, network)
-        for name, network in defaults(folder / "fp32.onnx", chosen.images, folder, static=delta.method == "ssf"):
+        for name, network in defaults(fp32, chosen.images, folder, static=delta.method == "ssf"):
             judge(name, network)
         (folder / "engine").mkdir()
         engine = build_engines(serialize(made["int8"]), folder / "engine", precision="int8")
@@ -157,15 +158,19 @@ def test_images(pack: Path, data: Path) -> tuple[NpArray, NpArray]:
     return normalize(pixels, delta.preprocess), order[labels]
 
 
-def defaults(fp32: Path, images: NpArray, folder: Path, *, static: bool) -> Iterator[tuple[str, Any]]:
-    """The same fp32 model and images through NNCF and ONNX Runtime's ``quantize_static``, all settings left alone."""
+def defaults(fp32: Any, images: NpArray, folder: Path, *, static: bool) -> Iterator[tuple[str, Any]]:
+    """The same fp32 model and images through NNCF and ONNX Runtime's ``quantize_static``, all settings left alone.
+
+    Batch norms are folded into convolutions first: with them apart both lose a ConvNet altogether.
+    """
     import nncf
     import onnx
     from onnxruntime.quantization import CalibrationDataReader, quantize_static
 
     nncf.set_log_level("ERROR")
     dataset = nncf.Dataset([images[i : i + 1] for i in range(len(images))], lambda image: {"images": image})
-    onnx.save(nncf.quantize(onnx.load(fp32), dataset), folder / "nncf.onnx")
+    model = folded(fp32)
+    onnx.save(nncf.quantize(model, dataset), folder / "nncf.onnx")
     yield "nncf default", OnnxRuntime.of_model(folder / "nncf.onnx")
     yield "nncf default", OpenVino.of_model(folder / "nncf.onnx")
 
@@ -177,7 +182,8 @@ def defaults(fp32: Path, images: NpArray, folder: Path, *, static: bool) -> Iter
             return next(self._left, None)
 
     if static:  # minutes a model, in which it adds nodes for every tensor
-        quantize_static(str(fp32), str(folder / "static.onnx"), Reader())
+        (folder / "folded.onnx").write_bytes(serialize(model))
+        quantize_static(str(folder / "folded.onnx"), str(folder / "static.onnx"), Reader())
         yield "onnxruntime default", OnnxRuntime.of_model(folder / "static.onnx")
 
 
