@@ -30,7 +30,7 @@ from edgepet.graph import graph_folder, graph_stem, mapped_tensors, read_descrip
 from edgepet.merging import fold_all, require_fingerprint
 from edgepet.spec import NpArray, Preprocess
 from edgepet.strict import Table
-from edgepet.updates import Scale, Targeted, check
+from edgepet.updates import Targeted, check, keeps_codes
 
 FORMAT, VERSION = "edgepet-int8", 1
 CODES = "backbone-int8.safetensors"
@@ -265,7 +265,7 @@ def _folded(graph: Int8Graph, delta: Delta) -> tuple[dict[str, NpArray], dict[st
     for name, updates in by_tensor.items():
         if name in weights:
             made = graph.coded(weights[name])
-            rows = all(_keeps_codes(targeted) for targeted in updates)
+            rows = all(keeps_codes(targeted) for targeted in updates)
             tensor = np.ones(len(made.scales), np.float32) if rows else made.dense
         elif name in graph.tensors:
             tensor = graph.tensors[name]
@@ -282,10 +282,6 @@ def _folded(graph: Int8Graph, delta: Delta) -> tuple[dict[str, NpArray], dict[st
             what = "is a constant of the int8 graph and cannot change"
             raise InputError(f"{delta.task}: {name}", what, fix="run this task in fp32")
     return folded, codes
-
-
-def _keeps_codes(targeted: Targeted) -> bool:
-    return isinstance(targeted.update, Scale) and targeted.update.axis == "out" and targeted.target.cols is None
 
 
 def _layer_slots(

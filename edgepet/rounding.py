@@ -50,9 +50,9 @@ class Rounding(nn.Module):
         if not layers:
             what = f"has no linear layer or convolution that {precision} is for"
             raise InputError(graph.backbone, what, fix="tune it with --backbone-precision fp32")
-        padded = {layer.reads for layer in layers if layer.padded}
+        fixed = {layer.reads for layer in layers if layer.padded or layer.norm}
         self._codes = coded_backbone(graph, BITS[precision])
-        self._shifts = {layer.weight: layer.reads not in padded for layer in layers}
+        self._shifts = {layer.weight: layer.reads not in fixed for layer in layers}
         for name, code in self._codes.items():  # a checkpoint needs none of these: they follow from the backbone
             self.register_buffer(_key(name), torch.from_numpy(code.dense), persistent=False)
             if code.divisors is not None:
@@ -120,7 +120,7 @@ def range_of(least: Tensor, most: Tensor, *, may_shift: bool) -> tuple[Tensor, T
     """Scale and shift (``codes.Range``) of a tensor between two extremes, as ``calibration.int8`` takes them.
 
     Args:
-        may_shift: the layer pads nothing with zeros.
+        may_shift: no layer that reads it pads it with zeros, and no layer norm puts it out.
     """
     low, high = least.clamp(max=0), most.clamp(min=0)
     scale, shift = torch.maximum(-low, high).clamp_min(LEAST) / HIGH, torch.zeros_like(low)

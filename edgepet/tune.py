@@ -20,7 +20,7 @@ from edgepet.methods import ActivationPath, Branching, Method
 from edgepet.methods.method import flatten, unflatten
 from edgepet.rounding import Rounding
 from edgepet.spec import NpArray, Site, Tuned
-from edgepet.updates import Scale, Update, fold
+from edgepet.updates import fold, keeps_codes
 
 _MEAN = ".running_mean"
 
@@ -109,7 +109,7 @@ class TunedModel(nn.Module):
         for targeted in self.method.lower(frozen, self._folding, tuned):
             name = targeted.target.tensor
             state[name] = fold(targeted, state.get(name, frozen[name]))
-            if name in coded and not _keeps_codes(targeted.update):
+            if name in coded and not keeps_codes(targeted):
                 moved.add(name)
         if self.rounding is not None:
             state |= {name: self.rounding.recoded(name, state[name]) for name in moved}
@@ -167,11 +167,6 @@ class TunedModel(nn.Module):
             self.linear.bias.copy_(torch.from_numpy(np.array(head.bias)))
             self.mean.zero_()
             self.std.fill_(1)
-
-
-def _keeps_codes(update: Update) -> bool:
-    """Rows that are scaled have the codes that they had, and a step that is scaled."""
-    return isinstance(update, Scale) and update.axis == "out"
 
 
 def _shifted(mean: Tensor) -> Callable[..., tuple[Tensor, ...]]:

@@ -227,6 +227,12 @@ class Targeted:
     update: Update
 
 
+def keeps_codes(targeted: Targeted) -> bool:
+    """Whether a weight's rows are only scaled: they then have the int8 codes that they had, and other steps."""
+    update = targeted.update
+    return isinstance(update, Scale) and update.axis == "out" and targeted.target.cols is None
+
+
 def factors(update: Update) -> dict[str, Array]:
     """The stored arrays of ``update`` by name, absent ones left out; an expression's as ``left.right`` and the like."""
     return {name: array for factor, given in _given(update).items() for name, array in leaves(factor, given).items()}
