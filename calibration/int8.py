@@ -96,6 +96,7 @@ def quantize(
     """The model of ``graph`` in int8; it is not touched.
 
     Args:
+        graph: of a folded model: batch norms behind convolutions are part of them.
         seen: what ``observe`` saw of ``layers`` on the calibration images.
         smooth, ranges: fixed ones in place of those that ``recipe`` would choose.
     """

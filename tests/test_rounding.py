@@ -17,6 +17,7 @@ from torch.nn import functional
 import edgepet
 from edgepet import graft
 from edgepet.backbones import Backbone
+from edgepet.calibration.folding import folded
 from edgepet.calibration.int8 import Recipe, choose_ranges, quantize
 from edgepet.calibration.layers import Graph, Layer, find_layers
 from edgepet.calibration.observe import Activations, observe
@@ -157,7 +158,7 @@ def test_the_network_answers_as_the_int8_graph_does(architecture: str, tmp_path:
     network = tiny_vit(tmp_path, seed=7, architecture=architecture, image_size=64)
     base, batch = base_graph(network), random_images(4, 8, 64)
     rounding, codes = Rounding(base, "int8"), coded_backbone(base)
-    graph = Graph(onnx.load(str(base.model_path)))
+    graph = Graph(folded(onnx.load(str(base.model_path))))
     layers = find_layers(graph, base.places)
     seen = observe(graph.model, layers, batch, where=architecture)
     smooth = {
