@@ -177,8 +177,8 @@ def test_the_network_answers_as_the_int8_graph_does(architecture: str, tmp_path:
     with torch.no_grad(), rounding.eval().reading(network.module):
         got = torch.func.functional_call(network.module, rounding.weights, (images,)).numpy()
 
-    # float32 sums in another order move a value now and then to the code beside it
-    assert np.abs(got - expected).mean() < 0.1 * np.abs(logits_of(network.module, batch) - expected).mean()
+    # float32 sums in another order, and batch norms that are folded, move a value now and then to the code beside it
+    assert np.abs(got - expected).mean() < 0.2 * np.abs(logits_of(network.module, batch) - expected).mean()
 
 
 @pytest.mark.parametrize(
