@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cache
@@ -34,7 +36,7 @@ from edgepet.parity import SAME_CODES
 from edgepet.runtime import SharedInt8
 from edgepet.spec import NpArray
 from edgepet.store import Store
-from tests.flow import RUNTIMES, Network
+from tests.flow import RUNTIMES, Artifacts, Network, needs_openvino
 from tests.test_blocked import DEVICE, block, python, verb
 from tests.tiny import random_images
 
@@ -479,3 +481,33 @@ def test_another_precision_than_fp32_and_int8_is_refused(device: Device, tmp_pat
     assert refusal(lambda: device.run("ssf3", [], precision="fp16")) == (
         "--precision: is fp32 or int8 for a pack, got 'fp16'"
     )
+
+
+SIGNALLED = """
+import os, signal, sys
+from pathlib import Path
+from edgepet.runners.openvino import OpenVino
+
+first, second = OpenVino.of_model(Path(sys.argv[1])), OpenVino.of_model(Path(sys.argv[1]))
+del first  # in another order than last come, first gone
+del second
+signal.signal(signal.SIGUSR1, lambda number, frame: print("handled"))
+os.kill(os.getpid(), signal.SIGUSR1)
+"""
+
+
+@needs_openvino
+def test_a_signal_after_networks_were_closed_in_any_order_is_handled(artifacts: Artifacts) -> None:
+    """OpenVINO's cores give their stacks for signals back in the wrong order: a process must have one core only."""
+    command = [
+        sys.executable,
+        "-X",
+        "faulthandler",
+        "-c",
+        SIGNALLED,
+        str(artifacts.of("shapes", "openvino") / "model.xml"),
+    ]
+
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+
+    assert (done.returncode, done.stdout) == (0, "handled\n"), done.stderr

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
@@ -26,11 +27,10 @@ class OpenVino:
     runtime = "openvino"
 
     def __init__(self, model: Any, *, where: str, threads: int | None, executed: Executed) -> None:
-        openvino = _openvino()
         config: dict[str, object] = {"INFERENCE_PRECISION_HINT": executed, "PERFORMANCE_HINT": "LATENCY"}
         if threads is not None:
             config["INFERENCE_NUM_THREADS"] = threads
-        compiled = openvino.Core().compile_model(model, "CPU", config)
+        compiled = _core().compile_model(model, "CPU", config)
         self._request, self._where = compiled.create_infer_request(), where
         self._shape = tuple(None if side.is_dynamic else side.get_length() for side in compiled.input(0).partial_shape)
         self.executed = compiled.get_property("INFERENCE_PRECISION_HINT").get_type_name()
@@ -86,12 +86,11 @@ class SharedOpenVino:
     def __init__(
         self, graph: Int8Graph, *, threads: int | None = None, codes: Mapping[str, NpArray] | None = None
     ) -> None:
-        openvino = _openvino()
         model = _with_constants(_read(graph.model_path(self.runtime)), codes or {}, graph.model_path(self.runtime))
         config: dict[str, object] = {"INFERENCE_PRECISION_HINT": "f32", "PERFORMANCE_HINT": "LATENCY"}
         if threads is not None:
             config["INFERENCE_NUM_THREADS"] = threads
-        self._compiled = openvino.Core().compile_model(_stateful(model), "CPU", config)
+        self._compiled = _core().compile_model(_stateful(model), "CPU", config)
         self._graph, self._shape = graph, (None, *graph.preprocess.input_shape)
 
     @property
@@ -179,12 +178,25 @@ def _executed(compiled: Any) -> dict[str, object]:
     return {"executed_nodes": dict(sorted(kinds.items())), "layers": dict(sorted(layers.items()))}
 
 
+def _core() -> Any:
+    return _core_of(_openvino())
+
+
+@cache
+def _core_of(openvino: Any) -> Any:
+    """The process's one core. Each gives its CPU plugin a stack for signals and puts the one before it back when it
+    goes: of two that go in another order than last come, first gone, a freed stack stays, and the next signal is a
+    segmentation fault (OpenVINO 2026.4).
+    """
+    return openvino.Core()
+
+
 def _openvino() -> Any:
     return require("openvino", extra="openvino", purpose="OpenVINO")
 
 
 def _read(path: Path) -> Any:
     try:
-        return _openvino().Core().read_model(path)
+        return _core().read_model(path)
     except RuntimeError as error:
         raise InputError(str(path), "cannot be opened by OpenVINO", got=str(error).splitlines()[0]) from error
