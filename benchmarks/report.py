@@ -213,7 +213,8 @@ def int8_tables() -> str:
     parts.append(
         f"Test top-1 on {n} images. One Q/DQ file runs on ONNX Runtime and OpenVINO, and TensorRT-RTX built it in every"
         " cell; `shared` is the same pack on the int8 backbone of all tasks. NNCF and `quantize_static` at their"
-        f" defaults, on the same fp32 model and calibration images. {source(result)}\n"
+        " defaults, on the same fp32 model, batch norms folded, and calibration images; why they lose"
+        f" EfficientNet-Lite0, and OpenVINO NNCF's file of the ViT, was not looked into. {source(result)}\n"
     )
     parts += [shared_int8(results["shared-int8"], result), repaired(results["int8-tuning"])]
     return "\n".join(parts)
