@@ -127,7 +127,7 @@ def test_an_fp16_export_takes_half_the_bytes_and_stays_within_its_limit(trained:
     assert [node for node in onnx.kept_fp32 if node.forced] == []
 
 
-INT8 = [("demo:vit-small", "ssf"), ("demo:vit-small", "lora"), ("demo:efficientnet-lite0", "lora")]
+INT8 = [case for case in VIT if case[1] != "consolidator"]
 
 
 @pytest.mark.parametrize("trained", INT8, indirect=True, ids=" ".join)
