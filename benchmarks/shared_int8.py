@@ -23,7 +23,7 @@ from int8 import CALIB_IMAGES, TASKS, express
 
 from edgepet import ExportOptions, export, read_pack
 from edgepet.artifact import open_artifact, read_artifact
-from edgepet.codes import coded, weight_codes, weight_scales
+from edgepet.codes import coded
 from edgepet.files import sha256_file
 from edgepet.int8 import Int8Graph, open_int8, task_slots
 from edgepet.latency import Candidate, measure, ratio, ratio_of_runs
@@ -185,14 +185,9 @@ def code_differences(pack: Path, graph: Int8Graph) -> dict[str, Any]:
         gap = np.abs(again.astype(int) - signs * made.codes)
         differ, apart, total = differ + int((gap > 0).sum()), max(apart, int(gap.max())), total + gap.size
         double = weight.astype(np.float64)
-        wide = [codes64(fold_all({layer.weight: double}, part)[layer.weight], made.divisors) for part in (updates, [])]
-        exact += int((wide[0] != signs * wide[1]).sum())
+        wide = coded(fold_all({layer.weight: double}, updates)[layer.weight], made.divisors).codes
+        exact += int((wide != signs * made.codes).sum())
     return {"weights": total, "differ_fp32": differ, "most_codes_apart": apart, "differ_fp64": exact}
-
-
-def codes64(weight: Any, divisors: Any) -> Any:
-    smoothed = weight if divisors is None else weight * divisors.astype(np.float64)
-    return weight_codes(smoothed, weight_scales(smoothed))
 
 
 if __name__ == "__main__":

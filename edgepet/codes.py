@@ -18,6 +18,7 @@ SMOOTHING = 0.65  # SmoothQuant's strength on a backbone that is shared by tasks
 REACH = 3.0  # standard deviations of a normalised channel that count as its largest value
 CLIPS = np.arange(0.40, 1.01, 0.05)  # of a channel's largest weight, where codes are too few to hold it
 TINY = 1e-30  # the step of a channel of zeros
+TIE = 1e-6  # quotients shrink by this part: half a code goes towards zero, however float32 rounded it on its way
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,15 +56,19 @@ class CodedWeight:
 
 
 def coded(weight: NpArray, divisors: NpArray | None = None, bits: int = 8) -> CodedWeight:
-    """The codes of ``weight`` (out, ...), by the one recipe."""
-    smoothed = weight if divisors is None else weight * divisors
+    """The codes of ``weight`` (out, ...), by the one recipe; computed in float64, whatever comes.
+
+    Weights that were published with few bits are often exactly half of their row's largest, and so half-way between two
+    codes: scaled and rounded to float32 they must not fall on either side by chance.
+    """
+    smoothed = weight.astype(np.float64) if divisors is None else weight * divisors.astype(np.float64)
     scales = weight_scales(smoothed, bits)
     codes = weight_codes(smoothed, scales, bits)
     return CodedWeight(codes=codes, scales=scales.astype(np.float32), divisors=divisors)
 
 
 def weight_scales(weight: NpArray, bits: int = 8) -> NpArray:
-    """The step of each output channel (out,), in the precision of ``weight`` (out, ...).
+    """The step of each output channel (out,) of ``weight`` (out, ...).
 
     With 8 bits the largest weight has the last code; with fewer the step of least squared error is taken.
     """
@@ -82,7 +87,7 @@ def weight_scales(weight: NpArray, bits: int = 8) -> NpArray:
 def weight_codes(weight: NpArray, scales: NpArray, bits: int = 8) -> NpArray:
     """int8 codes of ``weight`` (out, ...), between -127 and 127, or less far with fewer bits."""
     last = 2 ** (bits - 1) - 1
-    codes: NpArray = np.clip(np.rint(weight / per_channel(scales, weight)), -last, last).astype(np.int8)
+    codes: NpArray = np.clip(np.rint(weight * (1 - TIE) / per_channel(scales, weight)), -last, last).astype(np.int8)
     return codes
 
 

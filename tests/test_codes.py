@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from edgepet.codes import TINY, CodedWeight, Range, coded, norm_smoothing, smoothing, weight_codes, weight_scales
+from edgepet.codes import TINY, CodedWeight, Range, coded, norm_smoothing, smoothing, weight_codes
 from edgepet.spec import NpArray
 from tests.tiny import SETTINGS
 
@@ -70,6 +70,19 @@ def test_in_float32_a_scaled_weight_moves_by_one_code_at_most_and_hardly_ever() 
     assert (apart > 0).mean() <= 1e-5
 
 
+def test_a_weight_half_way_between_two_codes_has_one_code_however_it_is_scaled() -> None:
+    """Published in few bits, weights are often exactly half of their row's largest: 63.5 of its steps."""
+    halves = (np.arange(-127, 127, 2) / 254).astype(np.float32)  # 0.5, 1.5, .. 126.5 steps of 1 / 127
+    weight = np.repeat(np.r_[halves, np.float32(1)][None], 500, axis=0)
+    scales = np.random.default_rng(8).normal(0, 1, (500, 1)).astype(np.float32)
+
+    codes = coded(weight).codes
+
+    assert np.array_equal(codes[0], np.r_[np.trunc(127 * halves), 127])
+    assert np.array_equal(coded(weight * scales).codes, codes * np.sign(scales))
+    assert np.array_equal(coded(weight.astype(np.float64) * scales).codes, codes * np.sign(scales))
+
+
 @given(weights())
 @SETTINGS
 def test_the_largest_weight_of_each_row_has_the_last_code(weight: NpArray) -> None:
@@ -83,7 +96,7 @@ def test_the_largest_weight_of_each_row_has_the_last_code(weight: NpArray) -> No
 def test_a_row_of_zeros_has_codes_of_zero_and_a_step_above_it() -> None:
     made = coded(np.array([[0, 0], [1, -2]], np.float32))
 
-    assert made.codes.tolist() == [[0, 0], [64, -127]]  # 63.5 goes to the even one
+    assert made.codes.tolist() == [[0, 0], [63, -127]]  # 63.5 goes towards zero
     assert (made.scales > 0).all()
     assert made.dense[0].tolist() == [0.0, 0.0]
 
@@ -125,13 +138,10 @@ def test_four_bits_stay_within_seven_and_are_nearer_than_steps_of_the_largest_we
     assert ((coded(weight).dense - weight) ** 2).sum() < errors[0].sum() / 50  # and 8 bits are far nearer
 
 
-def test_steps_keep_the_precision_of_the_weight() -> None:
+def test_a_weight_beyond_the_last_code_has_the_last_code() -> None:
     weight = heavy(7, 4, 9)
 
-    for dtype in (np.float32, np.float64):
-        for bits in (4, 8):
-            assert weight_scales(weight.astype(dtype), bits).dtype == dtype
-    assert np.array_equal(weight_codes(weight, np.full(4, 1e-9, np.float32)), 127 * np.sign(weight))  # beyond: clipped
+    assert np.array_equal(weight_codes(weight, np.full(4, 1e-9)), 127 * np.sign(weight))
 
 
 # ----------------------------------------------------------------------------------------------------------- smoothing
