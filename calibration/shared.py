@@ -21,8 +21,8 @@ from edgepet.calibration.folding import lifted
 from edgepet.calibration.layers import Graph, Layer, find_layers
 from edgepet.codes import CodedWeight, coded, norm_smoothing
 from edgepet.errors import InputError, require
-from edgepet.files import write_file
-from edgepet.graph import WEIGHTS, BaseGraph, Place, safetensors_places, write_graph_json
+from edgepet.files import read_file, write_file
+from edgepet.graph import WEIGHTS, BaseGraph, Place, is_older, safetensors_places, write_graph_json
 from edgepet.int8 import (
     CODE,
     CODES,
@@ -30,6 +30,7 @@ from edgepet.int8 import (
     FORMAT,
     STEP,
     SUM,
+    VERSION,
     Int8Graph,
     Int8Layer,
     code_sums,
@@ -65,13 +66,13 @@ def coded_backbone(graph: BaseGraph, bits: int = 8) -> dict[str, CodedWeight]:
 
 
 def int8_graph(graph: BaseGraph, *, root: Path | None = None) -> Int8Graph:
-    """The int8 backbone of ``graph``, from its folder or made now.
+    """The int8 backbone of ``graph``, from its folder, or made now where none is or an earlier edgepet made it.
 
     Raises:
         InputError: the backbone has no layer that int8 is for, or branches.
     """
     path = graph.folder / f"{int8_stem(graph.preprocess)}.json"
-    if not path.is_file():
+    if not path.is_file() or is_older(path, FORMAT, VERSION):
         _make(graph)
     return open_int8(graph.fingerprint, graph.preprocess, root=root)
 
@@ -84,8 +85,9 @@ def _make(graph: BaseGraph) -> None:
     if not layers:
         raise InputError(graph.backbone, "has no linear layer or convolution that int8 is for")
     folder, stem = graph.folder, int8_stem(graph.preprocess)
-    if not (folder / CODES).is_file():
-        write_file(folder / CODES, safetensors.numpy.save(_stored(graph, layers)))
+    codes = safetensors.numpy.save(_stored(graph, layers))
+    if not (folder / CODES).is_file() or read_file(folder / CODES) != codes:
+        write_file(folder / CODES, codes)
     files = [CODES, *(name for name in graph.files if name.endswith(".safetensors") and name != WEIGHTS)]
     places = {name: place for file in sorted(files) for name, place in safetensors_places(folder / file).items()}
     described = tuple(_described(layer) for layer in layers)
@@ -103,7 +105,7 @@ def _make(graph: BaseGraph) -> None:
         "vectors": list(vectors),
         "versions": {name: version(name) for name in ("edgepet", "onnx")},
     }
-    write_graph_json(folder, stem, facts, files, kind=FORMAT)
+    write_graph_json(folder, stem, facts, files, kind=FORMAT, version=VERSION)
 
 
 def _structure(graph: BaseGraph) -> Any:
@@ -258,7 +260,7 @@ class _SlotWriter:
         self._node("Mul", [layer.reads, f"{layer.reads}.scale"], f"{layer.reads}.unit")
         if layer.padded:
             return f"{layer.reads}.unit"
-        self._node("Sub", [f"{layer.reads}.unit", f"{layer.reads}.shift"], f"{layer.reads}.centred")
+        self._node("Add", [f"{layer.reads}.unit", f"{layer.reads}.shift"], f"{layer.reads}.centred")
         return f"{layer.reads}.centred"
 
     def _weight(self, layer: Layer) -> str:

@@ -185,6 +185,15 @@ class Described:
     files: Mapping[str, tuple[str, int]]
 
 
+def is_older(path: Path, kind: str, version: int) -> bool:
+    """Whether a description was written for an earlier version than ``version``.
+
+    Raises:
+        InputError: it is of another kind.
+    """
+    return _parsed(path, kind).integer("version") < version
+
+
 def read_description(path: Path, kind: str, version: int, *, large: str) -> Described:
     """Read a description and check the files that it names; of the ``large`` one only the size.
 
@@ -201,11 +210,17 @@ def read_description(path: Path, kind: str, version: int, *, large: str) -> Desc
 
 
 def write_graph_json(
-    folder: Path, stem: str, facts: Mapping[str, object], files: list[str], *, kind: str = FORMAT
+    folder: Path,
+    stem: str,
+    facts: Mapping[str, object],
+    files: list[str],
+    *,
+    kind: str = FORMAT,
+    version: int = VERSION,
 ) -> None:
     """Seal a graph: its facts and the digests of its files, written last."""
     listed = {name: {"sha256": sha256_file(folder / name), "bytes": (folder / name).stat().st_size} for name in files}
-    write_file(folder / f"{stem}.json", canonical_json({"format": kind, "version": VERSION, **facts, "files": listed}))
+    write_file(folder / f"{stem}.json", canonical_json({"format": kind, "version": version, **facts, "files": listed}))
 
 
 def safetensors_places(path: Path) -> dict[str, Place]:
@@ -244,13 +259,18 @@ def _mapped(path: Path) -> mmap.mmap:
 
 
 def _table(path: Path, kind: str, version: int) -> Table:
+    table = _parsed(path, kind)
+    if table.integer("version") != version:
+        raise InputError(str(path), f"this edgepet reads graphs of version {version}", fix="delete it and run again")
+    return table
+
+
+def _parsed(path: Path, kind: str) -> Table:
     try:
         table = Table(parse_json(read_file(path)), path.name, error=InputError)
     except (ValueError, RecursionError) as error:
         raise InputError(str(path), "is not readable JSON", got=error, fix="delete it and run again") from error
     table.text("format", choices=[kind])
-    if table.integer("version") != version:
-        raise InputError(str(path), f"this edgepet reads graphs of version {version}", fix="delete it and run again")
     return table
 
 

@@ -22,7 +22,7 @@ from typing import Literal
 
 import numpy as np
 
-from edgepet.codes import CodedWeight, Range, coded, per_channel
+from edgepet.codes import CodedWeight, Range, coded
 from edgepet.delta import Delta
 from edgepet.errors import InputError
 from edgepet.files import sha256_file
@@ -32,7 +32,7 @@ from edgepet.spec import NpArray, Preprocess
 from edgepet.strict import Table
 from edgepet.updates import Targeted, check, keeps_codes
 
-FORMAT, VERSION = "edgepet-int8", 1
+FORMAT, VERSION = "edgepet-int8", 2  # of codes and graphs alike: both are made again where they are older
 CODES = "backbone-int8.safetensors"
 CODE, STEP, DIVISOR, SUM = ".codes", ".step", ".divisor", ".sum"  # ends of names in that file
 
@@ -334,7 +334,7 @@ def openvino_slots(graph: Int8Graph, slots: Slots) -> dict[str, NpArray]:
             made |= {name: values[name] / np.float32(of.scale) for name in norm}
         else:
             made[f"{layer.reads}.scale"] = np.array(1 / of.scale, np.float32)
-            made[f"{layer.reads}.shift"] = np.array(of.shift / of.scale, np.float32)
+            made[f"{layer.reads}.shift"] = np.array(-of.shift / of.scale, np.float32)
     return made
 
 
@@ -344,7 +344,7 @@ def scaled_by_norm(layer: Int8Layer) -> bool:
 
 
 def _spread(layer: Int8Layer, values: NpArray) -> NpArray:
-    return values if layer.kind == "linear" else per_channel(values, np.empty((len(values), 1, 1)))
+    return values if layer.kind == "linear" else values.reshape(1, -1, 1, 1)
 
 
 def slot_shapes(
@@ -354,7 +354,7 @@ def slot_shapes(
     shapes: dict[str, tuple[int, ...]] = {name: (size,) for name, size in vectors.items()}
     for layer in layers:
         wide = runtime == "openvino" and layer.kind == "conv"
-        out = (outs[layer.weight], 1, 1) if wide else (outs[layer.weight],)
+        out = (1, outs[layer.weight], 1, 1) if wide else (outs[layer.weight],)
         shapes |= {f"{layer.name}.steps": out, f"{layer.name}.shifted": out}
         if not (runtime == "openvino" and scaled_by_norm(layer)):
             shapes |= {f"{layer.reads}.scale": (), f"{layer.reads}.shift": ()}

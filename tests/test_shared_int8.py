@@ -33,6 +33,7 @@ from edgepet.int8 import CODE, CODES, Int8Graph, open_int8, task_slots
 from edgepet.merging import merge, task_tensors
 from edgepet.methods import IA3, SSF, BitFit, LoRA, Method, NormTuning
 from edgepet.parity import SAME_CODES
+from edgepet.runners.openvino import SharedOpenVino
 from edgepet.runtime import SharedInt8
 from edgepet.spec import NpArray
 from edgepet.store import Store
@@ -155,6 +156,22 @@ def test_the_backbones_weights_alone_decide_the_codes(shared: Shared, tmp_path: 
     assert dict(again.files) == dict(shared.graph.files)
 
 
+def test_what_an_earlier_edgepet_made_is_made_again(vit: Shared, tmp_path: Path) -> None:
+    shutil.copytree(vit.graph.folder, folder := graph_folder(vit.graph.fingerprint, tmp_path))
+    path = folder / f"{vit.graph.stem}.json"
+    path.write_text(path.read_text().replace('"version":2', '"version":1'))
+    (folder / CODES).write_bytes(b"codes by another recipe")
+    graph = open_graph(vit.graph.fingerprint, vit.graph.preprocess, root=tmp_path)
+    assert refusal(lambda: open_int8(graph.fingerprint, graph.preprocess, root=tmp_path)) == (
+        f"{path}: this edgepet reads graphs of version 2\n  fix: delete it and run again"
+    )
+
+    again = int8_graph(graph, root=tmp_path)
+
+    assert dict(again.files) == dict(vit.graph.files)
+    assert sha256_file(again.codes_path) == vit.graph.codes_sha256
+
+
 def test_codes_are_those_of_the_weights_by_the_one_recipe(shared: Shared) -> None:
     made = coded_backbone(shared.network.graph)
 
@@ -232,6 +249,25 @@ def test_a_task_answers_as_the_graph_of_the_same_numbers(shared: Shared, method:
     differences = apart(got, expected)
     assert (differences < 1e-5).mean() >= 0.5
     assert differences.max() <= (SAME_CODES.relative or 0)
+
+
+@needs_openvino
+def test_openvino_scales_and_shifts_what_a_layer_puts_out_in_one_pass(shared: Shared) -> None:
+    """What a ViT's latency rests on: element-wise operations on slots are one node, and convolutions' are not laid out
+    anew on their way.
+    """
+    network = SharedOpenVino(shared.graph)
+    nodes = [(node, node.get_rt_info()) for node in network._compiled.get_runtime_model().get_ordered_ops()]
+    facts = [(n, {key: str(f[key].astype(str)) for key in ("originalLayersNames", "outputLayouts")}) for n, f in nodes]
+    passes = {name: (n, fact) for n, fact in facts for name in fact["originalLayersNames"].split(",")}
+
+    for layer in shared.graph.layers:
+        node, fact = passes[f"{layer.name}.scaled"]
+        assert fact["originalLayersNames"].count(",") >= 1  # the bias, and what follows
+        alone = ".se." not in layer.name  # what squeeze-and-excite multiplies lies as its one pixel does
+        if layer.kind == "conv" and alone and node.get_output_partial_shape(0)[3].get_length() > 1:
+            assert fact["outputLayouts"] == "acdb", layer.name  # channels last
+    network.close()
 
 
 @pytest.mark.parametrize("method", METHODS)

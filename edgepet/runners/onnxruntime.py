@@ -114,7 +114,7 @@ class SharedOnnxRuntime:
         for entry in self._session.get_inputs():
             if entry.name != INPUT:
                 binding.bind_ortvalue_input(entry.name, held[entry.name])
-        return BoundOnnxRuntime(self, self._session, binding, (held, slots, self._held), self._shape)
+        return BoundOnnxRuntime(self, self._session, binding, (held, self._held), self._shape)
 
     def close(self) -> None:
         self._session = None
@@ -130,6 +130,7 @@ class BoundOnnxRuntime:
     ) -> None:
         # ``held``: the session reads the arrays of the slots where they lie.
         self._shared, self._session, self._binding, self._held, self._shape = shared, session, binding, held, shape
+        self._nothing = onnxruntime.OrtValue.ortvalue_from_numpy(np.empty(0, np.float32))
 
     @property
     def evidence(self) -> Mapping[str, object]:
@@ -143,6 +144,7 @@ class BoundOnnxRuntime:
         self._binding.bind_output(FEATURES)
         self._session.run_with_iobinding(self._binding)
         output: NpArray = self._binding.copy_outputs_to_cpu()[0]
+        self._binding.bind_ortvalue_input(INPUT, self._nothing)  # of fifty tasks, each would keep its last images
         return output
 
     def close(self) -> None:

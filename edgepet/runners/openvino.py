@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Mapping
 from functools import cache
@@ -19,6 +20,7 @@ from edgepet.spec import NpArray
 
 Executed = Literal["f32", "bf16"]
 _LAYERS = frozenset(("Convolution", "FullyConnected", "MatMul"))
+_ELEMENTWISE = frozenset(("Add", "Multiply", "Subtract", "Divide"))
 
 
 class OpenVino:
@@ -76,7 +78,7 @@ class OpenVino:
 
 
 class SharedOpenVino:
-    """One compiled int8 backbone whose slots are state variables; every task is a request with its own states.
+    """One compiled int8 backbone whose slots are a state variable; every task is a request with its own state.
 
     ``codes`` are one task's own in place of the file's: a network compiled with them is that task's alone.
     """
@@ -90,7 +92,8 @@ class SharedOpenVino:
         config: dict[str, object] = {"INFERENCE_PRECISION_HINT": "f32", "PERFORMANCE_HINT": "LATENCY"}
         if threads is not None:
             config["INFERENCE_NUM_THREADS"] = threads
-        self._compiled = _core().compile_model(_stateful(model), "CPU", config)
+        stateful, self._order = _stateful(model)
+        self._compiled = _core().compile_model(stateful, "CPU", config)
         self._graph, self._shape = graph, (None, *graph.preprocess.input_shape)
 
     @property
@@ -99,11 +102,11 @@ class SharedOpenVino:
         return _executed(self._compiled)
 
     def bind(self, slots: Slots) -> BoundOpenVino:
-        """A task, ready to run: a request of its own, whose states are its slots."""
+        """A task, ready to run: a request of its own, whose state is its slots."""
         openvino, request = _openvino(), self._compiled.create_infer_request()
         values = openvino_slots(self._graph, slots)
-        for state in request.query_state():
-            state.state = openvino.Tensor(np.ascontiguousarray(values[state.name], np.float32))
+        (state,) = request.query_state()
+        state.state = openvino.Tensor(np.concatenate([values[name].ravel() for name in self._order]))
         return BoundOpenVino(self, request, self._shape)
 
     def close(self) -> None:
@@ -131,28 +134,44 @@ class BoundOpenVino:
         self._request = None
 
 
-def _stateful(model: Any) -> Any:
-    """``model`` with every input but the images a state variable, whose value a request keeps from call to call."""
+def _stateful(model: Any) -> tuple[Any, tuple[str, ...]]:
+    """``model`` with all inputs but the images in one state variable, whose value a request keeps from call to call;
+    and the order in which it holds them. One, since each costs its copies at every call.
+    """
     opset, openvino = _openvino().opset13, _openvino()
-    sinks, images = [], []
-    for parameter in model.get_parameters():
-        if parameter.get_friendly_name() == INPUT:
-            images.append(parameter)
-            continue
-        targets = parameter.output(0).get_target_inputs()
-        if not targets:  # the shift of a tensor that is padded: a state that nothing reads cannot be compiled
-            continue
-        shape = parameter.get_output_shape(0)
-        info = openvino.op.util.VariableInfo()
-        info.data_shape, info.data_type = openvino.PartialShape(shape), openvino.Type.f32
-        info.variable_id = parameter.get_friendly_name()
-        variable = openvino.op.util.Variable(info)
-        start = openvino.op.Constant(np.ones(tuple(shape), np.float32))
-        read = opset.read_value(start, variable)
-        for target in targets:
-            target.replace_source_output(read.output(0))
-        sinks.append(opset.assign(read, variable))
-    return openvino.Model(model.get_results(), sinks, images, "int8")
+    inputs = {parameter.get_friendly_name(): parameter for parameter in model.get_parameters()}
+    images = inputs.pop(INPUT)
+    slots = {name: slot for name, slot in inputs.items() if slot.output(0).get_target_inputs()}  # padded: no shift
+    sizes = [math.prod(slot.get_output_shape(0)) for slot in slots.values()]
+    info = openvino.op.util.VariableInfo()
+    info.data_shape, info.data_type = openvino.PartialShape([sum(sizes)]), openvino.Type.f32
+    info.variable_id = "slots"
+    variable = openvino.op.util.Variable(info)
+    read = opset.read_value(openvino.op.Constant(np.ones(sum(sizes), np.float32)), variable)
+    cut = opset.variadic_split(read, opset.constant(np.int64(0)), opset.constant(np.array(sizes, np.int64)))
+    for place, slot in enumerate(slots.values()):
+        for target in slot.output(0).get_target_inputs():
+            target.replace_source_output(_fused(cut.output(place), tuple(slot.get_output_shape(0)), target))
+    return openvino.Model(model.get_results(), [opset.assign(read, variable)], [images], "int8"), tuple(slots)
+
+
+def _fused(cut: Any, shape: tuple[int, ...], target: Any) -> Any:
+    """A piece of the state in ``shape``, in a form that ``target`` can be fused with its neighbours in.
+
+    OpenVINO 2026.4 does not fuse an element-wise operation that reads a piece, but one that reads a reshaped piece. It
+    keeps a convolution's output with channels last only if most of what is multiplied or added lies so, and only
+    convolutions lay out vectors so: hence a depthwise one with ones, without which a ConvNet is twice as slow. Where a
+    map is one pixel, it would take the addition for a residual one, of equal shapes whatever the batch.
+    """
+    opset, reader = _openvino().opset13, target.get_node()
+    puts_out = reader.get_output_partial_shape(0)
+    if reader.get_type_name() in _ELEMENTWISE:
+        shape = (*[1] * (len(puts_out) - len(shape)), *shape)
+    piece = opset.reshape(cut, opset.constant(np.array(shape, np.int64)), False)
+    if len(shape) == 4 and shape[1] > 1 and [side.get_length() for side in list(puts_out)[2:]] != [1, 1]:
+        ones = opset.constant(np.ones((shape[1], 1, 1, 1, 1), np.float32))
+        piece = opset.group_convolution(piece, ones, [1, 1], [0, 0], [0, 0], [1, 1])
+    return piece.output(0)
 
 
 def _with_constants(model: Any, tensors: Mapping[str, NpArray], path: Path) -> Any:
