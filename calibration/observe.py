@@ -1,4 +1,4 @@
-"""What flows into and out of layers on the calibration images: one pass of ONNX Runtime, channels kept apart."""
+"""What layers read on the calibration images: one pass of ONNX Runtime, channels kept apart."""
 
 from __future__ import annotations
 
@@ -37,19 +37,21 @@ class Activations:
 
 
 def observe(model: Any, layers: Sequence[Layer], images: NpArray, *, where: str) -> dict[str, Activations]:
-    """Inputs and outputs of ``layers`` on preprocessed ``images`` (n, 3, H, W), by the names of the tensors.
+    """What ``layers`` read on preprocessed ``images`` (n, 3, H, W), by the names of the tensors.
 
     Raises:
-        InputError: a number that is not finite, in the weights or on the way.
+        InputError: a number that is not finite, in what they read or put out: a clip behind them may hide it.
     """
     onnx = require("onnx", extra="train", purpose="int8")
     import onnxruntime
 
-    axes = {name: layer.channel_axis for layer in layers for name in (layer.puts_out, layer.reads)}
+    axes = {layer.reads: layer.channel_axis for layer in layers}
     watched = type(model)()
     watched.CopyFrom(model)
     del watched.graph.output[:]
-    names = [name for name in axes if name != INPUT]
+    names = [
+        name for name in dict.fromkeys(n for layer in layers for n in (layer.reads, layer.puts_out)) if name != INPUT
+    ]
     watched.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names)
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
@@ -59,20 +61,21 @@ def observe(model: Any, layers: Sequence[Layer], images: NpArray, *, where: str)
     for start in range(0, len(images), _BATCH):
         batch = images[start : start + _BATCH]
         values = dict(zip(names, session.run(names, {INPUT: batch}), strict=True)) | {INPUT: batch}
+        for name, value in values.items():
+            if not np.isfinite(value).all():
+                fix = "train again with a lower --lr, or look at the images"
+                what = "must stay finite on the calibration images"
+                raise InputError(f"{where}: {name}", what, got="NaN or infinity", fix=fix)
         for name, axis in axes.items():
             each = max(1, ROWS * len(batch) // len(images))
-            gathered.setdefault(name, []).append(_drawn(values[name], axis, each, rng, f"{where}: {name}"))
+            gathered.setdefault(name, []).append(_drawn(values[name], axis, each, rng))
     return {name: _joined(parts) for name, parts in gathered.items()}
 
 
-def _drawn(value: NpArray, axis: int, count: int, rng: np.random.Generator, where: str) -> Activations:
+def _drawn(value: NpArray, axis: int, count: int, rng: np.random.Generator) -> Activations:
     matrix = np.moveaxis(value, axis, -1).reshape(-1, value.shape[axis])
-    least, most = matrix.min(axis=0), matrix.max(axis=0)
-    if not (np.isfinite(least).all() and np.isfinite(most).all()):
-        fix = "train again with a lower --lr, or look at the images"
-        raise InputError(where, "must stay finite on the calibration images", got="NaN or infinity", fix=fix)
     chosen = rng.integers(0, len(matrix), count) if len(matrix) > count else slice(None)
-    return Activations(rows=matrix[chosen].astype(np.float32), least=least, most=most)
+    return Activations(rows=matrix[chosen].astype(np.float32), least=matrix.min(axis=0), most=matrix.max(axis=0))
 
 
 def _joined(parts: Sequence[Activations]) -> Activations:

@@ -420,7 +420,7 @@ def test_channels_are_observed_apart_and_all_images_count() -> None:
     assert np.array_equal(seen.rows, flat)  # fewer rows than are drawn
     assert np.array_equal(seen.largest, np.abs(flat).max(axis=0))
     assert np.array_equal(seen.divided(np.full(48, 2.0)).most, flat.max(axis=0) / 2)
-    assert set(found.seen) == {"flat", "wide", "positive", "logits"}
+    assert set(found.seen) == {"flat", "positive"}
 
 
 def test_of_many_places_some_are_drawn_and_the_extremes_of_all_are_kept() -> None:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from edgepet.errors import CheckError
-from edgepet.parity import Parity, compare, require_parity
+from edgepet.parity import SAME_CODES, Parity, compare, require_parity
 from edgepet.spec import NpArray, Precision
 
 LOGITS = np.array([[4.0, 0.0, -1.0], [0.0, 2.0, 1.0]])
@@ -75,6 +75,17 @@ def test_the_difference_is_taken_in_float64() -> None:
     large = np.array([[60000.0, 0.0]], np.float16)
 
     assert judged(np.array([[-60000.0, 0.0]], np.float16), "fp32", large).max_abs == 120000.0
+
+
+def test_of_the_same_codes_the_nearer_half_of_the_images_must_be_near() -> None:
+    expected = np.tile(LOGITS[:1], (5, 1))
+    steps = np.array([0.1, 0.39, 3.0, 0.2, 50.0])[:, None]
+
+    near = compare(expected, expected + steps, stored=SAME_CODES, inputs="synthetic", against="merged")
+    far = compare(expected, expected + np.maximum(steps, 0.41), stored=SAME_CODES, inputs="synthetic", against="merged")
+
+    assert (near.ok, near.max_abs, near.limit) == (True, pytest.approx(0.39), pytest.approx(0.4))  # the third of five
+    assert (far.ok, far.max_abs) == (False, pytest.approx(0.41))
 
 
 def test_a_comparison_that_passed_says_nothing() -> None:

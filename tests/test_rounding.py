@@ -40,7 +40,7 @@ from edgepet.tune import TunedModel, algebra_error, logits_of
 from edgepet.updates import Scale
 from tests.flow import Tasks, refused, train_arguments
 from tests.flow import edgepet as command
-from tests.test_survival import StopError, images, keeper
+from tests.test_survival import StopError, images, keeper, stepping
 from tests.tiny import perturb, random_images, random_pixels, same_bits, seeded, tiny_vit
 
 PLAN = Plan(epochs=3, lr=1e-2, head_lr=1e-2, batch_size=4, seed=5)
@@ -301,16 +301,8 @@ def run(
     backbone: Backbone, method: Method, plan: Plan, kept: Any = None, *, after: int | None = None
 ) -> tuple[TunedModel, Fit]:
     """Fit on a backbone in int8, with ``after`` only so many steps."""
-    model, seen = tuned(backbone, method, "int8"), 0
-
-    def say(step: Step) -> None:
-        nonlocal seen
-        seen += step.val_top1 is None
-        if after is not None and seen > after:
-            raise StopError
-
-    fitted = fit(model, images(1, 12), images(2, 6), backbone.preprocess, plan, say, keeper=kept)
-    return model, fitted
+    model = tuned(backbone, method, "int8")
+    return model, stepping(model, backbone, plan, kept, after=after)
 
 
 def own(model: TunedModel) -> dict[str, NpArray]:

@@ -48,6 +48,19 @@ def keeper(folder: Path, *, every_s: float = 0.0, **identity: object) -> Keeper:
     return Keeper(path=folder / "flowers.checkpoint", identity=identity, every_s=every_s)
 
 
+def stepping(model: TunedModel, backbone: Backbone, plan: Plan, kept: Keeper | None, *, after: int | None) -> Fit:
+    """Fit ``model``, and raise ``StopError`` behind step ``after``."""
+    seen = 0
+
+    def say(step: Step) -> None:
+        nonlocal seen
+        seen += step.val_top1 is None
+        if after is not None and seen > after:
+            raise StopError
+
+    return fit(model, images(1, 12), images(2, 6), backbone.preprocess, plan, say, keeper=kept)
+
+
 def run(
     backbone: Backbone,
     kept: Keeper | None,
@@ -57,15 +70,8 @@ def run(
     after: int | None = None,
 ) -> tuple[dict[str, NpArray], Fit]:
     """Fit, with ``after`` only so many steps; returns all tensors of the model but the backbone's."""
-    model, seen = TunedModel(backbone, method, 3, seed=1), 0
-
-    def say(step: Step) -> None:
-        nonlocal seen
-        seen += step.val_top1 is None
-        if after is not None and seen > after:
-            raise StopError
-
-    fitted = fit(model, images(1, 12), images(2, 6), backbone.preprocess, plan, say, keeper=kept)
+    model = TunedModel(backbone, method, 3, seed=1)
+    fitted = stepping(model, backbone, plan, kept, after=after)
     state = {n: t.detach().numpy().copy() for n, t in model.state_dict().items() if not n.startswith("backbone.")}
     return state, fitted
 
