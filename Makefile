@@ -5,13 +5,16 @@ BIN := $(VENV)/bin
 DEMO_EXTRAS := train,openvino,tensorrt-rtx,demo
 TEST_EXTRAS := $(DEMO_EXTRAS),onnxsim,accelerate,peft,dev
 
+# Two processes, a file of tests in each: most of a test's time is tracing, on one thread.
+FAST_TESTS = $(BIN)/python -m pytest -m "not slow" --numprocesses 2 --dist loadfile --cov --cov-report=term
+
 .PHONY: demo test slow check fix bench bench-methods clean
 
 demo: $(VENV)/.demo
 	$(BIN)/edgepet demo --dir demo
 
 test: $(VENV)/.test
-	$(BIN)/python -m pytest -m "not slow" --cov --cov-report=term
+	$(FAST_TESTS)
 
 slow: $(VENV)/.test
 	$(BIN)/python -m pytest -m slow
@@ -21,7 +24,7 @@ check: $(VENV)/.test
 	$(BIN)/ruff check edgepet exporters calibration tests benchmarks
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	$(BIN)/python -m pytest -m "not slow" --cov --cov-report=term
+	$(FAST_TESTS)
 
 fix: $(VENV)/.test
 	$(BIN)/ruff check --fix edgepet exporters calibration tests benchmarks

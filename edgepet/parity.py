@@ -104,8 +104,8 @@ class Parity:
 
 
 # The same int8 codes on another runtime: what accumulates where numbers between two codes are rounded apart. Far from
-# what it was trained on a network may amplify that at will: a barely tuned EfficientNet-Lite0 puts out logits of 10,000
-# for noise, and ONNX Runtime differs from itself with other optimisations by half of the largest. So half of the images.
+# what it was trained on, a network may amplify that at will: a barely tuned EfficientNet-Lite0 gives noise logits of
+# 10,000, and ONNX Runtime differs from itself without optimisations by half of the largest. So half of the images.
 SAME_CODES = Limit(relative=0.1, images=0.5)
 
 

@@ -189,25 +189,22 @@ def test_no_task_changes_the_shared_codes_and_merged_weights_have_them_too() -> 
         assert len(backbone["codes_sha256"]) == 4
         assert len(set(backbone["codes_sha256"])) == 1
         for codes in backbone["codes"].values():
+            assert codes["differ_fp64"] == 0
             assert codes["most_codes_apart"] <= 1
-            assert codes["differ_fp32"] <= 1e-4 * codes["weights"]
-    # Lite0 has weights of exactly half of their row's largest: ties, which any scaling breaks one way or the other
-    for codes in backbones["vit-small"]["codes"].values():
-        assert codes["differ_fp64"] == 0
-        assert codes["differ_fp32"] <= 1e-5 * codes["weights"]
+            assert codes["differ_fp32"] <= 1e-5 * codes["weights"]
 
 
-def test_a_further_task_on_the_shared_codes_costs_next_to_nothing_on_a_vit() -> None:
+def test_a_further_task_on_the_shared_codes_costs_next_to_nothing() -> None:
     backbones = json.loads((RESULTS / "shared-int8.json").read_text())["backbones"]
 
-    for cell in (cell for backbone in backbones.values() for cell in backbone["latency"].values()):
-        assert cell["switch_ms"] <= 1.0
-    vit = backbones["vit-small"]
-    # On OpenVINO 1.08 was the aim: steps that are no constants are a pass of their own behind each product (ADR-0016).
-    for runtime, limit in (("onnxruntime", 1.03), ("openvino", 1.15)):
-        assert vit["latency"][runtime]["ratios"]["shared / own"]["median"] <= limit
-        assert vit["latency"][runtime]["ratios"]["shared / fp32"]["median"] <= 0.5
-        assert vit["memory"][runtime]["further_bytes"] <= 1e6
+    for backbone in backbones.values():
+        assert all(cell["switch_ms"] <= 1.0 for cell in backbone["latency"].values())
+        assert all(cell["further_bytes"] <= 1e6 for cell in backbone["memory"].values())
+    # A ConvNet pays for steps that are no constants, and ONNX Runtime convolves floats (ADR-0016).
+    for runtime, limit in (("onnxruntime", 1.03), ("openvino", 1.08)):
+        ratios = backbones["vit-small"]["latency"][runtime]["ratios"]
+        assert ratios["shared / own"]["median"] <= limit
+        assert ratios["shared / fp32"]["median"] <= 0.5
 
 
 def test_tuning_on_the_codes_recovers_half_of_the_worst_loss() -> None:

@@ -139,12 +139,13 @@ class BoundOnnxRuntime:
 
     def __call__(self, images: NpArray) -> NpArray:
         check_images(images, self._shape, where="int8 backbone")
-        self._binding.bind_cpu_input(INPUT, images)
+        value = onnxruntime.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(images))  # where they lie: not copied
+        self._binding.bind_ortvalue_input(INPUT, value)
         self._binding.clear_binding_outputs()  # the last call's has its batch's shape
         self._binding.bind_output(FEATURES)
         self._session.run_with_iobinding(self._binding)
         output: NpArray = self._binding.copy_outputs_to_cpu()[0]
-        self._binding.bind_ortvalue_input(INPUT, self._nothing)  # of fifty tasks, each would keep its last images
+        self._binding.bind_ortvalue_input(INPUT, self._nothing)  # or every task would keep its last images
         return output
 
     def close(self) -> None:
