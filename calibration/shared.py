@@ -21,7 +21,7 @@ from edgepet.calibration.folding import lifted
 from edgepet.calibration.layers import Graph, Layer, find_layers
 from edgepet.codes import CodedWeight, coded, norm_smoothing
 from edgepet.errors import InputError, require
-from edgepet.files import read_file, write_file
+from edgepet.files import write_file
 from edgepet.graph import WEIGHTS, BaseGraph, Place, is_older, safetensors_places, write_graph_json
 from edgepet.int8 import (
     CODE,
@@ -85,9 +85,9 @@ def _make(graph: BaseGraph) -> None:
     if not layers:
         raise InputError(graph.backbone, "has no linear layer or convolution that int8 is for")
     folder, stem = graph.folder, int8_stem(graph.preprocess)
-    codes = safetensors.numpy.save(_stored(graph, layers))
-    if not (folder / CODES).is_file() or read_file(folder / CODES) != codes:
-        write_file(folder / CODES, codes)
+    older = any(is_older(path, FORMAT, VERSION) for path in folder.glob("*-int8.json"))
+    if older or not (folder / CODES).is_file():
+        write_file(folder / CODES, safetensors.numpy.save(_stored(graph, layers)))
     files = [CODES, *(name for name in graph.files if name.endswith(".safetensors") and name != WEIGHTS)]
     places = {name: place for file in sorted(files) for name, place in safetensors_places(folder / file).items()}
     described = tuple(_described(layer) for layer in layers)
