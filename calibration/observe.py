@@ -49,9 +49,8 @@ def observe(model: Any, layers: Sequence[Layer], images: NpArray, *, where: str)
     watched = type(model)()
     watched.CopyFrom(model)
     del watched.graph.output[:]
-    names = [
-        name for name in dict.fromkeys(n for layer in layers for n in (layer.reads, layer.puts_out)) if name != INPUT
-    ]
+    around = dict.fromkeys(name for layer in layers for name in (layer.reads, layer.puts_out))
+    names = [name for name in around if name != INPUT]
     watched.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names)
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3

@@ -29,10 +29,7 @@ class OpenVino:
     runtime = "openvino"
 
     def __init__(self, model: Any, *, where: str, threads: int | None, executed: Executed) -> None:
-        config: dict[str, object] = {"INFERENCE_PRECISION_HINT": executed, "PERFORMANCE_HINT": "LATENCY"}
-        if threads is not None:
-            config["INFERENCE_NUM_THREADS"] = threads
-        compiled = _core().compile_model(model, "CPU", config)
+        compiled = _compile(model, threads, executed)
         self._request, self._where = compiled.create_infer_request(), where
         self._shape = tuple(None if side.is_dynamic else side.get_length() for side in compiled.input(0).partial_shape)
         self.executed = compiled.get_property("INFERENCE_PRECISION_HINT").get_type_name()
@@ -89,11 +86,8 @@ class SharedOpenVino:
         self, graph: Int8Graph, *, threads: int | None = None, codes: Mapping[str, NpArray] | None = None
     ) -> None:
         model = _with_constants(_read(graph.model_path(self.runtime)), codes or {}, graph.model_path(self.runtime))
-        config: dict[str, object] = {"INFERENCE_PRECISION_HINT": "f32", "PERFORMANCE_HINT": "LATENCY"}
-        if threads is not None:
-            config["INFERENCE_NUM_THREADS"] = threads
         stateful, self._order = _stateful(model)
-        self._compiled = _core().compile_model(stateful, "CPU", config)
+        self._compiled = _compile(stateful, threads, "f32")
         self._graph, self._shape = graph, (None, *graph.preprocess.input_shape)
 
     @property
@@ -132,6 +126,13 @@ class BoundOpenVino:
 
     def close(self) -> None:
         self._request = None
+
+
+def _compile(model: Any, threads: int | None, executed: Executed) -> Any:
+    config: dict[str, object] = {"INFERENCE_PRECISION_HINT": executed, "PERFORMANCE_HINT": "LATENCY"}
+    if threads is not None:
+        config["INFERENCE_NUM_THREADS"] = threads
+    return _core().compile_model(model, "CPU", config)
 
 
 def _stateful(model: Any) -> tuple[Any, tuple[str, ...]]:
