@@ -13,10 +13,9 @@ import numpy as np
 from edgepet.canonical import canonical_json, parse_json
 from edgepet.errors import InputError
 from edgepet.files import read_file, sha256_file, write_file
-from edgepet.pack import read_preprocess
 from edgepet.parity import Against, Inputs, Parity
 from edgepet.runners.runner import Runner
-from edgepet.spec import NpArray, Precision, Preprocess
+from edgepet.spec import NpArray, Precision, Preprocess, read_preprocess
 from edgepet.strict import Table
 
 FORMAT, VERSION = "edgepet-artifact", 1

@@ -27,8 +27,7 @@ from edgepet.delta import Delta
 from edgepet.errors import InputError
 from edgepet.files import cache_folder, read_file, sha256_file, write_file
 from edgepet.merging import require_backbone
-from edgepet.pack import read_preprocess
-from edgepet.spec import Base, NpArray, Preprocess
+from edgepet.spec import Base, NpArray, Preprocess, read_preprocess
 from edgepet.strict import Table
 
 FORMAT, VERSION = "edgepet-graph", 1

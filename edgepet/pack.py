@@ -25,7 +25,7 @@ from edgepet.delta import Delta, Head, Int8Ranges, Score
 from edgepet.errors import InputError, PackError
 from edgepet.files import read_file, write_file
 from edgepet.planes import Planes, Reader, write_branches, write_updates
-from edgepet.spec import FilePath, NpArray, Preprocess
+from edgepet.spec import FilePath, NpArray, read_preprocess
 from edgepet.strict import Table
 
 Codec: TypeAlias = Literal["fp32", "fp16"]
@@ -201,28 +201,6 @@ def _int8(table: Table) -> Int8Ranges:
         raise PackError(f"{table.where}.codes", "needs a sha256 of 64 digits", got=repr(codes[:80]))
     table.end()
     return Int8Ranges(codes=codes, ranges=tuple(ranges))
-
-
-def read_preprocess(table: Table) -> Preprocess:
-    """Preprocessing from JSON, as ``Preprocess.as_json`` writes it."""
-    sizes = table.integers("image_size", least=1)
-    if len(sizes) != 2:
-        raise PackError(f"{table.where}.image_size", "needs a height and a width", got=list(sizes))
-    preprocess = Preprocess(
-        image_size=(sizes[0], sizes[1]),
-        interpolation=cast(
-            Literal["bicubic", "bilinear"], table.text("interpolation", choices=["bicubic", "bilinear"])
-        ),
-        crop_fraction=table.number("crop_fraction"),
-        crop=cast(Literal["center", "squash"], table.text("crop", choices=["center", "squash"])),
-        mean=cast(tuple[float, float, float], table.numbers("mean", count=3)),
-        std=cast(tuple[float, float, float], table.numbers("std", count=3)),
-        frames=table.integer("frames", least=2) if "frames" in table.names() else 1,
-    )
-    table.end()
-    if not 0 < preprocess.crop_fraction <= 1 or min(preprocess.std) <= 0:
-        raise PackError(table.where, "needs a crop_fraction in (0, 1] and a std above 0")
-    return preprocess
 
 
 def _provenance(table: Table, key: str) -> dict[str, object]:

@@ -6,11 +6,12 @@ import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, cast
 
 import numpy.typing as npt
 
-from edgepet.errors import InputError
+from edgepet.errors import InputError, PackError
+from edgepet.strict import Table
 
 if TYPE_CHECKING:
     from edgepet.backbones import Backbone
@@ -175,6 +176,28 @@ class Preprocess:
         """As packs, artefacts and graphs have it: ``frames`` is there for clips only."""
         values = {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
         return {key: value for key, value in values.items() if key != "frames" or self.frames > 1}
+
+
+def read_preprocess(table: Table) -> Preprocess:
+    """Preprocessing from JSON, as ``Preprocess.as_json`` writes it."""
+    sizes = table.integers("image_size", least=1)
+    if len(sizes) != 2:
+        raise PackError(f"{table.where}.image_size", "needs a height and a width", got=list(sizes))
+    preprocess = Preprocess(
+        image_size=(sizes[0], sizes[1]),
+        interpolation=cast(
+            Literal["bicubic", "bilinear"], table.text("interpolation", choices=["bicubic", "bilinear"])
+        ),
+        crop_fraction=table.number("crop_fraction"),
+        crop=cast(Literal["center", "squash"], table.text("crop", choices=["center", "squash"])),
+        mean=cast(tuple[float, float, float], table.numbers("mean", count=3)),
+        std=cast(tuple[float, float, float], table.numbers("std", count=3)),
+        frames=table.integer("frames", least=2) if "frames" in table.names() else 1,
+    )
+    table.end()
+    if not 0 < preprocess.crop_fraction <= 1 or min(preprocess.std) <= 0:
+        raise PackError(table.where, "needs a crop_fraction in (0, 1] and a std above 0")
+    return preprocess
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

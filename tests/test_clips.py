@@ -241,7 +241,7 @@ def test_frames_are_no_part_of_an_images_pack_and_at_least_two() -> None:
     assert "frames" not in Preprocess(image_size=(32, 32)).as_json()
     with pytest.raises(InputError, match="must be at least 1"):
         load_backbone("test_vit", frames=0)
-    from edgepet.pack import read_preprocess
+    from edgepet.spec import read_preprocess
     from edgepet.strict import Table
 
     written = Preprocess(image_size=(32, 32), frames=2).as_json()
