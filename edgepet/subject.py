@@ -115,7 +115,7 @@ class Subject:
     def merged(self, images: NpArray) -> NpArray:
         """Logits of the pack as stored, merged and run by torch."""
         require("torch", extra="train", purpose="comparing with the network in torch")
-        from edgepet.training import merged_logits
+        from edgepet.merged import merged_logits
 
         return merged_logits(self.backbone, self.delta, images)
 

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from edgepet.backbones import Backbone
 from edgepet.checkpoint import EVERY_S
@@ -18,15 +17,14 @@ from edgepet.delta import Delta, Score
 from edgepet.errors import InputError
 from edgepet.exporters.trace import keep_weights
 from edgepet.fitting import Pixels, Say
-from edgepet.graft import grafted, in_torch
 from edgepet.imaging import normalize
 from edgepet.job import Job, Made, run_job
-from edgepet.merging import task_tensors
+from edgepet.merged import merged_logits
 from edgepet.methods import Method
 from edgepet.methods.method import count
 from edgepet.pack import Codec, encode_pack, read_pack, write_pack
 from edgepet.parity import Accuracy, accuracy
-from edgepet.spec import FilePath, NpArray
+from edgepet.spec import FilePath
 from edgepet.tune import TunedModel, logits_of
 from edgepet.work import work_folder, write_work
 
@@ -217,21 +215,6 @@ def _report(output: Path, made: Made, seconds: float) -> TrainReport:
             description=backbone.description,
         ),
     )
-
-
-def merged_logits(backbone: Backbone, delta: Delta, images: NpArray) -> NpArray:
-    """Logits (n, C) of ``delta`` folded into ``backbone``, its branches beside it, run by torch in float32."""
-    tensors = task_tensors(backbone.base, delta)
-    branches = in_torch([branch.with_tensors(tensors) for branch in delta.branches])
-    state = {name: torch.from_numpy(np.array(tensors[name])) for name in backbone.tensors}
-    head = torch.from_numpy(delta.head.weight.astype(np.float32)), torch.from_numpy(delta.head.bias.astype(np.float32))
-    parts = []
-    with torch.no_grad(), grafted(backbone.module, branches):
-        for batch in torch.split(torch.from_numpy(images), 64):
-            features = torch.func.functional_call(backbone.module, state, (batch,), tie_weights=False)
-            parts.append(torch.nn.functional.linear(features, *head))
-    logits: NpArray = torch.cat(parts).numpy()
-    return logits
 
 
 def _write(output: Path, delta: Delta, codec: Codec, backbone: Backbone, model: TunedModel, val: Pixels) -> None:

@@ -22,8 +22,9 @@ OPTIONAL = (*DEVICE, "openvino", "onnxsim", "nncf", "peft", "tensorrt", "tensorr
 
 # Modules that train: they need torch when they are imported, and nothing that a device runs imports them.
 NEED_TORCH = {
-    f"edgepet.{name}" for name in ("crew", "demo", "fitting", "graft", "job", "rounding", "sites", "training", "tune")
-}  # fmt: skip
+    f"edgepet.{name}"
+    for name in ("crew", "demo", "fitting", "graft", "job", "merged", "rounding", "sites", "training", "tune")
+}
 
 
 def block(names: tuple[str, ...]) -> str:

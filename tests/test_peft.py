@@ -22,11 +22,11 @@ from edgepet.backbones import Backbone
 from edgepet.delta import Score
 from edgepet.errors import CheckError, InputError, MissingError
 from edgepet.interchange import export_peft, import_peft
+from edgepet.merged import merged_logits
 from edgepet.methods import IA3, SSF, AdaptFormer, DoRA, FacTTT, KronA, LinearProbe, LoKr, LoRA, Method
 from edgepet.pack import read_pack, write_pack
 from edgepet.peft import CONFIG, PREFIX, WEIGHTS
 from edgepet.spec import NpArray, Preprocess, Target
-from edgepet.training import merged_logits
 from edgepet.tune import TunedModel, extract
 from edgepet.updates import Add, LowRank, Scale, Targeted
 from tests.flow import edgepet

@@ -17,12 +17,13 @@ from edgepet.calibration.shared import int8_graph
 from edgepet.data import load_set, open_split
 from edgepet.files import sha256_file
 from edgepet.imaging import normalize
+from edgepet.merged import merged_logits
 from edgepet.methods.method import unflatten
 from edgepet.pack import Codec
 from edgepet.parity import compare
 from edgepet.samples import build_task
 from edgepet.subject import Subject, tuned_network
-from edgepet.training import TrainReport, merged_logits
+from edgepet.training import TrainReport
 from edgepet.tune import logits_of
 
 pytestmark = pytest.mark.slow
