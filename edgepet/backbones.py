@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, cast
 
 import numpy as np
 
@@ -25,6 +25,9 @@ if TYPE_CHECKING:
     from torch import nn
 
     from edgepet.sites import Seen
+
+# As people name one: a written form, or in Python an ``edgepet.Backbone``; None where a pack's own can be found again
+AnyBackbone: TypeAlias = "str | Backbone | None"
 
 OWN = "module:"  # what the label of a user's own network starts with
 WEIGHT_SUFFIXES = (".safetensors", ".pth", ".pt")

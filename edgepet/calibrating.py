@@ -10,6 +10,7 @@ from typing import cast
 
 import numpy as np
 
+from edgepet.backbones import AnyBackbone
 from edgepet.calibration.budget import BATCH, Drop, LayerDrop, answers, require_resolution
 from edgepet.calibration.calibrate import Calibration, Tried
 from edgepet.calibration.images import CalibrationImages
@@ -25,7 +26,7 @@ from edgepet.pack import write_pack
 from edgepet.parity import SAME_CODES, Parity, compare, require_parity
 from edgepet.precision import calibration_of, rounded, shared_calibration, task_images
 from edgepet.runtime import SHARED_RUNTIMES, SharedInt8
-from edgepet.spec import AnyBackbone, FilePath, NpArray
+from edgepet.spec import FilePath, NpArray
 from edgepet.subject import Subject
 
 

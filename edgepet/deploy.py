@@ -25,6 +25,7 @@ from edgepet.artifact import (
     read_artifact,
     write_artifact,
 )
+from edgepet.backbones import AnyBackbone
 from edgepet.calibration.budget import Drop
 from edgepet.calibration.half import Kept, stored_types
 from edgepet.errors import CheckError, InputError, MissingError, require
@@ -36,7 +37,7 @@ from edgepet.machine import environment
 from edgepet.merging import require_foldable
 from edgepet.parity import SAME_CODES, Against, Inputs, Parity, compare, require_parity
 from edgepet.precision import Model, in_precision, require_images
-from edgepet.spec import AnyBackbone, FilePath, NpArray, Precision
+from edgepet.spec import FilePath, NpArray, Precision
 from edgepet.subject import Subject, plain_network
 
 DEFAULTS = ExportOptions()

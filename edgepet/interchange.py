@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
+from edgepet.backbones import AnyBackbone
 from edgepet.delta import Delta, Head, Score
 from edgepet.errors import CheckError, InputError, require
 from edgepet.files import folder_bytes, new_folder
@@ -18,7 +19,7 @@ from edgepet.merging import fold_all, require_foldable
 from edgepet.pack import Codec, encode_pack, read_pack, write_pack
 from edgepet.parity import STORED, Inputs
 from edgepet.peft import CONFIG, WEIGHTS, Lowered, lower, read_adapter
-from edgepet.spec import AnyBackbone, FilePath, NpArray, Tensors
+from edgepet.spec import FilePath, NpArray, Tensors
 from edgepet.subject import Subject, sample_images, synthetic_images
 from edgepet.unlowering import unlower, write_adapter
 

@@ -14,6 +14,7 @@ import numpy as np
 
 from edgepet import account
 from edgepet.artifact import MANIFEST, RUNNERS, Artifact, open_artifact, read_artifact
+from edgepet.backbones import AnyBackbone
 from edgepet.branches import Branch
 from edgepet.data import batches, load_set, open_split
 from edgepet.delta import Delta
@@ -26,7 +27,7 @@ from edgepet.pack import Pack, read_pack
 from edgepet.parity import accuracy
 from edgepet.runners.runner import Runner
 from edgepet.runtime import SHARED_RUNTIMES, SharedInt8, open_task
-from edgepet.spec import AnyBackbone, FilePath, Preprocess
+from edgepet.spec import FilePath, Preprocess
 from edgepet.store import Store
 from edgepet.updates import factors
 

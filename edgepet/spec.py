@@ -6,24 +6,18 @@ import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias, cast
+from typing import Any, Literal, TypeAlias, cast
 
 import numpy.typing as npt
 
 from edgepet.errors import InputError, PackError
 from edgepet.strict import Table
 
-if TYPE_CHECKING:
-    from edgepet.backbones import Backbone
-
 NpArray: TypeAlias = npt.NDArray[Any]
 Array: TypeAlias = Any  # a NumPy array or a torch tensor: formulas use only operators that both have
 Tensors: TypeAlias = Mapping[str, NpArray]
 FilePath: TypeAlias = Path | str
 Tuned: TypeAlias = Mapping[str, Mapping[str, Array]]  # site name -> method tensor name -> value
-
-# As people name one: a written form, or in Python an ``edgepet.Backbone``; None where a pack's own can be found again
-AnyBackbone: TypeAlias = "str | Backbone | None"
 
 Precision: TypeAlias = Literal["fp32", "fp16", "int8"]
 

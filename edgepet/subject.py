@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from edgepet.artifact import Probe
+from edgepet.backbones import AnyBackbone
 from edgepet.data import ImageSet, load_set, open_split
 from edgepet.delta import Delta
 from edgepet.errors import InputError, require
@@ -20,7 +21,7 @@ from edgepet.merging import merge, require_backbone, task_tensors
 from edgepet.methods import configure
 from edgepet.pack import Pack, read_pack
 from edgepet.parity import Against, Inputs, Parity, coarser, compare
-from edgepet.spec import AnyBackbone, FilePath, NpArray, Precision, Preprocess
+from edgepet.spec import FilePath, NpArray, Precision, Preprocess
 from edgepet.work import HELD_OUT, Work, read_work, work_folder
 
 PROBE_SEED, PROBE_IMAGES = 20221017, 4
