@@ -17,13 +17,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from edgepet import evaluate, read_pack, train
-from edgepet.backbones import Backbone, load_backbone
 from edgepet.exporters.trace import base_graph
-from edgepet.machine import environment
+from edgepet.measuring.machine import environment
 from edgepet.methods import METHODS
-from edgepet.ondevice import EvalReport
-from edgepet.report import Progress, to_json
-from edgepet.samples import build_task
+from edgepet.networks.backbone import Backbone, load_backbone
+from edgepet.reports.tables import Progress, to_json
+from edgepet.samples.tasks import build_task
+from edgepet.verbs.evaluate import EvalReport
 
 TASKS = ("digits", "landcover")
 IMAGE_SIZES = {"vit-small": 112, "efficientnet-lite0": 224}

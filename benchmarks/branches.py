@@ -14,13 +14,13 @@ import tempfile
 from pathlib import Path
 
 from edgepet import bench, read_pack, train
-from edgepet.backbones import load_backbone
 from edgepet.exporters.trace import base_graph
-from edgepet.latency import ratio
-from edgepet.machine import environment
+from edgepet.measuring.latency import ratio
+from edgepet.measuring.machine import environment
 from edgepet.methods import METHODS, Branching
-from edgepet.report import to_json
-from edgepet.samples import build_task
+from edgepet.networks.backbone import load_backbone
+from edgepet.reports.tables import to_json
+from edgepet.samples.tasks import build_task
 
 RESULT = Path(__file__).parent / "results" / "branches.json"
 IMAGE_SIZE = 112

@@ -16,10 +16,10 @@ from pathlib import Path
 from latency import BACKBONE, IMAGE_SIZE, quick_packs
 
 from edgepet import ExportOptions, export
-from edgepet.backbones import load_backbone
 from edgepet.exporters import trace
-from edgepet.machine import environment
-from edgepet.report import to_json
+from edgepet.measuring.machine import environment
+from edgepet.networks.backbone import load_backbone
+from edgepet.reports.tables import to_json
 
 RESULT = Path(__file__).parent / "results" / "export.json"
 REPEATS = 5

@@ -14,10 +14,10 @@ from collections import Counter
 from pathlib import Path
 
 from edgepet import ExportOptions, export, read_pack
-from edgepet.artifact import Format
-from edgepet.deploy import Exported
-from edgepet.machine import environment
-from edgepet.report import to_json
+from edgepet.device.artifact import Format
+from edgepet.measuring.machine import environment
+from edgepet.reports.tables import to_json
+from edgepet.verbs.export import Exported
 
 RESULT = Path(__file__).parent / "results" / "half.json"
 FORMATS: tuple[Format, ...] = ("onnx", "openvino", "tensorrt")

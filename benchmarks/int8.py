@@ -21,28 +21,28 @@ from typing import Any
 import numpy as np
 
 from edgepet import read_pack, train
-from edgepet.calibration.folding import folded
-from edgepet.calibration.half import to_half
+from edgepet.calibration.fp16 import to_half
 from edgepet.calibration.images import calibration_images
-from edgepet.calibration.int8 import Recipe
-from edgepet.calibration.shared import int8_graph
-from edgepet.data import ImageSet, load_set, open_split
-from edgepet.delta import Delta, Int8Ranges
+from edgepet.calibration.qdq import Recipe
+from edgepet.calibration.rewriting import folded
+from edgepet.calibration.slot_graphs import int8_graph
+from edgepet.deltas.delta import Delta, Int8Ranges
+from edgepet.deltas.merge import task_tensors
+from edgepet.device.onnxruntime import OnnxRuntime
+from edgepet.device.openvino import OpenVino
+from edgepet.device.runtime import SharedInt8
 from edgepet.exporters.onnx import build_model, serialize
 from edgepet.exporters.tensorrt import build_engines
-from edgepet.imaging import normalize
-from edgepet.int8 import Int8Graph, task_slots
-from edgepet.machine import environment
-from edgepet.merging import task_tensors
-from edgepet.pack import write_pack
-from edgepet.precision import calibration_of, rounded, shared_calibration
-from edgepet.report import Progress, to_json
-from edgepet.runners.onnxruntime import OnnxRuntime
-from edgepet.runners.openvino import OpenVino
-from edgepet.runtime import SharedInt8
-from edgepet.samples import build_task
+from edgepet.graphs.int8 import Int8Graph, task_slots
+from edgepet.images.preprocess import normalize
+from edgepet.images.sets import ImageSet, load_set, open_split
+from edgepet.measuring.machine import environment
+from edgepet.packs.pack import write_pack
+from edgepet.proving.precision import calibration_of, rounded, shared_calibration
+from edgepet.proving.subject import Subject
+from edgepet.reports.tables import Progress, to_json
+from edgepet.samples.tasks import build_task
 from edgepet.spec import NpArray
-from edgepet.subject import Subject
 
 TASKS = ("digits", "landcover", "elpv", "fashion")
 METHODS = ("ssf", "lora")

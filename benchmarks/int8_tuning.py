@@ -19,14 +19,14 @@ from int8 import CALIB_IMAGES, IMAGE_SIZES, TEST_IMAGES, test_images
 from edgepet import train
 from edgepet.calibration.budget import answers
 from edgepet.calibration.images import calibration_images
-from edgepet.calibration.int8 import Recipe
-from edgepet.calibration.shared import coded_backbone, int8_graph
+from edgepet.calibration.qdq import Recipe
+from edgepet.calibration.slot_graphs import coded_backbone, int8_graph
+from edgepet.deltas.merge import task_tensors
 from edgepet.exporters.onnx import build_model
-from edgepet.machine import environment
-from edgepet.merging import task_tensors
-from edgepet.precision import calibration_of
-from edgepet.report import Progress, to_json
-from edgepet.subject import Subject
+from edgepet.measuring.machine import environment
+from edgepet.proving.precision import calibration_of
+from edgepet.proving.subject import Subject
+from edgepet.reports.tables import Progress, to_json
 
 BACKBONE, TASKS, BITS = "vit-small", ("landcover", "fashion"), 4
 RESULT = Path(__file__).parent / "results" / "int8-tuning.json"

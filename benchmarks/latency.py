@@ -17,12 +17,12 @@ import tempfile
 from pathlib import Path
 
 from edgepet import bench, train
-from edgepet.backbones import Backbone, load_backbone
 from edgepet.exporters.trace import base_graph
-from edgepet.latency import ratio, ratio_of_runs
-from edgepet.machine import environment
-from edgepet.report import to_json
-from edgepet.samples import build_task
+from edgepet.measuring.latency import ratio, ratio_of_runs
+from edgepet.measuring.machine import environment
+from edgepet.networks.backbone import Backbone, load_backbone
+from edgepet.reports.tables import to_json
+from edgepet.samples.tasks import build_task
 
 IMAGE_SIZES, RUNS = {"vit-small": 112, "efficientnet-lite0": 224}, 5
 # One runtime at a time, since idle threads spin: those of ONNX Runtime so long that its own next session waits.

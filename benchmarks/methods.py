@@ -24,25 +24,25 @@ import safetensors.torch
 import timm
 import torch
 
-from edgepet.backbones import Backbone, load_backbone
-from edgepet.data import few_shots, load_set, open_split
-from edgepet.delta import Score
+from edgepet.deltas.delta import Score
+from edgepet.deltas.merge import task_tensors
+from edgepet.device.runtime import open_task
 from edgepet.errors import EdgepetError
 from edgepet.exporters.onnx import build_model, serialize
 from edgepet.exporters.tensorrt import build_engines
 from edgepet.exporters.trace import base_graph
-from edgepet.fitting import Pixels, Plan, fit
-from edgepet.imaging import normalize
-from edgepet.machine import environment
-from edgepet.merging import task_tensors
+from edgepet.images.preprocess import normalize
+from edgepet.images.sets import few_shots, load_set, open_split
+from edgepet.measuring.machine import environment
 from edgepet.methods import METHODS, Branching, Method, configure
 from edgepet.methods.method import count
-from edgepet.pack import encode_pack, read_pack
-from edgepet.report import to_json
-from edgepet.runtime import open_task
-from edgepet.samples import build_task
+from edgepet.networks.backbone import Backbone, load_backbone
+from edgepet.packs.pack import encode_pack, read_pack
+from edgepet.reports.tables import to_json
+from edgepet.samples.tasks import build_task
 from edgepet.spec import NpArray
-from edgepet.tune import TunedModel, algebra_error, extract, logits_of
+from edgepet.tuning.fit import Pixels, Plan, fit
+from edgepet.tuning.model import TunedModel, algebra_error, extract, logits_of
 
 RESULT = Path(__file__).parent / "results" / "methods.json"
 BASELINES = ("linear-probe", "full")  # nothing to fold, and everything

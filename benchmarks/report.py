@@ -10,13 +10,13 @@ import json
 from pathlib import Path
 from typing import Any
 
-from edgepet.report import Column, Table, format_bytes, format_number, format_percent, markdown
+from edgepet.reports.tables import Column, Table, format_bytes, format_number, format_percent, markdown
 
 HERE = Path(__file__).parent
 GUIDE = HERE.parent / "docs" / "guide"
 README, METHODS, INT8 = HERE.parent / "README.md", GUIDE / "methods.md", GUIDE / "int8.md"
-FP32_LIMIT = 1e-4  # edgepet.parity.STORED["fp32"]
-HALF_LIMIT = 2e-2  # of the largest logit: edgepet.parity.STORED["fp16"]
+FP32_LIMIT = 1e-4  # edgepet.measuring.parity.STORED["fp32"]
+HALF_LIMIT = 2e-2  # of the largest logit: edgepet.measuring.parity.STORED["fp16"]
 BACKBONES = ("vit-small", "efficientnet-lite0")
 BEGIN, END = "<!-- results: made by benchmarks/report.py -->", "<!-- end of results -->"
 

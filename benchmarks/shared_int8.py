@@ -22,16 +22,16 @@ import numpy as np
 from int8 import CALIB_IMAGES, TASKS, express
 
 from edgepet import ExportOptions, export, read_pack
-from edgepet.artifact import open_artifact, read_artifact
-from edgepet.codes import coded
+from edgepet.deltas.codes import coded
+from edgepet.deltas.merge import fold_all
+from edgepet.device.artifact import open_artifact, read_artifact
+from edgepet.device.runtime import SharedInt8, open_task
 from edgepet.files import sha256_file
-from edgepet.int8 import Int8Graph, open_int8, task_slots
-from edgepet.latency import Candidate, measure, ratio, ratio_of_runs
-from edgepet.machine import environment
-from edgepet.merging import fold_all
-from edgepet.report import to_json
-from edgepet.runtime import SharedInt8, open_task
-from edgepet.subject import Subject
+from edgepet.graphs.int8 import Int8Graph, open_int8, task_slots
+from edgepet.measuring.latency import Candidate, measure, ratio, ratio_of_runs
+from edgepet.measuring.machine import environment
+from edgepet.proving.subject import Subject
+from edgepet.reports.tables import to_json
 
 BACKBONES = ("vit-small", "efficientnet-lite0")
 RUNTIMES = {"onnxruntime": "onnx", "openvino": "openvino"}

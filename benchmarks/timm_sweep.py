@@ -19,14 +19,14 @@ import time
 from pathlib import Path
 from typing import Any
 
-from edgepet.machine import environment
-from edgepet.report import Column, Table, markdown, to_json
+from edgepet.measuring.machine import environment
+from edgepet.reports.tables import Column, Table, markdown, to_json
 
 HERE = Path(__file__).parent
 RESULT, PAGE = HERE / "results" / "timm-sweep.json", HERE.parent / "docs" / "guide" / "timm.md"
 BEGIN, END = "<!-- sweep: made by benchmarks/timm_sweep.py -->", "<!-- end of sweep -->"
 LIMIT_S = 600
-CLOSE = 1e-4  # of the largest feature: edgepet.parity.STORED["fp32"]
+CLOSE = 1e-4  # of the largest feature: edgepet.measuring.parity.STORED["fp32"]
 
 
 def main() -> None:
@@ -109,17 +109,17 @@ def compared(name: str, folder: Path) -> dict[str, Any]:
     import timm
     import torch
 
-    from edgepet.backbones import load_backbone
-    from edgepet.delta import Score
+    from edgepet.deltas.delta import Score
+    from edgepet.deltas.merge import merge
+    from edgepet.device.onnxruntime import OnnxRuntime
+    from edgepet.device.openvino import OpenVino
     from edgepet.errors import EdgepetError
     from edgepet.exporters.onnx import build_model, serialize
     from edgepet.exporters.tensorrt import build_engines
     from edgepet.exporters.trace import base_graph
-    from edgepet.merging import merge
     from edgepet.methods import SSF
-    from edgepet.runners.onnxruntime import OnnxRuntime
-    from edgepet.runners.openvino import OpenVino
-    from edgepet.tune import TunedModel, algebra_error, extract
+    from edgepet.networks.backbone import load_backbone
+    from edgepet.tuning.model import TunedModel, algebra_error, extract
 
     torch.manual_seed(0)
     file = folder / "weights.safetensors"

@@ -21,16 +21,16 @@ import timm
 import torch
 from latency import BACKBONE, IMAGE_SIZE
 
-from edgepet.backbones import load_backbone
-from edgepet.data import load_set, open_split
-from edgepet.fitting import Pixels, Plan, fast_bfloat16, fit
-from edgepet.imaging import normalize
-from edgepet.latency import ratio_of_runs
-from edgepet.machine import environment
+from edgepet.images.preprocess import normalize
+from edgepet.images.sets import load_set, open_split
+from edgepet.measuring.latency import ratio_of_runs
+from edgepet.measuring.machine import environment
 from edgepet.methods import LoRA
-from edgepet.report import to_json
-from edgepet.samples import build_task
-from edgepet.tune import TunedModel
+from edgepet.networks.backbone import load_backbone
+from edgepet.reports.tables import to_json
+from edgepet.samples.tasks import build_task
+from edgepet.tuning.fit import Pixels, Plan, fast_bfloat16, fit
+from edgepet.tuning.model import TunedModel
 
 BATCH, IMAGES, ROUNDS = 32, 128, 7
 RESULT = Path(__file__).parent / "results" / "training.json"

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 
 from edgepet.errors import CheckError, InputError
-from edgepet.graph import INPUT
-from edgepet.parity import INTERVAL_Z
+from edgepet.graphs.base import INPUT
+from edgepet.measuring.parity import INTERVAL_Z
 from edgepet.spec import NpArray
 
 BATCH = 16

@@ -14,10 +14,10 @@ from pathlib import Path
 
 import numpy as np
 
-from edgepet.data import ImageSet, load_set, open_split
+from edgepet.images.sets import ImageSet, load_set, open_split
 from edgepet.errors import InputError
 from edgepet.files import sha256_file
-from edgepet.imaging import normalize
+from edgepet.images.preprocess import normalize
 from edgepet.spec import FilePath, NpArray, Preprocess
 
 LEAST, ENOUGH = 32, 128  # images: below the first it is refused, below the second it is said

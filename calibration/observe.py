@@ -10,7 +10,7 @@ import numpy as np
 
 from edgepet.calibration.layers import Layer
 from edgepet.errors import InputError, require
-from edgepet.graph import INPUT
+from edgepet.graphs.base import INPUT
 from edgepet.spec import NpArray
 
 ROWS = 4096  # of one tensor, drawn evenly from all images: enough for histograms and means of channels

@@ -9,60 +9,60 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from edgepet.backbones import Backbone as Backbone
-    from edgepet.calibrating import calibrate as calibrate
-    from edgepet.calibrating import share as share
-    from edgepet.delta import Delta as Delta
-    from edgepet.deploy import export as export
-    from edgepet.deploy import merge as merge
-    from edgepet.deploy import verify as verify
+    from edgepet.deltas.delta import Delta as Delta
+    from edgepet.device.runtime import Device as Device
     from edgepet.errors import EdgepetError as EdgepetError
     from edgepet.exporters.exporter import ExportOptions as ExportOptions
-    from edgepet.interchange import export_peft as export_peft
-    from edgepet.interchange import import_peft as import_peft
     from edgepet.methods import METHODS as METHODS
     from edgepet.methods import SSF as SSF
     from edgepet.methods import Consolidator as Consolidator
     from edgepet.methods import LoRA as LoRA
-    from edgepet.ondevice import bench as bench
-    from edgepet.ondevice import evaluate as evaluate
-    from edgepet.ondevice import inspect as inspect
-    from edgepet.ondevice import storage as storage
-    from edgepet.pack import read_pack as read_pack
-    from edgepet.pack import write_pack as write_pack
-    from edgepet.runtime import Device as Device
+    from edgepet.networks.backbone import Backbone as Backbone
+    from edgepet.packs.pack import read_pack as read_pack
+    from edgepet.packs.pack import write_pack as write_pack
     from edgepet.spec import Preprocess as Preprocess
-    from edgepet.training import pretrain as pretrain
-    from edgepet.training import train as train
+    from edgepet.verbs.calibrate import calibrate as calibrate
+    from edgepet.verbs.calibrate import share as share
+    from edgepet.verbs.evaluate import bench as bench
+    from edgepet.verbs.evaluate import evaluate as evaluate
+    from edgepet.verbs.evaluate import inspect as inspect
+    from edgepet.verbs.evaluate import storage as storage
+    from edgepet.verbs.export import export as export
+    from edgepet.verbs.export import merge as merge
+    from edgepet.verbs.export import verify as verify
+    from edgepet.verbs.peft import export_peft as export_peft
+    from edgepet.verbs.peft import import_peft as import_peft
+    from edgepet.verbs.train import pretrain as pretrain
+    from edgepet.verbs.train import train as train
 
 __version__ = "0.1.0"
 
 _HOME = {
-    "Backbone": "edgepet.backbones",
+    "Backbone": "edgepet.networks.backbone",
     "Consolidator": "edgepet.methods",
-    "Delta": "edgepet.delta",
-    "Device": "edgepet.runtime",
+    "Delta": "edgepet.deltas.delta",
+    "Device": "edgepet.device.runtime",
     "EdgepetError": "edgepet.errors",
     "ExportOptions": "edgepet.exporters.exporter",
     "LoRA": "edgepet.methods",
     "METHODS": "edgepet.methods",
     "Preprocess": "edgepet.spec",
     "SSF": "edgepet.methods",
-    "bench": "edgepet.ondevice",
-    "calibrate": "edgepet.calibrating",
-    "evaluate": "edgepet.ondevice",
-    "export": "edgepet.deploy",
-    "export_peft": "edgepet.interchange",
-    "import_peft": "edgepet.interchange",
-    "inspect": "edgepet.ondevice",
-    "merge": "edgepet.deploy",
-    "pretrain": "edgepet.training",
-    "read_pack": "edgepet.pack",
-    "share": "edgepet.calibrating",
-    "storage": "edgepet.ondevice",
-    "train": "edgepet.training",
-    "verify": "edgepet.deploy",
-    "write_pack": "edgepet.pack",
+    "bench": "edgepet.verbs.evaluate",
+    "calibrate": "edgepet.verbs.calibrate",
+    "evaluate": "edgepet.verbs.evaluate",
+    "export": "edgepet.verbs.export",
+    "export_peft": "edgepet.verbs.peft",
+    "import_peft": "edgepet.verbs.peft",
+    "inspect": "edgepet.verbs.evaluate",
+    "merge": "edgepet.verbs.export",
+    "pretrain": "edgepet.verbs.train",
+    "read_pack": "edgepet.packs.pack",
+    "share": "edgepet.verbs.calibrate",
+    "storage": "edgepet.verbs.evaluate",
+    "train": "edgepet.verbs.train",
+    "verify": "edgepet.verbs.export",
+    "write_pack": "edgepet.packs.pack",
 }
 
 __all__ = [*_HOME, "__version__"]

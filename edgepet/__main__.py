@@ -2,7 +2,7 @@
 
 import sys
 
-from edgepet.cli import main
+from edgepet.cli.main import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
-from edgepet.artifact import Format
+from edgepet.device.artifact import Format
 from edgepet.spec import FilePath, Precision
 
 

@@ -9,11 +9,11 @@ import numpy as np
 import onnxruntime
 
 from edgepet.canonical import canonical_json
-from edgepet.delta import Delta
+from edgepet.deltas.delta import Delta
 from edgepet.errors import CheckError, InputError, require
 from edgepet.exporters.exporter import ExportOptions, Written
 from edgepet.files import write_file
-from edgepet.graph import FEATURES, LOGITS, BaseGraph
+from edgepet.graphs.base import FEATURES, LOGITS, BaseGraph
 from edgepet.spec import NpArray, Precision, Tensors
 
 MODEL = "model.onnx"

@@ -22,7 +22,7 @@ from edgepet.errors import CheckError, InputError, require
 from edgepet.exporters.exporter import ExportOptions, Written
 from edgepet.exporters.onnx import serialize
 from edgepet.files import write_file
-from edgepet.runners.tensorrt import (
+from edgepet.device.tensorrt import (
     MODULES,
     SCHEMA,
     Cuda,

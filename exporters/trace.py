@@ -15,11 +15,11 @@ from typing import Any
 import numpy as np
 import safetensors.numpy
 
-from edgepet.backbones import Backbone, explicit_attention
-from edgepet.branches import ATTENTION, Branch, named_tensors, structure_digest, structure_of
+from edgepet.networks.backbone import Backbone, explicit_attention
+from edgepet.deltas.branches import ATTENTION, Branch, named_tensors, structure_digest, structure_of
 from edgepet.errors import CheckError, InputError, require
 from edgepet.files import write_file
-from edgepet.graph import (
+from edgepet.graphs.base import (
     FEATURES,
     INPUT,
     WEIGHTS,
@@ -31,7 +31,7 @@ from edgepet.graph import (
     safetensors_places,
     write_graph_json,
 )
-from edgepet.runners.onnxruntime import OnnxRuntime
+from edgepet.device.onnxruntime import OnnxRuntime
 from edgepet.spec import NpArray
 
 OPSET, IR_VERSION = 20, 10  # the newest that ONNX Runtime, OpenVINO and TensorRT all read, int8 included
@@ -101,7 +101,7 @@ def _make(backbone: Backbone, branches: Sequence[Branch], folder: Path) -> None:
 def _traced(backbone: Backbone, branches: Sequence[Branch]) -> Any:
     import torch
 
-    from edgepet.graft import Grafted, in_torch
+    from edgepet.networks.graft import Grafted, in_torch
 
     require("onnxscript", extra="train", purpose="exporting a graph")
     wrapped = bool(branches) or backbone.preprocess.frames > 1  # the exporter passes over hooks of what it is given
@@ -212,7 +212,7 @@ def _externalise(model: Any, places: dict[str, Place], wanted: set[str], backbon
 def _check(graph: BaseGraph, backbone: Backbone, branches: Sequence[Branch]) -> None:
     import torch
 
-    from edgepet.graft import grafted, in_torch
+    from edgepet.networks.graft import grafted, in_torch
 
     rng = np.random.default_rng(0)
     images = rng.normal(size=(3, *graph.preprocess.input_shape)).astype(np.float32)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from edgepet.backbones import Backbone
+from edgepet.networks.backbone import Backbone
 from tests.flow import adapter as adapter
 from tests.flow import artifacts as artifacts
 from tests.flow import graph as graph

@@ -16,14 +16,14 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw
 
-from edgepet.backbones import Backbone
-from edgepet.cli import main
-from edgepet.delta import Delta, Score
-from edgepet.graph import BaseGraph
-from edgepet.merging import merge
+from edgepet.cli.main import main
+from edgepet.deltas.delta import Delta, Score
+from edgepet.deltas.merge import merge
+from edgepet.device.store import Store
+from edgepet.graphs.base import BaseGraph
 from edgepet.methods import SSF, Method
-from edgepet.store import Store
-from edgepet.subject import Subject
+from edgepet.networks.backbone import Backbone
+from edgepet.proving.subject import Subject
 from tests.tiny import perturb, tiny_vit
 
 needs_tensorrt_rtx = pytest.mark.skipif(find_spec("tensorrt_rtx") is None, reason="needs the package tensorrt_rtx")
@@ -177,7 +177,7 @@ class Network:
 
 
 def task_on(backbone: Backbone, method: Method, *, name: str, seed: int, by: float) -> Delta:
-    from edgepet.tune import TunedModel, extract
+    from edgepet.tuning.model import TunedModel, extract
 
     tuned = perturb(TunedModel(backbone, method, 5), seed=seed, by=by)
     return extract(tuned, backbone, task=name, labels=tuple("abcde"), val=Score(top1=1.0, n=3))

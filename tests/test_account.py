@@ -9,10 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from edgepet import account, read_pack, storage, write_pack
-from edgepet.account import RuntimeBytes, TaskBytes
+from edgepet import read_pack, storage, write_pack
+from edgepet.device.store import Store
 from edgepet.errors import InputError
-from edgepet.store import Store
+from edgepet.verbs import storage as account
+from edgepet.verbs.storage import RuntimeBytes, TaskBytes
 from tests.flow import Artifacts, Tasks, has_openvino
 
 

@@ -18,18 +18,18 @@ from timm.models.mlp_mixer import MlpMixer
 from timm.models.swin_transformer import SwinTransformer
 from torch import nn
 
-from edgepet.backbones import Backbone
-from edgepet.delta import Delta, Score
+from edgepet.deltas.delta import Delta, Score
+from edgepet.deltas.merge import merge
+from edgepet.device.onnxruntime import OnnxRuntime
 from edgepet.exporters.onnx import build_model, serialize
 from edgepet.exporters.tensorrt import build_engines
 from edgepet.exporters.trace import base_graph
-from edgepet.fitting import Pixels, Plan, fit
-from edgepet.graph import BaseGraph
-from edgepet.merging import merge
+from edgepet.graphs.base import BaseGraph
 from edgepet.methods import SSF, Consolidator, Full, LoRA, Method
-from edgepet.runners.onnxruntime import OnnxRuntime
+from edgepet.networks.backbone import Backbone
 from edgepet.spec import NpArray, Preprocess
-from edgepet.tune import TunedModel, algebra_error, extract, logits_of
+from edgepet.tuning.fit import Pixels, Plan, fit
+from edgepet.tuning.model import TunedModel, algebra_error, extract, logits_of
 from tests.flow import needs_openvino
 from tests.tiny import perturb, random_images, random_pixels, same_bits, seeded, tiny_vit
 
@@ -150,7 +150,7 @@ def test_onnx_runtime_answers_as_the_tuned_network(method: Method, network: Netw
 @needs_openvino
 @each_method
 def test_openvino_answers_as_the_tuned_network(method: Method, network: Network) -> None:
-    from edgepet.runners.openvino import OpenVino
+    from edgepet.device.openvino import OpenVino
 
     model, delta = tuned(network, method)
     merged = merge(network.graph.base, delta)

@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from edgepet.graph import BaseGraph, graph_folder
-from edgepet.subject import Subject
+from edgepet.graphs.base import BaseGraph, graph_folder
+from edgepet.proving.subject import Subject
 from tests.flow import Artifacts, Tasks, has_openvino
 
 DEVICE = ("torch", "torchvision", "timm", "onnx", "onnxscript", "onnx_ir")
@@ -22,9 +22,10 @@ OPTIONAL = (*DEVICE, "openvino", "onnxsim", "nncf", "peft", "tensorrt", "tensorr
 
 # Modules that train: they need torch when they are imported, and nothing that a device runs imports them.
 NEED_TORCH = {
-    f"edgepet.{name}"
-    for name in ("crew", "demo", "fitting", "graft", "job", "merged", "rounding", "sites", "training", "tune")
-}
+    "edgepet.networks.graft", "edgepet.networks.merged", "edgepet.networks.sites",
+    "edgepet.tuning.fake_quant", "edgepet.tuning.fit", "edgepet.tuning.model", "edgepet.tuning.processes",
+    "edgepet.tuning.training", "edgepet.verbs.demo", "edgepet.verbs.train",
+}  # fmt: skip
 
 
 def block(names: tuple[str, ...]) -> str:
@@ -41,7 +42,7 @@ def python(code: str, *arguments: object, cwd: Path | None = None) -> subprocess
 
 def verb(*arguments: object) -> Any:
     """The JSON of a verb in a process without a device's forbidden packages."""
-    code = block(DEVICE) + "from edgepet.cli import main; sys.exit(main(sys.argv[1:]))"
+    code = block(DEVICE) + "from edgepet.cli.main import main; sys.exit(main(sys.argv[1:]))"
     done = python(code, *arguments, "--json", "--quiet")
     assert (done.returncode, done.stderr) == (0, ""), done.stderr
     return json.loads(done.stdout)
@@ -86,8 +87,8 @@ def test_verify_methods_and_doctor_run(artifacts: Artifacts) -> None:
 
 def test_a_device_installs_and_runs_a_task(tasks: Tasks, graph: BaseGraph, tmp_path: Path) -> None:
     code = block(DEVICE) + (
-        "from pathlib import Path; from edgepet import Device; from edgepet.store import Store;"
-        "from edgepet import Preprocess; from edgepet.graph import open_graph;"
+        "from pathlib import Path; from edgepet import Device; from edgepet.device.store import Store;"
+        "from edgepet import Preprocess; from edgepet.graphs.base import open_graph;"
         "store, pack, image, fingerprint = sys.argv[1:];"
         "graph = open_graph(fingerprint, Preprocess(image_size=(32, 32)));"
         "Store(Path(store)).add_graph(graph); device = Device(Path(store));"
@@ -107,7 +108,7 @@ def test_a_task_is_folded_and_written_to_onnx_without_torch_and_timm(
     pytest.importorskip("onnx", reason="needs the package onnx")
     code = block(("torch", "torchvision", "timm", "onnxscript")) + (
         "from pathlib import Path; from edgepet import read_pack; from edgepet.exporters.onnx import *;"
-        "from edgepet.merging import merge; from edgepet.graph import open_graph;"
+        "from edgepet.deltas.merge import merge; from edgepet.graphs.base import open_graph;"
         "delta = read_pack(sys.argv[1]).delta; graph = open_graph(delta.fingerprint, delta.preprocess);"
         "write_onnx(build_model(graph, merge(graph.base, delta), delta), Path(sys.argv[2]))"
     )
@@ -169,7 +170,7 @@ def test_help_is_there_in_less_than_three_tenths_of_a_second() -> None:
     seconds = []
     for _ in range(5):
         began = time.perf_counter()
-        done = python("import sys; from edgepet.cli import main; sys.exit(main(sys.argv[1:]))", "--help")
+        done = python("import sys; from edgepet.cli.main import main; sys.exit(main(sys.argv[1:]))", "--help")
         seconds.append(time.perf_counter() - began)
         assert done.returncode == 0
 
@@ -178,7 +179,7 @@ def test_help_is_there_in_less_than_three_tenths_of_a_second() -> None:
 
 def test_help_imports_nothing_heavy() -> None:
     code = (
-        "import sys; from edgepet.cli import main\n"
+        "import sys; from edgepet.cli.main import main\n"
         "try: main(['--help'])\n"
         "except SystemExit: pass\n"
         "print(sorted({'numpy', 'onnxruntime', 'rich', 'PIL', 'torch', 'timm', 'onnx'} & set(sys.modules)))"

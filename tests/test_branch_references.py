@@ -15,8 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from edgepet.backbones import Backbone
-from edgepet.delta import Head
+from edgepet.deltas.delta import Head
 from edgepet.methods import (
     MAM,
     Adapter,
@@ -30,8 +29,9 @@ from edgepet.methods import (
     VPTDeep,
     VPTShallow,
 )
+from edgepet.networks.backbone import Backbone
 from edgepet.spec import Preprocess
-from edgepet.tune import TunedModel
+from edgepet.tuning.model import TunedModel
 from tests.test_methods import vit as sites_of_vit
 from tests.tiny import perturb, random_images, seeded
 

@@ -14,17 +14,15 @@ import numpy as np
 import pytest
 import torch
 
-from edgepet.backbones import Backbone
-from edgepet.branches import named_tensors
-from edgepet.delta import Delta, Score
+from edgepet.deltas.branches import named_tensors
+from edgepet.deltas.delta import Delta, Score
+from edgepet.deltas.merge import merge, task_tensors
+from edgepet.device.runtime import open_task
 from edgepet.errors import InputError
 from edgepet.exporters.onnx import build_model, serialize
 from edgepet.exporters.tensorrt import build_engines
 from edgepet.exporters.trace import base_graph
-from edgepet.fitting import Pixels, Plan, fit
-from edgepet.graft import grafted, in_torch
-from edgepet.graph import BaseGraph
-from edgepet.merging import merge, task_tensors
+from edgepet.graphs.base import BaseGraph
 from edgepet.methods import (
     MAM,
     METHODS,
@@ -42,10 +40,12 @@ from edgepet.methods import (
     VPTShallow,
 )
 from edgepet.methods.method import count
-from edgepet.pack import encode_pack, read_pack
-from edgepet.runtime import open_task
+from edgepet.networks.backbone import Backbone
+from edgepet.networks.graft import grafted, in_torch
+from edgepet.packs.pack import encode_pack, read_pack
 from edgepet.spec import NpArray, Site
-from edgepet.tune import TunedModel, algebra_error, extract, logits_of
+from edgepet.tuning.fit import Pixels, Plan, fit
+from edgepet.tuning.model import TunedModel, algebra_error, extract, logits_of
 from tests.flow import needs_openvino
 from tests.test_methods import typed, vit
 from tests.tiny import make_delta, perturb, random_images, random_pixels, same_bits, sites_of, tiny_vit

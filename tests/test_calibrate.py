@@ -15,13 +15,13 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw
 
-from edgepet import deploy
 from edgepet.calibration import calibrate as calibrating
 from edgepet.calibration.budget import Drop, LayerDrop
-from edgepet.calibration.int8 import Recipe
-from edgepet.graph import graph_folder
-from edgepet.int8 import CODES
-from edgepet.pack import read_pack
+from edgepet.calibration.qdq import Recipe
+from edgepet.graphs.base import graph_folder
+from edgepet.graphs.int8 import CODES
+from edgepet.packs.pack import read_pack
+from edgepet.verbs import export as deploy
 from tests.flow import CLASSES, FORMATS, edgepet, has_openvino, refused, train_arguments
 from tests.test_account import bytes_below
 

@@ -13,9 +13,9 @@ import pytest
 import torch
 
 import edgepet as package
-from edgepet import ondevice
-from edgepet.cli import main
-from edgepet.parity import interval
+from edgepet.cli.main import main
+from edgepet.measuring.parity import interval
+from edgepet.verbs import evaluate as ondevice
 from tests.flow import CLASSES, Artifacts, Tasks, draw_shapes, edgepet, has_openvino, train_arguments
 
 OPTIONAL_NUMBER = (float, NoneType)

@@ -12,23 +12,23 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 from torch.nn import functional
 
-from edgepet.backbones import Backbone, load_backbone
-from edgepet.data import open_split
-from edgepet.delta import Score
+from edgepet.deltas.delta import Score
+from edgepet.deltas.merge import task_tensors
+from edgepet.device.runtime import Device, open_task
+from edgepet.device.store import Store
 from edgepet.errors import InputError, PackError
 from edgepet.exporters.onnx import build_model, serialize
 from edgepet.exporters.tensorrt import build_engines
 from edgepet.exporters.trace import base_graph
-from edgepet.fitting import Plan, _images
-from edgepet.imaging import load_clip, load_pixels
-from edgepet.merging import task_tensors
+from edgepet.images.preprocess import load_clip, load_pixels
+from edgepet.images.sets import open_split
 from edgepet.methods import SSF, Method, STAdapter
 from edgepet.methods.method import count
-from edgepet.pack import encode_pack, read_pack
-from edgepet.runtime import Device, open_task
+from edgepet.networks.backbone import Backbone, load_backbone
+from edgepet.packs.pack import encode_pack, read_pack
 from edgepet.spec import NpArray, Preprocess
-from edgepet.store import Store
-from edgepet.tune import TunedModel, algebra_error, extract, logits_of
+from edgepet.tuning.fit import Plan, _images
+from edgepet.tuning.model import TunedModel, algebra_error, extract, logits_of
 from tests.flow import edgepet, has_openvino, refused
 from tests.test_branches import needs_tensorrt_rtx, stored
 from tests.test_methods import vit
@@ -296,7 +296,7 @@ def test_it_is_exported_and_verified_against_the_tuned_network(moves: Path, clip
 
 
 def test_a_clip_is_classified_on_the_device(moves: Path, clips: Path, tmp_path: Path) -> None:
-    from edgepet.subject import Subject
+    from edgepet.proving.subject import Subject
 
     store, device = Store(tmp_path / "device"), Device(tmp_path / "device")
     store.add_graph(Subject(moves, None, None).graph)

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from edgepet.codes import TINY, CodedWeight, Range, coded, norm_smoothing, smoothing, weight_codes
+from edgepet.deltas.codes import TINY, CodedWeight, Range, coded, norm_smoothing, smoothing, weight_codes
 from edgepet.spec import NpArray
 from tests.tiny import SETTINGS
 

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from edgepet import demo
-from edgepet.cli import main
+from edgepet.cli.main import main
+from edgepet.verbs import demo
 
 pytestmark = pytest.mark.slow
 

@@ -17,19 +17,21 @@ import safetensors.torch
 import timm
 import torch
 
-from edgepet import deploy, precision, read_pack, write_pack
-from edgepet.artifact import MANIFEST, open_artifact, read_artifact, write_artifact
-from edgepet.backbones import load_backbone
-from edgepet.delta import Score
+from edgepet import read_pack, write_pack
+from edgepet.deltas.delta import Score
+from edgepet.device.artifact import MANIFEST, open_artifact, read_artifact, write_artifact
+from edgepet.device.onnxruntime import OnnxRuntime
+from edgepet.device.tensorrt import gpu_problem
 from edgepet.exporters import trace
 from edgepet.files import cache_folder
-from edgepet.graph import BaseGraph
+from edgepet.graphs.base import BaseGraph
 from edgepet.methods import configure
-from edgepet.runners.onnxruntime import OnnxRuntime
-from edgepet.runners.tensorrt import gpu_problem
+from edgepet.networks.backbone import load_backbone
+from edgepet.proving import precision
+from edgepet.proving.subject import Subject, tuned_network
 from edgepet.spec import NpArray
-from edgepet.subject import Subject, tuned_network
-from edgepet.tune import TunedModel, extract, logits_of
+from edgepet.tuning.model import TunedModel, extract, logits_of
+from edgepet.verbs import export as deploy
 from tests.flow import CLASSES, FORMATS, Artifacts, Tasks, edgepet, refused, train_arguments
 from tests.tiny import perturb, tiny_vit
 

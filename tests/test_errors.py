@@ -12,6 +12,8 @@ import pytest
 import safetensors.numpy
 
 from edgepet.canonical import canonical_json, parse_json
+from edgepet.deltas.merge import short
+from edgepet.device.runtime import open_features
 from edgepet.errors import (
     BackboneError,
     CheckError,
@@ -21,10 +23,8 @@ from edgepet.errors import (
     PackError,
     require,
 )
-from edgepet.graph import BaseGraph
-from edgepet.merging import short
-from edgepet.pack import read_pack
-from edgepet.runtime import open_features
+from edgepet.graphs.base import BaseGraph
+from edgepet.packs.pack import read_pack
 from tests.flow import RUNTIMES, Artifacts, Tasks, edgepet, needs_openvino, refused, train_arguments
 from tests.tiny import tiny_vit
 

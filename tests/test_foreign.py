@@ -13,17 +13,17 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from edgepet.backbones import Backbone
+from edgepet.deltas.merge import merge
+from edgepet.device.runtime import open_task
 from edgepet.errors import InputError
 from edgepet.exporters.onnx import build_model, serialize
 from edgepet.exporters.tensorrt import build_engines
 from edgepet.exporters.trace import base_graph
-from edgepet.merging import merge
 from edgepet.methods import SSF, BitFit, Full, Method
-from edgepet.pack import encode_pack, read_pack
-from edgepet.runtime import open_task
+from edgepet.networks.backbone import Backbone
+from edgepet.packs.pack import encode_pack, read_pack
 from edgepet.spec import Preprocess
-from edgepet.tune import logits_of
+from edgepet.tuning.model import logits_of
 from tests.flow import needs_openvino
 from tests.foreign import (
     DeformableConv,

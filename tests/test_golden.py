@@ -16,19 +16,19 @@ import pytest
 import safetensors.numpy
 
 from edgepet import Device, read_pack, verify
-from edgepet.artifact import read_artifact, write_artifact
-from edgepet.checkpoint import Keeper, identity_of
-from edgepet.delta import Delta, Score
+from edgepet.deltas.delta import Delta, Score
+from edgepet.deltas.merge import merge
+from edgepet.device.artifact import read_artifact, write_artifact
+from edgepet.device.runtime import SharedInt8, open_task
 from edgepet.files import read_file
-from edgepet.graph import open_graph
-from edgepet.imaging import normalize
-from edgepet.int8 import open_int8
-from edgepet.merging import merge
+from edgepet.graphs.base import open_graph
+from edgepet.graphs.int8 import open_int8
+from edgepet.images.preprocess import normalize
 from edgepet.methods import SSF
-from edgepet.pack import encode_pack
-from edgepet.runtime import SharedInt8, open_task
+from edgepet.packs.pack import encode_pack
 from edgepet.spec import NpArray
-from edgepet.work import read_work, write_work
+from edgepet.tuning.checkpoint import Keeper, identity_of
+from edgepet.tuning.work_folder import read_work, write_work
 from tests.flow import RUNTIMES, Artifacts, Tasks, edgepet, has_openvino
 from tests.golden.make import CLASSES, draw, every_branch, every_update, train
 

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from edgepet.backbones import Backbone
 from edgepet.methods import METHODS, Method, configure
 from edgepet.methods.method import count
+from edgepet.networks.backbone import Backbone
 from tests import test_methods
 from tests.flow import Tasks, edgepet, train_arguments
 from tests.test_methods import vit

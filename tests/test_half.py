@@ -13,7 +13,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 
-from edgepet.calibration.half import LARGEST, Kept, stored_types, to_half
+from edgepet.calibration.fp16 import LARGEST, Kept, stored_types, to_half
 from edgepet.errors import CheckError, InputError
 from edgepet.exporters.onnx import serialize
 from edgepet.exporters.tensorrt import build_engines
@@ -153,7 +153,7 @@ def test_without_the_scan_the_planted_overflow_is_infinite(monkeypatch: pytest.M
     expected = run(planted, PICTURES)
 
     kept = to_half(planted, PICTURES, where="planted")
-    monkeypatch.setattr("edgepet.calibration.half.LARGEST", np.inf)
+    monkeypatch.setattr("edgepet.calibration.fp16.LARGEST", np.inf)
     blind = to_half(planted, PICTURES, where="planted")
 
     assert close(run(kept.model, PICTURES), expected)

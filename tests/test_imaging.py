@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from edgepet.errors import InputError
-from edgepet.imaging import load_pixels, normalize, to_pixels
+from edgepet.images.preprocess import load_pixels, normalize, to_pixels
 from edgepet.spec import Preprocess
 
 MODES = ["RGB", "L", "LA", "P", "RGBA", "1", "CMYK"]

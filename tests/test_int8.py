@@ -12,16 +12,16 @@ import onnxruntime
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from edgepet.calibration.calibrate import Calibration
-from edgepet.calibration.folding import folded
-from edgepet.calibration.int8 import Int8, Recipe, observed_smoothing, quantize
 from edgepet.calibration.layers import Graph, Layer, find_layers
 from edgepet.calibration.observe import Activations, observe
+from edgepet.calibration.qdq import Int8, Recipe, observed_smoothing, quantize
+from edgepet.calibration.rewriting import folded
+from edgepet.calibration.search import Calibration
+from edgepet.device.onnxruntime import OnnxRuntime
 from edgepet.errors import InputError
 from edgepet.exporters.onnx import serialize
 from edgepet.exporters.tensorrt import build_engines
-from edgepet.parity import SAME_CODES
-from edgepet.runners.onnxruntime import OnnxRuntime
+from edgepet.measuring.parity import SAME_CODES
 from edgepet.spec import NpArray
 from tests.flow import Network, needs_openvino, needs_tensorrt_rtx
 from tests.test_half import mlp
@@ -205,7 +205,7 @@ def test_onnx_runtime_multiplies_codes_in_linear_layers(networks: Callable[[str]
 
 @needs_openvino
 def test_openvino_multiplies_codes_in_every_layer(network: Observed, tmp_path: Path) -> None:
-    from edgepet.runners.openvino import OpenVino
+    from edgepet.device.openvino import OpenVino
 
     (tmp_path / "model.onnx").write_bytes(serialize(network.int8().model))
 

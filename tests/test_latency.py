@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from edgepet.errors import InputError
-from edgepet.latency import BenchReport, Candidate, LatencyRow, Ratio, measure, ratio, ratio_of_runs
-from edgepet.machine import Environment
+from edgepet.measuring.latency import BenchReport, Candidate, LatencyRow, Ratio, measure, ratio, ratio_of_runs
+from edgepet.measuring.machine import Environment
 from edgepet.spec import NpArray
 
 IMAGES = np.zeros((2, 3, 4, 4), np.float32)

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from edgepet import machine
-from edgepet.machine import RuntimeStatus, environment, runtimes
+from edgepet.measuring import machine
+from edgepet.measuring.machine import RuntimeStatus, environment, runtimes
 
 X86 = """\
 processor\t: 0
@@ -213,9 +213,7 @@ def test_a_package_whose_module_is_an_empty_folder_is_broken(site: Path) -> None
 
 
 def test_asking_what_is_here_does_not_import_what_devices_do_without() -> None:
-    code = (
-        "import sys, edgepet.machine as m; m.environment(); m.runtimes(); print({'torch', 'onnx'} & set(sys.modules))"
-    )
+    code = "import sys, edgepet.measuring.machine as m; m.environment(); m.runtimes(); print({'torch', 'onnx'} & set(sys.modules))"
 
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from edgepet.deltas.merge import merge
+from edgepet.deltas.updates import Add, Kronecker, LowRank, Replace, Scale, Targeted
 from edgepet.errors import BackboneError, InputError
-from edgepet.merging import merge
 from edgepet.spec import Base, NpArray, Target
-from edgepet.updates import Add, Kronecker, LowRank, Replace, Scale, Targeted
 from tests.tiny import FINGERPRINT, make_delta, same_bits
 
 OTHER = "sha256:" + "0123456789ab" * 5 + "0123"
@@ -134,7 +134,7 @@ def test_a_scalar_that_counts_steps_cannot_be_scaled() -> None:
 
 def test_every_update_is_checked_before_the_first_is_folded(monkeypatch: pytest.MonkeyPatch) -> None:
     folded: list[object] = []
-    monkeypatch.setattr("edgepet.merging.fold", lambda targeted, tensor: folded.append(targeted) or tensor)
+    monkeypatch.setattr("edgepet.deltas.merge.fold", lambda targeted, tensor: folded.append(targeted) or tensor)
     good, bad = on("a.bias", Add(np.ones(4))), on("a.bias", Add(np.ones(5)))
 
     with pytest.raises(InputError, match=r"needs d \(4,\), got \(5,\)"):

@@ -14,11 +14,10 @@ import pytest
 import torch
 from torch.nn import functional
 
-from edgepet.backbones import Backbone
-from edgepet.delta import Score
+from edgepet.deltas.delta import Score
+from edgepet.deltas.merge import merge
+from edgepet.deltas.updates import Grouped, Targeted, fold
 from edgepet.errors import InputError
-from edgepet.fitting import Pixels, Plan, fit
-from edgepet.merging import merge
 from edgepet.methods import (
     IA3,
     METHODS,
@@ -43,10 +42,11 @@ from edgepet.methods import (
     configure,
 )
 from edgepet.methods.method import count, fp16_bytes, unflatten
-from edgepet.pack import encode_pack, read_pack
+from edgepet.networks.backbone import Backbone
+from edgepet.packs.pack import encode_pack, read_pack
 from edgepet.spec import NpArray, Site, Target
-from edgepet.tune import TunedModel, algebra_error, extract
-from edgepet.updates import Grouped, Targeted, fold
+from edgepet.tuning.fit import Pixels, Plan, fit
+from edgepet.tuning.model import TunedModel, algebra_error, extract
 from tests.tiny import make_delta, perturb, random_images, random_pixels, same_bits, sites_of
 
 EXAMPLES: dict[str, Method] = {

@@ -13,9 +13,9 @@ from torch import nn
 import edgepet
 from edgepet import Backbone, ExportOptions, Preprocess
 from edgepet.errors import InputError
-from edgepet.graph import open_graph
-from edgepet.subject import Subject, plain_network
-from edgepet.tune import logits_of
+from edgepet.graphs.base import open_graph
+from edgepet.proving.subject import Subject, plain_network
+from edgepet.tuning.model import logits_of
 from tests.flow import Tasks, has_openvino
 from tests.tiny import seeded
 

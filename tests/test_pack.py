@@ -17,17 +17,17 @@ import safetensors.numpy
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from edgepet.branches import BRANCHES, Branch
 from edgepet.canonical import canonical_json
-from edgepet.codes import Range
-from edgepet.delta import Delta, Head, Int8Ranges, Score
+from edgepet.deltas.branches import BRANCHES, Branch
+from edgepet.deltas.codes import Range
+from edgepet.deltas.delta import Delta, Head, Int8Ranges, Score
+from edgepet.deltas.expressions import Binary, Mix
+from edgepet.deltas.updates import Add, Grouped, LowRank, Scale, Targeted, attributes, factors
 from edgepet.errors import InputError, PackError
-from edgepet.expressions import Binary, Mix
 from edgepet.methods import SSF, Consolidator, LoRA, Method
-from edgepet.pack import Codec, encode_pack, read_pack, write_pack
-from edgepet.planes import MAX_UPDATES
+from edgepet.packs.layout import MAX_UPDATES
+from edgepet.packs.pack import Codec, encode_pack, read_pack, write_pack
 from edgepet.spec import NpArray, Preprocess, Site, Target
-from edgepet.updates import Add, Grouped, LowRank, Scale, Targeted, attributes, factors
 from tests.tiny import FINGERPRINT, SETTINGS, cases, make_delta
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from edgepet.errors import CheckError
-from edgepet.parity import SAME_CODES, Parity, compare, require_parity
+from edgepet.measuring.parity import SAME_CODES, Parity, compare, require_parity
 from edgepet.spec import NpArray, Precision
 
 LOGITS = np.array([[4.0, 0.0, -1.0], [0.0, 2.0, 1.0]])

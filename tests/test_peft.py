@@ -17,18 +17,18 @@ import safetensors.torch
 import timm
 import torch
 
-from edgepet import interchange
-from edgepet.backbones import Backbone
-from edgepet.delta import Score
+from edgepet.deltas.delta import Score
+from edgepet.deltas.updates import Add, LowRank, Scale, Targeted
 from edgepet.errors import CheckError, InputError, MissingError
-from edgepet.interchange import export_peft, import_peft
-from edgepet.merged import merged_logits
 from edgepet.methods import IA3, SSF, AdaptFormer, DoRA, FacTTT, KronA, LinearProbe, LoKr, LoRA, Method
-from edgepet.pack import read_pack, write_pack
-from edgepet.peft import CONFIG, PREFIX, WEIGHTS
+from edgepet.networks.backbone import Backbone
+from edgepet.networks.merged import merged_logits
+from edgepet.packs.pack import read_pack, write_pack
+from edgepet.peft.reading import CONFIG, PREFIX, WEIGHTS
 from edgepet.spec import NpArray, Preprocess, Target
-from edgepet.tune import TunedModel, extract
-from edgepet.updates import Add, LowRank, Scale, Targeted
+from edgepet.tuning.model import TunedModel, extract
+from edgepet.verbs import peft as interchange
+from edgepet.verbs.peft import export_peft, import_peft
 from tests.flow import edgepet
 from tests.tiny import perturb, random_images, tiny_vit
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from edgepet.pack import read_pack
-from edgepet.work import read_work
+from edgepet.packs.pack import read_pack
+from edgepet.tuning.work_folder import read_work
 from tests.flow import Tasks, edgepet, refused, train_arguments
 from tests.tiny import same_bits, tiny_vit
 
@@ -111,7 +111,7 @@ def test_a_resumed_training_must_have_begun_from_the_same_tensors(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("edgepet.job._prove", stopped)
+        patch.setattr("edgepet.tuning.training._prove", stopped)
         assert edgepet(*words).code == 130
 
     said = refused(3, *arguments(tasks, task, tmp_path / "t.pet", "--resume"))

@@ -118,7 +118,7 @@ def test_a_wheel_holds_the_package_and_nothing_beside_it(tmp_path: Path) -> None
     expected = {named(path) for path in SOURCES if path.is_relative_to(ROOT / "edgepet")}
     expected |= {f"edgepet/{named(path)}" for path in SOURCES if not path.is_relative_to(ROOT / "edgepet")}
     assert modules == expected | {"edgepet/py.typed"}
-    assert {"edgepet/exporters/onnx.py", "edgepet/calibration/__init__.py", "edgepet/cli.py"} <= modules
+    assert {"edgepet/exporters/onnx.py", "edgepet/calibration/__init__.py", "edgepet/cli/main.py"} <= modules
     assert f"{info}licenses/LICENSE" in names
 
 
@@ -144,7 +144,7 @@ def found(kind: type[ast.AST], path: Path) -> Iterator[Any]:
 
 def test_there_are_sources_to_look_at() -> None:
     names = {named(path) for path in SOURCES}
-    assert {"edgepet/cli.py", "edgepet/methods/lora.py", "exporters/onnx.py", "calibration/__init__.py"} <= names
+    assert {"edgepet/cli/main.py", "edgepet/methods/lora.py", "exporters/onnx.py", "calibration/__init__.py"} <= names
     assert len(names) == len(SOURCES)
 
 

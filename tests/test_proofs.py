@@ -12,19 +12,19 @@ import safetensors.torch
 import torch
 
 from edgepet import ExportOptions, export, merge, read_pack, train, write_pack
-from edgepet.calibrating import share
-from edgepet.calibration.shared import int8_graph
-from edgepet.data import load_set, open_split
+from edgepet.calibration.slot_graphs import int8_graph
 from edgepet.files import sha256_file
-from edgepet.imaging import normalize
-from edgepet.merged import merged_logits
+from edgepet.images.preprocess import normalize
+from edgepet.images.sets import load_set, open_split
+from edgepet.measuring.parity import compare
 from edgepet.methods.method import unflatten
-from edgepet.pack import Codec
-from edgepet.parity import compare
-from edgepet.samples import build_task
-from edgepet.subject import Subject, tuned_network
-from edgepet.training import TrainReport
-from edgepet.tune import logits_of
+from edgepet.networks.merged import merged_logits
+from edgepet.packs.pack import Codec
+from edgepet.proving.subject import Subject, tuned_network
+from edgepet.samples.tasks import build_task
+from edgepet.tuning.model import logits_of
+from edgepet.verbs.calibrate import share
+from edgepet.verbs.train import TrainReport
 
 pytestmark = pytest.mark.slow
 

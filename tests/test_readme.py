@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from edgepet.cli import main
+from edgepet.cli.main import main
 from edgepet.methods import METHODS
 
 ROOT = Path(__file__).parent.parent

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from edgepet.expressions import Binary
+from edgepet.deltas.expressions import Binary
+from edgepet.deltas.updates import fold
 from edgepet.methods import (
     IA3,
     BiLoRA,
@@ -31,7 +32,6 @@ from edgepet.methods import (
 from edgepet.methods.krona import two_factors
 from edgepet.methods.method import SHARED
 from edgepet.spec import NpArray, Site
-from edgepet.updates import fold
 from tests.test_methods import ones, vit
 
 D, RANK = 12, 5

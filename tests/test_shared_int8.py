@@ -18,25 +18,25 @@ import pytest
 from PIL import Image
 
 from edgepet import Device, write_pack
-from edgepet.calibration.folding import folded
-from edgepet.calibration.int8 import Recipe, quantize
 from edgepet.calibration.layers import Graph, find_layers
 from edgepet.calibration.observe import observe
-from edgepet.calibration.shared import coded_backbone, int8_graph
-from edgepet.codes import Range, coded
-from edgepet.delta import Delta, Int8Ranges
+from edgepet.calibration.qdq import Recipe, quantize
+from edgepet.calibration.rewriting import folded
+from edgepet.calibration.slot_graphs import coded_backbone, int8_graph
+from edgepet.deltas.codes import Range, coded
+from edgepet.deltas.delta import Delta, Int8Ranges
+from edgepet.deltas.merge import merge, task_tensors
+from edgepet.device.openvino import SharedOpenVino
+from edgepet.device.runtime import SharedInt8
+from edgepet.device.store import Store
 from edgepet.errors import BackboneError, InputError
 from edgepet.exporters.onnx import build_model, serialize
 from edgepet.files import sha256_file
-from edgepet.graph import graph_folder, open_graph
-from edgepet.int8 import CODE, CODES, Int8Graph, open_int8, task_slots
-from edgepet.merging import merge, task_tensors
+from edgepet.graphs.base import graph_folder, open_graph
+from edgepet.graphs.int8 import CODE, CODES, Int8Graph, open_int8, task_slots
+from edgepet.measuring.parity import SAME_CODES
 from edgepet.methods import IA3, SSF, BitFit, LoRA, Method, NormTuning
-from edgepet.parity import SAME_CODES
-from edgepet.runners.openvino import SharedOpenVino
-from edgepet.runtime import SharedInt8
 from edgepet.spec import NpArray
-from edgepet.store import Store
 from tests.flow import RUNTIMES, Artifacts, Network, needs_openvino
 from tests.test_blocked import DEVICE, block, python, verb
 from tests.tiny import random_images
@@ -522,7 +522,7 @@ def test_another_precision_than_fp32_and_int8_is_refused(device: Device, tmp_pat
 SIGNALLED = """
 import os, signal, sys
 from pathlib import Path
-from edgepet.runners.openvino import OpenVino
+from edgepet.device.openvino import OpenVino
 
 first, second = OpenVino.of_model(Path(sys.argv[1])), OpenVino.of_model(Path(sys.argv[1]))
 del first  # in another order than last come, first gone

@@ -7,9 +7,9 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from edgepet.backbones import Backbone
 from edgepet.errors import InputError
-from edgepet.sites import parameters, watch
+from edgepet.networks.backbone import Backbone
+from edgepet.networks.sites import parameters, watch
 from edgepet.spec import Preprocess, Site
 from tests.tiny import same_bits, sites_of
 

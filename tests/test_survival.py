@@ -18,15 +18,15 @@ import pytest
 import safetensors.numpy
 import torch
 
-from edgepet.backbones import Backbone
-from edgepet.checkpoint import Checkpoint, Keeper, checkpoint_file, ends_when_asked
 from edgepet.errors import InputError
-from edgepet.fitting import Fit, Pixels, Plan, fit
+from edgepet.measuring.parity import Accuracy, accuracy, interval
 from edgepet.methods import SSF, Consolidator, LinearProbe, Method
-from edgepet.parity import Accuracy, accuracy, interval
-from edgepet.report import Step
+from edgepet.networks.backbone import Backbone
+from edgepet.reports.tables import Step
 from edgepet.spec import NpArray
-from edgepet.tune import TunedModel
+from edgepet.tuning.checkpoint import Checkpoint, Keeper, checkpoint_file, ends_when_asked
+from edgepet.tuning.fit import Fit, Pixels, Plan, fit
+from edgepet.tuning.model import TunedModel
 from tests.flow import Tasks, draw_shapes, edgepet, refused
 from tests.tiny import random_pixels, same_bits
 
@@ -226,7 +226,7 @@ def test_a_gradient_that_is_no_number_moves_nothing(
 def test_a_val_loss_that_is_no_number_is_refused(
     backbone: Backbone, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr("edgepet.fitting._judge", lambda *given: (0.5, float("inf")))
+    monkeypatch.setattr("edgepet.tuning.fit._judge", lambda *given: (0.5, float("inf")))
 
     with pytest.raises(InputError, match="epoch 1: the loss must stay finite, got inf"):
         run(backbone, keeper(tmp_path))
@@ -353,7 +353,7 @@ def test_an_earlier_pack_stays_until_the_new_one_is_there(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("edgepet.job._prove", stopped)
+        patch.setattr("edgepet.tuning.training._prove", stopped)
         said = edgepet(*command(tasks, tasks.data, pack))
 
     assert said.code == 130

@@ -14,10 +14,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+from edgepet.device.tensorrt import gpu_problem, open_engine, read_sidecar
 from edgepet.errors import CheckError, EdgepetError, InputError, MissingError
 from edgepet.exporters import tensorrt as exporter
 from edgepet.exporters.tensorrt import Readback, TensorrtBuild, build_engines, read_back
-from edgepet.runners.tensorrt import gpu_problem, open_engine, read_sidecar
 
 rtx = pytest.importorskip("tensorrt_rtx", reason="needs the package tensorrt-rtx")
 onnx = pytest.importorskip("onnx", reason="needs the package onnx")

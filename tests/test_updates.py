@@ -12,10 +12,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 
-from edgepet.errors import InputError
-from edgepet.expressions import Binary, Mix, Product
-from edgepet.spec import NpArray, Target
-from edgepet.updates import (
+from edgepet.deltas.expressions import Binary, Mix, Product
+from edgepet.deltas.updates import (
     FACTORS,
     UPDATES,
     Add,
@@ -34,6 +32,8 @@ from edgepet.updates import (
     in_precision_of,
     with_arrays,
 )
+from edgepet.errors import InputError
+from edgepet.spec import NpArray, Target
 from tests.tiny import SETTINGS, Case, block_diagonal, cases
 
 

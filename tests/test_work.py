@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from edgepet.errors import InputError
-from edgepet.work import HELD_OUT, read_work, work_folder, write_work
+from edgepet.tuning.work_folder import HELD_OUT, read_work, work_folder, write_work
 from tests.tiny import FINGERPRINT, make_delta, random_pixels, same_bits
 
 

@@ -16,13 +16,13 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from torch import nn
 
-from edgepet.backbones import Backbone, load_backbone
-from edgepet.delta import Delta, Head, Score
-from edgepet.expressions import Binary, Mix, Product
-from edgepet.sites import watch
+from edgepet.deltas.delta import Delta, Head, Score
+from edgepet.deltas.expressions import Binary, Mix, Product
+from edgepet.deltas.updates import UPDATES, Add, Grouped, Kronecker, LowRank, Precompose, Replace, Scale, Targeted
+from edgepet.networks.backbone import Backbone, load_backbone
+from edgepet.networks.sites import watch
 from edgepet.spec import NpArray, Preprocess, Site, Target
-from edgepet.tune import TunedModel
-from edgepet.updates import UPDATES, Add, Grouped, Kronecker, LowRank, Precompose, Replace, Scale, Targeted
+from edgepet.tuning.model import TunedModel
 
 SETTINGS = settings(deadline=None, derandomize=True, max_examples=150)  # the same examples in every run
 FINGERPRINT = "sha256:" + "4f1c" * 16

@@ -8,9 +8,9 @@ from typing import ClassVar
 
 import numpy as np
 
+from edgepet.deltas.updates import Replace, Targeted
 from edgepet.methods.method import Recipe, Start
 from edgepet.spec import Array, Site, Target, Tensors, Tuned
-from edgepet.updates import Replace, Targeted
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,11 +13,11 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from edgepet.deltas.expressions import Binary
+from edgepet.deltas.updates import LowRank, Targeted
 from edgepet.errors import InputError
-from edgepet.expressions import Binary
 from edgepet.methods.method import QUERY_AND_VALUE, Recipe, Start, attended, attention, block, cut_normal, uniform
 from edgepet.spec import Array, NpArray, Site, Tensors, Tuned
-from edgepet.updates import LowRank, Targeted
 
 CODEWORD = 0.6744897501960817  # the third quartile of N(0, 1): the median of its upper half
 

@@ -12,9 +12,9 @@ from typing import ClassVar
 
 import numpy as np
 
+from edgepet.deltas.updates import Add, Targeted
 from edgepet.methods.method import Recipe, Start
 from edgepet.spec import Array, Site, Target, Tensors, Tuned
-from edgepet.updates import Add, Targeted
 
 
 @dataclass(frozen=True, slots=True)

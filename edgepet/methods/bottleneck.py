@@ -7,7 +7,7 @@ from typing import Literal
 
 import numpy as np
 
-from edgepet.branches import Branch
+from edgepet.deltas.branches import Branch
 from edgepet.errors import InputError
 from edgepet.methods.method import cut_normal, uniform
 from edgepet.spec import Array, NpArray

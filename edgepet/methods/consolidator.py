@@ -15,10 +15,10 @@ from typing import ClassVar
 
 import numpy as np
 
+from edgepet.deltas.updates import Grouped, Targeted
 from edgepet.errors import InputError
 from edgepet.methods.method import Recipe, Start, shift
 from edgepet.spec import Array, NpArray, Site, Target, Tensors, Tuned
-from edgepet.updates import Grouped, Targeted
 
 FEWEST_GROUPS = 8  # fewer would be nearly dense; images of three channels, for example
 FEW_INPUTS = 4  # inputs of a group up to which products of elements are faster than matrix products

@@ -12,7 +12,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from edgepet.branches import Branch
+from edgepet.deltas.branches import Branch
 from edgepet.methods.bottleneck import require_rank
 from edgepet.methods.method import BranchesOnly, Recipe, Start, blocks_with, uniform
 from edgepet.spec import Array, Block, NpArray, Site, Tensors, Tuned

@@ -12,10 +12,10 @@ from typing import ClassVar
 
 import numpy as np
 
+from edgepet.deltas.updates import LowRank, Scale, Targeted, fold
 from edgepet.errors import InputError
 from edgepet.methods.method import QUERY_AND_VALUE, Recipe, Start, attended, attention, block, uniform
 from edgepet.spec import Array, NpArray, Site, Tensors, Tuned
-from edgepet.updates import LowRank, Scale, Targeted, fold
 
 
 @dataclass(frozen=True, slots=True)

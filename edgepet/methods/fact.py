@@ -14,11 +14,11 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from edgepet.deltas.expressions import Mix
+from edgepet.deltas.updates import LowRank, Targeted
 from edgepet.errors import InputError
-from edgepet.expressions import Mix
 from edgepet.methods.method import SHARED, Recipe, Start, uniform
 from edgepet.spec import Array, NpArray, Site, Target, Tensors, Tuned
-from edgepet.updates import LowRank, Targeted
 
 
 @dataclass(frozen=True, slots=True)

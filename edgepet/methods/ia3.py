@@ -12,9 +12,9 @@ from typing import ClassVar
 
 import numpy as np
 
+from edgepet.deltas.updates import Scale, Targeted
 from edgepet.methods.method import Recipe, Start, attention, block, parts
 from edgepet.spec import Array, NpArray, Site, Target, Tensors, Tuned
-from edgepet.updates import Scale, Targeted
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,11 +14,11 @@ from typing import ClassVar
 
 import numpy as np
 
+from edgepet.deltas.expressions import Product
+from edgepet.deltas.updates import Add, Kronecker, Targeted
 from edgepet.errors import InputError
-from edgepet.expressions import Product
 from edgepet.methods.method import QUERY_AND_VALUE, SHARED, Recipe, Start, attended, attention, block, uniform
 from edgepet.spec import Array, NpArray, Site, Target, Tensors, Tuned
-from edgepet.updates import Add, Kronecker, Targeted
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,11 +14,11 @@ from typing import ClassVar
 
 import numpy as np
 
+from edgepet.deltas.expressions import Product
+from edgepet.deltas.updates import Kronecker, Targeted
 from edgepet.errors import InputError
-from edgepet.expressions import Product
 from edgepet.methods.method import QUERY_AND_VALUE, Recipe, Start, attended, attention, block, uniform
 from edgepet.spec import Array, NpArray, Site, Tensors, Tuned
-from edgepet.updates import Kronecker, Targeted
 
 
 @dataclass(frozen=True, slots=True)

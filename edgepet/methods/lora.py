@@ -13,10 +13,10 @@ from typing import ClassVar
 
 import numpy as np
 
+from edgepet.deltas.updates import LowRank, Targeted
 from edgepet.errors import InputError
 from edgepet.methods.method import QUERY_AND_VALUE, Recipe, Start, attended, attention, block, ending, uniform
 from edgepet.spec import Array, NpArray, Site, Tensors, Tuned
-from edgepet.updates import LowRank, Targeted
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,9 +9,9 @@ from typing import ClassVar, Protocol, TypeAlias, TypeVar, runtime_checkable
 
 import numpy as np
 
-from edgepet.branches import Branch, arrays_of
+from edgepet.deltas.branches import Branch, arrays_of
+from edgepet.deltas.updates import Add, Targeted, factors
 from edgepet.spec import Array, Block, NpArray, Site, Target, Tensors, Tuned
-from edgepet.updates import Add, Targeted, factors
 
 T = TypeVar("T")
 Start: TypeAlias = Mapping[str, Mapping[str, NpArray]]

@@ -12,7 +12,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from edgepet.branches import Branch
+from edgepet.deltas.branches import Branch
 from edgepet.methods.bottleneck import bottleneck, require_rank, start_bottleneck
 from edgepet.methods.method import BranchesOnly, Recipe, Start, blocks_with
 from edgepet.spec import Site, Tensors, Tuned

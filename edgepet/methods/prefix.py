@@ -13,7 +13,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from edgepet.branches import Branch
+from edgepet.deltas.branches import Branch
 from edgepet.errors import InputError
 from edgepet.methods.method import BranchesOnly, Recipe, Start, blocks_with
 from edgepet.methods.parallel_adapter import ParallelAdapter

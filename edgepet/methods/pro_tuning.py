@@ -14,7 +14,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from edgepet.branches import Branch
+from edgepet.deltas.branches import Branch
 from edgepet.errors import InputError
 from edgepet.methods.method import BranchesOnly, Recipe, Start, uniform
 from edgepet.spec import Block, NpArray, Site, Tensors, Tuned

@@ -12,10 +12,10 @@ from typing import ClassVar
 
 import numpy as np
 
+from edgepet.deltas.updates import Precompose, Targeted
 from edgepet.errors import InputError
 from edgepet.methods.method import Recipe, Start, parts, shift, uniform
 from edgepet.spec import Array, NpArray, Site, Target, Tensors, Tuned
-from edgepet.updates import Precompose, Targeted
 
 
 @dataclass(frozen=True, slots=True)

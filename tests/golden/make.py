@@ -22,17 +22,17 @@ from torch import nn
 
 import edgepet
 from edgepet import SSF, Backbone, LoRA, Preprocess
-from edgepet.branches import BRANCHES, Branch
-from edgepet.calibration.shared import int8_graph
-from edgepet.codes import Range
-from edgepet.delta import Delta, Head, Int8Ranges, Score
+from edgepet.calibration.slot_graphs import int8_graph
+from edgepet.deltas.branches import BRANCHES, Branch
+from edgepet.deltas.codes import Range
+from edgepet.deltas.delta import Delta, Head, Int8Ranges, Score
+from edgepet.deltas.expressions import Binary, Mix, Product
+from edgepet.deltas.updates import Add, Grouped, Kronecker, LowRank, Precompose, Replace, Scale, Targeted
+from edgepet.device.store import Store
 from edgepet.exporters.exporter import ExportOptions
 from edgepet.exporters.trace import base_graph
-from edgepet.expressions import Binary, Mix, Product
-from edgepet.pack import Codec, write_pack
+from edgepet.packs.pack import Codec, write_pack
 from edgepet.spec import NpArray, Target
-from edgepet.store import Store
-from edgepet.updates import Add, Grouped, Kronecker, LowRank, Precompose, Replace, Scale, Targeted
 
 CLASSES = ("circle", "square", "triangle")
 SIZE, WIDTH = 16, 12  # pixels, features

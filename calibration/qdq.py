@@ -1,0 +1,236 @@
+"""int8 as a pass on the merged ONNX graph: one file with Q/DQ pairs that ONNX Runtime, OpenVINO and TensorRT build.
+
+Weights have per-channel symmetric codes, activations per-tensor ones without a zero point, which TensorRT does not
+read. A tensor that hardly goes below zero (behind GELU, ReLU) would waste half of the codes: a constant is taken off
+first, and the bias of the layer that reads it gives it back, which is exact unless the layer pads with zeros. Linear
+layers and convolutions only; the head, norms, softmax, GELU and additions compute in float (ADR-0015).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from edgepet.calibration.layers import Graph, Layer
+from edgepet.calibration.observe import Activations, Seen
+from edgepet.calibration.ranges import Estimator, Histogram, threshold
+from edgepet.deltas.codes import HIGH, LOW, Range, coded, per_channel, smoothing
+from edgepet.spec import NpArray
+
+ONE_SIDED = 0.25  # a tensor that goes less than this part as far down as up is shifted
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Recipe:
+    """How a network becomes int8.
+
+    ``smooth`` is SmoothQuant's strength between 0 and 1 behind layer norms (Xiao et al. 2022, arXiv:2211.10438,
+    equation 4), None for none. ``bits`` are those of weights. ``keep`` names layers that stay float.
+    """
+
+    smooth: float | None = None
+    estimator: Estimator = "min-max"
+    bias_correction: bool = False
+    bits: int = 8
+    keep: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Int8:
+    """The Q/DQ model (``onnx.ModelProto``), the ranges of its tensors by name, and which layers compute in int8."""
+
+    model: Any
+    ranges: Mapping[str, Range]
+    layers: tuple[Layer, ...]
+
+
+# -------------------------------------------------------------------------------------------------------- activations
+
+
+def observed_smoothing(graph: Graph, layers: Sequence[Layer], seen: Seen, strength: float) -> dict[str, NpArray]:
+    """Divisors (in,) of the channels behind each layer norm, by the name of the tensor that it puts out."""
+    return {
+        layer.reads: smoothing(seen[layer.reads].largest, graph.value(layer.weight), strength)
+        for layer in layers
+        if layer.norm is not None and layer.kind == "linear"
+    }
+
+
+def choose_ranges(
+    layers: Sequence[Layer], seen: Seen, estimator: Estimator, smooth: Mapping[str, NpArray]
+) -> dict[str, Range]:
+    """The range of every tensor that a layer reads, by its name."""
+    ranges = {}
+    for name in dict.fromkeys(layer.reads for layer in layers):
+        values = seen[name].divided(smooth[name]) if name in smooth else seen[name]
+        readers = [layer for layer in layers if layer.reads == name]
+        may_shift = not any(layer.padded or layer.norm for layer in readers)  # a norm's output goes both ways
+        ranges[name] = _range(values, estimator, may_shift=may_shift)
+    return ranges
+
+
+def _range(values: Activations, estimator: Estimator, *, may_shift: bool) -> Range:
+    low, high = min(float(values.least.min()), 0.0), max(float(values.most.max()), 0.0)
+    if may_shift and -low < ONE_SIDED * high:
+        reach = threshold(Histogram.of(values.rows - low, high - low), estimator, HIGH - LOW)
+        scale = reach / (HIGH - LOW)
+        return Range(scale=scale, shift=low - LOW * scale)
+    return Range(scale=threshold(Histogram.of(values.rows, max(-low, high)), estimator, HIGH) / HIGH)
+
+
+# ----------------------------------------------------------------------------------------------------------- the pass
+
+
+def quantize(
+    graph: Graph,
+    layers: Sequence[Layer],
+    seen: Seen,
+    recipe: Recipe,
+    *,
+    smooth: Mapping[str, NpArray] | None = None,
+    ranges: Mapping[str, Range] | None = None,
+) -> Int8:
+    """The model of ``graph`` in int8; it is not touched.
+
+    Args:
+        graph: of a folded model: batch norms behind convolutions are part of them.
+        seen: what ``observe`` saw of ``layers`` on the calibration images.
+        smooth, ranges: fixed ones in place of those that ``recipe`` would choose.
+    """
+    chosen = tuple(layer for layer in layers if layer.name not in recipe.keep)
+    if smooth is None:
+        smooth = {} if recipe.smooth is None else observed_smoothing(graph, layers, seen, recipe.smooth)
+    read = {layer.reads for layer in chosen}
+    divisors = {name: value for name, value in smooth.items() if name in read}
+    ranges = choose_ranges(chosen, seen, recipe.estimator, divisors) if ranges is None else ranges
+    return Int8(_Writer(graph, chosen, seen, recipe, divisors, ranges).model(), ranges, chosen)
+
+
+class _Writer:
+    """Writes the Q/DQ graph, node by node."""
+
+    def __init__(
+        self, graph: Graph, layers: Sequence[Layer], seen: Seen, recipe: Recipe, smooth: Mapping[str, NpArray],
+        ranges: Mapping[str, Range],
+    ) -> None:  # fmt: skip
+        import onnx
+
+        self._onnx, self._graph, self._recipe = onnx, graph, recipe
+        self._seen, self._smooth, self._ranges = seen, smooth, ranges
+        self._ends = {layer.places[-1]: layer for layer in layers}
+        self._inside = {place for layer in layers for place in (*layer.places, layer.pad)}
+        self._nodes, self._tensors, self._coded = list[Any](), dict[str, NpArray](), set[str]()
+
+    def model(self) -> Any:
+        for place, node in enumerate(self._graph.nodes):
+            if place in self._ends:
+                self._layer(self._ends[place])
+            elif place not in self._inside:
+                self._nodes.append(self._copy(node))
+        source = self._graph.model
+        made = type(source)()
+        made.CopyFrom(source)
+        for field in (made.graph.node, made.graph.initializer, made.graph.value_info):
+            del field[:]
+        made.graph.node.extend(self._nodes)
+        read = {name for node in self._nodes for name in node.input}
+        made.graph.initializer.extend(t for t in source.graph.initializer if t.name in read)
+        made.graph.initializer.extend(self._onnx.numpy_helper.from_array(v, n) for n, v in self._tensors.items())
+        self._onnx.checker.check_model(made, full_check=True)
+        return made
+
+    def _copy(self, node: Any) -> Any:
+        made = type(node)()
+        made.CopyFrom(node)
+        if node.output[0] in self._smooth:
+            for position, name in enumerate(node.input[1:], 1):
+                made.input[position] = self._put(
+                    f"{name}.smoothed", self._graph.value(name) / self._smooth[node.output[0]]
+                )
+        return made
+
+    def _layer(self, layer: Layer) -> None:
+        codes = self._encoded(layer.reads)
+        if layer.pad is not None:
+            pad = self._graph.nodes[layer.pad]
+            self._node("Pad", [codes, *pad.input[1:]], f"{layer.name}.padded")
+            codes = f"{layer.name}.padded"
+        weight, rounded = self._weight(layer)
+        bias = self._bias(layer, rounded)
+        if layer.kind == "conv":
+            node = self._graph.nodes[layer.places[0]]
+            settings = {a.name: self._onnx.helper.get_attribute_value(a) for a in node.attribute}
+            self._node("Conv", [codes, weight, *bias], layer.puts_out, **settings)
+            return
+        product = f"{layer.name}.product" if bias else layer.puts_out
+        self._node("MatMul", [codes, weight], product)
+        if bias:
+            self._node("Add", [product, *bias], layer.puts_out)
+
+    def _encoded(self, name: str) -> str:
+        """Q and DQ behind a tensor, shifted first where its range is; what they put out is the shifted tensor."""
+        if name in self._coded:
+            return f"{name}.int8"
+        self._coded.add(name)
+        source, of = name, self._ranges[name]
+        if of.shift:
+            self._node("Sub", [name, self._put(f"{name}.shift", np.float32(of.shift))], f"{name}.shifted")
+            source = f"{name}.shifted"
+        inputs = [self._put(f"{name}.scale", np.float32(of.scale)), self._put("edgepet.graphs.int8.zero", np.int8(0))]
+        self._node("QuantizeLinear", [source, *inputs], f"{name}.codes")
+        self._node("DequantizeLinear", [f"{name}.codes", *inputs], f"{name}.int8")
+        return f"{name}.int8"
+
+    def _weight(self, layer: Layer) -> tuple[str, NpArray]:
+        """The name of the dequantised weight, and its values (out, ...) in float64."""
+        made = coded(self._graph.value(layer.weight), self._smooth.get(layer.reads), self._recipe.bits)
+        codes, axis = made.codes, 0
+        rounded = codes * per_channel(made.scales.astype(np.float64), codes)
+        if layer.kind == "linear":
+            codes, axis = np.ascontiguousarray(codes.T), 1
+        inputs = [
+            self._put(f"{layer.weight}.codes", codes),
+            self._put(f"{layer.weight}.scale", made.scales),
+            self._put(f"{layer.weight}.zeros", np.zeros(len(made.scales), np.int8)),
+        ]
+        self._node("DequantizeLinear", inputs, f"{layer.weight}.int8", axis=axis)
+        return f"{layer.weight}.int8", rounded
+
+    def _dense(self, layer: Layer) -> NpArray:
+        weight = self._graph.value(layer.weight)
+        return weight * self._smooth[layer.reads] if layer.reads in self._smooth else weight
+
+    def _bias(self, layer: Layer, rounded: NpArray) -> list[str]:
+        """The bias with the shift of what the layer reads, if there is any."""
+        bias = np.zeros(len(rounded)) if layer.bias is None else self._graph.value(layer.bias).astype(np.float64)
+        bias = bias + self._ranges[layer.reads].shift * rounded.reshape(len(rounded), -1).sum(axis=1)
+        if self._recipe.bias_correction:
+            bias = bias + self._correction(layer, rounded)
+        return [self._put(f"{layer.name}.bias.int8", bias.astype(np.float32))] if bias.any() else []
+
+    def _correction(self, layer: Layer, rounded: NpArray) -> NpArray:
+        """What rounding moves each output by on the mean (Nagel et al. 2019, arXiv:1906.04721, section 4.2)."""
+        rows = self._seen[layer.reads].rows
+        rows = rows / self._smooth[layer.reads] if layer.reads in self._smooth else rows
+        coded = self._ranges[layer.reads].rounded(rows).mean(axis=0, dtype=np.float64)
+        exact = rows.mean(axis=0, dtype=np.float64)
+        lost: NpArray = on_channels(self._dense(layer).astype(np.float64), exact) - on_channels(rounded, coded)
+        return lost
+
+    def _put(self, name: str, value: NpArray | np.generic) -> str:
+        self._tensors[name] = np.asarray(value)
+        return name
+
+    def _node(self, operator: str, inputs: list[str], output: str, **settings: Any) -> None:
+        self._nodes.append(self._onnx.helper.make_node(operator, inputs, [output], name=output, **settings))
+
+
+def on_channels(weight: NpArray, means: NpArray) -> NpArray:
+    """What a layer (out, in / groups, ...) makes of an input that is everywhere the mean of its channel: (out,)."""
+    taps = weight.reshape(*weight.shape[:2], -1).sum(axis=2)
+    groups = len(means) // taps.shape[1]
+    made: NpArray = (taps.reshape(groups, -1, taps.shape[1]) * means.reshape(groups, 1, -1)).sum(axis=2).reshape(-1)
+    return made

@@ -1,0 +1,184 @@
+"""Calibrate a model: measure ranges, choose the recipe on held-out images, and hold the accuracy budget."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
+from typing import Any, TypeAlias
+
+import numpy as np
+
+from edgepet.calibration.budget import (
+    Drop,
+    LayerDrop,
+    answers,
+    divergence,
+    drop_between,
+    require_resolution,
+    within_budget,
+)
+from edgepet.calibration.rewriting import folded
+from edgepet.calibration.images import CalibrationImages
+from edgepet.calibration.qdq import Int8, Recipe, quantize
+from edgepet.calibration.layers import Graph, Layer, find_layers
+from edgepet.calibration.observe import observe
+from edgepet.calibration.ranges import ESTIMATORS
+from edgepet.deltas.codes import Range
+from edgepet.errors import InputError
+from edgepet.spec import NpArray
+
+# Where the search starts, and what it tries from there, one setting after the other.
+TRANSFORMER = Recipe(smooth=0.5)
+CONVNET = Recipe(estimator="mse", bias_correction=True)
+SMOOTH = (None, 0.25, 0.5, 0.75, 0.9)
+_Search: TypeAlias = "Callable[[Recipe], Iterator[Recipe]]"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tried:
+    """A recipe and the mean divergence from float that it left on the held-out images."""
+
+    recipe: Recipe
+    kl: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Calibrated:
+    """An int8 model, the recipe that made it, what was tried, and what it costs.
+
+    ``layers`` are costs of single layers, the worst first, where they had to be looked at.
+    """
+
+    int8: Int8
+    recipe: Recipe
+    tried: tuple[Tried, ...]
+    drop: Drop
+    layers: tuple[LayerDrop, ...]
+
+    @property
+    def facts(self) -> dict[str, object]:
+        """What a manifest keeps of it."""
+        return {
+            "recipe": {**asdict(self.recipe), "keep": list(self.recipe.keep)},
+            "tried": [{"recipe": {**asdict(t.recipe), "keep": []}, "kl": t.kl} for t in self.tried],
+            "drop": asdict(self.drop),
+        }
+
+
+class Calibration:
+    """One folded model on its calibration images; nothing is measured twice."""
+
+    def __init__(
+        self, model: Any, weights: Collection[str], images: CalibrationImages, order: NpArray, *, where: str,
+        smooth: Mapping[str, NpArray] | None = None, against: Any = None,
+    ) -> None:  # fmt: skip
+        """
+        Args:
+            model: an ``onnx.ModelProto`` in fp32 that puts out logits, weights inside.
+            weights: names of the initializers whose layers may become int8.
+            order: the model's class for each class of ``images``.
+            smooth: fixed divisors behind layer norms, by the tensor: then no strength is tried, and biases stay.
+            against: a model whose answers are what int8 is judged by, where ``model`` itself is already rounded.
+        """
+        self._where, self._images, self._order = where, images, order
+        _require_finite(model, where)
+        self._model = folded(model)
+        self._graph = Graph(self._model)
+        self.layers: tuple[Layer, ...] = find_layers(self._graph, weights)
+        if not self.layers:
+            raise InputError(where, "has no linear layer or convolution that int8 is for", fix="export it in fp16")
+        self._seen = observe(self._model, self.layers, images.images, where=where)
+        self._smooth, self._float = smooth, self._model if against is None else against
+        self._held_out = answers(self._float, images.held_out_images)
+        self._judged: NpArray | None = None
+
+    def made(self, recipe: Recipe, ranges: Mapping[str, Range] | None = None) -> Int8:
+        """The model in int8, with ``ranges`` in place of those that the recipe would choose."""
+        return quantize(self._graph, self.layers, self._seen, recipe, smooth=self._smooth, ranges=ranges)
+
+    def choose(self) -> tuple[Tried, ...]:
+        """Recipes by what they lose on the held-out images, the best first."""
+        best = TRANSFORMER if any(layer.norm for layer in self.layers) else CONVNET
+        searched: tuple[_Search, ...] = (_smoothed, _estimated, _corrected)
+        if self._smooth is not None:
+            best, searched = replace(best, smooth=None, bias_correction=False), (_estimated,)
+        tried: dict[Recipe, float] = {}
+        for candidates in searched:
+            for recipe in candidates(best):
+                if recipe not in tried:
+                    tried[recipe] = divergence(
+                        self._held_out, answers(self.made(recipe).model, self._images.held_out_images)
+                    )
+            best = min(tried, key=lambda recipe: tried[recipe])
+        return tuple(Tried(recipe=recipe, kl=kl) for recipe, kl in sorted(tried.items(), key=lambda item: item[1]))
+
+    def judge(self, int8: Int8) -> Drop:
+        """What ``int8`` loses on all of train and val."""
+        return self.judged(lambda images: answers(int8.model, images))
+
+    def judged(self, network: Callable[[NpArray], NpArray]) -> Drop:
+        """What ``network``, images to logits, loses on all of train and val."""
+        images, labels = self._images.judged_images
+        if self._judged is None:
+            self._judged = answers(self._float, images)
+        return drop_between(self._judged, network(images), self._order[labels])
+
+    def sensitivity(self, recipe: Recipe) -> tuple[LayerDrop, ...]:
+        """Every layer alone in int8, on the held-out images; the worst first."""
+        labels = self._order[np.asarray(self._images.held_out.labels)]
+        found = []
+        for layer in self.layers:
+            others = tuple(other.name for other in self.layers if other is not layer)
+            got = answers(self.made(replace(recipe, keep=others)).model, self._images.held_out_images)
+            drop = drop_between(self._held_out, got, labels)
+            found.append(LayerDrop(name=layer.name, drop=drop.points, kl=drop.kl))
+        return tuple(sorted(found, key=lambda layer: -layer.kl))
+
+    def run(self, *, max_drop: float | None = None, stage: Callable[[str], None] = lambda name: None) -> Calibrated:
+        """Choose a recipe, and hold the budget.
+
+        Raises:
+            InputError: a budget finer than the images show.
+            CheckError: half of the layers in float do not hold it.
+        """
+        if max_drop is not None:
+            require_resolution(max_drop, len(self._images.judged))
+        stage("choose an int8 recipe")
+        tried = self.choose()
+        recipe = tried[0].recipe
+        stage("judge int8")
+        int8 = self.made(recipe)
+        drop, layers = self.judge(int8), tuple[LayerDrop, ...]()
+        if max_drop is not None:
+            kept, drop, layers = within_budget(
+                lambda names: self.judge(self.made(replace(recipe, keep=names))),
+                lambda: self.sensitivity(recipe),
+                max_drop, drop, where=self._where,
+            )  # fmt: skip
+            if kept:
+                recipe = replace(recipe, keep=kept)
+                int8 = self.made(recipe)
+        return Calibrated(int8=int8, recipe=recipe, tried=tried, drop=drop, layers=layers)
+
+
+def _smoothed(best: Recipe) -> Iterator[Recipe]:
+    yield best
+    if best.smooth is not None:
+        yield from (replace(best, smooth=strength) for strength in SMOOTH)
+
+
+def _estimated(best: Recipe) -> Iterator[Recipe]:
+    yield from (replace(best, estimator=name) for name in ESTIMATORS)
+
+
+def _corrected(best: Recipe) -> Iterator[Recipe]:
+    yield replace(best, bias_correction=not best.bias_correction)
+
+
+def _require_finite(model: Any, where: str) -> None:
+    from onnx import numpy_helper
+
+    for tensor in model.graph.initializer:
+        value = numpy_helper.to_array(tensor)
+        if value.dtype.kind == "f" and not np.isfinite(value).all():
+            raise InputError(f"{where}: {tensor.name}", "must be finite", got="NaN or infinity", fix="train it again")

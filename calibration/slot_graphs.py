@@ -1,0 +1,282 @@
+"""Make the int8 backbone that all tasks share: its codes once, from its weights alone, and a graph for each runtime.
+
+What differs between tasks is an input of the graph, a slot. For ONNX Runtime a linear layer is ``MatMulIntegerToFloat``
+(com.microsoft), which ONNX Runtime itself makes of the Q/DQ form where all scales are constants, and whose scales may
+also be inputs; a Q/DQ pair of which one scale is an input would fall back to floats. OpenVINO keeps int8 kernels where
+Q/DQ scales are constants: there every code stands for itself, and the scales lie before and behind the product.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors.numpy
+
+from edgepet.calibration.rewriting import lifted
+from edgepet.calibration.layers import Graph, Layer, find_layers
+from edgepet.deltas.codes import CodedWeight, coded, norm_smoothing
+from edgepet.errors import InputError, require
+from edgepet.files import write_file
+from edgepet.graphs.base import WEIGHTS, BaseGraph, Place, is_older, safetensors_places, write_graph_json
+from edgepet.graphs.int8 import (
+    CODE,
+    CODES,
+    DIVISOR,
+    FORMAT,
+    STEP,
+    SUM,
+    VERSION,
+    Int8Graph,
+    Int8Layer,
+    code_sums,
+    int8_stem,
+    model_name,
+    open_int8,
+    scaled_by_norm,
+    slot_shapes,
+)
+from edgepet.spec import NpArray
+
+RUNTIMES = ("onnxruntime", "openvino")
+_ZERO = 128  # ONNX Runtime's int8 products are fastest with unsigned codes of activations: the same codes, moved
+_MICROSOFT = "com.microsoft"
+
+
+def backbone_layers(graph: BaseGraph) -> tuple[Layer, ...]:
+    """The layers of a traced backbone that have codes."""
+    return find_layers(Graph(_structure(graph)), graph.places)
+
+
+def coded_backbone(graph: BaseGraph, bits: int = 8) -> dict[str, CodedWeight]:
+    """The codes of every linear layer and convolution, by the name of its weight; no image is looked at."""
+    tensors = graph.base.tensors
+    return {
+        layer.weight: coded(
+            tensors[layer.weight],
+            norm_smoothing(tensors, layer.norm, layer.weight) if layer.norm and layer.kind == "linear" else None,
+            bits,
+        )
+        for layer in backbone_layers(graph)
+    }
+
+
+def int8_graph(graph: BaseGraph, *, root: Path | None = None) -> Int8Graph:
+    """The int8 backbone of ``graph``, from its folder, or made now where none is or an earlier edgepet made it.
+
+    Raises:
+        InputError: the backbone has no layer that int8 is for, or branches.
+    """
+    path = graph.folder / f"{int8_stem(graph.preprocess)}.json"
+    if not path.is_file() or is_older(path, FORMAT, VERSION):
+        _make(graph)
+    return open_int8(graph.fingerprint, graph.preprocess, root=root)
+
+
+def _make(graph: BaseGraph) -> None:
+    if graph.structure:
+        raise InputError(graph.backbone, "has branches here, which the int8 backbone does not take yet")
+    structure = _structure(graph)
+    layers = find_layers(Graph(structure), graph.places)
+    if not layers:
+        raise InputError(graph.backbone, "has no linear layer or convolution that int8 is for")
+    folder, stem = graph.folder, int8_stem(graph.preprocess)
+    older = any(is_older(path, FORMAT, VERSION) for path in folder.glob("*-int8.json"))
+    if older or not (folder / CODES).is_file():
+        write_file(folder / CODES, safetensors.numpy.save(_stored(graph, layers)))
+    files = [CODES, *(name for name in graph.files if name.endswith(".safetensors") and name != WEIGHTS)]
+    places = {name: place for file in sorted(files) for name, place in safetensors_places(folder / file).items()}
+    described = tuple(_described(layer) for layer in layers)
+    vectors = _vectors(Graph(structure), layers, places)
+    for runtime in RUNTIMES:
+        model = _SlotWriter(structure, layers, described, vectors, places, runtime).model()
+        write_file(folder / model_name(stem, runtime), model.SerializeToString(deterministic=True))
+        files.append(model_name(stem, runtime))
+    facts = {
+        "backbone": graph.backbone,
+        "fingerprint": graph.fingerprint,
+        "preprocess": graph.preprocess.as_json(),
+        "width": graph.width,
+        "layers": [_as_json(layer) for layer in described],
+        "vectors": list(vectors),
+        "versions": {name: version(name) for name in ("edgepet", "onnx")},
+    }
+    write_graph_json(folder, stem, facts, files, kind=FORMAT, version=VERSION)
+
+
+def _structure(graph: BaseGraph) -> Any:
+    onnx = require("onnx", extra="train", purpose="int8")
+    return lifted(onnx.load(str(graph.model_path), load_external_data=False))
+
+
+def _stored(graph: BaseGraph, layers: tuple[Layer, ...]) -> dict[str, NpArray]:
+    """The file of codes: those of a linear layer lie (in, out), as products read them."""
+    codes = coded_backbone(graph)
+    native = safetensors_places(graph.folder / WEIGHTS)
+    stored = {name: np.array(graph.base.tensors[name]) for name in native if name not in codes}
+    linear = {layer.weight for layer in layers if layer.kind == "linear"}
+    for name, made in codes.items():
+        stored[name + CODE] = np.ascontiguousarray(made.codes.T if name in linear else made.codes)
+        stored[name + STEP] = made.scales
+        stored[name + SUM] = code_sums(made.codes)
+        if made.divisors is not None:
+            stored[name + DIVISOR] = made.divisors
+    return stored
+
+
+def _described(layer: Layer) -> Int8Layer:
+    return Int8Layer(
+        name=layer.name, kind=layer.kind, reads=layer.reads, weight=layer.weight, bias=layer.bias, norm=layer.norm,
+        batch_norm=layer.batch_norm, epsilon=layer.epsilon, padded=layer.padded,
+    )  # fmt: skip
+
+
+def _as_json(layer: Int8Layer) -> dict[str, object]:
+    return asdict(layer) | {"norm": list(layer.norm or ()), "batch_norm": list(layer.batch_norm or ())}
+
+
+def _vectors(graph: Graph, layers: tuple[Layer, ...], places: Mapping[str, Place]) -> dict[str, int]:
+    """Vectors of the backbone that nodes outside of the layers read, and their lengths: every one is a slot."""
+    inside = {place for layer in layers for place in layer.places}
+    read = {name for place, node in enumerate(graph.nodes) if place not in inside for name in node.input}
+    known = {name: place for name, place in places.items() if name in read and name in graph.initializers}
+    return {name: place.shape[0] for name, place in sorted(known.items()) if len(place.shape) == 1}
+
+
+class _SlotWriter:
+    """Writes a runtime's graph with slots, node by node, from the structure of the fp32 graph."""
+
+    def __init__(
+        self, structure: Any, layers: tuple[Layer, ...], described: tuple[Int8Layer, ...], vectors: Mapping[str, int],
+        places: Mapping[str, Place], runtime: str,
+    ) -> None:  # fmt: skip
+        self._onnx = require("onnx", extra="train", purpose="int8")
+        self._graph, self._places, self._runtime = Graph(structure), places, runtime
+        self._ends = {layer.places[-1]: (layer, told) for layer, told in zip(layers, described, strict=True)}
+        self._inside = {place for layer in layers for place in (*layer.places, layer.pad)}
+        outs = {layer.weight: places[layer.weight + STEP].shape[0] for layer in layers}
+        self._slots = slot_shapes(described, vectors, outs, runtime)
+        self._nodes, self._tensors, self._coded = list[Any](), dict[str, NpArray](), set[str]()
+
+    def model(self) -> Any:
+        for place, node in enumerate(self._graph.nodes):
+            if place in self._ends:
+                self._layer(*self._ends[place])
+            elif place not in self._inside:
+                self._nodes.append(node)
+        onnx, source = self._onnx, self._graph.model
+        made = type(source)()
+        made.CopyFrom(source)
+        for field in (made.graph.node, made.graph.initializer):
+            del field[:]
+        made.graph.node.extend(self._nodes)
+        float_ = onnx.TensorProto.FLOAT
+        for name, shape in sorted(self._slots.items()):
+            made.graph.input.append(onnx.helper.make_tensor_value_info(name, float_, shape))
+        read = {name for node in self._nodes for name in node.input} - set(self._slots)
+        for name in sorted(read & set(self._places)):
+            made.graph.initializer.append(self._external(name))
+        kept = (tensor for tensor in source.graph.initializer if tensor.name in read - set(self._places))
+        made.graph.initializer.extend(kept)
+        made.graph.initializer.extend(onnx.numpy_helper.from_array(v, n) for n, v in self._tensors.items())
+        if self._runtime == "onnxruntime":
+            made.opset_import.append(onnx.helper.make_opsetid(_MICROSOFT, 1))
+        return made
+
+    def _external(self, name: str) -> Any:
+        place, onnx = self._places[name], self._onnx
+        kinds = {"<f4": onnx.TensorProto.FLOAT, "|i1": onnx.TensorProto.INT8}
+        tensor = onnx.TensorProto(name=name, dims=place.shape, data_type=kinds[place.dtype])
+        tensor.data_location = tensor.EXTERNAL
+        for key, value in (("location", place.file), ("offset", place.offset), ("length", place.length)):
+            tensor.external_data.add(key=key, value=str(value))
+        return tensor
+
+    def _layer(self, layer: Layer, told: Int8Layer) -> None:
+        if self._runtime == "onnxruntime" and layer.kind == "linear":
+            self._integer_product(layer, told)
+            return
+        codes = self._dequantized(layer, told)
+        if layer.pad is not None:
+            pad = self._graph.nodes[layer.pad]
+            self._node("Pad", [codes, *pad.input[1:]], f"{layer.name}.padded")
+            codes = f"{layer.name}.padded"
+        weight = self._weight(layer)
+        steps, bias = f"{layer.name}.steps", f"{layer.name}.shifted"
+        settings = self._settings(layer)
+        if self._runtime == "onnxruntime":
+            self._node("Conv", [codes, weight, bias], layer.puts_out, **settings)
+            return
+        self._node("MatMul" if layer.kind == "linear" else "Conv", [codes, weight], f"{layer.name}.product", **settings)
+        self._node("Mul", [f"{layer.name}.product", steps], f"{layer.name}.scaled")
+        self._node("Add", [f"{layer.name}.scaled", bias], layer.puts_out)
+
+    def _settings(self, layer: Layer) -> dict[str, Any]:
+        if layer.kind == "linear":
+            return {}
+        node = self._graph.nodes[layer.places[0]]
+        return {a.name: self._onnx.helper.get_attribute_value(a) for a in node.attribute}
+
+    def _integer_product(self, layer: Layer, told: Int8Layer) -> None:
+        scale, zero = f"{layer.reads}.scale", self._put("edgepet.graphs.int8.zero", np.uint8(_ZERO))
+        source = self._shifted(layer, told)
+        codes = f"{layer.reads}.codes"
+        if layer.reads not in self._coded:
+            self._coded.add(layer.reads)
+            self._node("QuantizeLinear", [source, scale, zero], codes)
+        steps, bias = f"{layer.name}.steps", f"{layer.name}.shifted"
+        inputs = [codes, layer.weight + CODE, scale, steps, zero, "", bias]
+        self._node("MatMulIntegerToFloat", inputs, layer.puts_out, domain=_MICROSOFT)
+
+    def _shifted(self, layer: Layer, told: Int8Layer) -> str:
+        """What the codes are made of: the tensor less its shift; a norm's output and what is padded have none."""
+        if scaled_by_norm(told) or layer.padded:
+            return layer.reads
+        if layer.reads not in self._coded:
+            self._node("Sub", [layer.reads, f"{layer.reads}.shift"], f"{layer.reads}.centred")
+        return f"{layer.reads}.centred"
+
+    def _dequantized(self, layer: Layer, told: Int8Layer) -> str:
+        made = f"{layer.reads}.int8"
+        if layer.reads in self._coded:
+            return made
+        if self._runtime == "onnxruntime":
+            source, scale = self._shifted(layer, told), f"{layer.reads}.scale"
+        else:
+            source, scale = self._normalised(layer, told), self._put("edgepet.graphs.int8.one", np.float32(1))
+        self._coded.add(layer.reads)
+        zero = self._put("edgepet.graphs.int8.zero_s8", np.int8(0))
+        self._node("QuantizeLinear", [source, scale, zero], f"{layer.reads}.codes")
+        self._node("DequantizeLinear", [f"{layer.reads}.codes", scale, zero], made)
+        return made
+
+    def _normalised(self, layer: Layer, told: Int8Layer) -> str:
+        if scaled_by_norm(told):
+            return layer.reads
+        self._node("Mul", [layer.reads, f"{layer.reads}.scale"], f"{layer.reads}.unit")
+        if layer.padded:
+            return f"{layer.reads}.unit"
+        self._node("Add", [f"{layer.reads}.unit", f"{layer.reads}.shift"], f"{layer.reads}.centred")
+        return f"{layer.reads}.centred"
+
+    def _weight(self, layer: Layer) -> str:
+        out = self._slots[f"{layer.name}.steps"][0]
+        axis = 0 if layer.kind == "conv" else 1
+        if self._runtime == "onnxruntime":
+            scales = f"{layer.name}.steps"
+        else:
+            scales = self._put(f"edgepet.graphs.int8.ones.{out}", np.ones(out, np.float32))
+        zeros = self._put(f"edgepet.graphs.int8.zeros.{out}", np.zeros(out, np.int8))
+        self._node("DequantizeLinear", [layer.weight + CODE, scales, zeros], f"{layer.weight}.int8", axis=axis)
+        return f"{layer.weight}.int8"
+
+    def _put(self, name: str, value: NpArray | np.generic) -> str:
+        self._tensors[name] = np.asarray(value)
+        return name
+
+    def _node(self, operator: str, inputs: list[str], output: str, **settings: Any) -> None:
+        self._nodes.append(self._onnx.helper.make_node(operator, inputs, [output], name=output, **settings))

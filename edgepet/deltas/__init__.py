@@ -1,0 +1,1 @@
+"""What a task adds to a backbone: updates, branches and a head as data, and folding them. No torch."""

@@ -1,0 +1,122 @@
+"""What one task adds to a backbone: updates, a head, labels, and where they came from."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from edgepet.deltas.branches import Branch, arrays_of, require_distinct, structure_digest, structure_of
+from edgepet.deltas.codes import Range
+from edgepet.deltas.updates import Targeted, factors
+from edgepet.errors import InputError
+from edgepet.spec import NpArray, Preprocess
+
+# All three become names of files or folders, so a pack from outside must not be able to steer where they lead.
+_TASK = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+_BACKBONE = re.compile(r"(?:demo:|module:)?[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+_FINGERPRINT = re.compile(r"sha256:[0-9a-f]{64}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Head:
+    """The task's classifier: logits = features @ weight.T + bias; ``weight`` (C, d), ``bias`` (C,)."""
+
+    weight: NpArray
+    bias: NpArray
+
+    def __call__(self, features: NpArray) -> NpArray:
+        """Logits (n, C) of pooled features (n, d)."""
+        logits: NpArray = features @ self.weight.T + self.bias
+        return logits
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Score:
+    """Top-1 accuracy as a fraction of 1, on ``n`` images."""
+
+    top1: float
+    n: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Int8Ranges:
+    """What a task's activations need to run on the int8 backbone whose file of codes has the sha256 ``codes``.
+
+    ``ranges`` are of the tensors that have codes, in that backbone's order.
+    """
+
+    codes: str
+    ranges: tuple[Range, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Delta:
+    """One task, ready for the backbone that it names.
+
+    ``updates`` are folded into it, those of one target in order; ``branches`` stay beside it. ``method`` and
+    ``training`` are provenance: nothing that applies a delta reads them. ``int8`` is there where the task was
+    calibrated on the int8 backbone.
+    """
+
+    task: str
+    backbone: str
+    fingerprint: str
+    updates: tuple[Targeted, ...]
+    head: Head
+    labels: tuple[str, ...]
+    preprocess: Preprocess
+    method: str
+    val: Score
+    settings: Mapping[str, object] = field(default_factory=dict)
+    training: Mapping[str, object] = field(default_factory=dict)
+    licences: tuple[str, ...] = ()
+    branches: tuple[Branch, ...] = ()
+    int8: Int8Ranges | None = None
+
+    def __post_init__(self) -> None:
+        if _TASK.fullmatch(self.task) is None:
+            raise InputError(
+                "task", "needs a name of letters, digits, '.', '_' and '-', at most 64", got=repr(self.task[:80])
+            )
+        if _BACKBONE.fullmatch(self.backbone) is None:
+            raise InputError(self.task, "needs a backbone's name, no path", got=repr(self.backbone[:80]))
+        if _FINGERPRINT.fullmatch(self.fingerprint) is None:
+            raise InputError(self.task, "needs a fingerprint, sha256: and 64 digits", got=repr(self.fingerprint[:80]))
+        if not 0 <= self.val.top1 <= 1:
+            raise InputError(self.task, "needs a val top1 between 0 and 1", got=self.val.top1)
+        for branch in self.branches:
+            branch.check(self.task)
+        require_distinct(self.branches, self.task)
+        classes, width = self.head.weight.shape
+        if classes == 0 or self.head.bias.shape != (classes,) or len(self.labels) != classes:
+            raise InputError(
+                self.task,
+                f"a head {(classes, width)} needs {classes} biases and labels",
+                got=f"{self.head.bias.shape[0]} and {len(self.labels)}",
+            )
+        if len(set(self.labels)) != classes:
+            raise InputError(self.task, "needs labels that differ", got=", ".join(self.labels))
+
+    @property
+    def structure(self) -> str:
+        """The digits of what the branches are, all but their values; empty where everything folds."""
+        return structure_digest(structure_of(self.branches))
+
+    @property
+    def targets(self) -> tuple[str, ...]:
+        """Names of the backbone tensors that this delta changes, sorted."""
+        return tuple(sorted({targeted.target.tensor for targeted in self.updates}))
+
+    def arrays(self) -> Iterator[NpArray]:
+        """Every distinct array of updates and branches once, though several updates may share it."""
+        seen = {id(array): array for targeted in self.updates for array in factors(targeted.update).values()}
+        seen |= {id(array): array for array in arrays_of(self.branches)}
+        yield from seen.values()
+
+    @property
+    def stored_values(self) -> int:
+        """Numbers and bits that updates and branches carry, each shared array once, permutations and head left out."""
+        return sum(int(array.size) for array in self.arrays() if np.asarray(array).dtype.kind in "fb")

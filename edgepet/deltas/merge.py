@@ -1,0 +1,89 @@
+"""Fold a delta into dense weights: all checks first, then all results, never in place."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import numpy as np
+
+from edgepet.deltas.branches import named_tensors
+from edgepet.deltas.delta import Delta
+from edgepet.deltas.updates import Targeted, check, fold, in_precision_of
+from edgepet.errors import BackboneError, InputError
+from edgepet.spec import Base, NpArray, Tensors
+
+
+def merge(base: Base, delta: Delta) -> dict[str, NpArray]:
+    """The backbone's tensors with ``delta`` folded in.
+
+    Tensors that the delta leaves alone are the very arrays of ``base``; the others are new, in the base's dtype.
+    There is no way back from a merged weight: keep the base and merge from it again, which is exact.
+
+    Raises:
+        BackboneError: ``delta`` was trained on another backbone.
+        InputError: an update names a tensor that is not there, or does not fit it; or ``delta`` has branches.
+    """
+    require_foldable(delta)
+    return task_tensors(base, delta)
+
+
+def require_foldable(delta: Delta) -> None:
+    """Refuse a delta that dense weights cannot hold.
+
+    Raises:
+        InputError: it has branches.
+    """
+    if delta.branches:
+        what = f"{delta.method} has {len(delta.branches)} branches, which stay in the graph and cannot be folded"
+        raise InputError(f"task {delta.task!r}", what, fix="export it, or run its pack: both take branches")
+
+
+def task_tensors(base: Base, delta: Delta) -> dict[str, NpArray]:
+    """What a task's graph computes with: the tensors of ``base`` with the updates folded in, and those of the branches.
+
+    Raises:
+        BackboneError, InputError: as ``merge``, branches apart.
+    """
+    require_backbone(base, delta)
+    for targeted in delta.updates:
+        tensor = base.tensors.get(targeted.target.tensor)
+        if tensor is None:
+            raise InputError(f"{delta.task}: {targeted.target}", f"is no tensor of {base.name}")
+        check(targeted, tensor.shape, where=delta.task, fix=f"use the backbone it was trained on, {delta.fingerprint}")
+    branches = {name: tensor.astype(np.float32) for name, tensor in named_tensors(delta.branches).items()}
+    return fold_all(base.tensors, delta.updates) | branches
+
+
+def fold_all(tensors: Tensors, updates: Iterable[Targeted]) -> dict[str, NpArray]:
+    """``tensors`` with ``updates`` folded in, in order and in each tensor's own precision; nothing is checked here."""
+    merged = dict(tensors)
+    for targeted in updates:
+        tensor = merged[targeted.target.tensor]
+        update = in_precision_of(targeted.update, tensor)
+        merged[targeted.target.tensor] = fold(Targeted(targeted.target, update), tensor)
+    return merged
+
+
+def require_backbone(base: Base, delta: Delta) -> None:
+    """Refuse a delta whose backbone is not ``base``, by content and not by name.
+
+    Raises:
+        BackboneError: the fingerprints differ.
+    """
+    require_fingerprint(base.name, base.fingerprint, delta)
+
+
+def require_fingerprint(name: str, fingerprint: str, delta: Delta) -> None:
+    """``require_backbone`` of a backbone that is not here as dense tensors."""
+    if fingerprint != delta.fingerprint:
+        raise BackboneError(
+            f"task {delta.task!r}",
+            f"was trained on {delta.backbone} {short(delta.fingerprint)}",
+            got=f"{name} {short(fingerprint)}",
+            fix=f"pass --backbone {delta.backbone} with the weights that it was trained on",
+        )
+
+
+def short(fingerprint: str) -> str:
+    """A fingerprint as people compare it: the first 12 digits."""
+    return fingerprint.removeprefix("sha256:")[:12]

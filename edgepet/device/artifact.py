@@ -1,0 +1,254 @@
+"""An exported model folder: the model, and ``artifact.json`` that says what it is and what was checked."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal, TypeAlias, cast
+
+import numpy as np
+
+from edgepet.canonical import canonical_json, parse_json
+from edgepet.device.runner import Runner
+from edgepet.errors import InputError
+from edgepet.files import read_file, sha256_file, write_file
+from edgepet.measuring.parity import Against, Inputs, Parity
+from edgepet.spec import NpArray, Precision, Preprocess, read_preprocess
+from edgepet.strict import Table
+
+FORMAT, VERSION = "edgepet-artifact", 1
+MANIFEST = "artifact.json"
+Format: TypeAlias = Literal["onnx", "openvino", "tensorrt"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Probe:
+    """Seeded noise images, and the logits (n, C) that the merged network gives them in torch."""
+
+    seed: int
+    logits: NpArray
+
+    def images(self, preprocess: Preprocess) -> NpArray:
+        """The inputs again: standard normal, float32 (n, 3, H, W), or (n, frames, 3, H, W)."""
+        shape = (len(self.logits), *preprocess.input_shape)
+        return np.random.default_rng(self.seed).standard_normal(shape, dtype=np.float32)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Artifact:
+    """The manifest of one exported model. ``verified`` is false, with a ``reason``, where nothing could run it.
+
+    ``evidence`` says how its precision is known: what is stored, what was executed, and what stayed fp32 and why.
+    """
+
+    task: str
+    format: Format
+    engine: str
+    precision: Precision
+    labels: tuple[str, ...]
+    preprocess: Preprocess
+    backbone: str
+    fingerprint: str
+    method: str
+    branches: int
+    pack_sha256: str
+    codec: Precision
+    files: Mapping[str, tuple[str, int]]
+    versions: Mapping[str, object]
+    verified: bool
+    reason: str | None
+    parity: Parity | None
+    probe: Probe
+    evidence: Mapping[str, object]
+
+
+def write_artifact(folder: Path, artifact: Artifact) -> None:
+    """Write the manifest into ``folder``; the files that it names must be there."""
+    parity = asdict(artifact.parity) if artifact.parity else None
+    probe = {
+        "seed": artifact.probe.seed,
+        "shape": list(artifact.probe.logits.shape),
+        "logits": base64.b64encode(np.ascontiguousarray(artifact.probe.logits, "<f4").tobytes()).decode("ascii"),
+    }
+    manifest = {
+        "format": FORMAT,
+        "version": VERSION,
+        "task": artifact.task,
+        "model_format": artifact.format,
+        "engine": artifact.engine,
+        "precision": artifact.precision,
+        "labels": list(artifact.labels),
+        "preprocess": artifact.preprocess.as_json(),
+        "backbone": {"name": artifact.backbone, "fingerprint": artifact.fingerprint},
+        "method": artifact.method,
+        "branches": artifact.branches,
+        "pack": {"sha256": artifact.pack_sha256, "codec": artifact.codec},
+        "files": {name: {"sha256": digest, "bytes": size} for name, (digest, size) in artifact.files.items()},
+        "versions": dict(artifact.versions),
+        "verified": artifact.verified,
+        "reason": artifact.reason,
+        "parity": parity,
+        "probe": probe,
+        "evidence": artifact.evidence,
+    }
+    write_file(folder / MANIFEST, canonical_json(manifest))
+
+
+def read_artifact(folder: Path) -> Artifact:
+    """Read the manifest of ``folder`` strictly; the files are not hashed here, see ``damaged``.
+
+    Raises:
+        InputError: no artefact, or a manifest that this version does not know.
+    """
+    path = folder / MANIFEST
+    try:
+        table = Table(parse_json(read_file(path)), str(path), error=InputError)
+    except (ValueError, RecursionError) as error:
+        raise InputError(str(path), "is not readable JSON", got=error, fix="export it again") from error
+    table.text("format", choices=[FORMAT])
+    if table.integer("version") != VERSION:
+        raise InputError(str(path), f"this edgepet reads artefacts of version {VERSION}", got=table.integer("version"))
+    backbone, pack = table.table("backbone"), table.table("pack")
+    artifact = Artifact(
+        task=table.text("task"),
+        format=cast(Format, table.text("model_format", choices=list(RUNNERS))),
+        engine=table.text("engine"),
+        precision=cast(Precision, table.text("precision", choices=["fp32", "fp16", "int8"])),
+        labels=table.texts("labels"),
+        preprocess=read_preprocess(table.table("preprocess")),
+        backbone=backbone.text("name"),
+        fingerprint=backbone.text("fingerprint"),
+        method=table.text("method"),
+        branches=table.integer("branches"),
+        pack_sha256=pack.text("sha256"),
+        codec=cast(Precision, pack.text("codec", choices=["fp32", "fp16", "int8"])),
+        files=_files(table.table("files")),
+        versions=_versions(table.table("versions")),
+        verified=table.boolean("verified"),
+        reason=None if table.absent("reason") else table.text("reason"),
+        parity=_parity(table),
+        probe=_probe(table.table("probe")),
+        evidence=_evidence(table),
+    )
+    for part in (backbone, pack, table):
+        part.end()
+    if artifact.probe.logits.shape[1:] != (len(artifact.labels),):
+        raise InputError(
+            f"{path}: probe", f"needs {len(artifact.labels)} logits an image", got=artifact.probe.logits.shape
+        )
+    return artifact
+
+
+def damaged(folder: Path, artifact: Artifact) -> list[str]:
+    """Names of files that are missing or are not what was exported."""
+    return [
+        name
+        for name, (digest, size) in sorted(artifact.files.items())
+        if not (folder / name).is_file()
+        or (folder / name).stat().st_size != size
+        or sha256_file(folder / name) != digest
+    ]
+
+
+def open_artifact(folder: Path, artifact: Artifact, *, threads: int | None = None, bf16: bool = False) -> Runner:
+    """Open the model in ``folder`` on the runtime of its format; it takes images and puts out logits.
+
+    Raises:
+        InputError: the runtime cannot read it, or it is another engine's.
+        MissingError: the runtime, or a GPU, is not here.
+    """
+    return RUNNERS[artifact.format].open(folder, threads, bf16)
+
+
+def listed(folder: Path, names: list[str]) -> dict[str, tuple[str, int]]:
+    """Digest and size of each file, as a manifest lists them."""
+    return {name: (sha256_file(folder / name), (folder / name).stat().st_size) for name in sorted(names)}
+
+
+def _open_onnx(folder: Path, threads: int | None, bf16: bool) -> Runner:
+    from edgepet.device.onnxruntime import OnnxRuntime
+
+    del bf16
+    return OnnxRuntime.of_model(folder / "model.onnx", threads=threads)
+
+
+def _open_openvino(folder: Path, threads: int | None, bf16: bool) -> Runner:
+    from edgepet.device.openvino import OpenVino
+
+    return OpenVino.of_model(folder / "model.xml", threads=threads, executed="bf16" if bf16 else "f32")
+
+
+def _open_tensorrt(folder: Path, threads: int | None, bf16: bool) -> Runner:
+    from edgepet.device.tensorrt import open_engine
+
+    del threads, bf16
+    return open_engine(folder)
+
+
+@dataclass(frozen=True, slots=True)
+class RunnerOf:
+    """The runtime of a format, and what opens a folder: (folder, threads, bf16) -> a runner."""
+
+    runtime: str
+    open: Callable[[Path, int | None, bool], Runner]
+
+
+RUNNERS: dict[Format, RunnerOf] = {
+    "onnx": RunnerOf("onnxruntime", _open_onnx),
+    "openvino": RunnerOf("openvino", _open_openvino),
+    "tensorrt": RunnerOf("tensorrt", _open_tensorrt),
+}
+
+
+def _versions(table: Table) -> dict[str, object]:
+    return {name: table.text(name) for name in table.names()}
+
+
+def _evidence(table: Table) -> dict[str, object]:
+    if not table.has("evidence"):  # edgepet 0.1 before fp16 wrote none
+        return {}
+    evidence = table.table("evidence")
+    return {name: evidence.raw(name) for name in evidence.names()}
+
+
+def _files(table: Table) -> dict[str, tuple[str, int]]:
+    files = {}
+    if not table.names():
+        raise InputError(table.where, "names no file")
+    for name in table.names():
+        if "/" in name or "\\" in name or name.startswith("."):
+            raise InputError(table.where, "names files of its own folder", got=repr(name))
+        entry = table.table(name)
+        files[name] = (entry.text("sha256"), entry.integer("bytes"))
+        entry.end()
+    return files
+
+
+def _parity(table: Table) -> Parity | None:
+    if table.absent("parity"):
+        return None
+    entry = table.table("parity")
+    parity = Parity(
+        max_abs=entry.number("max_abs"),
+        limit=None if entry.absent("limit") else entry.number("limit"),
+        top1_agreement=entry.number("top1_agreement"),
+        least_agreement=entry.number("least_agreement"),
+        n=entry.integer("n"),
+        inputs=cast(Inputs, entry.text("inputs", choices=["data", "work", "synthetic"])),
+        against=cast(Against, entry.text("against", choices=["tuned", "merged"])),
+    )
+    entry.end()
+    return parity
+
+
+def _probe(entry: Table) -> Probe:
+    shape = entry.integers("shape", least=1)
+    try:
+        logits = np.frombuffer(base64.b64decode(entry.text("logits"), validate=True), "<f4").reshape(shape)
+    except ValueError as error:
+        raise InputError(entry.where, "holds no logits of its shape", got=error) from error
+    probe = Probe(seed=entry.integer("seed"), logits=logits)
+    entry.end()
+    return probe

@@ -1,0 +1,192 @@
+"""ONNX Runtime on the CPU: exported models, and a base graph with a task's tensors laid over it."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import onnxruntime
+
+from edgepet.device.runner import check_images
+from edgepet.errors import InputError
+from edgepet.graphs.base import FEATURES, INPUT, BaseGraph
+from edgepet.graphs.int8 import Int8Graph, Slots
+from edgepet.spec import NpArray
+
+_INT8 = frozenset(
+    (
+        *("ConvInteger", "DynamicQuantizeMatMul", "MatMulInteger", "MatMulIntegerToFloat", "QAttention", "QGemm"),
+        *("QLinearConv", "QLinearMatMul"),
+    )
+)
+_FLOAT = frozenset(("Conv", "FusedConv", "FusedGemm", "FusedMatMul", "Gemm", "MatMul", "NhwcFusedConv"))
+
+
+class OnnxRuntime:
+    """One session; a context manager."""
+
+    runtime = "onnxruntime"
+
+    def __init__(self, session: Any, *, where: str, path: Path | None = None, held: object = None) -> None:
+        # ``held``: the session reads the arrays of replaced initializers where they lie, for as long as it lives.
+        self._session, self._where, self._held = session, where, held
+        (entry,) = session.get_inputs()
+        self._shape = tuple(side if isinstance(side, int) else None for side in entry.shape)
+        self.executed = "fp32"
+        self._entry, self._path = entry, path
+
+    @property
+    def evidence(self) -> Mapping[str, object]:
+        """Providers, and of an exported model, from a profile of one run, how many nodes ran on inputs of each type and
+        how many layers multiplied int8 codes or floats.
+        """
+        asked: dict[str, object] = {"input": self._entry.type, "providers": self._session.get_providers()}
+        return asked if self._path is None else {**asked, **_profiled(self._path, self._shape)}
+
+    @classmethod
+    def of_model(cls, path: Path, *, threads: int | None = None) -> OnnxRuntime:
+        """Open an exported ONNX file.
+
+        Raises:
+            InputError: it is not a model that this ONNX Runtime reads.
+        """
+        return cls(_session(path, _options(threads)), where=path.name, path=path)
+
+    @classmethod
+    def of_graph(cls, graph: BaseGraph, tensors: Mapping[str, NpArray], *, threads: int | None = None) -> OnnxRuntime:
+        """Open ``graph`` with ``tensors`` in place of the backbone's; all others are read from its files.
+
+        Replaced initializers go through ``add_external_initializers``: ``add_initializer`` is silently ignored for a
+        weight whose consumer is folded when the session is made.
+        """
+        options = _options(threads)
+        values = [onnxruntime.OrtValue.ortvalue_from_numpy(np.asarray(t, order="C")) for t in tensors.values()]
+        if tensors:
+            options.add_external_initializers(list(tensors), values)
+        return cls(_session(graph.model_path, options), where=graph.backbone, held=(values, tensors))
+
+    def __call__(self, images: NpArray) -> NpArray:
+        check_images(images, self._shape, where=self._where)
+        output: NpArray = self._session.run(None, {INPUT: images})[0]
+        return output
+
+    def close(self) -> None:
+        self._session = self._held = None
+
+    def __enter__(self) -> OnnxRuntime:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+class SharedOnnxRuntime:
+    """One session on the int8 backbone; every task is a binding of its slots, kept ready.
+
+    ``codes`` are one task's own in place of the file's: a session with them is that task's alone.
+    """
+
+    runtime = "onnxruntime"
+
+    def __init__(
+        self, graph: Int8Graph, *, threads: int | None = None, codes: Mapping[str, NpArray] | None = None
+    ) -> None:
+        options = _options(threads)
+        self._held = {name: onnxruntime.OrtValue.ortvalue_from_numpy(value) for name, value in (codes or {}).items()}
+        if self._held:
+            options.add_external_initializers(list(self._held), list(self._held.values()))
+        self.path = graph.model_path(self.runtime)
+        self._session = _session(self.path, options)
+        self._shape = (None, *graph.preprocess.input_shape)
+
+    def bind(self, slots: Slots) -> BoundOnnxRuntime:
+        """A task, ready to run: its slots are handed over once."""
+        binding = self._session.io_binding()
+        held = {name: onnxruntime.OrtValue.ortvalue_from_numpy(value) for name, value in slots.values.items()}
+        for entry in self._session.get_inputs():
+            if entry.name != INPUT:
+                binding.bind_ortvalue_input(entry.name, held[entry.name])
+        return BoundOnnxRuntime(self, self._session, binding, (held, self._held), self._shape)
+
+    def close(self) -> None:
+        self._session = None
+
+
+class BoundOnnxRuntime:
+    """One task on a shared session; closing it leaves the session open."""
+
+    runtime, executed = "onnxruntime", "int8"
+
+    def __init__(
+        self, shared: SharedOnnxRuntime, session: Any, binding: Any, held: object, shape: tuple[int | None, ...]
+    ) -> None:
+        # ``held``: the session reads the arrays of the slots where they lie.
+        self._shared, self._session, self._binding, self._held, self._shape = shared, session, binding, held, shape
+        self._nothing = onnxruntime.OrtValue.ortvalue_from_numpy(np.empty(0, np.float32))
+
+    @property
+    def evidence(self) -> Mapping[str, object]:
+        """From a profile of one run with all slots one: how many layers multiplied int8 codes or floats."""
+        return _profiled(self._shared.path, self._shape)
+
+    def __call__(self, images: NpArray) -> NpArray:
+        check_images(images, self._shape, where="int8 backbone")
+        value = onnxruntime.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(images))  # where they lie: not copied
+        self._binding.bind_ortvalue_input(INPUT, value)
+        self._binding.clear_binding_outputs()  # the last call's has its batch's shape
+        self._binding.bind_output(FEATURES)
+        self._session.run_with_iobinding(self._binding)
+        output: NpArray = self._binding.copy_outputs_to_cpu()[0]
+        self._binding.bind_ortvalue_input(INPUT, self._nothing)  # or every task would keep its last images
+        return output
+
+    def close(self) -> None:
+        self._binding = self._held = None
+
+
+def _profiled(path: Path, shape: tuple[int | None, ...]) -> dict[str, object]:
+    """Nodes that ran, by the type of their first input: ONNX Runtime casts what it has no kernel for, and says so."""
+    options = _options(None)
+    options.enable_profiling = True
+    with tempfile.TemporaryDirectory() as folder:
+        options.profile_file_prefix = str(Path(folder) / "profile")
+        session = _session(path, options)
+        feed = {
+            entry.name: np.ones([side if isinstance(side, int) else 1 for side in entry.shape], np.float32)
+            for entry in session.get_inputs()
+        }
+        session.run(None, feed | {INPUT: np.zeros([side or 1 for side in shape], np.float32)})
+        events = json.loads(Path(session.end_profiling()).read_text())
+    kinds, layers = Counter[str](), Counter[str]()
+    for event in events:
+        types = event.get("args", {}).get("input_type_shape")
+        if types and event["name"].endswith("_kernel_time"):
+            kinds[next(iter(types[0]))] += 1
+            operator = event["args"]["op_name"]
+            if operator in _INT8 or operator in _FLOAT:
+                layers["int8" if operator in _INT8 else "float"] += 1
+    return {"executed_nodes": dict(sorted(kinds.items())), "layers": dict(sorted(layers.items()))}
+
+
+def _options(threads: int | None) -> Any:
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    if threads is not None:
+        options.intra_op_num_threads = threads
+        options.inter_op_num_threads = 1
+    return options
+
+
+def _session(path: Path, options: Any) -> Any:
+    try:
+        return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    except (onnxruntime.capi.onnxruntime_pybind11_state.OnnxRuntimeException, RuntimeError, ValueError) as error:
+        raise InputError(str(path), "cannot be opened by ONNX Runtime", got=str(error).splitlines()[0]) from error

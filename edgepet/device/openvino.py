@@ -1,0 +1,222 @@
+"""OpenVINO on the CPU. The precision that runs is set here and read back: on AMX its own default is bf16."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal
+
+import numpy as np
+
+from edgepet.device.runner import check_images
+from edgepet.errors import InputError, require
+from edgepet.graphs.base import INPUT, BaseGraph
+from edgepet.graphs.int8 import Int8Graph, Slots, openvino_slots
+from edgepet.spec import NpArray
+
+Executed = Literal["f32", "bf16"]
+_LAYERS = frozenset(("Convolution", "FullyConnected", "MatMul"))
+_ELEMENTWISE = frozenset(("Add", "Multiply", "Subtract", "Divide"))
+
+
+class OpenVino:
+    """One compiled model and one request; a context manager."""
+
+    runtime = "openvino"
+
+    def __init__(self, model: Any, *, where: str, threads: int | None, executed: Executed) -> None:
+        compiled = _compile(model, threads, executed)
+        self._request, self._where = compiled.create_infer_request(), where
+        self._shape = tuple(None if side.is_dynamic else side.get_length() for side in compiled.input(0).partial_shape)
+        self.executed = compiled.get_property("INFERENCE_PRECISION_HINT").get_type_name()
+        self._compiled = compiled
+
+    @property
+    def evidence(self) -> Mapping[str, object]:
+        """How many nodes of the executed graph ran in each precision, and how many layers on int8 codes or floats."""
+        return {"hint": self.executed, **_executed(self._compiled)}
+
+    @classmethod
+    def of_model(cls, path: Path, *, threads: int | None = None, executed: Executed = "f32") -> OpenVino:
+        """Open an exported IR (``.xml``) or ONNX file.
+
+        Raises:
+            InputError: it is not a model that this OpenVINO reads.
+            MissingError: OpenVINO is not installed.
+        """
+        return cls(_read(path), where=path.name, threads=threads, executed=executed)
+
+    @classmethod
+    def of_graph(cls, graph: BaseGraph, tensors: Mapping[str, NpArray], *, threads: int | None = None,
+                 executed: Executed = "f32") -> OpenVino:  # fmt: skip
+        """Open ``graph`` with ``tensors`` in place of the backbone's constants of the same names."""
+        model = _with_constants(_read(graph.model_path), tensors, graph.model_path)
+        return cls(model, where=graph.backbone, threads=threads, executed=executed)
+
+    def __call__(self, images: NpArray) -> NpArray:
+        check_images(images, self._shape, where=self._where)
+        output: NpArray = self._request.infer({INPUT: images})[0].copy()
+        return output
+
+    def close(self) -> None:
+        self._request = self._compiled = None
+
+    def __enter__(self) -> OpenVino:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+class SharedOpenVino:
+    """One compiled int8 backbone whose slots are a state variable; every task is a request with its own state.
+
+    ``codes`` are one task's own in place of the file's: a network compiled with them is that task's alone.
+    """
+
+    runtime = "openvino"
+
+    def __init__(
+        self, graph: Int8Graph, *, threads: int | None = None, codes: Mapping[str, NpArray] | None = None
+    ) -> None:
+        model = _with_constants(_read(graph.model_path(self.runtime)), codes or {}, graph.model_path(self.runtime))
+        stateful, self._order = _stateful(model)
+        self._compiled = _compile(stateful, threads, "f32")
+        self._graph, self._shape = graph, (None, *graph.preprocess.input_shape)
+
+    @property
+    def evidence(self) -> Mapping[str, object]:
+        """How many nodes of the executed graph ran in each precision, and how many layers on int8 codes or floats."""
+        return _executed(self._compiled)
+
+    def bind(self, slots: Slots) -> BoundOpenVino:
+        """A task, ready to run: a request of its own, whose state is its slots."""
+        openvino, request = _openvino(), self._compiled.create_infer_request()
+        values = openvino_slots(self._graph, slots)
+        (state,) = request.query_state()
+        state.state = openvino.Tensor(np.concatenate([values[name].ravel() for name in self._order]))
+        return BoundOpenVino(self, request, self._shape)
+
+    def close(self) -> None:
+        self._compiled = None
+
+
+class BoundOpenVino:
+    """One task's request; closing it leaves the compiled network open."""
+
+    runtime, executed = "openvino", "int8"
+
+    def __init__(self, shared: SharedOpenVino, request: Any, shape: tuple[int | None, ...]) -> None:
+        self._shared, self._request, self._shape = shared, request, shape
+
+    @property
+    def evidence(self) -> Mapping[str, object]:
+        return self._shared.evidence
+
+    def __call__(self, images: NpArray) -> NpArray:
+        check_images(images, self._shape, where="int8 backbone")
+        output: NpArray = self._request.infer({INPUT: images})[0].copy()
+        return output
+
+    def close(self) -> None:
+        self._request = None
+
+
+def _compile(model: Any, threads: int | None, executed: Executed) -> Any:
+    config: dict[str, object] = {"INFERENCE_PRECISION_HINT": executed, "PERFORMANCE_HINT": "LATENCY"}
+    if threads is not None:
+        config["INFERENCE_NUM_THREADS"] = threads
+    return _core().compile_model(model, "CPU", config)
+
+
+def _stateful(model: Any) -> tuple[Any, tuple[str, ...]]:
+    """``model`` with all inputs but the images in one state variable, whose value a request keeps from call to call;
+    and the order in which it holds them. One, since each costs its copies at every call.
+    """
+    opset, openvino = _openvino().opset13, _openvino()
+    inputs = {parameter.get_friendly_name(): parameter for parameter in model.get_parameters()}
+    images = inputs.pop(INPUT)
+    slots = {name: slot for name, slot in inputs.items() if slot.output(0).get_target_inputs()}  # padded: no shift
+    sizes = [math.prod(slot.get_output_shape(0)) for slot in slots.values()]
+    info = openvino.op.util.VariableInfo()
+    info.data_shape, info.data_type = openvino.PartialShape([sum(sizes)]), openvino.Type.f32
+    info.variable_id = "slots"
+    variable = openvino.op.util.Variable(info)
+    read = opset.read_value(openvino.op.Constant(np.ones(sum(sizes), np.float32)), variable)
+    cut = opset.variadic_split(read, opset.constant(np.int64(0)), opset.constant(np.array(sizes, np.int64)))
+    for place, slot in enumerate(slots.values()):
+        for target in slot.output(0).get_target_inputs():
+            target.replace_source_output(_fused(cut.output(place), tuple(slot.get_output_shape(0)), target))
+    return openvino.Model(model.get_results(), [opset.assign(read, variable)], [images], "int8"), tuple(slots)
+
+
+def _fused(cut: Any, shape: tuple[int, ...], target: Any) -> Any:
+    """A piece of the state in ``shape``, in a form that ``target`` can be fused with its neighbours in.
+
+    OpenVINO 2026.4 does not fuse an element-wise operation that reads a piece, but one that reads a reshaped piece. It
+    keeps a convolution's output with channels last only if most of what is multiplied or added lies so, and only
+    convolutions lay out vectors so: hence a depthwise one with ones, without which a ConvNet is twice as slow. Where a
+    map is one pixel, it would take the addition for a residual one, of equal shapes whatever the batch.
+    """
+    opset, reader = _openvino().opset13, target.get_node()
+    puts_out = reader.get_output_partial_shape(0)
+    if reader.get_type_name() in _ELEMENTWISE:
+        shape = (*[1] * (len(puts_out) - len(shape)), *shape)
+    piece = opset.reshape(cut, opset.constant(np.array(shape, np.int64)), False)
+    if len(shape) == 4 and shape[1] > 1 and [side.get_length() for side in list(puts_out)[2:]] != [1, 1]:
+        ones = opset.constant(np.ones((shape[1], 1, 1, 1, 1), np.float32))
+        piece = opset.group_convolution(piece, ones, [1, 1], [0, 0], [0, 0], [1, 1])
+    return piece.output(0)
+
+
+def _with_constants(model: Any, tensors: Mapping[str, NpArray], path: Path) -> Any:
+    """``model`` with ``tensors`` in place of its constants of the same names."""
+    constants = {op.get_friendly_name(): op for op in model.get_ordered_ops() if op.get_type_name() == "Constant"}
+    for name, tensor in tensors.items():
+        if name not in constants:
+            raise InputError(str(path), f"holds no constant {name!r}")
+        fresh = _openvino().op.Constant(np.asarray(tensor, order="C"))
+        constants[name].output(0).replace(fresh.output(0))
+    return model
+
+
+def _executed(compiled: Any) -> dict[str, object]:
+    kinds, layers = Counter[str](), Counter[str]()
+    for node in compiled.get_runtime_model().get_ordered_ops():
+        facts = node.get_rt_info()
+        if "runtimePrecision" in facts:
+            precision = str(facts["runtimePrecision"].astype(str))
+            kinds[precision] += 1
+            if str(facts["layerType"].astype(str)) in _LAYERS:
+                layers["int8" if precision in ("i8", "u8") else "float"] += 1
+    return {"executed_nodes": dict(sorted(kinds.items())), "layers": dict(sorted(layers.items()))}
+
+
+def _core() -> Any:
+    return _core_of(_openvino())
+
+
+@cache
+def _core_of(openvino: Any) -> Any:
+    """The process's one core. Each gives its CPU plugin a stack for signals and puts the one before it back when it
+    goes: of two that go in another order than last come, first gone, a freed stack stays, and the next signal is a
+    segmentation fault (OpenVINO 2026.4).
+    """
+    return openvino.Core()
+
+
+def _openvino() -> Any:
+    return require("openvino", extra="openvino", purpose="OpenVINO")
+
+
+def _read(path: Path) -> Any:
+    try:
+        return _core().read_model(path)
+    except RuntimeError as error:
+        raise InputError(str(path), "cannot be opened by OpenVINO", got=str(error).splitlines()[0]) from error

@@ -1,0 +1,110 @@
+"""A device's folder: one backbone with its graphs, and as many packs as it likes.
+
+<root>/backbones/<digits of the fingerprint>/    as ``edgepet.graphs.base`` lays it out
+<root>/tasks/<task>.pet                          the packs, each installed by a rename
+<root>/cache/                                    derived data of runtimes, deletable at any time
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+from edgepet.deltas.merge import task_tensors
+from edgepet.errors import InputError
+from edgepet.files import folder_bytes, new_folder, read_file, write_file
+from edgepet.graphs.base import BaseGraph, graph_folder, open_graph
+from edgepet.graphs.int8 import Int8Graph, int8_stem, open_int8, task_slots
+from edgepet.packs.pack import Pack, read_pack
+
+
+@dataclass(frozen=True, slots=True)
+class Store:
+    """The folder at ``root``."""
+
+    root: Path
+
+    def add_graph(self, graph: BaseGraph) -> None:
+        """Bring a backbone and one graph of it, from the cache say; what is there already stays."""
+        self._add(graph.folder, graph.fingerprint, [*graph.files, f"{graph.stem}.json"])
+
+    def add_int8(self, graph: Int8Graph) -> None:
+        """Bring an int8 backbone: with it a device needs no other."""
+        self._add(graph.folder, graph.fingerprint, [*graph.files, f"{graph.stem}.json"])
+
+    def _add(self, source: Path, fingerprint: str, names: list[str]) -> None:
+        target = graph_folder(fingerprint, self.root)
+        if not target.exists():
+            with new_folder(target) as scratch:
+                for name in names:
+                    _bring(source / name, scratch / name)
+            return
+        for name in names:  # the description comes last: a graph without it is not there
+            if not (target / name).exists():
+                write_file(target / name, read_file(source / name))
+
+    def install(self, source: Path | bytes) -> Pack:
+        """Check a pack against the backbone that is here, then put it in its task's place in one step.
+
+        Raises:
+            PackError: it is no pack.
+            InputError: its backbone or image size is not here, or an update does not fit.
+        """
+        data = source if isinstance(source, bytes) else read_file(source)
+        pack = read_pack(data)
+        if pack.delta.int8 is not None and self._has_int8(pack):
+            task_slots(self.int8_of(pack), pack.delta)
+        else:
+            graph = self.graph_of(pack)
+            graph.require_fit(pack.delta)
+            task_tensors(graph.base, pack.delta)
+        path = self._path(pack.delta.task)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_file(path, data)
+        return pack
+
+    def tasks(self) -> tuple[str, ...]:
+        """Names of the installed tasks, sorted."""
+        return tuple(sorted(path.stem for path in (self.root / "tasks").glob("*.pet")))
+
+    def pack(self, task: str) -> Pack:
+        """The installed pack of ``task``.
+
+        Raises:
+            InputError: it is not installed.
+        """
+        if task not in self.tasks():
+            raise InputError(
+                str(self.root), f"has no task {task!r}", fix=f"installed are: {', '.join(self.tasks()) or 'none'}"
+            )
+        return read_pack(self._path(task))
+
+    def graph_of(self, pack: Pack) -> BaseGraph:
+        """The graph that ``pack`` runs on."""
+        return open_graph(pack.delta.fingerprint, pack.delta.preprocess, pack.delta.structure, root=self.root)
+
+    def int8_of(self, pack: Pack) -> Int8Graph:
+        """The int8 backbone that ``pack`` runs on."""
+        return open_int8(pack.delta.fingerprint, pack.delta.preprocess, root=self.root)
+
+    def _has_int8(self, pack: Pack) -> bool:
+        folder = graph_folder(pack.delta.fingerprint, self.root)
+        return (folder / f"{int8_stem(pack.delta.preprocess)}.json").is_file()
+
+    @property
+    def cache_bytes(self) -> int:
+        return folder_bytes(self.root / "cache")
+
+    def _path(self, task: str) -> Path:
+        return self.root / "tasks" / f"{task}.pet"
+
+
+def _bring(source: Path, target: Path) -> None:
+    """A hard link where the file system allows it, else a copy: files in a store are never written in place."""
+    with contextlib.suppress(OSError):
+        os.link(source, target)
+        return
+    shutil.copyfile(source, target)

@@ -1,0 +1,294 @@
+"""A backbone as a runtime takes it: one file of weights, and beside it a graph for every image size.
+
+    <folder>/backbone.safetensors        the tensors at the native image size, once
+    <folder>/graph-112.onnx              structure only; every parameter an initializer that points into these files
+    <folder>/graph-112.safetensors       what differs at this size: resampled position tables (may be absent)
+    <folder>/graph-112.json              what the graph was made from and the digests of its files
+    <folder>/graph-112-4f1c09ab37de.*    the same for tasks with branches of one structure, whose digits these are; the
+                                         branches' tensors lie among what differs, and each task brings its own
+
+The graph takes images (batch, 3, H, W) and puts out pooled features; a task's head is a product behind it. Reading
+needs neither torch nor the ``onnx`` package. Making one is ``edgepet.exporters.trace``.
+"""
+
+from __future__ import annotations
+
+import mmap
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+
+from edgepet.canonical import canonical_json, parse_json
+from edgepet.deltas.branches import structure_digest
+from edgepet.deltas.delta import Delta
+from edgepet.deltas.merge import require_backbone
+from edgepet.errors import InputError
+from edgepet.files import cache_folder, read_file, sha256_file, write_file
+from edgepet.spec import Base, NpArray, Preprocess, read_preprocess
+from edgepet.strict import Table
+
+FORMAT, VERSION = "edgepet-graph", 1
+WEIGHTS = "backbone.safetensors"
+INPUT, FEATURES, LOGITS = "images", "features", "logits"
+_DTYPES = {
+    "F64": "<f8",
+    "F32": "<f4",
+    "F16": "<f2",
+    "I64": "<i8",
+    "I32": "<i4",
+    "I8": "|i1",
+    "U8": "|u1",
+    "BOOL": "|b1",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a tensor's bytes lie: a file of the folder, an offset and a length."""
+
+    file: str
+    offset: int
+    length: int
+    dtype: str
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class BaseGraph:
+    """One backbone at one image size, opened from ``folder``; its tensors are mapped, not read."""
+
+    folder: Path
+    backbone: str
+    architecture: str
+    fingerprint: str
+    preprocess: Preprocess
+    width: int
+    create_args: Mapping[str, object]
+    licence: str
+    files: Mapping[str, tuple[str, int]]
+    structure: str = ""
+
+    @property
+    def stem(self) -> str:
+        return graph_stem(self.preprocess, self.structure)
+
+    @property
+    def model_path(self) -> Path:
+        return self.folder / f"{self.stem}.onnx"
+
+    @property
+    def weights_bytes(self) -> int:
+        return self.files[WEIGHTS][1]
+
+    @property
+    def graph_bytes(self) -> int:
+        """Bytes on disk that this image size adds to the backbone's."""
+        own = sum(size for name, (_, size) in self.files.items() if name != WEIGHTS)
+        return own + (self.folder / f"{self.stem}.json").stat().st_size
+
+    def require_fit(self, delta: Delta) -> None:
+        """Refuse a delta that this graph cannot run.
+
+        Raises:
+            BackboneError: it was trained on another backbone.
+            InputError: it was trained at another image size, or its head is for other features.
+        """
+        require_backbone(self.base, delta)
+        if self.preprocess.input_shape != delta.preprocess.input_shape:
+            here, there = (_size(p) for p in (self.preprocess, delta.preprocess))
+            raise InputError(f"task {delta.task!r}", f"was trained at {there}", got=f"a graph of {here}")
+        if self.structure != delta.structure:
+            here, there = (f"branches {s}" if s else "no branches" for s in (self.structure, delta.structure))
+            raise InputError(f"task {delta.task!r}", f"needs a graph with {there}", got=here)
+        if delta.head.weight.shape[1] != self.width:
+            what = f"needs a head for {self.width} features"
+            raise InputError(f"task {delta.task!r}", what, got=tuple(delta.head.weight.shape))
+
+    @cached_property
+    def places(self) -> dict[str, Place]:
+        """Every tensor by name; a table of this image size hides the native one."""
+        tables = f"{self.stem}.safetensors"
+        found = safetensors_places(self.folder / WEIGHTS)
+        return found | safetensors_places(self.folder / tables) if tables in self.files else found
+
+    @cached_property
+    def base(self) -> Base:
+        """The tensors that the graph computes with, as read-only views of the files."""
+        tensors = _views(self.folder, self.places)
+        return Base(name=self.backbone, fingerprint=self.fingerprint, tensors=tensors)
+
+
+def graph_stem(preprocess: Preprocess, structure: str = "") -> str:
+    """``graph-112``, or ``graph-112x224`` where height and width differ, then frames and the digits of branches."""
+    height, width = preprocess.image_size
+    stem = f"graph-{height}" if height == width else f"graph-{height}x{width}"
+    stem += f"-frames{preprocess.frames}" if preprocess.frames > 1 else ""
+    return f"{stem}-{structure}" if structure else stem
+
+
+def _size(preprocess: Preprocess) -> str:
+    pixels = f"{'x'.join(map(str, preprocess.image_size))} pixels"
+    return pixels if preprocess.frames == 1 else f"{preprocess.frames} frames of {pixels}"
+
+
+def graph_folder(fingerprint: str, root: Path | None = None) -> Path:
+    """Where the cache, or a store at ``root``, keeps the backbone with this fingerprint."""
+    return (root or cache_folder()) / "backbones" / fingerprint.removeprefix("sha256:")[:16]
+
+
+def open_graph(fingerprint: str, preprocess: Preprocess, structure: str = "", *, root: Path | None = None) -> BaseGraph:
+    """Open the graph of a backbone, an input size and a structure, checking sizes, and the small files' digests.
+
+    Args:
+        preprocess: only its image size and frames count.
+
+    Raises:
+        InputError: it was never made, or a file of it is damaged.
+    """
+    folder = graph_folder(fingerprint, root)
+    path = folder / f"{graph_stem(preprocess, structure)}.json"
+    if not path.is_file():
+        wanted = _size(preprocess) + (f" with branches {structure}" if structure else "")
+        raise InputError(
+            str(folder), f"holds no graph of {wanted}", fix="run `edgepet export` once where torch is installed"
+        )
+    described = read_description(path, FORMAT, VERSION, large=WEIGHTS)
+    table = described.table
+    graph = BaseGraph(
+        folder=folder,
+        backbone=table.text("backbone"),
+        architecture=table.text("architecture"),
+        fingerprint=table.text("fingerprint"),
+        preprocess=described.preprocess,
+        width=table.integer("width", least=1),
+        create_args=_settings(table.table("create_args")),
+        licence=table.text("licence"),
+        files=described.files,
+        structure=structure_digest(table.sequence("branches")),
+    )
+    table.end()
+    if (graph.fingerprint, graph.stem) != (fingerprint, graph_stem(preprocess, structure)):
+        raise InputError(str(path), "describes another graph than its name says", fix=f"delete {folder} and run again")
+    return graph
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Described:
+    """A graph's description, half read: ``table`` has what is its own still to be taken."""
+
+    table: Table
+    preprocess: Preprocess
+    files: Mapping[str, tuple[str, int]]
+
+
+def is_older(path: Path, kind: str, version: int) -> bool:
+    """Whether a description was written for an earlier version than ``version``.
+
+    Raises:
+        InputError: it is of another kind.
+    """
+    return _parsed(path, kind).integer("version") < version
+
+
+def read_description(path: Path, kind: str, version: int, *, large: str) -> Described:
+    """Read a description and check the files that it names; of the ``large`` one only the size.
+
+    Raises:
+        InputError: it is of another kind or version, or a file is damaged.
+    """
+    table = _table(path, kind, version)
+    preprocess = read_preprocess(table.table("preprocess"))
+    files = {name: _file(entry) for name, entry in _entries(table)}
+    table.raw("versions")
+    for name, (digest, size) in files.items():
+        _check_file(path.parent / name, digest, size, whole=name != large)
+    return Described(table, preprocess, files)
+
+
+def write_graph_json(
+    folder: Path,
+    stem: str,
+    facts: Mapping[str, object],
+    files: list[str],
+    *,
+    kind: str = FORMAT,
+    version: int = VERSION,
+) -> None:
+    """Seal a graph: its facts and the digests of its files, written last."""
+    listed = {name: {"sha256": sha256_file(folder / name), "bytes": (folder / name).stat().st_size} for name in files}
+    write_file(folder / f"{stem}.json", canonical_json({"format": kind, "version": version, **facts, "files": listed}))
+
+
+def safetensors_places(path: Path) -> dict[str, Place]:
+    """Offsets of every tensor in a safetensors file, counted from the start of the file."""
+    with path.open("rb") as file:
+        start = 8 + int.from_bytes(file.read(8), "little")
+        header = parse_json(file.read(start - 8))
+    places = {}
+    for name, entry in header.items():
+        if name != "__metadata__":
+            first, last = entry["data_offsets"]
+            shape = tuple(int(side) for side in entry["shape"])
+            places[name] = Place(path.name, start + first, last - first, _DTYPES[entry["dtype"]], shape)
+    return places
+
+
+def mapped_tensors(folder: Path, files: list[str]) -> dict[str, NpArray]:
+    """Read-only views of all tensors in safetensors files; those of a later file hide those of an earlier one."""
+    places: dict[str, Place] = {}
+    for name in files:
+        places |= safetensors_places(folder / name)
+    return _views(folder, places)
+
+
+def _views(folder: Path, places: Mapping[str, Place]) -> dict[str, NpArray]:
+    maps = {name: _mapped(folder / name) for name in {place.file for place in places.values()}}
+    return {
+        name: np.frombuffer(maps[p.file], p.dtype, int(np.prod(p.shape)), p.offset).reshape(p.shape)
+        for name, p in places.items()
+    }
+
+
+def _mapped(path: Path) -> mmap.mmap:
+    with path.open("rb") as file:
+        return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+
+
+def _table(path: Path, kind: str, version: int) -> Table:
+    table = _parsed(path, kind)
+    if table.integer("version") != version:
+        raise InputError(str(path), f"this edgepet reads graphs of version {version}", fix="delete it and run again")
+    return table
+
+
+def _parsed(path: Path, kind: str) -> Table:
+    try:
+        table = Table(parse_json(read_file(path)), path.name, error=InputError)
+    except (ValueError, RecursionError) as error:
+        raise InputError(str(path), "is not readable JSON", got=error, fix="delete it and run again") from error
+    table.text("format", choices=[kind])
+    return table
+
+
+def _settings(table: Table) -> dict[str, object]:
+    return {key: table.raw(key) for key in table.names()}
+
+
+def _entries(table: Table) -> list[tuple[str, Table]]:
+    files = table.table("files")
+    return [(name, files.table(name)) for name in files.names()]
+
+
+def _file(entry: Table) -> tuple[str, int]:
+    facts = entry.text("sha256"), entry.integer("bytes")
+    entry.end()
+    return facts
+
+
+def _check_file(path: Path, digest: str, size: int, *, whole: bool) -> None:
+    damaged = not path.is_file() or path.stat().st_size != size or (whole and sha256_file(path) != digest)
+    if damaged:
+        raise InputError(str(path), "is damaged or missing", fix=f"delete {path.parent} and run again")

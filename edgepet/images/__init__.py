@@ -1,0 +1,1 @@
+"""Pictures: files, pixels, and sets of them. No torch."""

@@ -1,0 +1,1 @@
+"""Backbones in torch: their layers, and what a task puts into them."""

@@ -1,0 +1,326 @@
+"""A pack's updates as the tensors and the configuration of a PEFT adapter: the way back from ``reading``.
+
+PEFT adapts whole layers: row blocks of a fused weight become rows of one adapter that is zero, or one, elsewhere.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors.numpy
+
+from edgepet.canonical import canonical_json
+from edgepet.deltas.expressions import Product, value
+from edgepet.deltas.merge import fold_all
+from edgepet.deltas.updates import LowRank, Scale, Targeted, fold, in_precision_of
+from edgepet.errors import InputError
+from edgepet.files import write_file
+from edgepet.methods.krona import two_factors
+from edgepet.peft.reading import CONFIG, PREFIX, WEIGHTS, Adapter
+from edgepet.spec import NpArray, Site, Target, Tensors
+
+_MERGE = "edgepet merge writes dense weights of any pack"
+
+
+@dataclass(slots=True, eq=False)
+class _Layer:
+    """One layer's updates in order: of its weight and of its bias."""
+
+    site: Site
+    weight: list[Targeted] = field(default_factory=list)
+    bias: list[Targeted] = field(default_factory=list)
+
+    def shape(self, rows: int, base: Tensors) -> tuple[int, ...]:
+        """Of a factor with ``rows`` that reads what the layer reads."""
+        return (rows, *base[self.site.weight].shape[1:])
+
+    def ones(self, base: Tensors) -> tuple[int, ...]:
+        """Axes of a kernel's taps, all 1; of a linear layer none."""
+        return (1,) * (base[self.site.weight].ndim - 2)
+
+
+def write_adapter(folder: Path, adapter: Adapter) -> None:
+    """Write what ``PeftModel.from_pretrained`` reads into a folder that is there."""
+    tensors = {f"{PREFIX}{name}": _stored(tensor) for name, tensor in adapter.tensors.items()}
+    write_file(folder / WEIGHTS, safetensors.numpy.save(tensors, metadata={"format": "pt"}))
+    write_file(folder / CONFIG, canonical_json(adapter.config))
+
+
+def _stored(tensor: NpArray) -> NpArray:
+    return np.asarray(tensor, np.float32 if tensor.dtype.kind == "f" else tensor.dtype, order="C")
+
+
+def unlower(
+    updates: Iterable[Targeted], base: Tensors, layers: Sequence[Site], head: Tensors, *, where: str
+) -> Adapter:
+    """An adapter that does to the tensors ``base`` what ``updates`` do.
+
+    Args:
+        layers: of the backbone, as ``Backbone.layers``.
+        head: the classifier's tensors under the network's names.
+
+    Raises:
+        InputError: PEFT has no adapter that does this.
+    """
+    found, rest = _by_layer(updates, layers)
+    kinds = {targeted.update.kind for layer in found for targeted in layer.weight}
+    if kinds == {"scale"}:
+        config, tensors = _ia3(found, base, where)
+    elif kinds == {"kronecker"}:
+        config, tensors = _lokr(found, base)
+    elif kinds in ({"low-rank"}, {"low-rank", "scale"}):
+        config, tensors = _lora(found, base, where, dora="scale" in kinds)
+    else:
+        got = ", ".join(sorted(kinds)) or "no updates of layers' weights"
+        raise InputError(where, "needs updates of one of PEFT's methods: LoRA, DoRA, LoKr or IA3", got=got, fix=_MERGE)
+    rest += [targeted for layer in found for targeted in layer.bias if kinds != {"scale"}]
+    saved, modules = _saved(rest, found, base, where, biases=config["peft_type"] == "LORA")
+    alone = [name for name in saved if _module(name) not in modules]
+    if alone:
+        config["bias"] = "lora_only" if all(".base_layer." in name for name in alone) else "all"
+    shared = {
+        "task_type": None,
+        "base_model_name_or_path": None,
+        "inference_mode": True,
+        "target_modules": _exactly(layer.site.name for layer in found),
+        "modules_to_save": sorted({*map(_module, head), *modules}),
+    }
+    return Adapter(where=where, config={**shared, **config}, tensors={**tensors, **saved, **head})
+
+
+def _module(name: str) -> str:
+    return name.rpartition(".")[0]
+
+
+def _saved(
+    rest: Sequence[Targeted], found: Sequence[_Layer], base: Tensors, where: str, *, biases: bool
+) -> tuple[dict[str, NpArray], set[str]]:
+    """Tensors that take the place of the network's own, and the modules of which PEFT keeps all tensors.
+
+    With ``biases`` a bias is kept by itself: of PEFT's configurations LoRA's alone has a word for that.
+    """
+    adapted = [layer.site.name for layer in found]
+    for targeted in rest:
+        if targeted.target.tensor not in base:
+            raise _refused(where, targeted, "is of no tensor of the backbone")
+    changed = fold_all({targeted.target.tensor: base[targeted.target.tensor] * 1.0 for targeted in rest}, rest)
+    tensors: dict[str, NpArray] = {}
+    modules = set[str]()
+    for targeted in rest:
+        name, module = targeted.target.tensor, _module(targeted.target.tensor)
+        if biases and name == f"{module}.bias":
+            tensors[f"{module}.base_layer.bias" if module in adapted else name] = changed[name]
+            continue
+        kept = {_module(other) for other in base if _module(other).endswith(module)}  # as PEFT matches names
+        if not module or any(f"{layer}.".startswith(f"{each}.") for layer in adapted for each in kept):
+            raise _refused(where, targeted, "is nothing that PEFT's LoRA, DoRA, LoKr or IA3 does")
+        modules |= kept
+        tensors |= {other: changed.get(other, base[other]) for other in base if _module(other) in kept}
+    return tensors, modules
+
+
+def _by_layer(updates: Iterable[Targeted], layers: Sequence[Site]) -> tuple[list[_Layer], list[Targeted]]:
+    """The layers whose weights change, with the scales of their biases, and the updates of all other tensors."""
+    double = np.empty(0)  # factors of a product are not multiplied in a pack's fp16
+    updates = [Targeted(t.target, in_precision_of(t.update, double)) for t in updates]
+    changed = {targeted.target.tensor for targeted in updates}
+    found = [_Layer(site) for site in layers if site.kind in ("linear", "conv") and site.weight in changed]
+    weights = {layer.site.weight: layer for layer in found}
+    biases = {layer.site.bias: layer for layer in found if layer.site.bias}
+    rest = []
+    for targeted in updates:
+        name = targeted.target.tensor
+        if name in weights:
+            weights[name].weight.append(targeted)
+        elif name in biases and isinstance(targeted.update, Scale):
+            biases[name].bias.append(targeted)
+        else:
+            rest.append(targeted)
+    return found, rest
+
+
+def _exactly(names: Iterable[str]) -> str:
+    """A pattern for these layers and no others: PEFT takes a plain name for every name that ends with it."""
+    return "|".join(re.escape(name) for name in names)
+
+
+def _patterns(values: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """The most frequent value, and patterns for the layers that have another one."""
+    usual = Counter(values.values()).most_common(1)[0][0]
+    return usual, {f"^{re.escape(name)}": given for name, given in values.items() if given != usual}
+
+
+# ------------------------------------------------------------------------------------------------- LoRA and DoRA
+
+
+def _lora(
+    found: Sequence[_Layer], base: Tensors, where: str, *, dora: bool
+) -> tuple[dict[str, Any], dict[str, NpArray]]:
+    """All low-rank additions of a layer as one, and for DoRA the lengths of the rows that its scales leave."""
+    tensors: dict[str, NpArray] = {}
+    ranks, alphas = dict[str, int](), dict[str, float]()
+    for layer in found:
+        site, name = layer.site, layer.site.name
+        if not site.dense:
+            raise _refused(where, layer.weight[0], f"is of {site.groups} groups, which PEFT's LoRA does not keep apart")
+        left, right, scale, rows = _joined(layer, where)
+        ranks[name], alphas[name] = len(right), scale * len(right)
+        tensors[f"{name}.lora_A.weight"] = right.reshape(layer.shape(len(right), base))
+        tensors[f"{name}.lora_B.weight"] = left.reshape(*left.shape, *layer.ones(base))
+        if dora:
+            moved = fold(Targeted(Target(site.weight), LowRank(left, right, scale=scale)), base[site.weight] * 1.0)
+            lengths = rows * np.linalg.norm(moved.reshape(len(moved), -1).astype(np.float64), axis=1)
+            axes = layer.ones(base)
+            tensors[f"{name}.lora_magnitude_vector"] = lengths.reshape((1, -1, *axes) if axes else -1)
+    rank, rank_pattern = _patterns(ranks)
+    alpha, alpha_pattern = _patterns(alphas)
+    config = {
+        "peft_type": "LORA", "r": rank, "rank_pattern": rank_pattern, "lora_alpha": alpha,
+        "alpha_pattern": alpha_pattern, "lora_dropout": 0.0, "bias": "none", "use_dora": dora, "use_rslora": False,
+        "fan_in_fan_out": False, "init_lora_weights": True,
+    }  # fmt: skip
+    return config, tensors
+
+
+def _joined(layer: _Layer, where: str) -> tuple[NpArray, NpArray, float, NpArray]:
+    """left (out, r), right (r, in) and scale of all additions in float64, and the scale of every row behind them."""
+    out, columns = layer.site.out_features, layer.site.columns
+    lefts, rights, scales, rows = [np.zeros((out, 0))], [np.zeros((0, columns))], list[float](), np.ones(out)
+    for targeted in layer.weight:
+        update, (first, last) = targeted.update, targeted.target.rows or (0, out)
+        if isinstance(update, Scale) and update.axis == "out" and targeted.target.cols is None:
+            rows[first:last] *= update.s
+        elif isinstance(update, LowRank) and (rows[first:last] == 1).all():
+            begin, end = targeted.target.cols or (0, columns)
+            up = value(update.left).astype(np.float64)
+            up = up if update.core is None else up @ value(update.core).astype(np.float64)
+            left, right = np.zeros((out, up.shape[1])), np.zeros((up.shape[1], columns))
+            left[first:last], right[:, begin:end] = up, value(update.right)
+            lefts.append(left)
+            rights.append(right)
+            scales.append(float(update.scale))
+        else:
+            raise _refused(where, targeted, "comes where PEFT's LoRA and DoRA have no place for it")
+    same = len(set(scales)) == 1
+    if not same:
+        lefts = [lefts[0], *(left * scale for left, scale in zip(lefts[1:], scales, strict=True))]
+    if not scales:  # only lengths: an addition of nothing
+        lefts, rights = [np.zeros((out, 1))], [np.zeros((1, columns))]
+    return np.hstack(lefts), np.vstack(rights), scales[0] if same else 1.0, rows
+
+
+# ---------------------------------------------------------------------------------------------------------- LoKr
+
+
+def _lokr(found: Sequence[_Layer], base: Tensors) -> tuple[dict[str, Any], dict[str, NpArray]]:
+    """Each layer's Kronecker product; where PEFT's one factor does not give the cuts, all sums of them as they are."""
+    factor = _factor(found)
+    tensors: dict[str, NpArray] = {}
+    ranks, alphas = dict[str, int](), dict[str, float]()
+    for layer in found:
+        name, out, width = layer.site.name, layer.site.out_features, layer.site.in_features
+        update: Any = layer.weight[0].update
+        if factor is None:
+            left, right, scale = np.ones((1, 1)), _sum(layer), 1.0
+        else:
+            left, right, scale = value(update.left)[0], update.right, float(update.scale)
+        most = max(out // left.shape[0], width // left.shape[1]) / 2
+        tensors[f"{name}.lokr_w1"] = left
+        if isinstance(right, Product) and right.left.shape[-1] < most:
+            rank = right.left.shape[-1]
+            tensors[f"{name}.lokr_w2_a"], tensors[f"{name}.lokr_w2_b"] = right.left[0], right.right[0]
+        else:
+            rank = math.ceil(most)  # from here on PEFT does not cut the right factor
+            shape = (out // left.shape[0], width // left.shape[1], *base[layer.site.weight].shape[2:])
+            tensors[f"{name}.lokr_w2"] = value(right).reshape(shape)
+        ranks[name], alphas[name] = rank, scale * rank
+    rank, rank_pattern = _patterns(ranks)
+    alpha, alpha_pattern = _patterns(alphas)
+    config = {
+        "peft_type": "LOKR", "r": rank, "rank_pattern": rank_pattern, "alpha": alpha, "alpha_pattern": alpha_pattern,
+        "decompose_both": False, "decompose_factor": 1 if factor is None else factor, "use_effective_conv2d": False,
+        "rank_dropout": 0.0, "module_dropout": 0.0, "init_weights": True,
+    }  # fmt: skip
+    return config, tensors
+
+
+def _factor(found: Sequence[_Layer]) -> int | None:
+    """The ``decompose_factor`` with which PEFT cuts every layer as its one Kronecker product does, if there is one."""
+    cuts = list[tuple[int, int]]()
+    for layer in found:
+        update: Any = layer.weight[0].update
+        target = layer.weight[0].target
+        if len(layer.weight) > 1 or target.rows or target.cols or len(value(update.left)) > 1:
+            return None
+        cuts += zip((layer.site.out_features, layer.site.in_features), value(update.left).shape[1:], strict=True)
+    fitting = (
+        f for f in (-1, *sorted({small for _, small in cuts})) if all(_cut(side, f) == small for side, small in cuts)
+    )
+    return next(fitting, None)
+
+
+def _cut(side: int, factor: int) -> int:
+    """The left factor's share of ``side`` in PEFT (``tuners/lokr/layer.py``, ``factorization``)."""
+    return factor if factor > 0 and side % factor == 0 else two_factors(side, factor)[0]
+
+
+def _sum(layer: _Layer) -> NpArray:
+    whole: NpArray = np.zeros((layer.site.out_features, layer.site.columns))
+    for targeted in layer.weight:
+        whole = fold(targeted, whole)
+    return whole
+
+
+# ----------------------------------------------------------------------------------------------------------- IA3
+
+
+def _ia3(found: Sequence[_Layer], base: Tensors, where: str) -> tuple[dict[str, Any], dict[str, NpArray]]:
+    """One vector for what a layer puts out, with its bias, or for what it reads."""
+    inner = [layer for layer in found if any(_reads(targeted) for targeted in layer.weight)]
+    tensors: dict[str, NpArray] = {}
+    for layer in found:
+        site, axes = layer.site, layer.ones(base)
+        if layer in inner:
+            targeted = layer.weight[0]
+            given: Any = targeted.update
+            fits = targeted.target == Target(site.weight) and len(given.s) == site.in_features
+            if len(layer.weight) > 1 or layer.bias or not fits or site.groups > 1:
+                raise _refused(where, targeted, "scales inputs in a way that PEFT's IA3 does not")
+            tensors[f"{site.name}.ia3_l"] = given.s.reshape(1, -1, *axes)
+            continue
+        scale = _rows(layer.weight, site, where)
+        if site.bias is not None and not np.array_equal(scale, _rows(layer.bias, site, where)):
+            raise _refused(where, layer.weight[0], "scales a weight and not its bias, which PEFT's IA3 does together")
+        tensors[f"{site.name}.ia3_l"] = scale.reshape((1, -1, *axes) if axes else (-1, 1))
+    config: dict[str, Any] = {
+        "peft_type": "IA3", "feedforward_modules": _exactly(layer.site.name for layer in inner) or [],
+        "fan_in_fan_out": False, "init_ia3_weights": True,
+    }  # fmt: skip
+    return config, tensors
+
+
+def _reads(targeted: Targeted) -> bool:
+    return isinstance(targeted.update, Scale) and targeted.update.axis == "in"
+
+
+def _rows(scales: Sequence[Targeted], site: Site, where: str) -> NpArray:
+    """The scale of each row, 1 where there is none."""
+    rows = np.ones(site.out_features)
+    for targeted in scales:
+        if targeted.target.cols is not None:
+            raise _refused(where, targeted, "scales a part of each row, which PEFT's IA3 does not")
+        first, last = targeted.target.rows or (0, site.out_features)
+        given: Any = targeted.update
+        rows[first:last] *= given.s
+    return rows
+
+
+def _refused(where: str, targeted: Targeted, what: str) -> InputError:
+    return InputError(f"{where}: {targeted.target}", f"{type(targeted.update).__name__} {what}", fix=_MERGE)

@@ -1,0 +1,1 @@
+"""What is compared with what; opening any pack or artefact; choosing a precision."""

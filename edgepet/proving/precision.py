@@ -1,0 +1,152 @@
+"""One task's ONNX model in the precision that was asked for: precision is decided here, once, for every runtime."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from edgepet.calibration.budget import Drop, answers
+from edgepet.calibration.fp16 import Kept, to_half
+from edgepet.calibration.images import CalibrationImages, calibration_images
+from edgepet.calibration.search import Calibrated, Calibration
+from edgepet.deltas.codes import Range
+from edgepet.deltas.merge import task_tensors
+from edgepet.errors import InputError
+from edgepet.exporters.exporter import ExportOptions
+from edgepet.exporters.onnx import build_model, simplified
+from edgepet.graphs.int8 import Int8Graph
+from edgepet.proving.subject import Subject, sample_images
+from edgepet.spec import FilePath, NpArray, Precision
+
+Stage = Callable[[str], None]
+
+
+@dataclass(frozen=True, slots=True, eq=False, kw_only=True)
+class Model:
+    """A model, the seconds that it took, and how it came to be.
+
+    ``kept`` stays fp32. ``calibration`` are the images that were looked at, as a manifest keeps them. ``int8`` is the
+    recipe and what it costs, ``drop`` the cost itself.
+    """
+
+    proto: Any
+    precision: Precision
+    seconds: float
+    kept: tuple[Kept, ...] = ()
+    calibration: Mapping[str, object] | None = None
+    int8: Mapping[str, object] | None = None
+    drop: Drop | None = None
+    warning: str | None = None
+
+    def logits(self, images: NpArray) -> NpArray:
+        """What ONNX Runtime makes of the model."""
+        return answers(self.proto, images)
+
+
+def in_precision(subject: Subject, precision: Precision, options: ExportOptions, stage: Stage) -> Model:
+    """Fold the task, and bring its model into ``precision``.
+
+    Raises:
+        InputError: int8 without calibration images, or images that cannot be used.
+        CheckError: the model does not fit fp16, or int8 costs more than ``options.max_drop``.
+    """
+    began = time.perf_counter()
+    proto = build_model(subject.graph, task_tensors(subject.graph.base, subject.delta), subject.delta)
+    seconds = time.perf_counter() - began
+    if options.simplify:
+        proto = simplified(proto, subject.images[0][:2], where=subject.delta.task)
+    if precision == "fp32":
+        return Model(proto=proto, precision=precision, seconds=seconds)
+    make = _in_half if precision == "fp16" else _in_int8
+    began = time.perf_counter()
+    made = make(subject, proto, options, stage)
+    return Model(**made, precision=precision, seconds=seconds + time.perf_counter() - began)
+
+
+def _in_half(subject: Subject, proto: Any, options: ExportOptions, stage: Stage) -> dict[str, Any]:
+    del stage
+    if options.calib is None:
+        images, source = subject.images
+        looked_at: dict[str, object] = {"inputs": source, "n": len(images)}
+    else:
+        images = sample_images(Path(options.calib), subject.delta.preprocess)
+        looked_at = {"inputs": "calib", "n": len(images)}
+    half = to_half(proto, images, where=subject.delta.task)
+    return {"proto": half.model, "kept": half.kept, "calibration": looked_at}
+
+
+def _in_int8(subject: Subject, proto: Any, options: ExportOptions, stage: Stage) -> dict[str, Any]:
+    images = task_images(subject, options)
+    made = calibration_of(subject, images, proto).run(max_drop=options.max_drop, stage=stage)
+    return {
+        "proto": made.int8.model,
+        "kept": _kept(made),
+        "calibration": {"inputs": "calib", "n": len(images.measured), **images.facts},
+        "int8": made.facts,
+        "drop": made.drop,
+        "warning": images.warning,
+    }
+
+
+def _kept(made: Calibrated) -> tuple[Kept, ...]:
+    costs = {layer.name: layer.kl for layer in made.layers}
+    reason = "int8 of it costs most: divergence {:.2g} alone"
+    return tuple(Kept(name=name, op="layer", reason=reason.format(costs[name])) for name in made.recipe.keep)
+
+
+def task_images(subject: Subject, options: ExportOptions) -> CalibrationImages:
+    """The calibration images of a task.
+
+    Raises:
+        InputError: none are given, or they cannot be used.
+    """
+    return calibration_images(
+        require_images(options), subject.delta.labels, subject.delta.preprocess, evaluation=subject.data,
+        count=options.calib_images,
+    )  # fmt: skip
+
+
+def require_images(options: ExportOptions) -> FilePath:
+    """The folder of calibration images.
+
+    Raises:
+        InputError: none is given.
+    """
+    if options.calib is None:
+        fix = "pass --calib DIR with labelled images of the task, its training folder say"
+        what = "needs calibration images: they are given, never invented"
+        raise InputError(f"--precision {options.precision}", what, fix=fix)
+    return options.calib
+
+
+def shared_calibration(subject: Subject, graph: Int8Graph, images: CalibrationImages) -> Calibration:
+    """The task on what the shared codes stand for, with their divisors, judged by the task in float."""
+    dense = {layer.weight: graph.coded(layer) for layer in graph.layers}
+    base = subject.graph.base
+    rounded_base = replace(base, tensors={**base.tensors, **{name: made.dense for name, made in dense.items()}})
+    delta = subject.delta
+    proto = build_model(subject.graph, task_tensors(rounded_base, delta), delta)
+    divisors = {layer.reads: dense[layer.weight].divisors for layer in graph.layers}
+    smooth = {name: value for name, value in divisors.items() if value is not None}
+    exact = build_model(subject.graph, task_tensors(base, delta), delta)
+    return calibration_of(subject, images, proto, smooth=smooth, against=exact)
+
+
+def rounded(of: Range) -> Range:
+    """A range in six digits, as a pack keeps it."""
+    return Range(scale=float(f"{of.scale:.6g}"), shift=float(f"{of.shift:.6g}"))
+
+
+def calibration_of(subject: Subject, images: CalibrationImages, proto: Any = None, **fixed: Any) -> Calibration:
+    """The merged model of a task on its calibration images."""
+    delta = subject.delta
+    if proto is None:
+        proto = build_model(subject.graph, task_tensors(subject.graph.base, delta), delta)
+    order = np.array([delta.labels.index(name) for name in images.measured.classes])
+    weights = frozenset(subject.graph.base.tensors)
+    return Calibration(proto, weights, images, order, where=f"task {delta.task!r}", **fixed)

@@ -1,0 +1,245 @@
+"""A pack, and the networks that it is compared with: tuned, merged and plain. Torch only when one is asked for."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+from functools import cached_property, lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from edgepet.deltas.delta import Delta
+from edgepet.deltas.merge import merge, require_backbone, task_tensors
+from edgepet.device.artifact import Probe
+from edgepet.errors import InputError, require
+from edgepet.graphs.base import WEIGHTS, BaseGraph, graph_folder, open_graph
+from edgepet.images.preprocess import normalize
+from edgepet.images.sets import ImageSet, load_set, open_split
+from edgepet.measuring.parity import Against, Inputs, Parity, coarser, compare
+from edgepet.methods import configure
+from edgepet.networks.backbone import AnyBackbone
+from edgepet.packs.pack import Pack, read_pack
+from edgepet.spec import FilePath, NpArray, Precision, Preprocess
+from edgepet.tuning.work_folder import HELD_OUT, Work, read_work, work_folder
+
+PROBE_SEED, PROBE_IMAGES = 20221017, 4
+
+
+class Subject:
+    """A pack and all that it can be compared with; torch is touched only when a comparison is asked for."""
+
+    def __init__(self, path: FilePath, backbone: AnyBackbone, data: FilePath | None) -> None:
+        self.path, self._spec, self.data = Path(path), backbone, data
+        self.pack: Pack = read_pack(self.path)
+
+    @property
+    def delta(self) -> Delta:
+        return self.pack.delta
+
+    @cached_property
+    def graph(self) -> BaseGraph:
+        """The graph that the pack runs on."""
+        return self.graph_of(self.delta)
+
+    def graph_of(self, delta: Delta) -> BaseGraph:
+        """The graph of a delta on the backbone of the pack, from the cache; traced where it is not there."""
+        try:
+            return open_graph(delta.fingerprint, delta.preprocess, delta.structure)
+        except InputError:
+            from edgepet.exporters.trace import base_graph
+
+            return base_graph(self.backbone, delta.branches)
+
+    @cached_property
+    def backbone(self) -> Any:
+        """The torch network that the pack was trained on."""
+        delta, spec = self.delta, self._spec
+        if spec is not None and not isinstance(spec, str):
+            require_backbone(spec.base, delta)
+            return spec
+        cached = graph_folder(delta.fingerprint) / WEIGHTS
+        if spec is None:
+            known = delta.backbone.startswith(("demo:", "module:")) or not cached.is_file()  # else timm asks its hub
+            spec = delta.backbone if known else f"{delta.backbone}@{cached}"
+        backbone = _loaded(spec, delta.preprocess.image_size[0], delta.preprocess.frames)
+        require_backbone(backbone.base, delta)
+        return backbone
+
+    def check_backbone(self) -> None:
+        """Refuse a ``--backbone`` that is not the pack's, before anything is written."""
+        if self._spec is not None:
+            _ = self.backbone
+
+    @cached_property
+    def work(self) -> Work | None:
+        """What training left beside the pack, if it belongs to this pack's backbone and method."""
+        folder = work_folder(self.path)
+        if not folder.is_dir():
+            return None
+        work = read_work(folder)
+        same = work.fingerprint == self.delta.fingerprint and work.method == self.delta.method
+        return (
+            work
+            if same and np.array_equal(self.delta.head.weight, work.head.weight.astype(self.delta.head.weight.dtype))
+            else None
+        )
+
+    @cached_property
+    def images(self) -> tuple[NpArray, Inputs]:
+        """What to compare on: --data, else the work folder's held-out images, else seeded noise."""
+        preprocess = self.delta.preprocess
+        if self.data is not None:
+            return sample_images(Path(self.data), preprocess), "data"
+        if self.work is not None:
+            return normalize(self.work.pixels, preprocess), "work"
+        return synthetic_images(preprocess), "synthetic"
+
+    @cached_property
+    def reference(self) -> tuple[NpArray, Against]:
+        """Logits of the tuned network where training left it, else of the pack merged in torch."""
+        images, _ = self.images
+        if self.work is None:
+            return self.merged(images), "merged"
+        require("torch", extra="train", purpose="comparing with the network in torch")
+        from edgepet.tuning.model import logits_of
+
+        return logits_of(tuned_network(self), images), "tuned"
+
+    def judge(self, got: NpArray, *, precision: Precision = "fp32") -> Parity:
+        """Logits ``got`` of a network in ``precision``; the tuned reference was not rounded for the pack either."""
+        expected, against = self.reference
+        stored = coarser(precision, self.pack.codec) if against == "tuned" else precision
+        return compare(expected, got, stored=stored, inputs=self.images[1], against=against)
+
+    def merged(self, images: NpArray) -> NpArray:
+        """Logits of the pack as stored, merged and run by torch."""
+        require("torch", extra="train", purpose="comparing with the network in torch")
+        from edgepet.networks.merged import merged_logits
+
+        return merged_logits(self.backbone, self.delta, images)
+
+    @cached_property
+    def dense_weights(self) -> dict[str, NpArray]:
+        """The merged network's state dict under timm's names, classifier included."""
+        weights: dict[str, NpArray] = self.backbone.named_weights(
+            merge(self.backbone.base, self.delta), self.delta.head
+        )
+        return weights
+
+    @cached_property
+    def merged_reference(self) -> NpArray:
+        return self.merged(self.images[0])
+
+    @cached_property
+    def probe(self) -> Probe:
+        blank = Probe(seed=PROBE_SEED, logits=np.zeros((PROBE_IMAGES, len(self.delta.labels)), np.float32))
+        return replace(blank, logits=self.merged(blank.images(self.delta.preprocess)).astype(np.float32))
+
+
+def plain_network(subject: Subject, *, merged: bool = True) -> Any:
+    """A torch module that knows nothing of edgepet, with the merged weights loaded strictly, or the backbone's own."""
+    import torch
+
+    backbone, head = subject.backbone, subject.delta.head
+    module = backbone.with_head(head)
+    weights = subject.dense_weights if merged else backbone.named_weights(backbone.tensors, head)
+    state = {name: torch.from_numpy(np.array(tensor)) for name, tensor in weights.items()}
+    module.load_state_dict(state, strict=True)
+    return module
+
+
+def branched_network(subject: Subject) -> Any:
+    """A torch module of the pack as stored: a copy of the backbone with its updates folded in, branches and head."""
+    import torch
+
+    from edgepet.networks.graft import Grafted, in_torch
+
+    tensors, head = task_tensors(subject.backbone.base, subject.delta), subject.delta.head
+    body = copy.deepcopy(subject.backbone.module)
+    body.load_state_dict({name: torch.from_numpy(np.array(tensors[name])) for name in body.state_dict()}, strict=True)
+    last = torch.nn.Linear(*head.weight.shape[::-1])
+    values = {"weight": head.weight, "bias": head.bias}
+    last.load_state_dict({name: torch.from_numpy(value.astype(np.float32)) for name, value in values.items()})
+    branches = in_torch([branch.with_tensors(tensors) for branch in subject.delta.branches])
+    return torch.nn.Sequential(Grafted(body, branches), last).eval()
+
+
+def tuned_network(subject: Subject) -> Any:
+    """The network as it was trained, through its activation path, from the work folder beside the pack.
+
+    Raises:
+        InputError: there is no work folder that belongs to the pack.
+    """
+    from edgepet.tuning.model import TunedModel
+
+    work = subject.work
+    if work is None:
+        raise InputError(
+            str(work_folder(subject.path)), "is needed for the tuned network", fix="train again, or leave out tuned"
+        )
+    method = configure(work.method, {key: _text(value) for key, value in work.settings.items()})
+    model = TunedModel(subject.backbone, method, len(work.head.bias))
+    model.load(work.tensors, work.head)
+    return model.eval()
+
+
+@lru_cache(maxsize=1)
+def _loaded(spec: str, image_size: int, frames: int) -> Any:
+    """A backbone, kept for the next task on it: fifty tasks must not load fifty backbones."""
+    from edgepet.networks.backbone import load_backbone
+
+    return load_backbone(spec, image_size=image_size, frames=frames)
+
+
+class TorchNetwork:
+    """A pack in torch fp32: "tuned" as it was trained, "merged", with "branches", or the "plain" backbone and head."""
+
+    def __init__(self, subject: Subject, mode: str, *, threads: int | None = None) -> None:
+        import torch
+
+        self._torch, self._threads_before = torch, torch.get_num_threads()
+        if mode == "tuned":
+            self._module = tuned_network(subject)
+        elif mode == "branches":
+            self._module = branched_network(subject)
+        else:
+            self._module = plain_network(subject, merged=mode == "merged")
+        if threads is not None:
+            torch.set_num_threads(threads)  # the process's: given back by close
+
+    def __call__(self, images: NpArray) -> NpArray:
+        with self._torch.inference_mode():
+            output: NpArray = self._module(self._torch.from_numpy(images)).numpy()
+        return output
+
+    def close(self) -> None:
+        self._module = None
+        self._torch.set_num_threads(self._threads_before)
+
+
+def sample_images(folder: Path, preprocess: Preprocess) -> NpArray:
+    """Preprocessed images (n, 3, H, W) out of the val split of ``folder``, spread over its classes."""
+    val = open_split(folder, "val", clips=preprocess.frames > 1)
+    return normalize(load_set(_sample(val), preprocess)[0], preprocess)
+
+
+def synthetic_images(preprocess: Preprocess, count: int = 8) -> NpArray:
+    """Seeded noise as preprocessed images: what is compared on where nothing better is there."""
+    return np.random.default_rng(0).standard_normal((count, *preprocess.input_shape), dtype=np.float32)
+
+
+def _sample(images: ImageSet, count: int = HELD_OUT) -> ImageSet:
+    """``count`` images spread evenly over a set that comes class by class."""
+    index = np.unique(np.linspace(0, len(images) - 1, min(count, len(images))).round().astype(int))
+    return ImageSet(images.classes, tuple(images.paths[i] for i in index), tuple(images.labels[i] for i in index))
+
+
+def _text(value: object) -> str:
+    """A setting as people type it: the inverse of ``configure``."""
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, dict):
+        return ",".join(f"{key}:{_text(entry)}" for key, entry in value.items())
+    return ",".join(map(_text, value)) if isinstance(value, list) else str(value)

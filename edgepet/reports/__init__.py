@@ -1,0 +1,1 @@
+"""Any report as a table, a line or JSON, and progress."""

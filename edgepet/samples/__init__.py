@@ -1,0 +1,1 @@
+"""Real weights and tasks out of ordinary packages."""

@@ -1,0 +1,1 @@
+"""Fit a method to images. Needs torch."""

@@ -1,0 +1,344 @@
+"""Fit a tuned model to images: one loop, its plan, and what it reached. Needs the ``train`` extra."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, TypeAlias
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from edgepet.deltas.delta import Score
+from edgepet.errors import InputError
+from edgepet.images.preprocess import normalize
+from edgepet.networks.backbone import explicit_attention
+from edgepet.reports.tables import Step
+from edgepet.spec import NpArray, Preprocess
+from edgepet.tuning.checkpoint import Checkpoint, Keeper
+from edgepet.tuning.model import TunedModel
+from edgepet.tuning.processes import ALONE, Crew
+
+Augmentation: TypeAlias = Literal["flip", "crop"]
+MANY_TOKENS = 512  # from here on a matrix of all pairs of tokens is too large to keep for the backward pass
+AUGMENTATIONS: tuple[Augmentation, ...] = ("flip", "crop")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """Everything that decides a fit besides method, backbone and images.
+
+    ``batch_size`` images make one step of the optimiser, however many processes share them and in however many parts
+    (``accumulate``) a process goes through its own.
+    """
+
+    epochs: int
+    lr: float
+    head_lr: float
+    batch_size: int = 32
+    accumulate: int = 1
+    weight_decay: float = 1e-4
+    warmup: float = 0.1
+    label_smoothing: float = 0.1
+    augment: tuple[Augmentation, ...] = ()
+    autocast: bool = False
+    device: str = "cpu"
+    seed: int = 0
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Pixels:
+    """Decoded images, uint8 (n, H, W, 3), or clips (n, frames, H, W, 3), and their labels, int64 (n,)."""
+
+    pixels: NpArray
+    labels: NpArray
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Fit:
+    """What a fit reached: the epoch that was kept and how fast images went through."""
+
+    best_epoch: int
+    val: Score
+    images_per_second: float
+    seconds: float
+
+
+Say: TypeAlias = Callable[[Step], None]
+
+
+def fit(
+    model: TunedModel,
+    train: Pixels,
+    val: Pixels,
+    preprocess: Preprocess,
+    plan: Plan,
+    say: Say,
+    *,
+    keeper: Keeper | None = None,
+    crew: Crew = ALONE,
+) -> Fit:
+    """Train ``model`` and leave it at its best epoch by val top-1, the lower loss deciding between equals.
+
+    The same seed, data, thread count and machine give the same bits, also when ``keeper`` resumes it on the way.
+
+    Raises:
+        InputError: the loss stopped being finite, or a checkpoint cannot be written or belongs to another training.
+        KeyboardInterrupt: ``keeper`` was told to stop; a checkpoint was written.
+    """
+    try:
+        with _explicit_attention(model, plan):
+            return _Run(model.to(plan.device), train, val, preprocess, plan, crew).fit(say, keeper)
+    finally:
+        model.to("cpu").eval()
+
+
+class _Run:
+    """One fit under way. What ``state`` holds is all that the steps to come depend on."""
+
+    def __init__(
+        self, model: TunedModel, train: Pixels, val: Pixels, preprocess: Preprocess, plan: Plan, crew: Crew
+    ) -> None:
+        self.model, self.train, self.val, self.preprocess, self.plan, self.crew = (
+            model, train, val, preprocess, plan, crew,
+        )  # fmt: skip
+        torch.manual_seed(plan.seed + crew.rank)
+        self.order = torch.Generator().manual_seed(plan.seed)
+        self.optimizer = _optimizer(model, plan)
+        self.probe = not model.sites and not plan.augment  # frozen features do not change: remember them
+        self.seen = self.held = torch.empty(0)
+        self.kept = dict[str, Tensor]()
+        self.best, self.best_epoch = (-1.0, 0.0), 0
+        self.epoch, self.position, self.steps, self.done, self.busy, self.loss = 1, 0, 0, 0, 0.0, math.nan
+        self.drawn = self.order.get_state()  # of the generator before this epoch's order was drawn
+
+    def fit(self, say: Say, keeper: Keeper | None) -> Fit:
+        began, saved = time.perf_counter(), keeper.load() if keeper else None
+        if saved is None or self.probe:
+            self.seen = _features(self.model, self.train.pixels, self.preprocess, self.plan, follow=True)
+            self.model.mean.copy_(self.seen.mean(0))
+            self.model.std.copy_(self.seen.std(0).clamp_min(1e-6))
+        if self.probe:
+            self.held = _features(self.model, self.val.pixels, self.preprocess, self.plan)
+        if saved is not None:
+            self.restore(saved)
+        while self.epoch <= self.plan.epochs:
+            self.one_epoch(say, keeper)
+        self.model.load_state_dict(self.kept, strict=False)
+        return Fit(
+            best_epoch=self.best_epoch,
+            val=Score(top1=self.best[0], n=len(self.val)),
+            images_per_second=self.done / self.busy,
+            seconds=time.perf_counter() - began,
+        )
+
+    def one_epoch(self, say: Say, keeper: Keeper | None) -> None:
+        self.model.train()
+        self.drawn = self.order.get_state()
+        batches = torch.split(torch.randperm(len(self.train), generator=self.order), self.plan.batch_size)
+        for index in batches[self.position :]:
+            start = time.perf_counter()
+            self.loss = self.step(index)
+            _require_finite(self.loss, self.epoch, self.plan, keeper)
+            self.position, self.steps, self.done = self.position + 1, self.steps + 1, self.done + len(index)
+            self.busy += time.perf_counter() - start
+            say(self.said())
+            if keeper and self.crew.any(keeper.stop):
+                keeper.save(self.state())
+                raise KeyboardInterrupt(f"{keeper.path} is written, the same command with --resume goes on from there")
+            if keeper and self.crew.any(keeper.due):
+                keeper.save(self.state())
+        top1, val_loss = _judge(self.model, self.val, self.preprocess, self.plan, self.held if self.probe else None)
+        _require_finite(val_loss, self.epoch, self.plan, keeper)
+        if (top1, -val_loss) > self.best:
+            self.best, self.best_epoch = (top1, -val_loss), self.epoch
+            self.kept = {name: value.clone() for name, value in self.own().items()}
+        say(self.said(top1))
+        self.epoch, self.position, self.drawn = self.epoch + 1, 0, self.order.get_state()
+        if keeper:
+            keeper.save(self.state())
+
+    def said(self, top1: float | None = None) -> Step:
+        total = self.plan.epochs * len(self.train)
+        return Step(epoch=self.epoch, epochs=self.plan.epochs, images=self.done, total_images=total, loss=self.loss,
+                    images_per_second=self.done / self.busy, val_top1=top1)  # fmt: skip
+
+    def step(self, index: Tensor) -> float:
+        """One step of the optimiser on the images ``index``: this process's share of them, in ``accumulate`` parts."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["initial_lr"] * _factor(self.steps, self.plan, len(self.train))
+        self.optimizer.zero_grad(set_to_none=True)
+        share, total = index[self.crew.rank :: self.crew.size], torch.zeros((), dtype=torch.float64)
+        for part in torch.tensor_split(share, min(self.plan.accumulate, max(1, len(share)))):
+            if len(part):
+                total += self.backward(part, len(index))
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        self.crew.add_up(parameters)
+        if self.model.rounding is not None:
+            self.crew.average(self.model.rounding.ranges)
+        if not math.isfinite(nn.utils.clip_grad_norm_(parameters, 1.0)):
+            return math.nan  # a step now would put it into the weights, and a checkpoint would keep it
+        self.optimizer.step()
+        return self.crew.total(float(total))
+
+    def backward(self, part: Tensor, whole: int) -> float:
+        """Gradients of the part's share of the mean loss over ``whole`` images."""
+        plan, labels = self.plan, torch.from_numpy(self.train.labels)[part].to(self.plan.device)
+        pixels = torch.from_numpy(self.train.pixels)
+        batch = self.seen[part] if self.probe else _images(pixels[part], self.preprocess, plan)
+        with _autocast(plan):
+            logits = self.model.classify(batch) if self.probe else self.model(batch)
+        summed = functional.cross_entropy(logits.float(), labels, label_smoothing=plan.label_smoothing, reduction="sum")
+        loss = summed / whole
+        torch.autograd.backward(loss)
+        return loss.item()
+
+    def own(self) -> dict[str, Tensor]:
+        """Everything of the model but the backbone."""
+        return {name: value for name, value in self.model.state_dict().items() if not name.startswith("backbone.")}
+
+    def state(self) -> Checkpoint:
+        moments = {
+            f"optimizer/{number}/{name}": value
+            for number, entry in self.optimizer.state_dict()["state"].items()
+            for name, value in entry.items()
+        }
+        tensors = {
+            **{f"model/{name}": value for name, value in self.own().items()},
+            **{f"kept/{name}": value for name, value in self.kept.items()},
+            **moments,
+            "order": self.drawn,
+        }
+        progress = {
+            "epoch": self.epoch, "position": self.position, "steps": self.steps, "done": self.done, "busy": self.busy,
+            "loss": self.loss, "best": list(self.best), "best_epoch": self.best_epoch,
+        }  # fmt: skip
+        arrays = {name: value.detach().cpu().numpy() for name, value in tensors.items()}
+        return Checkpoint(progress=progress, tensors=arrays | self.crew.random_states(self.plan.device))
+
+    def restore(self, saved: Checkpoint) -> None:
+        tensors = {name: torch.from_numpy(np.array(value)) for name, value in saved.tensors.items()}
+        self.model.load_state_dict(_under("model/", tensors), strict=False)
+        self.kept = {name: value.to(self.plan.device) for name, value in _under("kept/", tensors).items()}
+        state = self.optimizer.state_dict()
+        for key, value in _under("optimizer/", tensors).items():
+            number, name = key.split("/")
+            state["state"].setdefault(int(number), {})[name] = value
+        self.optimizer.load_state_dict(state)
+        self.order.set_state(tensors["order"])
+        progress: Any = saved.progress
+        self.epoch, self.position, self.steps = progress["epoch"], progress["position"], progress["steps"]
+        self.done, self.busy, self.loss = progress["done"], progress["busy"], progress["loss"]
+        self.best, self.best_epoch = tuple(progress["best"]), progress["best_epoch"]
+        self.crew.set_random_state(saved.tensors, self.plan.device)
+
+
+def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+
+
+def fast_bfloat16(device: str = "cpu") -> bool:
+    """Whether bfloat16 makes this machine's matrix products at least 1.2 times as fast: measured, not assumed."""
+    left, right = torch.randn(1024, 384, device=device), torch.randn(1536, 384, device=device)
+
+    def seconds(dtype: torch.dtype) -> float:
+        a, b = left.to(dtype), right.to(dtype)
+        times = []
+        for _ in range(7):
+            start = time.perf_counter()
+            functional.linear(a, b).sum().item()  # the number must be there, also on a device that works ahead
+            times.append(time.perf_counter() - start)
+        return min(times[2:])
+
+    return seconds(torch.float32) >= 1.2 * seconds(torch.bfloat16)
+
+
+@contextlib.contextmanager
+def _explicit_attention(model: TunedModel, plan: Plan) -> Iterator[None]:
+    """Attention as two products and a softmax while training in bf16 on a CPU: torch's fused form has a slow backward
+    there, a third of a step at 65 tokens. Long sequences keep it, for its memory.
+    """
+    tokens = getattr(getattr(model.backbone, "patch_embed", None), "num_patches", MANY_TOKENS)
+    slow = plan.autocast and plan.device == "cpu" and tokens < MANY_TOKENS and not model.extends_attention
+    with explicit_attention(model.backbone) if slow else contextlib.nullcontext():
+        yield
+
+
+def _autocast(plan: Plan) -> torch.autocast:
+    return torch.autocast(plan.device.partition(":")[0], dtype=torch.bfloat16, enabled=plan.autocast)
+
+
+def _optimizer(model: TunedModel, plan: Plan) -> torch.optim.Optimizer:
+    groups = [
+        {"params": list(model.tensors.parameters()), "initial_lr": plan.lr},
+        {"params": list(model.linear.parameters()), "initial_lr": plan.head_lr},
+    ]
+    return torch.optim.AdamW([group for group in groups if group["params"]], weight_decay=plan.weight_decay)
+
+
+def _factor(step: int, plan: Plan, images: int) -> float:
+    """What the learning rate is multiplied with: a straight rise, then half a cosine down to zero."""
+    total = plan.epochs * math.ceil(images / plan.batch_size)
+    rising = max(1, round(plan.warmup * total))
+    if step < rising:
+        return (step + 1) / rising
+    return 0.5 * (1 + math.cos(math.pi * (step - rising) / max(1, total - rising)))
+
+
+def _images(pixels: Tensor, preprocess: Preprocess, plan: Plan) -> Tensor:
+    """A batch of uint8 (n, ..., H, W, 3) as the network takes it, lightly augmented."""
+    images = torch.from_numpy(normalize(pixels.numpy(), preprocess))
+    if "flip" in plan.augment:
+        turned = torch.rand(len(images), *[1] * (images.ndim - 1)) < 0.5
+        images = torch.where(turned, images.flip(-1), images)
+    if "crop" in plan.augment:
+        reach = max(1, images.shape[-1] // 8)
+        shape, (height, width) = images.shape, images.shape[-2:]
+        padded = functional.pad(images.reshape(len(images), -1, height, width), (reach,) * 4, mode="reflect")
+        corners = torch.randint(0, 2 * reach + 1, (len(images), 2)).tolist()
+        cut = [padded[i, :, y : y + height, x : x + width] for i, (y, x) in enumerate(corners)]
+        images = torch.stack(cut).reshape(shape)  # the frames of a clip together
+    return images.to(plan.device)
+
+
+def _features(
+    model: TunedModel, pixels: NpArray, preprocess: Preprocess, plan: Plan, *, follow: bool = False
+) -> Tensor:
+    """Of all images, as float32 (n, d); with ``follow`` the ranges of a backbone that is rounded take them in."""
+    model.eval()
+    if model.rounding is not None:
+        model.rounding.train(follow)
+    with torch.no_grad(), _autocast(plan):
+        return torch.cat([model.features(part.to(plan.device)).float() for part in _batches(pixels, preprocess)])
+
+
+def _judge(
+    model: TunedModel, val: Pixels, preprocess: Preprocess, plan: Plan, held: Tensor | None
+) -> tuple[float, float]:
+    model.eval()
+    features = _features(model, val.pixels, preprocess, plan) if held is None else held
+    labels = torch.from_numpy(val.labels).to(plan.device)
+    with torch.no_grad():
+        logits = model.classify(features)
+    return float((logits.argmax(1) == labels).float().mean()), float(functional.cross_entropy(logits, labels))
+
+
+def _batches(pixels: NpArray, preprocess: Preprocess, size: int = 64) -> Iterator[Tensor]:
+    size = max(1, size // preprocess.frames)
+    for start in range(0, len(pixels), size):
+        yield torch.from_numpy(normalize(pixels[start : start + size], preprocess))
+
+
+def _require_finite(loss: float, epoch: int, plan: Plan, keeper: Keeper | None) -> None:
+    if not math.isfinite(loss):
+        again = f"delete {keeper.path} and " if keeper and keeper.path.exists() else ""
+        fix = f"{again}begin again with --lr {plan.lr / 3:.1g} or less"
+        raise InputError(f"epoch {epoch}", "the loss must stay finite", got=loss, fix=fix)

@@ -1,0 +1,245 @@
+"""Attach a method to a backbone, and extract what was learnt as a delta. Needs the ``train`` extra."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict
+from typing import Any, cast
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from edgepet.deltas.branches import ATTENTION, Branch
+from edgepet.deltas.delta import Delta, Head, Score
+from edgepet.deltas.merge import fold_all
+from edgepet.deltas.updates import fold, keeps_codes
+from edgepet.methods import ActivationPath, Branching, Method
+from edgepet.methods.method import flatten, unflatten
+from edgepet.networks.backbone import Backbone
+from edgepet.networks.graft import grafted, in_torch
+from edgepet.spec import NpArray, Site, Tuned
+from edgepet.tuning.fake_quant import Rounding
+
+_MEAN = ".running_mean"
+
+
+class TunedModel(nn.Module):
+    """A frozen backbone, a method's tensors at its sites, and a head; puts out logits (n, C).
+
+    The backbone's own submodules run unchanged, LayerScale and all. A site is tuned by a hook on its module where the
+    method has an activation path for it; at all others the updates are folded into the weights at every step. The
+    head sees features standardised by fixed statistics, which ``head`` folds away; it starts at zero.
+
+    With ``rounding`` the backbone's layers compute with their codes, and the updates, which are lowered from the float
+    weights as those of a pack are, act on what the codes stand for.
+    """
+
+    def __init__(
+        self, backbone: Backbone, method: Method, classes: int, *, seed: int = 0, rounding: Rounding | None = None
+    ) -> None:
+        super().__init__()
+        self.rounding: Rounding | None = rounding
+        self.method, self.sites = method, method.sites(backbone.layers)
+        on_activations = method.activation_kinds if isinstance(method, ActivationPath) else ()
+        self._hooked = tuple(site for site in self.sites if site.exposed and site.kind in on_activations)
+        self._folding = tuple(site for site in self.sites if site not in self._hooked)
+        self.backbone = backbone.module
+        rng = np.random.default_rng(seed)
+        starts = flatten(method.start(self.sites, backbone.tensors, rng))
+        self._names = list(starts)
+        self.tensors = nn.ParameterList([torch.from_numpy(np.array(start)) for start in starts.values()])
+        self.linear = nn.Linear(backbone.width, classes)
+        nn.init.zeros_(self.linear.weight)
+        nn.init.zeros_(self.linear.bias)
+        self.mean: Tensor
+        self.std: Tensor
+        self.register_buffer("mean", torch.zeros(backbone.width))
+        self.register_buffer("std", torch.ones(backbone.width))
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.classify(self.features(images))
+
+    def classify(self, features: Tensor) -> Tensor:
+        return cast(Tensor, self.linear((features - self.mean) / self.std))
+
+    def features(self, images: Tensor) -> Tensor:
+        tuned = self.tuned()
+        folded = self._folded(tuned)
+        hooks = [
+            self.backbone.get_submodule(site.name).register_forward_hook(self._hook(site, tuned[site.name]))
+            for site in self._hooked
+        ]
+        for name in [name for name in folded if name.endswith(_MEAN)]:
+            norm = self.backbone.get_submodule(name.removesuffix(_MEAN))
+            hooks.append(norm.register_forward_pre_hook(_shifted(folded.pop(name) - norm.get_buffer(_MEAN[1:]))))
+        try:
+            # The hooks that round come last, so that branches read what was there before.
+            with grafted(self.backbone, self.branches(tuned)), self._reading():
+                return cast(Tensor, torch.func.functional_call(self.backbone, folded, (images,)))
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def branches(self, tuned: Tuned) -> tuple[Branch, ...]:
+        """What the method leaves in the graph, made of ``tuned``."""
+        return self.method.branches(self.sites, tuned) if isinstance(self.method, Branching) else ()
+
+    @property
+    def extends_attention(self) -> bool:
+        """Whether branches go into torch's attention operator, which must then be the fused one."""
+        with torch.no_grad():
+            return any(branch.kind in ATTENTION for branch in self.branches(self.tuned()))
+
+    def _hook(self, site: Site, tuned: Mapping[str, Tensor]) -> Callable[..., Tensor]:
+        method = cast(ActivationPath, self.method)
+
+        def after(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+            del module
+            return cast(Tensor, method.forward(site, inputs[0], output, tuned, training=self.training))
+
+        return after
+
+    def _folded(self, tuned: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
+        """The tensors that are rounded, and those that the method changes at the sites without a hook."""
+        frozen = self.backbone.state_dict(keep_vars=True) if self._folding else {}
+        coded, moved = {} if self.rounding is None else self.rounding.weights, set[str]()
+        state = dict(coded)
+        for targeted in self.method.lower(frozen, self._folding, tuned):
+            name = targeted.target.tensor
+            state[name] = fold(targeted, state.get(name, frozen[name]))
+            if name in coded and not keeps_codes(targeted):
+                moved.add(name)
+        if self.rounding is not None:
+            state |= {name: self.rounding.recoded(name, state[name]) for name in moved}
+        return state
+
+    def _reading(self) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext() if self.rounding is None else self.rounding.reading(self.backbone)
+
+    @property
+    def backbone_precision(self) -> str:
+        """What the backbone is tuned in: fp32, or that of ``rounding``."""
+        return "fp32" if self.rounding is None else self.rounding.precision
+
+    @contextlib.contextmanager
+    def unrounded(self) -> Iterator[None]:
+        """While the block runs the backbone computes with its own weights."""
+        rounding, self.rounding = self.rounding, None
+        try:
+            yield
+        finally:
+            self.rounding = rounding
+
+    def train(self, mode: bool = True) -> TunedModel:
+        """Frozen modules stay in eval mode, batch norm included."""
+        super().train(mode)
+        self.backbone.eval()
+        return self
+
+    def tuned(self) -> dict[str, dict[str, Any]]:
+        """The method's parameters by site and name."""
+        return unflatten(dict(zip(self._names, self.tensors, strict=True)), self.sites)
+
+    def arrays(self) -> dict[str, NpArray]:
+        """The method's parameters as ``site/name`` -> float32 array, copied."""
+        return {name: p.detach().float().numpy().copy() for name, p in zip(self._names, self.tensors, strict=True)}
+
+    def head(self) -> Head:
+        """The head on raw features: the standardisation is folded into it, in float64."""
+        weight, bias = self.linear.weight.detach().double(), self.linear.bias.detach().double()
+        weight = weight / self.std.double()
+        bias = bias - weight @ self.mean.double()
+        return Head(weight=weight.float().numpy(), bias=bias.float().numpy())
+
+    def take(self, arrays: Mapping[str, NpArray]) -> None:
+        """Take the method's trained values; the head stays."""
+        with torch.no_grad():
+            for name, parameter in zip(self._names, self.tensors, strict=True):
+                parameter.copy_(torch.from_numpy(np.array(arrays[name])))
+
+    def load(self, arrays: Mapping[str, NpArray], head: Head) -> None:
+        """Take trained values, with a head on raw features."""
+        self.take(arrays)
+        with torch.no_grad():
+            self.linear.weight.copy_(torch.from_numpy(np.array(head.weight)))
+            self.linear.bias.copy_(torch.from_numpy(np.array(head.bias)))
+            self.mean.zero_()
+            self.std.fill_(1)
+
+
+def _shifted(mean: Tensor) -> Callable[..., tuple[Tensor, ...]]:
+    """A larger mean, as a smaller input: torch has no gradient of a batch norm by its statistics."""
+
+    def before(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        del module
+        return (inputs[0] - mean.reshape(-1, *[1] * (inputs[0].ndim - 2)).to(inputs[0].dtype),)
+
+    return before
+
+
+def extract(
+    model: TunedModel,
+    backbone: Backbone,
+    *,
+    task: str,
+    labels: tuple[str, ...],
+    val: Score,
+    training: Mapping[str, object] | None = None,
+) -> Delta:
+    """Lower what ``model`` learnt to a delta in float32."""
+    tuned = unflatten(model.arrays(), model.sites)
+    settings = {key: list(v) if isinstance(v, tuple) else v for key, v in asdict(cast(Any, model.method)).items()}
+    return Delta(
+        task=task,
+        backbone=backbone.label,
+        fingerprint=backbone.fingerprint,
+        updates=model.method.lower(backbone.tensors, model.sites, tuned),
+        branches=model.branches(tuned),
+        head=model.head(),
+        labels=labels,
+        preprocess=backbone.preprocess,
+        method=model.method.name,
+        settings=settings,
+        training=dict(training or {}),
+        val=val,
+        licences=(backbone.licence,),
+    )
+
+
+def algebra_error(model: TunedModel, backbone: Backbone, images: NpArray) -> tuple[float, float]:
+    """Largest difference of logits between the tuned and the merged network, both in float64, and the largest logit.
+
+    Nothing is rounded here, neither for storage nor as the backbone was while tuning: this judges the lowering and
+    ``fold``.
+
+    Args:
+        images: preprocessed, (n, 3, H, W).
+    """
+    double = {
+        name: tensor.astype(np.float64) if tensor.dtype.kind == "f" else tensor
+        for name, tensor in backbone.tensors.items()
+    }
+    tuned = unflatten({name: value.astype(np.float64) for name, value in model.arrays().items()}, model.sites)
+    merged = fold_all(double, model.method.lower(double, model.sites, tuned))
+    was_training = model.training
+    with model.unrounded():
+        model.eval().double()
+        try:
+            batch = torch.from_numpy(images).double()
+            with torch.no_grad():
+                expected = model(batch)
+                state = {name: torch.from_numpy(tensor) for name, tensor in merged.items()}
+                with grafted(model.backbone, in_torch(model.branches(tuned))):
+                    got = model.classify(torch.func.functional_call(model.backbone, state, (batch,), tie_weights=False))
+        finally:
+            model.float().train(was_training)
+    return float((expected - got).abs().max()), float(expected.abs().max())
+
+
+def logits_of(network: nn.Module, images: NpArray) -> NpArray:
+    """Logits (n, C) of preprocessed float32 images (n, 3, H, W)."""
+    with torch.no_grad():
+        logits: NpArray = torch.cat([network(batch) for batch in torch.split(torch.from_numpy(images), 64)]).numpy()
+    return logits

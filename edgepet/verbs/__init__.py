@@ -1,0 +1,1 @@
+"""What edgepet does: one verb a file."""

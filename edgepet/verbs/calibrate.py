@@ -1,0 +1,197 @@
+"""The ``calibrate`` verb: what int8 costs a task on its own, or on the int8 backbone that all tasks share."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import cast
+
+import numpy as np
+
+from edgepet.calibration.budget import BATCH, Drop, LayerDrop, answers, require_resolution
+from edgepet.calibration.images import CalibrationImages
+from edgepet.calibration.qdq import Int8, Recipe
+from edgepet.calibration.search import Calibration, Tried
+from edgepet.calibration.slot_graphs import int8_graph
+from edgepet.deltas.codes import Range
+from edgepet.deltas.delta import Delta, Int8Ranges
+from edgepet.device.runtime import SHARED_RUNTIMES, SharedInt8
+from edgepet.errors import CheckError, InputError
+from edgepet.exporters.exporter import ExportOptions
+from edgepet.graphs.int8 import Int8Graph, task_slots
+from edgepet.measuring.machine import runtimes
+from edgepet.measuring.parity import SAME_CODES, Parity, compare, require_parity
+from edgepet.networks.backbone import AnyBackbone
+from edgepet.packs.pack import write_pack
+from edgepet.proving.precision import calibration_of, rounded, shared_calibration, task_images
+from edgepet.proving.subject import Subject
+from edgepet.spec import FilePath, NpArray
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CalibrateReport:
+    """What int8 costs. ``layers`` are alone in int8, the worst first; ``ranges`` have the tensors' names in the graph.
+
+    ``drop`` is of all layers but those that ``recipe`` keeps, on all of train and val.
+    """
+
+    layers: tuple[LayerDrop, ...]
+    recipe: Recipe
+    ranges: Mapping[str, Range]
+    tried: tuple[Tried, ...]
+    drop: Drop
+    held_out: int
+    calibration: Mapping[str, object]
+    warning: str | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SharedRun:
+    """A task on the int8 backbone on one runtime: what it loses, and how far from the Q/DQ graph its answers are.
+
+    ``bind_ms`` is what it took to make the task ready, once; ``layers`` counts what multiplied codes or floats.
+    """
+
+    runtime: str
+    drop: Drop
+    parity: Parity
+    bind_ms: float
+    layers: Mapping[str, int]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ShareReport:
+    """A pack with ranges for the int8 backbone. ``own_memory_bytes`` is what the task adds in memory to the codes that
+    all share, ``own_codes_bytes`` the part of it that are codes which changed.
+    """
+
+    pack: Path
+    pack_bytes: int
+    codes_sha256: str
+    codes_bytes: int
+    own_memory_bytes: int
+    own_codes_bytes: int
+    recipe: Recipe
+    runs: tuple[SharedRun, ...]
+    calibration: Mapping[str, object]
+    warning: str | None
+
+
+def calibrate(
+    pack: FilePath,
+    calib: FilePath,
+    *,
+    backbone: AnyBackbone = None,
+    data: FilePath | None = None,
+    images: int = 256,
+    max_drop: float | None = None,
+    stage: Callable[[str], None] = lambda name: None,
+) -> CalibrateReport:
+    """What ``export --precision int8`` would do with a task: its recipe and ranges, and what every layer costs.
+
+    Raises:
+        InputError: images that cannot be used, or a budget finer than they show.
+        CheckError: half of the layers in float do not hold the budget.
+    """
+    subject = Subject(pack, backbone, data)
+    options = ExportOptions(precision="int8", calib=calib, calib_images=images)
+    chosen = task_images(subject, options)
+    stage(f"graph of {subject.delta.backbone}")
+    calibration = calibration_of(subject, chosen)
+    made = calibration.run(max_drop=max_drop, stage=stage)
+    stage("every layer alone in int8")
+    return CalibrateReport(
+        layers=made.layers or calibration.sensitivity(made.recipe),
+        recipe=made.recipe,
+        ranges=made.int8.ranges,
+        tried=made.tried,
+        drop=made.drop,
+        held_out=len(chosen.held_out),
+        calibration=chosen.facts,
+        warning=chosen.warning,
+    )
+
+
+def share(
+    pack: FilePath,
+    calib: FilePath,
+    output: FilePath,
+    *,
+    backbone: AnyBackbone = None,
+    data: FilePath | None = None,
+    images: int = 256,
+    max_drop: float | None = None,
+    stage: Callable[[str], None] = lambda name: None,
+) -> ShareReport:
+    """Express a task against the int8 backbone that all tasks share, and write its pack with the ranges it needs.
+
+    The backbone's codes are made where they are not there; a task never changes them. Every installed runtime is then
+    compared with the Q/DQ graph of the same numbers, and judged on all of train and val.
+
+    Raises:
+        InputError: images that cannot be used, or a budget finer than they show.
+        CheckError: a runtime answers otherwise than the Q/DQ graph, or the budget does not hold.
+    """
+    subject, output = Subject(pack, backbone, data), Path(output)
+    if output.suffix != ".pet":
+        raise InputError("-o", "needs a file name ending in .pet", got=repr(output.name))
+    if not output.absolute().parent.is_dir():
+        raise InputError(str(output.parent), "is no folder", fix=f"mkdir -p {output.parent}")
+    options = ExportOptions(precision="int8", calib=calib, calib_images=images)
+    chosen = task_images(subject, options)
+    if max_drop is not None:
+        require_resolution(max_drop, len(chosen.judged))
+    stage(f"int8 backbone of {subject.delta.backbone}")
+    graph = int8_graph(subject.graph)
+    stage("measure ranges")
+    calibration = shared_calibration(subject, graph, chosen)
+    recipe = calibration.choose()[0].recipe
+    stored = {name: rounded(of) for name, of in calibration.made(recipe).ranges.items()}
+    made, ranges = calibration.made(recipe, stored), tuple(stored[name] for name in graph.reads)
+    delta = replace(subject.delta, int8=Int8Ranges(codes=graph.codes_sha256, ranges=ranges))
+    runs = list[SharedRun]()
+    installed = [found.name for found in runtimes() if found.available and found.name in SHARED_RUNTIMES]
+    for runtime in installed:
+        stage(f"compare on {runtime}")
+        runs.append(_shared_run(delta, graph, runtime, calibration, made, chosen))
+        if max_drop is not None and runs[-1].drop.points > max_drop:
+            what, got = f"must lose at most {max_drop:g} points on {runtime}", f"{runs[-1].drop.points:.2f}"
+            fix = "train with --backbone-precision int8, or export a model of its own"
+            raise CheckError(str(output), what, got=f"{got} on {runs[-1].drop.n} images", fix=fix)
+    slots = task_slots(graph, delta)
+    return ShareReport(
+        pack=output,
+        pack_bytes=write_pack(output, delta, codec=subject.pack.codec),
+        codes_sha256=graph.codes_sha256,
+        codes_bytes=graph.weights_bytes,
+        own_memory_bytes=slots.own_bytes,
+        own_codes_bytes=sum(codes.nbytes for codes in slots.codes.values()),
+        recipe=recipe,
+        runs=tuple(runs),
+        calibration=chosen.facts,
+        warning=chosen.warning,
+    )
+
+
+def _shared_run(
+    delta: Delta, graph: Int8Graph, runtime: str, calibration: Calibration, made: Int8, chosen: CalibrationImages
+) -> SharedRun:
+    shared = SharedInt8(graph, runtime=runtime)
+    try:
+        began = time.perf_counter()
+        network = shared.bind(delta)
+        bind_ms = 1e3 * (time.perf_counter() - began)
+
+        def logits(images: NpArray) -> NpArray:
+            return np.concatenate([network(images[i : i + BATCH]) for i in range(0, len(images), BATCH)])
+
+        expected, got = answers(made.model, chosen.held_out_images), logits(chosen.held_out_images)
+        parity = compare(expected, got, stored=SAME_CODES, inputs="data", against="merged")
+        require_parity(parity, f"{delta.task} on the int8 backbone, {runtime}")
+        drop = calibration.judged(logits)
+        layers = network.evidence.get("layers", {})
+    finally:
+        shared.close()
+    return SharedRun(runtime=runtime, drop=drop, parity=parity, bind_ms=bind_ms, layers=cast(Mapping[str, int], layers))

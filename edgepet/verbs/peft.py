@@ -1,0 +1,250 @@
+"""The verbs ``import-peft`` and ``export-peft``. The real PEFT runs each folder beside the pack, or the verb fails."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import numpy as np
+
+from edgepet.deltas.delta import Delta, Head, Score
+from edgepet.deltas.merge import fold_all, require_foldable
+from edgepet.errors import CheckError, InputError, require
+from edgepet.files import folder_bytes, new_folder
+from edgepet.measuring.parity import STORED, Inputs
+from edgepet.networks.backbone import AnyBackbone
+from edgepet.packs.pack import Codec, encode_pack, read_pack, write_pack
+from edgepet.peft.reading import CONFIG, WEIGHTS, Lowered, lower, read_adapter
+from edgepet.peft.writing import unlower, write_adapter
+from edgepet.proving.subject import Subject, sample_images, synthetic_images
+from edgepet.spec import FilePath, NpArray, Tensors
+
+if TYPE_CHECKING:
+    from edgepet.networks.backbone import Backbone
+
+EXACT = 1e-5  # of the largest logit: both in float64, after factors were stored in float32
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PeftReport:
+    """What was written. ``max_abs_diff`` is on logits in float64, between PEFT's network and the merged pack."""
+
+    path: Path
+    bytes: int
+    task: str
+    method: str
+    classes: int
+    max_abs_diff: float
+    limit: float
+    n: int
+    inputs: Inputs
+    peft: str
+
+
+def import_peft(
+    folder: FilePath,
+    output: FilePath,
+    *,
+    backbone: str | Backbone,
+    image_size: int | None = None,
+    labels: Sequence[str] | None = None,
+    data: FilePath | None = None,
+    codec: Codec = "fp32",
+    stage: Callable[[str], None] = lambda name: None,
+) -> PeftReport:
+    """Write the pack ``output`` (``TASK.pet``) of a PEFT adapter folder that was tuned on a timm model.
+
+    Args:
+        backbone: what the adapter was tuned on, as ``train`` takes it.
+        labels: the classes' names in order; None is "0", "1" and so on, for PEFT keeps none.
+        data: images to compare on; None is seeded noise.
+        codec: "fp32" keeps the adapter's values; "fp16" rounds them and is compared a second time.
+
+    Raises:
+        InputError: the folder asks for something that does not fold, or does not fit the backbone.
+        CheckError: the merged network answers otherwise than PEFT's.
+        MissingError: peft, torch or timm is not installed.
+    """
+    _require("import-peft")
+    from edgepet.exporters.trace import keep_weights
+    from edgepet.networks.backbone import load_backbone
+
+    folder, output = Path(folder), Path(output)
+    if output.suffix != ".pet":
+        raise InputError("-o", "needs a file name ending in .pet", got=repr(output.name))
+    if not output.absolute().parent.is_dir():
+        raise InputError(str(output.parent), "is no folder", fix=f"mkdir -p {output.parent}")
+    adapter = read_adapter(folder)
+    stage("load the backbone")
+    loaded = load_backbone(backbone, image_size=image_size) if isinstance(backbone, str) else backbone
+    _require_timm(loaded)
+    lowered = lower(adapter, loaded.tensors, loaded.layers, loaded.classifiers)
+    made_with = f"peft {adapter.config.get('peft_version') or ''}".strip()
+    delta = _delta(output.stem, loaded, lowered, labels, made_with)
+    images, inputs = _images(loaded, data)
+    stage("compare with PEFT")
+    expected = peft_logits(loaded, len(delta.labels), folder, images)
+    for stored in dict.fromkeys(("fp32", codec)):  # rounding must not hide a fault of the lowering
+        packed = read_pack(encode_pack(delta, codec=stored)).delta
+        worst = _compare(expected, merged_logits(loaded, packed, images), stored, str(folder))
+    write_pack(output, delta, codec=codec)
+    keep_weights(loaded)
+    return _report(output, output.stat().st_size, delta, worst, len(images), inputs)
+
+
+def export_peft(
+    pack: FilePath,
+    folder: FilePath,
+    *,
+    backbone: AnyBackbone = None,
+    data: FilePath | None = None,
+    stage: Callable[[str], None] = lambda name: None,
+) -> PeftReport:
+    """Write a pack as a PEFT adapter folder that ``PeftModel.from_pretrained(timm_model, folder)`` reads.
+
+    Args:
+        data: images to compare on; None is the work folder's, or seeded noise.
+
+    Raises:
+        InputError: PEFT has no adapter that does what the pack's updates do.
+        CheckError: PEFT's network answers otherwise than the merged pack.
+        MissingError: peft, torch or timm is not installed.
+    """
+    _require("export-peft")
+    subject, folder = Subject(pack, backbone, data), Path(folder)
+    delta = subject.delta
+    require_foldable(delta)
+    _require_free(folder)
+    stage("load the backbone")
+    loaded = subject.backbone
+    _require_timm(loaded)
+    head = loaded.named_weights({}, delta.head)
+    adapter = unlower(delta.updates, loaded.tensors, loaded.layers, head, where=subject.path.name)
+    images, inputs = subject.images
+    with new_folder(folder) as scratch:
+        write_adapter(scratch, adapter)
+        stage("compare with PEFT")
+        got = peft_logits(loaded, len(delta.labels), scratch, images)
+        worst = _compare(merged_logits(loaded, delta, images), got, "fp32", str(folder))
+    return _report(folder, folder_bytes(folder), delta, worst, len(images), inputs)
+
+
+def _delta(task: str, backbone: Backbone, lowered: Lowered, labels: Sequence[str] | None, made_with: str) -> Delta:
+    names = labels if labels is not None else [str(number) for number in range(len(lowered.head.bias))]
+    return Delta(
+        task=task,
+        backbone=backbone.label,
+        fingerprint=backbone.fingerprint,
+        updates=lowered.updates,
+        head=lowered.head,
+        labels=tuple(names),
+        preprocess=backbone.preprocess,
+        method=lowered.method,
+        settings=lowered.settings,
+        training={"imported_from": made_with},
+        val=Score(top1=0.0, n=0),
+        licences=(backbone.licence,),
+    )
+
+
+def peft_logits(backbone: Backbone, classes: int, folder: Path, images: NpArray) -> NpArray:
+    """Logits (n, C) in float64 of timm's network with the adapter in ``folder``, as PEFT runs it unmerged.
+
+    Raises:
+        InputError: PEFT cannot load it, or misses a tensor.
+    """
+    peft = require("peft", extra="peft", purpose="comparing with PEFT")
+    blank = Head(weight=np.zeros((classes, backbone.width), np.float32), bias=np.zeros(classes, np.float32))
+    network = _network(backbone, backbone.tensors, blank).float()
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        try:
+            model = peft.PeftModel.from_pretrained(network, str(folder))
+        except (ValueError, TypeError, KeyError, AttributeError, RuntimeError) as error:
+            got = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+            raise InputError(str(folder), f"cannot be loaded by PEFT on {backbone.label}", got=got) from error
+    missing = [str(warning.message) for warning in told if "missing adapter keys" in str(warning.message)]
+    if missing:
+        raise InputError(str(folder), "lacks tensors that its configuration speaks of", got=missing[0][:200])
+    return _logits(model, images)
+
+
+def merged_logits(backbone: Backbone, delta: Delta, images: NpArray) -> NpArray:
+    """Logits (n, C) in float64 of timm's network with ``delta`` folded in."""
+    double = {name: tensor.astype(np.float64) if tensor.dtype.kind == "f" else tensor
+              for name, tensor in backbone.tensors.items()}  # fmt: skip
+    return _logits(_network(backbone, fold_all(double, delta.updates), delta.head), images)
+
+
+def _network(backbone: Backbone, tensors: Tensors, head: Head) -> Any:
+    """timm's own network in float64 with these weights."""
+    import torch
+
+    network = backbone.with_head(head).double()
+    weights = backbone.named_weights(tensors, head)
+    network.load_state_dict({name: torch.from_numpy(np.array(tensor)) for name, tensor in weights.items()})
+    return network
+
+
+def _logits(network: Any, images: NpArray) -> NpArray:
+    import torch
+
+    network.eval().double()
+    with torch.no_grad():
+        parts = [network(batch) for batch in torch.split(torch.from_numpy(images).double(), 32)]
+    logits: NpArray = torch.cat(parts).numpy()
+    return logits
+
+
+def _compare(expected: NpArray, got: NpArray, stored: Codec, where: str) -> tuple[float, float]:
+    """The largest difference and its limit."""
+    difference = float(np.abs(expected - got).max())
+    limit = float(np.abs(expected).max()) * (EXACT if stored == "fp32" else cast(float, STORED[stored].relative))
+    if not difference <= limit:
+        raise CheckError(
+            where,
+            f"PEFT's network and the merged pack must agree within {limit:.1e} on logits",
+            got=f"{difference:.1e}",
+            fix="nothing was kept; is it the backbone, and the image size, that it was tuned on?",
+        )
+    return difference, limit
+
+
+def _images(backbone: Backbone, data: FilePath | None) -> tuple[NpArray, Inputs]:
+    if data is not None:
+        return sample_images(Path(data), backbone.preprocess), "data"
+    return synthetic_images(backbone.preprocess), "synthetic"
+
+
+def _require(verb: str) -> None:
+    require("torch", extra="train", purpose=verb)
+    require("peft", extra="peft", purpose=verb)
+
+
+def _require_free(folder: Path) -> None:
+    if folder.exists() and not (folder.is_dir() and {path.name for path in folder.iterdir()} <= {CONFIG, WEIGHTS}):
+        raise InputError(str(folder), "is there, with other files than an adapter's", fix="name a new folder")
+
+
+def _require_timm(backbone: Backbone) -> None:
+    if backbone.label.startswith("module:"):
+        raise InputError(backbone.label, "is a module of its user's own", fix="PEFT folders need a timm model")
+
+
+def _report(path: Path, size: int, delta: Delta, worst: tuple[float, float], n: int, inputs: Inputs) -> PeftReport:
+    return PeftReport(
+        path=path,
+        bytes=size,
+        task=delta.task,
+        method=delta.method,
+        classes=len(delta.labels),
+        max_abs_diff=worst[0],
+        limit=worst[1],
+        n=n,
+        inputs=inputs,
+        peft=version("peft"),
+    )
