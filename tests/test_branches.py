@@ -40,6 +40,7 @@ from edgepet.methods import (
     VPTShallow,
 )
 from edgepet.methods.method import count
+from edgepet.methods.settings import restored
 from edgepet.networks.backbone import Backbone
 from edgepet.networks.graft import grafted, in_torch
 from edgepet.packs.pack import encode_pack, read_pack
@@ -47,7 +48,7 @@ from edgepet.spec import NpArray, Site
 from edgepet.tuning.fit import Pixels, Plan, fit
 from edgepet.tuning.model import TunedModel, algebra_error, extract, logits_of
 from tests.flow import needs_openvino
-from tests.test_methods import typed, vit
+from tests.test_methods import vit
 from tests.tiny import make_delta, perturb, random_images, random_pixels, same_bits, sites_of, tiny_vit
 
 needs_tensorrt_rtx = pytest.mark.skipif(find_spec("tensorrt_rtx") is None, reason="needs the package tensorrt_rtx")
@@ -259,11 +260,9 @@ def test_branches_are_not_merged(tuned: Tuned) -> None:
 
 
 def test_settings_come_back_from_a_pack(tuned: Tuned) -> None:
-    from edgepet.methods import configure
-
     read = read_pack(encode_pack(tuned.delta)).delta
 
-    assert configure(tuned.method.name, {key: typed(v) for key, v in read.settings.items()}) == tuned.method
+    assert restored(tuned.method.name, read.settings) == tuned.method
 
 
 # ------------------------------------------------------------------------------------------------------------ counts

@@ -213,7 +213,10 @@ def test_a_package_whose_module_is_an_empty_folder_is_broken(site: Path) -> None
 
 
 def test_asking_what_is_here_does_not_import_what_devices_do_without() -> None:
-    code = "import sys, edgepet.measuring.machine as m; m.environment(); m.runtimes(); print({'torch', 'onnx'} & set(sys.modules))"
+    code = (
+        "import sys, edgepet.measuring.machine as m; m.environment(); m.runtimes();"
+        "print({'torch', 'onnx'} & set(sys.modules))"
+    )
 
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
 

@@ -42,6 +42,7 @@ from edgepet.methods import (
     configure,
 )
 from edgepet.methods.method import count, fp16_bytes, unflatten
+from edgepet.methods.settings import restored
 from edgepet.networks.backbone import Backbone
 from edgepet.packs.pack import encode_pack, read_pack
 from edgepet.spec import NpArray, Site, Target
@@ -217,16 +218,7 @@ def test_what_was_learnt_survives_the_pack(method: Method, backbone: Backbone) -
     expected = logits(model, images)
     assert furthest(read.head(features), expected) <= 1e-4 * np.abs(expected).max()  # the house's limit for fp32
     assert read.method == method.name
-    assert configure(method.name, {key: typed(value) for key, value in read.settings.items()}) == method
-
-
-def typed(value: object) -> str:
-    """A setting as people type it."""
-    if isinstance(value, Mapping):
-        return ",".join(f"{key}:{each}" for key, each in value.items())
-    if isinstance(value, (list, tuple)):
-        return ",".join(map(str, value))
-    return str(value).lower() if isinstance(value, bool) else str(value)
+    assert restored(method.name, read.settings) == method
 
 
 # ------------------------------------------------------------------------------------------------------------ counts

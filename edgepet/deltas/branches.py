@@ -1,4 +1,4 @@
-"""Branches: modules of a task that cannot be folded and stay in the graph. Here they are data; ``networks.graft`` runs them.
+"""Branches: modules of a task that cannot be folded and stay in the graph. Data here; ``networks.graft`` runs them.
 
 A branch reads what flows through one point of the backbone and adds to another. A point is a module's name with ``:in``
 or ``:out``, "blocks.3.norm2:in". Tasks whose branches have one *structure*, all but the values, share one graph.

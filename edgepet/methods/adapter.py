@@ -14,7 +14,8 @@ import numpy as np
 
 from edgepet.deltas.branches import Branch
 from edgepet.methods.bottleneck import bottleneck, require_rank, start_bottleneck
-from edgepet.methods.method import BranchesOnly, Recipe, Start, blocks_with
+from edgepet.methods.method import BranchesOnly, Recipe, Start
+from edgepet.methods.places import blocks_with
 from edgepet.spec import Site, Tensors, Tuned
 
 

@@ -16,7 +16,9 @@ import numpy as np
 from edgepet.deltas.expressions import Binary
 from edgepet.deltas.updates import LowRank, Targeted
 from edgepet.errors import InputError
-from edgepet.methods.method import QUERY_AND_VALUE, Recipe, Start, attended, attention, block, cut_normal, uniform
+from edgepet.methods.method import Recipe, Start
+from edgepet.methods.places import QUERY_AND_VALUE, attended, attention, block
+from edgepet.methods.starts import cut_normal, uniform
 from edgepet.spec import Array, NpArray, Site, Tensors, Tuned
 
 CODEWORD = 0.6744897501960817  # the third quartile of N(0, 1): the median of its upper half

@@ -9,7 +9,7 @@ import numpy as np
 
 from edgepet.deltas.branches import Branch
 from edgepet.errors import InputError
-from edgepet.methods.method import cut_normal, uniform
+from edgepet.methods.starts import cut_normal, uniform
 from edgepet.spec import Array, NpArray
 
 

@@ -14,7 +14,9 @@ import numpy as np
 
 from edgepet.deltas.updates import LowRank, Scale, Targeted, fold
 from edgepet.errors import InputError
-from edgepet.methods.method import QUERY_AND_VALUE, Recipe, Start, attended, attention, block, uniform
+from edgepet.methods.method import Recipe, Start
+from edgepet.methods.places import QUERY_AND_VALUE, attended, attention, block
+from edgepet.methods.starts import uniform
 from edgepet.spec import Array, NpArray, Site, Tensors, Tuned
 
 

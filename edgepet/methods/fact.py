@@ -17,7 +17,8 @@ import numpy as np
 from edgepet.deltas.expressions import Mix
 from edgepet.deltas.updates import LowRank, Targeted
 from edgepet.errors import InputError
-from edgepet.methods.method import SHARED, Recipe, Start, uniform
+from edgepet.methods.method import SHARED, Recipe, Start
+from edgepet.methods.starts import uniform
 from edgepet.spec import Array, NpArray, Site, Target, Tensors, Tuned
 
 

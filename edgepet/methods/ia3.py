@@ -13,7 +13,8 @@ from typing import ClassVar
 import numpy as np
 
 from edgepet.deltas.updates import Scale, Targeted
-from edgepet.methods.method import Recipe, Start, attention, block, parts
+from edgepet.methods.method import Recipe, Start
+from edgepet.methods.places import attention, block, parts
 from edgepet.spec import Array, NpArray, Site, Target, Tensors, Tuned
 
 

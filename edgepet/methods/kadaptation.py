@@ -17,7 +17,9 @@ import numpy as np
 from edgepet.deltas.expressions import Product
 from edgepet.deltas.updates import Add, Kronecker, Targeted
 from edgepet.errors import InputError
-from edgepet.methods.method import QUERY_AND_VALUE, SHARED, Recipe, Start, attended, attention, block, uniform
+from edgepet.methods.method import SHARED, Recipe, Start
+from edgepet.methods.places import QUERY_AND_VALUE, attended, attention, block
+from edgepet.methods.starts import uniform
 from edgepet.spec import Array, NpArray, Site, Target, Tensors, Tuned
 
 

@@ -15,7 +15,9 @@ import numpy as np
 
 from edgepet.deltas.updates import LowRank, Targeted
 from edgepet.errors import InputError
-from edgepet.methods.method import QUERY_AND_VALUE, Recipe, Start, attended, attention, block, ending, uniform
+from edgepet.methods.method import Recipe, Start
+from edgepet.methods.places import QUERY_AND_VALUE, attended, attention, block, ending
+from edgepet.methods.starts import uniform
 from edgepet.spec import Array, NpArray, Site, Tensors, Tuned
 
 

@@ -5,19 +5,16 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Protocol, TypeAlias, TypeVar, runtime_checkable
+from typing import ClassVar, Protocol, TypeAlias, runtime_checkable
 
 import numpy as np
 
 from edgepet.deltas.branches import Branch, arrays_of
 from edgepet.deltas.updates import Add, Targeted, factors
-from edgepet.spec import Array, Block, NpArray, Site, Target, Tensors, Tuned
+from edgepet.spec import Array, NpArray, Site, Target, Tensors, Tuned
 
-T = TypeVar("T")
 Start: TypeAlias = Mapping[str, Mapping[str, NpArray]]
 SHARED = "*"  # what tensors that belong to no one site are under
-QUERY_AND_VALUE = ("q", "v", "q_proj", "v_proj")  # blocks of a fused layer, or layers that are not fused
-_WHOLE = ""  # the part of a layer that is not cut into blocks
 _BITS = {"f": 16, "b": 1, "i": 32}  # of one value in an fp16 pack
 
 
@@ -128,63 +125,3 @@ def unflatten(flat: Mapping[str, Array], sites: Iterable[Site]) -> dict[str, dic
         site, name = key.rsplit("/", 1)
         nested.setdefault(site, {})[name] = value
     return nested
-
-
-def parts(site: Site, on: Sequence[str]) -> dict[str, tuple[int, int]]:
-    """Rows of a layer by the name of the part: the blocks of a fused weight that ``on`` names, else the whole layer.
-
-    ``on`` holds names of row blocks ("q", "k", "v") and ends of layer names ("fc1", "attn.proj"). A part's name ends
-    with a dot; that of a whole layer is empty.
-    """
-    blocks = {f"{name}.": rows for name, rows in site.blocks if name in on}
-    return blocks or ({_WHOLE: (0, site.out_features)} if _named(site, on) else {})
-
-
-def block(site: Site, part: str, rows: tuple[int, int]) -> Target:
-    """The target of a part of a layer's weight."""
-    return Target(site.weight, None if part == _WHOLE else rows)
-
-
-def attention(
-    layers: Sequence[Site], on: Sequence[str], *, otherwise_dense: bool = True
-) -> dict[str, dict[str, tuple[int, int]]]:
-    """Parts of the layers that ``on`` names, by site; where there are none, as in a ConvNet, each dense layer whole."""
-    layers = [site for site in layers if site.kind in ("linear", "conv")]
-    found = {site.name: parts(site, on) for site in layers}
-    found = {name: chosen for name, chosen in found.items() if chosen}
-    dense = {site.name: {_WHOLE: (0, site.out_features)} for site in layers if site.dense and otherwise_dense}
-    return found or dense
-
-
-def attended(layers: Sequence[Site], on: Sequence[str]) -> tuple[Site, ...]:
-    """The layers that ``on`` names, or those of queries and values where it is empty, else all dense ones."""
-    chosen = attention(layers, on or QUERY_AND_VALUE, otherwise_dense=not on)
-    return tuple(site for site in layers if site.name in chosen and site.kind in ("linear", "conv"))
-
-
-def ending(site: Site, by_name: Mapping[str, T], otherwise: T) -> T:
-    """The value for the end of a layer's name, the longest that fits."""
-    fitting = [name for name in by_name if _named(site, (name,))]
-    return by_name[max(fitting, key=len)] if fitting else otherwise
-
-
-def blocks_with(layers: Sequence[Site], *children: str) -> tuple[Block, ...]:
-    """The blocks that have modules of these names right in them."""
-    return tuple(site for site in layers if isinstance(site, Block) and site.has(*children))
-
-
-def uniform(rng: np.random.Generator, bound: float, *shape: int) -> NpArray:
-    """Float32 values drawn evenly from -bound to bound."""
-    return rng.uniform(-bound, bound, shape).astype(np.float32)
-
-
-def cut_normal(rng: np.random.Generator, deviation: float, *shape: int) -> NpArray:
-    """Float32 values of a normal distribution, those beyond two deviations drawn again (TensorFlow's truncated one)."""
-    values = rng.normal(0, deviation, shape)
-    while (far := np.abs(values) > 2 * deviation).any():
-        values[far] = rng.normal(0, deviation, int(far.sum()))
-    return values.astype(np.float32)
-
-
-def _named(site: Site, endings: Sequence[str]) -> bool:
-    return any(f".{site.name}".endswith(f".{ending}") for ending in endings)

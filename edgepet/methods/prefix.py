@@ -15,8 +15,9 @@ import numpy as np
 
 from edgepet.deltas.branches import Branch
 from edgepet.errors import InputError
-from edgepet.methods.method import BranchesOnly, Recipe, Start, blocks_with
+from edgepet.methods.method import BranchesOnly, Recipe, Start
 from edgepet.methods.parallel_adapter import ParallelAdapter
+from edgepet.methods.places import blocks_with
 from edgepet.spec import Block, Site, Tensors, Tuned
 
 

@@ -16,7 +16,8 @@ import numpy as np
 
 from edgepet.deltas.branches import Branch
 from edgepet.errors import InputError
-from edgepet.methods.method import BranchesOnly, Recipe, Start, uniform
+from edgepet.methods.method import BranchesOnly, Recipe, Start
+from edgepet.methods.starts import uniform
 from edgepet.spec import Block, NpArray, Site, Tensors, Tuned
 
 

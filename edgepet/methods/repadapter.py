@@ -14,7 +14,9 @@ import numpy as np
 
 from edgepet.deltas.updates import Precompose, Targeted
 from edgepet.errors import InputError
-from edgepet.methods.method import Recipe, Start, parts, shift, uniform
+from edgepet.methods.method import Recipe, Start, shift
+from edgepet.methods.places import parts
+from edgepet.methods.starts import uniform
 from edgepet.spec import Array, NpArray, Site, Target, Tensors, Tuned
 
 

@@ -14,7 +14,9 @@ import numpy as np
 
 from edgepet.deltas.branches import Branch
 from edgepet.methods.bottleneck import require_rank
-from edgepet.methods.method import BranchesOnly, Recipe, Start, blocks_with, uniform
+from edgepet.methods.method import BranchesOnly, Recipe, Start
+from edgepet.methods.places import blocks_with
+from edgepet.methods.starts import uniform
 from edgepet.spec import Block, Site, Tensors, Tuned
 
 FRAMES = 3  # that a kernel reaches over

@@ -18,7 +18,7 @@ from edgepet.graphs.base import WEIGHTS, BaseGraph, graph_folder, open_graph
 from edgepet.images.preprocess import normalize
 from edgepet.images.sets import ImageSet, load_set, open_split
 from edgepet.measuring.parity import Against, Inputs, Parity, coarser, compare
-from edgepet.methods import configure
+from edgepet.methods.settings import restored
 from edgepet.networks.backbone import AnyBackbone
 from edgepet.packs.pack import Pack, read_pack
 from edgepet.spec import FilePath, NpArray, Precision, Preprocess
@@ -179,7 +179,7 @@ def tuned_network(subject: Subject) -> Any:
         raise InputError(
             str(work_folder(subject.path)), "is needed for the tuned network", fix="train again, or leave out tuned"
         )
-    method = configure(work.method, {key: _text(value) for key, value in work.settings.items()})
+    method = restored(work.method, work.settings)
     model = TunedModel(subject.backbone, method, len(work.head.bias))
     model.load(work.tensors, work.head)
     return model.eval()
@@ -234,12 +234,3 @@ def _sample(images: ImageSet, count: int = HELD_OUT) -> ImageSet:
     """``count`` images spread evenly over a set that comes class by class."""
     index = np.unique(np.linspace(0, len(images) - 1, min(count, len(images))).round().astype(int))
     return ImageSet(images.classes, tuple(images.paths[i] for i in index), tuple(images.labels[i] for i in index))
-
-
-def _text(value: object) -> str:
-    """A setting as people type it: the inverse of ``configure``."""
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    if isinstance(value, dict):
-        return ",".join(f"{key}:{_text(entry)}" for key, entry in value.items())
-    return ",".join(map(_text, value)) if isinstance(value, list) else str(value)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict
 from typing import Any, cast
 
 import numpy as np
@@ -17,6 +16,7 @@ from edgepet.deltas.merge import fold_all
 from edgepet.deltas.updates import fold, keeps_codes
 from edgepet.methods import ActivationPath, Branching, Method
 from edgepet.methods.method import flatten, unflatten
+from edgepet.methods.settings import stored
 from edgepet.networks.backbone import Backbone
 from edgepet.networks.graft import grafted, in_torch
 from edgepet.spec import NpArray, Site, Tuned
@@ -190,7 +190,6 @@ def extract(
 ) -> Delta:
     """Lower what ``model`` learnt to a delta in float32."""
     tuned = unflatten(model.arrays(), model.sites)
-    settings = {key: list(v) if isinstance(v, tuple) else v for key, v in asdict(cast(Any, model.method)).items()}
     return Delta(
         task=task,
         backbone=backbone.label,
@@ -201,7 +200,7 @@ def extract(
         labels=labels,
         preprocess=backbone.preprocess,
         method=model.method.name,
-        settings=settings,
+        settings=stored(model.method),
         training=dict(training or {}),
         val=val,
         licences=(backbone.licence,),

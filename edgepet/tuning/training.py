@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import numpy as np
 import torch
@@ -22,6 +21,7 @@ from edgepet.images.preprocess import normalize
 from edgepet.images.sets import few_shots, load_sets, open_split
 from edgepet.measuring.parity import ALGEBRA
 from edgepet.methods import Method, STAdapter, configure
+from edgepet.methods.settings import stored
 from edgepet.networks.backbone import Backbone, load_backbone
 from edgepet.spec import FilePath, NpArray
 from edgepet.tuning.checkpoint import EVERY_S, Keeper, checkpoint_file, ends_when_asked, identity_of
@@ -162,7 +162,7 @@ def _start(model: TunedModel, backbone: Backbone, work: Work, where: str) -> str
         raise InputError(f"--init {where}", f"was trained on another backbone than {backbone.label}")
     if work.method != method.name:
         raise InputError(f"--init {where}", f"needs tensors of {method.name}", got=work.method)
-    settings = json.loads(canonical_json(asdict(cast(Any, method))))
+    settings = stored(method)
     differs = [f"{key}={was}" for key, was in work.settings.items() if settings.get(key) != was]
     if differs:
         fix = f"train with --set {' --set '.join(differs)}"
@@ -264,12 +264,11 @@ def _identity(
     for part in images:
         for array in (part.pixels, part.labels):
             digest.update(np.ascontiguousarray(array).data)
-    settings = {key: list(v) if isinstance(v, tuple) else v for key, v in asdict(cast(Any, model.method)).items()}
     return {
         "backbone": backbone.fingerprint,
         "backbone_precision": model.backbone_precision,
         "method": model.method.name,
-        **{f"--set {key}": value for key, value in settings.items()},
+        **{f"--set {key}": value for key, value in stored(model.method).items()},
         **{key: list(v) if isinstance(v, tuple) else v for key, v in asdict(plan).items()},
         "input": list(backbone.preprocess.input_shape),
         "images": digest.hexdigest(),

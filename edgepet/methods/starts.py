@@ -1,0 +1,20 @@
+"""How method tensors are drawn before training."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from edgepet.spec import NpArray
+
+
+def uniform(rng: np.random.Generator, bound: float, *shape: int) -> NpArray:
+    """Float32 values drawn evenly from -bound to bound."""
+    return rng.uniform(-bound, bound, shape).astype(np.float32)
+
+
+def cut_normal(rng: np.random.Generator, deviation: float, *shape: int) -> NpArray:
+    """Float32 values of a normal distribution, those beyond two deviations drawn again (TensorFlow's truncated one)."""
+    values = rng.normal(0, deviation, shape)
+    while (far := np.abs(values) > 2 * deviation).any():
+        values[far] = rng.normal(0, deviation, int(far.sum()))
+    return values.astype(np.float32)

@@ -1,0 +1,58 @@
+"""Every method by the name that `--method` takes. To add one: its file, and its line here."""
+
+from __future__ import annotations
+
+from edgepet.methods.adapter import Adapter, Houlsby
+from edgepet.methods.adaptformer import AdaptFormer
+from edgepet.methods.baselines import Full, LinearProbe
+from edgepet.methods.bi_lora import BiLoRA
+from edgepet.methods.bitfit import BitFit
+from edgepet.methods.consolidator import Consolidator
+from edgepet.methods.conv_adapter import ConvAdapter
+from edgepet.methods.convpass import Convpass
+from edgepet.methods.dora import DoRA
+from edgepet.methods.fact import FacTTK, FacTTT
+from edgepet.methods.ia3 import IA3
+from edgepet.methods.kadaptation import KAdaptation
+from edgepet.methods.krona import KronA, LoKr
+from edgepet.methods.lora import LoRA
+from edgepet.methods.method import Method
+from edgepet.methods.norm_tuning import NormTuning
+from edgepet.methods.parallel_adapter import ParallelAdapter
+from edgepet.methods.prefix import MAM, Prefix
+from edgepet.methods.pro_tuning import ProTuning
+from edgepet.methods.repadapter import RepAdapter
+from edgepet.methods.ssf import SSF
+from edgepet.methods.st_adapter import STAdapter
+from edgepet.methods.vpt import VPTDeep, VPTShallow
+
+METHODS: dict[str, type[Method]] = {
+    "linear-probe": LinearProbe,
+    "full": Full,
+    "bitfit": BitFit,
+    "norm-tuning": NormTuning,
+    "ssf": SSF,
+    "ia3": IA3,
+    "lora": LoRA,
+    "dora": DoRA,
+    "consolidator": Consolidator,
+    "fact-tt": FacTTT,
+    "fact-tk": FacTTK,
+    "kadaptation": KAdaptation,
+    "krona": KronA,
+    "lokr": LoKr,
+    "repadapter": RepAdapter,
+    "bi-lora": BiLoRA,
+    "adapter": Adapter,
+    "houlsby": Houlsby,
+    "adaptformer": AdaptFormer,
+    "parallel-adapter": ParallelAdapter,
+    "prefix": Prefix,
+    "mam": MAM,
+    "vpt-shallow": VPTShallow,
+    "vpt-deep": VPTDeep,
+    "convpass": Convpass,
+    "conv-adapter": ConvAdapter,
+    "pro-tuning": ProTuning,
+    "st-adapter": STAdapter,
+}
