@@ -21,7 +21,11 @@ from edgepet.spec import Site, Tensors, Tuned
 
 @dataclass(frozen=True, slots=True)
 class Adapter(BranchesOnly):
-    """Pfeiffer's: ``rank`` channels behind the MLP of every transformer block, before its layer scale."""
+    """Pfeiffer's: ``rank`` channels behind the MLP of every transformer block, before its layer scale.
+
+    Raises:
+        InputError: ``rank`` is below 1.
+    """
 
     rank: int = 8
     scale: float = 1.0
@@ -36,9 +40,14 @@ class Adapter(BranchesOnly):
         require_rank(self.name, self.rank)
 
     def sites(self, layers: Sequence[Site]) -> tuple[Site, ...]:
+        """Blocks with modules called attn and mlp."""
         return blocks_with(layers, "attn", "mlp")
 
     def start(self, sites: Sequence[Site], base: Tensors, rng: np.random.Generator) -> Start:
+        """For each of ``places``, as "mlp.down.weight" and so on, ``down`` and ``up`` near zero and their biases zero.
+
+        ``down.weight`` (rank, d), ``down.bias`` (rank,), ``up.weight`` (d, rank) and ``up.bias`` (d,), d the width.
+        """
         del base
         return {
             site.name: {
@@ -52,6 +61,10 @@ class Adapter(BranchesOnly):
         }
 
     def branches(self, sites: Sequence[Site], tuned: Tuned) -> tuple[Branch, ...]:
+        """A "bottleneck" branch with GELU for each of ``places``: reads what that module puts out, and adds to it.
+
+        ``scale`` is folded into U and c.
+        """
         return tuple(
             bottleneck(
                 tuned[site.name],
@@ -68,7 +81,11 @@ class Adapter(BranchesOnly):
 
 @dataclass(frozen=True, slots=True)
 class Houlsby(Adapter):
-    """Houlsby's: behind attention too."""
+    """Houlsby's: behind attention too.
+
+    Raises:
+        InputError: as ``Adapter``.
+    """
 
     name: ClassVar[str] = "houlsby"
     paper: ClassVar[str] = "Houlsby et al. 2019, arXiv:1902.00751"

@@ -21,7 +21,11 @@ from edgepet.spec import Site, Tensors, Tuned
 
 @dataclass(frozen=True, slots=True)
 class AdaptFormer(BranchesOnly):
-    """``rank`` channels beside the MLP of every transformer block, behind its layer scale."""
+    """``rank`` channels beside the MLP of every transformer block, behind its layer scale.
+
+    Raises:
+        InputError: ``rank`` is below 1.
+    """
 
     rank: int = 64
     scale: float = 0.1
@@ -35,13 +39,22 @@ class AdaptFormer(BranchesOnly):
         require_rank(self.name, self.rank)
 
     def sites(self, layers: Sequence[Site]) -> tuple[Site, ...]:
+        """Blocks with modules called norm2, mlp and drop_path2."""
         return blocks_with(layers, "norm2", "mlp", "drop_path2")
 
     def start(self, sites: Sequence[Site], base: Tensors, rng: np.random.Generator) -> Start:
+        """``down.weight`` as a linear layer's weight; ``down.bias``, ``up.weight`` and ``up.bias`` zero.
+
+        In this order (rank, d), (rank,), (d, rank) and (d,), d the block's width.
+        """
         del base
         return {site.name: start_bottleneck(site.out_features, self.rank, rng, how="as LoRA") for site in sites}
 
     def branches(self, sites: Sequence[Site], tuned: Tuned) -> tuple[Branch, ...]:
+        """A "bottleneck" branch with ReLU for each block: reads what goes into norm2, adds to what drop_path2 puts out.
+
+        ``scale`` is folded into U and c.
+        """
         return tuple(
             bottleneck(tuned[site.name], tap=f"{site.name}.norm2:in", into=f"{site.name}.drop_path2:out",
                        activation="relu", scale=self.scale)

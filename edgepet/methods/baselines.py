@@ -23,14 +23,17 @@ class LinearProbe:
     starts_as_identity: ClassVar[bool] = True
 
     def sites(self, layers: Sequence[Site]) -> tuple[Site, ...]:
+        """No layer."""
         del layers
         return ()
 
     def start(self, sites: Sequence[Site], base: Tensors, rng: np.random.Generator) -> Start:
+        """No tensor."""
         del sites, base, rng
         return {}
 
     def lower(self, base: Mapping[str, Array], sites: Sequence[Site], tuned: Tuned) -> tuple[Targeted, ...]:
+        """No update."""
         del base, sites, tuned
         return ()
 
@@ -45,12 +48,15 @@ class Full:
     starts_as_identity: ClassVar[bool] = True
 
     def sites(self, layers: Sequence[Site]) -> tuple[Site, ...]:
+        """Every parameter by itself, those of layers among them; running statistics are none."""
         return tuple(site for site in layers if site.kind == "tensor")
 
     def start(self, sites: Sequence[Site], base: Tensors, rng: np.random.Generator) -> Start:
+        """``value``: a float32 copy of the parameter, in its own shape."""
         del rng
         return {site.name: {"value": base[site.weight].astype(np.float32)} for site in sites}
 
     def lower(self, base: Mapping[str, Array], sites: Sequence[Site], tuned: Tuned) -> tuple[Targeted, ...]:
+        """``Replace`` of every parameter by its ``value``."""
         del base
         return tuple(Targeted(Target(site.weight), Replace(tuned[site.name]["value"])) for site in sites)

@@ -26,7 +26,11 @@ CODEWORD = 0.6744897501960817  # the third quartile of N(0, 1): the median of it
 
 @dataclass(frozen=True, slots=True)
 class BiLoRA:
-    """LoRA's factors on the parts that ``on`` names as LoRA's does, each stored as bits and two levels."""
+    """LoRA's factors on the parts that ``on`` names as LoRA's does, each stored as bits and two levels.
+
+    Raises:
+        InputError: ``rank`` is below 1.
+    """
 
     rank: int = 32
     scale: float = 1.0
@@ -42,9 +46,14 @@ class BiLoRA:
             raise InputError(self.name, "needs a rank of at least 1", got=self.rank)
 
     def sites(self, layers: Sequence[Site]) -> tuple[Site, ...]:
+        """Linear layers and convolutions that ``on`` names; if it is empty, those of q and v, else every dense one."""
         return attended(layers, self.on)
 
     def start(self, sites: Sequence[Site], base: Tensors, rng: np.random.Generator) -> Start:
+        """For each part ``a`` (rank, in * kh * kw) as a linear layer's weight, ``b`` (out, rank) near zero.
+
+        ``b`` is normal with deviation 1e-3, cut at two deviations. Those of a row block are "q.a" and "q.b".
+        """
         del base
         starts: dict[str, dict[str, NpArray]] = {}
         for site in sites:
@@ -55,6 +64,10 @@ class BiLoRA:
         return starts
 
     def lower(self, base: Mapping[str, Array], sites: Sequence[Site], tuned: Tuned) -> tuple[Targeted, ...]:
+        """W + scale B A as ``LowRank`` on each part's rows, both factors of two values each.
+
+        NumPy factors become ``Binary``; torch ones the values that it stands for, with a gradient straight through.
+        """
         del base
         updates = []
         for site in sites:

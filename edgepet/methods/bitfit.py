@@ -27,12 +27,15 @@ class BitFit:
     starts_as_identity: ClassVar[bool] = True
 
     def sites(self, layers: Sequence[Site]) -> tuple[Site, ...]:
+        """Layers whose bias is a tensor of the state dict."""
         return tuple(site for site in layers if site.bias is not None)
 
     def start(self, sites: Sequence[Site], base: Tensors, rng: np.random.Generator) -> Start:
+        """``d`` (out,) zero."""
         del base, rng
         return {site.name: {"d": np.zeros(site.out_features, np.float32)} for site in sites}
 
     def lower(self, base: Mapping[str, Array], sites: Sequence[Site], tuned: Tuned) -> tuple[Targeted, ...]:
+        """b + d as ``Add`` on every bias."""
         del base
         return tuple(Targeted(Target(str(site.bias)), Add(tuned[site.name]["d"])) for site in sites)

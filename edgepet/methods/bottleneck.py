@@ -14,6 +14,11 @@ from edgepet.spec import Array, NpArray
 
 
 def require_rank(name: str, rank: int) -> None:
+    """Refuse a rank that is none; ``name`` is the method's.
+
+    Raises:
+        InputError: ``rank`` is below 1.
+    """
     if rank < 1:
         raise InputError(name, "needs a rank of at least 1", got=rank)
 
@@ -21,7 +26,11 @@ def require_rank(name: str, rank: int) -> None:
 def start_bottleneck(
     width: int, rank: int, rng: np.random.Generator, *, how: Literal["near zero", "as LoRA"], prefix: str = ""
 ) -> dict[str, NpArray]:
-    """Float32 start values: "near zero" as adapter-bert's; "as LoRA" has ``up`` zero, ``down`` as a linear layer's."""
+    """Float32 start values: "near zero" as adapter-bert's; "as LoRA" has ``up`` zero, ``down`` as a linear layer's.
+
+    ``down.weight`` (rank, width), ``down.bias`` (rank,), ``up.weight`` (width, rank) and ``up.bias`` (width,), each
+    behind ``prefix``; the biases are zero.
+    """
     if how == "near zero":
         down, up = cut_normal(rng, 1e-3, rank, width), cut_normal(rng, 1e-3, width, rank)
     else:
@@ -37,7 +46,10 @@ def start_bottleneck(
 def bottleneck(
     tuned: Mapping[str, Array], *, tap: str, into: str, activation: str, scale: float = 1.0, prefix: str = ""
 ) -> Branch:
-    """The branch of trained values; ``scale`` is folded into the second layer."""
+    """The branch of trained values, named and shaped as ``start_bottleneck`` has them; ``scale`` is folded into ``up``.
+
+    It reads at ``tap`` and adds at ``into``, two points such as "blocks.3.mlp:out".
+    """
     tensors = {name: tuned[f"{prefix}{name}"] for name in ("down.weight", "down.bias")}
     tensors |= {name: scale * tuned[f"{prefix}{name}"] for name in ("up.weight", "up.bias")}
     return Branch(kind="bottleneck", tap=tap, into=into, settings={"activation": activation}, tensors=tensors)

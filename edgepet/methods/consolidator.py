@@ -28,10 +28,13 @@ FEW_INPUTS = 4  # inputs of a group up to which products of elements are faster 
 class Consolidator:
     """One branch for each number in ``groups`` on every linear layer and every convolution of one group.
 
-    Where a number does not divide a layer's sides the largest one below it that does is taken; a layer whose sides
-    share no divisor of ``FEWEST_GROUPS`` is left alone. With ``shuffle`` every branch reads the input channels in its
-    own order: viewed as g groups and transposed. ``drop_path`` is the probability that one sample skips one linear
-    layer's branches while training; a convolution's are folded at every step and never dropped.
+    Where a number does not divide both sides of a layer, the largest one below it that does is taken, if that is
+    ``FEWEST_GROUPS`` or more; else the layer goes without that branch. With ``shuffle`` every branch reads the input
+    channels in its own order: viewed as g groups and transposed. ``drop_path`` is the probability that one sample skips
+    one linear layer's branches while training; a convolution's are folded at every step and never dropped.
+
+    Raises:
+        InputError: ``groups`` is empty, names a number twice or one below 1, or ``drop_path`` is not in [0, 1).
     """
 
     groups: tuple[int, ...] = (384,)
@@ -51,9 +54,14 @@ class Consolidator:
             raise InputError("consolidator", "needs a drop_path in [0, 1)", got=self.drop_path)
 
     def sites(self, layers: Sequence[Site]) -> tuple[Site, ...]:
+        """Dense layers that at least one branch fits."""
         return tuple(site for site in layers if site.dense and self._fitting(site))
 
     def start(self, sites: Sequence[Site], base: Tensors, rng: np.random.Generator) -> Start:
+        """For a branch of g groups, 384 for example, "384.weight" (g, out / g, in * kh * kw / g) and "384.bias" (out,).
+
+        Both are drawn evenly from -1e-3 to 1e-3; where the layer takes no shift there is no bias.
+        """
         del base
         return {site.name: self._start(site, rng) for site in sites}
 
@@ -67,6 +75,10 @@ class Consolidator:
         return tensors
 
     def lower(self, base: Mapping[str, Array], sites: Sequence[Site], tuned: Tuned) -> tuple[Targeted, ...]:
+        """W[:, order_i] + T_i as ``Grouped`` for each branch, and the sum of all c_i as ``Add`` where a shift goes.
+
+        Without ``shuffle`` branches whose groups nest are summed first; with it each has its own order.
+        """
         del base
         updates = []
         for site in sites:
@@ -79,6 +91,10 @@ class Consolidator:
         return tuple(updates)
 
     def forward(self, site: Site, x: Array, y: Array, tuned: Mapping[str, Array], *, training: bool) -> Array:
+        """y + sum_i (T_i x[order_i] + c_i) for ``x`` (n, ..., in) and ``y`` (n, ..., out); shape and dtype of ``y``.
+
+        In training a sample's whole sum is dropped with probability ``drop_path``, else divided by 1 - ``drop_path``.
+        """
         import torch
 
         branches: Array = None

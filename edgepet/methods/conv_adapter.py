@@ -50,6 +50,9 @@ class ConvAdapter(BranchesOnly):
 
     ``reduction`` is the paper's gamma: input channels of a group, the largest divisor of the channels not above it. The
     trained factor a of every output channel is folded into the 1 x 1. Statistics of batch norms stay as they are.
+
+    Raises:
+        InputError: ``reduction`` is below 1, or ``scheme`` is none of ``SCHEMES``.
     """
 
     reduction: int = 8
@@ -67,6 +70,10 @@ class ConvAdapter(BranchesOnly):
             raise InputError(self.name, f"knows the schemes {', '.join(SCHEMES)}", got=repr(self.scheme))
 
     def sites(self, layers: Sequence[Site]) -> tuple[Site, ...]:
+        """Blocks on maps (C, H, W) with a k x k convolution that is known, and those convolutions, their hosts.
+
+        "conv-parallel" also takes a ConvNeXt's downsampling convolutions. A host has no tensors of its own.
+        """
         blocks = tuple(site for site in layers if isinstance(site, Block) and len(site.points[":in"]) == 3)
         hosted = {f"{block.name}.{host[1]}" for block in blocks if (host := _host(block))}
         # A parallel adapter copies its host's convolution, so that the convolutions themselves are the sites.
@@ -79,6 +86,14 @@ class ConvAdapter(BranchesOnly):
         )
 
     def start(self, sites: Sequence[Site], base: Tensors, rng: np.random.Generator) -> Start:
+        """``conv`` and ``point`` as convolutions start, ``factor`` one, for each block and downsampling convolution.
+
+        ``conv.weight`` (in / g, g, k, k) and ``conv.bias`` (in / g,), with g channels in a group and k the side of the
+        host's kernel; ``point.weight`` (out, in / g, 1, 1), ``point.bias`` (out,) and ``factor`` (out,).
+
+        Raises:
+            InputError: a block holds no convolution that is known; ``sites`` has none such.
+        """
         del base
         return {name: self._start(place, rng) for name, place in self._places(sites).items()}
 
@@ -94,6 +109,15 @@ class ConvAdapter(BranchesOnly):
         }
 
     def branches(self, sites: Sequence[Site], tuned: Tuned) -> tuple[Branch, ...]:
+        """A "conv-pair" branch for each block and downsampling convolution; GELU in a ConvNeXt, else ReLU.
+
+        "conv-parallel" reads what goes into the host and adds behind it, or behind its batch norm and activation where
+        they follow; "conv-sequential" reads and adds there. "residual-parallel" reads what goes into the block and adds
+        to what it puts out; "residual-sequential" reads that and adds to it. ``factor`` is folded into ``point``.
+
+        Raises:
+            InputError: as ``start``.
+        """
         gelu = any(site.has("conv_dw", "norm", "mlp") for site in sites if isinstance(site, Block))
         made = []
         for name, place in self._places(sites).items():

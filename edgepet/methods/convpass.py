@@ -24,7 +24,13 @@ _TENSORS = ("down.weight", "down.bias", "conv.weight", "conv.bias", "up.weight",
 
 @dataclass(frozen=True, slots=True)
 class Convpass(BranchesOnly):
-    """``rank`` channels; a token in front of the patches goes through the kernel's middle."""
+    """``rank`` channels; a token in front of the patches goes through the kernel's middle.
+
+    ``scale`` multiplies what is added; ``attention_only`` leaves out the bypass of the MLP.
+
+    Raises:
+        InputError: ``rank`` is below 1.
+    """
 
     rank: int = 8
     scale: float = 1.0
@@ -39,10 +45,16 @@ class Convpass(BranchesOnly):
         require_rank(self.name, self.rank)
 
     def sites(self, layers: Sequence[Site]) -> tuple[Site, ...]:
+        """Blocks with norm1, drop_path1, norm2 and drop_path2, whose patches form a grid."""
         blocks = blocks_with(layers, "norm1", "drop_path1", "norm2", "drop_path2")
         return tuple(block for block in blocks if block.grid)
 
     def start(self, sites: Sequence[Site], base: Tensors, rng: np.random.Generator) -> Start:
+        """Under "1." the tensors beside attention, under "2." those beside the MLP: "1.down.weight" and so on.
+
+        ``down.weight`` (rank, d) Xavier uniform; ``conv.weight`` (rank, rank, 3, 3) the identity in its middle tap;
+        ``up.weight`` (d, rank) and the biases, ``down.bias`` and ``conv.bias`` (rank,), ``up.bias`` (d,), zero.
+        """
         del base
         return {
             site.name: {
@@ -54,6 +66,10 @@ class Convpass(BranchesOnly):
         }
 
     def branches(self, sites: Sequence[Site], tuned: Tuned) -> tuple[Branch, ...]:
+        """A "patch-conv" branch from what norm1 puts out to what drop_path1 does, and one from norm2 to drop_path2.
+
+        ``scale`` is folded into the second linear layer.
+        """
         return tuple(
             self._branch(site, number, {name: tuned[site.name][f"{number}.{name}"] for name in _TENSORS})
             for site in sites

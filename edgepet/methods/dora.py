@@ -26,6 +26,9 @@ class DoRA:
 
     It lowers to a low-rank addition and a scale of rows, m / |W + B A|: a device computes no lengths. Gradients go
     through the lengths too; the paper's section 4.3 holds them constant to save memory.
+
+    Raises:
+        InputError: ``rank`` is below 1.
     """
 
     rank: int = 8
@@ -42,9 +45,14 @@ class DoRA:
             raise InputError(self.name, "needs a rank of at least 1", got=self.rank)
 
     def sites(self, layers: Sequence[Site]) -> tuple[Site, ...]:
+        """Linear layers and convolutions that ``on`` names; if it is empty, those of q and v, else every dense one."""
         return attended(layers, self.on)
 
     def start(self, sites: Sequence[Site], base: Tensors, rng: np.random.Generator) -> Start:
+        """For each part ``a`` (rank, in * kh * kw) as a linear layer's weight, ``b`` (out, rank) zero, ``m`` (out,).
+
+        ``m`` is the length of each row of W. Those of a row block are "q.a", "q.b" and "q.m".
+        """
         return {site.name: self._start(site, base, rng) for site in sites}
 
     def _start(self, site: Site, base: Tensors, rng: np.random.Generator) -> dict[str, NpArray]:
@@ -57,6 +65,7 @@ class DoRA:
         return tensors
 
     def lower(self, base: Mapping[str, Array], sites: Sequence[Site], tuned: Tuned) -> tuple[Targeted, ...]:
+        """For each part V = W + (alpha / rank) B A as ``LowRank``, then m / |V|, row by row, as ``Scale``."""
         updates = []
         for site in sites:
             for part, rows in self._parts(site).items():
@@ -70,7 +79,10 @@ class DoRA:
 
 
 def rescaled(low_rank: Targeted, weight: Array, lengths: Array) -> Targeted:
-    """The scale behind ``low_rank`` that gives the rows of its target in ``weight`` these ``lengths``."""
+    """The scale behind ``low_rank`` that gives the rows of its target in ``weight`` these ``lengths``, (rows,).
+
+    ``weight`` is the whole tensor and is not touched. A row that is zero by then has no finite scale.
+    """
     moved = fold(low_rank, weight)
     first, last = low_rank.target.rows or (0, len(moved))
     return Targeted(low_rank.target, Scale(lengths / _lengths(moved.reshape(len(moved), -1)[first:last])))

@@ -27,6 +27,9 @@ class FacTTT:
     """Tensor train: U (rank, width), V (width, rank), and a core (rank, rank) for every tile.
 
     Networks whose width grows, as ConvNeXt and Swin, have one U and one V for every width.
+
+    Raises:
+        InputError: ``rank`` is below 1.
     """
 
     rank: int = 16
@@ -41,9 +44,15 @@ class FacTTT:
         _require_rank(self.name, self.rank)
 
     def sites(self, layers: Sequence[Site]) -> tuple[Site, ...]:
+        """Dense layers of one tap, one side of which divides the other, and neither of which is below 4."""
         return _sites(layers)
 
     def start(self, sites: Sequence[Site], base: Tensors, rng: np.random.Generator) -> Start:
+        """Shared, for a width of 384, "384.u" (rank, 384) as a linear layer's weight and "384.v" (384, rank) zero.
+
+        For tile i of a layer "core.i" (rank, rank) as a linear layer's weight; the cores of a layer that narrows, an
+        fc2, as one layer of tiles * rank inputs.
+        """
         del base
         starts = _start_shared(sites, self.rank, rng)
         for site in sites:
@@ -54,6 +63,7 @@ class FacTTT:
         return starts
 
     def lower(self, base: Mapping[str, Array], sites: Sequence[Site], tuned: Tuned) -> tuple[Targeted, ...]:
+        """W + scale V S U as ``LowRank`` on each tile: rows of a layer that widens, columns of one that narrows."""
         del base
         return tuple(
             _tile(tile, site, tuned, core=tuned[site.name][f"core.{i}"], scale=self.scale)
@@ -67,6 +77,9 @@ class FacTTK:
     """Tucker: U, V and a cube C (rank, rank, rank) for every width, and ``rank`` weights of its slices for every tile.
 
     The slices of an MLP are woven into each other, and transposed but for the second layer, as in the official code.
+
+    Raises:
+        InputError: ``rank`` is below 1.
     """
 
     rank: int = 32
@@ -81,9 +94,15 @@ class FacTTK:
         _require_rank(self.name, self.rank)
 
     def sites(self, layers: Sequence[Site]) -> tuple[Site, ...]:
+        """As ``FacTTT.sites``."""
         return _sites(layers)
 
     def start(self, sites: Sequence[Site], base: Tensors, rng: np.random.Generator) -> Start:
+        """Shared "384.u" and "384.v" as ``FacTTT.start``, and "384.cube" (rank, rank, rank), for each width, here 384.
+
+        For tile i of a qkv or a square layer "weights.i" (rank, 1), for any other layer ``weights`` (rank, tiles). Cube
+        and weights are Xavier uniform, the weights as columns of one matrix (rank, tiles of that width in the network).
+        """
         del base
         starts, rank = _start_shared(sites, self.rank, rng), self.rank
         for side in sorted({_side(site) for site in sites}):
@@ -96,6 +115,7 @@ class FacTTK:
         return starts
 
     def lower(self, base: Mapping[str, Array], sites: Sequence[Site], tuned: Tuned) -> tuple[Targeted, ...]:
+        """W + scale V S U as ``LowRank`` on each tile, S a ``Mix`` of the cube's slices by the tile's weights."""
         del base
         updates = []
         for site in sites:

@@ -34,6 +34,10 @@ class IA3:
     starts_as_identity: ClassVar[bool] = True
 
     def sites(self, layers: Sequence[Site]) -> tuple[Site, ...]:
+        """Linear layers and convolutions that ``on`` or ``inner`` names; where there are none, every dense layer.
+
+        A layer whose bias is put together on the way (``Site.scalable``) is left out.
+        """
         inner = {site.name for site in layers if site.kind in ("linear", "conv") and parts(site, self.inner)}
         chosen = inner | attention(layers, self.on, otherwise_dense=not inner).keys()
         return tuple(
@@ -41,6 +45,7 @@ class IA3:
         )
 
     def start(self, sites: Sequence[Site], base: Tensors, rng: np.random.Generator) -> Start:
+        """Ones: ``inner`` (in,) for a layer that ``inner`` names, else ``s`` (out,) for each part, "k.s" of a block."""
         del base, rng
         return {site.name: self._start(site) for site in sites}
 
@@ -53,6 +58,7 @@ class IA3:
         }
 
     def lower(self, base: Mapping[str, Array], sites: Sequence[Site], tuned: Tuned) -> tuple[Targeted, ...]:
+        """W diag(inner) as ``Scale`` of what is read, or diag(s) W and s * b as ``Scale`` of each part's rows."""
         del base
         updates = []
         for site in sites:

@@ -28,6 +28,9 @@ class KAdaptation:
     """``terms`` Kronecker products on every part that ``on`` names as LoRA's does, and a bias that its parts share.
 
     The shared factors are ``terms`` by ``terms``: a part whose sides ``terms`` does not divide is left alone.
+
+    Raises:
+        InputError: ``terms`` is below 1.
     """
 
     terms: int = 32
@@ -44,9 +47,16 @@ class KAdaptation:
             raise InputError(self.name, "needs at least 1 term", got=self.terms)
 
     def sites(self, layers: Sequence[Site]) -> tuple[Site, ...]:
+        """Layers that ``on`` names as LoRA's does, if ``terms`` divides both sides of a part."""
         return tuple(site for site in attended(layers, self.on) if self._parts(site))
 
     def start(self, sites: Sequence[Site], base: Tensors, rng: np.random.Generator) -> Start:
+        """Shared for each part's name ``l`` (terms, terms, 1) and ``r`` (terms, 1, terms), evenly from -0.01 to 0.01.
+
+        For each part of a layer ``u`` (terms, out / terms, 1), Xavier uniform term by term, and ``v``
+        (terms, 1, in * kh * kw / terms) zero; those of a row block are "q.u" and "q.v". Where the layer has a bias, one
+        ``bias`` for all its parts, as long as one has rows, zero.
+        """
         del base
         shared: dict[str, NpArray] = {}
         starts: dict[str, dict[str, NpArray]] = {SHARED: shared} if sites else {}
@@ -63,6 +73,10 @@ class KAdaptation:
         return starts
 
     def lower(self, base: Mapping[str, Array], sites: Sequence[Site], tuned: Tuned) -> tuple[Targeted, ...]:
+        """W + scale sum_i (l_i r_i) (x) (u_i v_i) as ``Kronecker`` of two ``Product`` on each part's rows.
+
+        Where the layer has a bias, b + ``bias`` as ``Add`` on the same rows.
+        """
         del base
         updates = []
         for site in sites:

@@ -40,9 +40,14 @@ class KronA:
     starts_as_identity: ClassVar[bool] = True
 
     def sites(self, layers: Sequence[Site]) -> tuple[Site, ...]:
+        """Linear layers and convolutions that ``on`` names; if it is empty, those of q and v, else every dense one."""
         return attended(layers, self.on)
 
     def start(self, sites: Sequence[Site], base: Tensors, rng: np.random.Generator) -> Start:
+        """For each part ``a`` (1, p, q) zero, ``b`` (1, out / p, in / q * kh * kw) as a linear layer's weight.
+
+        Those of a row block are "q.a" and "q.b".
+        """
         del base
         starts: dict[str, dict[str, NpArray]] = {}
         for site in sites:
@@ -54,6 +59,7 @@ class KronA:
         return starts
 
     def lower(self, base: Mapping[str, Array], sites: Sequence[Site], tuned: Tuned) -> tuple[Targeted, ...]:
+        """W + scale A (x) B as ``Kronecker`` on each part's rows."""
         del base
         updates = []
         for site in sites:
@@ -68,9 +74,13 @@ class KronA:
 
 @dataclass(frozen=True, slots=True)
 class LoKr:
-    """KronA with B = C D of rank ``rank``, where that is smaller, as LyCORIS and PEFT have it.
+    """KronA with B = C D where ``rank`` is below half of B's longer side, taps left out, as LyCORIS and PEFT have it.
 
-    ``factor`` is the smaller cut of each side where it divides, -1 the one nearest to the square root.
+    ``factor`` is one of the two cuts of each side where it divides (``two_factors``), -1 the pair nearest to the square
+    root.
+
+    Raises:
+        InputError: ``rank`` is below 1, or ``factor`` is neither -1 nor at least 1.
     """
 
     rank: int = 8
@@ -90,9 +100,15 @@ class LoKr:
             raise InputError(self.name, "needs a factor of at least 1, or -1", got=self.factor)
 
     def sites(self, layers: Sequence[Site]) -> tuple[Site, ...]:
+        """Linear layers and convolutions that ``on`` names; if it is empty, those of q and v, else every dense one."""
         return attended(layers, self.on)
 
     def start(self, sites: Sequence[Site], base: Tensors, rng: np.random.Generator) -> Start:
+        """For each part ``a`` (1, p, q) zero, and B (1, out / p, in / q * kh * kw) whole as ``b`` or in two factors.
+
+        Those are ``c`` (1, out / p, rank) and ``d`` (1, rank, in / q * kh * kw). Each but ``a`` is as a linear layer's
+        weight; those of a row block are "q.a" and so on.
+        """
         del base
         starts: dict[str, dict[str, NpArray]] = {}
         for site in sites:
@@ -108,6 +124,7 @@ class LoKr:
         return starts
 
     def lower(self, base: Mapping[str, Array], sites: Sequence[Site], tuned: Tuned) -> tuple[Targeted, ...]:
+        """W + (alpha / rank) A (x) B as ``Kronecker`` on each part's rows; B = C D is a ``Product``."""
         del base
         updates = []
         for site in sites:
@@ -132,7 +149,8 @@ def _cut(site: Site, rows: tuple[int, int], factor: int) -> tuple[tuple[int, int
 def two_factors(side: int, factor: int = -1) -> tuple[int, int]:
     """``side`` as smaller times larger: ``factor`` times the rest where it divides, else the pair nearest to a square.
 
-    With a ``factor`` that does not divide, the smaller one is the largest divisor not above it (PEFT's rule).
+    With a ``factor`` that does not divide, the smaller one is the largest divisor above neither it nor the square root
+    (PEFT's rule). ``factor`` is -1 or at least 1.
     """
     if factor > 0 and side % factor == 0:
         return min(factor, side // factor), max(factor, side // factor)

@@ -31,6 +31,9 @@ class LoRA:
 
     ``ranks`` and ``alphas`` give layers by the end of their names another rank or alpha; ``rslora`` divides alpha by
     the rank's square root.
+
+    Raises:
+        InputError: ``rank`` or one of ``ranks`` is below 1.
     """
 
     rank: int = 8
@@ -52,9 +55,14 @@ class LoRA:
             raise InputError(self.name, "needs a rank of at least 1", got=lowest)
 
     def sites(self, layers: Sequence[Site]) -> tuple[Site, ...]:
+        """Linear layers and convolutions that ``on`` names; if it is empty, those of q and v, else every dense one."""
         return attended(layers, self.on)
 
     def start(self, sites: Sequence[Site], base: Tensors, rng: np.random.Generator) -> Start:
+        """For each part ``a`` (rank, in * kh * kw) as a linear layer's weight and ``b`` (out, rank) zero.
+
+        Those of a row block are "q.a" and "q.b", and its out are the block's rows.
+        """
         del base
         return {site.name: self._start(site, rng) for site in sites}
 
@@ -67,6 +75,7 @@ class LoRA:
         return tensors
 
     def lower(self, base: Mapping[str, Array], sites: Sequence[Site], tuned: Tuned) -> tuple[Targeted, ...]:
+        """W + ``scale`` B A as ``LowRank`` on each part's rows."""
         del base
         updates = []
         for site in sites:
@@ -76,6 +85,7 @@ class LoRA:
         return tuple(updates)
 
     def forward(self, site: Site, x: Array, y: Array, tuned: Mapping[str, Array], *, training: bool) -> Array:
+        """y + ``scale`` B A x, each part's on its own rows, for ``x`` (..., in) and ``y`` (..., out)."""
         import torch
         from torch.nn.functional import linear, pad
 

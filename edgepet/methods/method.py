@@ -84,7 +84,10 @@ class ActivationPath(Protocol):
     activation_kinds: ClassVar[tuple[str, ...]]
 
     def forward(self, site: Site, x: Array, y: Array, tuned: Mapping[str, Array], *, training: bool) -> Array:
-        """The tuned layer's output for its input ``x`` and the frozen layer's output ``y``, both torch tensors."""
+        """The tuned layer's output for its input ``x`` and the frozen layer's output ``y``, both torch tensors.
+
+        It has the shape of ``y``; neither is modified.
+        """
         ...
 
 

@@ -27,13 +27,16 @@ class NormTuning:
     starts_as_identity: ClassVar[bool] = True
 
     def sites(self, layers: Sequence[Site]) -> tuple[Site, ...]:
+        """Every norm layer."""
         return tuple(site for site in layers if site.kind == "norm")
 
     def start(self, sites: Sequence[Site], base: Tensors, rng: np.random.Generator) -> Start:
+        """``weight`` (out,) zero and, where the norm has a bias, ``bias`` (out,) zero."""
         del base, rng
         return {site.name: {name: np.zeros(site.out_features, np.float32) for name in _tensors(site)} for site in sites}
 
     def lower(self, base: Mapping[str, Array], sites: Sequence[Site], tuned: Tuned) -> tuple[Targeted, ...]:
+        """``weight`` and ``bias`` as ``Add`` on the norm's own."""
         del base
         return tuple(
             Targeted(Target(tensor), Add(tuned[site.name][name]))

@@ -21,7 +21,11 @@ from edgepet.spec import Site, Tensors, Tuned
 
 @dataclass(frozen=True, slots=True)
 class ParallelAdapter(BranchesOnly):
-    """``rank`` channels beside the MLP of every transformer block, before its layer scale; ``scale`` 1 is unscaled."""
+    """``rank`` channels beside the MLP of every transformer block, before its layer scale; ``scale`` 1 is unscaled.
+
+    Raises:
+        InputError: ``rank`` is below 1.
+    """
 
     rank: int = 32
     scale: float = 4.0
@@ -35,13 +39,22 @@ class ParallelAdapter(BranchesOnly):
         require_rank(self.name, self.rank)
 
     def sites(self, layers: Sequence[Site]) -> tuple[Site, ...]:
+        """Blocks with modules called attn and mlp."""
         return blocks_with(layers, "attn", "mlp")
 
     def start(self, sites: Sequence[Site], base: Tensors, rng: np.random.Generator) -> Start:
+        """``down.weight`` as a linear layer's weight; ``down.bias``, ``up.weight`` and ``up.bias`` zero.
+
+        In this order (rank, d), (rank,), (d, rank) and (d,), d the block's width.
+        """
         del base
         return {site.name: start_bottleneck(site.out_features, self.rank, rng, how="as LoRA") for site in sites}
 
     def branches(self, sites: Sequence[Site], tuned: Tuned) -> tuple[Branch, ...]:
+        """A "bottleneck" branch with ReLU for each block: reads what goes into mlp, adds to what mlp puts out.
+
+        ``scale`` is folded into U and c.
+        """
         return tuple(
             bottleneck(tuned[site.name], tap=f"{site.name}.mlp:in", into=f"{site.name}.mlp:out",
                        activation="relu", scale=self.scale)

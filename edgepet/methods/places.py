@@ -16,14 +16,14 @@ def parts(site: Site, on: Sequence[str]) -> dict[str, tuple[int, int]]:
     """Rows of a layer by the name of the part: the blocks of a fused weight that ``on`` names, else the whole layer.
 
     ``on`` holds names of row blocks ("q", "k", "v") and ends of layer names ("fc1", "attn.proj"). A part's name ends
-    with a dot; that of a whole layer is empty.
+    with a dot; that of a whole layer is empty. Nothing where ``on`` names neither.
     """
     blocks = {f"{name}.": rows for name, rows in site.blocks if name in on}
     return blocks or ({_WHOLE: (0, site.out_features)} if _named(site, on) else {})
 
 
 def block(site: Site, part: str, rows: tuple[int, int]) -> Target:
-    """The target of a part of a layer's weight."""
+    """The target of a part of a layer's weight: its rows ``rows``, or the weight itself for a whole layer."""
     return Target(site.weight, None if part == _WHOLE else rows)
 
 

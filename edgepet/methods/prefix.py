@@ -28,7 +28,11 @@ def attending(layers: Sequence[Site]) -> tuple[Block, ...]:
 
 @dataclass(frozen=True, slots=True)
 class Prefix(BranchesOnly):
-    """``length`` keys and values of the network's width in every block."""
+    """``length`` keys and values of the network's width in every block.
+
+    Raises:
+        InputError: ``length`` is below 1.
+    """
 
     length: int = 10
 
@@ -42,9 +46,11 @@ class Prefix(BranchesOnly):
             raise InputError(self.name, "needs a length of at least 1", got=self.length)
 
     def sites(self, layers: Sequence[Site]) -> tuple[Site, ...]:
+        """Blocks whose attention takes further keys and values."""
         return attending(layers)
 
     def start(self, sites: Sequence[Site], base: Tensors, rng: np.random.Generator) -> Start:
+        """``keys`` and ``values`` (length, d), normal around 0 with a deviation of 0.02."""
         del base
         return {
             site.name: {
@@ -55,6 +61,7 @@ class Prefix(BranchesOnly):
         }
 
     def branches(self, sites: Sequence[Site], tuned: Tuned) -> tuple[Branch, ...]:
+        """A "key-values" branch for each block: rows in front of attention's own keys and values, cut into heads."""
         return tuple(
             Branch(
                 kind="key-values",
@@ -70,7 +77,11 @@ class Prefix(BranchesOnly):
 
 @dataclass(frozen=True, slots=True)
 class MAM(BranchesOnly):
-    """A prefix of ``length`` in attention and a scaled parallel adapter of ``rank`` channels beside the MLP."""
+    """A prefix of ``length`` in attention and a scaled parallel adapter of ``rank`` channels beside the MLP.
+
+    Raises:
+        InputError: ``length`` or ``rank`` is below 1.
+    """
 
     length: int = 30
     rank: int = 32
@@ -89,11 +100,14 @@ class MAM(BranchesOnly):
         return Prefix(self.length), ParallelAdapter(self.rank, self.scale)
 
     def sites(self, layers: Sequence[Site]) -> tuple[Site, ...]:
+        """Blocks whose attention takes further keys and values, and that have a module called mlp."""
         return tuple(site for site in attending(layers) if site.has("mlp"))
 
     def start(self, sites: Sequence[Site], base: Tensors, rng: np.random.Generator) -> Start:
+        """The tensors of ``Prefix.start`` and of ``ParallelAdapter.start``, drawn in that order."""
         prefix, adapter = (part.start(sites, base, rng) for part in self._parts)
         return {site.name: {**prefix[site.name], **adapter[site.name]} for site in sites}
 
     def branches(self, sites: Sequence[Site], tuned: Tuned) -> tuple[Branch, ...]:
+        """Those of ``Prefix`` for all blocks, then those of ``ParallelAdapter``."""
         return tuple(branch for part in self._parts for branch in part.branches(sites, tuned))

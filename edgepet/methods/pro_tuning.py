@@ -27,6 +27,9 @@ class ProTuning(BranchesOnly):
 
     Such a network, as a ViT is, has none behind its last block: patches are not read there where a token is. The
     convolutions have 1 / ``reduction`` of the channels.
+
+    Raises:
+        InputError: ``reduction`` or ``stages`` is below 1.
     """
 
     reduction: int = 4
@@ -42,6 +45,10 @@ class ProTuning(BranchesOnly):
             raise InputError(self.name, "needs a reduction and stages of at least 1", got=(self.reduction, self.stages))
 
     def sites(self, layers: Sequence[Site]) -> tuple[Site, ...]:
+        """The last block of every stage, of blocks on maps or on a grid of patches.
+
+        A stage is what one container holds; where there is one container, its ``stages`` even parts but the last.
+        """
         blocks = [site for site in layers if isinstance(site, Block) and (site.grid or len(site.points[":in"]) == 3)]
         stages = [list(stage) for _, stage in groupby(blocks, key=lambda block: block.container)]
         if len(stages) > 1:
@@ -50,6 +57,11 @@ class ProTuning(BranchesOnly):
         return tuple(block for i, block in enumerate(blocks) if i in ends)
 
     def start(self, sites: Sequence[Site], base: Tensors, rng: np.random.Generator) -> Start:
+        """``reduce`` and ``conv`` as layers of their kind start, ``out`` and the biases zero.
+
+        ``reduce.weight`` (h, d), ``reduce.bias`` (h,), ``conv.weight`` (h, 1, 5, 5), ``conv.bias`` (h,), ``out.weight``
+        (d, h), ``out.bias`` (d,), where h is d // reduction, but at least 1.
+        """
         del base
         return {site.name: self._start(site.out_features, rng) for site in sites}
 
@@ -65,6 +77,10 @@ class ProTuning(BranchesOnly):
         }
 
     def branches(self, sites: Sequence[Site], tuned: Tuned) -> tuple[Branch, ...]:
+        """A "stage-prompt" branch with GELU for each site: reads what the block puts out, and adds to it.
+
+        Of tokens it reads the patches, and adds nothing to the tokens in front of them.
+        """
         made = []
         for site in sites:
             block = site if isinstance(site, Block) else None

@@ -24,8 +24,11 @@ from edgepet.spec import Array, NpArray, Site, Target, Tensors, Tuned
 class RepAdapter:
     """An adapter to ``rank`` channels and back in ``groups`` in front of the layers whose names end as ``on`` says.
 
-    Those are linear layers, or convolutions of one tap: padding a shifted input with zeros is not exact. A layer
-    without a bias has an adapter without biases.
+    Those are linear layers, or convolutions of one tap: padding a shifted input with zeros is not exact. A layer that
+    takes no shift has an adapter without biases.
+
+    Raises:
+        InputError: ``rank`` or ``groups`` is below 1, or ``groups`` does not divide ``rank``.
     """
 
     rank: int = 8
@@ -43,10 +46,15 @@ class RepAdapter:
             raise InputError(self.name, "needs a rank that its groups divide", got=(self.rank, self.groups))
 
     def sites(self, layers: Sequence[Site]) -> tuple[Site, ...]:
+        """Dense layers of one tap that ``on`` names and whose inputs ``groups`` divides."""
         flat = (site for site in layers if site.dense and site.taps == 1 and site.in_features % self.groups == 0)
         return tuple(site for site in flat if parts(site, self.on))
 
     def start(self, sites: Sequence[Site], base: Tensors, rng: np.random.Generator) -> Start:
+        """``down`` (rank, in) Xavier uniform, ``up`` (groups, in / groups, rank / groups) zero.
+
+        Where the layer takes a shift ``down.bias`` (rank,) and ``up.bias`` (in,), zero.
+        """
         del base
         return {site.name: self._start(site, rng) for site in sites}
 
@@ -61,6 +69,10 @@ class RepAdapter:
         return tensors
 
     def lower(self, base: Mapping[str, Array], sites: Sequence[Site], tuned: Tuned) -> tuple[Targeted, ...]:
+        """W (I + scale B A) as ``Precompose`` and scale W (B a + b) as ``Add`` where a shift goes.
+
+        A is ``down``, B block-diagonal of ``up``, a and b are their biases, and W is that of ``base``.
+        """
         updates = []
         for site in sites:
             up, down = tuned[site.name]["up"], tuned[site.name]["down"]

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, fields
 from typing import Any, cast
 
-from edgepet.errors import InputError
+from edgepet.errors import InputError, option
 from edgepet.methods.method import Method
 from edgepet.methods.table import METHODS
 
@@ -18,22 +18,22 @@ def configure(name: str, settings: Mapping[str, str] = types.MappingProxyType({}
     """The method called ``name`` with settings as people type them: ``rank=4``, ``on=q,k,v``, ``shuffle=true``.
 
     Raises:
-        InputError: no such method or setting, or a value of another type.
+        InputError: no such method or setting, a value of another type, or one that the method refuses.
     """
     kind: Any = METHODS.get(name)
     if kind is None:
-        raise InputError("--method", f"is one of {', '.join(METHODS)}", got=repr(name))
+        raise InputError(option("method"), f"is one of {', '.join(METHODS)}", got=repr(name))
     known = {field.name for field in fields(kind)}
     types_of = typing.get_type_hints(kind)
     values: dict[str, Any] = {}
     for key, text in settings.items():
         if key not in known:
             has = f"has the settings {', '.join(sorted(known))}" if known else "has no settings"
-            raise InputError(f"--set {key}", f"{name} {has}", got=repr(key))
+            raise InputError(option("settings", key), f"{name} {has}", got=repr(key))
         try:
             values[key] = _parse(text, types_of[key])
         except ValueError as error:
-            raise InputError(f"--set {key}", f"needs {_spelled(types_of[key])}", got=repr(text)) from error
+            raise InputError(option("settings", key), f"needs {_spelled(types_of[key])}", got=repr(text)) from error
     method: Method = kind(**values)
     return method
 

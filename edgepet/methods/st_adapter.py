@@ -24,7 +24,11 @@ FRAMES = 3  # that a kernel reaches over
 
 @dataclass(frozen=True, slots=True)
 class STAdapter(BranchesOnly):
-    """``rank`` channels in front of every block, as the paper has it for Kinetics-400."""
+    """``rank`` channels in front of every block, as the paper has it for Kinetics-400.
+
+    Raises:
+        InputError: ``rank`` is below 1.
+    """
 
     rank: int = 384
 
@@ -37,9 +41,15 @@ class STAdapter(BranchesOnly):
         require_rank(self.name, self.rank)
 
     def sites(self, layers: Sequence[Site]) -> tuple[Site, ...]:
+        """Blocks with a module called attn, whose patches form a grid."""
         return tuple(block for block in blocks_with(layers, "attn") if block.grid)
 
     def start(self, sites: Sequence[Site], base: Tensors, rng: np.random.Generator) -> Start:
+        """``down`` and ``up`` as linear layers' weights, ``conv`` and the biases zero.
+
+        ``down.weight`` (rank, d), ``down.bias`` (rank,), ``conv.weight`` (rank, ``FRAMES``), ``conv.bias`` (rank,),
+        ``up.weight`` (d, rank), ``up.bias`` (d,).
+        """
         del base
         return {
             site.name: {
@@ -54,6 +64,7 @@ class STAdapter(BranchesOnly):
         }
 
     def branches(self, sites: Sequence[Site], tuned: Tuned) -> tuple[Branch, ...]:
+        """A "temporal" branch for each block: reads what goes into it and adds to that, on the patches of a clip."""
         return tuple(self._branch(site, tuned) for site in sites if isinstance(site, Block))
 
     def _branch(self, block: Block, tuned: Tuned) -> Branch:

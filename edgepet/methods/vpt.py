@@ -22,7 +22,11 @@ from edgepet.spec import Block, NpArray, Site, Tensors, Tuned
 
 @dataclass(frozen=True, slots=True)
 class VPTShallow(BranchesOnly):
-    """``length`` tokens between the class token and the patches, from the first block to behind the last."""
+    """``length`` tokens between the class token and the patches, from the first block to behind the last.
+
+    Raises:
+        InputError: ``length`` is below 1.
+    """
 
     length: int = 50
 
@@ -35,14 +39,17 @@ class VPTShallow(BranchesOnly):
         _require_length(self.name, self.length)
 
     def sites(self, layers: Sequence[Site]) -> tuple[Site, ...]:
+        """The first and the last block whose attention takes further keys and values."""
         blocks = attending(layers)
         return (blocks[0], blocks[-1]) if len(blocks) > 1 else blocks
 
     def start(self, sites: Sequence[Site], base: Tensors, rng: np.random.Generator) -> Start:
+        """``prompt`` (length, d) of the first block, evenly within Xavier's bound for the patch embedding."""
         del base
         return {sites[0].name: {"prompt": _prompt(sites[0], self.length, rng)}} if sites else {}
 
     def branches(self, sites: Sequence[Site], tuned: Tuned) -> tuple[Branch, ...]:
+        """One "tokens" branch: the prompt goes in between prefix and patches, and out behind the last block."""
         first, last = sites[0], sites[-1]
         front = first.prefix if isinstance(first, Block) else 0
         return (
@@ -58,7 +65,11 @@ class VPTShallow(BranchesOnly):
 
 @dataclass(frozen=True, slots=True)
 class VPTDeep(BranchesOnly):
-    """``length`` tokens of its own for every block."""
+    """``length`` tokens of its own for every block.
+
+    Raises:
+        InputError: ``length`` is below 1.
+    """
 
     length: int = 10
 
@@ -71,13 +82,19 @@ class VPTDeep(BranchesOnly):
         _require_length(self.name, self.length)
 
     def sites(self, layers: Sequence[Site]) -> tuple[Site, ...]:
+        """Blocks whose attention takes further keys and values."""
         return attending(layers)
 
     def start(self, sites: Sequence[Site], base: Tensors, rng: np.random.Generator) -> Start:
+        """``prompt`` (length, d) of each block, evenly within Xavier's bound for the patch embedding."""
         del base
         return {site.name: {"prompt": _prompt(site, self.length, rng)} for site in sites}
 
     def branches(self, sites: Sequence[Site], tuned: Tuned) -> tuple[Branch, ...]:
+        """A "prompts" branch for each block: the prompt through norm1 and attention's own projection.
+
+        What comes of it are further keys and values, in front of attention's own.
+        """
         return tuple(
             Branch(
                 kind="prompts",
