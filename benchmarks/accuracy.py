@@ -21,7 +21,8 @@ from edgepet.exporters.trace import base_graph
 from edgepet.measuring.machine import environment
 from edgepet.methods import METHODS
 from edgepet.networks.backbone import Backbone, load_backbone
-from edgepet.reports.tables import Progress, to_json
+from edgepet.reports.as_json import to_json
+from edgepet.reports.progress import Progress
 from edgepet.samples.tasks import build_task
 from edgepet.verbs.evaluate import EvalReport
 

@@ -19,7 +19,7 @@ from edgepet.measuring.latency import ratio
 from edgepet.measuring.machine import environment
 from edgepet.methods import METHODS, Branching
 from edgepet.networks.backbone import load_backbone
-from edgepet.reports.tables import to_json
+from edgepet.reports.as_json import to_json
 from edgepet.samples.tasks import build_task
 
 RESULT = Path(__file__).parent / "results" / "branches.json"

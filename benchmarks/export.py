@@ -19,7 +19,7 @@ from edgepet import ExportOptions, export
 from edgepet.exporters import trace
 from edgepet.measuring.machine import environment
 from edgepet.networks.backbone import load_backbone
-from edgepet.reports.tables import to_json
+from edgepet.reports.as_json import to_json
 
 RESULT = Path(__file__).parent / "results" / "export.json"
 REPEATS = 5

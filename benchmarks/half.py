@@ -16,7 +16,7 @@ from pathlib import Path
 from edgepet import ExportOptions, export, read_pack
 from edgepet.device.artifact import Format
 from edgepet.measuring.machine import environment
-from edgepet.reports.tables import to_json
+from edgepet.reports.as_json import to_json
 from edgepet.verbs.export import Exported
 
 RESULT = Path(__file__).parent / "results" / "half.json"

@@ -23,7 +23,7 @@ import numpy as np
 from edgepet import read_pack, train
 from edgepet.calibration.fp16 import to_half
 from edgepet.calibration.images import calibration_images
-from edgepet.calibration.qdq import Recipe
+from edgepet.calibration.qdq import Int8Recipe
 from edgepet.calibration.rewriting import folded
 from edgepet.calibration.slot_graphs import int8_graph
 from edgepet.deltas.delta import Delta, Int8Ranges
@@ -33,14 +33,16 @@ from edgepet.device.openvino import OpenVino
 from edgepet.device.runtime import SharedInt8
 from edgepet.exporters.onnx import build_model, serialize
 from edgepet.exporters.tensorrt import build_engines
-from edgepet.graphs.int8 import Int8Graph, task_slots
+from edgepet.graphs.int8 import Int8Graph
+from edgepet.graphs.slots import task_slots
 from edgepet.images.preprocess import normalize
 from edgepet.images.sets import ImageSet, load_set, open_split
 from edgepet.measuring.machine import environment
 from edgepet.packs.pack import write_pack
 from edgepet.proving.precision import calibration_of, rounded, shared_calibration
 from edgepet.proving.subject import Subject
-from edgepet.reports.tables import Progress, to_json
+from edgepet.reports.as_json import to_json
+from edgepet.reports.progress import Progress
 from edgepet.samples.tasks import build_task
 from edgepet.spec import NpArray
 
@@ -141,7 +143,7 @@ def express(pack: Path, data: Path, output: Path) -> tuple[Int8Graph, Delta]:
     graph = int8_graph(subject.graph)
     delta = subject.delta
     chosen = calibration_images(data, delta.labels, delta.preprocess, evaluation=data, count=CALIB_IMAGES)
-    made = shared_calibration(subject, graph, chosen).made(Recipe())
+    made = shared_calibration(subject, graph, chosen).made(Int8Recipe())
     ranges = tuple(rounded(made.ranges[name]) for name in graph.reads)
     expressed = replace(delta, int8=Int8Ranges(codes=graph.codes_sha256, ranges=ranges))
     write_pack(output, expressed, codec=subject.pack.codec)

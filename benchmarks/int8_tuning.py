@@ -19,14 +19,15 @@ from int8 import CALIB_IMAGES, IMAGE_SIZES, TEST_IMAGES, test_images
 from edgepet import train
 from edgepet.calibration.budget import answers
 from edgepet.calibration.images import calibration_images
-from edgepet.calibration.qdq import Recipe
+from edgepet.calibration.qdq import Int8Recipe
 from edgepet.calibration.slot_graphs import coded_backbone, int8_graph
 from edgepet.deltas.merge import task_tensors
 from edgepet.exporters.onnx import build_model
 from edgepet.measuring.machine import environment
 from edgepet.proving.precision import calibration_of
 from edgepet.proving.subject import Subject
-from edgepet.reports.tables import Progress, to_json
+from edgepet.reports.as_json import to_json
+from edgepet.reports.progress import Progress
 
 BACKBONE, TASKS, BITS = "vit-small", ("landcover", "fashion"), 4
 RESULT = Path(__file__).parent / "results" / "int8-tuning.json"
@@ -77,7 +78,7 @@ def top1(pack: Path, data: Path) -> tuple[float, float]:
         if (made := coded[layer.weight]).divisors is not None
     }
     chosen = calibration_images(data, delta.labels, delta.preprocess, count=CALIB_IMAGES)
-    rounded = calibration_of(subject, chosen, model, smooth=smooth).made(Recipe(bits=BITS)).model
+    rounded = calibration_of(subject, chosen, model, smooth=smooth).made(Int8Recipe(bits=BITS)).model
     exact, coarse = (float((answers(m, images).argmax(axis=1) == labels).mean()) for m in (model, rounded))
     return exact, coarse
 

@@ -21,7 +21,7 @@ from edgepet.exporters.trace import base_graph
 from edgepet.measuring.latency import ratio, ratio_of_runs
 from edgepet.measuring.machine import environment
 from edgepet.networks.backbone import Backbone, load_backbone
-from edgepet.reports.tables import to_json
+from edgepet.reports.as_json import to_json
 from edgepet.samples.tasks import build_task
 
 IMAGE_SIZES, RUNS = {"vit-small": 112, "efficientnet-lite0": 224}, 5

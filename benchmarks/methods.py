@@ -38,10 +38,10 @@ from edgepet.methods import METHODS, Branching, Method, configure
 from edgepet.methods.method import count
 from edgepet.networks.backbone import Backbone, load_backbone
 from edgepet.packs.pack import encode_pack, read_pack
-from edgepet.reports.tables import to_json
+from edgepet.reports.as_json import to_json
 from edgepet.samples.tasks import build_task
 from edgepet.spec import NpArray
-from edgepet.tuning.fit import Pixels, Plan, fit
+from edgepet.tuning.fit import LabelledPixels, Plan, fit
 from edgepet.tuning.model import TunedModel, algebra_error, extract, logits_of
 
 RESULT = Path(__file__).parent / "results" / "methods.json"
@@ -171,14 +171,14 @@ def runtimes(model: TunedModel, backbone: Backbone, delta: Any, images: NpArray,
     return found
 
 
-def digits(folder: Path, backbone: Backbone) -> Pixels:
+def digits(folder: Path, backbone: Backbone) -> LabelledPixels:
     """Twenty images; a clip is one image that comes in from the side."""
     pixels, labels = load_set(
         few_shots(open_split(folder / "digits", "train"), 2, 0), replace(backbone.preprocess, frames=1)
     )
     if backbone.preprocess.frames > 1:
         pixels = np.stack([np.roll(pixels, 8 * i, axis=2) for i in range(backbone.preprocess.frames)], axis=1)
-    return Pixels(pixels, labels)
+    return LabelledPixels(pixels, labels)
 
 
 if __name__ == "__main__":

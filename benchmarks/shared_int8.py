@@ -27,11 +27,12 @@ from edgepet.deltas.merge import fold_all
 from edgepet.device.artifact import open_artifact, read_artifact
 from edgepet.device.runtime import SharedInt8, open_task
 from edgepet.files import sha256_file
-from edgepet.graphs.int8 import Int8Graph, open_int8, task_slots
+from edgepet.graphs.int8 import Int8Graph, open_int8
+from edgepet.graphs.slots import task_slots
 from edgepet.measuring.latency import Candidate, measure, ratio, ratio_of_runs
 from edgepet.measuring.machine import environment
 from edgepet.proving.subject import Subject
-from edgepet.reports.tables import to_json
+from edgepet.reports.as_json import to_json
 
 BACKBONES = ("vit-small", "efficientnet-lite0")
 RUNTIMES = {"onnxruntime": "onnx", "openvino": "openvino"}

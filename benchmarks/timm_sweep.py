@@ -20,7 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from edgepet.measuring.machine import environment
-from edgepet.reports.tables import Column, Table, markdown, to_json
+from edgepet.reports.as_json import to_json
+from edgepet.reports.tables import Column, Table, markdown
 
 HERE = Path(__file__).parent
 RESULT, PAGE = HERE / "results" / "timm-sweep.json", HERE.parent / "docs" / "guide" / "timm.md"

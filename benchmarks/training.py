@@ -27,9 +27,9 @@ from edgepet.measuring.latency import ratio_of_runs
 from edgepet.measuring.machine import environment
 from edgepet.methods import LoRA
 from edgepet.networks.backbone import load_backbone
-from edgepet.reports.tables import to_json
+from edgepet.reports.as_json import to_json
 from edgepet.samples.tasks import build_task
-from edgepet.tuning.fit import Pixels, Plan, fast_bfloat16, fit
+from edgepet.tuning.fit import LabelledPixels, Plan, fast_bfloat16, fit
 from edgepet.tuning.model import TunedModel
 
 BATCH, IMAGES, ROUNDS = 32, 128, 7
@@ -43,7 +43,7 @@ def main() -> None:
         chosen = open_split(Path(folder) / "digits", "train")
         pixels, labels = load_set(chosen, backbone.preprocess)
     some = np.random.default_rng(0).permutation(len(labels))[:IMAGES]
-    images = Pixels(pixels[some], labels[some])
+    images = LabelledPixels(pixels[some], labels[some])
     bf16 = fast_bfloat16()
     candidates: dict[str, Callable[[], float]] = {
         "edgepet default": ours(backbone, images, bf16),
@@ -79,9 +79,9 @@ def main() -> None:
     RESULT.write_text(json.dumps(result, indent=1, sort_keys=True) + "\n")
 
 
-def ours(backbone: object, images: Pixels, bf16: bool) -> Callable[[], float]:
+def ours(backbone: object, images: LabelledPixels, bf16: bool) -> Callable[[], float]:
     """``fit`` as ``train`` calls it; its own count of images per second covers the steps and nothing else."""
-    few = Pixels(images.pixels[:8], images.labels[:8])
+    few = LabelledPixels(images.pixels[:8], images.labels[:8])
     plan = Plan(epochs=1, lr=5e-3, head_lr=2e-3, batch_size=BATCH, autocast=bf16)
 
     def run() -> float:
@@ -91,7 +91,7 @@ def ours(backbone: object, images: Pixels, bf16: bool) -> Callable[[], float]:
     return run
 
 
-def theirs(backbone: object, images: Pixels, bf16: bool) -> Callable[[], float]:
+def theirs(backbone: object, images: LabelledPixels, bf16: bool) -> Callable[[], float]:
     """The loop of PEFT's own image-classification guide, without its data loader: images are in memory, as ours are."""
     network = timm.create_model(backbone.name, num_classes=10, **backbone.create_args)
     network.load_state_dict({n: torch.from_numpy(np.array(t)) for n, t in backbone.tensors.items()}, strict=False)

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from edgepet.errors import CheckError, InputError
+from edgepet.errors import CheckError, InputError, option
 from edgepet.graphs.base import INPUT
 from edgepet.measuring.parity import INTERVAL_Z
 from edgepet.spec import NpArray
@@ -62,7 +62,7 @@ def drop_between(before: NpArray, after: NpArray, labels: NpArray) -> Drop:
 
 
 def divergence(before: NpArray, after: NpArray) -> float:
-    """Mean Kullback-Leibler divergence of softmax(``after``) from softmax(``before``), in nats."""
+    """Mean Kullback-Leibler divergence of softmax(``after``) from softmax(``before``), logits (n, C) both, in nats."""
     p, q = _log_softmax(before), _log_softmax(after)
     return float(max(0.0, (np.exp(p) * (p - q)).sum(axis=1).mean()))
 
@@ -74,7 +74,7 @@ def _log_softmax(logits: NpArray) -> NpArray:
 
 
 def answers(model: Any, images: NpArray) -> NpArray:
-    """Logits (n, C) of an ``onnx.ModelProto`` in ONNX Runtime."""
+    """Logits (n, C) of an ``onnx.ModelProto`` in ONNX Runtime, for preprocessed float32 ``images`` (n, 3, H, W)."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -86,16 +86,16 @@ def answers(model: Any, images: NpArray) -> NpArray:
 
 
 def require_resolution(budget: float, n: int) -> None:
-    """Refuse a budget that ``n`` images cannot show.
+    """Refuse a budget, in points of top-1, that ``n`` images cannot show.
 
     Raises:
-        InputError: it is finer than one image.
+        InputError: it is finer than one image, or not between 0 and 100.
     """
     if not 0 < budget < 100:
-        raise InputError("--max-drop", "is in points of top-1, above 0 and below 100", got=budget)
+        raise InputError(option("max_drop"), "is in points of top-1, above 0 and below 100", got=budget)
     if budget < 100 / n:
         what = f"must be at least {100 / n:.2g} points: {n} images show no less"
-        raise InputError("--max-drop", what, got=budget, fix="give more images, or a wider budget")
+        raise InputError(option("max_drop"), what, got=budget, fix="give more images, or a wider budget")
 
 
 def within_budget(
@@ -106,7 +106,9 @@ def within_budget(
     *,
     where: str,
 ) -> tuple[tuple[str, ...], Drop, tuple[LayerDrop, ...]]:
-    """Names of the fewest layers, worst first, that have to return to float, and the drop without them.
+    """Names of the fewest layers, worst first, that have to return to float, what the rest then costs, and the ranking.
+
+    The 1, 2, 4 ... worst are tried, then fewer by halving. The ranking is empty where the budget holds at once.
 
     Args:
         judge: layers that stay float -> what the rest costs.
@@ -144,5 +146,5 @@ def _too_much(where: str, budget: float, last: Drop, layers: Sequence[LayerDrop]
     what = f"must lose at most {budget:g} points in int8, with half of its layers in float"
     got = f"{last.points:.2f} ({last.low:.2f} to {last.high:.2f}) on {last.n} images; alone in int8, the worst first:"
     return CheckError(
-        where, what, got=f"{got}\n{told}{more}", fix="a wider --max-drop, more calibration images, or fp16"
+        where, what, got=f"{got}\n{told}{more}", fix=f"a wider {option('max_drop')}, more calibration images, or fp16"
     )

@@ -65,7 +65,8 @@ def to_half(model: Any, images: NpArray, *, where: str) -> Half:
 
     Raises:
         InputError: the model has control flow, or does not stay finite on ``images`` even in fp32.
-        CheckError: less than half of its weights could be stored in fp16.
+        CheckError: less than half of the float bytes that it stores would be fp16.
+        MissingError: onnx is not installed.
     """
     onnx = require("onnx", extra="train", purpose="fp16")
     source = folded(model)
@@ -86,7 +87,11 @@ def to_half(model: Any, images: NpArray, *, where: str) -> Half:
 
 
 def stored_types(model: Any) -> dict[str, dict[str, int]]:
-    """What an ``onnx.ModelProto`` stores: numpy dtype -> how many tensors and bytes."""
+    """What an ``onnx.ModelProto`` stores: numpy dtype -> how many tensors and bytes.
+
+    Raises:
+        MissingError: onnx is not installed.
+    """
     onnx = require("onnx", extra="train", purpose="ONNX")
     tensors, size = Counter[str](), Counter[str]()
     for tensor in model.graph.initializer:

@@ -14,10 +14,10 @@ from pathlib import Path
 
 import numpy as np
 
-from edgepet.images.sets import ImageSet, load_set, open_split
 from edgepet.errors import InputError
 from edgepet.files import sha256_file
 from edgepet.images.preprocess import normalize
+from edgepet.images.sets import ImageSet, load_set, open_split
 from edgepet.spec import FilePath, NpArray, Preprocess
 
 LEAST, ENOUGH = 32, 128  # images: below the first it is refused, below the second it is said
@@ -30,7 +30,11 @@ class CalibrationImages:
     """What was drawn: class by class in turn, by ``seed``.
 
     ``measured`` and ``held_out`` are disjoint; ``judged`` is all of train and val. ``digests`` are sha256 of the files
-    of the first two, by their path in the folder.
+    of the first two, by their path in the folder. Pixels are read when they are asked for; those of clips have an
+    axis of frames behind n.
+
+    Raises:
+        InputError: pixels are asked for, and files are no readable images.
     """
 
     folder: Path
@@ -48,15 +52,17 @@ class CalibrationImages:
 
     @cached_property
     def held_out_images(self) -> NpArray:
+        """Those to choose the recipe on, as ``images`` are: float32 (n, 3, H, W)."""
         return self._loaded(self.held_out)[0]
 
     @cached_property
     def judged_images(self) -> tuple[NpArray, NpArray]:
-        """All of train and val, and their labels as indices of the sorted classes."""
+        """All of train and val, float32 (n, 3, H, W), and their labels (n,) as indices of the sorted classes."""
         return self._loaded(self.judged)
 
     @property
     def warning(self) -> str | None:
+        """What to say of fewer than 128 images, else None."""
         n = len(self.digests)
         return f"{n} calibration images are few: {ENOUGH} or more are advised" if n < ENOUGH else None
 
@@ -98,9 +104,11 @@ def calibration_images(
     Args:
         classes: of the task; the folder must have these.
         evaluation: a folder whose test/ must not be touched, besides that of ``folder`` and of the folder above it.
+        count: images at most, measured and held out together; files with the same bytes are drawn once.
 
     Raises:
-        InputError: no images, other classes, fewer than 32 different images, or one that the evaluation split has too.
+        InputError: no such folder, no images, other classes, fewer than 32 different images, or one that the evaluation
+            split has too.
     """
     folder = Path(folder)
     clips = preprocess.frames > 1

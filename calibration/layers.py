@@ -39,11 +39,16 @@ class Layer:
 
     @property
     def channel_axis(self) -> int:
+        """Where what it reads and puts out has its channels."""
         return -1 if self.kind == "linear" else 1
 
 
 class Graph:
-    """Look-ups over an ``onnx.ModelProto`` that does not change meanwhile."""
+    """Look-ups over an ``onnx.ModelProto`` that does not change meanwhile. A place is a node's index in the graph.
+
+    Raises:
+        MissingError: onnx is not installed.
+    """
 
     def __init__(self, model: Any) -> None:
         self._onnx = require("onnx", extra="train", purpose="int8")
@@ -56,6 +61,7 @@ class Graph:
                 self.readers.setdefault(name, []).append(place)
 
     def value(self, name: str) -> NpArray:
+        """The initializer ``name`` as an array."""
         array: NpArray = self._onnx.numpy_helper.to_array(self.initializers[name])
         return array
 
@@ -67,22 +73,27 @@ class Graph:
         return places[0] if alone and self.nodes[places[0]].op_type in operators else None
 
     def maker(self, name: str, *operators: str) -> int | None:
+        """The place of the node that puts out ``name``, if it is of these operators."""
         place = self.made_by.get(name)
         return place if place is not None and self.nodes[place].op_type in operators else None
 
     def attribute(self, place: int, name: str, default: Any) -> Any:
+        """The attribute ``name`` of the node at ``place``, or ``default``."""
         found = [a for a in self.nodes[place].attribute if a.name == name]
         return self._onnx.helper.get_attribute_value(found[0]) if found else default
 
     @cached_property
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        """Of every initializer, by name."""
         return {name: tuple(tensor.dims) for name, tensor in self.initializers.items()}
 
 
 def find_layers(graph: Graph, weights: Collection[str]) -> tuple[Layer, ...]:
     """Layers whose weight is one of ``weights``, in the graph's order; other forms than these stay float.
 
-    A linear layer is ``Transpose(weight)``, ``MatMul``, perhaps ``Add``, or a ``Gemm`` of the same meaning.
+    A linear layer is ``Transpose(weight)``, ``MatMul``, perhaps ``Add``, or a ``Gemm`` of the same meaning. A
+    convolution is a ``Conv`` of two axes, with a ``Pad`` of zeros in front and a batch norm behind that are its alone.
+    Weights are float32.
     """
     return tuple(_found(graph, weights))
 

@@ -9,7 +9,7 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from edgepet.calibration.layers import Layer
-from edgepet.errors import InputError, require
+from edgepet.errors import InputError, option, require
 from edgepet.graphs.base import INPUT
 from edgepet.spec import NpArray
 
@@ -37,10 +37,11 @@ class Activations:
 
 
 def observe(model: Any, layers: Sequence[Layer], images: NpArray, *, where: str) -> dict[str, Activations]:
-    """What ``layers`` read on preprocessed ``images`` (n, 3, H, W), by the names of the tensors.
+    """What ``layers`` of an ``onnx.ModelProto`` read on preprocessed ``images`` (n, 3, H, W), by the tensors' names.
 
     Raises:
         InputError: a number that is not finite, in what they read or put out: a clip behind them may hide it.
+        MissingError: onnx is not installed.
     """
     onnx = require("onnx", extra="train", purpose="int8")
     import onnxruntime
@@ -62,7 +63,7 @@ def observe(model: Any, layers: Sequence[Layer], images: NpArray, *, where: str)
         values = dict(zip(names, session.run(names, {INPUT: batch}), strict=True)) | {INPUT: batch}
         for name, value in values.items():
             if not np.isfinite(value).all():
-                fix = "train again with a lower --lr, or look at the images"
+                fix = f"train again with a lower {option('lr')}, or look at the images"
                 what = "must stay finite on the calibration images"
                 raise InputError(f"{where}: {name}", what, got="NaN or infinity", fix=fix)
         for name, axis in axes.items():

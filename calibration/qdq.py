@@ -24,7 +24,7 @@ ONE_SIDED = 0.25  # a tensor that goes less than this part as far down as up is 
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Recipe:
+class Int8Recipe:
     """How a network becomes int8.
 
     ``smooth`` is SmoothQuant's strength between 0 and 1 behind layer norms (Xiao et al. 2022, arXiv:2211.10438,
@@ -88,7 +88,7 @@ def quantize(
     graph: Graph,
     layers: Sequence[Layer],
     seen: Seen,
-    recipe: Recipe,
+    recipe: Int8Recipe,
     *,
     smooth: Mapping[str, NpArray] | None = None,
     ranges: Mapping[str, Range] | None = None,
@@ -113,7 +113,7 @@ class _Writer:
     """Writes the Q/DQ graph, node by node."""
 
     def __init__(
-        self, graph: Graph, layers: Sequence[Layer], seen: Seen, recipe: Recipe, smooth: Mapping[str, NpArray],
+        self, graph: Graph, layers: Sequence[Layer], seen: Seen, recipe: Int8Recipe, smooth: Mapping[str, NpArray],
         ranges: Mapping[str, Range],
     ) -> None:  # fmt: skip
         import onnx
@@ -179,7 +179,7 @@ class _Writer:
         if of.shift:
             self._node("Sub", [name, self._put(f"{name}.shift", np.float32(of.shift))], f"{name}.shifted")
             source = f"{name}.shifted"
-        inputs = [self._put(f"{name}.scale", np.float32(of.scale)), self._put("edgepet.graphs.int8.zero", np.int8(0))]
+        inputs = [self._put(f"{name}.scale", np.float32(of.scale)), self._put("edgepet.int8.zero", np.int8(0))]
         self._node("QuantizeLinear", [source, *inputs], f"{name}.codes")
         self._node("DequantizeLinear", [f"{name}.codes", *inputs], f"{name}.int8")
         return f"{name}.int8"

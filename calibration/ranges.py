@@ -35,6 +35,7 @@ class Histogram:
 
     @property
     def centres(self) -> NpArray:
+        """The magnitude in the middle of each bin, (BINS,)."""
         return (np.arange(BINS) + 0.5) * (self.top / BINS)
 
 

@@ -6,14 +6,14 @@ from typing import Any
 
 
 def folded(model: Any) -> Any:
-    """A copy in which every constant is an initializer, and a batch norm behind a convolution is part of it."""
+    """A copy of an ``onnx.ModelProto``: constants are initializers, a batch norm behind a convolution is part of it."""
     from onnxscript.rewriter.rules.common import fuse_batchnorm_into_conv_rule
 
     return _rewritten(model, fuse_batchnorm_into_conv_rule.apply_to_model)
 
 
 def lifted(model: Any) -> Any:
-    """A copy in which every constant is an initializer; values that lie in other files are not read."""
+    """A copy of an ``onnx.ModelProto``: constants are initializers; values that lie in other files are not read."""
     return _rewritten(model, lambda graph: None)
 
 

@@ -17,28 +17,28 @@ from edgepet.calibration.budget import (
     require_resolution,
     within_budget,
 )
-from edgepet.calibration.rewriting import folded
 from edgepet.calibration.images import CalibrationImages
-from edgepet.calibration.qdq import Int8, Recipe, quantize
 from edgepet.calibration.layers import Graph, Layer, find_layers
 from edgepet.calibration.observe import observe
+from edgepet.calibration.qdq import Int8, Int8Recipe, quantize
 from edgepet.calibration.ranges import ESTIMATORS
+from edgepet.calibration.rewriting import folded
 from edgepet.deltas.codes import Range
 from edgepet.errors import InputError
 from edgepet.spec import NpArray
 
 # Where the search starts, and what it tries from there, one setting after the other.
-TRANSFORMER = Recipe(smooth=0.5)
-CONVNET = Recipe(estimator="mse", bias_correction=True)
+TRANSFORMER = Int8Recipe(smooth=0.5)
+CONVNET = Int8Recipe(estimator="mse", bias_correction=True)
 SMOOTH = (None, 0.25, 0.5, 0.75, 0.9)
-_Search: TypeAlias = "Callable[[Recipe], Iterator[Recipe]]"
+_Search: TypeAlias = "Callable[[Int8Recipe], Iterator[Int8Recipe]]"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Tried:
-    """A recipe and the mean divergence from float that it left on the held-out images."""
+    """A recipe and the mean divergence from float, in nats, that it left on the held-out images."""
 
-    recipe: Recipe
+    recipe: Int8Recipe
     kl: float
 
 
@@ -50,7 +50,7 @@ class Calibrated:
     """
 
     int8: Int8
-    recipe: Recipe
+    recipe: Int8Recipe
     tried: tuple[Tried, ...]
     drop: Drop
     layers: tuple[LayerDrop, ...]
@@ -72,13 +72,17 @@ class Calibration:
         self, model: Any, weights: Collection[str], images: CalibrationImages, order: NpArray, *, where: str,
         smooth: Mapping[str, NpArray] | None = None, against: Any = None,
     ) -> None:  # fmt: skip
-        """
+        """Fold the model, find its layers, and run both sets of images through it.
+
         Args:
             model: an ``onnx.ModelProto`` in fp32 that puts out logits, weights inside.
             weights: names of the initializers whose layers may become int8.
-            order: the model's class for each class of ``images``.
+            order: the model's class for each class of ``images``, integers (C,).
             smooth: fixed divisors behind layer norms, by the tensor: then no strength is tried, and biases stay.
             against: a model whose answers are what int8 is judged by, where ``model`` itself is already rounded.
+
+        Raises:
+            InputError: a weight or an activation is not finite, no layer is one for int8, or an image is unreadable.
         """
         self._where, self._images, self._order = where, images, order
         _require_finite(model, where)
@@ -92,7 +96,7 @@ class Calibration:
         self._held_out = answers(self._float, images.held_out_images)
         self._judged: NpArray | None = None
 
-    def made(self, recipe: Recipe, ranges: Mapping[str, Range] | None = None) -> Int8:
+    def made(self, recipe: Int8Recipe, ranges: Mapping[str, Range] | None = None) -> Int8:
         """The model in int8, with ``ranges`` in place of those that the recipe would choose."""
         return quantize(self._graph, self.layers, self._seen, recipe, smooth=self._smooth, ranges=ranges)
 
@@ -102,7 +106,7 @@ class Calibration:
         searched: tuple[_Search, ...] = (_smoothed, _estimated, _corrected)
         if self._smooth is not None:
             best, searched = replace(best, smooth=None, bias_correction=False), (_estimated,)
-        tried: dict[Recipe, float] = {}
+        tried: dict[Int8Recipe, float] = {}
         for candidates in searched:
             for recipe in candidates(best):
                 if recipe not in tried:
@@ -123,8 +127,8 @@ class Calibration:
             self._judged = answers(self._float, images)
         return drop_between(self._judged, network(images), self._order[labels])
 
-    def sensitivity(self, recipe: Recipe) -> tuple[LayerDrop, ...]:
-        """Every layer alone in int8, on the held-out images; the worst first."""
+    def sensitivity(self, recipe: Int8Recipe) -> tuple[LayerDrop, ...]:
+        """Every layer alone in int8, on the held-out images; that of the largest divergence first."""
         labels = self._order[np.asarray(self._images.held_out.labels)]
         found = []
         for layer in self.layers:
@@ -135,10 +139,10 @@ class Calibration:
         return tuple(sorted(found, key=lambda layer: -layer.kl))
 
     def run(self, *, max_drop: float | None = None, stage: Callable[[str], None] = lambda name: None) -> Calibrated:
-        """Choose a recipe, and hold the budget.
+        """Choose a recipe, and hold the budget of ``max_drop`` points, None for none; ``stage`` is told what begins.
 
         Raises:
-            InputError: a budget finer than the images show.
+            InputError: a budget finer than the images show, or not between 0 and 100.
             CheckError: half of the layers in float do not hold it.
         """
         if max_drop is not None:
@@ -161,17 +165,17 @@ class Calibration:
         return Calibrated(int8=int8, recipe=recipe, tried=tried, drop=drop, layers=layers)
 
 
-def _smoothed(best: Recipe) -> Iterator[Recipe]:
+def _smoothed(best: Int8Recipe) -> Iterator[Int8Recipe]:
     yield best
     if best.smooth is not None:
         yield from (replace(best, smooth=strength) for strength in SMOOTH)
 
 
-def _estimated(best: Recipe) -> Iterator[Recipe]:
+def _estimated(best: Int8Recipe) -> Iterator[Int8Recipe]:
     yield from (replace(best, estimator=name) for name in ESTIMATORS)
 
 
-def _corrected(best: Recipe) -> Iterator[Recipe]:
+def _corrected(best: Int8Recipe) -> Iterator[Int8Recipe]:
     yield replace(best, bias_correction=not best.bias_correction)
 
 

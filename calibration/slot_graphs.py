@@ -17,32 +17,32 @@ from typing import Any
 import numpy as np
 import safetensors.numpy
 
-from edgepet.calibration.rewriting import lifted
 from edgepet.calibration.layers import Graph, Layer, find_layers
+from edgepet.calibration.rewriting import lifted
 from edgepet.deltas.codes import CodedWeight, coded, norm_smoothing
 from edgepet.errors import InputError, require
 from edgepet.files import write_file
-from edgepet.graphs.base import WEIGHTS, BaseGraph, Place, is_older, safetensors_places, write_graph_json
+from edgepet.graphs.base import WEIGHTS, BaseGraph, is_older, write_graph_json
 from edgepet.graphs.int8 import (
     CODE,
     CODES,
     DIVISOR,
     FORMAT,
+    SLOT_FORMS,
     STEP,
     SUM,
     VERSION,
     Int8Graph,
     Int8Layer,
-    code_sums,
+    SlotForm,
     int8_stem,
     model_name,
     open_int8,
-    scaled_by_norm,
-    slot_shapes,
 )
+from edgepet.graphs.slots import code_sums, scaled_by_norm, slot_shapes
+from edgepet.graphs.tensor_files import Place, safetensors_places
 from edgepet.spec import NpArray
 
-RUNTIMES = ("onnxruntime", "openvino")
 _ZERO = 128  # ONNX Runtime's int8 products are fastest with unsigned codes of activations: the same codes, moved
 _MICROSOFT = "com.microsoft"
 
@@ -92,8 +92,8 @@ def _make(graph: BaseGraph) -> None:
     places = {name: place for file in sorted(files) for name, place in safetensors_places(folder / file).items()}
     described = tuple(_described(layer) for layer in layers)
     vectors = _vectors(Graph(structure), layers, places)
-    for runtime in RUNTIMES:
-        model = _SlotWriter(structure, layers, described, vectors, places, runtime).model()
+    for runtime, form in SLOT_FORMS.items():
+        model = _SlotWriter(structure, layers, described, vectors, places, form).model()
         write_file(folder / model_name(stem, runtime), model.SerializeToString(deterministic=True))
         files.append(model_name(stem, runtime))
     facts = {
@@ -148,18 +148,18 @@ def _vectors(graph: Graph, layers: tuple[Layer, ...], places: Mapping[str, Place
 
 
 class _SlotWriter:
-    """Writes a runtime's graph with slots, node by node, from the structure of the fp32 graph."""
+    """Writes a graph with slots in one form, node by node, from the structure of the fp32 graph."""
 
     def __init__(
         self, structure: Any, layers: tuple[Layer, ...], described: tuple[Int8Layer, ...], vectors: Mapping[str, int],
-        places: Mapping[str, Place], runtime: str,
+        places: Mapping[str, Place], form: SlotForm,
     ) -> None:  # fmt: skip
         self._onnx = require("onnx", extra="train", purpose="int8")
-        self._graph, self._places, self._runtime = Graph(structure), places, runtime
+        self._graph, self._places, self._form = Graph(structure), places, form
         self._ends = {layer.places[-1]: (layer, told) for layer, told in zip(layers, described, strict=True)}
         self._inside = {place for layer in layers for place in (*layer.places, layer.pad)}
         outs = {layer.weight: places[layer.weight + STEP].shape[0] for layer in layers}
-        self._slots = slot_shapes(described, vectors, outs, runtime)
+        self._slots = slot_shapes(described, vectors, outs, form)
         self._nodes, self._tensors, self._coded = list[Any](), dict[str, NpArray](), set[str]()
 
     def model(self) -> Any:
@@ -183,7 +183,7 @@ class _SlotWriter:
         kept = (tensor for tensor in source.graph.initializer if tensor.name in read - set(self._places))
         made.graph.initializer.extend(kept)
         made.graph.initializer.extend(onnx.numpy_helper.from_array(v, n) for n, v in self._tensors.items())
-        if self._runtime == "onnxruntime":
+        if not self._form.unit_codes:
             made.opset_import.append(onnx.helper.make_opsetid(_MICROSOFT, 1))
         return made
 
@@ -197,7 +197,7 @@ class _SlotWriter:
         return tensor
 
     def _layer(self, layer: Layer, told: Int8Layer) -> None:
-        if self._runtime == "onnxruntime" and layer.kind == "linear":
+        if not self._form.unit_codes and layer.kind == "linear":
             self._integer_product(layer, told)
             return
         codes = self._dequantized(layer, told)
@@ -208,7 +208,7 @@ class _SlotWriter:
         weight = self._weight(layer)
         steps, bias = f"{layer.name}.steps", f"{layer.name}.shifted"
         settings = self._settings(layer)
-        if self._runtime == "onnxruntime":
+        if not self._form.unit_codes:
             self._node("Conv", [codes, weight, bias], layer.puts_out, **settings)
             return
         self._node("MatMul" if layer.kind == "linear" else "Conv", [codes, weight], f"{layer.name}.product", **settings)
@@ -222,7 +222,7 @@ class _SlotWriter:
         return {a.name: self._onnx.helper.get_attribute_value(a) for a in node.attribute}
 
     def _integer_product(self, layer: Layer, told: Int8Layer) -> None:
-        scale, zero = f"{layer.reads}.scale", self._put("edgepet.graphs.int8.zero", np.uint8(_ZERO))
+        scale, zero = f"{layer.reads}.scale", self._put("edgepet.int8.zero", np.uint8(_ZERO))
         source = self._shifted(layer, told)
         codes = f"{layer.reads}.codes"
         if layer.reads not in self._coded:
@@ -244,12 +244,12 @@ class _SlotWriter:
         made = f"{layer.reads}.int8"
         if layer.reads in self._coded:
             return made
-        if self._runtime == "onnxruntime":
+        if not self._form.unit_codes:
             source, scale = self._shifted(layer, told), f"{layer.reads}.scale"
         else:
-            source, scale = self._normalised(layer, told), self._put("edgepet.graphs.int8.one", np.float32(1))
+            source, scale = self._normalised(layer, told), self._put("edgepet.int8.one", np.float32(1))
         self._coded.add(layer.reads)
-        zero = self._put("edgepet.graphs.int8.zero_s8", np.int8(0))
+        zero = self._put("edgepet.int8.zero_s8", np.int8(0))
         self._node("QuantizeLinear", [source, scale, zero], f"{layer.reads}.codes")
         self._node("DequantizeLinear", [f"{layer.reads}.codes", scale, zero], made)
         return made
@@ -266,11 +266,11 @@ class _SlotWriter:
     def _weight(self, layer: Layer) -> str:
         out = self._slots[f"{layer.name}.steps"][0]
         axis = 0 if layer.kind == "conv" else 1
-        if self._runtime == "onnxruntime":
+        if not self._form.unit_codes:
             scales = f"{layer.name}.steps"
         else:
-            scales = self._put(f"edgepet.graphs.int8.ones.{out}", np.ones(out, np.float32))
-        zeros = self._put(f"edgepet.graphs.int8.zeros.{out}", np.zeros(out, np.int8))
+            scales = self._put(f"edgepet.int8.ones.{out}", np.ones(out, np.float32))
+        zeros = self._put(f"edgepet.int8.zeros.{out}", np.zeros(out, np.int8))
         self._node("DequantizeLinear", [layer.weight + CODE, scales, zeros], f"{layer.weight}.int8", axis=axis)
         return f"{layer.weight}.int8"
 

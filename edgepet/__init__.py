@@ -21,19 +21,20 @@ if TYPE_CHECKING:
     from edgepet.packs.pack import read_pack as read_pack
     from edgepet.packs.pack import write_pack as write_pack
     from edgepet.spec import Preprocess as Preprocess
+    from edgepet.tuning.options import TrainOptions as TrainOptions
+    from edgepet.verbs.bench import bench as bench
     from edgepet.verbs.calibrate import calibrate as calibrate
     from edgepet.verbs.calibrate import share as share
-    from edgepet.verbs.evaluate import bench as bench
     from edgepet.verbs.evaluate import evaluate as evaluate
-    from edgepet.verbs.evaluate import inspect as inspect
-    from edgepet.verbs.evaluate import storage as storage
     from edgepet.verbs.export import export as export
-    from edgepet.verbs.export import merge as merge
-    from edgepet.verbs.export import verify as verify
+    from edgepet.verbs.inspect import inspect as inspect
+    from edgepet.verbs.merge import merge as merge
     from edgepet.verbs.peft import export_peft as export_peft
     from edgepet.verbs.peft import import_peft as import_peft
-    from edgepet.verbs.train import pretrain as pretrain
+    from edgepet.verbs.pretrain import pretrain as pretrain
+    from edgepet.verbs.storage import storage as storage
     from edgepet.verbs.train import train as train
+    from edgepet.verbs.verify import verify as verify
 
 __version__ = "0.1.0"
 
@@ -48,20 +49,21 @@ _HOME = {
     "METHODS": "edgepet.methods",
     "Preprocess": "edgepet.spec",
     "SSF": "edgepet.methods",
-    "bench": "edgepet.verbs.evaluate",
+    "TrainOptions": "edgepet.tuning.options",
+    "bench": "edgepet.verbs.bench",
     "calibrate": "edgepet.verbs.calibrate",
     "evaluate": "edgepet.verbs.evaluate",
     "export": "edgepet.verbs.export",
     "export_peft": "edgepet.verbs.peft",
     "import_peft": "edgepet.verbs.peft",
-    "inspect": "edgepet.verbs.evaluate",
-    "merge": "edgepet.verbs.export",
-    "pretrain": "edgepet.verbs.train",
+    "inspect": "edgepet.verbs.inspect",
+    "merge": "edgepet.verbs.merge",
+    "pretrain": "edgepet.verbs.pretrain",
     "read_pack": "edgepet.packs.pack",
     "share": "edgepet.verbs.calibrate",
-    "storage": "edgepet.verbs.evaluate",
+    "storage": "edgepet.verbs.storage",
     "train": "edgepet.verbs.train",
-    "verify": "edgepet.verbs.export",
+    "verify": "edgepet.verbs.verify",
     "write_pack": "edgepet.packs.pack",
 }
 

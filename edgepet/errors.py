@@ -63,6 +63,14 @@ class MissingError(EdgepetError):
     exit_code = 5
 
 
+def option(field: str, value: object = None) -> str:
+    """An option of a verb, as messages name it: the field of the library's function, in backquotes.
+
+    The command line writes flags in place of them: ```max_drop=2``` becomes ``--max-drop 2``.
+    """
+    return f"`{field}`" if value is None else f"`{field}={value}`"
+
+
 def require(module: str, *, extra: str, purpose: str) -> ModuleType:
     """Import ``module`` or say which extra brings it.
 

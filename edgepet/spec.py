@@ -11,7 +11,7 @@ from typing import Any, Literal, TypeAlias, cast
 import numpy.typing as npt
 
 from edgepet.errors import InputError, PackError
-from edgepet.strict import Table
+from edgepet.strict import ObjectReader
 
 NpArray: TypeAlias = npt.NDArray[Any]
 Array: TypeAlias = Any  # a NumPy array or a torch tensor: formulas use only operators that both have
@@ -19,7 +19,8 @@ Tensors: TypeAlias = Mapping[str, NpArray]
 FilePath: TypeAlias = Path | str
 Tuned: TypeAlias = Mapping[str, Mapping[str, Array]]  # site name -> method tensor name -> value
 
-Precision: TypeAlias = Literal["fp32", "fp16", "int8"]
+StoredPrecision: TypeAlias = Literal["fp32", "fp16", "int8"]  # what the numbers of a file are
+Precision: TypeAlias = Literal["fp32", "bf16", "fp16", "int8"]  # what a network is computed in
 
 _TARGET = re.compile(
     r"(?P<tensor>[A-Za-z0-9_]+(?:\.[A-Za-z0-9_]+)*)(?:\[(?P<rows>N:N|:(?=,))(?:, (?P<cols>N:N))?\])?".replace(
@@ -172,7 +173,7 @@ class Preprocess:
         return {key: value for key, value in values.items() if key != "frames" or self.frames > 1}
 
 
-def read_preprocess(table: Table) -> Preprocess:
+def read_preprocess(table: ObjectReader) -> Preprocess:
     """Preprocessing from JSON, as ``Preprocess.as_json`` writes it."""
     sizes = table.integers("image_size", least=1)
     if len(sizes) != 2:

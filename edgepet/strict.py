@@ -9,8 +9,11 @@ from typing import Any, NoReturn
 from edgepet.errors import EdgepetError, PackError
 
 
-class Table:
-    """One JSON object being read. ``end()`` refuses the keys that nobody asked for."""
+class ObjectReader:
+    """One JSON object being read, by typed getters. ``end()`` refuses the keys that nobody asked for.
+
+    Every getter raises ``error``, PackError by default, where the key is not there or its value is something else.
+    """
 
     def __init__(self, value: object, where: str, *, error: type[EdgepetError] = PackError) -> None:
         self.where, self._error, self._read = where, error, set[str]()
@@ -19,6 +22,7 @@ class Table:
         self._value: dict[str, Any] = value
 
     def text(self, key: str, *, choices: Sequence[str] | None = None) -> str:
+        """A text that is not empty, one of ``choices`` where they are given."""
         value = self._take(key)
         if not isinstance(value, str) or not value:
             self._refuse(key, "needs a text", value)
@@ -27,24 +31,31 @@ class Table:
         return value
 
     def integer(self, key: str, *, least: int = 0) -> int:
+        """A whole number of at least ``least``; true and false are none."""
         value = self._take(key)
         if not isinstance(value, int) or isinstance(value, bool) or value < least:
             self._refuse(key, f"needs an integer of at least {least}", value)
         return value
 
     def number(self, key: str) -> float:
+        """A finite number, as a float; true and false are none."""
         value = self._take(key)
         if not _finite(value):
             self._refuse(key, "needs a finite number", value)
         return float(value)
 
-    def table(self, key: str) -> Table:
-        return Table(self._take(key), self._at(key), error=self._error)
+    def nested(self, key: str) -> ObjectReader:
+        """The object under ``key``."""
+        return ObjectReader(self._take(key), self._at(key), error=self._error)
 
-    def tables(self, key: str) -> list[Table]:
-        return [Table(item, f"{self._at(key)}[{i}]", error=self._error) for i, item in enumerate(self.sequence(key))]
+    def nested_list(self, key: str) -> list[ObjectReader]:
+        """The array of objects under ``key``."""
+        return [
+            ObjectReader(item, f"{self._at(key)}[{i}]", error=self._error) for i, item in enumerate(self.sequence(key))
+        ]
 
     def texts(self, key: str) -> tuple[str, ...]:
+        """An array of texts that are not empty."""
         values = self.sequence(key)
         for i, value in enumerate(values):
             if not isinstance(value, str) or not value:
@@ -52,6 +63,7 @@ class Table:
         return tuple(values)
 
     def integers(self, key: str, *, least: int = 0) -> tuple[int, ...]:
+        """An array of whole numbers of at least ``least``."""
         values = self.sequence(key)
         for i, value in enumerate(values):
             if not isinstance(value, int) or isinstance(value, bool) or value < least:
@@ -59,6 +71,7 @@ class Table:
         return tuple(values)
 
     def numbers(self, key: str, *, count: int) -> tuple[float, ...]:
+        """An array of ``count`` finite numbers."""
         values = self.sequence(key)
         if len(values) != count:
             self._refuse(key, f"needs {count} numbers", values)
@@ -68,12 +81,14 @@ class Table:
         return tuple(float(value) for value in values)
 
     def sequence(self, key: str) -> list[Any]:
+        """An array of anything."""
         value = self._take(key)
         if not isinstance(value, list):
             self._refuse(key, "needs an array", value)
         return value
 
     def boolean(self, key: str) -> bool:
+        """True or false."""
         value = self._take(key)
         if not isinstance(value, bool):
             self._refuse(key, "needs true or false", value)
@@ -92,6 +107,7 @@ class Table:
         return sorted(self._value)
 
     def has(self, key: str) -> bool:
+        """Whether ``key`` is there."""
         return key in self._value
 
     def end(self) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from edgepet.device.artifact import Format
+from edgepet.device.runtimes import Format
 from edgepet.exporters import onnx, openvino, tensorrt
 from edgepet.exporters.exporter import Exporter
 

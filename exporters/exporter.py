@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
-from edgepet.device.artifact import Format
-from edgepet.spec import FilePath, Precision
+from edgepet.device.runtimes import Format
+from edgepet.spec import FilePath, StoredPrecision
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -21,7 +21,7 @@ class ExportOptions:
     """
 
     to: tuple[Format, ...] = ("onnx",)
-    precision: Precision | Literal["auto"] = "fp32"
+    precision: StoredPrecision | Literal["auto"] = "fp32"
     sms: tuple[int, ...] = (86, 89, 120)
     simplify: bool = False
     external_data: bool = False
@@ -44,4 +44,4 @@ class Written:
 
 
 # (onnx.ModelProto, its precision, an empty folder, options, the task's name for errors) -> what was written
-Exporter: TypeAlias = Callable[[Any, Precision, Path, ExportOptions, str], Written]
+Exporter: TypeAlias = Callable[[Any, StoredPrecision, Path, ExportOptions, str], Written]

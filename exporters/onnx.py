@@ -10,11 +10,11 @@ import onnxruntime
 
 from edgepet.canonical import canonical_json
 from edgepet.deltas.delta import Delta
-from edgepet.errors import CheckError, InputError, require
+from edgepet.errors import CheckError, InputError, option, require
 from edgepet.exporters.exporter import ExportOptions, Written
 from edgepet.files import write_file
 from edgepet.graphs.base import FEATURES, LOGITS, BaseGraph
-from edgepet.spec import NpArray, Precision, Tensors
+from edgepet.spec import NpArray, StoredPrecision, Tensors
 
 MODEL = "model.onnx"
 MAX_SINGLE_FILE_BYTES = 1_900_000_000  # protobuf cannot hold 2 GiB
@@ -25,7 +25,11 @@ def build_model(graph: BaseGraph, tensors: Tensors, delta: Delta) -> Any:
     """An ``onnx.ModelProto`` that takes images and puts out logits; nothing is traced.
 
     Args:
-        tensors: merged weights for every initializer of ``graph`` that lies in a file.
+        tensors: merged weights, and tensors of branches, for every initializer of ``graph`` that lies in a file.
+
+    Raises:
+        BackboneError, InputError: as ``BaseGraph.require_fit``.
+        MissingError: onnx is not installed.
     """
     graph.require_fit(delta)
     onnx = require("onnx", extra="train", purpose="ONNX")
@@ -105,7 +109,13 @@ def serialize(model: Any) -> bytes:
 
 
 def write_onnx(model: Any, folder: Path, *, external: bool = False) -> list[str]:
-    """Write ``model.onnx``, with ``external`` its weights in ``model.onnx.data`` beside it; returns the file names."""
+    """Write ``model.onnx``, with ``external`` its weights in ``model.onnx.data`` beside it; returns the file names.
+
+    Weights that one file cannot hold lie beside it in any case. ``model`` is not touched.
+
+    Raises:
+        InputError: ``folder`` cannot be written.
+    """
     if not external and model.ByteSize() <= MAX_SINGLE_FILE_BYTES:
         write_file(folder / MODEL, serialize(model))
         return [MODEL]
@@ -131,8 +141,8 @@ def write_onnx(model: Any, folder: Path, *, external: bool = False) -> list[str]
     return [MODEL, f"{MODEL}.data"]
 
 
-def export(model: Any, precision: Precision, folder: Path, options: ExportOptions, task: str) -> Written:
-    """Write ``model`` itself; see ``Exporter``."""
+def export(model: Any, precision: StoredPrecision, folder: Path, options: ExportOptions, task: str) -> Written:
+    """Write ``model`` itself; see ``Exporter``, and ``write_onnx`` for what it raises."""
     del precision, task
     return Written(write_onnx(model, folder, external=options.external_data), "onnxruntime")
 
@@ -140,17 +150,18 @@ def export(model: Any, precision: Precision, folder: Path, options: ExportOption
 def simplified(model: Any, images: NpArray, *, where: str) -> Any:
     """``model`` through onnxsim, kept only if ONNX Runtime answers the same within 1e-4 of the largest logit.
 
-    The result has lost parameter names: it is for standalone artefacts, never for a base graph.
+    The result has lost parameter names: it is for standalone artefacts, never for a base graph. ``images`` are float32
+    (n, 3, H, W).
 
     Raises:
         MissingError: onnxsim is not installed.
         InputError: onnxsim failed on this model.
         CheckError: the simplified model answers otherwise.
     """
-    onnxsim = require("onnxsim", extra="onnxsim", purpose="--simplify")
+    onnxsim = require("onnxsim", extra="onnxsim", purpose=option("simplify"))
     simple, checked = onnxsim.simplify(model, check_n=0)
     if not checked:
-        raise InputError(where, "could not be simplified by onnxsim", fix="leave out --simplify")
+        raise InputError(where, "could not be simplified by onnxsim", fix=f"leave out {option('simplify')}")
     answers = [
         onnxruntime.InferenceSession(serialize(m), providers=["CPUExecutionProvider"]).run(None, {"images": images})[0]
         for m in (model, simple)
@@ -161,7 +172,7 @@ def simplified(model: Any, images: NpArray, *, where: str) -> Any:
             where,
             f"the simplified model must answer within {limit:.1e}",
             got=f"{worst:.1e}",
-            fix="leave out --simplify",
+            fix=f"leave out {option('simplify')}",
         )
     return simple
 

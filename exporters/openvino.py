@@ -11,7 +11,7 @@ from edgepet.errors import InputError, require
 from edgepet.exporters.exporter import ExportOptions, Written
 from edgepet.exporters.onnx import serialize
 from edgepet.files import sync_folder
-from edgepet.spec import Precision
+from edgepet.spec import StoredPrecision
 
 MODEL = "model.xml"
 _MADE_UP = re.compile(r"[A-Za-z]+_\d+")
@@ -42,7 +42,7 @@ def write_openvino(onnx_model: bytes, folder: Path, *, where: str) -> list[str]:
     return names
 
 
-def export(model: Any, precision: Precision, folder: Path, options: ExportOptions, task: str) -> Written:
-    """Write the IR; see ``Exporter``."""
+def export(model: Any, precision: StoredPrecision, folder: Path, options: ExportOptions, task: str) -> Written:
+    """Write the IR; see ``Exporter``, and ``write_openvino`` for what it raises."""
     del precision, options
     return Written(write_openvino(serialize(model), folder, where=task), "openvino")

@@ -18,10 +18,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 from edgepet.canonical import canonical_json
-from edgepet.errors import CheckError, InputError, require
-from edgepet.exporters.exporter import ExportOptions, Written
-from edgepet.exporters.onnx import serialize
-from edgepet.files import write_file
 from edgepet.device.tensorrt import (
     MODULES,
     SCHEMA,
@@ -34,7 +30,11 @@ from edgepet.device.tensorrt import (
     message_log,
     read_sidecar,
 )
-from edgepet.spec import Precision
+from edgepet.errors import CheckError, InputError, option, require
+from edgepet.exporters.exporter import ExportOptions, Written
+from edgepet.exporters.onnx import serialize
+from edgepet.files import write_file
+from edgepet.spec import StoredPrecision
 
 _ELSEWHERE = "export it to onnx or openvino, or change the model"
 _NOT_THIS_GPU = frozenset({"UNSUPPORTED_CC", "OLD_CUDA_DRIVER", "OLD_CUDA_RUNTIME", "INSUFFICIENT_GPU_MEMORY"})
@@ -73,7 +73,7 @@ def build_engines(
     onnx_model: bytes,
     folder: Path,
     *,
-    precision: Precision = "fp32",
+    precision: StoredPrecision = "fp32",
     sms: Sequence[int] = (86, 89, 120),
     max_batch: int = 16,
     stem: str = "model",
@@ -87,8 +87,8 @@ def build_engines(
         max_batch: the largest batch of the engine's one profile, which is tuned for batch 1.
 
     Raises:
-        InputError: TensorRT knows no such compute capability or operator, cannot build it, or the model is not in
-            ``precision``.
+        InputError: TensorRT knows no such compute capability or operator, cannot build it, the model is not in
+            ``precision`` or takes or gives other tensors, ``max_batch`` is below 1, or ``folder`` cannot be written.
         CheckError: the written engine is not one that the library reads.
         MissingError: no TensorRT is installed.
     """
@@ -115,8 +115,8 @@ def build_engines(
     return _write(trt, plan, sidecar, folder, stem=stem, seconds=seconds, layers=layers)
 
 
-def export(model: Any, precision: Precision, folder: Path, options: ExportOptions, task: str) -> Written:
-    """Build and write an engine and its side-car; see ``Exporter``."""
+def export(model: Any, precision: StoredPrecision, folder: Path, options: ExportOptions, task: str) -> Written:
+    """Build and write an engine and its side-car; see ``Exporter``, and ``build_engines`` for what it raises."""
     del task
     built = build_engines(serialize(model), folder, precision=precision, sms=options.sms)
     layers = {"layers_by_output_type": built.layers, "source": "the strongly typed network that was built"}
@@ -197,7 +197,7 @@ def _targets(trt: Any, sms: Sequence[int]) -> tuple[int, ...]:
     offered = {int(member): name for name, member in trt.ComputeCapability.__members__.items() if name.startswith("SM")}
     if not sms or not set(sms) <= set(offered):
         what = f"TensorRT-RTX {trt.__version__} builds for {', '.join(str(sm) for sm in sorted(offered))}"
-        raise InputError("sms", what, got=", ".join(map(str, sms)) or "none", fix="pass --sm with some of these")
+        raise InputError(option("sms"), what, got=", ".join(map(str, sms)) or "none", fix="pass some of these")
     return tuple(sorted(set(sms)))
 
 
@@ -213,7 +213,7 @@ def _compute_capability() -> int:
 
 
 def _build(
-    trt: Any, onnx_model: bytes, precision: Precision, max_batch: int, targets: Sequence[int], *, portable: bool
+    trt: Any, onnx_model: bytes, precision: StoredPrecision, max_batch: int, targets: Sequence[int], *, portable: bool
 ) -> tuple[memoryview, TensorSpec, TensorSpec, Mapping[str, int]]:
     """The serialised engine, its input, output and layers; ``portable`` is what classic TensorRT cannot be."""
     log = message_log(trt)
@@ -254,7 +254,7 @@ def _parse(trt: Any, builder: Any, onnx_model: bytes) -> tuple[Any, Any]:
     return network, parser
 
 
-def _tensors(trt: Any, network: Any, precision: Precision) -> tuple[TensorSpec, TensorSpec]:
+def _tensors(trt: Any, network: Any, precision: StoredPrecision) -> tuple[TensorSpec, TensorSpec]:
     """Input and output, both fp32."""
     ports = [network.get_input(index) for index in range(network.num_inputs)]
     ports += [network.get_output(index) for index in range(network.num_outputs)]
@@ -274,7 +274,7 @@ def _tensors(trt: Any, network: Any, precision: Precision) -> tuple[TensorSpec, 
     return takes, gives
 
 
-def _layers(trt: Any, network: Any, precision: Precision) -> Mapping[str, int]:
+def _layers(trt: Any, network: Any, precision: StoredPrecision) -> Mapping[str, int]:
     """Layers by the type of their first output, which is what they compute in: the side-car must not lie about it.
 
     Raises:

@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 import safetensors.numpy
 
-from edgepet.networks.backbone import Backbone, explicit_attention
 from edgepet.deltas.branches import ATTENTION, Branch, named_tensors, structure_digest, structure_of
+from edgepet.device.onnxruntime import OnnxRuntime
 from edgepet.errors import CheckError, InputError, require
 from edgepet.files import write_file
 from edgepet.graphs.base import (
@@ -24,14 +24,13 @@ from edgepet.graphs.base import (
     INPUT,
     WEIGHTS,
     BaseGraph,
-    Place,
     graph_folder,
     graph_stem,
     open_graph,
-    safetensors_places,
     write_graph_json,
 )
-from edgepet.device.onnxruntime import OnnxRuntime
+from edgepet.graphs.tensor_files import Place, safetensors_places
+from edgepet.networks.backbone import Backbone, explicit_attention
 from edgepet.spec import NpArray
 
 OPSET, IR_VERSION = 20, 10  # the newest that ONNX Runtime, OpenVINO and TensorRT all read, int8 included
@@ -44,8 +43,9 @@ def base_graph(backbone: Backbone, branches: Sequence[Branch] = (), *, root: Pat
         branches: their values, in any precision, are left out of the graph: each task brings its own.
 
     Raises:
-        InputError: torch cannot export an operator of this network.
+        InputError: torch cannot export an operator of this network, or a tensor of it gets lost or another shape.
         CheckError: ONNX Runtime answers otherwise than torch.
+        MissingError: onnxscript is not installed.
     """
     branches = [b.with_tensors({n: np.zeros(t.shape, np.float32) for n, t in b.named.items()}) for b in branches]
     structure = structure_digest(structure_of(branches))
@@ -60,7 +60,13 @@ def base_graph(backbone: Backbone, branches: Sequence[Branch] = (), *, root: Pat
 
 
 def keep_weights(backbone: Backbone, folder: Path | None = None, *, anew: bool = False) -> None:
-    """Write the backbone's tensors where graphs lie, by default the cache: a pack finds its backbone there again."""
+    """Write the backbone's tensors where graphs lie, by default the cache: a pack finds its backbone there again.
+
+    A file of the same size is left as it is, unless ``anew``.
+
+    Raises:
+        InputError: the file cannot be written.
+    """
     folder = folder or graph_folder(backbone.fingerprint)
     folder.mkdir(parents=True, exist_ok=True)
     data = safetensors.numpy.save({name: np.asarray(tensor, order="C") for name, tensor in backbone.native.items()})

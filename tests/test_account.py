@@ -12,8 +12,7 @@ import pytest
 from edgepet import read_pack, storage, write_pack
 from edgepet.device.store import Store
 from edgepet.errors import InputError
-from edgepet.verbs import storage as account
-from edgepet.verbs.storage import RuntimeBytes, TaskBytes
+from edgepet.verbs.storage import RuntimeBytes, TaskBytes, account
 from tests.flow import Artifacts, Tasks, has_openvino
 
 
@@ -33,7 +32,7 @@ def test_a_store_takes_the_bytes_that_its_files_take(full_store: Store, tasks: T
     (full_store.root / "cache").mkdir()
     (full_store.root / "cache" / "derived.bin").write_bytes(bytes(1234))
 
-    report = account.storage(full_store)
+    report = account(full_store)
 
     assert report.shared_total_bytes == bytes_below(full_store.root)
     assert report.backbone_bytes == (next(full_store.root.glob("backbones/*/backbone.safetensors"))).stat().st_size
@@ -46,7 +45,7 @@ def test_a_store_takes_the_bytes_that_its_files_take(full_store: Store, tasks: T
 
 
 def test_packs_are_counted_as_the_store_that_they_would_make(full_store: Store, tasks: Tasks) -> None:
-    assert storage([tasks.shapes, tasks.tints]) == account.storage(full_store)
+    assert storage([tasks.shapes, tasks.tints]) == account(full_store)
 
 
 @pytest.mark.parametrize("task", ["shapes", "tints"])
@@ -54,14 +53,14 @@ def test_a_full_copy_is_as_large_as_the_model_that_is_exported(
     full_store: Store, artifacts: Artifacts, task: str
 ) -> None:
     exported = (artifacts.of(task, "onnx") / "model.onnx").stat().st_size
-    (row,) = (row for row in account.storage(full_store).tasks if row.task == task)
+    (row,) = (row for row in account(full_store).tasks if row.task == task)
 
     # 1 %: the graph is the same, its pointers into files became the bytes themselves, and a few labels came along
     assert row.full_copy_bytes == pytest.approx(exported, rel=0.01)
 
 
 def test_the_ratio_is_full_copies_over_one_folder(full_store: Store) -> None:
-    report = account.storage(full_store)
+    report = account(full_store)
 
     assert report.full_total_bytes == sum(task.full_copy_bytes for task in report.tasks)
     assert report.ratio == report.full_total_bytes / report.shared_total_bytes
@@ -69,7 +68,7 @@ def test_the_ratio_is_full_copies_over_one_folder(full_store: Store) -> None:
 
 
 def test_every_runtime_says_what_it_keeps_and_what_was_run(full_store: Store) -> None:
-    report = account.storage(full_store)
+    report = account(full_store)
     ran = {"tasks_run": 2, "note": "every task was run from this folder"}
     absent = {"tasks_run": 0, "note": "not run: needs the package 'openvino'"}
     shared = {"shares_backbone": True, "total_bytes": report.shared_total_bytes, "ratio": report.ratio}
@@ -91,13 +90,13 @@ def test_every_runtime_says_what_it_keeps_and_what_was_run(full_store: Store) ->
 def test_a_runtime_that_is_not_here_was_not_run(full_store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "openvino", None)
 
-    row = account.storage(full_store).per_runtime[1]
+    row = account(full_store).per_runtime[1]
 
     assert (row.runtime, row.tasks_run, row.note) == ("openvino", 0, "not run: needs the package 'openvino'")
 
 
 def test_devices_multiply_both_sides(full_store: Store) -> None:
-    one, fleet = account.storage(full_store), account.storage(full_store, devices=40)
+    one, fleet = account(full_store), account(full_store, devices=40)
 
     assert (one.devices, one.fleet_shared_bytes, one.fleet_full_bytes) == (
         1, one.shared_total_bytes, one.full_total_bytes,
@@ -111,12 +110,12 @@ def test_devices_multiply_both_sides(full_store: Store) -> None:
 
 
 def test_a_task_more_costs_its_pack_and_nothing_else(full_store: Store, tasks: Tasks, tmp_path: Path) -> None:
-    before = account.storage(full_store)
+    before = account(full_store)
     third = tmp_path / "third.pet"
     size = write_pack(third, replace(read_pack(tasks.tints).delta, task="third"))
 
     full_store.install(third)
-    after = account.storage(full_store)
+    after = account(full_store)
 
     assert after.shared_total_bytes == before.shared_total_bytes + size
     assert after.tasks == (
@@ -129,9 +128,9 @@ def test_a_task_more_costs_its_pack_and_nothing_else(full_store: Store, tasks: T
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({}, "storage: needs packs, or --store with a device's folder"),
-        ({"packs": ["a"], "store": "b"}, "storage: needs packs, or --store with a device's folder"),
-        ({"packs": ["a"], "devices": 0}, "--devices: must be at least 1, got 0"),
+        ({}, "storage: needs packs, or `store` with a device's folder"),
+        ({"packs": ["a"], "store": "b"}, "storage: needs packs, or `store` with a device's folder"),
+        ({"packs": ["a"], "devices": 0}, "`devices`: must be at least 1, got 0"),
     ],
 )
 def test_what_cannot_be_counted_is_refused(arguments: dict[str, object], message: str) -> None:
@@ -148,5 +147,5 @@ def test_one_task_twice_is_refused(tasks: Tasks, graph: object) -> None:
 
 def test_an_empty_store_is_refused(store: Store) -> None:
     with pytest.raises(InputError) as refused:
-        account.storage(store)
+        account(store)
     assert str(refused.value) == f"{store.root}: has no task installed\n  fix: install a pack first"

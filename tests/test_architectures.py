@@ -28,7 +28,7 @@ from edgepet.graphs.base import BaseGraph
 from edgepet.methods import SSF, Consolidator, Full, LoRA, Method
 from edgepet.networks.backbone import Backbone
 from edgepet.spec import NpArray, Preprocess
-from edgepet.tuning.fit import Pixels, Plan, fit
+from edgepet.tuning.fit import LabelledPixels, Plan, fit
 from edgepet.tuning.model import TunedModel, algebra_error, extract, logits_of
 from tests.flow import needs_openvino
 from tests.tiny import perturb, random_images, random_pixels, same_bits, seeded, tiny_vit
@@ -121,7 +121,7 @@ def test_three_steps_leave_every_bit_of_the_backbone(method: Method, network: Ne
     before = {name: tensor.numpy().copy() for name, tensor in module.state_dict().items()}
     model = TunedModel(network.backbone, method, 3, seed=1)
     start, side = model.arrays(), network.images.shape[-1]
-    images = [Pixels(random_pixels(seed, n, side), np.arange(n) % 3) for seed, n in ((1, 12), (2, 6))]
+    images = [LabelledPixels(random_pixels(seed, n, side), np.arange(n) % 3) for seed, n in ((1, 12), (2, 6))]
 
     plan = Plan(epochs=1, lr=1e-2, head_lr=1e-2, batch_size=4, seed=5)
     fit(model, images[0], images[1], network.backbone.preprocess, plan, lambda step: None)

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from edgepet.device.store import Store
 from edgepet.graphs.base import BaseGraph, graph_folder
 from edgepet.proving.subject import Subject
 from tests.flow import Artifacts, Tasks, has_openvino
@@ -20,11 +21,12 @@ from tests.flow import Artifacts, Tasks, has_openvino
 DEVICE = ("torch", "torchvision", "timm", "onnx", "onnxscript", "onnx_ir")
 OPTIONAL = (*DEVICE, "openvino", "onnxsim", "nncf", "peft", "tensorrt", "tensorrt_rtx", "mlxtend", "mpl_toolkits")
 
-# Modules that train: they need torch when they are imported, and nothing that a device runs imports them.
+# The rooms of a device, and the modules that need torch when they are imported (ADR-0017).
+DEVICE_ROOMS = ("deltas", "device", "graphs", "images", "measuring", "packs")
 NEED_TORCH = {
     "edgepet.networks.graft", "edgepet.networks.merged", "edgepet.networks.sites",
     "edgepet.tuning.fake_quant", "edgepet.tuning.fit", "edgepet.tuning.model", "edgepet.tuning.processes",
-    "edgepet.tuning.training", "edgepet.verbs.demo", "edgepet.verbs.train",
+    "edgepet.tuning.training",
 }  # fmt: skip
 
 
@@ -141,6 +143,65 @@ def test_every_module_is_imported_without_optional_packages_but_those_that_train
     assert {"edgepet.exporters.onnx", "edgepet.exporters.trace", "edgepet.calibration"} <= set(seen)
 
 
+def test_every_module_of_a_device_is_imported_without_torch_timm_and_onnx() -> None:
+    code = block(DEVICE) + (
+        "import importlib, pkgutil, edgepet\n"
+        f"rooms = {DEVICE_ROOMS!r}\n"
+        "names = [module.name for module in pkgutil.walk_packages(edgepet.__path__, 'edgepet.')]\n"
+        "found = [name for name in names if name.split('.')[1] in rooms]\n"
+        "for name in found: importlib.import_module(name)\n"
+        "print(len({name.split('.')[1] for name in found}), len(found))"
+    )
+    done = python(code)
+
+    assert (done.returncode, done.stderr) == (0, "")
+    rooms, modules = map(int, done.stdout.split())
+    assert rooms == len(DEVICE_ROOMS)
+    assert modules > 25
+
+
+# Notes which room of edgepet asks for torch, timm or onnx: the one that stands highest in the stack.
+WATCHED = """
+import sys, traceback
+class Watch:
+    rooms = set()
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in ("torch", "timm", "onnx"):
+            names = [frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_stack(None)]
+            self.rooms.update([name.split(".")[1] for name in names if name.startswith("edgepet.")][:1])
+sys.meta_path.insert(0, Watch())
+"""
+
+
+def test_no_room_of_a_device_asks_for_torch_while_it_works(tasks: Tasks, artifacts: Artifacts, store: Store) -> None:
+    """Torch is installed here: what would quietly use it where it is there is seen too."""
+    store.install(tasks.shapes)
+    image = tasks.data / "test" / "square" / "0.png"
+    lines = [
+        ["eval", tasks.shapes, tasks.data, "--split", "val"],
+        ["bench", tasks.shapes, "--rounds", 1, "--runtime", "onnxruntime"],
+        ["storage", "--store", store.root],
+        ["inspect", tasks.tints],
+        ["verify", artifacts.of("shapes", "onnx")],
+    ]
+    words = [[*map(str, line), "--quiet"] for line in lines]
+    code = WATCHED + (
+        "import json; from edgepet import Device; from edgepet.cli.main import main\n"
+        f"codes = [main(line) for line in {words!r}]\n"
+        f"answers = Device({str(store.root)!r}).run('shapes', [{str(image)!r}]).results\n"
+        "import edgepet.tuning.model\n"  # or a watch that sees nothing would do
+        "print(json.dumps([codes, len(answers), sorted(Watch.rooms)]))"
+    )
+
+    done = python(code)
+
+    assert done.returncode == 0, done.stderr
+    codes, answers, rooms = json.loads(done.stdout)
+    assert (codes, answers) == ([0] * len(lines), 1)
+    assert "tuning" in rooms
+    assert not set(rooms) & set(DEVICE_ROOMS)
+
+
 def test_the_public_names_of_a_device_need_no_torch() -> None:
     code = block(DEVICE) + (
         "import edgepet, json\n"
@@ -152,7 +213,7 @@ def test_the_public_names_of_a_device_need_no_torch() -> None:
     done = python(code)
 
     assert (done.returncode, done.stderr) == (0, "")
-    assert json.loads(done.stdout) == ["pretrain", "train"]
+    assert json.loads(done.stdout) == []  # what needs torch says so when it is called
 
 
 # How fast it starts. The least of five runs: another process can only make a run longer, never shorter.

@@ -45,7 +45,7 @@ from edgepet.networks.backbone import Backbone
 from edgepet.networks.graft import grafted, in_torch
 from edgepet.packs.pack import encode_pack, read_pack
 from edgepet.spec import NpArray, Site
-from edgepet.tuning.fit import Pixels, Plan, fit
+from edgepet.tuning.fit import LabelledPixels, Plan, fit
 from edgepet.tuning.model import TunedModel, algebra_error, extract, logits_of
 from tests.flow import needs_openvino
 from tests.test_methods import vit
@@ -164,7 +164,7 @@ def test_three_steps_move_every_tensor_and_leave_every_bit_of_the_backbone(tuned
     before = {name: tensor.numpy().copy() for name, tensor in module.state_dict().items()}
     model = TunedModel(tuned.backbone, tuned.method, 3, seed=1)
     start = model.arrays()
-    images = [Pixels(random_pixels(seed, n), np.arange(n) % 3) for seed, n in ((1, 12), (2, 6))]
+    images = [LabelledPixels(random_pixels(seed, n), np.arange(n) % 3) for seed, n in ((1, 12), (2, 6))]
 
     plan = Plan(epochs=1, lr=1e-2, head_lr=1e-2, batch_size=4, seed=5)
     fit(model, images[0], images[1], tuned.backbone.preprocess, plan, lambda step: None)

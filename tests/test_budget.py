@@ -112,18 +112,18 @@ def test_logits_too_large_for_exp_have_a_divergence() -> None:
 @pytest.mark.parametrize(
     ("budget", "n", "message"),
     [
-        (0.0, 50, "--max-drop: is in points of top-1, above 0 and below 100, got 0.0"),
-        (-1.0, 50, "--max-drop: is in points of top-1, above 0 and below 100, got -1.0"),
-        (100.0, 50, "--max-drop: is in points of top-1, above 0 and below 100, got 100.0"),
-        (math.nan, 50, "--max-drop: is in points of top-1, above 0 and below 100, got nan"),
+        (0.0, 50, "`max_drop`: is in points of top-1, above 0 and below 100, got 0.0"),
+        (-1.0, 50, "`max_drop`: is in points of top-1, above 0 and below 100, got -1.0"),
+        (100.0, 50, "`max_drop`: is in points of top-1, above 0 and below 100, got 100.0"),
+        (math.nan, 50, "`max_drop`: is in points of top-1, above 0 and below 100, got nan"),
         (
             1.9, 50,
-            "--max-drop: must be at least 2 points: 50 images show no less, got 1.9\n"
+            "`max_drop`: must be at least 2 points: 50 images show no less, got 1.9\n"
             "  fix: give more images, or a wider budget",
         ),
         (
             0.5, 36,
-            "--max-drop: must be at least 2.8 points: 36 images show no less, got 0.5\n"
+            "`max_drop`: must be at least 2.8 points: 36 images show no less, got 0.5\n"
             "  fix: give more images, or a wider budget",
         ),
     ],
@@ -218,7 +218,7 @@ def test_where_half_of_the_layers_do_not_suffice_the_worst_are_named() -> None:
         "  l1: +5.00 points, divergence 0.5\n"
         "  l2: +4.00 points, divergence 0.4\n"
         "  l3: +3.00 points, divergence 0.3\n"
-        "  fix: a wider --max-drop, more calibration images, or fp16"
+        "  fix: a wider `max_drop`, more calibration images, or fp16"
     )
 
 
@@ -227,7 +227,7 @@ def test_of_many_layers_a_dozen_are_named() -> None:
 
     assert lines[1:13] == [f"  l{i}: +1.00 points, divergence 0.1" for i in range(12)]
     assert lines[13:] == [
-        "  and 8 more: edgepet calibrate lists all", "  fix: a wider --max-drop, more calibration images, or fp16",
+        "  and 8 more: edgepet calibrate lists all", "  fix: a wider `max_drop`, more calibration images, or fp16",
     ]  # fmt: skip
 
 

@@ -15,13 +15,13 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw
 
-from edgepet.calibration import calibrate as calibrating
+from edgepet.calibration import search
 from edgepet.calibration.budget import Drop, LayerDrop
-from edgepet.calibration.qdq import Recipe
+from edgepet.calibration.qdq import Int8Recipe
 from edgepet.graphs.base import graph_folder
 from edgepet.graphs.int8 import CODES
 from edgepet.packs.pack import read_pack
-from edgepet.verbs import export as deploy
+from edgepet.proving import precision
 from tests.flow import CLASSES, FORMATS, edgepet, has_openvino, refused, train_arguments
 from tests.test_account import bytes_below
 
@@ -81,9 +81,9 @@ def exported(trained: Trained, tmp_path_factory: pytest.TempPathFactory) -> Mapp
 def brief(monkeypatch: pytest.MonkeyPatch, report: Mapping[str, Any]) -> None:
     """Where a test is not about the search two recipes are tried in place of nine, and layers cost as in ``report``."""
     layers = [LayerDrop(**layer) for layer in report["layers"]]
-    monkeypatch.setattr(calibrating, "SMOOTH", ())
-    monkeypatch.setattr(calibrating, "ESTIMATORS", ("min-max",))
-    monkeypatch.setattr(calibrating.Calibration, "sensitivity", lambda self, recipe: layers)
+    monkeypatch.setattr(search, "SMOOTH", ())
+    monkeypatch.setattr(search, "ESTIMATORS", ("min-max",))
+    monkeypatch.setattr(search.Calibration, "sensitivity", lambda self, recipe: layers)
 
 
 def export(trained: Trained, folder: Path, *more: object) -> Any:
@@ -221,7 +221,7 @@ def test_layers_that_cost_too_much_return_to_float_and_are_named(
     trained: Trained, report: Mapping[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The judge is told what to say: of networks this small and classes this plain nothing is lost."""
-    calibration = calibrating.Calibration
+    calibration = search.Calibration
     kept_when_judged: list[int] = []
 
     def judge(self: Any, int8: Any) -> Drop:
@@ -249,7 +249,7 @@ def test_layers_that_cost_too_much_return_to_float_and_are_named(
 def test_a_budget_that_cannot_be_held_ends_with_4_and_leaves_nothing(
     trained: Trained, report: Mapping[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(calibrating.Calibration, "judge", lambda self, int8: loss(10.0))
+    monkeypatch.setattr(search.Calibration, "judge", lambda self, int8: loss(10.0))
     arguments = ["export", trained.pack, "--precision", "int8", "--calib", trained.data, "-o", tmp_path / "out"]
 
     message = refused(4, *arguments, "--max-drop", 5)
@@ -270,7 +270,7 @@ def test_weights_of_two_bits_lose_what_the_judge_sees(
     trained: Trained, report: Mapping[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Nothing is told here: codes of -1, 0 and 1 spoil the network itself."""
-    monkeypatch.setattr(calibrating, "TRANSFORMER", Recipe(bits=2))
+    monkeypatch.setattr(search, "TRANSFORMER", Int8Recipe(bits=2))
 
     told = edgepet("calibrate", trained.pack, "--calib", trained.data, "--json").json
 
@@ -285,7 +285,7 @@ def test_weights_of_two_bits_lose_what_the_judge_sees(
 def test_auto_writes_one_artefact_of_each_format_and_says_what_was_measured(
     trained: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(deploy, "AUTO_ROUNDS", 3)
+    monkeypatch.setattr(precision, "AUTO_ROUNDS", 3)
     formats = ["onnx", "openvino"] if has_openvino else ["onnx"]
 
     said = edgepet("export", trained.pack, "--precision", "auto", "--calib", trained.data, "--to", ",".join(formats),
@@ -309,8 +309,8 @@ def test_auto_writes_one_artefact_of_each_format_and_says_what_was_measured(
 def test_auto_leaves_int8_out_where_the_budget_does_not_hold(
     trained: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(deploy, "AUTO_ROUNDS", 3)
-    monkeypatch.setattr(calibrating.Calibration, "judge", lambda self, int8: loss(10.0))
+    monkeypatch.setattr(precision, "AUTO_ROUNDS", 3)
+    monkeypatch.setattr(search.Calibration, "judge", lambda self, int8: loss(10.0))
 
     said = edgepet("export", trained.pack, "--precision", "auto", "--calib", trained.data, "--max-drop", 5,
                    "-o", tmp_path, "--json")  # fmt: skip
@@ -415,7 +415,7 @@ def test_calibrate_writes_a_pack_for_the_backbone_that_tasks_share(trained: Trai
 def test_a_pack_on_the_shared_backbone_that_loses_too_much_is_not_written(
     trained: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(calibrating.Calibration, "judged", lambda self, network: loss(10.0))
+    monkeypatch.setattr(search.Calibration, "judged", lambda self, network: loss(10.0))
 
     message = refused(
         4, "calibrate", trained.pack, "--calib", trained.data, "--max-drop", 5, "-o", tmp_path / "shared.pet"

@@ -15,7 +15,7 @@ import torch
 import edgepet as package
 from edgepet.cli.main import main
 from edgepet.measuring.parity import interval
-from edgepet.verbs import evaluate as ondevice
+from edgepet.verbs import inspect
 from tests.flow import CLASSES, Artifacts, Tasks, draw_shapes, edgepet, has_openvino, train_arguments
 
 OPTIONAL_NUMBER = (float, NoneType)
@@ -322,7 +322,7 @@ def test_done_is_0_and_a_failed_check_4(artifacts: Artifacts, tmp_path: Path) ->
     [
         ([], "the following arguments are required: VERB"),
         (["nosuch"], "argument VERB: invalid choice: 'nosuch'"),
-        (["inspect"], "the following arguments are required: file"),
+        (["inspect"], "the following arguments are required: MODEL"),
         (["inspect", "a.pet", "--colour"], "unrecognized arguments: --colour"),
         (["inspect", "a.pet", "--js"], "unrecognized arguments: --js"),
         (["storage", "a.pet", "--device", "3"], "unrecognized arguments: --device 3"),
@@ -350,7 +350,7 @@ def test_an_interrupt_is_130_and_one_word(tasks: Tasks, monkeypatch: pytest.Monk
     def interrupted(path: Path) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(ondevice, "inspect", interrupted)
+    monkeypatch.setattr(inspect, "inspect", interrupted)
 
     said = edgepet("inspect", tasks.shapes, "--json")
 
@@ -362,7 +362,7 @@ def test_a_bug_keeps_its_traceback(tasks: Tasks, monkeypatch: pytest.MonkeyPatch
         message = "a bug"
         raise ZeroDivisionError(message)
 
-    monkeypatch.setattr(ondevice, "inspect", broken)
+    monkeypatch.setattr(inspect, "inspect", broken)
 
     with pytest.raises(ZeroDivisionError, match="a bug"):
         main(["inspect", str(tasks.shapes)])

@@ -112,7 +112,7 @@ def test_images_where_clips_should_be_are_refused(clips: Path, tmp_path: Path) -
         open_split(tmp_path / "images", "train", clips=True)
     assert str(told.value) == (
         f"{tmp_path / 'images' / 'a'}: holds no folder of frames\n"
-        "  fix: put every clip's frames into a folder of its own, or leave out --frames"
+        "  fix: put every clip's frames into a folder of its own, or leave out `frames`"
     )
 
 
@@ -242,12 +242,12 @@ def test_frames_are_no_part_of_an_images_pack_and_at_least_two() -> None:
     with pytest.raises(InputError, match="must be at least 1"):
         load_backbone("test_vit", frames=0)
     from edgepet.spec import read_preprocess
-    from edgepet.strict import Table
+    from edgepet.strict import ObjectReader
 
     written = Preprocess(image_size=(32, 32), frames=2).as_json()
-    assert read_preprocess(Table(written, "here")).frames == 2
+    assert read_preprocess(ObjectReader(written, "here")).frames == 2
     with pytest.raises(PackError, match="needs an integer of at least 2"):
-        read_preprocess(Table(written | {"frames": 1}, "here"))
+        read_preprocess(ObjectReader(written | {"frames": 1}, "here"))
 
 
 # ----------------------------------------------------------------------------------------------------- the whole flow

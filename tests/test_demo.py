@@ -16,7 +16,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture
 def short(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(demo, "PLANS", tuple(replace(plan, epochs=1) for plan in demo.PLANS))
+    monkeypatch.setattr(demo, "TRAININGS", tuple(replace(asked, epochs=1) for asked in demo.TRAININGS))
     monkeypatch.setattr(demo, "TEST_IMAGES", 50)
 
 

@@ -31,7 +31,7 @@ from edgepet.proving import precision
 from edgepet.proving.subject import Subject, tuned_network
 from edgepet.spec import NpArray
 from edgepet.tuning.model import TunedModel, extract, logits_of
-from edgepet.verbs import export as deploy
+from edgepet.verbs import merge as merging
 from tests.flow import CLASSES, FORMATS, Artifacts, Tasks, edgepet, refused, train_arguments
 from tests.tiny import perturb, tiny_vit
 
@@ -455,7 +455,7 @@ def test_a_failed_merge_leaves_the_older_file(
         )
         return network
 
-    monkeypatch.setattr(deploy, "plain_network", forgetful)
+    monkeypatch.setattr(merging, "plain_network", forgetful)
 
     message = refused(4, "merge", tasks.shapes, "-o", older)
 

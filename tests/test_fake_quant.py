@@ -17,7 +17,7 @@ from torch.nn import functional
 import edgepet
 from edgepet.calibration.layers import Graph, Layer, find_layers
 from edgepet.calibration.observe import Activations, observe
-from edgepet.calibration.qdq import Recipe, choose_ranges, quantize
+from edgepet.calibration.qdq import Int8Recipe, choose_ranges, quantize
 from edgepet.calibration.rewriting import folded
 from edgepet.calibration.slot_graphs import backbone_layers, coded_backbone
 from edgepet.deltas.codes import CodedWeight, Range, coded
@@ -32,12 +32,12 @@ from edgepet.methods import IA3, SSF, ConvAdapter, Full, KronA, LinearProbe, LoR
 from edgepet.methods.method import unflatten
 from edgepet.networks import graft
 from edgepet.networks.backbone import Backbone
-from edgepet.reports.tables import Step
+from edgepet.reports.progress import Step
 from edgepet.spec import NpArray, Preprocess
-from edgepet.tuning.fake_quant import Rounding, range_of, rounded
-from edgepet.tuning.fit import Fit, Pixels, Plan, fit
+from edgepet.tuning.fake_quant import FakeQuant, range_of, rounded
+from edgepet.tuning.fit import Fit, LabelledPixels, Plan, fit
 from edgepet.tuning.model import TunedModel, algebra_error, logits_of
-from edgepet.tuning.processes import Crew
+from edgepet.tuning.processes import Processes
 from tests.flow import Tasks, refused, train_arguments
 from tests.flow import edgepet as command
 from tests.test_survival import StopError, images, keeper, stepping
@@ -69,7 +69,7 @@ def small() -> Backbone:
 
 
 def tuned(backbone: Backbone, method: Method, precision: str, *, seed: int = 1) -> TunedModel:
-    return TunedModel(backbone, method, 3, seed=seed, rounding=Rounding(base_graph(backbone), precision))
+    return TunedModel(backbone, method, 3, seed=seed, fake_quant=FakeQuant(base_graph(backbone), precision))
 
 
 # ------------------------------------------------------------------------------------------------------- one tensor
@@ -157,7 +157,7 @@ def test_the_network_computes_with_coded_weights_and_rounded_activations(
 def test_the_network_answers_as_the_int8_graph_does(architecture: str, tmp_path: Path) -> None:
     network = tiny_vit(tmp_path, seed=7, architecture=architecture, image_size=64)
     base, batch = base_graph(network), random_images(4, 8, 64)
-    rounding, codes = Rounding(base, "int8"), coded_backbone(base)
+    fake_quant, codes = FakeQuant(base, "int8"), coded_backbone(base)
     graph = Graph(folded(onnx.load(str(base.model_path))))
     layers = find_layers(graph, base.places)
     seen = observe(graph.model, layers, batch, where=architecture)
@@ -166,16 +166,16 @@ def test_the_network_answers_as_the_int8_graph_does(architecture: str, tmp_path:
     }  # fmt: skip
     for index, layer in enumerate(layers):  # the ranges that the graph gets, which float values flow through
         of = seen[layer.reads].divided(smooth.get(layer.reads, np.ones(1, np.float32)))
-        rounding.least[index], rounding.most[index] = float(of.least.min()), float(of.most.max())
-    rounding.batches.fill_(1)
+        fake_quant.least[index], fake_quant.most[index] = float(of.least.min()), float(of.most.max())
+    fake_quant.batches.fill_(1)
 
     exact = ort.SessionOptions()
     exact.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-    model = quantize(graph, layers, seen, Recipe(), smooth=smooth).model.SerializeToString()
+    model = quantize(graph, layers, seen, Int8Recipe(), smooth=smooth).model.SerializeToString()
     (expected,) = ort.InferenceSession(model, exact, providers=["CPUExecutionProvider"]).run(None, {INPUT: batch})
     images = torch.from_numpy(batch)
-    with torch.no_grad(), rounding.eval().reading(network.module):
-        got = torch.func.functional_call(network.module, rounding.weights, (images,)).numpy()
+    with torch.no_grad(), fake_quant.eval().reading(network.module):
+        got = torch.func.functional_call(network.module, fake_quant.weights, (images,)).numpy()
 
     # float32 sums in another order, and batch norms that are folded, move a value now and then to the code beside it
     assert np.abs(got - expected).mean() < 0.2 * np.abs(logits_of(network.module, batch) - expected).mean()
@@ -203,8 +203,8 @@ def test_a_tuned_network_is_the_folded_one_on_codes(
 
     def features(tensors: dict[str, NpArray]) -> torch.Tensor:
         state = {name: torch.from_numpy(np.array(tensor)) for name, tensor in tensors.items()}
-        rounding = Rounding(base_graph(backbone), "int4")
-        with torch.no_grad(), rounding.reading(backbone.module):
+        fake_quant = FakeQuant(base_graph(backbone), "int4")
+        with torch.no_grad(), fake_quant.reading(backbone.module):
             return torch.func.functional_call(backbone.module, state, (batch,))
 
     with torch.no_grad():
@@ -220,10 +220,10 @@ def test_a_tuned_network_is_the_folded_one_on_codes(
 
 
 def test_the_gradient_goes_straight_through_a_coded_weight(small: Backbone) -> None:
-    rounding = Rounding(base_graph(small), "int4")
+    fake_quant = FakeQuant(base_graph(small), "int4")
     weight = torch.from_numpy(np.array(small.tensors["fc1.weight"])).requires_grad_()
 
-    made = rounding.recoded("fc1.weight", weight)
+    made = fake_quant.recoded("fc1.weight", weight)
     (2 * made).sum().backward()
 
     divisors = coded_backbone(base_graph(small), 4)["fc1.weight"].divisors
@@ -233,28 +233,28 @@ def test_the_gradient_goes_straight_through_a_coded_weight(small: Backbone) -> N
 
 
 def test_ranges_are_means_over_batches_and_rest_in_eval_mode(small: Backbone) -> None:
-    rounding = Rounding(base_graph(small), "int8")
+    fake_quant = FakeQuant(base_graph(small), "int8")
     batches = [torch.from_numpy(random_images(seed, 4)) for seed in (1, 2, 3)]
 
-    with torch.no_grad(), rounding.reading(small.module):
+    with torch.no_grad(), fake_quant.reading(small.module):
         for batch in batches:
             small.module(batch)
-        rounding.eval()
+        fake_quant.eval()
         small.module(10 * batches[0])
 
-    assert rounding.batches.tolist() == [3] * 6
-    assert rounding.least[0].item() == pytest.approx(np.mean([batch.min().item() for batch in batches]), rel=1e-6)
-    assert rounding.most[0].item() == pytest.approx(np.mean([batch.max().item() for batch in batches]), rel=1e-6)
+    assert fake_quant.batches.tolist() == [3] * 6
+    assert fake_quant.least[0].item() == pytest.approx(np.mean([batch.min().item() for batch in batches]), rel=1e-6)
+    assert fake_quant.most[0].item() == pytest.approx(np.mean([batch.max().item() for batch in batches]), rel=1e-6)
 
 
 def test_the_newest_batch_never_weighs_less_than_a_hundredth(small: Backbone) -> None:
-    rounding, batch = Rounding(base_graph(small), "int8"), torch.from_numpy(random_images(1, 4))
-    rounding.batches.fill_(5000)
+    fake_quant, batch = FakeQuant(base_graph(small), "int8"), torch.from_numpy(random_images(1, 4))
+    fake_quant.batches.fill_(5000)
 
-    with torch.no_grad(), rounding.reading(small.module):
+    with torch.no_grad(), fake_quant.reading(small.module):
         small.module(batch)
 
-    assert rounding.most[0].item() == pytest.approx(0.01 * batch.max().item(), rel=1e-6)
+    assert fake_quant.most[0].item() == pytest.approx(0.01 * batch.max().item(), rel=1e-6)
 
 
 def test_a_branch_reads_what_is_not_rounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -286,11 +286,11 @@ def test_a_network_without_a_layer_for_int8_is_refused() -> None:
     waves = Backbone.from_module(seeded(Waves(), 1), name="waves", preprocess=Preprocess(image_size=(32, 32)))
 
     with pytest.raises(InputError) as refusal:
-        Rounding(base_graph(waves), "int8")
+        FakeQuant(base_graph(waves), "int8")
 
     assert str(refusal.value) == (
         "module:waves: has no linear layer or convolution that int8 is for\n"
-        "  fix: tune it with --backbone-precision fp32"
+        "  fix: tune it with `backbone_precision=fp32`"
     )
 
 
@@ -318,9 +318,9 @@ def test_a_training_leaves_the_backbone_and_the_algebra_as_they_were(method: Met
 
     error, largest = algebra_error(model, backbone, batch)
     assert error <= ALGEBRA * largest
-    assert model.rounding is not None
+    assert model.fake_quant is not None
     assert {
-        name: tensor.dtype for name, tensor in model.rounding.named_buffers() if tensor.dtype != torch.float32
+        name: tensor.dtype for name, tensor in model.fake_quant.named_buffers() if tensor.dtype != torch.float32
     } == {}
     assert same_bits({n: t.detach().numpy() for n, t in module.state_dict().items()}, tensors)
     assert logits_of(module, batch).tobytes() == answers.tobytes()
@@ -339,7 +339,7 @@ def test_a_fit_that_was_stopped_ends_with_the_same_bits(
 
     got, resumed = run(backbone, SSF(), plan, keeper(tmp_path))
 
-    assert {"rounding.least", "rounding.most", "rounding.batches"} < own(expected).keys()
+    assert {"fake_quant.least", "fake_quant.most", "fake_quant.batches"} < own(expected).keys()
     assert same_bits(own(got), own(expected))
     assert (resumed.best_epoch, resumed.val) == (whole.best_epoch, whole.val)
 
@@ -351,8 +351,8 @@ def test_the_ranges_that_stay_are_those_of_the_best_epoch(backbone: Backbone, mo
     model, fitted = run(backbone, SSF(), PLAN)
 
     assert fitted.best_epoch == 1
-    assert model.rounding is not None
-    assert set(model.rounding.batches.tolist()) == {1 + 3}  # one of 12 images before training, three of 4 in an epoch
+    assert model.fake_quant is not None
+    assert set(model.fake_quant.batches.tolist()) == {1 + 3}  # one of 12 images before training, three of 4 in an epoch
 
 
 def test_ranges_begin_with_all_training_images(backbone: Backbone) -> None:
@@ -361,19 +361,19 @@ def test_ranges_begin_with_all_training_images(backbone: Backbone) -> None:
 
     fit(model, seen, images(2, 6), backbone.preprocess, plan, lambda step: None)
 
-    assert model.rounding is not None
-    assert set(model.rounding.batches.tolist()) == {3}
+    assert model.fake_quant is not None
+    assert set(model.fake_quant.batches.tolist()) == {3}
     first = [normalize(seen.pixels[start : start + 64], backbone.preprocess).min() for start in (0, 64, 128)]
-    assert model.rounding.least[0].item() == pytest.approx(np.mean(first), rel=1e-6)
+    assert model.fake_quant.least[0].item() == pytest.approx(np.mean(first), rel=1e-6)
 
 
 def test_processes_go_on_with_the_mean_of_their_ranges(backbone: Backbone, monkeypatch: pytest.MonkeyPatch) -> None:
     kept, batches = torch.tensor([1.0, 5.0]), list[float]()
-    monkeypatch.setattr(Crew, "_sum", lambda crew, tensor: tensor + 3)  # in the other process they are 3
-    Crew(0, 2, object()).average([kept])
+    monkeypatch.setattr(Processes, "_sum", lambda processes, tensor: tensor + 3)  # in the other process they are 3
+    Processes(0, 2, object()).average([kept])
     assert kept.tolist() == [2, 4]
 
-    monkeypatch.setattr(Crew, "average", lambda crew, tensors: batches.append(float(tensors[2][0])))
+    monkeypatch.setattr(Processes, "average", lambda processes, tensors: batches.append(float(tensors[2][0])))
     run(backbone, SSF(), PLAN)
     assert batches == [1 + step for step in range(1, 10)]
 
@@ -383,7 +383,7 @@ def test_a_delta_tuned_on_int4_is_better_there_than_one_tuned_in_float(backbone:
 
     def loss(seed: int, *, on_codes: bool) -> float:
         """Of the images that it was tuned on, with the backbone in int4."""
-        data = Pixels(pixels=random_pixels(seed, 24), labels=labels)
+        data = LabelledPixels(pixels=random_pixels(seed, 24), labels=labels)
         model = tuned(backbone, SSF(), "int4", seed=seed) if on_codes else TunedModel(backbone, SSF(), 3, seed=seed)
         fit(model, data, data, backbone.preprocess, plan, lambda step: None)
         judged = tuned(backbone, SSF(), "int4")
@@ -460,4 +460,4 @@ def test_an_unknown_precision_of_the_backbone_is_refused(tasks: Tasks, backbone:
         edgepet.train(tasks.data, backbone, "ssf", pack, backbone_precision="int2")
 
     assert "argument --backbone-precision: invalid choice: 'int2'" in message
-    assert str(refusal.value) == "--backbone-precision: is fp32, int8 or int4, got 'int2'"
+    assert str(refusal.value) == "`backbone_precision`: is fp32, int8 or int4, got 'int2'"

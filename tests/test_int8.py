@@ -14,7 +14,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from edgepet.calibration.layers import Graph, Layer, find_layers
 from edgepet.calibration.observe import Activations, observe
-from edgepet.calibration.qdq import Int8, Recipe, observed_smoothing, quantize
+from edgepet.calibration.qdq import Int8, Int8Recipe, observed_smoothing, quantize
 from edgepet.calibration.rewriting import folded
 from edgepet.calibration.search import Calibration
 from edgepet.device.onnxruntime import OnnxRuntime
@@ -27,7 +27,7 @@ from tests.flow import Network, needs_openvino, needs_tensorrt_rtx
 from tests.test_half import mlp
 from tests.tiny import random_images
 
-PLAIN = Recipe()
+PLAIN = Int8Recipe()
 CALIBRATION, IMAGES = random_images(4, 32), random_images(9, 32)
 LAYERS = {"test_vit": 25, "test_resnet": 15, "test_efficientnet": 17, "convnextv2_atto": 40}
 
@@ -61,7 +61,7 @@ class Observed:
         layers = find_layers(graph, weights)
         return cls(name, model, graph, layers, observe(graph.model, layers, images, where=name))
 
-    def int8(self, recipe: Recipe = PLAIN) -> Int8:
+    def int8(self, recipe: Int8Recipe = PLAIN) -> Int8:
         return quantize(self.graph, self.layers, self.seen, recipe)
 
 
@@ -105,7 +105,7 @@ def test_the_answers_are_near_the_float_ones_and_not_the_same(network: Observed)
 def test_four_bits_of_weights_lose_more_than_eight(network: Observed) -> None:
     expected = run(network.model)
 
-    eight, four = (((run(network.int8(Recipe(bits=b)).model) - expected) ** 2).mean() for b in (8, 4))
+    eight, four = (((run(network.int8(Int8Recipe(bits=b)).model) - expected) ** 2).mean() for b in (8, 4))
 
     assert four > 4 * eight
 
@@ -113,7 +113,7 @@ def test_four_bits_of_weights_lose_more_than_eight(network: Observed) -> None:
 def test_the_source_model_is_left_alone(network: Observed) -> None:
     before = serialize(network.model), serialize(network.graph.model)
 
-    network.int8(Recipe(smooth=0.5, bias_correction=True, estimator="mse"))
+    network.int8(Int8Recipe(smooth=0.5, bias_correction=True, estimator="mse"))
 
     assert (serialize(network.model), serialize(network.graph.model)) == before
 
@@ -259,7 +259,7 @@ def test_smoothing_moves_channels_from_norms_into_weights_and_changes_no_answer(
     behind = [layer for layer in found.layers if layer.norm]
     assert len(behind) == len(divisors) == 12  # qkv and fc1 of six blocks
 
-    values = tensors(found.int8(Recipe(smooth=0.5)).model)
+    values = tensors(found.int8(Int8Recipe(smooth=0.5)).model)
 
     smoothed = type(found.graph.model)()
     smoothed.CopyFrom(found.graph.model)
@@ -288,7 +288,8 @@ def test_bias_correction_brings_the_mean_of_answers_closer(
     expected = run(found.model).mean(axis=0)
 
     plain, corrected = (
-        np.abs(run(found.int8(Recipe(bias_correction=on)).model).mean(axis=0) - expected).max() for on in (False, True)
+        np.abs(run(found.int8(Int8Recipe(bias_correction=on)).model).mean(axis=0) - expected).max()
+        for on in (False, True)
     )
 
     assert corrected < 0.75 * plain  # 0.26, 0.61 and 0.33 of it, on images that were not looked at
@@ -307,7 +308,7 @@ def test_bias_correction_keeps_the_mean_of_one_layer() -> None:
     expected = run(found.model, PICTURES)
 
     def mean_error(*, on: bool) -> float:
-        model = found.int8(Recipe(bias_correction=on, keep=("fc1",), bits=4)).model
+        model = found.int8(Int8Recipe(bias_correction=on, keep=("fc1",), bits=4)).model
         return float(np.abs((run(model, PICTURES) - expected).mean(axis=0)).max())
 
     assert mean_error(on=False) > 0.1
@@ -317,7 +318,7 @@ def test_bias_correction_keeps_the_mean_of_one_layer() -> None:
 def test_a_kept_layer_is_float_with_its_very_bytes() -> None:
     found = hand_made(PICTURES)
 
-    made = found.int8(Recipe(keep=("fc1",)))
+    made = found.int8(Int8Recipe(keep=("fc1",)))
 
     assert [layer.name for layer in made.layers] == ["fc2"]
     values = tensors(made.model)
@@ -328,7 +329,7 @@ def test_a_kept_layer_is_float_with_its_very_bytes() -> None:
         "Flatten", "Transpose", "MatMul", "Relu", "Sub", "QuantizeLinear", "DequantizeLinear", "DequantizeLinear",
         "MatMul", "Add",
     ]  # fmt: skip
-    everything = found.int8(Recipe(keep=("fc1", "fc2")))
+    everything = found.int8(Int8Recipe(keep=("fc1", "fc2")))
     assert (everything.layers, dict(everything.ranges)) == ((), {})
     assert np.array_equal(run(everything.model, PICTURES), run(found.model, PICTURES))
 
@@ -473,7 +474,7 @@ def test_activations_that_are_no_numbers_are_refused() -> None:
 
     assert str(refused.value) == (
         "task 'x': wide: must stay finite on the calibration images, got NaN or infinity\n"
-        "  fix: train again with a lower --lr, or look at the images"
+        "  fix: train again with a lower `lr`, or look at the images"
     )
 
 

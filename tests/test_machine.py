@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from edgepet.device.runtimes import ENGINES
 from edgepet.measuring import machine
 from edgepet.measuring.machine import RuntimeStatus, environment, runtimes
 
@@ -46,7 +47,7 @@ def bare(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.fixture
 def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """The only folder that packages are found in."""
-    names = {runtime.module for runtime in machine.RUNTIMES.values()}
+    names = {engine.module for engine in ENGINES}
     held = {name: sys.modules.pop(name) for name in names if name in sys.modules}
     monkeypatch.setattr(sys, "path", [str(tmp_path)])
     monkeypatch.setattr(sys, "meta_path", [f for f in sys.meta_path if "editable" not in str(f)])
@@ -69,7 +70,7 @@ def install(site: Path, package: str, version: str, *, source: str | None) -> No
 
 
 def status(name: str) -> RuntimeStatus:
-    return next(status for status in runtimes() if status.name == name)
+    return next(status for status in runtimes(ENGINES) if status.name == name)
 
 
 def test_an_x86_server_is_named_with_the_instructions_that_kernels_are_chosen_by(bare: Path) -> None:
@@ -139,7 +140,7 @@ def test_versions_are_those_of_installed_packages_and_the_host_is_not_named() ->
 
 
 def test_every_missing_runtime_comes_with_the_line_that_installs_it(site: Path) -> None:
-    missing = [(status.name, status.version, status.available, status.fix) for status in runtimes()]
+    missing = [(status.name, status.version, status.available, status.fix) for status in runtimes(ENGINES)]
 
     assert missing == [
         ("onnxruntime", None, False, "pip install edgepet"),
@@ -214,7 +215,8 @@ def test_a_package_whose_module_is_an_empty_folder_is_broken(site: Path) -> None
 
 def test_asking_what_is_here_does_not_import_what_devices_do_without() -> None:
     code = (
-        "import sys, edgepet.measuring.machine as m; m.environment(); m.runtimes();"
+        "import sys, edgepet.measuring.machine as m; m.environment();"
+        "from edgepet.device.runtimes import ENGINES; m.runtimes(ENGINES);"
         "print({'torch', 'onnx'} & set(sys.modules))"
     )
 

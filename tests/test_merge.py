@@ -103,7 +103,7 @@ def test_a_delta_for_another_backbone_is_refused_whatever_that_one_is_called() -
 
     assert str(refused.value) == (
         "task 'flowers': was trained on tiny 0123456789ab, got tiny 4f1c4f1c4f1c\n"
-        "  fix: pass --backbone tiny with the weights that it was trained on"
+        "  fix: pass `backbone=tiny` with the weights that it was trained on"
     )
     assert refused.value.exit_code == 3
 

@@ -46,7 +46,7 @@ from edgepet.methods.settings import restored
 from edgepet.networks.backbone import Backbone
 from edgepet.packs.pack import encode_pack, read_pack
 from edgepet.spec import NpArray, Site, Target
-from edgepet.tuning.fit import Pixels, Plan, fit
+from edgepet.tuning.fit import LabelledPixels, Plan, fit
 from edgepet.tuning.model import TunedModel, algebra_error, extract
 from tests.tiny import make_delta, perturb, random_images, random_pixels, same_bits, sites_of
 
@@ -308,8 +308,8 @@ def test_full_trains_and_stores_every_parameter(backbone: Backbone) -> None:
 # ---------------------------------------------------------------------------------------------------------- training
 
 
-def pixels(seed: int, n: int) -> Pixels:
-    return Pixels(pixels=random_pixels(seed, n), labels=np.arange(n, dtype=np.int64) % 3)
+def pixels(seed: int, n: int) -> LabelledPixels:
+    return LabelledPixels(pixels=random_pixels(seed, n), labels=np.arange(n, dtype=np.int64) % 3)
 
 
 def trained(backbone: Backbone, method: Method) -> tuple[TunedModel, list[float]]:
@@ -467,25 +467,33 @@ def test_settings_are_read_as_people_type_them() -> None:
 
 
 BAD_SETTINGS: list[tuple[str, Mapping[str, str], str]] = [
-    ("prune", {}, f"--method: is one of {', '.join(METHODS)}, got 'prune'"),
-    ("ssf", {"rank": "4"}, "--set rank: ssf has no settings, got 'rank'"),
-    ("lora", {"rang": "4"}, "--set rang: lora has the settings alpha, alphas, on, rank, ranks, rslora, got 'rang'"),
-    ("lora", {"ranks": "4"}, "--set ranks: needs NAME:whole number with commas between, got '4'"),
-    ("lora", {"ranks": "fc1:x"}, "--set ranks: needs NAME:whole number with commas between, got 'fc1:x'"),
+    ("prune", {}, f"`method`: is one of {', '.join(METHODS)}, got 'prune'"),
+    ("ssf", {"rank": "4"}, "`settings` rank: ssf has no settings, got 'rank'"),
+    (
+        "lora",
+        {"rang": "4"},
+        "`settings` rang: lora has the settings alpha, alphas, on, rank, ranks, rslora, got 'rang'",
+    ),
+    ("lora", {"ranks": "4"}, "`settings` ranks: needs NAME:whole number with commas between, got '4'"),
+    ("lora", {"ranks": "fc1:x"}, "`settings` ranks: needs NAME:whole number with commas between, got 'fc1:x'"),
     ("lora", {"ranks": "fc1:0"}, "lora: needs a rank of at least 1, got 0"),
-    ("lora", {"name": "x"}, "--set name: lora has the settings alpha, alphas, on, rank, ranks, rslora, got 'name'"),
-    ("lora", {"rank": "four"}, "--set rank: needs a whole number, got 'four'"),
-    ("lora", {"rank": "4.0"}, "--set rank: needs a whole number, got '4.0'"),
-    ("lora", {"alpha": "x"}, "--set alpha: needs a number, got 'x'"),
-    ("lora", {"alpha": "nan"}, "--set alpha: needs a number, got 'nan'"),
-    ("lora", {"alpha": "-inf"}, "--set alpha: needs a number, got '-inf'"),
+    (
+        "lora",
+        {"name": "x"},
+        "`settings` name: lora has the settings alpha, alphas, on, rank, ranks, rslora, got 'name'",
+    ),
+    ("lora", {"rank": "four"}, "`settings` rank: needs a whole number, got 'four'"),
+    ("lora", {"rank": "4.0"}, "`settings` rank: needs a whole number, got '4.0'"),
+    ("lora", {"alpha": "x"}, "`settings` alpha: needs a number, got 'x'"),
+    ("lora", {"alpha": "nan"}, "`settings` alpha: needs a number, got 'nan'"),
+    ("lora", {"alpha": "-inf"}, "`settings` alpha: needs a number, got '-inf'"),
     ("lora", {"rank": "0"}, "lora: needs a rank of at least 1, got 0"),
-    ("consolidator", {"shuffle": "yes"}, "--set shuffle: needs true or false, got 'yes'"),
-    ("consolidator", {"groups": "8,x"}, "--set groups: needs whole numbers with commas between, got '8,x'"),
+    ("consolidator", {"shuffle": "yes"}, "`settings` shuffle: needs true or false, got 'yes'"),
+    ("consolidator", {"groups": "8,x"}, "`settings` groups: needs whole numbers with commas between, got '8,x'"),
     ("consolidator", {"groups": "8,8"}, "consolidator: needs groups that differ and are at least 1, got (8, 8)"),
     ("consolidator", {"groups": "0"}, "consolidator: needs groups that differ and are at least 1, got (0,)"),
     ("consolidator", {"drop_path": "1"}, "consolidator: needs a drop_path in [0, 1), got 1.0"),
-    ("consolidator", {"drop_path": "nan"}, "--set drop_path: needs a number, got 'nan'"),
+    ("consolidator", {"drop_path": "nan"}, "`settings` drop_path: needs a number, got 'nan'"),
 ]
 
 

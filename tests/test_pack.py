@@ -287,7 +287,7 @@ def test_a_value_that_the_codec_cannot_hold_is_not_written(
 
     assert str(refused.value) == (
         f"flowers: add.d: holds a value that {dtype} cannot, got largest magnitude {shown}\n"
-        "  fix: store it with --codec fp32, or train with a smaller learning rate if it is not finite"
+        "  fix: store it with `codec=fp32`, or train with a smaller learning rate if it is not finite"
     )
     assert list(tmp_path.iterdir()) == []
 

@@ -27,7 +27,7 @@ from edgepet.packs.pack import read_pack, write_pack
 from edgepet.peft.reading import CONFIG, PREFIX, WEIGHTS
 from edgepet.spec import NpArray, Preprocess, Target
 from edgepet.tuning.model import TunedModel, extract
-from edgepet.verbs import peft as interchange
+from edgepet.verbs import peft as peft_verbs
 from edgepet.verbs.peft import export_peft, import_peft
 from tests.flow import edgepet
 from tests.tiny import perturb, random_images, tiny_vit
@@ -467,8 +467,8 @@ def test_a_wrong_lowering_is_a_failed_command(
         update = replace(first.update, scale=2.0)
         return replace(lowered, updates=(Targeted(first.target, update), *lowered.updates[1:]))
 
-    lower = interchange.lower
-    monkeypatch.setattr(interchange, "lower", doubled)
+    lower = peft_verbs.lower
+    monkeypatch.setattr(peft_verbs, "lower", doubled)
 
     with pytest.raises(CheckError, match=r"PEFT's network and the merged pack must agree within .* on logits, got "):
         import_peft(folder, tmp_path / "flowers.pet", backbone=backbone)

@@ -12,11 +12,12 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from edgepet.reports import tables as report
+from edgepet.reports import progress
+from edgepet.reports.as_json import to_json
+from edgepet.reports.progress import Progress, Step
+from edgepet.reports.screen import print_table, program, terminal
 from edgepet.reports.tables import (
     Column,
-    Progress,
-    Step,
     Table,
     format_bytes,
     format_ms,
@@ -25,10 +26,6 @@ from edgepet.reports.tables import (
     format_ratio,
     format_seconds,
     markdown,
-    print_table,
-    program,
-    terminal,
-    to_json,
 )
 
 SIZES = Table(
@@ -53,7 +50,7 @@ class Tty(io.StringIO):
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     clock = Clock()
-    monkeypatch.setattr(report, "monotonic", clock)
+    monkeypatch.setattr(progress, "monotonic", clock)
     return clock
 
 

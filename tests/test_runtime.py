@@ -206,7 +206,7 @@ def test_a_runtime_that_shares_no_backbone_is_refused(device: Device) -> None:
     with pytest.raises(InputError) as refused:
         device.run("shapes", [], runtime="tensorrt")
     assert message(refused) == (
-        "--runtime: is one of onnxruntime, openvino for a pack on a shared backbone, got 'tensorrt'"
+        "`runtime`: is one of onnxruntime, openvino for a pack on a shared backbone, got 'tensorrt'"
     )
 
 
@@ -241,7 +241,7 @@ def test_openvino_runs_f32_where_f32_was_asked_for(graph: BaseGraph) -> None:
     with OpenVino.of_graph(graph, {}) as runner:
         evidence = runner.evidence
 
-    assert (runner.executed, evidence["hint"]) == ("f32", "f32")
+    assert (runner.executed, evidence["hint"]) == ("fp32", "f32")
     counts = evidence["executed_nodes"]
     assert counts["f32"] >= 6 * 4  # four products in each of six blocks
     assert not {"bf16", "f16"} & set(counts)
@@ -253,7 +253,7 @@ def test_openvino_runs_f32_where_f32_was_asked_for(graph: BaseGraph) -> None:
 )
 def test_openvino_runs_bf16_where_bf16_was_asked_for(graph: BaseGraph) -> None:
     images = random_images(3, 4)
-    with OpenVino.of_graph(graph, {}) as full, OpenVino.of_graph(graph, {}, executed="bf16") as half:
+    with OpenVino.of_graph(graph, {}) as full, OpenVino.of_graph(graph, {}, precision="bf16") as half:
         evidence, apart = half.evidence, np.abs(full(images) - half(images)).max()
 
     assert (half.executed, evidence["hint"]) == ("bf16", "bf16")

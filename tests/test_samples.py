@@ -23,17 +23,9 @@ from PIL import Image
 from edgepet.canonical import sha256_tensors
 from edgepet.errors import InputError, MissingError
 from edgepet.images.preprocess import load_pixels, normalize
-from edgepet.samples.tasks import (
-    TASKS,
-    WEIGHTS,
-    DebianFile,
-    LabelledImage,
-    PackageFile,
-    Task,
-    TaskSummary,
-    build_task,
-    sample_weights,
-)
+from edgepet.samples.packages import DebianFile, PackageFile
+from edgepet.samples.tasks import TASKS, LabelledImage, Task, TaskSummary, build_task
+from edgepet.samples.weights import WEIGHTS, sample_weights
 
 VIT = WEIGHTS["vit-small"]
 ABSENT = PackageFile("edgepet-no-such-package", "1.0", "data.bin", "0" * 16)

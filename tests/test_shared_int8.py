@@ -20,7 +20,7 @@ from PIL import Image
 from edgepet import Device, write_pack
 from edgepet.calibration.layers import Graph, find_layers
 from edgepet.calibration.observe import observe
-from edgepet.calibration.qdq import Recipe, quantize
+from edgepet.calibration.qdq import Int8Recipe, quantize
 from edgepet.calibration.rewriting import folded
 from edgepet.calibration.slot_graphs import coded_backbone, int8_graph
 from edgepet.deltas.codes import Range, coded
@@ -33,7 +33,8 @@ from edgepet.errors import BackboneError, InputError
 from edgepet.exporters.onnx import build_model, serialize
 from edgepet.files import sha256_file
 from edgepet.graphs.base import graph_folder, open_graph
-from edgepet.graphs.int8 import CODE, CODES, Int8Graph, open_int8, task_slots
+from edgepet.graphs.int8 import CODE, CODES, Int8Graph, open_int8
+from edgepet.graphs.slots import task_slots
 from edgepet.measuring.parity import SAME_CODES
 from edgepet.methods import IA3, SSF, BitFit, LoRA, Method, NormTuning
 from edgepet.spec import NpArray
@@ -88,7 +89,9 @@ class Shared:
         layers = find_layers(graph, frozenset(base.tensors))
         divisors = {layer.reads: made[layer.weight].divisors for layer in self.graph.layers}
         smooth = {name: by for name, by in divisors.items() if by is not None}
-        int8 = quantize(graph, layers, observe(graph.model, layers, CALIBRATION, where="x"), Recipe(), smooth=smooth)
+        int8 = quantize(
+            graph, layers, observe(graph.model, layers, CALIBRATION, where="x"), Int8Recipe(), smooth=smooth
+        )
         ranges = tuple(int8.ranges[name] for name in self.graph.reads)
         return Task(replace(delta, int8=Int8Ranges(codes=self.graph.codes_sha256, ranges=ranges)), int8.model)
 
@@ -389,7 +392,7 @@ def test_a_vector_that_is_no_number_is_refused(vit: Shared) -> None:
 
 def test_a_runtime_that_shares_no_backbone_is_refused(vit: Shared) -> None:
     assert refusal(lambda: SharedInt8(vit.graph, runtime="tensorrt")) == (
-        "--runtime: is one of onnxruntime, openvino for an int8 backbone, got 'tensorrt'"
+        "`runtime`: is one of onnxruntime, openvino for an int8 backbone, got 'tensorrt'"
     )
 
 
@@ -515,7 +518,7 @@ def test_another_precision_than_fp32_and_int8_is_refused(device: Device, tmp_pat
     device.install(tmp_path / "ssf3.pet")
 
     assert refusal(lambda: device.run("ssf3", [], precision="fp16")) == (
-        "--precision: is fp32 or int8 for a pack, got 'fp16'"
+        "`precision`: is fp32 or int8 for a pack, got 'fp16'"
     )
 
 

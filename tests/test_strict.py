@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from edgepet.errors import InputError, PackError
-from edgepet.strict import Table
+from edgepet.strict import ObjectReader
 
 VALUE = {
     "text": "a",
@@ -27,13 +27,13 @@ VALUE = {
 
 
 def test_what_is_right_is_read() -> None:
-    table = Table(VALUE, "p")
+    table = ObjectReader(VALUE, "p")
 
     assert table.text("text", choices=["a", "b"]) == "a"
     assert table.integer("integer", least=3) == 3
     assert (table.number("number"), type(table.number("number"))) == (2.0, float)
-    assert table.table("table").integer("x") == 1
-    assert [row.integer("x") for row in table.tables("tables")] == [1, 2]
+    assert table.nested("table").integer("x") == 1
+    assert [row.integer("x") for row in table.nested_list("tables")] == [1, 2]
     assert table.texts("texts") == ("a", "b")
     assert table.integers("integers", least=1) == (1, 2)
     assert table.numbers("numbers", count=2) == (1.0, 2.5)
@@ -43,7 +43,7 @@ def test_what_is_right_is_read() -> None:
     table.end()
 
 
-Read = Callable[[Table], Any]
+Read = Callable[[ObjectReader], Any]
 LONG = "x" * 100
 REFUSED: list[tuple[str, Read, object, str]] = [
     ("a missing key", lambda t: t.text("k"), {}, "p: needs the key 'k'"),
@@ -59,10 +59,10 @@ REFUSED: list[tuple[str, Read, object, str]] = [
     ("NaN", lambda t: t.number("k"), {"k": float("nan")}, "p.k: needs a finite number, got nan"),
     ("infinity", lambda t: t.number("k"), {"k": float("-inf")}, "p.k: needs a finite number, got -inf"),
     ("an integer beyond floats", lambda t: t.number("k"), {"k": 10**400}, f"p.k: needs a finite number, got 1{'0' * 76}..."),
-    ("an array for an object", lambda t: t.table("k"), {"k": []}, "p.k: needs an object, got []"),
+    ("an array for an object", lambda t: t.nested("k"), {"k": []}, "p.k: needs an object, got []"),
     ("null for an array", lambda t: t.sequence("k"), {"k": None}, "p.k: needs an array, got None"),
     ("a text for an array", lambda t: t.texts("k"), {"k": "ab"}, "p.k: needs an array, got 'ab'"),
-    ("a number among objects", lambda t: t.tables("k"), {"k": [{}, 1]}, "p.k[1]: needs an object, got 1"),
+    ("a number among objects", lambda t: t.nested_list("k"), {"k": [{}, 1]}, "p.k[1]: needs an object, got 1"),
     ("a number among texts", lambda t: t.texts("k"), {"k": ["a", 1]}, "p.k[1]: needs a text, got 1"),
     ("an empty one among texts", lambda t: t.texts("k"), {"k": [""]}, "p.k[0]: needs a text, got ''"),
     ("a bool among integers", lambda t: t.integers("k"), {"k": [0, True]}, "p.k[1]: needs an integer of at least 0, got True"),
@@ -70,15 +70,15 @@ REFUSED: list[tuple[str, Read, object, str]] = [
     ("too few numbers", lambda t: t.numbers("k", count=3), {"k": [1, 2]}, "p.k: needs 3 numbers, got [1, 2]"),
     ("a bool among numbers", lambda t: t.numbers("k", count=1), {"k": [True]}, "p.k[0]: needs a finite number, got True"),
     ("a huge one among numbers", lambda t: t.numbers("k", count=1), {"k": [10**400]}, f"p.k[0]: needs a finite number, got 1{'0' * 76}..."),
-    ("a key inside an object", lambda t: t.table("k").table("l").text("m"), {"k": {"l": {}}}, "p.k.l: needs the key 'm'"),
-    ("a key inside an array", lambda t: t.tables("k")[1].text("m"), {"k": [{}, {}]}, "p.k[1]: needs the key 'm'"),
+    ("a key inside an object", lambda t: t.nested("k").nested("l").text("m"), {"k": {"l": {}}}, "p.k.l: needs the key 'm'"),
+    ("a key inside an array", lambda t: t.nested_list("k")[1].text("m"), {"k": [{}, {}]}, "p.k[1]: needs the key 'm'"),
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize(("read", "value", "message"), [row[1:] for row in REFUSED], ids=[row[0] for row in REFUSED])
 def test_what_is_wrong_is_refused_with_its_place(read: Read, value: object, message: str) -> None:
     with pytest.raises(PackError) as refused:
-        read(Table(value, "p"))
+        read(ObjectReader(value, "p"))
 
     assert str(refused.value) == message
 
@@ -86,13 +86,13 @@ def test_what_is_wrong_is_refused_with_its_place(read: Read, value: object, mess
 @pytest.mark.parametrize("value", [[], "{}", None, 3])
 def test_what_is_no_object_is_refused_at_once(value: object) -> None:
     with pytest.raises(PackError) as refused:
-        Table(value, "p")
+        ObjectReader(value, "p")
 
     assert str(refused.value) == f"p: needs an object, got {value!r}"
 
 
 def test_keys_that_nobody_asked_for_are_refused_in_order() -> None:
-    table = Table({"b": 1, "a": 2, "k": 3}, "p")
+    table = ObjectReader({"b": 1, "a": 2, "k": 3}, "p")
     table.integer("k")
 
     with pytest.raises(PackError) as refused:
@@ -102,9 +102,9 @@ def test_keys_that_nobody_asked_for_are_refused_in_order() -> None:
 
 
 def test_the_error_is_the_one_that_the_reader_chose_at_every_depth() -> None:
-    table = Table(json.loads('{"k": {"rows": [{}]}}'), "p", error=InputError)
+    table = ObjectReader(json.loads('{"k": {"rows": [{}]}}'), "p", error=InputError)
 
     with pytest.raises(InputError) as refused:
-        table.table("k").tables("rows")[0].text("x")
+        table.nested("k").nested_list("rows")[0].text("x")
 
     assert type(refused.value) is InputError

@@ -22,10 +22,10 @@ from edgepet.errors import InputError
 from edgepet.measuring.parity import Accuracy, accuracy, interval
 from edgepet.methods import SSF, Consolidator, LinearProbe, Method
 from edgepet.networks.backbone import Backbone
-from edgepet.reports.tables import Step
+from edgepet.reports.progress import Step
 from edgepet.spec import NpArray
 from edgepet.tuning.checkpoint import Checkpoint, Keeper, checkpoint_file, ends_when_asked
-from edgepet.tuning.fit import Fit, Pixels, Plan, fit
+from edgepet.tuning.fit import Fit, LabelledPixels, Plan, fit
 from edgepet.tuning.model import TunedModel
 from tests.flow import Tasks, draw_shapes, edgepet, refused
 from tests.tiny import random_pixels, same_bits
@@ -40,8 +40,8 @@ class StopError(Exception):
     """What ends a fit here, in place of a killed process."""
 
 
-def images(seed: int, n: int) -> Pixels:
-    return Pixels(pixels=random_pixels(seed, n), labels=np.arange(n, dtype=np.int64) % 3)
+def images(seed: int, n: int) -> LabelledPixels:
+    return LabelledPixels(pixels=random_pixels(seed, n), labels=np.arange(n, dtype=np.int64) % 3)
 
 
 def keeper(folder: Path, *, every_s: float = 0.0, **identity: object) -> Keeper:
@@ -188,7 +188,7 @@ def test_a_full_disk_leaves_the_last_checkpoint_whole(
 
     assert str(refusal.value) == (
         f"{tmp_path / 'flowers.checkpoint'}: could not be written, got No space left on device\n"
-        "  fix: make room, then go on with --resume"
+        "  fix: make room, then go on with `resume=True`"
     )
     assert [(path.name, path.read_bytes()) for path in tmp_path.iterdir()] == [("flowers.checkpoint", before)]
     assert same_bits(run(backbone, keeper(tmp_path))[0], expected)
@@ -200,7 +200,7 @@ def test_a_loss_that_is_no_number_leaves_the_last_checkpoint_whole(backbone: Bac
 
     path = tmp_path / "flowers.checkpoint"
     assert str(refusal.value).startswith("epoch 1: the loss must stay finite, got nan")
-    assert str(refusal.value).endswith(f"\n  fix: delete {path} and begin again with --lr 3e+29 or less")
+    assert str(refusal.value).endswith(f"\n  fix: delete {path} and begin again with `lr=3e+29` or less")
     saved = keeper(tmp_path).load()
     assert saved is not None
     assert saved.progress["epoch"] == 1
@@ -288,7 +288,7 @@ def test_a_fit_that_is_asked_to_end_says_how_to_go_on(backbone: Backbone, tmp_pa
     with pytest.raises(KeyboardInterrupt) as stopped:
         run(backbone, kept)
 
-    assert str(stopped.value) == f"{kept.path} is written, the same command with --resume goes on from there"
+    assert str(stopped.value) == f"{kept.path} is written, the same command with `resume=True` goes on from there"
     assert same_bits(run(backbone, keeper(tmp_path))[0], expected)
 
 

@@ -22,7 +22,7 @@ ACTIVATIONS = ("relu", "gelu", "quick-gelu", "none")
 
 @dataclass(frozen=True, slots=True)
 class Kind:
-    """Axes of the tensors of a kind of branch, and the types of its settings."""
+    """How many axes each tensor of a kind of branch has, and the types of its settings."""
 
     tensors: Mapping[str, int]
     settings: Mapping[str, type]
@@ -62,7 +62,7 @@ BRANCHES: dict[str, Kind] = {
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Branch:
-    """One branch: reads at ``tap``, adds at ``into``."""
+    """One branch: reads at ``tap``, adds at ``into``; ``BRANCHES`` says what a ``kind`` has of settings and tensors."""
 
     kind: str
     tap: str
@@ -72,7 +72,7 @@ class Branch:
 
     @property
     def named(self) -> dict[str, Array]:
-        """The tensors under their names in a graph."""
+        """The tensors under their names in a graph, ``INTO/KIND.NAME``."""
         return {f"{self.into}/{self.kind}.{name}": tensor for name, tensor in self.tensors.items()}
 
     def with_tensors(self, named: Mapping[str, Array]) -> Branch:
@@ -83,7 +83,7 @@ class Branch:
         """Refuse what no graph could be made of.
 
         Raises:
-            InputError: a point, a tensor or a setting that this kind of branch has not.
+            InputError: a point that is none, other tensors or axes than this kind has, or an unknown activation.
         """
         kind = BRANCHES[self.kind]
         for point in (self.tap, self.into):
@@ -99,7 +99,7 @@ class Branch:
 
 
 def structure_of(branches: Iterable[Branch]) -> list[object]:
-    """All of the branches but their values, as JSON."""
+    """All of the branches but their values, as JSON, in the order in which they act."""
     return [
         [b.kind, b.tap, b.into, dict(b.settings), {name: list(t.shape) for name, t in sorted(b.tensors.items())}]
         for b in ordered(branches)
@@ -112,7 +112,7 @@ def ordered(branches: Iterable[Branch]) -> list[Branch]:
 
 
 def structure_digest(structure: list[object]) -> str:
-    """Twelve digits that name a structure; empty where there is no branch."""
+    """Twelve hex digits of the sha256 of a structure; empty where there is no branch."""
     return hashlib.sha256(canonical_json(structure)).hexdigest()[:12] if structure else ""
 
 
@@ -136,5 +136,6 @@ def require_distinct(branches: Iterable[Branch], where: str) -> None:
 
 
 def arrays_of(branches: Iterable[Branch]) -> Iterator[Array]:
+    """Every tensor of ``branches``, branch by branch."""
     for branch in branches:
         yield from branch.tensors.values()

@@ -29,7 +29,7 @@ class Range:
     shift: float = 0.0
 
     def rounded(self, values: NpArray) -> NpArray:
-        """What ``values`` become."""
+        """What ``values`` become: float32 of their shape, those out of reach as the nearest end."""
         codes = np.clip(np.rint((values - self.shift) / self.scale), LOW, HIGH)
         rounded: NpArray = (codes * self.scale + self.shift).astype(np.float32)
         return rounded
@@ -56,7 +56,7 @@ class CodedWeight:
 
 
 def coded(weight: NpArray, divisors: NpArray | None = None, bits: int = 8) -> CodedWeight:
-    """The codes of ``weight`` (out, ...), by the one recipe; computed in float64, whatever comes.
+    """The codes of ``weight`` (out, ...), its columns times ``divisors`` (in,), by the one recipe; computed in float64.
 
     Weights that were published with few bits are often exactly half of their row's largest, and so half-way between two
     codes: scaled and rounded to float32 they must not fall on either side by chance.
@@ -85,7 +85,7 @@ def weight_scales(weight: NpArray, bits: int = 8) -> NpArray:
 
 
 def weight_codes(weight: NpArray, scales: NpArray, bits: int = 8) -> NpArray:
-    """int8 codes of ``weight`` (out, ...), between -127 and 127, or less far with fewer bits."""
+    """int8 codes of ``weight`` (out, ...) in steps of ``scales`` (out,), in -127 .. 127, or less with fewer bits."""
     last = 2 ** (bits - 1) - 1
     codes: NpArray = np.clip(np.rint(weight * (1 - TIE) / per_channel(scales, weight)), -last, last).astype(np.int8)
     return codes
@@ -100,6 +100,7 @@ def smoothing(inputs: NpArray, weight: NpArray, strength: float) -> NpArray:
     """SmoothQuant's divisors (in,) of channels whose largest magnitudes are ``inputs`` (in,); their mean is 1.
 
     Xiao et al. 2022, arXiv:2211.10438, equation 4: max|x_j|^a / max|w_j|^(1 - a); the mean is the geometric one.
+    ``weight`` (out, in) is what reads the channels, a is ``strength``, between 0 and 1.
     """
     reach = np.maximum(inputs, 1e-5).astype(np.float64)
     columns = np.maximum(np.abs(weight).max(axis=0), 1e-5).astype(np.float64)
@@ -109,7 +110,7 @@ def smoothing(inputs: NpArray, weight: NpArray, strength: float) -> NpArray:
 
 
 def norm_smoothing(tensors: Mapping[str, NpArray], norm: tuple[str, str], weight: str) -> NpArray:
-    """Divisors behind a layer norm of ``norm`` (weight and bias), from its own tensors: no image is looked at.
+    """Divisors (in,) between ``norm`` (a layer norm's weight and bias) and ``weight`` (out, in): no image is looked at.
 
     So the codes of a backbone are a function of its weights, the same on every machine and for every task.
     """

@@ -32,6 +32,11 @@ class Head:
         logits: NpArray = features @ self.weight.T + self.bias
         return logits
 
+    @property
+    def in_float32(self) -> Head:
+        """The same in float32, as runtimes multiply: a pack may store fp16."""
+        return Head(weight=self.weight.astype(np.float32), bias=self.bias.astype(np.float32))
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Score:
@@ -59,6 +64,10 @@ class Delta:
     ``updates`` are folded into it, those of one target in order; ``branches`` stay beside it. ``method`` and
     ``training`` are provenance: nothing that applies a delta reads them. ``int8`` is there where the task was
     calibrated on the int8 backbone.
+
+    Raises:
+        InputError: a name or fingerprint that is not spelled as one, a top-1 outside of 0 to 1, a wrong branch, two of
+            one kind that add to one point, or a head without a bias and a label of its own for each class.
     """
 
     task: str

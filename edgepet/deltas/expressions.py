@@ -25,13 +25,16 @@ class Product:
 
     @property
     def shape(self) -> tuple[int, ...]:
+        """(..., p, q), of the value, which is not computed."""
         return (*self.left.shape[:-1], self.right.shape[-1])
 
     @property
     def value(self) -> Array:
+        """The product (..., p, q), a new array."""
         return self.left @ self.right
 
     def mismatch(self) -> str | None:
+        """Why the two make no product, None where they do."""
         left, right = tuple(self.left.shape), tuple(self.right.shape)
         fits = len(left) == len(right) >= 2 and left[:-2] == right[:-2] and left[-1] == right[-2]
         return None if fits else f"needs a product of (..., p, r) and (..., r, q), got {left} and {right}"
@@ -54,16 +57,19 @@ class Mix:
 
     @property
     def shape(self) -> tuple[int, ...]:
+        """(r, r), of the value, which is not computed."""
         return tuple(self.cube.shape[:2])
 
     @property
     def value(self) -> Array:
+        """The cut (r, r); ``cube`` is not touched."""
         rank, _, depth = self.cube.shape
         mixed = (self.cube.reshape(rank * rank, depth) @ self.weights).reshape(rank, -1)
         cut = mixed[:, self.part * rank : (self.part + 1) * rank]
         return cut.T if self.transposed else cut
 
     def mismatch(self) -> str | None:
+        """Why ``weights`` do not mix ``cube``, or ``part`` is no cut of it; None where all fits."""
         cube, weights = tuple(self.cube.shape), tuple(self.weights.shape)
         fits = len(cube) == 3 and cube[0] == cube[1] and len(weights) == 2 and weights[0] == cube[2]
         if not fits:
@@ -82,13 +88,16 @@ class Binary:
 
     @property
     def shape(self) -> tuple[int, ...]:
+        """That of ``bits``."""
         return tuple(self.bits.shape)
 
     @property
     def value(self) -> Array:
+        """A new array of the shape of ``bits`` and the dtype of ``levels``."""
         return self.levels[self.bits * 1]
 
     def mismatch(self) -> str | None:
+        """Why ``levels`` are not two, None where they are."""
         levels = tuple(self.levels.shape)
         return None if levels == (2,) else f"needs two levels for its bits, got {levels}"
 

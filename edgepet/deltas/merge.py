@@ -9,7 +9,7 @@ import numpy as np
 from edgepet.deltas.branches import named_tensors
 from edgepet.deltas.delta import Delta
 from edgepet.deltas.updates import Targeted, check, fold, in_precision_of
-from edgepet.errors import BackboneError, InputError
+from edgepet.errors import BackboneError, InputError, option
 from edgepet.spec import Base, NpArray, Tensors
 
 
@@ -74,16 +74,20 @@ def require_backbone(base: Base, delta: Delta) -> None:
 
 
 def require_fingerprint(name: str, fingerprint: str, delta: Delta) -> None:
-    """``require_backbone`` of a backbone that is not here as dense tensors."""
+    """``require_backbone`` of a backbone that is not here as dense tensors.
+
+    Raises:
+        BackboneError: the fingerprints differ.
+    """
     if fingerprint != delta.fingerprint:
         raise BackboneError(
             f"task {delta.task!r}",
             f"was trained on {delta.backbone} {short(delta.fingerprint)}",
             got=f"{name} {short(fingerprint)}",
-            fix=f"pass --backbone {delta.backbone} with the weights that it was trained on",
+            fix=f"pass {option('backbone', delta.backbone)} with the weights that it was trained on",
         )
 
 
 def short(fingerprint: str) -> str:
-    """A fingerprint as people compare it: the first 12 digits."""
+    """A fingerprint as people compare it: the first 12 hex digits."""
     return fingerprint.removeprefix("sha256:")[:12]

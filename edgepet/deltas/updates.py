@@ -34,6 +34,7 @@ class Scale:
     axis: Literal["out", "in"] = "out"
 
     def mismatch(self, shape: Shape) -> str | None:
+        """Why ``s`` does not fit a matrix or vector of ``shape``, None where it does."""
         if not shape:
             return "needs a tensor with axes, got a scalar"
         if self.axis == "out":
@@ -44,6 +45,7 @@ class Scale:
         return None if divides else _need("s", (shape[1],), self.s)
 
     def fold(self, weight: Array) -> Array:
+        """``weight`` (out, in) or (out,), each row or input channel times its number of ``s``, as a new tensor."""
         if self.axis == "out":
             return weight * self.s.reshape((-1,) + (1,) * (weight.ndim - 1))
         channels = self.s.shape[0]
@@ -59,9 +61,11 @@ class Add:
     d: Array
 
     def mismatch(self, shape: Shape) -> str | None:
+        """Why ``d`` is not of ``shape``, None where it is."""
         return _need("d", shape, self.d)
 
     def fold(self, weight: Array) -> Array:
+        """``weight`` + d, of any shape, as a new tensor."""
         return weight + self.d
 
 
@@ -76,6 +80,7 @@ class LowRank:
     scale: float = 1.0
 
     def mismatch(self, shape: Shape) -> str | None:
+        """Why the factors do not fit a matrix of ``shape``, None where they do."""
         if len(shape) != 2:
             return "needs a matrix or a kernel, got a vector"
         if len(self.left.shape) != 2 or len(self.right.shape) != 2:
@@ -87,6 +92,7 @@ class LowRank:
         return wrong or _need("core", inner, self.core) or _need("right", (inner[1], shape[1]), self.right)
 
     def fold(self, weight: Array) -> Array:
+        """``weight`` (out, in) + scale * left @ core @ right, as a new matrix."""
         inner = self.right if self.core is None else self.core @ self.right
         return weight + self.scale * (self.left @ inner)
 
@@ -103,6 +109,7 @@ class Grouped:
     order: Array | None = None
 
     def mismatch(self, shape: Shape) -> str | None:
+        """Why ``blocks`` or ``order`` do not fit a matrix of ``shape``, None where they do."""
         if len(shape) != 2 or len(self.blocks.shape) != 3:
             return "needs blocks (g, out/g, in/g) for a matrix or a kernel"
         groups = self.blocks.shape[0]
@@ -118,6 +125,7 @@ class Grouped:
         return None if bool((ordered == np.arange(channels)).all()) else "needs an order that names every column once"
 
     def fold(self, weight: Array) -> Array:
+        """``weight`` (out, in) + blockdiag(blocks) on its columns in ``order``, as a new matrix."""
         groups, rows, cols = self.blocks.shape
         columns = np.arange(weight.shape[1])
         if self.order is not None:
@@ -140,6 +148,7 @@ class Kronecker:
     scale: float = 1.0
 
     def mismatch(self, shape: Shape) -> str | None:
+        """Why the factors do not fit a matrix of ``shape``, None where they do."""
         if len(shape) != 2 or len(self.left.shape) != 3:
             return "needs left (n, p, q) for a matrix or a kernel"
         terms, p, q = self.left.shape
@@ -148,6 +157,7 @@ class Kronecker:
         return _need("right", (terms, shape[0] // p, shape[1] // q), self.right)
 
     def fold(self, weight: Array) -> Array:
+        """``weight`` (out, in) + scale * sum_i left_i (x) right_i, as a new matrix."""
         terms, p, q = self.left.shape
         rows, cols = self.right.shape[1:]
         # sum_n left[n, p, q] right[n, r, c] is one matrix product over n; its axes are then put in Kronecker order.
@@ -168,6 +178,7 @@ class Precompose:
     scale: float = 1.0
 
     def mismatch(self, shape: Shape) -> str | None:
+        """Why the factors do not fit a matrix of ``shape``, None where they do."""
         if len(shape) != 2 or len(self.left.shape) != 3:
             return "needs left (g, in/g, r/g) for a matrix or a kernel"
         groups, _, rank = self.left.shape
@@ -177,6 +188,7 @@ class Precompose:
         return wrong or _need("right", (groups * rank, shape[1]), self.right)
 
     def fold(self, weight: Array) -> Array:
+        """``weight`` (out, in) + scale * (weight blockdiag(left)) right, as a new matrix."""
         groups, cols, rank = self.left.shape
         through = weight.reshape(weight.shape[0], groups, cols).swapaxes(0, 1) @ self.left  # (g, out, r/g)
         return weight + self.scale * (through.swapaxes(0, 1).reshape(weight.shape[0], groups * rank) @ self.right)
@@ -190,9 +202,11 @@ class Replace:
     value: Array
 
     def mismatch(self, shape: Shape) -> str | None:
+        """Why ``value`` is not of ``shape``, None where it is."""
         return _need("value", shape, self.value)
 
     def fold(self, weight: Array) -> Array:
+        """A copy of ``value``, whatever ``weight`` holds."""
         del weight
         return self.value * 1
 
@@ -269,7 +283,7 @@ def check(targeted: Targeted, shape: Shape, *, where: str, fix: str | None = Non
     """Refuse an update that does not fit a tensor of ``shape``.
 
     Raises:
-        InputError: the block is outside the tensor, or a factor has another shape than the target needs.
+        InputError: the block is outside the tensor, or the factors do not fit it or one another.
     """
     target, update = targeted.target, targeted.update
     what = None

@@ -3,24 +3,24 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal, TypeAlias, cast
+from typing import cast
 
 import numpy as np
 
 from edgepet.canonical import canonical_json, parse_json
 from edgepet.device.runner import Runner
+from edgepet.device.runtimes import FORMATS, Format
 from edgepet.errors import InputError
 from edgepet.files import read_file, sha256_file, write_file
 from edgepet.measuring.parity import Against, Inputs, Parity
-from edgepet.spec import NpArray, Precision, Preprocess, read_preprocess
-from edgepet.strict import Table
+from edgepet.spec import NpArray, Precision, Preprocess, StoredPrecision, read_preprocess
+from edgepet.strict import ObjectReader
 
 FORMAT, VERSION = "edgepet-artifact", 1
 MANIFEST = "artifact.json"
-Format: TypeAlias = Literal["onnx", "openvino", "tensorrt"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -46,7 +46,7 @@ class Artifact:
     task: str
     format: Format
     engine: str
-    precision: Precision
+    precision: StoredPrecision
     labels: tuple[str, ...]
     preprocess: Preprocess
     backbone: str
@@ -54,7 +54,7 @@ class Artifact:
     method: str
     branches: int
     pack_sha256: str
-    codec: Precision
+    codec: StoredPrecision
     files: Mapping[str, tuple[str, int]]
     versions: Mapping[str, object]
     verified: bool
@@ -104,32 +104,32 @@ def read_artifact(folder: Path) -> Artifact:
     """
     path = folder / MANIFEST
     try:
-        table = Table(parse_json(read_file(path)), str(path), error=InputError)
+        table = ObjectReader(parse_json(read_file(path)), str(path), error=InputError)
     except (ValueError, RecursionError) as error:
         raise InputError(str(path), "is not readable JSON", got=error, fix="export it again") from error
     table.text("format", choices=[FORMAT])
     if table.integer("version") != VERSION:
         raise InputError(str(path), f"this edgepet reads artefacts of version {VERSION}", got=table.integer("version"))
-    backbone, pack = table.table("backbone"), table.table("pack")
+    backbone, pack = table.nested("backbone"), table.nested("pack")
     artifact = Artifact(
         task=table.text("task"),
-        format=cast(Format, table.text("model_format", choices=list(RUNNERS))),
+        format=cast(Format, table.text("model_format", choices=list(FORMATS))),
         engine=table.text("engine"),
-        precision=cast(Precision, table.text("precision", choices=["fp32", "fp16", "int8"])),
+        precision=cast(StoredPrecision, table.text("precision", choices=["fp32", "fp16", "int8"])),
         labels=table.texts("labels"),
-        preprocess=read_preprocess(table.table("preprocess")),
+        preprocess=read_preprocess(table.nested("preprocess")),
         backbone=backbone.text("name"),
         fingerprint=backbone.text("fingerprint"),
         method=table.text("method"),
         branches=table.integer("branches"),
         pack_sha256=pack.text("sha256"),
-        codec=cast(Precision, pack.text("codec", choices=["fp32", "fp16", "int8"])),
-        files=_files(table.table("files")),
-        versions=_versions(table.table("versions")),
+        codec=cast(StoredPrecision, pack.text("codec", choices=["fp32", "fp16", "int8"])),
+        files=_files(table.nested("files")),
+        versions=_versions(table.nested("versions")),
         verified=table.boolean("verified"),
         reason=None if table.absent("reason") else table.text("reason"),
         parity=_parity(table),
-        probe=_probe(table.table("probe")),
+        probe=_probe(table.nested("probe")),
         evidence=_evidence(table),
     )
     for part in (backbone, pack, table):
@@ -152,14 +152,19 @@ def damaged(folder: Path, artifact: Artifact) -> list[str]:
     ]
 
 
-def open_artifact(folder: Path, artifact: Artifact, *, threads: int | None = None, bf16: bool = False) -> Runner:
+def open_artifact(
+    folder: Path, artifact: Artifact, *, threads: int | None = None, precision: Precision = "fp32"
+) -> Runner:
     """Open the model in ``folder`` on the runtime of its format; it takes images and puts out logits.
+
+    Args:
+        precision: what a model of floats is computed in, one that its runtime ``computes`` in.
 
     Raises:
         InputError: the runtime cannot read it, or it is another engine's.
         MissingError: the runtime, or a GPU, is not here.
     """
-    return RUNNERS[artifact.format].open(folder, threads, bf16)
+    return FORMATS[artifact.format].open_model(folder, threads, precision)
 
 
 def listed(folder: Path, names: list[str]) -> dict[str, tuple[str, int]]:
@@ -167,69 +172,34 @@ def listed(folder: Path, names: list[str]) -> dict[str, tuple[str, int]]:
     return {name: (sha256_file(folder / name), (folder / name).stat().st_size) for name in sorted(names)}
 
 
-def _open_onnx(folder: Path, threads: int | None, bf16: bool) -> Runner:
-    from edgepet.device.onnxruntime import OnnxRuntime
-
-    del bf16
-    return OnnxRuntime.of_model(folder / "model.onnx", threads=threads)
-
-
-def _open_openvino(folder: Path, threads: int | None, bf16: bool) -> Runner:
-    from edgepet.device.openvino import OpenVino
-
-    return OpenVino.of_model(folder / "model.xml", threads=threads, executed="bf16" if bf16 else "f32")
-
-
-def _open_tensorrt(folder: Path, threads: int | None, bf16: bool) -> Runner:
-    from edgepet.device.tensorrt import open_engine
-
-    del threads, bf16
-    return open_engine(folder)
-
-
-@dataclass(frozen=True, slots=True)
-class RunnerOf:
-    """The runtime of a format, and what opens a folder: (folder, threads, bf16) -> a runner."""
-
-    runtime: str
-    open: Callable[[Path, int | None, bool], Runner]
-
-
-RUNNERS: dict[Format, RunnerOf] = {
-    "onnx": RunnerOf("onnxruntime", _open_onnx),
-    "openvino": RunnerOf("openvino", _open_openvino),
-    "tensorrt": RunnerOf("tensorrt", _open_tensorrt),
-}
-
-
-def _versions(table: Table) -> dict[str, object]:
+def _versions(table: ObjectReader) -> dict[str, object]:
     return {name: table.text(name) for name in table.names()}
 
 
-def _evidence(table: Table) -> dict[str, object]:
+def _evidence(table: ObjectReader) -> dict[str, object]:
     if not table.has("evidence"):  # edgepet 0.1 before fp16 wrote none
         return {}
-    evidence = table.table("evidence")
+    evidence = table.nested("evidence")
     return {name: evidence.raw(name) for name in evidence.names()}
 
 
-def _files(table: Table) -> dict[str, tuple[str, int]]:
+def _files(table: ObjectReader) -> dict[str, tuple[str, int]]:
     files = {}
     if not table.names():
         raise InputError(table.where, "names no file")
     for name in table.names():
         if "/" in name or "\\" in name or name.startswith("."):
             raise InputError(table.where, "names files of its own folder", got=repr(name))
-        entry = table.table(name)
+        entry = table.nested(name)
         files[name] = (entry.text("sha256"), entry.integer("bytes"))
         entry.end()
     return files
 
 
-def _parity(table: Table) -> Parity | None:
+def _parity(table: ObjectReader) -> Parity | None:
     if table.absent("parity"):
         return None
-    entry = table.table("parity")
+    entry = table.nested("parity")
     parity = Parity(
         max_abs=entry.number("max_abs"),
         limit=None if entry.absent("limit") else entry.number("limit"),
@@ -243,7 +213,7 @@ def _parity(table: Table) -> Parity | None:
     return parity
 
 
-def _probe(entry: Table) -> Probe:
+def _probe(entry: ObjectReader) -> Probe:
     shape = entry.integers("shape", least=1)
     try:
         logits = np.frombuffer(base64.b64decode(entry.text("logits"), validate=True), "<f4").reshape(shape)

@@ -16,8 +16,9 @@ import onnxruntime
 from edgepet.device.runner import check_images
 from edgepet.errors import InputError
 from edgepet.graphs.base import FEATURES, INPUT, BaseGraph
-from edgepet.graphs.int8 import Int8Graph, Slots
-from edgepet.spec import NpArray
+from edgepet.graphs.int8 import Int8Graph
+from edgepet.graphs.slots import Slots
+from edgepet.spec import NpArray, Precision
 
 _INT8 = frozenset(
     (
@@ -38,7 +39,7 @@ class OnnxRuntime:
         self._session, self._where, self._held = session, where, held
         (entry,) = session.get_inputs()
         self._shape = tuple(side if isinstance(side, int) else None for side in entry.shape)
-        self.executed = "fp32"
+        self.executed: Precision = "fp32"
         self._entry, self._path = entry, path
 
     @property
@@ -77,6 +78,7 @@ class OnnxRuntime:
         return output
 
     def close(self) -> None:
+        """Give the session back."""
         self._session = self._held = None
 
     def __enter__(self) -> OnnxRuntime:
@@ -117,13 +119,15 @@ class SharedOnnxRuntime:
         return BoundOnnxRuntime(self, self._session, binding, (held, self._held), self._shape)
 
     def close(self) -> None:
+        """Give the session back, once no bound task runs any more."""
         self._session = None
 
 
 class BoundOnnxRuntime:
     """One task on a shared session; closing it leaves the session open."""
 
-    runtime, executed = "onnxruntime", "int8"
+    runtime = "onnxruntime"
+    executed: Precision = "int8"
 
     def __init__(
         self, shared: SharedOnnxRuntime, session: Any, binding: Any, held: object, shape: tuple[int | None, ...]
@@ -149,6 +153,7 @@ class BoundOnnxRuntime:
         return output
 
     def close(self) -> None:
+        """Give the task's slots back; the session stays open."""
         self._binding = self._held = None
 
 

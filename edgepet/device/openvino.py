@@ -8,17 +8,19 @@ from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
 from edgepet.device.runner import check_images
 from edgepet.errors import InputError, require
 from edgepet.graphs.base import INPUT, BaseGraph
-from edgepet.graphs.int8 import Int8Graph, Slots, openvino_slots
-from edgepet.spec import NpArray
+from edgepet.graphs.int8 import Int8Graph
+from edgepet.graphs.slots import Slots, unit_slots
+from edgepet.spec import NpArray, Precision
 
-Executed = Literal["f32", "bf16"]
+_TYPES: dict[Precision, str] = {"fp32": "f32", "bf16": "bf16"}  # OpenVINO's own words
+_PRECISIONS: dict[str, Precision] = {"f32": "fp32", "bf16": "bf16", "f16": "fp16"}
 _LAYERS = frozenset(("Convolution", "FullyConnected", "MatMul"))
 _ELEMENTWISE = frozenset(("Add", "Multiply", "Subtract", "Divide"))
 
@@ -28,34 +30,35 @@ class OpenVino:
 
     runtime = "openvino"
 
-    def __init__(self, model: Any, *, where: str, threads: int | None, executed: Executed) -> None:
-        compiled = _compile(model, threads, executed)
+    def __init__(self, model: Any, *, where: str, threads: int | None, precision: Precision) -> None:
+        compiled = _compile(model, threads, precision)
         self._request, self._where = compiled.create_infer_request(), where
         self._shape = tuple(None if side.is_dynamic else side.get_length() for side in compiled.input(0).partial_shape)
-        self.executed = compiled.get_property("INFERENCE_PRECISION_HINT").get_type_name()
+        self._hint = compiled.get_property("INFERENCE_PRECISION_HINT").get_type_name()
+        self.executed = _PRECISIONS[self._hint]
         self._compiled = compiled
 
     @property
     def evidence(self) -> Mapping[str, object]:
         """How many nodes of the executed graph ran in each precision, and how many layers on int8 codes or floats."""
-        return {"hint": self.executed, **_executed(self._compiled)}
+        return {"hint": self._hint, **_executed(self._compiled)}
 
     @classmethod
-    def of_model(cls, path: Path, *, threads: int | None = None, executed: Executed = "f32") -> OpenVino:
+    def of_model(cls, path: Path, *, threads: int | None = None, precision: Precision = "fp32") -> OpenVino:
         """Open an exported IR (``.xml``) or ONNX file.
 
         Raises:
             InputError: it is not a model that this OpenVINO reads.
             MissingError: OpenVINO is not installed.
         """
-        return cls(_read(path), where=path.name, threads=threads, executed=executed)
+        return cls(_read(path), where=path.name, threads=threads, precision=precision)
 
     @classmethod
     def of_graph(cls, graph: BaseGraph, tensors: Mapping[str, NpArray], *, threads: int | None = None,
-                 executed: Executed = "f32") -> OpenVino:  # fmt: skip
+                 precision: Precision = "fp32") -> OpenVino:  # fmt: skip
         """Open ``graph`` with ``tensors`` in place of the backbone's constants of the same names."""
         model = _with_constants(_read(graph.model_path), tensors, graph.model_path)
-        return cls(model, where=graph.backbone, threads=threads, executed=executed)
+        return cls(model, where=graph.backbone, threads=threads, precision=precision)
 
     def __call__(self, images: NpArray) -> NpArray:
         check_images(images, self._shape, where=self._where)
@@ -63,6 +66,7 @@ class OpenVino:
         return output
 
     def close(self) -> None:
+        """Give the compiled model back."""
         self._request = self._compiled = None
 
     def __enter__(self) -> OpenVino:
@@ -87,7 +91,7 @@ class SharedOpenVino:
     ) -> None:
         model = _with_constants(_read(graph.model_path(self.runtime)), codes or {}, graph.model_path(self.runtime))
         stateful, self._order = _stateful(model)
-        self._compiled = _compile(stateful, threads, "f32")
+        self._compiled = _compile(stateful, threads, "fp32")
         self._graph, self._shape = graph, (None, *graph.preprocess.input_shape)
 
     @property
@@ -98,25 +102,28 @@ class SharedOpenVino:
     def bind(self, slots: Slots) -> BoundOpenVino:
         """A task, ready to run: a request of its own, whose state is its slots."""
         openvino, request = _openvino(), self._compiled.create_infer_request()
-        values = openvino_slots(self._graph, slots)
+        values = unit_slots(self._graph, slots)
         (state,) = request.query_state()
         state.state = openvino.Tensor(np.concatenate([values[name].ravel() for name in self._order]))
         return BoundOpenVino(self, request, self._shape)
 
     def close(self) -> None:
+        """Give the compiled network back, once no bound task runs any more."""
         self._compiled = None
 
 
 class BoundOpenVino:
     """One task's request; closing it leaves the compiled network open."""
 
-    runtime, executed = "openvino", "int8"
+    runtime = "openvino"
+    executed: Precision = "int8"
 
     def __init__(self, shared: SharedOpenVino, request: Any, shape: tuple[int | None, ...]) -> None:
         self._shared, self._request, self._shape = shared, request, shape
 
     @property
     def evidence(self) -> Mapping[str, object]:
+        """That of the compiled network, which all tasks share."""
         return self._shared.evidence
 
     def __call__(self, images: NpArray) -> NpArray:
@@ -125,11 +132,12 @@ class BoundOpenVino:
         return output
 
     def close(self) -> None:
+        """Give the request back; the compiled network stays open."""
         self._request = None
 
 
-def _compile(model: Any, threads: int | None, executed: Executed) -> Any:
-    config: dict[str, object] = {"INFERENCE_PRECISION_HINT": executed, "PERFORMANCE_HINT": "LATENCY"}
+def _compile(model: Any, threads: int | None, precision: Precision) -> Any:
+    config: dict[str, object] = {"INFERENCE_PRECISION_HINT": _TYPES[precision], "PERFORMANCE_HINT": "LATENCY"}
     if threads is not None:
         config["INFERENCE_NUM_THREADS"] = threads
     return _core().compile_model(model, "CPU", config)

@@ -8,26 +8,51 @@ from typing import Protocol
 import numpy as np
 
 from edgepet.errors import InputError
-from edgepet.spec import NpArray
+from edgepet.graphs.slots import Slots
+from edgepet.spec import NpArray, Precision
 
 
 class Runner(Protocol):
-    """An open network. ``executed`` is the precision that ran, ``evidence`` how that is known."""
+    """An open network."""
 
     @property
-    def runtime(self) -> str: ...
-
-    @property
-    def executed(self) -> str: ...
-
-    @property
-    def evidence(self) -> Mapping[str, object]: ...
-
-    def __call__(self, images: NpArray) -> NpArray:
-        """Output (n, k) for float32 images (n, 3, H, W)."""
+    def runtime(self) -> str:
+        """The runtime's name, as in ``RUNTIMES``."""
         ...
 
-    def close(self) -> None: ...
+    @property
+    def executed(self) -> Precision:
+        """The precision that it computes in."""
+        ...
+
+    @property
+    def evidence(self) -> Mapping[str, object]:
+        """How that is known: what the runtime says of itself, as JSON values."""
+        ...
+
+    def __call__(self, images: NpArray) -> NpArray:
+        """Output (n, k) for float32 images (n, 3, H, W).
+
+        Raises:
+            InputError: another dtype or shape.
+        """
+        ...
+
+    def close(self) -> None:
+        """Give back what it holds; it cannot be called any more."""
+        ...
+
+
+class SharedRunner(Protocol):
+    """An open int8 backbone that many tasks are bound to."""
+
+    def bind(self, slots: Slots) -> Runner:
+        """A task, ready to run: its slots are handed over once. Closing it leaves the backbone open."""
+        ...
+
+    def close(self) -> None:
+        """Give back what it holds, once no bound task runs any more."""
+        ...
 
 
 def check_images(images: NpArray, shape: tuple[int | None, ...], *, where: str) -> None:

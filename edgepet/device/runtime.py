@@ -6,25 +6,22 @@ import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from edgepet.deltas.branches import named_tensors
 from edgepet.deltas.delta import Delta, Head
 from edgepet.deltas.merge import task_tensors
-from edgepet.device.runner import Runner
+from edgepet.device.runner import Runner, SharedRunner
+from edgepet.device.runtimes import DEFAULT, shared_runtime
 from edgepet.device.store import Store
-from edgepet.errors import InputError
+from edgepet.errors import InputError, option
 from edgepet.graphs.base import BaseGraph
-from edgepet.graphs.int8 import Int8Graph, require_codes, task_slots
+from edgepet.graphs.int8 import Int8Graph, require_codes
+from edgepet.graphs.slots import task_slots
 from edgepet.images.preprocess import load_input, normalize
 from edgepet.packs.pack import Pack
-from edgepet.spec import FilePath, NpArray
-
-if TYPE_CHECKING:
-    from edgepet.device.onnxruntime import SharedOnnxRuntime
-    from edgepet.device.openvino import SharedOpenVino
+from edgepet.spec import FilePath, NpArray, Precision
 
 
 class TaskNetwork:
@@ -36,12 +33,14 @@ class TaskNetwork:
 
     @property
     def evidence(self) -> Mapping[str, object]:
+        """How the runtime knows in what it computes."""
         return self._features.evidence
 
     def __call__(self, images: NpArray) -> NpArray:
         return self._head(self._features(images))
 
     def close(self) -> None:
+        """Give the network back; one that tasks share stays open."""
         self._features.close()
 
     def __enter__(self) -> TaskNetwork:
@@ -51,9 +50,12 @@ class TaskNetwork:
         self.close()
 
 
-def open_task(graph: BaseGraph, delta: Delta, *, runtime: str = "onnxruntime", threads: int | None = None,
-              bf16: bool = False) -> TaskNetwork:  # fmt: skip
+def open_task(graph: BaseGraph, delta: Delta, *, runtime: str = DEFAULT, threads: int | None = None,
+              precision: Precision = "fp32") -> TaskNetwork:  # fmt: skip
     """Fold ``delta`` into ``graph``'s tensors and open the result; tensors that did not change are read from its files.
+
+    Args:
+        precision: one that the runtime ``computes`` in.
 
     Raises:
         InputError: no such runtime, another backbone or image size, or an update that does not fit.
@@ -62,24 +64,22 @@ def open_task(graph: BaseGraph, delta: Delta, *, runtime: str = "onnxruntime", t
     graph.require_fit(delta)
     tensors = task_tensors(graph.base, delta)
     changed = {name: tensors[name] for name in (*delta.targets, *named_tensors(delta.branches))}
-    head = Head(weight=delta.head.weight.astype(np.float32), bias=delta.head.bias.astype(np.float32))
-    return TaskNetwork(open_features(graph, changed, runtime=runtime, threads=threads, bf16=bf16), head)
+    features = open_features(graph, changed, runtime=runtime, threads=threads, precision=precision)
+    return TaskNetwork(features, delta.head.in_float32)
 
 
 def open_features(graph: BaseGraph, tensors: Mapping[str, NpArray], *, runtime: str, threads: int | None = None,
-                  bf16: bool = False) -> Runner:  # fmt: skip
-    """Open ``graph`` itself, with ``tensors`` in place of the backbone's: images to pooled features."""
-    if runtime == "onnxruntime":
-        from edgepet.device.onnxruntime import OnnxRuntime
+                  precision: Precision = "fp32") -> Runner:  # fmt: skip
+    """Open ``graph`` itself, with ``tensors`` in place of the backbone's: images to pooled features.
 
-        return OnnxRuntime.of_graph(graph, tensors, threads=threads)
-    if runtime == "openvino":
-        from edgepet.device.openvino import OpenVino
-
-        return OpenVino.of_graph(graph, tensors, threads=threads, executed="bf16" if bf16 else "f32")
-    raise InputError(
-        "--runtime", f"is one of {', '.join(SHARED_RUNTIMES)} for a pack on a shared backbone", got=repr(runtime)
-    )
+    Raises:
+        InputError: no such runtime, or one that does not compute in ``precision``.
+        MissingError: the runtime is not installed.
+    """
+    row = shared_runtime(runtime, purpose="a pack on a shared backbone")
+    if precision not in row.computes or row.open_graph is None:
+        raise InputError(option("precision"), f"is one of {', '.join(row.computes)} on {runtime}", got=repr(precision))
+    return row.open_graph(graph, tensors, threads, precision)
 
 
 class SharedInt8:
@@ -88,27 +88,21 @@ class SharedInt8:
     A task whose codes changed (LoRA and whatever else does not only scale and shift) gets a network of its own.
     """
 
-    def __init__(self, graph: Int8Graph, *, runtime: str = "onnxruntime", threads: int | None = None) -> None:
+    def __init__(self, graph: Int8Graph, *, runtime: str = DEFAULT, threads: int | None = None) -> None:
         """
         Raises:
             InputError: no such runtime, or codes that are not those that were made.
             MissingError: the runtime is not installed.
         """
         require_codes(graph)
-        self.graph, self._runtime, self._threads = graph, runtime, threads
-        self._network = self._open()
+        self._row = shared_runtime(runtime, purpose="an int8 backbone")
+        self.graph, self._threads = graph, threads
+        self._network = self._open({})
 
-    def _open(self, codes: Mapping[str, NpArray] | None = None) -> SharedOnnxRuntime | SharedOpenVino:
-        if self._runtime == "onnxruntime":
-            from edgepet.device.onnxruntime import SharedOnnxRuntime
-
-            return SharedOnnxRuntime(self.graph, threads=self._threads, codes=codes)
-        if self._runtime == "openvino":
-            from edgepet.device.openvino import SharedOpenVino
-
-            return SharedOpenVino(self.graph, threads=self._threads, codes=codes)
-        names = ", ".join(SHARED_RUNTIMES)
-        raise InputError("--runtime", f"is one of {names} for an int8 backbone", got=repr(self._runtime))
+    def _open(self, codes: Mapping[str, NpArray]) -> SharedRunner:
+        if self._row.open_int8 is None:
+            raise InputError(option("runtime"), f"has no int8 backbone on {self._row.name}")
+        return self._row.open_int8(self.graph, self._threads, codes)
 
     def bind(self, delta: Delta) -> TaskNetwork:
         """A task, ready to run; from one bound task to another there is nothing to switch.
@@ -118,14 +112,11 @@ class SharedInt8:
         """
         slots = task_slots(self.graph, delta)
         network = self._open(slots.codes) if slots.codes else self._network
-        head = Head(weight=delta.head.weight.astype(np.float32), bias=delta.head.bias.astype(np.float32))
-        return TaskNetwork(network.bind(slots), head)
+        return TaskNetwork(network.bind(slots), delta.head.in_float32)
 
     def close(self) -> None:
+        """Give the backbone back, once no bound task runs any more."""
         self._network.close()
-
-
-SHARED_RUNTIMES = ("onnxruntime", "openvino")  # these run every task from one folder with one backbone
 
 
 def open_installed(
@@ -139,7 +130,7 @@ def open_installed(
     if precision == "int8":
         return SharedInt8(store.int8_of(pack), runtime=runtime, threads=threads).bind(pack.delta)
     if precision != "fp32":
-        raise InputError("--precision", "is fp32 or int8 for a pack", got=repr(precision))
+        raise InputError(option("precision"), "is fp32 or int8 for a pack", got=repr(precision))
     return open_task(store.graph_of(pack), pack.delta, runtime=runtime, threads=threads)
 
 
@@ -176,7 +167,7 @@ class Device:
         return Store(Path(self.store)).tasks()
 
     def run(
-        self, task: str, images: Iterable[FilePath], *, runtime: str = "onnxruntime", threads: int | None = None,
+        self, task: str, images: Iterable[FilePath], *, runtime: str = DEFAULT, threads: int | None = None,
         precision: str = "fp32",
     ) -> DeviceRun:  # fmt: skip
         """Classify image files, or folders of frames, with an installed task in "fp32" or "int8"."""
@@ -189,7 +180,7 @@ class Device:
             spent = time.perf_counter() - opened
         return DeviceRun(answers, 1e3 * (opened - began), 1e3 * spent / max(1, len(answers)))
 
-    def open_int8(self, *, runtime: str = "onnxruntime", threads: int | None = None) -> dict[str, TaskNetwork]:
+    def open_int8(self, *, runtime: str = DEFAULT, threads: int | None = None) -> dict[str, TaskNetwork]:
         """All installed tasks that have ranges for it, on one int8 backbone: images to logits, by the task's name.
 
         Raises:

@@ -17,7 +17,8 @@ from edgepet.deltas.merge import task_tensors
 from edgepet.errors import InputError
 from edgepet.files import folder_bytes, new_folder, read_file, write_file
 from edgepet.graphs.base import BaseGraph, graph_folder, open_graph
-from edgepet.graphs.int8 import Int8Graph, int8_stem, open_int8, task_slots
+from edgepet.graphs.int8 import Int8Graph, int8_stem, open_int8
+from edgepet.graphs.slots import task_slots
 from edgepet.packs.pack import Pack, read_pack
 
 
@@ -96,6 +97,7 @@ class Store:
 
     @property
     def cache_bytes(self) -> int:
+        """Bytes on disk of derived data, which could be deleted."""
         return folder_bytes(self.root / "cache")
 
     def _path(self, task: str) -> Path:

@@ -22,8 +22,8 @@ from edgepet.canonical import parse_json
 from edgepet.device.runner import check_images
 from edgepet.errors import InputError, MissingError, require
 from edgepet.files import read_file
-from edgepet.spec import NpArray, Precision
-from edgepet.strict import Table
+from edgepet.spec import NpArray, Precision, StoredPrecision
+from edgepet.strict import ObjectReader
 
 Engine: TypeAlias = Literal["tensorrt", "tensorrt-rtx"]  # also the names of the extras
 MODULES: dict[Engine, str] = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
@@ -53,7 +53,7 @@ class Sidecar:
     input: TensorSpec
     output: TensorSpec
     max_batch: int
-    precision: Precision
+    precision: StoredPrecision
 
 
 def read_sidecar(folder: Path, *, stem: str = "model") -> Sidecar:
@@ -67,7 +67,7 @@ def read_sidecar(folder: Path, *, stem: str = "model") -> Sidecar:
         value = parse_json(read_file(path))
     except (ValueError, RecursionError) as error:
         raise InputError(str(path), "needs to be JSON", got=str(error)) from error
-    table = Table(value, str(path), error=InputError)
+    table = ObjectReader(value, str(path), error=InputError)
     if (schema := table.integer("schema")) != SCHEMA:
         raise InputError(table.where + ".schema", f"needs {SCHEMA}", got=schema, fix="export the task again")
     sidecar = Sidecar(
@@ -78,10 +78,10 @@ def read_sidecar(folder: Path, *, stem: str = "model") -> Sidecar:
         size_bytes=table.integer("size_bytes", least=1),
         sha256=table.text("sha256"),
         source_sha256=table.text("source_sha256"),
-        input=_read_tensor(table.table("input"), ranks=(4, 5)),
-        output=_read_tensor(table.table("output"), ranks=(2,)),
+        input=_read_tensor(table.nested("input"), ranks=(4, 5)),
+        output=_read_tensor(table.nested("output"), ranks=(2,)),
         max_batch=table.integer("max_batch", least=1),
-        precision=cast(Precision, table.text("precision", choices=("fp32", "fp16", "int8"))),
+        precision=cast(StoredPrecision, table.text("precision", choices=("fp32", "fp16", "int8"))),
     )
     table.end()
     if not sidecar.sms:
@@ -151,16 +151,23 @@ class Cuda:
         self.call("cuStreamCreate", ctypes.byref(self.stream), 0)
 
     def call(self, name: str, *arguments: object) -> None:
+        """Call a function of libcuda.
+
+        Raises:
+            InputError: it did not succeed.
+        """
         if code := getattr(self._library, name)(*arguments):
             raise InputError("GPU 0", f"{name} must succeed", got=f"CUDA error {code}")
 
     def allocate(self, size_bytes: int) -> ctypes.c_uint64:
+        """The address of so much memory on the device, which ``close`` gives back."""
         address = ctypes.c_uint64()
         self.call("cuMemAlloc_v2", ctypes.byref(address), ctypes.c_size_t(size_bytes))
         self._memory.append(address)
         return address
 
     def close(self) -> None:
+        """Give memory, stream and context back."""
         while self._memory:
             self.call("cuMemFree_v2", self._memory.pop())
         self.call("cuStreamDestroy_v2", self.stream)
@@ -175,7 +182,7 @@ class TensorrtRunner:
     def __init__(self, sidecar: Sidecar, engine: Any, cuda: Cuda, *, where: str) -> None:
         self._sidecar, self._cuda, self._where = sidecar, cuda, where
         # By construction, not by measurement: edgepet builds typed networks only, and with TF32 off.
-        self.precision = self.executed = str(sidecar.precision)
+        self.executed: Precision = sidecar.precision
         self.evidence: Mapping[str, object] = {"network": "strongly typed, TF32 off", "built_by": sidecar.version}
         self._context: Any = engine.create_execution_context()
         if self._context is None:
@@ -240,7 +247,7 @@ def open_engine(folder: Path, *, stem: str = "model") -> TensorrtRunner:
     return runner
 
 
-def _read_tensor(table: Table, *, ranks: tuple[int, ...]) -> TensorSpec:
+def _read_tensor(table: ObjectReader, *, ranks: tuple[int, ...]) -> TensorSpec:
     name, shape = table.text("name"), table.integers("shape", least=-1)
     dtype = table.text("dtype", choices=("float32",))
     table.end()

@@ -13,13 +13,10 @@ needs neither torch nor the ``onnx`` package. Making one is ``edgepet.exporters.
 
 from __future__ import annotations
 
-import mmap
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-
-import numpy as np
 
 from edgepet.canonical import canonical_json, parse_json
 from edgepet.deltas.branches import structure_digest
@@ -27,33 +24,13 @@ from edgepet.deltas.delta import Delta
 from edgepet.deltas.merge import require_backbone
 from edgepet.errors import InputError
 from edgepet.files import cache_folder, read_file, sha256_file, write_file
-from edgepet.spec import Base, NpArray, Preprocess, read_preprocess
-from edgepet.strict import Table
+from edgepet.graphs.tensor_files import Place, _views, safetensors_places
+from edgepet.spec import Base, Preprocess, read_preprocess
+from edgepet.strict import ObjectReader
 
 FORMAT, VERSION = "edgepet-graph", 1
 WEIGHTS = "backbone.safetensors"
 INPUT, FEATURES, LOGITS = "images", "features", "logits"
-_DTYPES = {
-    "F64": "<f8",
-    "F32": "<f4",
-    "F16": "<f2",
-    "I64": "<i8",
-    "I32": "<i4",
-    "I8": "|i1",
-    "U8": "|u1",
-    "BOOL": "|b1",
-}
-
-
-@dataclass(frozen=True, slots=True)
-class Place:
-    """Where a tensor's bytes lie: a file of the folder, an offset and a length."""
-
-    file: str
-    offset: int
-    length: int
-    dtype: str
-    shape: tuple[int, ...]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -73,14 +50,17 @@ class BaseGraph:
 
     @property
     def stem(self) -> str:
+        """What the names of this image size's files begin with."""
         return graph_stem(self.preprocess, self.structure)
 
     @property
     def model_path(self) -> Path:
+        """The graph's structure, an ONNX file without weights."""
         return self.folder / f"{self.stem}.onnx"
 
     @property
     def weights_bytes(self) -> int:
+        """Bytes on disk of the backbone's tensors, once for all image sizes."""
         return self.files[WEIGHTS][1]
 
     @property
@@ -164,7 +144,7 @@ def open_graph(fingerprint: str, preprocess: Preprocess, structure: str = "", *,
         fingerprint=table.text("fingerprint"),
         preprocess=described.preprocess,
         width=table.integer("width", least=1),
-        create_args=_settings(table.table("create_args")),
+        create_args=_settings(table.nested("create_args")),
         licence=table.text("licence"),
         files=described.files,
         structure=structure_digest(table.sequence("branches")),
@@ -179,7 +159,7 @@ def open_graph(fingerprint: str, preprocess: Preprocess, structure: str = "", *,
 class Described:
     """A graph's description, half read: ``table`` has what is its own still to be taken."""
 
-    table: Table
+    table: ObjectReader
     preprocess: Preprocess
     files: Mapping[str, tuple[str, int]]
 
@@ -200,7 +180,7 @@ def read_description(path: Path, kind: str, version: int, *, large: str) -> Desc
         InputError: it is of another kind or version, or a file is damaged.
     """
     table = _table(path, kind, version)
-    preprocess = read_preprocess(table.table("preprocess"))
+    preprocess = read_preprocess(table.nested("preprocess"))
     files = {name: _file(entry) for name, entry in _entries(table)}
     table.raw("versions")
     for name, (digest, size) in files.items():
@@ -222,67 +202,32 @@ def write_graph_json(
     write_file(folder / f"{stem}.json", canonical_json({"format": kind, "version": version, **facts, "files": listed}))
 
 
-def safetensors_places(path: Path) -> dict[str, Place]:
-    """Offsets of every tensor in a safetensors file, counted from the start of the file."""
-    with path.open("rb") as file:
-        start = 8 + int.from_bytes(file.read(8), "little")
-        header = parse_json(file.read(start - 8))
-    places = {}
-    for name, entry in header.items():
-        if name != "__metadata__":
-            first, last = entry["data_offsets"]
-            shape = tuple(int(side) for side in entry["shape"])
-            places[name] = Place(path.name, start + first, last - first, _DTYPES[entry["dtype"]], shape)
-    return places
-
-
-def mapped_tensors(folder: Path, files: list[str]) -> dict[str, NpArray]:
-    """Read-only views of all tensors in safetensors files; those of a later file hide those of an earlier one."""
-    places: dict[str, Place] = {}
-    for name in files:
-        places |= safetensors_places(folder / name)
-    return _views(folder, places)
-
-
-def _views(folder: Path, places: Mapping[str, Place]) -> dict[str, NpArray]:
-    maps = {name: _mapped(folder / name) for name in {place.file for place in places.values()}}
-    return {
-        name: np.frombuffer(maps[p.file], p.dtype, int(np.prod(p.shape)), p.offset).reshape(p.shape)
-        for name, p in places.items()
-    }
-
-
-def _mapped(path: Path) -> mmap.mmap:
-    with path.open("rb") as file:
-        return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-
-
-def _table(path: Path, kind: str, version: int) -> Table:
+def _table(path: Path, kind: str, version: int) -> ObjectReader:
     table = _parsed(path, kind)
     if table.integer("version") != version:
         raise InputError(str(path), f"this edgepet reads graphs of version {version}", fix="delete it and run again")
     return table
 
 
-def _parsed(path: Path, kind: str) -> Table:
+def _parsed(path: Path, kind: str) -> ObjectReader:
     try:
-        table = Table(parse_json(read_file(path)), path.name, error=InputError)
+        table = ObjectReader(parse_json(read_file(path)), path.name, error=InputError)
     except (ValueError, RecursionError) as error:
         raise InputError(str(path), "is not readable JSON", got=error, fix="delete it and run again") from error
     table.text("format", choices=[kind])
     return table
 
 
-def _settings(table: Table) -> dict[str, object]:
+def _settings(table: ObjectReader) -> dict[str, object]:
     return {key: table.raw(key) for key in table.names()}
 
 
-def _entries(table: Table) -> list[tuple[str, Table]]:
-    files = table.table("files")
-    return [(name, files.table(name)) for name in files.names()]
+def _entries(table: ObjectReader) -> list[tuple[str, ObjectReader]]:
+    files = table.nested("files")
+    return [(name, files.nested(name)) for name in files.names()]
 
 
-def _file(entry: Table) -> tuple[str, int]:
+def _file(entry: ObjectReader) -> tuple[str, int]:
     facts = entry.text("sha256"), entry.integer("bytes")
     entry.end()
     return facts

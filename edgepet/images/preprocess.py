@@ -38,12 +38,13 @@ _RESAMPLING = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling
 
 
 def load_pixels(path: Path, preprocess: Preprocess) -> Pixels:
-    """Decode, resize and crop one file to (height, width, 3).
+    """Decode, resize and crop one file to (height, width, 3), uint8 RGB.
 
     The first frame is taken, and EXIF orientation is left as timm leaves it: not applied.
 
     Raises:
-        InputError: the file is missing, damaged or no image, or so elongated that resizing it would fill the memory.
+        InputError: the file is missing, damaged or no image, has more than 8 bits a channel, or is so elongated that
+            resizing it would fill the memory.
     """
     try:
         with Image.open(path, formats=_FORMATS) as file:
@@ -87,7 +88,7 @@ def load_clip(folder: Path, preprocess: Preprocess) -> Pixels:
 
 
 def load_input(path: Path, preprocess: Preprocess) -> Pixels:
-    """The pixels of an image file, or of a clip's folder."""
+    """The pixels of an image file, or of a clip's folder; raises as ``load_pixels`` and ``load_clip`` do."""
     return load_pixels(path, preprocess) if preprocess.frames == 1 else load_clip(path, preprocess)
 
 

@@ -13,7 +13,7 @@ from typing import Literal, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from edgepet.errors import InputError
+from edgepet.errors import InputError, option
 from edgepet.images.preprocess import SUFFIXES, Pixels, load_input, normalize
 from edgepet.spec import Preprocess
 
@@ -111,7 +111,11 @@ def load_set(
 def load_sets(
     sets: Sequence[ImageSet], preprocess: Preprocess, *, progress: Callable[[int], None] | None = None
 ) -> list[tuple[Pixels, NDArray[np.int64]]]:
-    """``load_set`` of several sets, whose unreadable files are told together."""
+    """``load_set`` of several sets, whose unreadable files are told together.
+
+    Raises:
+        InputError: files of any set that are no readable images, all of them in one message.
+    """
     *frames, _, height, width = preprocess.input_shape
     pixels = [np.empty((len(images), *frames, height, width, 3), dtype=np.uint8) for images in sets]
     places = [(number, index) for number, images in enumerate(sets) for index in range(len(images))]
@@ -149,7 +153,9 @@ def _unreadable(bad: Sequence[InputError], among: int) -> InputError:
 
 
 def batches(pixels: Pixels, preprocess: Preprocess, batch_size: int) -> Iterator[NDArray[np.float32]]:
-    """Normalised (b, 3, H, W) batches of (n, H, W, 3) pixels, in order; the last one may be smaller.
+    """Normalised float32 batches (b, 3, H, W) of pixels (n, H, W, 3), in order; the last one may be smaller.
+
+    Those of clips are (b, frames, 3, H, W).
 
     Raises:
         InputError: ``batch_size`` is below 1.
@@ -197,7 +203,7 @@ def _by_class(folder: Path, clips: bool) -> _ByClass:
 def _clips(folder: Path) -> list[Path]:
     clips = _folders(folder)
     if not clips:
-        fix = "put every clip's frames into a folder of its own, or leave out --frames"
+        fix = f"put every clip's frames into a folder of its own, or leave out {option('frames')}"
         raise InputError(str(folder), "holds no folder of frames", fix=fix)
     return clips
 

@@ -6,7 +6,7 @@ import importlib
 import os
 import platform
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib import metadata
@@ -27,7 +27,8 @@ ARM = frozenset({"neon", "asimd", "asimddp", "asimdhp", "i8mm", "bf16", "sve", "
 class Environment:
     """What a measured number holds for.
 
-    ``cores`` are those that this process may use; ``load_1m`` is the one-minute load average when this was made;
+    ``cores`` are those that this process may use; ``cpu_features`` are what int8, fp16 and bf16 kernels are chosen by;
+    ``versions`` are those of the installed ``PACKAGES``; ``load_1m`` is the one-minute load average when this was made;
     ``governor`` is Linux's CPU frequency policy; ``date`` is the ISO day in UTC. No host name, no user name.
     """
 
@@ -53,40 +54,32 @@ class RuntimeStatus:
     fix: str | None
 
 
-@dataclass(frozen=True, slots=True)
-class Runtime:
-    """Where a runtime comes from. ``broken`` is what to do when it is installed and cannot be imported."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Engine:
+    """A package that a runtime comes in; ``name`` is PyPI's. ``extra`` of edgepet brings it, None is edgepet itself.
 
+    ``broken`` is what to do when it is installed and cannot be imported; None is to install it again. ``imported``
+    says whether asking for its state may import it.
+    """
+
+    name: str
     module: str
-    install: str
-    broken: str
+    extra: str | None = None
+    broken: str | None = None
+    imported: bool = True
+
+    @property
+    def install(self) -> str:
+        """The command that installs it."""
+        return "pip install edgepet" if self.extra is None else f"pip install 'edgepet[{self.extra}]'"
+
+    @property
+    def repair(self) -> str:
+        """What to do when it is installed and cannot be imported."""
+        return self.broken or f"install it again with pip install --force-reinstall {self.name}"
 
 
-RUNTIMES: dict[str, Runtime] = {
-    "onnxruntime": Runtime(
-        "onnxruntime", "pip install edgepet", "install it again with pip install --force-reinstall onnxruntime"
-    ),
-    "openvino": Runtime(
-        "openvino", "pip install 'edgepet[openvino]'", "install it again with pip install --force-reinstall openvino"
-    ),
-    # `pip install tensorrt` may end well and leave no libraries: NVIDIA/TensorRT issue #3936.
-    "tensorrt": Runtime(
-        "tensorrt",
-        "pip install 'edgepet[tensorrt]'",
-        "the package is a Python face only, and NVIDIA's libraries are missing: "
-        "install them as NVIDIA's TensorRT installation guide says",
-    ),
-    "tensorrt-rtx": Runtime(
-        "tensorrt_rtx",
-        "pip install 'edgepet[tensorrt-rtx]'",
-        "install it again with pip install --force-reinstall tensorrt-rtx",
-    ),
-    "torch": Runtime(
-        "torch", "pip install 'edgepet[train]'", "install it again with pip install --force-reinstall torch"
-    ),
-}
-
-NOT_IMPORTED = ("torch",)  # takes seconds to import, and devices do without it
+TORCH = Engine(name="torch", module="torch", extra="train", imported=False)  # seconds, and devices do without it
 
 
 def environment() -> Environment:
@@ -107,30 +100,30 @@ def environment() -> Environment:
     )
 
 
-def runtimes() -> tuple[RuntimeStatus, ...]:
-    """The state of every runtime, in the order of ``RUNTIMES``. Imports those that are found, except torch."""
-    return tuple(_status(name, runtime) for name, runtime in RUNTIMES.items())
+def runtimes(engines: Iterable[Engine]) -> tuple[RuntimeStatus, ...]:
+    """The state of every one of ``engines``, in their order. Imports those that are found and may be imported."""
+    return tuple(_status(engine) for engine in engines)
 
 
-def _status(name: str, runtime: Runtime) -> RuntimeStatus:
-    version, spec = _version(name), find_spec(runtime.module)
+def _status(engine: Engine) -> RuntimeStatus:
+    name, version, spec = engine.name, _version(engine.name), find_spec(engine.module)
     # Without an origin it is a folder that happens to have the name, as ``export -o .`` leaves one.
     found = spec is not None and spec.origin is not None
     if not found and version is None:
-        return RuntimeStatus(name=name, version=None, available=False, fix=runtime.install)
-    if found and name in NOT_IMPORTED:
+        return RuntimeStatus(name=name, version=None, available=False, fix=engine.install)
+    if found and not engine.imported:
         return RuntimeStatus(name=name, version=version, available=True, fix=None)
     try:
-        module = importlib.import_module(runtime.module)
+        module = importlib.import_module(engine.module)
         if module.__file__ is None:
-            problem = f"no module named {runtime.module!r}"
+            problem = f"no module named {engine.module!r}"
         else:  # conda's and NVIDIA's own builds come under other package names
             version = version or getattr(module, "__version__", None)
             return RuntimeStatus(name=name, version=version, available=True, fix=None)
     # Native packages fail in many ways: a shared library, its version, NumPy's ABI.
     except (ImportError, OSError, RuntimeError, AttributeError) as error:
         problem = next(iter(str(error).splitlines()), type(error).__name__)
-    fix = f"installed, but cannot be imported ({problem}): {runtime.broken}"
+    fix = f"installed, but cannot be imported ({problem}): {engine.repair}"
     return RuntimeStatus(name=name, version=version, available=False, fix=fix)
 
 

@@ -9,7 +9,7 @@ from typing import Literal, TypeAlias
 import numpy as np
 
 from edgepet.errors import CheckError
-from edgepet.spec import NpArray, Precision
+from edgepet.spec import NpArray, StoredPrecision
 
 Inputs: TypeAlias = Literal["data", "work", "synthetic"]
 Against: TypeAlias = Literal["tuned", "merged"]
@@ -71,14 +71,14 @@ class Limit:
     images: float = 1.0
 
 
-STORED: dict[Precision, Limit] = {
+STORED: dict[StoredPrecision, Limit] = {
     "fp32": Limit(relative=1e-4),
     "fp16": Limit(relative=2e-2, top1_agreement=0.99),
     "int8": Limit(relative=None, top1_agreement=0.9),  # 3 of 32: what it costs is judged on many more images
 }
 
 
-def coarser(first: Precision, second: Precision) -> Precision:
+def coarser(first: StoredPrecision, second: StoredPrecision) -> StoredPrecision:
     """The one of two precisions whose limit is wider."""
     return max(first, second, key=list(STORED).index)
 
@@ -99,6 +99,7 @@ class Parity:
 
     @property
     def ok(self) -> bool:
+        """Whether the answers are finite, within ``limit``, and as many of them equal as must be."""
         near = math.isfinite(self.max_abs) and (self.limit is None or self.max_abs <= self.limit)
         return near and self.top1_agreement >= self.least_agreement
 
@@ -109,7 +110,9 @@ class Parity:
 SAME_CODES = Limit(relative=0.1, images=0.5)
 
 
-def compare(expected: NpArray, got: NpArray, *, stored: Precision | Limit, inputs: Inputs, against: Against) -> Parity:
+def compare(
+    expected: NpArray, got: NpArray, *, stored: StoredPrecision | Limit, inputs: Inputs, against: Against
+) -> Parity:
     """Judge logits ``got`` by ``expected``, both (n, C), as ``stored`` allows; NaN is beyond every limit."""
     limit = stored if isinstance(stored, Limit) else STORED[stored]
     apart = np.abs(expected.astype(np.float64) - got).max(axis=1)

@@ -29,11 +29,13 @@ def configure(name: str, settings: Mapping[str, str] = types.MappingProxyType({}
     for key, text in settings.items():
         if key not in known:
             has = f"has the settings {', '.join(sorted(known))}" if known else "has no settings"
-            raise InputError(option("settings", key), f"{name} {has}", got=repr(key))
+            raise InputError(f"{option('settings')} {key}", f"{name} {has}", got=repr(key))
         try:
             values[key] = _parse(text, types_of[key])
         except ValueError as error:
-            raise InputError(option("settings", key), f"needs {_spelled(types_of[key])}", got=repr(text)) from error
+            raise InputError(
+                f"{option('settings')} {key}", f"needs {_spelled(types_of[key])}", got=repr(text)
+            ) from error
     method: Method = kind(**values)
     return method
 

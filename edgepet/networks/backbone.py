@@ -17,8 +17,8 @@ import numpy as np
 
 from edgepet.canonical import backbone_fingerprint
 from edgepet.deltas.delta import Head
-from edgepet.errors import InputError, require
-from edgepet.samples.tasks import WEIGHTS, sample_weights
+from edgepet.errors import InputError, option, require
+from edgepet.samples.weights import WEIGHTS, sample_weights
 from edgepet.spec import Base, NpArray, Preprocess, Site, Tensors
 
 if TYPE_CHECKING:
@@ -41,6 +41,12 @@ class Backbone:
     device stores. ``module`` puts out pooled features (n, ``width``); its position table may be resampled.
     ``create_args`` are what ``timm.create_model`` needs besides the name and ``num_classes``; ``classifiers`` are the
     layers that timm then adds, two where a network was distilled.
+
+    ``width``, ``layers`` and ``unread`` run the network once, when the first of them is asked for.
+
+    Raises:
+        InputError: one of these is asked for, and the network does not take two images of this size, puts out no
+            features (n, d), or writes into its own tensors.
     """
 
     spec: str
@@ -94,15 +100,17 @@ class Backbone:
 
     @cached_property
     def fingerprint(self) -> str:
+        """``sha256:`` and the digest of ``native``: what a delta is bound to."""
         return backbone_fingerprint(self.native)
 
     @cached_property
     def tensors(self) -> dict[str, NpArray]:
-        """The state dict of ``module``: parameters and buffers, by name."""
+        """The state dict of ``module``: parameters and buffers, by name, as views of their memory."""
         return {name: tensor.detach().numpy() for name, tensor in self.module.state_dict().items()}
 
     @property
     def base(self) -> Base:
+        """The tensors as merging needs them: those of ``module``, under the fingerprint of ``native``."""
         return Base(name=self.label, fingerprint=self.fingerprint, tensors=self.tensors)
 
     @property
@@ -144,7 +152,13 @@ class Backbone:
         return seen
 
     def with_head(self, head: Head) -> nn.Module:
-        """A network that knows nothing of edgepet: timm's own, or a copy of yours with a linear layer behind it."""
+        """A network that knows nothing of edgepet: timm's own, or a copy of yours with a linear layer behind it.
+
+        It puts out logits (n, C) once ``named_weights`` are loaded; of ``head`` (C, d) only the shape counts.
+
+        Raises:
+            MissingError: timm is not installed.
+        """
         import torch
 
         timm = require("timm", extra="train", purpose="merge")
@@ -163,7 +177,13 @@ class Backbone:
         return f'timm.create_model("{self.name}", num_classes={classes}{arguments})'
 
     def named_weights(self, merged: Tensors, head: Head) -> dict[str, NpArray]:
-        """Dense weights under the names of ``with_head``'s network, as ``load_state_dict`` takes them strictly."""
+        """Dense weights under the names of ``with_head``'s network, as ``load_state_dict`` takes them strictly.
+
+        Those of ``merged`` are its very arrays; the classifier's are float32.
+
+        Raises:
+            MissingError: timm is not installed.
+        """
         own = self.spec.startswith(OWN)
         weights = {f"backbone.{name}" if own else name: tensor for name, tensor in merged.items()}
         import torch
@@ -178,6 +198,7 @@ class Backbone:
 
     @property
     def native_bytes(self) -> int:
+        """Bytes of the tensors of ``native``."""
         return sum(int(tensor.nbytes) for tensor in self.native.values())
 
 
@@ -190,15 +211,16 @@ def load_backbone(spec: str, *, image_size: int | None = None, frames: int = 1) 
         frames: above 1, take clips (n, frames, 3, H, W): features are the mean over a clip's frames.
 
     Raises:
-        InputError: no such architecture or file, weights that do not fit it, or a size it cannot take.
+        InputError: no such architecture or file, weights that cannot be had or do not fit it, a size it cannot take, or
+            a crop or an interpolation that ``Preprocess`` does not know.
         MissingError: torch, timm or a demo package is not installed.
     """
     require("torch", extra="train", purpose=spec)
     timm = require("timm", extra="train", purpose=spec)
     if image_size is not None and image_size < 1:
-        raise InputError("--img-size", "must be at least 1", got=image_size)
+        raise InputError(option("image_size"), "must be at least 1", got=image_size)
     if frames < 1:
-        raise InputError("--frames", "must be at least 1", got=frames)
+        raise InputError(option("frames"), "must be at least 1", got=frames)
     if spec.startswith(OWN):
         fix = "in Python pass backbone=Backbone.from_module(...)"
         raise InputError(spec, "is a module of its user's own and cannot be built from its name", fix=fix)
@@ -261,7 +283,7 @@ def _native_module(timm: Any, name: str, file: Path | None, spec: str) -> Any:
                 spec,
                 "could not get its weights from timm's hub",
                 got=f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}",
-                fix=f"connect to the network, or pass --backbone {name}@FILE with weights you have",
+                fix=f"connect to the network, or pass {option('backbone', f'{name}@FILE')} with weights you have",
             ) from error
     module = timm.create_model(name, pretrained=False, num_classes=0)
     _load(module, _read_weights(timm, file), str(file))
@@ -324,7 +346,7 @@ def _check_size(module: Any, size: int, spec: str) -> None:
     if patch is not None and (size % patch[0] or size % patch[1] or size < max(patch)):
         low = max(size // patch[0], 1) * patch[0]
         raise InputError(
-            "--img-size",
+            option("image_size"),
             f"{spec} cuts images into patches of {patch[0]} pixels",
             got=size,
             fix=f"use {low} or {low + patch[0]}",

@@ -47,7 +47,7 @@ def grafted(module: nn.Module, branches: Sequence[Branch]) -> Iterator[None]:
 
 
 def in_torch(branches: Sequence[Branch]) -> list[Branch]:
-    """``branches`` with torch tensors of the same numbers."""
+    """``branches`` with torch tensors of the same numbers, which are copied."""
     return [
         replace(branch, tensors={name: torch.from_numpy(np.array(tensor)) for name, tensor in branch.tensors.items()})
         for branch in branches
@@ -65,6 +65,7 @@ class Grafted(nn.Module):
         self.tensors = nn.ParameterList([nn.Parameter(t, requires_grad=False) for t in named.values()])
 
     def forward(self, images: Tensor) -> Tensor:
+        """What ``module`` puts out for ``images``, with the branches in it."""
         named = dict(zip(self.names, self.tensors, strict=True))
         with grafted(self.backbone, [branch.with_tensors(named) for branch in self._branches]):
             return cast(Tensor, self.backbone(images))

@@ -13,7 +13,15 @@ from edgepet.spec import NpArray
 
 
 def merged_logits(backbone: Backbone, delta: Delta, images: NpArray) -> NpArray:
-    """Logits (n, C) of ``delta`` folded into ``backbone``, its branches beside it, run by torch in float32."""
+    """Logits (n, C) of ``delta`` folded into ``backbone``, its branches beside it, run by torch in float32.
+
+    Args:
+        backbone: is not touched.
+        images: float32 (n, 3, H, W), preprocessed, or clips (n, frames, 3, H, W).
+
+    Raises:
+        BackboneError, InputError: as ``task_tensors``.
+    """
     tensors = task_tensors(backbone.base, delta)
     branches = in_torch([branch.with_tensors(tensors) for branch in delta.branches])
     state = {name: torch.from_numpy(np.array(tensors[name])) for name in backbone.tensors}

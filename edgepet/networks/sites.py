@@ -92,7 +92,7 @@ class _Watch(TorchFunctionMode):
 
 
 def watch(module: nn.Module, images: Tensor) -> Seen:
-    """Run ``module`` once on ``images``, without gradients, and list its layers.
+    """Run ``module`` once on ``images`` (n, 3, H, W) or clips (n, frames, 3, H, W), without gradients; list its layers.
 
     Raises:
         Exception: whatever ``module`` raises.

@@ -19,9 +19,9 @@ from edgepet.canonical import canonical_json
 from edgepet.deltas.branches import BRANCHES, Branch
 from edgepet.deltas.expressions import EXPRESSIONS, SETTINGS
 from edgepet.deltas.updates import FACTORS, UPDATES, Targeted, Update, attributes, factors
-from edgepet.errors import InputError, PackError
+from edgepet.errors import InputError, PackError, option
 from edgepet.spec import NpArray, Target
-from edgepet.strict import Table
+from edgepet.strict import ObjectReader
 
 MAX_REPEAT = 4096  # targets that one pattern may name
 MAX_UPDATES = 1 << 16  # targets of one pack: a megabyte of patterns could name millions
@@ -44,7 +44,11 @@ class Planes:
         self._seen: dict[tuple[str, int], int] = {}
 
     def place(self, plane: str, array: NpArray) -> int:
-        """Where ``array`` starts in ``plane``."""
+        """Where ``array`` starts in ``plane``, in values, or bytes of bits; a new one is put behind the others.
+
+        Raises:
+            InputError: as ``cast``.
+        """
         key = (plane, id(array))
         if key not in self._seen:
             self._seen[key] = self._ends.get(plane, 0)
@@ -54,6 +58,11 @@ class Planes:
         return self._seen[key]
 
     def cast(self, array: NpArray, name: str) -> NpArray:
+        """A new array as it is stored: floats in the codec's dtype, bits packed into bytes, integers as int32.
+
+        Raises:
+            InputError: a value that is not finite, or beyond the codec; ``name`` is for the message.
+        """
         if array.dtype.kind == "b":
             return np.packbits(array, axis=None, bitorder="little")
         if array.dtype.kind != "f":
@@ -65,11 +74,13 @@ class Planes:
                 f"{self._task}: {name}",
                 f"holds a value that {np.dtype(self._dtype).name} cannot",
                 got=f"largest magnitude {np.abs(array).max():.3g}",
-                fix="store it with --codec fp32, or train with a smaller learning rate if it is not finite",
+                fix=f"store it with {option('codec', 'fp32')},"
+                " or train with a smaller learning rate if it is not finite",
             )
         return stored
 
     def tensors(self) -> dict[str, NpArray]:
+        """Every plane by name, as one vector."""
         return {plane: np.concatenate(parts) for plane, parts in self._parts.items()}
 
 
@@ -82,7 +93,11 @@ class Entry:
 
 
 def write_updates(updates: Iterable[Targeted], planes: Planes) -> list[dict[str, object]]:
-    """Groups of one kind and attributes, in such an order that the updates of one tensor keep theirs."""
+    """Groups of one kind and attributes, in such an order that the updates of one tensor keep theirs.
+
+    Raises:
+        InputError: as ``Planes.cast``.
+    """
     depth: dict[str, int] = {}
     groups: dict[tuple[int, str, bytes], list[Targeted]] = {}
     for targeted in updates:
@@ -101,7 +116,11 @@ def _write_updates(group: list[Targeted], planes: Planes) -> dict[str, object]:
 
 
 def write_branches(branches: Iterable[Branch], planes: Planes) -> list[dict[str, object]]:
-    """Groups of one kind and settings."""
+    """Groups of one kind and settings.
+
+    Raises:
+        InputError: as ``Planes.cast``.
+    """
     groups: dict[tuple[str, bytes], list[Branch]] = {}
     for branch in branches:
         groups.setdefault((branch.kind, canonical_json(dict(branch.settings))), []).append(branch)
@@ -174,21 +193,30 @@ class Reader:
         self._updates = 0
 
     def whole(self, name: str, *, axes: int) -> NpArray:
+        """The tensor ``name``, which is no plane and is not cut.
+
+        Raises:
+            PackError: it is not there, not in the codec's dtype, or has not ``axes`` axes.
+        """
         self._whole.add(name)
         tensor = self._plane(name, self._dtype)
         if tensor.ndim != axes:
             raise PackError(f"{self._where}: {name}", f"needs {axes} axes", got=tensor.ndim)
         return tensor
 
-    def branches(self, table: Table) -> Iterator[Branch]:
-        """The branches of one group."""
+    def branches(self, table: ObjectReader) -> Iterator[Branch]:
+        """The branches of one group.
+
+        Raises:
+            PackError: keys, kinds or patterns that version 1 does not know, too many, or factors outside of a plane.
+        """
         kind = BRANCHES[table.text("kind", choices=list(BRANCHES))]
-        name, given = table.text("kind"), table.table("settings")
+        name, given = table.text("kind"), table.nested("settings")
         settings: dict[str, int | str] = {
             key: given.text(key) if wanted is str else given.integer(key) for key, wanted in kind.settings.items()
         }
         given.end()
-        rows = table.tables("on")
+        rows = table.nested_list("on")
         table.end()
         for row in rows:
             taps, intos = (list(_expand(row.text(key), f"{row.where}.{key}")) for key in ("tap", "into"))
@@ -206,8 +234,13 @@ class Reader:
         if self._updates > MAX_UPDATES:
             raise PackError(where, f"is beyond the {MAX_UPDATES} updates that a pack may hold")
 
-    def updates(self, table: Table) -> Iterator[Targeted]:
-        """The updates of one group."""
+    def updates(self, table: ObjectReader) -> Iterator[Targeted]:
+        """The updates of one group.
+
+        Raises:
+            PackError: keys, kinds or patterns that version 1 does not know, too many, or factors outside of a plane.
+            InputError: a target that is not NAME, NAME[a:b] or NAME[a:b, c:d].
+        """
         kind = table.text("kind", choices=list(UPDATES))
         settings: dict[str, object] = {}
         if kind == "scale":
@@ -215,10 +248,10 @@ class Reader:
         if kind in ("low-rank", "kronecker", "precompose"):
             settings["scale"] = table.number("scale")
         expressions = {
-            name: _expression(table.table(name)) for name in FACTORS[kind] if name != "order" and table.has(name)
+            name: _expression(table.nested(name)) for name in FACTORS[kind] if name != "order" and table.has(name)
         }
         names = [leaf for name in FACTORS[kind] for leaf in _leaves(name, expressions)]
-        rows = table.tables("on")
+        rows = table.nested_list("on")
         table.end()
         for row in rows:
             texts = _expand(row.text("target"), f"{row.where}.target")
@@ -250,7 +283,7 @@ class Reader:
             factors[name] = cast(type, EXPRESSIONS[str(made["kind"])])(**parts, **rest)
         return cast(Update, cast(type, UPDATES[kind])(**factors, **settings))
 
-    def _series(self, kind: str, name: str, row: Table, count: int) -> list[NpArray]:
+    def _series(self, kind: str, name: str, row: ObjectReader, count: int) -> list[NpArray]:
         place = row.integers(name)
         if len(place) < 2:
             raise PackError(f"{row.where}.{name}", "needs [start, step, axes...]", got=list(place))
@@ -279,6 +312,11 @@ class Reader:
         return tensor
 
     def end(self) -> None:
+        """Refuse what nothing has asked for, once all groups are read.
+
+        Raises:
+            PackError: an unknown tensor, a value that is not finite, or rows that leave gaps in a plane or overlap.
+        """
         unknown = sorted(set(self._tensors) - self._whole - set(self._cut))
         if unknown:
             raise PackError(self._where, f"knows no tensor {', '.join(map(repr, unknown))}")
@@ -304,7 +342,7 @@ class Reader:
                 )
 
 
-def _expression(table: Table) -> dict[str, object]:
+def _expression(table: ObjectReader) -> dict[str, object]:
     """The kind and the settings of a factor that is computed."""
     made: dict[str, object] = {"kind": table.text("kind", choices=list(EXPRESSIONS))}
     for name, kind in SETTINGS.get(str(made["kind"]), {}).items():

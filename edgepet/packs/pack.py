@@ -26,7 +26,7 @@ from edgepet.errors import InputError, PackError
 from edgepet.files import read_file, write_file
 from edgepet.packs.layout import Planes, Reader, write_branches, write_updates
 from edgepet.spec import FilePath, NpArray, read_preprocess
-from edgepet.strict import Table
+from edgepet.strict import ObjectReader
 
 Codec: TypeAlias = Literal["fp32", "fp16"]
 CODECS: dict[Codec, type[np.floating]] = {"fp32": np.float32, "fp16": np.float16}
@@ -78,7 +78,12 @@ def encode_pack(delta: Delta, *, codec: Codec = "fp16") -> bytes:
 
 
 def write_pack(path: FilePath, delta: Delta, *, codec: Codec = "fp16") -> int:
-    """Write ``delta`` to ``path`` and return the file's bytes."""
+    """Write ``delta`` to ``path`` and return the file's size in bytes.
+
+    Raises:
+        InputError: a value is not finite in ``codec``, or the file cannot be written.
+        PackError: readers would refuse it; nothing is written.
+    """
     data = encode_pack(delta, codec=codec)
     read_pack(data)  # what a device would refuse is not written
     write_file(Path(path), data)
@@ -124,7 +129,7 @@ def _open_container(data: bytes, where: str) -> tuple[dict[str, NpArray], object
             where, "is not a pack or is cut short", got=f"{len(data)} bytes", fix="copy the file again, whole"
         )
     try:
-        header = Table(parse_json(data[8 : 8 + length]), where)
+        header = ObjectReader(parse_json(data[8 : 8 + length]), where)
         tensors: dict[str, NpArray] = safetensors.numpy.load(data)
     except SafetensorError as error:
         raise PackError(where, "is not a pack or is cut short", got=error, fix="copy the file again, whole") from error
@@ -132,7 +137,7 @@ def _open_container(data: bytes, where: str) -> tuple[dict[str, NpArray], object
         raise PackError(where, "holds a number format that no pack has", got=error) from error
     except (ValueError, RecursionError) as error:
         raise PackError(where, "has no readable header", got=error, fix="copy the file again, whole") from error
-    text = header.table("__metadata__").text("edgepet")
+    text = header.nested("__metadata__").text("edgepet")
     # Safetensors readers accept duplicate names, leading spaces and unknown fields; two readings of one signed file
     # must not differ, so only the one canonical spelling is a pack.
     if _container(tensors, text) != data:
@@ -151,7 +156,7 @@ def _open_container(data: bytes, where: str) -> tuple[dict[str, NpArray], object
 
 
 def _read_manifest(value: object, tensors: dict[str, NpArray], where: str) -> tuple[Delta, Codec]:
-    table = Table(value, where)
+    table = ObjectReader(value, where)
     table.text("format", choices=[FORMAT])
     if table.integer("version") != VERSION:
         raise PackError(
@@ -162,11 +167,11 @@ def _read_manifest(value: object, tensors: dict[str, NpArray], where: str) -> tu
         )
     codec = cast(Codec, table.text("codec", choices=list(CODECS)))
     reader = Reader(tensors, np.dtype(CODECS[codec]), where)
-    updates = tuple(itertools.chain.from_iterable(map(reader.updates, table.tables("updates"))))
-    branches = tuple(itertools.chain.from_iterable(map(reader.branches, table.tables("branches"))))
+    updates = tuple(itertools.chain.from_iterable(map(reader.updates, table.nested_list("updates"))))
+    branches = tuple(itertools.chain.from_iterable(map(reader.branches, table.nested_list("branches"))))
     head = Head(weight=reader.whole("head.weight", axes=2), bias=reader.whole("head.bias", axes=1))
     reader.end()
-    backbone, method, val = table.table("backbone"), table.table("method"), table.table("val")
+    backbone, method, val = table.nested("backbone"), table.nested("method"), table.nested("val")
     delta = Delta(
         task=table.text("task"),
         backbone=backbone.text("name"),
@@ -175,20 +180,20 @@ def _read_manifest(value: object, tensors: dict[str, NpArray], where: str) -> tu
         branches=branches,
         head=head,
         labels=table.texts("labels"),
-        preprocess=read_preprocess(table.table("preprocess")),
+        preprocess=read_preprocess(table.nested("preprocess")),
         method=method.text("name"),
         settings=_provenance(method, "settings"),
         training=_provenance(table, "training"),
         val=Score(top1=val.number("top1"), n=val.integer("n")),
         licences=table.texts("licences"),
-        int8=_int8(table.table("int8")) if "int8" in table.names() else None,
+        int8=_int8(table.nested("int8")) if "int8" in table.names() else None,
     )
     for part in (backbone, method, val, table):
         part.end()
     return delta, codec
 
 
-def _int8(table: Table) -> Int8Ranges:
+def _int8(table: ObjectReader) -> Int8Ranges:
     ranges = []
     for index, pair in enumerate(table.sequence("ranges")):
         numbers = isinstance(pair, list) and len(pair) == 2 and all(isinstance(n, float) and isfinite(n) for n in pair)
@@ -203,7 +208,7 @@ def _int8(table: Table) -> Int8Ranges:
     return Int8Ranges(codes=codes, ranges=tuple(ranges))
 
 
-def _provenance(table: Table, key: str) -> dict[str, object]:
+def _provenance(table: ObjectReader, key: str) -> dict[str, object]:
     value = table.raw(key)
     if not isinstance(value, dict):
         raise PackError(f"{table.where}.{key}", "needs an object", got=json.dumps(value))

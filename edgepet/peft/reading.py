@@ -20,12 +20,12 @@ from edgepet.canonical import parse_json
 from edgepet.deltas.delta import Head
 from edgepet.deltas.expressions import Product
 from edgepet.deltas.updates import Kronecker, LowRank, Replace, Scale, Targeted, check, fold, in_precision_of
-from edgepet.errors import InputError
+from edgepet.errors import InputError, option
 from edgepet.files import read_file
 from edgepet.methods.dora import rescaled
 from edgepet.methods.method import shift
 from edgepet.spec import NpArray, Site, Target, Tensors
-from edgepet.strict import Table
+from edgepet.strict import ObjectReader
 
 CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 PREFIX = "base_model.model."  # of every tensor: PeftModel.base_model is the tuner, its .model the network
@@ -65,10 +65,20 @@ class Adapter:
     tensors: Tensors
 
     def number(self, key: str, otherwise: float) -> float:
-        table = Table(self.config, f"{self.where}/{CONFIG}", error=InputError)
+        """A number of the configuration, ``otherwise`` where it has none.
+
+        Raises:
+            InputError: it is no finite number.
+        """
+        table = ObjectReader(self.config, f"{self.where}/{CONFIG}", error=InputError)
         return table.number(key) if table.has(key) else otherwise
 
     def rank(self, module: str) -> int:
+        """The rank of a module's adapter, 8 where the configuration says nothing.
+
+        Raises:
+            InputError: it is no whole number of at least 1.
+        """
         rank = self.pattern("rank_pattern", module, self.number("r", 8))
         if rank < 1 or rank % 1:
             raise InputError(f"{self.where}: {module}", "needs a whole rank of at least 1", got=rank)
@@ -88,6 +98,7 @@ class Adapter:
         return otherwise
 
     def refusal(self, key: str, what: str, fix: str | None = None) -> InputError:
+        """An error that names a key of the configuration and its value."""
         text = repr(self.config.get(key))
         return InputError(
             f"{self.where}/{CONFIG}: {key}", what, got=text if len(text) <= 80 else f"{text[:77]}...", fix=fix
@@ -215,7 +226,7 @@ def _adapted(
     """The updates of one module; all that is ``given`` must be used."""
     where = f"{adapter.where}: {name}"
     if site is None:
-        fix = "pass the --backbone that it was tuned on, by timm's name"
+        fix = f"pass the {option('backbone')} that it was tuned on, by timm's name"
         raise InputError(where, "is no linear layer or convolution of the backbone", fix=fix)
     has = ", ".join(sorted(given))
     try:
@@ -265,7 +276,9 @@ def _replaced(adapter: Adapter, saved: Mapping[str, NpArray], base: Tensors) -> 
     for name, tensor in saved.items():
         if name not in base:
             what = "is no tensor of the backbone and nothing that PEFT saves of an adapter that is known here"
-            raise InputError(f"{adapter.where}: {name}", what, fix="pass the --backbone that it was tuned on")
+            raise InputError(
+                f"{adapter.where}: {name}", what, fix=f"pass the {option('backbone')} that it was tuned on"
+            )
         targeted = Targeted(Target(name), Replace(_float32(tensor)))
         check(targeted, base[name].shape, where=adapter.where, fix="pass the backbone it was tuned on")
         if not np.array_equal(base[name], tensor):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +17,20 @@ from edgepet.calibration.images import CalibrationImages, calibration_images
 from edgepet.calibration.search import Calibrated, Calibration
 from edgepet.deltas.codes import Range
 from edgepet.deltas.merge import task_tensors
-from edgepet.errors import InputError
+from edgepet.device.artifact import open_artifact, read_artifact
+from edgepet.errors import InputError, option
 from edgepet.exporters.exporter import ExportOptions
 from edgepet.exporters.onnx import build_model, simplified
+from edgepet.files import folder_bytes
 from edgepet.graphs.int8 import Int8Graph
+from edgepet.measuring.latency import Candidate, measure
+from edgepet.measuring.machine import environment
 from edgepet.proving.subject import Subject, sample_images
-from edgepet.spec import FilePath, NpArray, Precision
+from edgepet.spec import FilePath, NpArray, StoredPrecision
 
 Stage = Callable[[str], None]
+AUTO_ROUNDS = 60  # enough to tell precisions apart, which differ by tenths
+AUTO_TIE = 1.05  # of the fastest
 
 
 @dataclass(frozen=True, slots=True, eq=False, kw_only=True)
@@ -35,7 +42,7 @@ class Model:
     """
 
     proto: Any
-    precision: Precision
+    precision: StoredPrecision
     seconds: float
     kept: tuple[Kept, ...] = ()
     calibration: Mapping[str, object] | None = None
@@ -48,7 +55,7 @@ class Model:
         return answers(self.proto, images)
 
 
-def in_precision(subject: Subject, precision: Precision, options: ExportOptions, stage: Stage) -> Model:
+def in_precision(subject: Subject, precision: StoredPrecision, options: ExportOptions, stage: Stage) -> Model:
     """Fold the task, and bring its model into ``precision``.
 
     Raises:
@@ -118,9 +125,9 @@ def require_images(options: ExportOptions) -> FilePath:
         InputError: none is given.
     """
     if options.calib is None:
-        fix = "pass --calib DIR with labelled images of the task, its training folder say"
+        fix = f"pass {option('calib', 'DIR')} with labelled images of the task, its training folder say"
         what = "needs calibration images: they are given, never invented"
-        raise InputError(f"--precision {options.precision}", what, fix=fix)
+        raise InputError(option("precision", options.precision), what, fix=fix)
     return options.calib
 
 
@@ -135,6 +142,34 @@ def shared_calibration(subject: Subject, graph: Int8Graph, images: CalibrationIm
     smooth = {name: value for name, value in divisors.items() if value is not None}
     exact = build_model(subject.graph, task_tensors(base, delta), delta)
     return calibration_of(subject, images, proto, smooth=smooth, against=exact)
+
+
+def fastest(folders: Mapping[StoredPrecision, Path]) -> tuple[StoredPrecision, str]:
+    """Of exported models of one task and format the precision that is fastest here, and the numbers that say so.
+
+    Of equally fast ones it is the smallest: an fp16 file that is computed in fp32 is as fast as that but for noise.
+    """
+    threads = environment().cores
+    artifacts = {precision: read_artifact(folder) for precision, folder in folders.items()}
+    candidates = [
+        Candidate(
+            model=folders[precision].name,
+            runtime=artifact.format,
+            precision=precision,
+            mode="merged",
+            open=partial(open_artifact, folders[precision], artifact, threads=threads),
+        )
+        for precision, artifact in artifacts.items()
+    ]
+    image = np.zeros((1, *next(iter(artifacts.values())).preprocess.input_shape), np.float32)
+    rows = measure(candidates, image, threads=threads, rounds=AUTO_ROUNDS, warmup=5).rows
+    least = min(row.p50_ms for row in rows)
+    timed = {row.precision: row for row in rows}
+    near = [precision for precision in folders if timed[precision].p50_ms <= AUTO_TIE * least]
+    best = min(near, key=lambda precision: folder_bytes(folders[precision]))
+    others = ", ".join(f"{row.precision} {row.p50_ms:.2f}" for row in rows if row.precision != best)
+    numbers = f"{best}: {timed[best].p50_ms:.2f} ms, {others} (p50 of {AUTO_ROUNDS} rounds, {threads} threads)"
+    return best, numbers
 
 
 def rounded(of: Range) -> Range:

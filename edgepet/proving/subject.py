@@ -21,7 +21,7 @@ from edgepet.measuring.parity import Against, Inputs, Parity, coarser, compare
 from edgepet.methods.settings import restored
 from edgepet.networks.backbone import AnyBackbone
 from edgepet.packs.pack import Pack, read_pack
-from edgepet.spec import FilePath, NpArray, Precision, Preprocess
+from edgepet.spec import FilePath, NpArray, Preprocess, StoredPrecision
 from edgepet.tuning.work_folder import HELD_OUT, Work, read_work, work_folder
 
 PROBE_SEED, PROBE_IMAGES = 20221017, 4
@@ -36,6 +36,7 @@ class Subject:
 
     @property
     def delta(self) -> Delta:
+        """What the pack holds."""
         return self.pack.delta
 
     @cached_property
@@ -107,7 +108,7 @@ class Subject:
 
         return logits_of(tuned_network(self), images), "tuned"
 
-    def judge(self, got: NpArray, *, precision: Precision = "fp32") -> Parity:
+    def judge(self, got: NpArray, *, precision: StoredPrecision = "fp32") -> Parity:
         """Logits ``got`` of a network in ``precision``; the tuned reference was not rounded for the pack either."""
         expected, against = self.reference
         stored = coarser(precision, self.pack.codec) if against == "tuned" else precision
@@ -130,10 +131,12 @@ class Subject:
 
     @cached_property
     def merged_reference(self) -> NpArray:
+        """Logits (n, C) of ``images``, of the pack as stored, merged and run by torch."""
         return self.merged(self.images[0])
 
     @cached_property
     def probe(self) -> Probe:
+        """Seeded noise, and the merged network's answers to it."""
         blank = Probe(seed=PROBE_SEED, logits=np.zeros((PROBE_IMAGES, len(self.delta.labels)), np.float32))
         return replace(blank, logits=self.merged(blank.images(self.delta.preprocess)).astype(np.float32))
 
@@ -215,6 +218,7 @@ class TorchNetwork:
         return output
 
     def close(self) -> None:
+        """Give the network back, and torch its number of threads."""
         self._module = None
         self._torch.set_num_threads(self._threads_before)
 

@@ -21,13 +21,13 @@ import safetensors.numpy
 from safetensors import SafetensorError
 
 from edgepet.canonical import canonical_json, parse_json
-from edgepet.errors import InputError
+from edgepet.errors import InputError, option
 from edgepet.files import read_file, write_file
 from edgepet.spec import NpArray, Tensors
-from edgepet.strict import Table
+from edgepet.strict import ObjectReader
+from edgepet.tuning.options import CHECKPOINT_S
 
 FORMAT, VERSION = "edgepet-checkpoint", 1
-EVERY_S = 30.0
 _FACTS = "facts"
 _BEGIN_AGAIN = "delete it to begin again"
 
@@ -54,13 +54,14 @@ class Keeper:
 
     path: Path
     identity: Mapping[str, object]
-    every_s: float = EVERY_S
+    every_s: float = CHECKPOINT_S
     writes: bool = True
     stop: bool = False
     _saved: float = field(default_factory=time.monotonic)
 
     @property
     def due(self) -> bool:
+        """Whether the last one is ``every_s`` seconds old."""
         return time.monotonic() - self._saved >= self.every_s
 
     def save(self, checkpoint: Checkpoint) -> None:
@@ -77,7 +78,8 @@ class Keeper:
         try:
             write_file(self.path, safetensors.numpy.save({**tensors, _FACTS: _bytes(canonical_json(facts))}))
         except InputError as error:
-            fix = "make room, then go on with --resume" if self.path.exists() else "make room and begin again"
+            on = f"make room, then go on with {option('resume', True)}"
+            fix = on if self.path.exists() else "make room and begin again"
             raise InputError(error.where, error.what, got=error.got, fix=fix) from error
 
     def load(self) -> Checkpoint | None:
@@ -117,7 +119,7 @@ def identity_of(path: Path) -> Mapping[str, object]:
 def _read(path: Path) -> tuple[Mapping[str, object], Checkpoint]:
     try:
         tensors = safetensors.numpy.load(read_file(path))
-        table = Table(parse_json(tensors.pop(_FACTS).tobytes()), str(path), error=InputError)
+        table = ObjectReader(parse_json(tensors.pop(_FACTS).tobytes()), str(path), error=InputError)
     except (SafetensorError, KeyError, ValueError, RecursionError) as error:
         raise InputError(str(path), "is no whole checkpoint", got=error, fix=_BEGIN_AGAIN) from error
     table.text("format", choices=[FORMAT])

@@ -23,15 +23,14 @@ from edgepet.calibration.qdq import ONE_SIDED
 from edgepet.calibration.ranges import LEAST
 from edgepet.calibration.slot_graphs import backbone_layers, coded_backbone
 from edgepet.deltas.codes import HIGH, LOW, coded
-from edgepet.errors import InputError
+from edgepet.errors import InputError, option
 from edgepet.graphs.base import BaseGraph
 
 BITS = {"int8": 8, "int4": 4}  # of weights; activations have 8
-PRECISIONS = ("fp32", *BITS)
 NEWEST = 0.01  # what a batch weighs in a range once a hundred were seen; until then all weigh the same
 
 
-class Rounding(nn.Module):
+class FakeQuant(nn.Module):
     """The weights of a backbone's layers in codes, and the ranges of what these layers read.
 
     ``least`` and ``most`` (layers,) are running means of each batch's extremes, ``batches`` (layers,) how many were
@@ -49,7 +48,7 @@ class Rounding(nn.Module):
         layers = backbone_layers(graph)
         if not layers:
             what = f"has no linear layer or convolution that {precision} is for"
-            raise InputError(graph.backbone, what, fix="tune it with --backbone-precision fp32")
+            raise InputError(graph.backbone, what, fix=f"tune it with {option('backbone_precision', 'fp32')}")
         fixed = {layer.reads for layer in layers if layer.padded or layer.norm}
         self._codes = coded_backbone(graph, BITS[precision])
         self._shifts = {layer.weight: layer.reads not in fixed for layer in layers}

@@ -7,7 +7,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -15,18 +15,17 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from edgepet.deltas.delta import Score
-from edgepet.errors import InputError
+from edgepet.errors import InputError, option
 from edgepet.images.preprocess import normalize
 from edgepet.networks.backbone import explicit_attention
-from edgepet.reports.tables import Step
+from edgepet.reports.progress import Step
 from edgepet.spec import NpArray, Preprocess
 from edgepet.tuning.checkpoint import Checkpoint, Keeper
 from edgepet.tuning.model import TunedModel
-from edgepet.tuning.processes import ALONE, Crew
+from edgepet.tuning.options import Augmentation
+from edgepet.tuning.processes import ALONE, Processes
 
-Augmentation: TypeAlias = Literal["flip", "crop"]
 MANY_TOKENS = 512  # from here on a matrix of all pairs of tokens is too large to keep for the backward pass
-AUGMENTATIONS: tuple[Augmentation, ...] = ("flip", "crop")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,7 +51,7 @@ class Plan:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Pixels:
+class LabelledPixels:
     """Decoded images, uint8 (n, H, W, 3), or clips (n, frames, H, W, 3), and their labels, int64 (n,)."""
 
     pixels: NpArray
@@ -77,14 +76,14 @@ Say: TypeAlias = Callable[[Step], None]
 
 def fit(
     model: TunedModel,
-    train: Pixels,
-    val: Pixels,
+    train: LabelledPixels,
+    val: LabelledPixels,
     preprocess: Preprocess,
     plan: Plan,
     say: Say,
     *,
     keeper: Keeper | None = None,
-    crew: Crew = ALONE,
+    processes: Processes = ALONE,
 ) -> Fit:
     """Train ``model`` and leave it at its best epoch by val top-1, the lower loss deciding between equals.
 
@@ -96,7 +95,7 @@ def fit(
     """
     try:
         with _explicit_attention(model, plan):
-            return _Run(model.to(plan.device), train, val, preprocess, plan, crew).fit(say, keeper)
+            return _Run(model.to(plan.device), train, val, preprocess, plan, processes).fit(say, keeper)
     finally:
         model.to("cpu").eval()
 
@@ -105,12 +104,18 @@ class _Run:
     """One fit under way. What ``state`` holds is all that the steps to come depend on."""
 
     def __init__(
-        self, model: TunedModel, train: Pixels, val: Pixels, preprocess: Preprocess, plan: Plan, crew: Crew
+        self,
+        model: TunedModel,
+        train: LabelledPixels,
+        val: LabelledPixels,
+        preprocess: Preprocess,
+        plan: Plan,
+        processes: Processes,
     ) -> None:
-        self.model, self.train, self.val, self.preprocess, self.plan, self.crew = (
-            model, train, val, preprocess, plan, crew,
+        self.model, self.train, self.val, self.preprocess, self.plan, self.processes = (
+            model, train, val, preprocess, plan, processes,
         )  # fmt: skip
-        torch.manual_seed(plan.seed + crew.rank)
+        torch.manual_seed(plan.seed + processes.rank)
         self.order = torch.Generator().manual_seed(plan.seed)
         self.optimizer = _optimizer(model, plan)
         self.probe = not model.sites and not plan.augment  # frozen features do not change: remember them
@@ -151,10 +156,11 @@ class _Run:
             self.position, self.steps, self.done = self.position + 1, self.steps + 1, self.done + len(index)
             self.busy += time.perf_counter() - start
             say(self.said())
-            if keeper and self.crew.any(keeper.stop):
+            if keeper and self.processes.any(keeper.stop):
                 keeper.save(self.state())
-                raise KeyboardInterrupt(f"{keeper.path} is written, the same command with --resume goes on from there")
-            if keeper and self.crew.any(keeper.due):
+                told = f"{keeper.path} is written, the same command with {option('resume', True)} goes on from there"
+                raise KeyboardInterrupt(told)
+            if keeper and self.processes.any(keeper.due):
                 keeper.save(self.state())
         top1, val_loss = _judge(self.model, self.val, self.preprocess, self.plan, self.held if self.probe else None)
         _require_finite(val_loss, self.epoch, self.plan, keeper)
@@ -176,18 +182,18 @@ class _Run:
         for group in self.optimizer.param_groups:
             group["lr"] = group["initial_lr"] * _factor(self.steps, self.plan, len(self.train))
         self.optimizer.zero_grad(set_to_none=True)
-        share, total = index[self.crew.rank :: self.crew.size], torch.zeros((), dtype=torch.float64)
+        share, total = index[self.processes.rank :: self.processes.size], torch.zeros((), dtype=torch.float64)
         for part in torch.tensor_split(share, min(self.plan.accumulate, max(1, len(share)))):
             if len(part):
                 total += self.backward(part, len(index))
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
-        self.crew.add_up(parameters)
-        if self.model.rounding is not None:
-            self.crew.average(self.model.rounding.ranges)
+        self.processes.add_up(parameters)
+        if self.model.fake_quant is not None:
+            self.processes.average(self.model.fake_quant.ranges)
         if not math.isfinite(nn.utils.clip_grad_norm_(parameters, 1.0)):
             return math.nan  # a step now would put it into the weights, and a checkpoint would keep it
         self.optimizer.step()
-        return self.crew.total(float(total))
+        return self.processes.total(float(total))
 
     def backward(self, part: Tensor, whole: int) -> float:
         """Gradients of the part's share of the mean loss over ``whole`` images."""
@@ -222,7 +228,7 @@ class _Run:
             "loss": self.loss, "best": list(self.best), "best_epoch": self.best_epoch,
         }  # fmt: skip
         arrays = {name: value.detach().cpu().numpy() for name, value in tensors.items()}
-        return Checkpoint(progress=progress, tensors=arrays | self.crew.random_states(self.plan.device))
+        return Checkpoint(progress=progress, tensors=arrays | self.processes.random_states(self.plan.device))
 
     def restore(self, saved: Checkpoint) -> None:
         tensors = {name: torch.from_numpy(np.array(value)) for name, value in saved.tensors.items()}
@@ -238,7 +244,7 @@ class _Run:
         self.epoch, self.position, self.steps = progress["epoch"], progress["position"], progress["steps"]
         self.done, self.busy, self.loss = progress["done"], progress["busy"], progress["loss"]
         self.best, self.best_epoch = tuple(progress["best"]), progress["best_epoch"]
-        self.crew.set_random_state(saved.tensors, self.plan.device)
+        self.processes.set_random_state(saved.tensors, self.plan.device)
 
 
 def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -314,14 +320,14 @@ def _features(
 ) -> Tensor:
     """Of all images, as float32 (n, d); with ``follow`` the ranges of a backbone that is rounded take them in."""
     model.eval()
-    if model.rounding is not None:
-        model.rounding.train(follow)
+    if model.fake_quant is not None:
+        model.fake_quant.train(follow)
     with torch.no_grad(), _autocast(plan):
         return torch.cat([model.features(part.to(plan.device)).float() for part in _batches(pixels, preprocess)])
 
 
 def _judge(
-    model: TunedModel, val: Pixels, preprocess: Preprocess, plan: Plan, held: Tensor | None
+    model: TunedModel, val: LabelledPixels, preprocess: Preprocess, plan: Plan, held: Tensor | None
 ) -> tuple[float, float]:
     model.eval()
     features = _features(model, val.pixels, preprocess, plan) if held is None else held
@@ -340,5 +346,5 @@ def _batches(pixels: NpArray, preprocess: Preprocess, size: int = 64) -> Iterato
 def _require_finite(loss: float, epoch: int, plan: Plan, keeper: Keeper | None) -> None:
     if not math.isfinite(loss):
         again = f"delete {keeper.path} and " if keeper and keeper.path.exists() else ""
-        fix = f"{again}begin again with --lr {plan.lr / 3:.1g} or less"
+        fix = f"{again}begin again with {option('lr', f'{plan.lr / 3:.1g}')} or less"
         raise InputError(f"epoch {epoch}", "the loss must stay finite", got=loss, fix=fix)

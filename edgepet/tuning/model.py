@@ -20,7 +20,7 @@ from edgepet.methods.settings import stored
 from edgepet.networks.backbone import Backbone
 from edgepet.networks.graft import grafted, in_torch
 from edgepet.spec import NpArray, Site, Tuned
-from edgepet.tuning.fake_quant import Rounding
+from edgepet.tuning.fake_quant import FakeQuant
 
 _MEAN = ".running_mean"
 
@@ -32,15 +32,15 @@ class TunedModel(nn.Module):
     method has an activation path for it; at all others the updates are folded into the weights at every step. The
     head sees features standardised by fixed statistics, which ``head`` folds away; it starts at zero.
 
-    With ``rounding`` the backbone's layers compute with their codes, and the updates, which are lowered from the float
-    weights as those of a pack are, act on what the codes stand for.
+    With ``fake_quant`` the backbone's layers compute with their codes, and the updates, which are lowered from the
+    float weights as those of a pack are, act on what the codes stand for.
     """
 
     def __init__(
-        self, backbone: Backbone, method: Method, classes: int, *, seed: int = 0, rounding: Rounding | None = None
+        self, backbone: Backbone, method: Method, classes: int, *, seed: int = 0, fake_quant: FakeQuant | None = None
     ) -> None:
         super().__init__()
-        self.rounding: Rounding | None = rounding
+        self.fake_quant: FakeQuant | None = fake_quant
         self.method, self.sites = method, method.sites(backbone.layers)
         on_activations = method.activation_kinds if isinstance(method, ActivationPath) else ()
         self._hooked = tuple(site for site in self.sites if site.exposed and site.kind in on_activations)
@@ -59,12 +59,15 @@ class TunedModel(nn.Module):
         self.register_buffer("std", torch.ones(backbone.width))
 
     def forward(self, images: Tensor) -> Tensor:
+        """Logits (n, C) of preprocessed images (n, 3, H, W)."""
         return self.classify(self.features(images))
 
     def classify(self, features: Tensor) -> Tensor:
+        """Logits (n, C) of pooled features (n, d)."""
         return cast(Tensor, self.linear((features - self.mean) / self.std))
 
     def features(self, images: Tensor) -> Tensor:
+        """Pooled features (n, d) of the tuned network."""
         tuned = self.tuned()
         folded = self._folded(tuned)
         hooks = [
@@ -104,33 +107,33 @@ class TunedModel(nn.Module):
     def _folded(self, tuned: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
         """The tensors that are rounded, and those that the method changes at the sites without a hook."""
         frozen = self.backbone.state_dict(keep_vars=True) if self._folding else {}
-        coded, moved = {} if self.rounding is None else self.rounding.weights, set[str]()
+        coded, moved = {} if self.fake_quant is None else self.fake_quant.weights, set[str]()
         state = dict(coded)
         for targeted in self.method.lower(frozen, self._folding, tuned):
             name = targeted.target.tensor
             state[name] = fold(targeted, state.get(name, frozen[name]))
             if name in coded and not keeps_codes(targeted):
                 moved.add(name)
-        if self.rounding is not None:
-            state |= {name: self.rounding.recoded(name, state[name]) for name in moved}
+        if self.fake_quant is not None:
+            state |= {name: self.fake_quant.recoded(name, state[name]) for name in moved}
         return state
 
     def _reading(self) -> contextlib.AbstractContextManager[None]:
-        return contextlib.nullcontext() if self.rounding is None else self.rounding.reading(self.backbone)
+        return contextlib.nullcontext() if self.fake_quant is None else self.fake_quant.reading(self.backbone)
 
     @property
     def backbone_precision(self) -> str:
-        """What the backbone is tuned in: fp32, or that of ``rounding``."""
-        return "fp32" if self.rounding is None else self.rounding.precision
+        """What the backbone is tuned in: fp32, or that of ``fake_quant``."""
+        return "fp32" if self.fake_quant is None else self.fake_quant.precision
 
     @contextlib.contextmanager
     def unrounded(self) -> Iterator[None]:
         """While the block runs the backbone computes with its own weights."""
-        rounding, self.rounding = self.rounding, None
+        kept, self.fake_quant = self.fake_quant, None
         try:
             yield
         finally:
-            self.rounding = rounding
+            self.fake_quant = kept
 
     def train(self, mode: bool = True) -> TunedModel:
         """Frozen modules stay in eval mode, batch norm included."""

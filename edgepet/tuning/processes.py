@@ -20,7 +20,7 @@ from edgepet.spec import NpArray, Tensors
 
 
 @dataclass(frozen=True, slots=True)
-class Crew:
+class Processes:
     """``rank`` of ``size`` processes; ``state`` is accelerate's, None for one process by itself."""
 
     rank: int = 0
@@ -52,6 +52,7 @@ class Crew:
                 tensor.copy_(self._sum(tensor.clone()) / self.size)
 
     def total(self, value: float) -> float:
+        """The sum of every process's ``value``."""
         return value if self.state is None else float(self._sum(torch.tensor([value], device=self.state.device)))
 
     def any(self, here: bool) -> bool:
@@ -85,10 +86,10 @@ class Crew:
         return summed
 
 
-ALONE = Crew()
+ALONE = Processes()
 
 
-def crew() -> Crew:
+def processes() -> Processes:
     """Those that were launched together with this process, by ``accelerate launch`` or ``torchrun``.
 
     Raises:
@@ -98,4 +99,4 @@ def crew() -> Crew:
         return ALONE
     accelerate = require("accelerate", extra="accelerate", purpose="training in several processes")
     state = accelerate.PartialState()
-    return Crew(state.process_index, state.num_processes, state)
+    return Processes(state.process_index, state.num_processes, state)

@@ -20,7 +20,7 @@ from edgepet.deltas.delta import Delta, Head
 from edgepet.errors import InputError
 from edgepet.files import new_folder, read_file, write_file
 from edgepet.spec import NpArray
-from edgepet.strict import Table
+from edgepet.strict import ObjectReader
 
 HELD_OUT = 32  # images
 
@@ -62,11 +62,11 @@ def read_work(folder: Path) -> Work:
         InputError: a file of it is missing or damaged.
     """
     try:
-        table = Table(parse_json(read_file(folder / "work.json")), str(folder / "work.json"), error=InputError)
+        table = ObjectReader(parse_json(read_file(folder / "work.json")), str(folder / "work.json"), error=InputError)
         tensors = safetensors.numpy.load(read_file(folder / "method.safetensors"))
         held = safetensors.numpy.load(read_file(folder / "images.safetensors"))
         head = Head(weight=tensors.pop("head.weight"), bias=tensors.pop("head.bias"))
-        settings = table.table("settings")
+        settings = table.nested("settings")
         work = Work(
             fingerprint=table.text("fingerprint"),
             method=table.text("method"),

@@ -1,33 +1,42 @@
-"""The ``calibrate`` verb: what int8 costs a task on its own, or on the int8 backbone that all tasks share."""
+"""``calibrate``: what int8 costs a task on its own, or with ``-o`` on the int8 backbone that all tasks share."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 
 from edgepet.calibration.budget import BATCH, Drop, LayerDrop, answers, require_resolution
 from edgepet.calibration.images import CalibrationImages
-from edgepet.calibration.qdq import Int8, Recipe
+from edgepet.calibration.qdq import Int8, Int8Recipe
 from edgepet.calibration.search import Calibration, Tried
 from edgepet.calibration.slot_graphs import int8_graph
 from edgepet.deltas.codes import Range
 from edgepet.deltas.delta import Delta, Int8Ranges
-from edgepet.device.runtime import SHARED_RUNTIMES, SharedInt8
-from edgepet.errors import CheckError, InputError
+from edgepet.device.runtime import SharedInt8
+from edgepet.device.runtimes import RUNTIMES, SHARED_RUNTIMES
+from edgepet.errors import CheckError, InputError, option
 from edgepet.exporters.exporter import ExportOptions
-from edgepet.graphs.int8 import Int8Graph, task_slots
+from edgepet.graphs.int8 import Int8Graph
+from edgepet.graphs.slots import task_slots
 from edgepet.measuring.machine import runtimes
 from edgepet.measuring.parity import SAME_CODES, Parity, compare, require_parity
 from edgepet.networks.backbone import AnyBackbone
 from edgepet.packs.pack import write_pack
 from edgepet.proving.precision import calibration_of, rounded, shared_calibration, task_images
 from edgepet.proving.subject import Subject
+from edgepet.reports.screen import Screen, lines
+from edgepet.reports.tables import Table, format_bytes, format_ms, left, right
 from edgepet.spec import FilePath, NpArray
+from edgepet.verbs.export import lost, recipe
+from edgepet.verbs.verb import Options, Parser, Verb, backbone_option, budget_options, path
+
+if TYPE_CHECKING:
+    from edgepet.reports.progress import Progress
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,7 +47,7 @@ class CalibrateReport:
     """
 
     layers: tuple[LayerDrop, ...]
-    recipe: Recipe
+    recipe: Int8Recipe
     ranges: Mapping[str, Range]
     tried: tuple[Tried, ...]
     drop: Drop
@@ -73,7 +82,7 @@ class ShareReport:
     codes_bytes: int
     own_memory_bytes: int
     own_codes_bytes: int
-    recipe: Recipe
+    recipe: Int8Recipe
     runs: tuple[SharedRun, ...]
     calibration: Mapping[str, object]
     warning: str | None
@@ -136,7 +145,7 @@ def share(
     """
     subject, output = Subject(pack, backbone, data), Path(output)
     if output.suffix != ".pet":
-        raise InputError("-o", "needs a file name ending in .pet", got=repr(output.name))
+        raise InputError(option("output"), "needs a file name ending in .pet", got=repr(output.name))
     if not output.absolute().parent.is_dir():
         raise InputError(str(output.parent), "is no folder", fix=f"mkdir -p {output.parent}")
     options = ExportOptions(precision="int8", calib=calib, calib_images=images)
@@ -152,13 +161,12 @@ def share(
     made, ranges = calibration.made(recipe, stored), tuple(stored[name] for name in graph.reads)
     delta = replace(subject.delta, int8=Int8Ranges(codes=graph.codes_sha256, ranges=ranges))
     runs = list[SharedRun]()
-    installed = [found.name for found in runtimes() if found.available and found.name in SHARED_RUNTIMES]
-    for runtime in installed:
+    for runtime in _installed():
         stage(f"compare on {runtime}")
         runs.append(_shared_run(delta, graph, runtime, calibration, made, chosen))
         if max_drop is not None and runs[-1].drop.points > max_drop:
             what, got = f"must lose at most {max_drop:g} points on {runtime}", f"{runs[-1].drop.points:.2f}"
-            fix = "train with --backbone-precision int8, or export a model of its own"
+            fix = f"train with {option('backbone_precision', 'int8')}, or export a model of its own"
             raise CheckError(str(output), what, got=f"{got} on {runs[-1].drop.n} images", fix=fix)
     slots = task_slots(graph, delta)
     return ShareReport(
@@ -173,6 +181,12 @@ def share(
         calibration=chosen.facts,
         warning=chosen.warning,
     )
+
+
+def _installed() -> list[str]:
+    """The runtimes that run every task on one backbone, and are here."""
+    rows = [RUNTIMES[name] for name in SHARED_RUNTIMES]
+    return [row.name for row in rows if any(status.available for status in runtimes(row.engines))]
 
 
 def _shared_run(
@@ -195,3 +209,76 @@ def _shared_run(
     finally:
         shared.close()
     return SharedRun(runtime=runtime, drop=drop, parity=parity, bind_ms=bind_ms, layers=cast(Mapping[str, int], layers))
+
+
+# -------------------------------------------------------------------------------------------------- the command line
+
+
+def _options(parser: Parser) -> None:
+    parser.add_argument("pack", metavar="TASK.pet", help="the task to look at")
+    backbone_option(parser)
+    parser.add_argument("--calib", required=True, metavar="DIR", help="labelled images of the task, as for train")
+    budget_options(parser)
+    told = "where the test images are that must not be calibrated on (default: test/ in and beside --calib)"
+    parser.add_argument("--data", metavar="DIR", help=told)
+    told = (
+        "calibrate on the int8 backbone that tasks share, and write the pack with its ranges"
+        " (default: what int8 costs a model of its own)"
+    )
+    parser.add_argument("-o", "--output", metavar="OUT.pet", help=told)
+
+
+def _run(options: Options, progress: Progress) -> CalibrateReport | ShareReport:
+    pack, data, shown = Path(options.pack), path(options.data), progress.stages()
+    with shown as stage:
+        if options.output is not None:
+            return share(
+                pack, options.calib, Path(options.output), backbone=options.backbone, data=data,
+                images=options.calib_images, max_drop=options.max_drop, stage=stage,
+            )  # fmt: skip
+        return calibrate(
+            pack, options.calib, backbone=options.backbone, data=data, images=options.calib_images,
+            max_drop=options.max_drop, stage=stage,
+        )  # fmt: skip
+
+
+def _screen(report: CalibrateReport | ShareReport) -> Screen:
+    return _shared(report) if isinstance(report, ShareReport) else _own(report)
+
+
+def _own(report: CalibrateReport) -> Screen:
+    rows = [(layer.name, f"{layer.drop:+.2f}", f"{layer.kl:.2g}") for layer in report.layers]
+    title = f"sensitivity on {report.held_out} held-out images, the worst first"
+    yield Table(title, (*left("layer, alone in int8"), *right("points", "divergence")), rows)
+    chosen = report.recipe
+    yield lines(
+        f"  recipe: {recipe(asdict(chosen))}, of {len(report.tried)} tried on the held-out images",
+        f"  all layers in int8: {lost(report.drop)}",
+        f"  in float for the budget: {', '.join(chosen.keep)}" if chosen.keep else None,
+        f"  {report.warning}" if report.warning else None,
+    )
+
+
+def _shared(report: ShareReport) -> Screen:
+    rows = [
+        (
+            run.runtime,
+            f"{run.drop.points:.2f} ({run.drop.low:.2f} to {run.drop.high:.2f})",
+            f"{run.drop.kl:.2g}",
+            f"{run.layers.get('int8', 0)} of {sum(run.layers.values())}",
+            format_ms(run.bind_ms),
+        )
+        for run in report.runs
+    ]
+    numbers = right(f"points lost, n = {report.runs[0].drop.n}", "divergence", "products on codes", "bind")
+    yield Table("on the int8 backbone that tasks share", (*left("runtime"), *numbers), rows)
+    own = f", {format_bytes(report.own_codes_bytes)} of it codes of its own" if report.own_codes_bytes else ""
+    yield lines(
+        f"  {report.pack}  {format_bytes(report.pack_bytes)}; codes {format_bytes(report.codes_bytes)},"
+        f" sha256 {report.codes_sha256[:12]}, for all tasks",
+        f"  in memory the task adds {format_bytes(report.own_memory_bytes)}{own}",
+        f"  {report.warning}" if report.warning else None,
+    )
+
+
+VERB = Verb(options=_options, run=_run, screen=_screen)

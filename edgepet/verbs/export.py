@@ -1,67 +1,49 @@
-"""The verbs between a pack and a device: ``merge``, ``export`` and ``verify``. Each is verified, or it fails."""
+"""``export``: a model for each task, format and precision, each compared before it takes its place."""
 
 from __future__ import annotations
 
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import cast
-
-import numpy as np
-import safetensors.numpy
+from typing import TYPE_CHECKING, Any, cast
 
 from edgepet.calibration.budget import Drop
 from edgepet.calibration.fp16 import Kept, stored_types
-from edgepet.deltas.merge import require_foldable
-from edgepet.device.artifact import (
-    MANIFEST,
-    Artifact,
-    Format,
-    Probe,
-    damaged,
-    listed,
-    open_artifact,
-    read_artifact,
-    write_artifact,
-)
-from edgepet.errors import CheckError, InputError, MissingError, require
+from edgepet.device.artifact import Artifact, Probe, listed, open_artifact, write_artifact
+from edgepet.device.runtimes import Format
+from edgepet.errors import CheckError, InputError, MissingError, option
 from edgepet.exporters import EXPORTERS
 from edgepet.exporters.exporter import ExportOptions
-from edgepet.files import folder_bytes, new_folder, write_file
-from edgepet.measuring.latency import Candidate, measure
-from edgepet.measuring.machine import environment
-from edgepet.measuring.parity import SAME_CODES, Against, Inputs, Parity, compare, require_parity
+from edgepet.files import folder_bytes, new_folder
+from edgepet.measuring.parity import Parity, compare, require_parity
 from edgepet.networks.backbone import AnyBackbone
-from edgepet.proving.precision import Model, in_precision, require_images
-from edgepet.proving.subject import Subject, plain_network
-from edgepet.spec import FilePath, NpArray, Precision
+from edgepet.proving.checks import check_probe
+from edgepet.proving.precision import Model, fastest, in_precision, require_images
+from edgepet.proving.subject import Subject
+from edgepet.reports.screen import Screen, lines
+from edgepet.reports.tables import Table, format_bytes, format_percent, left, right
+from edgepet.spec import FilePath, StoredPrecision
+from edgepet.verbs.verb import (
+    Options,
+    Parser,
+    Verb,
+    backbone_option,
+    budget_options,
+    data_option,
+    names,
+    output_option,
+    path,
+)
+
+if TYPE_CHECKING:
+    from edgepet.reports.progress import Progress
 
 DEFAULTS = ExportOptions()
 PRECISIONS = ("fp32", "fp16", "int8", "auto")
-AUTO_ROUNDS = 60  # enough to tell precisions apart, which differ by tenths
-AUTO_TIE = 1.05  # of the fastest: an fp16 file that is computed in fp32 is as fast as that but for noise
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class MergeReport:
-    """Dense weights on disk. ``max_abs_diff`` is on logits, against the network that ``against`` names.
-
-    ``loads_into`` is the Python that makes the network which takes them strictly.
-    """
-
-    path: Path
-    bytes: int
-    create_args: dict[str, object]
-    loads_into: str
-    max_abs_diff: float
-    limit: float
-    n: int
-    inputs: Inputs
-    against: Against
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,7 +58,7 @@ class Exported:
     task: str
     format: Format
     engine: str
-    precision: Precision
+    precision: StoredPrecision
     path: Path
     size_bytes: int
     seconds: float
@@ -96,60 +78,9 @@ class Exported:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ExportReport:
+    """A row for each artefact, task by task."""
+
     artifacts: tuple[Exported, ...]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Check:
-    """One comparison: ``value`` must not be above ``limit``."""
-
-    name: str
-    ok: bool
-    value: float
-    limit: float
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class VerifyReport:
-    ok: bool
-    checks: tuple[Check, ...]
-    reason: str | None = None
-
-
-def merge(
-    pack: FilePath, output: FilePath, *, backbone: AnyBackbone = None, data: FilePath | None = None
-) -> MergeReport:
-    """Write dense weights that plain timm loads strictly, after loading them there and comparing.
-
-    Raises:
-        InputError: pack or backbone at fault.
-        CheckError: the merged network answers otherwise than the tuned one.
-        MissingError: torch or timm is not installed.
-    """
-    require("torch", extra="train", purpose="merge")
-    from edgepet.tuning.model import logits_of
-
-    output = Path(output)
-    subject = Subject(pack, backbone, data)
-    require_foldable(subject.delta)
-    weights = subject.dense_weights
-    plain = plain_network(subject)
-    parity = subject.judge(logits_of(plain, subject.images[0]))
-    require_parity(parity, str(output))
-    write_file(
-        output, safetensors.numpy.save({name: np.asarray(tensor, order="C") for name, tensor in weights.items()})
-    )
-    return MergeReport(
-        path=output,
-        bytes=output.stat().st_size,
-        create_args=subject.backbone.create_args,
-        loads_into=subject.backbone.spelled_with_head(len(subject.delta.labels)),
-        max_abs_diff=parity.max_abs,
-        limit=cast(float, parity.limit),
-        n=parity.n,
-        inputs=parity.inputs,
-        against=parity.against,
-    )
 
 
 def export(
@@ -171,7 +102,8 @@ def export(
     _check_precision(options)
     unknown = [name for name in options.to if name not in EXPORTERS]
     if unknown or not options.to:
-        raise InputError("--to", f"knows {', '.join(EXPORTERS)}", got=repr(unknown[0]) if unknown else "none of them")
+        got = repr(unknown[0]) if unknown else "none of them"
+        raise InputError(option("to"), f"knows {', '.join(EXPORTERS)}", got=got)
     subjects = [Subject(path, backbone, data) for path in packs]
     names = [subject.delta.task for subject in subjects]
     if len(set(names)) != len(names):
@@ -192,54 +124,20 @@ def export(
 
 def _check_precision(options: ExportOptions) -> None:
     if options.precision not in PRECISIONS:
-        raise InputError("--precision", f"is one of {', '.join(PRECISIONS)}", got=repr(options.precision))
+        raise InputError(option("precision"), f"is one of {', '.join(PRECISIONS)}", got=repr(options.precision))
     if options.calib is not None and options.precision == "fp32":
-        raise InputError("--calib", "is for --precision fp16, int8 and auto: fp32 needs no images to measure ranges on")
+        what = f"is for {option('precision', 'fp16')}, int8 and auto: fp32 needs no images to measure ranges on"
+        raise InputError(option("calib"), what)
     if options.precision in ("int8", "auto"):
         require_images(options)
     if options.max_drop is not None and options.precision not in ("int8", "auto"):
-        raise InputError("--max-drop", "is for --precision int8 and auto", got=f"--precision {options.precision}")
-
-
-def verify(
-    folder: FilePath,
-    *,
-    data: FilePath | None = None,
-    pack: FilePath | None = None,
-    backbone: AnyBackbone = None,
-) -> VerifyReport:
-    """Check an artefact's files against its manifest, then run the comparison again.
-
-    Without ``data`` the inputs are the seeded noise that was run when it was made; with it, the pack merged in torch is
-    compared on real images, and the pack is looked for beside the artefact where ``pack`` is None.
-
-    Raises:
-        InputError: no artefact, or no pack to compare with.
-    """
-    folder = Path(folder)
-    artifact = read_artifact(folder)
-    broken = damaged(folder, artifact)
-    files = Check(name="files", ok=not broken, value=float(len(broken)), limit=0.0)
-    if broken:
-        return VerifyReport(ok=False, checks=(files,), reason=f"damaged: {', '.join(broken)}")
-    try:
-        runner = open_artifact(folder, artifact)
-    except MissingError as error:
-        return VerifyReport(ok=True, checks=(files,), reason=f"not run: {error.what}")
-    try:
-        got = runner(artifact.probe.images(artifact.preprocess))
-        checks = [files, _check("probe", artifact, artifact.probe.logits, got)]
-        if data is not None:
-            subject = Subject(pack or _find_pack(folder, artifact), backbone, data)
-            checks.append(_check("data", artifact, subject.merged_reference, runner(subject.images[0])))
-    finally:
-        runner.close()
-    return VerifyReport(ok=all(check.ok for check in checks), checks=tuple(checks))
+        what, got = f"is for {option('precision', 'int8')} and auto", option("precision", options.precision)
+        raise InputError(option("max_drop"), what, got=got)
 
 
 def _fastest(subject: Subject, folder: Path, options: ExportOptions, stage: Callable[[str], None]) -> list[Exported]:
     """Of each format the precision that is fastest here, among those that pass their checks."""
-    models, unfit = dict[Precision, Model](), list[str]()
+    models, unfit = dict[StoredPrecision, Model](), list[str]()
     for precision in ("fp32", "fp16", "int8"):
         try:
             models[precision] = in_precision(subject, precision, options, stage)
@@ -247,7 +145,7 @@ def _fastest(subject: Subject, folder: Path, options: ExportOptions, stage: Call
             unfit.append(_out(precision, error))
     chosen = []
     for name in options.to:
-        made, out = dict[Precision, Exported](), list(unfit)
+        made, out = dict[StoredPrecision, Exported](), list(unfit)
         with tempfile.TemporaryDirectory(prefix="edgepet-") as scratch:
             for precision, model in models.items():
                 stage(f"{subject.delta.task} to {name}, {precision}")
@@ -255,8 +153,10 @@ def _fastest(subject: Subject, folder: Path, options: ExportOptions, stage: Call
                     made[precision] = _export_one(subject, model, name, Path(scratch), options)
                 except CheckError as error:
                     out.append(_out(precision, error))
+            if not made:
+                raise CheckError(option("precision", "auto"), "needs one precision that passes its checks", got="none")
             stage(f"{subject.delta.task} to {name}: measure")
-            precision, why = _measured(made)
+            precision, why = _best(made)
         written = _export_one(subject, models[precision], name, folder, options)
         chosen.append(replace(written, why="; ".join([why, *out])))
     return chosen
@@ -267,34 +167,15 @@ def _out(precision: str, error: CheckError) -> str:
     return f"{precision} is out: {error.what}, got {got}"
 
 
-def _measured(made: Mapping[Precision, Exported]) -> tuple[Precision, str]:
-    """The fastest of artefacts of one format, of equally fast ones the smallest; and the numbers that say so."""
-    if not made:
-        raise CheckError("--precision auto", "needs one precision that passes its checks", got="none")
-    if not all(exported.verified for exported in made.values()):
-        reason = next(exported.reason for exported in made.values() if not exported.verified)
-        return "fp32", f"fp32: no precision could be measured here, {reason}"
-    threads = environment().cores
-    candidates = [
-        Candidate(
-            model=exported.path.name,
-            runtime=exported.format,
-            precision=precision,
-            mode="merged",
-            open=partial(open_artifact, exported.path, read_artifact(exported.path), threads=threads),
-        )
-        for precision, exported in made.items()
-    ]
-    shape = read_artifact(next(iter(made.values())).path).preprocess.input_shape
-    report = measure(candidates, np.zeros((1, *shape), np.float32), threads=threads, rounds=AUTO_ROUNDS, warmup=5)
-    fastest = min(row.p50_ms for row in report.rows)
-    near = [row for row in report.rows if row.p50_ms <= AUTO_TIE * fastest]
-    best = min(near, key=lambda row: made[cast(Precision, row.precision)].size_bytes)
-    others = ", ".join(f"{row.precision} {row.p50_ms:.2f}" for row in report.rows if row is not best)
-    why = f"{best.precision}: {best.p50_ms:.2f} ms, {others} (p50 of {AUTO_ROUNDS} rounds, {threads} threads)"
-    drop = made[cast(Precision, best.precision)].drop
+def _best(made: Mapping[StoredPrecision, Exported]) -> tuple[StoredPrecision, str]:
+    """The fastest of artefacts of one format, and the numbers that say so."""
+    for exported in made.values():
+        if not exported.verified:
+            return "fp32", f"fp32: no precision could be measured here, {exported.reason}"
+    precision, why = fastest({precision: exported.path for precision, exported in made.items()})
+    drop = made[precision].drop
     lost = f", and loses {drop.points:.2f} points ({drop.low:.2f} to {drop.high:.2f}, n = {drop.n})" if drop else ""
-    return cast(Precision, best.precision), why + lost
+    return precision, why + lost
 
 
 def _export_one(subject: Subject, model: Model, name: Format, folder: Path, options: ExportOptions) -> Exported:
@@ -379,39 +260,13 @@ def _verified(subject: Subject, artifact: Artifact, scratch: Path, path: Path) -
         )
         parity = subject.judge(got, precision=stored)
         require_parity(parity, str(path))
-        probe = _check("probe", artifact, artifact.probe.logits, runner(artifact.probe.images(artifact.preprocess)))
+        probe = check_probe(artifact, runner(artifact.probe.images(artifact.preprocess)))
         if not probe.ok:
             raise CheckError(str(path), f"must repeat its probe within {probe.limit:.1e}", got=f"{probe.value:.1e}")
         evidence = {**artifact.evidence, "executed": runner.evidence}
     finally:
         runner.close()
     return replace(artifact, verified=True, reason=None, parity=parity, evidence=evidence)
-
-
-def _check(name: str, artifact: Artifact, expected: NpArray, got: NpArray) -> Check:
-    """``probe`` repeats what was run when the artefact was made; int8's answers to images are judged by their top-1."""
-    if artifact.precision == "int8" and name == "data":
-        parity = compare(expected, got, stored="int8", inputs="data", against="merged")
-        limit = 1 - parity.least_agreement
-        return Check(name="data top-1", ok=parity.ok, value=1 - parity.top1_agreement, limit=limit)
-    stored = SAME_CODES if artifact.precision == "int8" else artifact.precision
-    parity = compare(expected, got, stored=stored, inputs="synthetic", against="merged")
-    return Check(name=name, ok=parity.ok, value=parity.max_abs, limit=cast(float, parity.limit))
-
-
-def _find_pack(folder: Path, artifact: Artifact) -> Path:
-    from edgepet.files import sha256_file
-
-    places = (folder.absolute().parent, folder.absolute().parent.parent, Path.cwd())
-    for place in places:
-        path = place / f"{artifact.task}.pet"
-        if path.is_file() and sha256_file(path) == artifact.pack_sha256:
-            return path
-    raise InputError(
-        str(folder / MANIFEST),
-        f"--data needs the pack {artifact.task}.pet that it was exported from",
-        fix="pass --pack FILE",
-    )
 
 
 def _versions(engine: str) -> dict[str, object]:
@@ -424,6 +279,115 @@ def _versions(engine: str) -> dict[str, object]:
     return versions
 
 
-def parse_formats(text: str) -> tuple[Format, ...]:
-    """``onnx,openvino`` as a tuple, checked by ``export``."""
-    return cast(tuple[Format, ...], tuple(part.strip() for part in text.split(",") if part.strip()))
+# -------------------------------------------------------------------------------------------------- the command line
+
+
+def _options(parser: Parser) -> None:
+    add = parser.add_argument
+    add("packs", nargs="+", metavar="TASK.pet", help="tasks of one backbone or several")
+    backbone_option(parser)
+    told = f"formats, of {', '.join(EXPORTERS)}, with commas between (default: onnx)"
+    add("--to", type=names, default=list(DEFAULTS.to), metavar=",".join(EXPORTERS), help=told)
+    told = "what the model stores; auto measures and takes the fastest that passes (default: %(default)s)"
+    add("--precision", default=DEFAULTS.precision, choices=PRECISIONS, help=told)
+    told = "labelled images: int8 measures ranges on them and needs them (fp16's default: as --data)"
+    add("--calib", metavar="DIR", help=told)
+    budget_options(parser)
+    told = "compute capabilities of a TensorRT engine, 86 for 8.6 (default: %(default)s)"
+    add("--sm", dest="sms", default=",".join(map(str, DEFAULTS.sms)), metavar="86,89,120", help=told)
+    told = "through onnxsim, kept only if the answers stay (default: the graph as it was traced)"
+    add("--simplify", action="store_true", help=told)
+    told = "ONNX weights in a file of their own (default: only where one file cannot hold them)"
+    add("--external-data", action="store_true", help=told)
+    data_option(parser)
+    output_option(parser, "DIR", "the folder that gets a folder for each model")
+
+
+def _run(options: Options, progress: Progress) -> ExportReport:
+    chosen = ExportOptions(
+        to=cast(tuple[Format, ...], tuple(options.to)),
+        precision=options.precision,
+        sms=_sms(options.sms),
+        simplify=options.simplify,
+        calib=options.calib,
+        calib_images=options.calib_images,
+        max_drop=options.max_drop,
+        external_data=options.external_data,
+    )
+    with progress.stages() as stage:
+        return export(
+            [Path(pack) for pack in options.packs], Path(options.output), backbone=options.backbone,
+            data=path(options.data), options=chosen, stage=stage,
+        )  # fmt: skip
+
+
+def _sms(text: str) -> tuple[int, ...]:
+    found = names(text)
+    if not found or not all(name.isdecimal() for name in found):
+        raise InputError(option("sms"), "needs compute capabilities such as 86,89,120", got=repr(text))
+    return tuple(int(name) for name in found)
+
+
+def screen(report: ExportReport) -> Screen:
+    """A table of the artefacts, and below it what of them is not verified, not in the precision asked for, or lost."""
+    rows = [
+        (
+            a.task,
+            a.engine,
+            a.precision,
+            format_bytes(a.size_bytes),
+            f"{a.seconds:.2f} s",
+            f"{a.parity.max_abs:.1e}" if a.parity else "–",
+            format_percent(a.parity.top1_agreement) if a.parity else "–",
+            "yes" if a.verified else "not verified",
+            str(a.path),
+        )
+        for a in report.artifacts
+    ]
+    columns = (
+        *left("task", "engine", "precision"),
+        *right("size", "fold+write", "max|Δ|", "same top-1"),
+        *left("verified", "folder"),
+    )
+    yield Table("artefacts", columns, rows)
+    yield lines(*(f"  {reason}" for reason in dict.fromkeys(a.reason for a in report.artifacts if a.reason)))
+    yield lines(*(f"  {told}" for told in dict.fromkeys(_kept_fp32(a) for a in report.artifacts if a.kept_fp32)))
+    for a in report.artifacts:
+        cost = _int8(a) if a.int8 else None
+        yield lines(*(f"  {told}" for told in (cost, a.why, a.warning) if told))
+
+
+def _kept_fp32(artifact: Exported) -> str:
+    """What an fp16 or int8 model computes in fp32: layers that its numbers keep by name, operators by their count."""
+    kinds = Counter(node.op for node in artifact.kept_fp32 if not node.forced)
+    forced = [f"{node.name} ({node.op}, {node.reason})" for node in artifact.kept_fp32 if node.forced]
+    parts = [*forced, *(f"{count} {op}" for op, count in sorted(kinds.items()))]
+    facts = artifact.calibration or {}
+    looked = f"{facts.get('n')} images ({facts.get('inputs')})"
+    return f"{artifact.task} {artifact.precision}, ranges on {looked}: fp32 in {', '.join(parts)}"
+
+
+def _int8(artifact: Exported) -> str:
+    """What int8 costs on how many images, by which recipe, and what was executed."""
+    facts = cast(Mapping[str, Any], artifact.int8)
+    executed = cast(Mapping[str, int], artifact.executed.get("layers", {}))
+    ran = f"; {artifact.format} ran {executed.get('int8', 0)} of {sum(executed.values())} products on int8 codes"
+    return f"{artifact.task} int8: {lost(artifact.drop)}; {recipe(facts['recipe'])}{ran if executed else ''}"
+
+
+def recipe(facts: Mapping[str, Any]) -> str:
+    """A recipe of int8 in one line."""
+    smooth = "no smoothing" if facts["smooth"] is None else f"SmoothQuant {facts['smooth']}"
+    corrected = "bias correction" if facts["bias_correction"] else "no bias correction"
+    return f"{smooth}, {facts['estimator']} ranges, {corrected}"
+
+
+def lost(drop: Drop | None) -> str:
+    """Points of top-1 that int8 loses, the interval, and on how many images."""
+    if drop is None:
+        return "not judged"
+    reach = f"{drop.low:.2f} to {drop.high:.2f}"
+    return f"loses {drop.points:.2f} points of top-1 ({reach}, n = {drop.n}), divergence {drop.kl:.2g}"
+
+
+VERB = Verb(options=_options, run=_run, screen=screen)

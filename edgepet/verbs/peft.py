@@ -1,4 +1,4 @@
-"""The verbs ``import-peft`` and ``export-peft``. The real PEFT runs each folder beside the pack, or the verb fails."""
+"""``import-peft`` and ``export-peft``. The real PEFT runs each folder beside the pack, or the verb fails."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import numpy as np
 
 from edgepet.deltas.delta import Delta, Head, Score
 from edgepet.deltas.merge import fold_all, require_foldable
-from edgepet.errors import CheckError, InputError, require
+from edgepet.errors import CheckError, InputError, option, require
 from edgepet.files import folder_bytes, new_folder
 from edgepet.measuring.parity import STORED, Inputs
 from edgepet.networks.backbone import AnyBackbone
@@ -21,10 +21,24 @@ from edgepet.packs.pack import Codec, encode_pack, read_pack, write_pack
 from edgepet.peft.reading import CONFIG, WEIGHTS, Lowered, lower, read_adapter
 from edgepet.peft.writing import unlower, write_adapter
 from edgepet.proving.subject import Subject, sample_images, synthetic_images
+from edgepet.reports.screen import Screen, lines
+from edgepet.reports.tables import format_bytes
 from edgepet.spec import FilePath, NpArray, Tensors
+from edgepet.verbs.verb import (
+    Options,
+    Parser,
+    Verb,
+    backbone_option,
+    data_option,
+    image_size_option,
+    names,
+    output_option,
+    path,
+)
 
 if TYPE_CHECKING:
     from edgepet.networks.backbone import Backbone
+    from edgepet.reports.progress import Progress
 
 EXACT = 1e-5  # of the largest logit: both in float64, after factors were stored in float32
 
@@ -75,7 +89,7 @@ def import_peft(
 
     folder, output = Path(folder), Path(output)
     if output.suffix != ".pet":
-        raise InputError("-o", "needs a file name ending in .pet", got=repr(output.name))
+        raise InputError(option("output"), "needs a file name ending in .pet", got=repr(output.name))
     if not output.absolute().parent.is_dir():
         raise InputError(str(output.parent), "is no folder", fix=f"mkdir -p {output.parent}")
     adapter = read_adapter(folder)
@@ -248,3 +262,64 @@ def _report(path: Path, size: int, delta: Delta, worst: tuple[float, float], n: 
         inputs=inputs,
         peft=version("peft"),
     )
+
+
+# -------------------------------------------------------------------------------------------------- the command line
+
+
+def _import_options(parser: Parser) -> None:
+    add = parser.add_argument
+    add("folder", metavar="DIR", help="what PeftModel.save_pretrained wrote")
+    backbone_option(parser, required=True)
+    image_size_option(parser, "pixels it was tuned at (default: the backbone's)")
+    told = "class names, or a file of one a line (default: 0,1,2 ...)"
+    add("--labels", metavar="A,B,C", help=told)
+    data_option(parser, "seeded noise")
+    told = "what the pack stores: fp32 is exact, fp16 rounds (default: %(default)s)"
+    add("--codec", default="fp32", choices=["fp16", "fp32"], help=told)
+    output_option(parser, "TASK.pet", "the pack to write")
+
+
+def _import(options: Options, progress: Progress) -> PeftReport:
+    with progress.stages() as stage:
+        return import_peft(
+            Path(options.folder), Path(options.output), backbone=options.backbone, image_size=options.image_size,
+            labels=_labels(options.labels), data=path(options.data), codec=options.codec, stage=stage,
+        )  # fmt: skip
+
+
+def _labels(text: str | None) -> list[str] | None:
+    if text is None or not Path(text).is_file():
+        return None if text is None else names(text)
+    try:
+        told = Path(text).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(text, "needs one class name a line, in UTF-8", got=error) from error
+    return [line.strip() for line in told if line.strip()]
+
+
+def _export_options(parser: Parser) -> None:
+    parser.add_argument("pack", metavar="TASK.pet", help="a task of a method that PEFT has")
+    backbone_option(parser)
+    data_option(parser)
+    output_option(parser, "DIR", "the adapter folder to write")
+
+
+def _export(options: Options, progress: Progress) -> PeftReport:
+    with progress.stages() as stage:
+        return export_peft(
+            Path(options.pack), Path(options.output), backbone=options.backbone, data=path(options.data), stage=stage
+        )
+
+
+def _screen(report: PeftReport) -> Screen:
+    yield lines(
+        f"{report.path}  {format_bytes(report.bytes)}",
+        f"  {report.method}, {report.classes} classes",
+        f"  {report.max_abs_diff:.1e} from PEFT {report.peft} on {report.n} images ({report.inputs}),"
+        f" limit {report.limit:.1e}",
+    )
+
+
+IMPORT_PEFT = Verb(options=_import_options, run=_import, screen=_screen)
+EXPORT_PEFT = Verb(options=_export_options, run=_export, screen=_screen)

@@ -1,17 +1,31 @@
-"""Count bytes: one folder with one backbone and every task in it, against a full artefact for every task."""
+"""``storage``: bytes of one folder with one backbone and every task in it, against a full model for every task."""
 
 from __future__ import annotations
 
+import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from edgepet.device.runtime import SHARED_RUNTIMES, open_installed
+from edgepet.device.runtime import open_installed
+from edgepet.device.runtimes import DEFAULT, RUNTIMES, SHARED_RUNTIMES
 from edgepet.device.store import Store
-from edgepet.errors import InputError, MissingError
+from edgepet.errors import InputError, MissingError, option
 from edgepet.graphs.base import BaseGraph
-from edgepet.graphs.int8 import Int8Graph, task_slots
-from edgepet.packs.pack import Pack
+from edgepet.graphs.int8 import Int8Graph
+from edgepet.graphs.slots import task_slots
+from edgepet.packs.pack import Pack, read_pack
+from edgepet.proving.sources import graph_of, int8_graph_of
+from edgepet.reports.screen import Screen, lines
+from edgepet.reports.tables import Table, format_bytes, format_ratio, left, right
+from edgepet.spec import FilePath
+from edgepet.verbs.verb import Options, Parser, Verb, pack_precision_option, path
+
+if TYPE_CHECKING:
+    from edgepet.reports.progress import Progress
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,7 +72,35 @@ class StorageReport:
     fleet_full_bytes: int
 
 
-def storage(store: Store, *, devices: int = 1, precision: str = "fp32") -> StorageReport:
+def storage(
+    packs: Sequence[FilePath] = (), *, store: FilePath | None = None, devices: int = 1, precision: str = "fp32"
+) -> StorageReport:
+    """Bytes of a device's folder from which every task was run: ``store``, or a temporary one made for ``packs``.
+
+    Raises:
+        InputError: neither or both, one task twice, or a pack whose graph was never made.
+    """
+    if devices < 1:
+        raise InputError(option("devices"), "must be at least 1", got=devices)
+    if (store is None) == (not packs):
+        raise InputError("storage", f"needs packs, or {option('store')} with a device's folder")
+    if store is not None:
+        return account(Store(Path(store)), devices=devices, precision=precision)
+    with tempfile.TemporaryDirectory(prefix="edgepet-") as folder:
+        scratch = Store(Path(folder))
+        for path in map(Path, packs):
+            delta = read_pack(path).delta
+            if delta.task in scratch.tasks():
+                raise InputError("storage", "needs packs of different tasks", got=f"{delta.task!r} twice")
+            if precision == "int8":
+                scratch.add_int8(int8_graph_of(path, delta))
+            else:
+                scratch.add_graph(graph_of(path, delta))
+            scratch.install(path)
+        return account(scratch, devices=devices, precision=precision)
+
+
+def account(store: Store, *, devices: int = 1, precision: str = "fp32") -> StorageReport:
     """Run every task of ``store`` once on every runtime that shares the backbone, then count the folder's files.
 
     Args:
@@ -89,7 +131,9 @@ def storage(store: Store, *, devices: int = 1, precision: str = "fp32") -> Stora
         shared_total_bytes=shared,
         full_total_bytes=full,
         ratio=full / shared,
-        per_runtime=(*(_shared(name, count, shared, full) for name, count in ran.items()), _engines(full)),
+        per_runtime=tuple(
+            _shared(name, ran[name], shared, full) if name in ran else _engines(name, full) for name in RUNTIMES
+        ),
         devices=devices,
         fleet_shared_bytes=devices * shared,
         fleet_full_bytes=devices * full,
@@ -111,7 +155,7 @@ def _run_all(store: Store, packs: list[Pack], runtime: str, precision: str) -> i
 
 def _task_bytes(graph: BaseGraph | Int8Graph, pack: Pack) -> TaskBytes:
     if isinstance(graph, Int8Graph):
-        values, model = graph.weights_bytes, graph.model_path(SHARED_RUNTIMES[0])
+        values, model = graph.weights_bytes, graph.model_path(DEFAULT)
         own: int | None = task_slots(graph, pack.delta).own_bytes
     else:
         values, model, own = sum(place.length for place in graph.places.values()), graph.model_path, None
@@ -133,12 +177,69 @@ def _shared(runtime: str, ran: int | str, shared: int, full: int) -> RuntimeByte
     )
 
 
-def _engines(full: int) -> RuntimeBytes:
+def _engines(runtime: str, full: int) -> RuntimeBytes:
     return RuntimeBytes(
-        runtime="tensorrt",
+        runtime=runtime,
         shares_backbone=False,
         total_bytes=full,
         ratio=1.0,
         tasks_run=0,
         note="an engine holds its own weights: one full artefact per task (weights counted, engine overhead not)",
     )
+
+
+def _options(parser: Parser) -> None:
+    add = parser.add_argument
+    add("packs", nargs="*", metavar="TASK.pet", help="tasks, put into a folder that is made for counting")
+    add("--store", metavar="DIR", help="a device's folder, in place of packs")
+    add("--devices", type=int, default=1, metavar="N", help="devices of a fleet to count for (default: %(default)s)")
+    pack_precision_option(parser)
+
+
+def _run(options: Options, progress: Progress) -> StorageReport:
+    with progress.stage("storage: run every task from one folder"):
+        return storage(
+            [Path(pack) for pack in options.packs],
+            store=path(options.store),
+            devices=options.devices,
+            precision=options.precision,
+        )
+
+
+def screen(report: StorageReport) -> Screen:
+    """A row for each task, a row for each runtime, and the fleet where there is one."""
+    rows = [
+        (
+            t.task,
+            t.method,
+            format_bytes(t.pack_bytes),
+            format_bytes(t.full_copy_bytes),
+            format_ratio(t.full_copy_bytes / t.pack_bytes),
+        )
+        for t in report.tasks
+    ]
+    yield Table("storage", (*left("task", "method"), *right("pack", "own model", "")), rows)
+    yield lines(
+        f"  backbone {format_bytes(report.backbone_bytes)}, graph {format_bytes(report.graph_bytes)},"
+        f" caches {format_bytes(report.cache_bytes)}: once for all tasks"
+    )
+    rows = [
+        (
+            r.runtime,
+            "one backbone" if r.shares_backbone else "a model a task",
+            format_bytes(r.total_bytes),
+            format_ratio(r.ratio),
+            r.note,
+        )
+        for r in report.per_runtime
+    ]
+    title = f"{len(report.tasks)} tasks on one device, against {format_bytes(report.full_total_bytes)} of models"
+    yield Table(title, (*left("runtime", "keeps"), *right("total", "saves"), *left("")), rows)
+    if report.devices > 1:
+        yield lines(
+            f"  {report.devices} devices: {format_bytes(report.fleet_shared_bytes)} instead of"
+            f" {format_bytes(report.fleet_full_bytes)}"
+        )
+
+
+VERB = Verb(options=_options, run=_run, screen=screen)

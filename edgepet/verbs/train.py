@@ -1,57 +1,61 @@
-"""The ``train`` and ``pretrain`` verbs: images and a backbone in, a pack and a work folder out. Needs torch."""
+"""``train``: images and a backbone in, a pack and a work folder out. Torch is imported when a training begins."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from edgepet.deltas.delta import Delta, Score
-from edgepet.errors import InputError
-from edgepet.exporters.trace import keep_weights
+from edgepet.errors import InputError, option, require
 from edgepet.images.preprocess import normalize
 from edgepet.measuring.parity import Accuracy, accuracy
 from edgepet.methods import Method
 from edgepet.methods.method import count
-from edgepet.networks.backbone import Backbone
-from edgepet.networks.merged import merged_logits
 from edgepet.packs.pack import Codec, encode_pack, read_pack, write_pack
+from edgepet.reports.progress import Step
+from edgepet.reports.screen import Screen, lines, program
+from edgepet.reports.tables import format_bytes, format_number, format_percent, format_seconds
 from edgepet.spec import FilePath
-from edgepet.tuning.checkpoint import EVERY_S
-from edgepet.tuning.fit import Pixels, Say
-from edgepet.tuning.model import TunedModel, logits_of
-from edgepet.tuning.processes import crew as join_crew
-from edgepet.tuning.training import Job, Made, run_job
+from edgepet.tuning.options import AUGMENTATIONS, BACKBONE_PRECISIONS, PRECISIONS, TrainOptions
 from edgepet.tuning.work_folder import work_folder, write_work
+from edgepet.verbs.verb import (
+    Options,
+    Parser,
+    Verb,
+    backbone_option,
+    image_size_option,
+    names,
+    natural,
+    output_option,
+    pairs,
+    path,
+)
+
+if TYPE_CHECKING:
+    from edgepet.networks.backbone import Backbone
+    from edgepet.reports.progress import Progress
+    from edgepet.tuning.fit import LabelledPixels
+    from edgepet.tuning.model import TunedModel
+    from edgepet.tuning.training import Made
+
+DEFAULTS = TrainOptions()
+FEW_IMAGES = 100  # of a val set: one image is a point
+IMBALANCE = 3  # times as many images of one class as of another
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BackboneFacts:
+    """The backbone of a training; ``bytes`` are those of its tensors at the native image size."""
+
     name: str
     fingerprint: str
     bytes: int
     description: str
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PretrainReport:
-    """What ``pretrain`` made: the work folder at ``path``, from which trainings start. ``max_abs_diff`` is the largest
-    difference of logits between tuned and lowered network in float64.
-    """
-
-    path: Path
-    method: str
-    trainable_params: int
-    classes: int
-    epochs: int
-    best_epoch: int
-    seconds: float
-    val: Accuracy
-    max_abs_diff: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,102 +93,70 @@ def train(
     method: str | Method,
     output: FilePath,
     *,
-    settings: Mapping[str, str] | None = None,
-    image_size: int | None = None,
-    frames: int = 1,
-    epochs: int | None = None,
-    batch_size: int = 32,
-    accumulate: int = 1,
-    lr: float | None = None,
-    shots: int | None = None,
-    seed: int = 0,
-    val_fraction: float = 0.2,
-    augment: Sequence[str] = (),
-    precision: str = "auto",
-    backbone_precision: str = "fp32",
-    device: str | None = None,
+    options: TrainOptions = DEFAULTS,
     codec: Codec = "fp16",
-    init: FilePath | None = None,
-    resume: bool = False,
-    checkpoint_s: float = EVERY_S,
-    say: Say = lambda step: None,
+    say: Callable[[Step], None] = lambda step: None,
     stage: Callable[[str], None] = lambda name: None,
+    **fields: Any,
 ) -> TrainReport:
     """Tune ``method`` on the images in ``data`` and write ``output`` (``TASK.pet``) and ``TASK.work`` beside it.
 
     Args:
         data: a folder with train/, val/ and perhaps test/, each of class folders; or one folder of class folders.
         backbone: a timm name, ``NAME@FILE`` or ``demo:NAME``; or a network of your own, ``Backbone.from_module``.
-        settings: the method's settings as text, where ``method`` is a name.
-        image_size: pixels of the square input; None is the architecture's own.
-        frames: above 1, ``data`` holds clips, folders of images: so many are taken of each, spread evenly.
-        batch_size: images of one step, over all processes; each goes through its share in ``accumulate`` parts.
-        shots: images of each class to train on, chosen by ``seed``; None is all.
-        precision: "fp32", "bf16" (autocast) or "auto": bf16 where it is measured to be faster here.
-        backbone_precision: "int8" or "int4" (weights; activations have 8 bits) rounds the backbone while tuning, so
-            that the delta repairs that too; the pack fits the float backbone as ever.
-        init: start from the tensors of an earlier training of this method: its work folder, ``pretrain``'s, or its pack
-            where the work folder lies beside it; the head starts anew.
-        device: torch's name of what trains, "cpu" or "cuda"; None is a GPU where torch finds one.
-        resume: go on from the checkpoint of an interrupted training, or begin where there is none.
-        checkpoint_s: seconds between two checkpoints within an epoch.
+        method: a method, or the name of one, whose settings are then ``options.settings``.
+        options: how to train.
+        codec: "fp16" or "fp32", in which the pack stores its numbers.
         say: told of every step; stage: told the name of what begins.
+        fields: fields of ``TrainOptions`` by name, in place of those of ``options``: ``train(..., epochs=4)``.
 
     Raises:
-        InputError: data, backbone or settings at fault, or the checkpoint of another training is in the way.
+        InputError: data, backbone or options at fault, or the checkpoint of another training is in the way.
         CheckError: the merged network is not the tuned one.
+        MissingError: torch or timm is not installed.
         KeyboardInterrupt: SIGINT or SIGTERM arrived, and a checkpoint was written.
     """
-    began, output, crew = time.perf_counter(), Path(output), join_crew()
+    require("torch", extra="train", purpose="train")
+    from edgepet.tuning.processes import processes as launched
+    from edgepet.tuning.training import Training, run
+
+    began, output, processes = time.perf_counter(), Path(output), launched()
     if output.suffix != ".pet":
-        raise InputError("-o", "needs a file name ending in .pet", got=repr(output.name))
-    request = Job(
-        data=Path(data), backbone=backbone, method=method, output=output, settings=settings or {},
-        image_size=image_size, frames=frames, epochs=epochs, batch_size=batch_size, accumulate=accumulate, lr=lr,
-        shots=shots, seed=seed, val_fraction=val_fraction, augment=augment, precision=precision,
-        backbone_precision=backbone_precision, device=device, init=init, resume=resume, checkpoint_s=checkpoint_s,
+        raise InputError(option("output"), "needs a file name ending in .pet", got=repr(output.name))
+    asked = Training(
+        data=Path(data), backbone=backbone, method=method, output=output, options=replace(options, **fields),
         say=say, stage=stage,
     )  # fmt: skip
-    made = run_job(request, crew)
-    if crew.leads:
-        _write(output, made.delta, codec, made.backbone, made.model, made.val)
+    made = run(asked, processes)
+    if processes.leads:
+        _write(output, made, codec)
         made.keeper.remove()
-    crew.wait()
+    processes.wait()
     return _report(output, made, time.perf_counter() - began)
 
 
-def pretrain(
-    data: FilePath, backbone: str | Backbone, method: str | Method, output: FilePath, **options: Any
-) -> PretrainReport:
-    """Tune ``method`` on a broad data set and keep its tensors in the folder ``output``: ``train`` starts from them.
+def keep_work(folder: Path, made: Made) -> None:
+    """Write a training's work folder, and its backbone where graphs lie: a pack finds it there again."""
+    from edgepet.exporters.trace import keep_weights
 
-    The first stage of PVP (arXiv:2304.13639). Give the second the folder as ``init``.
+    spread = np.random.default_rng(0).permutation(len(made.val))  # folders come class by class
+    keep_weights(made.backbone)
+    write_work(folder, made.delta, made.model.arrays(), made.val.pixels[spread], made.val.labels[spread])
 
-    Args:
-        options: those of ``train``, without ``codec``.
 
-    Raises:
-        InputError, CheckError, KeyboardInterrupt: as ``train`` does.
-    """
-    began, output, crew = time.perf_counter(), Path(output), join_crew()
-    if output.suffix != ".work":
-        raise InputError("-o", "needs a folder name ending in .work", got=repr(output.name))
-    made = run_job(Job(data=Path(data), backbone=backbone, method=method, output=output, **options), crew)
-    if crew.leads:
-        _keep(output, made.delta, made.backbone, made.model, made.val)
-        made.keeper.remove()
-    crew.wait()
-    return PretrainReport(
-        path=output,
-        method=made.model.method.name,
-        trainable_params=count(made.model.method, made.backbone.layers, made.backbone.tensors),
-        classes=len(made.delta.labels),
-        epochs=made.plan.epochs,
-        best_epoch=made.fitted.best_epoch,
-        seconds=time.perf_counter() - began,
-        val=_accuracy(made.backbone, made.delta, made.val),
-        max_abs_diff=made.proof[0],
-    )
+def val_accuracy(made: Made, delta: Delta) -> Accuracy:
+    """Accuracy of ``delta`` on a training's val images, folded and run in float32."""
+    from edgepet.networks.merged import merged_logits
+
+    logits = merged_logits(made.backbone, delta, normalize(made.val.pixels, made.backbone.preprocess))
+    return accuracy(logits.argmax(1), made.val.labels, len(delta.labels))
+
+
+def _write(output: Path, made: Made, codec: Codec) -> None:
+    """The pack, with the val accuracy of what it stores and not of what was trained, and its work folder."""
+    judged = val_accuracy(made, read_pack(encode_pack(made.delta, codec=codec)).delta)
+    write_pack(output, replace(made.delta, val=Score(top1=judged.top1, n=judged.n)), codec=codec)
+    keep_work(work_folder(output), made)
 
 
 def _report(output: Path, made: Made, seconds: float) -> TrainReport:
@@ -204,8 +176,8 @@ def _report(output: Path, made: Made, seconds: float) -> TrainReport:
         precision="bf16" if made.plan.autocast else "fp32",
         backbone_precision=model.backbone_precision,
         images_per_class=(int(counts.min()), int(counts.max())),
-        val=_accuracy(backbone, read_pack(output).delta, made.val),
-        val_rounded=None if model.rounding is None else _rounded(model, backbone, made.val),
+        val=val_accuracy(made, read_pack(output).delta),
+        val_rounded=None if model.fake_quant is None else _rounded(model, backbone, made.val),
         algebra_max_abs=made.proof[0],
         algebra_limit=made.proof[1],
         backbone=BackboneFacts(
@@ -217,25 +189,117 @@ def _report(output: Path, made: Made, seconds: float) -> TrainReport:
     )
 
 
-def _write(output: Path, delta: Delta, codec: Codec, backbone: Backbone, model: TunedModel, val: Pixels) -> None:
-    """The pack, with the val accuracy of what it stores and not of what was trained, and its work folder."""
-    stored = read_pack(encode_pack(delta, codec=codec)).delta
-    judged = _accuracy(backbone, stored, val)
-    write_pack(output, replace(delta, val=Score(top1=judged.top1, n=judged.n)), codec=codec)
-    _keep(work_folder(output), delta, backbone, model, val)
+def _rounded(model: TunedModel, backbone: Backbone, val: LabelledPixels) -> Accuracy:
+    from edgepet.tuning.model import logits_of
 
-
-def _keep(folder: Path, delta: Delta, backbone: Backbone, model: TunedModel, val: Pixels) -> None:
-    spread = np.random.default_rng(0).permutation(len(val))  # folders come class by class
-    keep_weights(backbone)
-    write_work(folder, delta, model.arrays(), val.pixels[spread], val.labels[spread])
-
-
-def _accuracy(backbone: Backbone, delta: Delta, val: Pixels) -> Accuracy:
-    logits = merged_logits(backbone, delta, normalize(val.pixels, backbone.preprocess))
-    return accuracy(logits.argmax(1), val.labels, len(delta.labels))
-
-
-def _rounded(model: TunedModel, backbone: Backbone, val: Pixels) -> Accuracy:
     logits = logits_of(model, normalize(val.pixels, backbone.preprocess))
     return accuracy(logits.argmax(1), val.labels, logits.shape[1])
+
+
+# -------------------------------------------------------------------------------------------------- the command line
+
+
+def training_options(parser: Parser) -> None:
+    """The options that ``train`` and ``pretrain`` have, by the fields of ``TrainOptions``."""
+    own = DEFAULTS
+    add = parser.add_argument
+    add("data", metavar="DATA", help="a folder with train/ and val/, or of class folders")
+    backbone_option(parser, required=True)
+    add("--method", required=True, metavar="M", help="what is tuned: `edgepet methods` lists all")
+    told = "a setting of the method, as often as needed: --set rank=8 (default: the paper's for a ViT)"
+    add("--set", dest="settings", action="append", default=[], metavar="NAME=VALUE", help=told)
+    image_size_option(parser, "pixels of the square input (default: the backbone's)")
+    told = "frames to take of each clip: classes then hold a folder of frames each (default: %(default)s, images)"
+    add("--frames", type=int, default=own.frames, metavar="N", help=told)
+    add("--epochs", type=int, metavar="N", help="times that every image is seen (default: the method's)")
+    add("--batch-size", type=int, default=own.batch_size, metavar="N", help="images of one step (default: %(default)s)")
+    told = "go through a batch in N parts, for less memory (default: %(default)s)"
+    add("--accumulate", type=int, default=own.accumulate, metavar="N", help=told)
+    add("--lr", type=float, metavar="X", help="largest learning rate of the method's tensors (default: the method's)")
+    add("--shots", type=int, metavar="K", help="train on K images of each class (default: all)")
+    told = "of every random choice: equal seeds give equal packs (default: %(default)s)"
+    add("--seed", type=natural, default=own.seed, metavar="N", help=told)
+    told = "part of each class held out where DATA has no val/ (default: %(default)s)"
+    add("--val-fraction", type=float, default=own.val_fraction, metavar="X", help=told)
+    told = f"{' and '.join(AUGMENTATIONS)}, with a comma between (default: none)"
+    add("--augment", type=names, default=own.augment, metavar=",".join(AUGMENTATIONS), help=told)
+    told = "what the training computes in; auto measures whether bf16 is faster here (default: %(default)s)"
+    add("--train-precision", dest="precision", default=own.precision, choices=PRECISIONS, help=told)
+    told = "round the backbone while tuning, so that the delta repairs that too (default: %(default)s)"
+    add("--backbone-precision", default=own.backbone_precision, choices=BACKBONE_PRECISIONS, help=told)
+    add("--device", choices=["cpu", "cuda"], help="what trains (default: a GPU where torch finds one)")
+    told = "start from the tensors of pretrain's WORK, or of a TASK.pet (default: the method's own start)"
+    add("--init", metavar="WORK", help=told)
+    add("--resume", action="store_true", help="go on from TASK.checkpoint, if there is one (default: begin)")
+    told = "seconds between two checkpoints within an epoch (default: %(default)s)"
+    add("--checkpoint-every", dest="checkpoint_s", type=float, default=own.checkpoint_s, metavar="SECONDS", help=told)
+
+
+def asked_options(options: Options) -> TrainOptions:
+    """The ``TrainOptions`` that a command line asks for.
+
+    Raises:
+        InputError: a setting without a value.
+    """
+    given = {name: getattr(options, name) for name in TrainOptions.__dataclass_fields__}
+    return TrainOptions(**{**given, "settings": pairs(options.settings), "init": path(options.init)})
+
+
+def speaks() -> bool:
+    """Whether this is the process of a training that speaks."""
+    from edgepet.tuning.processes import processes
+
+    return processes().leads
+
+
+def _options(parser: Parser) -> None:
+    training_options(parser)
+    told = "what the pack stores its numbers in (default: %(default)s)"
+    parser.add_argument("--codec", default="fp16", choices=["fp16", "fp32"], help=told)
+    output_option(parser, "TASK.pet", "the pack to write, with TASK.work beside it")
+
+
+def _run(options: Options, progress: Progress) -> TrainReport:
+    label = f"{options.method} on {options.data}"
+    with progress.stages() as stage, progress.training(label) as say:
+        return train(
+            Path(options.data), options.backbone, options.method, Path(options.output),
+            options=asked_options(options), codec=options.codec, say=say, stage=stage,
+        )  # fmt: skip
+
+
+def _screen(report: TrainReport) -> Screen:
+    yield lines(
+        f"{report.pack}  {format_bytes(report.pack_bytes)}",
+        f"  {report.method} on {report.backbone.name}: {format_number(report.trainable_params)} parameters"
+        f" and a head of {format_number(report.head_params)}",
+        f"  {report.backbone.description}",
+        f"  val {format_percent(report.val.top1)} of {report.val.n} images, as stored;"
+        f" epoch {report.best_epoch} of {report.epochs}",
+        f"  95 % interval {format_percent(report.val.low)} to {format_percent(report.val.high)}",
+        None
+        if report.val_rounded is None
+        else f"  val {format_percent(report.val_rounded.top1)} with the backbone"
+        f" rounded to {report.backbone_precision}, as it was tuned",
+        *_warnings(report),
+        f"  {format_number(report.images_per_second)} images/s in {report.precision},"
+        f" {format_seconds(report.seconds)} in all",
+        f"  merged equals tuned in float64: {report.algebra_max_abs:.1e}, limit {report.algebra_limit:.1e}",
+        f"next: {program()} export {report.pack} --to onnx,openvino -o exported",
+    )
+
+
+def _warnings(report: TrainReport) -> list[str]:
+    """What makes the accuracy above say less than it seems to."""
+    told, (fewest, most) = [], report.images_per_class
+    if report.val.n < FEW_IMAGES:
+        told.append(f"  {report.val.n} val images tell epochs apart poorly: the best one is partly luck")
+    if most > IMBALANCE * fewest:
+        told.append(
+            f"  classes are uneven, {fewest} to {most} training images:"
+            f" the mean over classes is {format_percent(report.val.balanced)}"
+        )
+    return told
+
+
+VERB = Verb(options=_options, run=_run, screen=_screen, speaks=speaks)

@@ -1,0 +1,150 @@
+"""A row for each runtime: what it brings, what runs on it, and how it is opened. To add one, add its row."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, TypeAlias
+
+from edgepet.device.runner import Runner, SharedRunner
+from edgepet.errors import InputError, option
+from edgepet.graphs.base import BaseGraph
+from edgepet.graphs.int8 import Int8Graph
+from edgepet.measuring.machine import TORCH, Engine
+from edgepet.spec import NpArray, Precision, Tensors
+
+Format: TypeAlias = Literal["onnx", "openvino", "tensorrt"]
+
+_ModelOpener: TypeAlias = Callable[[Path, "int | None", Precision], Runner]
+_GraphOpener: TypeAlias = Callable[[BaseGraph, Tensors, "int | None", Precision], Runner]
+_Int8Opener: TypeAlias = Callable[[Int8Graph, "int | None", Mapping[str, NpArray]], SharedRunner]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Runtime:
+    """One runtime.
+
+    ``format`` is that of the artefacts which run on it, ``engines`` are the packages of which one must be there.
+    ``computes`` are the precisions in which it can compute a model of floats, the exact one first. The openers take
+    threads, None for all cores, and one of these precisions: ``open_model`` an artefact's folder; ``open_graph`` a
+    traced backbone and the tensors that stand in place of its own; ``open_int8`` the int8 backbone and codes that
+    stand in place of its own. The last two are None where an engine holds its own weights.
+    """
+
+    name: str
+    format: Format
+    engines: tuple[Engine, ...]
+    computes: tuple[Precision, ...]
+    open_model: _ModelOpener
+    open_graph: _GraphOpener | None = None
+    open_int8: _Int8Opener | None = None
+
+    @property
+    def shares_backbone(self) -> bool:
+        """Whether every task runs from one folder with one backbone."""
+        return self.open_graph is not None
+
+
+# A runtime is imported when it is first opened: each takes a part of a second, and none has to be installed.
+
+
+def _onnxruntime_model(folder: Path, threads: int | None, precision: Precision) -> Runner:
+    from edgepet.device.onnxruntime import OnnxRuntime
+
+    del precision  # it computes what the file says
+    return OnnxRuntime.of_model(folder / "model.onnx", threads=threads)
+
+
+def _onnxruntime_graph(graph: BaseGraph, tensors: Tensors, threads: int | None, precision: Precision) -> Runner:
+    from edgepet.device.onnxruntime import OnnxRuntime
+
+    del precision
+    return OnnxRuntime.of_graph(graph, tensors, threads=threads)
+
+
+def _onnxruntime_int8(graph: Int8Graph, threads: int | None, codes: Mapping[str, NpArray]) -> SharedRunner:
+    from edgepet.device.onnxruntime import SharedOnnxRuntime
+
+    return SharedOnnxRuntime(graph, threads=threads, codes=codes)
+
+
+def _openvino_model(folder: Path, threads: int | None, precision: Precision) -> Runner:
+    from edgepet.device.openvino import OpenVino
+
+    return OpenVino.of_model(folder / "model.xml", threads=threads, precision=precision)
+
+
+def _openvino_graph(graph: BaseGraph, tensors: Tensors, threads: int | None, precision: Precision) -> Runner:
+    from edgepet.device.openvino import OpenVino
+
+    return OpenVino.of_graph(graph, tensors, threads=threads, precision=precision)
+
+
+def _openvino_int8(graph: Int8Graph, threads: int | None, codes: Mapping[str, NpArray]) -> SharedRunner:
+    from edgepet.device.openvino import SharedOpenVino
+
+    return SharedOpenVino(graph, threads=threads, codes=codes)
+
+
+def _tensorrt_model(folder: Path, threads: int | None, precision: Precision) -> Runner:
+    from edgepet.device.tensorrt import open_engine
+
+    del threads, precision  # a GPU's, and the engine's own
+    return open_engine(folder)
+
+
+RUNTIMES: dict[str, Runtime] = {
+    "onnxruntime": Runtime(
+        name="onnxruntime",
+        format="onnx",
+        engines=(Engine(name="onnxruntime", module="onnxruntime"),),
+        computes=("fp32",),
+        open_model=_onnxruntime_model,
+        open_graph=_onnxruntime_graph,
+        open_int8=_onnxruntime_int8,
+    ),
+    "openvino": Runtime(
+        name="openvino",
+        format="openvino",
+        engines=(Engine(name="openvino", module="openvino", extra="openvino"),),
+        computes=("fp32", "bf16"),
+        open_model=_openvino_model,
+        open_graph=_openvino_graph,
+        open_int8=_openvino_int8,
+    ),
+    "tensorrt": Runtime(
+        name="tensorrt",
+        format="tensorrt",
+        engines=(
+            # `pip install tensorrt` may end well and leave no libraries: NVIDIA/TensorRT issue #3936.
+            Engine(
+                name="tensorrt",
+                module="tensorrt",
+                extra="tensorrt",
+                broken="the package is a Python face only, and NVIDIA's libraries are missing: "
+                "install them as NVIDIA's TensorRT installation guide says",
+            ),
+            Engine(name="tensorrt-rtx", module="tensorrt_rtx", extra="tensorrt-rtx"),
+        ),
+        computes=("fp32",),
+        open_model=_tensorrt_model,
+    ),
+}
+
+DEFAULT = "onnxruntime"  # the one that every installation has
+SHARED_RUNTIMES = tuple(name for name, row in RUNTIMES.items() if row.shares_backbone)
+ENGINES: tuple[Engine, ...] = (*(engine for row in RUNTIMES.values() for engine in row.engines), TORCH)
+FORMATS: dict[Format, Runtime] = {row.format: row for row in RUNTIMES.values()}
+
+
+def shared_runtime(name: str, *, purpose: str) -> Runtime:
+    """The row of a runtime that can run every task on one backbone.
+
+    Raises:
+        InputError: no runtime of this name can; the message says for what (``purpose``).
+    """
+    row = RUNTIMES.get(name)
+    if row is None or not row.shares_backbone:
+        raise InputError(option("runtime"), f"is one of {', '.join(SHARED_RUNTIMES)} for {purpose}", got=repr(name))
+    return row

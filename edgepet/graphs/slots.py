@@ -1,0 +1,192 @@
+"""A task on the int8 backbone: everything of it that the codes are not, in the graph's slots."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from edgepet.deltas.codes import CodedWeight, Range, coded
+from edgepet.deltas.delta import Delta
+from edgepet.deltas.merge import fold_all, require_fingerprint
+from edgepet.deltas.updates import Targeted, check, keeps_codes
+from edgepet.errors import InputError
+from edgepet.graphs.int8 import CODE, SUM, Int8Graph, Int8Layer, SlotForm
+from edgepet.spec import NpArray
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Slots:
+    """What a task puts into the graph. ``values`` are the slots by name; ``codes`` are its own in place of tensors of
+    the file, by their name there.
+
+    ``ranges`` are by the tensor that they are of.
+    """
+
+    values: Mapping[str, NpArray]
+    codes: Mapping[str, NpArray]
+    ranges: Mapping[str, Range]
+
+    @property
+    def own_bytes(self) -> int:
+        """Memory that only this task needs, runtime's packing left out."""
+        return sum(value.nbytes for value in (*self.values.values(), *self.codes.values()))
+
+
+def task_slots(graph: Int8Graph, delta: Delta) -> Slots:
+    """Express ``delta`` against the codes: vectors are folded, codes stay, or are made again where they must change.
+
+    Raises:
+        BackboneError: ``delta`` was trained on another backbone.
+        InputError: it has no ranges for these codes, or branches; or an update does not fit.
+    """
+    require_fingerprint(graph.backbone, graph.fingerprint, delta)
+    ranges = task_ranges(graph, delta)
+    folded, codes = _folded(graph, delta)
+    values = {name: folded.get(name, graph.tensors[name]) for name in graph.vectors}
+    for layer in graph.layers:
+        fresh = layer.weight in codes
+        made = codes[layer.weight] if fresh else graph.coded(layer)
+        factor = None if fresh else folded.get(layer.weight)
+        values |= _layer_slots(layer, made, factor, graph, folded, ranges[layer.reads], fresh=fresh)
+    for name, value in values.items():
+        if not np.isfinite(value).all():
+            raise InputError(f"task {delta.task!r}: {name}", "must be finite", got="NaN or infinity")
+    values = {name: np.ascontiguousarray(value, np.float32) for name, value in values.items()}
+    laid = {layer.weight: layer.kind == "linear" for layer in graph.layers}
+    own = {name + CODE: np.ascontiguousarray(m.codes.T if laid[name] else m.codes) for name, m in codes.items()}
+    return Slots(values=values, codes=own, ranges=ranges)
+
+
+def task_ranges(graph: Int8Graph, delta: Delta) -> dict[str, Range]:
+    """The ranges that a pack brings, by the tensor that they are of.
+
+    Raises:
+        InputError: it brings none, or for other codes.
+    """
+    fix = "run `edgepet calibrate TASK.pet --calib DIR -o OUT.pet`"
+    if delta.int8 is None:
+        raise InputError(f"task {delta.task!r}", "has no activation ranges for the int8 backbone", fix=fix)
+    if delta.int8.codes != graph.codes_sha256:
+        what = f"has ranges for the int8 codes {delta.int8.codes[:12]}"
+        raise InputError(f"task {delta.task!r}", what, got=graph.codes_sha256[:12], fix=fix)
+    if len(delta.int8.ranges) != len(graph.reads):
+        what = f"needs {len(graph.reads)} activation ranges for the int8 backbone"
+        raise InputError(f"task {delta.task!r}", what, got=len(delta.int8.ranges), fix=fix)
+    ranges = dict(zip(graph.reads, delta.int8.ranges, strict=True))
+    for layer in graph.layers:
+        if ranges[layer.reads].shift and (layer.padded or scaled_by_norm(layer)):
+            what = f"{layer.reads} is read with zeros around it or behind a layer norm, and can have no shift"
+            raise InputError(f"task {delta.task!r}", what, got=ranges[layer.reads].shift, fix=fix)
+    return ranges
+
+
+def _folded(graph: Int8Graph, delta: Delta) -> tuple[dict[str, NpArray], dict[str, CodedWeight]]:
+    """Tensors that the delta changes; of a weight whose codes stay it is the factor of each row. And new codes."""
+    if delta.branches:
+        raise InputError(f"task {delta.task!r}", "has branches, which the int8 backbone does not take yet")
+    weights = {layer.weight: layer for layer in graph.layers}
+    foldable = {*graph.vectors, *(layer.bias for layer in graph.layers)}
+    foldable |= {name for layer in graph.layers for name in layer.batch_norm or ()}
+    by_tensor: dict[str, list[Targeted]] = {}
+    for targeted in delta.updates:
+        by_tensor.setdefault(targeted.target.tensor, []).append(targeted)
+    folded, codes = dict[str, NpArray](), dict[str, CodedWeight]()
+    for name, updates in by_tensor.items():
+        if name in weights:
+            made = graph.coded(weights[name])
+            rows = all(keeps_codes(targeted) for targeted in updates)
+            tensor = np.ones(len(made.scales), np.float32) if rows else made.dense
+        elif name in graph.tensors:
+            tensor = graph.tensors[name]
+        else:
+            raise InputError(f"{delta.task}: {name}", f"is no tensor of {graph.backbone}")
+        for targeted in updates:
+            check(targeted, tensor.shape, where=delta.task)
+        changed = fold_all({name: tensor}, updates)[name]
+        if name in weights and not rows:
+            codes[name] = coded(changed, made.divisors)
+        elif name in weights or name in foldable:
+            folded[name] = changed
+        else:
+            what = "is a constant of the int8 graph and cannot change"
+            raise InputError(f"{delta.task}: {name}", what, fix="run this task in fp32")
+    return folded, codes
+
+
+def _layer_slots(
+    layer: Int8Layer, made: CodedWeight, factor: NpArray | None, graph: Int8Graph, folded: Mapping[str, NpArray],
+    of: Range, *, fresh: bool,
+) -> dict[str, NpArray]:  # fmt: skip
+    """The slots of one layer: the step of each output, the bias, the range of what it reads, and the norm before it."""
+
+    def tensor(name: str) -> NpArray:
+        return folded.get(name, graph.tensors[name]).astype(np.float64)
+
+    steps = made.scales.astype(np.float64) * (1.0 if factor is None else factor)
+    bias = np.zeros(len(steps)) if layer.bias is None else tensor(layer.bias)
+    if layer.batch_norm is not None:
+        weight, shift, mean, variance = map(tensor, layer.batch_norm)
+        through = weight / np.sqrt(variance + layer.epsilon)
+        steps, bias = steps * through, shift + (bias - mean) * through
+    if of.shift:
+        sums = code_sums(made.codes) if fresh else graph.tensors[layer.weight + SUM]
+        bias = bias + of.shift * steps * sums
+    slots: dict[str, NpArray] = {
+        f"{layer.name}.steps": steps,
+        f"{layer.name}.shifted": bias,
+        f"{layer.reads}.scale": np.array(of.scale, np.float32),
+        f"{layer.reads}.shift": np.array(of.shift, np.float32),
+    }
+    if layer.norm is not None and made.divisors is not None:
+        slots |= {name: tensor(name) / made.divisors for name in layer.norm}
+    return slots
+
+
+def code_sums(codes: NpArray) -> NpArray:
+    """The sum of each output's codes, int32 (out,): what one unit of shift makes of them."""
+    sums: NpArray = codes.reshape(len(codes), -1).sum(axis=1, dtype=np.int32)
+    return sums
+
+
+def unit_slots(graph: Int8Graph, slots: Slots) -> dict[str, NpArray]:
+    """The same task for the graph in which every code stands for itself: scales lie before and behind the products.
+
+    A layer norm divides by the scale of its range; elsewhere one product and one difference do.
+    """
+    made = {name: slots.values[name] for name in graph.vectors}
+    for layer in graph.layers:
+        of, values = slots.ranges[layer.reads], slots.values
+        made[f"{layer.name}.steps"] = _spread(layer, values[f"{layer.name}.steps"] * np.float32(of.scale))
+        made[f"{layer.name}.shifted"] = _spread(layer, values[f"{layer.name}.shifted"])
+        if scaled_by_norm(layer):
+            norm = layer.norm or ("", "")
+            made |= {name: values[name] / np.float32(of.scale) for name in norm}
+        else:
+            made[f"{layer.reads}.scale"] = np.array(1 / of.scale, np.float32)
+            made[f"{layer.reads}.shift"] = np.array(-of.shift / of.scale, np.float32)
+    return made
+
+
+def scaled_by_norm(layer: Int8Layer) -> bool:
+    """Whether the layer norm in front can bring what it reads to the scale of its codes."""
+    return layer.norm is not None and layer.kind == "linear"
+
+
+def _spread(layer: Int8Layer, values: NpArray) -> NpArray:
+    return values if layer.kind == "linear" else values.reshape(1, -1, 1, 1)
+
+
+def slot_shapes(
+    layers: Sequence[Int8Layer], vectors: Mapping[str, int], outs: Mapping[str, int], form: SlotForm
+) -> dict[str, tuple[int, ...]]:
+    """The name and shape of every slot of a graph of this form; ``outs`` are outputs of layers by their weight."""
+    shapes: dict[str, tuple[int, ...]] = {name: (size,) for name, size in vectors.items()}
+    for layer in layers:
+        wide = form.unit_codes and layer.kind == "conv"
+        out = (1, outs[layer.weight], 1, 1) if wide else (outs[layer.weight],)
+        shapes |= {f"{layer.name}.steps": out, f"{layer.name}.shifted": out}
+        if not (form.unit_codes and scaled_by_norm(layer)):
+            shapes |= {f"{layer.reads}.scale": (), f"{layer.reads}.shift": ()}
+    return shapes

@@ -1,0 +1,213 @@
+"""Open any pack or exported model: its network on a runtime, and what of it can be timed. Torch only when asked for."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from edgepet.deltas.delta import Delta
+from edgepet.device.artifact import MANIFEST, Artifact, open_artifact, read_artifact
+from edgepet.device.runner import Runner
+from edgepet.device.runtime import SharedInt8, TaskNetwork, open_task
+from edgepet.device.runtimes import DEFAULT, FORMATS, RUNTIMES, Runtime
+from edgepet.errors import InputError, option, require
+from edgepet.graphs.base import BaseGraph, open_graph
+from edgepet.graphs.int8 import Int8Graph, open_int8
+from edgepet.measuring.latency import Candidate
+from edgepet.measuring.machine import TORCH
+from edgepet.networks.backbone import AnyBackbone
+from edgepet.packs.pack import Pack, read_pack
+from edgepet.proving.subject import Subject, TorchNetwork
+from edgepet.spec import FilePath, Precision, Preprocess
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Opened:
+    """A network, images to logits, the runtime that it runs on and the precision that it computes in."""
+
+    network: TaskNetwork | TorchNetwork | Runner
+    runtime: str
+    precision: Precision
+
+
+class PackSource:
+    """A pack, on the graph that the cache holds for it, or on the network in torch."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.pack: Pack = read_pack(path)
+        self.labels, self.preprocess = self.pack.delta.labels, self.pack.delta.preprocess
+
+    def open(self, runtime: str | None, precision: str, backbone: AnyBackbone, threads: int | None) -> Opened:
+        """Open it on a runtime, by default ONNX Runtime, in "fp32", or "int8": on the int8 backbone.
+
+        Raises:
+            InputError: no such runtime or precision, or the pack has no graph here.
+            MissingError: the runtime is not installed.
+        """
+        name, delta = runtime or DEFAULT, self.pack.delta
+        if precision not in ("fp32", "int8"):
+            raise InputError(option("precision"), "is fp32 or int8 for a pack", got=repr(precision))
+        network: TaskNetwork | TorchNetwork
+        if precision == "int8":
+            shared = SharedInt8(int8_graph_of(self.path, delta, backbone), runtime=name, threads=threads)
+            network = shared.bind(delta)
+        elif name == TORCH.name:
+            return Opened(network=self._torch(backbone, self._mode, threads)(), runtime=name, precision="fp32")
+        else:
+            network = open_task(graph_of(self.path, delta, backbone), delta, runtime=name, threads=threads)
+        return Opened(network=network, runtime=name, precision=network.executed)
+
+    def candidates(self, runtimes: Sequence[str], threads: int, plain: bool, backbone: AnyBackbone) -> list[Candidate]:
+        """What of it can be timed on each runtime, in each precision; ``plain`` adds the backbone itself."""
+        found = []
+        for name in runtimes:
+            row = RUNTIMES.get(name)
+            if name == TORCH.name:
+                found += self._in_torch(threads, plain, backbone)
+            elif row is not None and row.shares_backbone:
+                found += self._on(row, threads, plain, backbone)
+        return found
+
+    @property
+    def _mode(self) -> str:
+        return "branches" if self.pack.delta.branches else "merged"
+
+    def _on(self, row: Runtime, threads: int, plain: bool, backbone: AnyBackbone) -> list[Candidate]:
+        def opener(delta: Delta, precision: Precision) -> Callable[[], Any]:
+            graph = graph_of(self.path, delta, backbone)
+            return lambda: open_task(graph, delta, runtime=row.name, threads=threads, precision=precision)
+
+        modes = {self._mode: self.pack.delta}
+        if plain:  # the backbone with the task's head and nothing else of it: the head is no cost of a method
+            modes["plain"] = replace(self.pack.delta, updates=(), branches=())
+        found = []
+        for precision in row.computes:
+            found += [self._candidate(row.name, precision, m, opener(d, precision)) for m, d in modes.items()]
+            if precision == row.computes[0] and self.pack.delta.int8 is not None:
+                found.append(self._candidate(row.name, "int8", "shared", self._on_codes(row.name, threads, backbone)))
+        return found
+
+    def _on_codes(self, name: str, threads: int, backbone: AnyBackbone) -> Callable[[], Any]:
+        """The task on the int8 backbone that other tasks may share."""
+
+        def opener() -> Any:
+            graph = int8_graph_of(self.path, self.pack.delta, backbone)
+            return SharedInt8(graph, runtime=name, threads=threads).bind(self.pack.delta)
+
+        return opener
+
+    def _in_torch(self, threads: int, plain: bool, backbone: AnyBackbone) -> list[Candidate]:
+        tuned = subject_in_torch(self.path, backbone).work is not None
+        modes = [*(["tuned"] if tuned else []), self._mode, *(["plain"] if plain else [])]
+        return [self._candidate(TORCH.name, "fp32", mode, self._torch(backbone, mode, threads)) for mode in modes]
+
+    def _torch(self, backbone: AnyBackbone, mode: str, threads: int | None) -> Callable[[], TorchNetwork]:
+        return lambda: TorchNetwork(subject_in_torch(self.path, backbone), mode, threads=threads)
+
+    def _candidate(self, runtime: str, precision: Precision, mode: str, opener: Callable[[], Any]) -> Candidate:
+        return Candidate(model=self.path.name, runtime=runtime, precision=precision, mode=mode, open=opener)
+
+
+class ArtifactSource:
+    """An exported model's folder, on the runtime of its format."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.artifact: Artifact = read_artifact(path)
+        self.labels: tuple[str, ...] = self.artifact.labels
+        self.preprocess: Preprocess = self.artifact.preprocess
+        self._row = FORMATS[self.artifact.format]
+
+    def open(self, runtime: str | None, precision: str, backbone: AnyBackbone, threads: int | None) -> Opened:
+        """Open it; ``runtime`` may only be its own, precision and backbone are in it.
+
+        Raises:
+            InputError: another runtime, or one that cannot read it.
+            MissingError: the runtime, or a GPU, is not here.
+        """
+        del precision, backbone
+        if runtime not in (None, self._row.name):
+            what = f"is a {self.artifact.format} artefact and runs on {self._row.name}"
+            raise InputError(str(self.path), what, got=option("runtime", runtime))
+        runner = open_artifact(self.path, self.artifact, threads=threads)
+        return Opened(network=runner, runtime=self._row.name, precision=_computed(self.artifact, runner))
+
+    def candidates(self, runtimes: Sequence[str], threads: int, plain: bool, backbone: AnyBackbone) -> list[Candidate]:
+        """The model in each precision that its runtime computes it in, where the runtime is asked for."""
+        del plain, backbone
+        int8 = self.artifact.precision == "int8"
+
+        def opener(precision: Precision) -> Callable[[], Runner]:
+            return lambda: open_artifact(self.path, self.artifact, threads=threads, precision=precision)
+
+        return [
+            Candidate(
+                model=self.path.name,
+                runtime=self._row.name,
+                precision="int8" if int8 else precision,
+                mode="branches" if self.artifact.branches else "merged",
+                open=opener(precision),
+            )
+            for precision in (self._row.computes[:1] if int8 else self._row.computes)
+            if self._row.name in runtimes
+        ]
+
+
+def open_source(path: FilePath) -> PackSource | ArtifactSource:
+    """A pack, or an exported model's folder.
+
+    Raises:
+        PackError, InputError: it is neither, or is damaged.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        return PackSource(path)
+    if not (path / MANIFEST).is_file():
+        fix = f"name a .pet file or a folder with {MANIFEST}"
+        raise InputError(str(path), "is neither a pack nor an exported model", fix=fix)
+    return ArtifactSource(path)
+
+
+def graph_of(path: Path, delta: Delta, backbone: AnyBackbone = None) -> BaseGraph:
+    """The graph that ``delta`` runs on, from the cache; where torch and the backbone are here it is made now.
+
+    Args:
+        path: of the pack that the delta, or what it was made of, comes from.
+    """
+    if importlib.util.find_spec(TORCH.module) is None:
+        return open_graph(delta.fingerprint, delta.preprocess, delta.structure)
+    return Subject(path, backbone, None).graph_of(delta)
+
+
+def int8_graph_of(path: Path, delta: Delta, backbone: AnyBackbone = None) -> Int8Graph:
+    """The int8 backbone that ``delta`` runs on, from the cache; where torch and the backbone are here it is made."""
+    try:
+        return open_int8(delta.fingerprint, delta.preprocess)
+    except InputError:
+        if importlib.util.find_spec(TORCH.module) is None:
+            raise
+    from edgepet.calibration.slot_graphs import int8_graph
+
+    return int8_graph(graph_of(path, delta, backbone))
+
+
+def subject_in_torch(path: Path, backbone: AnyBackbone) -> Subject:
+    """A pack that torch is going to run.
+
+    Raises:
+        MissingError: torch is not installed.
+    """
+    require(TORCH.module, extra=str(TORCH.extra), purpose=option("runtime", TORCH.name))
+    return Subject(path, backbone, None)
+
+
+def _computed(artifact: Artifact, runner: Runner) -> Precision:
+    """What ran: an int8 model is int8 only where the runtime has multiplied codes."""
+    if artifact.precision != "int8":
+        return runner.executed
+    layers = runner.evidence.get("layers", {})
+    return "int8" if isinstance(layers, dict) and layers.get("int8") else "fp32"

@@ -1,0 +1,82 @@
+"""How to train: everything that may be asked of a training besides data, backbone, method and output. No torch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal, TypeAlias
+
+from edgepet.errors import InputError, option
+from edgepet.spec import FilePath
+
+Augmentation: TypeAlias = Literal["flip", "crop"]
+AUGMENTATIONS: tuple[Augmentation, ...] = ("flip", "crop")
+PRECISIONS = ("auto", "fp32", "bf16")
+BACKBONE_PRECISIONS = ("fp32", "int8", "int4")
+CHECKPOINT_S = 30.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainOptions:
+    """How to train. What is None is decided by the method, the backbone or the machine.
+
+    Attributes:
+        settings: the method's settings as text, where the method is given by its name.
+        image_size: pixels of the square input; None is the architecture's own.
+        frames: above 1, the data are clips, folders of images: so many are taken of each, spread evenly.
+        epochs, lr: None is what the method's recipe says.
+        batch_size: images of one step, over all processes; each goes through its share in ``accumulate`` parts.
+        shots: images of each class to train on, chosen by ``seed``; None is all.
+        val_fraction: the part of each class that is held out where there is no val/.
+        augment: "flip" and "crop", either or both.
+        precision: "fp32", "bf16" (autocast) or "auto": bf16 where it is measured to be faster here.
+        backbone_precision: "int8" or "int4" (weights; activations have 8 bits) rounds the backbone while tuning, so
+            that the delta repairs that too; the pack fits the float backbone as ever.
+        device: torch's name of what trains, "cpu" or "cuda"; None is a GPU where torch finds one.
+        init: start from the tensors of an earlier training of this method: its work folder, ``pretrain``'s, or its
+            pack where the work folder lies beside it; the head starts anew.
+        resume: go on from the checkpoint of an interrupted training, or begin where there is none.
+        checkpoint_s: seconds between two checkpoints within an epoch.
+    """
+
+    settings: Mapping[str, str] = field(default_factory=dict)
+    image_size: int | None = None
+    frames: int = 1
+    epochs: int | None = None
+    batch_size: int = 32
+    accumulate: int = 1
+    lr: float | None = None
+    shots: int | None = None
+    seed: int = 0
+    val_fraction: float = 0.2
+    augment: Sequence[str] = ()
+    precision: str = "auto"
+    backbone_precision: str = "fp32"
+    device: str | None = None
+    init: FilePath | None = None
+    resume: bool = False
+    checkpoint_s: float = CHECKPOINT_S
+
+    def check(self) -> None:
+        """Refuse what no training could be, before any work is done.
+
+        Raises:
+            InputError: a value out of its range, or a name that is not known.
+        """
+        if self.precision not in PRECISIONS:
+            raise InputError(option("precision"), "is auto, fp32 or bf16", got=repr(self.precision))
+        if self.backbone_precision not in BACKBONE_PRECISIONS:
+            raise InputError(option("backbone_precision"), "is fp32, int8 or int4", got=repr(self.backbone_precision))
+        if self.epochs is not None and self.epochs < 1:
+            raise InputError(option("epochs"), "must be at least 1", got=self.epochs)
+        if self.batch_size < 1:
+            raise InputError(option("batch_size"), "must be at least 1", got=self.batch_size)
+        if not 1 <= self.accumulate <= self.batch_size:
+            what = f"must be between 1 and the batch size, {self.batch_size}"
+            raise InputError(option("accumulate"), what, got=self.accumulate)
+        if self.lr is not None and not 0 < self.lr < math.inf:
+            raise InputError(option("lr"), "must be above 0 and finite", got=self.lr)
+        unknown = [name for name in self.augment if name not in AUGMENTATIONS]
+        if unknown:
+            raise InputError(option("augment"), f"knows {', '.join(AUGMENTATIONS)}", got=repr(unknown[0]))

@@ -1,0 +1,119 @@
+"""``pretrain``: tune a method on a broad data set and keep its tensors, for trainings to start from."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from edgepet.errors import InputError, option, require
+from edgepet.measuring.parity import Accuracy
+from edgepet.methods import Method
+from edgepet.methods.method import count
+from edgepet.reports.progress import Step
+from edgepet.reports.screen import Screen, lines, program
+from edgepet.reports.tables import format_number, format_percent, format_seconds
+from edgepet.spec import FilePath
+from edgepet.tuning.options import TrainOptions
+from edgepet.verbs.train import DEFAULTS, asked_options, keep_work, speaks, training_options, val_accuracy
+from edgepet.verbs.verb import Options, Parser, Verb, output_option
+
+if TYPE_CHECKING:
+    from edgepet.networks.backbone import Backbone
+    from edgepet.reports.progress import Progress
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PretrainReport:
+    """What ``pretrain`` made: the work folder at ``path``, from which trainings start. ``max_abs_diff`` is the largest
+    difference of logits between tuned and lowered network in float64.
+    """
+
+    path: Path
+    method: str
+    trainable_params: int
+    classes: int
+    epochs: int
+    best_epoch: int
+    seconds: float
+    val: Accuracy
+    max_abs_diff: float
+
+
+def pretrain(
+    data: FilePath,
+    backbone: str | Backbone,
+    method: str | Method,
+    output: FilePath,
+    *,
+    options: TrainOptions = DEFAULTS,
+    say: Callable[[Step], None] = lambda step: None,
+    stage: Callable[[str], None] = lambda name: None,
+    **fields: Any,
+) -> PretrainReport:
+    """Tune ``method`` on a broad data set and keep its tensors in the folder ``output``: ``train`` starts from them.
+
+    Give it to ``train`` as ``init``. The arguments are those of ``train``.
+
+    Raises:
+        InputError, CheckError, MissingError, KeyboardInterrupt: as ``train`` does.
+
+    Source: the first stage of PVP, arXiv:2304.13639.
+    """
+    require("torch", extra="train", purpose="pretrain")
+    from edgepet.tuning.processes import processes as launched
+    from edgepet.tuning.training import Training, run
+
+    began, output, processes = time.perf_counter(), Path(output), launched()
+    if output.suffix != ".work":
+        raise InputError(option("output"), "needs a folder name ending in .work", got=repr(output.name))
+    asked = Training(
+        data=Path(data), backbone=backbone, method=method, output=output, options=replace(options, **fields),
+        say=say, stage=stage,
+    )  # fmt: skip
+    made = run(asked, processes)
+    if processes.leads:
+        keep_work(output, made)
+        made.keeper.remove()
+    processes.wait()
+    return PretrainReport(
+        path=output,
+        method=made.model.method.name,
+        trainable_params=count(made.model.method, made.backbone.layers, made.backbone.tensors),
+        classes=len(made.delta.labels),
+        epochs=made.plan.epochs,
+        best_epoch=made.fitted.best_epoch,
+        seconds=time.perf_counter() - began,
+        val=val_accuracy(made, made.delta),
+        max_abs_diff=made.proof[0],
+    )
+
+
+def _options(parser: Parser) -> None:
+    training_options(parser)
+    output_option(parser, "NAME.work", "the folder to write, for `edgepet train --init`")
+
+
+def _run(options: Options, progress: Progress) -> PretrainReport:
+    label = f"{options.method} on {options.data}"
+    with progress.stages() as stage, progress.training(label) as say:
+        return pretrain(
+            Path(options.data), options.backbone, options.method, Path(options.output),
+            options=asked_options(options), say=say, stage=stage,
+        )  # fmt: skip
+
+
+def _screen(report: PretrainReport) -> Screen:
+    yield lines(
+        f"{report.path}",
+        f"  {format_number(report.trainable_params)} parameters of {report.method}, tuned on {report.classes} classes",
+        f"  val {format_percent(report.val.top1)} of {report.val.n} images; epoch {report.best_epoch}"
+        f" of {report.epochs}; {format_seconds(report.seconds)} in all",
+        f"  lowered equals tuned in float64: {report.max_abs_diff:.1e}",
+        f"next: {program()} train DATA --method {report.method} --init {report.path} ...",
+    )
+
+
+VERB = Verb(options=_options, run=_run, screen=_screen, speaks=speaks)

@@ -1,0 +1,135 @@
+"""What a verb is to the command line, and the options that several verbs have."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+from edgepet.errors import InputError, option
+
+if TYPE_CHECKING:
+    from edgepet.reports.progress import Progress
+    from edgepet.reports.screen import Screen
+
+Options: TypeAlias = argparse.Namespace
+Parser: TypeAlias = argparse.ArgumentParser
+
+
+def _never(report: object) -> bool:
+    del report
+    return False
+
+
+def _always() -> bool:
+    return True
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Verb:
+    """One verb of the command line.
+
+    ``options`` declares its options. Their ``dest`` is the field of the library that they fill, so that an error about
+    a field can be told of its flag. ``run`` does it and returns its report; ``screen`` is what of the report people
+    see; ``failed`` is whether a check in it said no; ``speaks`` is false in all processes of a training but one.
+    """
+
+    options: Callable[[Parser], None]
+    run: Callable[[Options, Progress], object]
+    screen: Callable[[Any], Screen]
+    failed: Callable[[Any], bool] = _never
+    speaks: Callable[[], bool] = _always
+
+
+# ----------------------------------------------------------------------------------------- options that verbs share
+
+
+def backbone_option(parser: Parser, *, required: bool = False) -> None:
+    """--backbone, by default the one that the pack names."""
+    told = "a timm name, NAME@FILE, or demo:vit-small" + ("" if required else " (default: the one that the pack names)")
+    parser.add_argument("--backbone", required=required, metavar="B", help=told)
+
+
+def image_size_option(parser: Parser, told: str) -> None:
+    """--img-size, with what it means to the verb."""
+    parser.add_argument("--img-size", dest="image_size", type=int, metavar="N", help=told)
+
+
+def data_option(parser: Parser, default: str = "the work folder's") -> None:
+    """--data, images to compare on."""
+    parser.add_argument("--data", metavar="DIR", help=f"images to compare on (default: {default})")
+
+
+def output_option(parser: Parser, metavar: str, told: str) -> None:
+    """-o, what is written."""
+    parser.add_argument("-o", "--output", required=True, metavar=metavar, help=told)
+
+
+def budget_options(parser: Parser) -> None:
+    """--calib-images and --max-drop."""
+    told = "images of --calib to use, at most (default: %(default)s)"
+    parser.add_argument("--calib-images", type=natural, default=256, metavar="N", help=told)
+    told = "points of top-1 that int8 may lose on train and val (default: the loss is reported, not limited)"
+    parser.add_argument("--max-drop", type=float, metavar="POINTS", help=told)
+
+
+def pack_precision_option(parser: Parser) -> None:
+    """--precision of packs."""
+    told = "of packs: int8 is on the int8 backbone that tasks share (default: %(default)s)"
+    parser.add_argument("--precision", default="fp32", choices=["fp32", "int8"], help=told)
+
+
+def threads_option(parser: Parser) -> None:
+    """--threads."""
+    parser.add_argument("--threads", type=int, metavar="N", help="threads of the runtime (default: all cores)")
+
+
+# ------------------------------------------------------------------------------------------- texts that become values
+
+
+def natural(text: str) -> int:
+    """A whole number of at least 0.
+
+    Raises:
+        argparse.ArgumentTypeError: it is none.
+    """
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"needs a whole number of at least 0, got {text!r}")
+    return int(text)
+
+
+def names(text: str) -> list[str]:
+    """Names with commas between."""
+    return [part.strip() for part in text.split(",") if part.strip()]
+
+
+def pairs(given: Sequence[str]) -> dict[str, str]:
+    """NAME=VALUE, many times.
+
+    Raises:
+        InputError: one has no equals sign or no name.
+    """
+    found = {}
+    for pair in given:
+        key, equals, value = pair.partition("=")
+        if not equals or not key:
+            raise InputError(option("settings"), "needs NAME=VALUE", got=repr(pair))
+        found[key] = value
+    return found
+
+
+def path(text: str | None) -> Path | None:
+    """A path, or None where none was given."""
+    return None if text is None else Path(text)
+
+
+def at_least_one(field: str, count: int | None) -> None:
+    """Refuse a count below 1; None is no count.
+
+    Raises:
+        InputError: it is below 1.
+    """
+    if count is not None and count < 1:
+        raise InputError(option(field), "must be at least 1", got=count)
