@@ -16,10 +16,12 @@ import pytest
 import safetensors.numpy
 
 from edgepet import Device, read_pack, verify
+from edgepet.calibration.slot_graphs import int8_graph
 from edgepet.deltas.delta import Delta, Score
 from edgepet.deltas.merge import merge
 from edgepet.device.artifact import read_artifact, write_artifact
 from edgepet.device.runtime import SharedInt8, open_task
+from edgepet.exporters.onnx import build_model, serialize
 from edgepet.files import read_file
 from edgepet.graphs.base import open_graph
 from edgepet.graphs.int8 import open_int8
@@ -123,6 +125,29 @@ def test_merged_weights_are_equal_to_the_last_bit() -> None:
 
     assert {f"backbone.{name}" for name in merged} == dense.keys() - {"head.weight", "head.bias"}
     assert all(np.array_equal(dense[f"backbone.{name}"], value) for name, value in merged.items())
+
+
+def test_an_exported_model_is_written_with_equal_bytes() -> None:
+    """No network is traced for it, so no version of torch is in it; onnx writes what it was given."""
+    pack = read_pack(TASKS / "shapes.pet").delta
+    graph = open_graph(pack.fingerprint, pack.preprocess, root=TASKS / "device")
+
+    made = serialize(build_model(graph, merge(graph.base, pack), pack))
+
+    assert made == (TASKS / "artifacts" / "shapes-onnx-fp32" / "model.onnx").read_bytes()
+
+
+def test_the_int8_backbone_is_made_with_equal_bytes(tmp_path: Path) -> None:
+    (stored,) = (TASKS / "device" / "backbones").iterdir()
+    folder = tmp_path / "backbones" / stored.name
+    shutil.copytree(stored, folder, ignore=shutil.ignore_patterns("*int8*"))
+    pack = read_pack(TASKS / "shapes.pet").delta
+
+    made = int8_graph(open_graph(pack.fingerprint, pack.preprocess, root=tmp_path), root=tmp_path)
+
+    assert made.files.keys() == {"backbone-int8.safetensors", "graph-16-int8.onnx", "graph-16-int8-openvino.onnx"}
+    for name in made.files:
+        assert (folder / name).read_bytes() == (stored / name).read_bytes(), name
 
 
 @pytest.mark.parametrize("runtime", RUNTIMES)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import ast
 import inspect
 import re
@@ -18,6 +19,8 @@ from urllib.parse import unquote
 import pytest
 
 import edgepet
+from edgepet.cli.main import VERBS, load
+from edgepet.cli.options import Parser
 
 ROOT = Path(__file__).parent.parent
 API = ROOT / "tests" / "public_api.txt"
@@ -156,6 +159,97 @@ def test_no_source_asserts_or_prints(path: Path) -> None:
     ]
 
     assert (asserts, prints) == ([], [])
+
+
+FUNCTION_LINES, FILE_LINES = 60, 400
+LONGER: set[str] = set()  # at most ten, each with its reason; there is none today
+
+
+def longer(path: Path) -> Iterator[str]:
+    """The file, and the functions in it, that are longer than a reader should meet without a reason."""
+    if len(path.read_text(encoding="utf-8").splitlines()) > FILE_LINES:
+        yield named(path)
+    for node in (*found(ast.FunctionDef, path), *found(ast.AsyncFunctionDef, path)):
+        if node.end_lineno - node.lineno + 1 > FUNCTION_LINES:
+            yield f"{named(path)}:{node.name}"
+
+
+def test_no_source_is_longer_than_a_reader_should_meet() -> None:
+    assert {place for path in SOURCES for place in longer(path)} == LONGER
+    assert len(LONGER) <= 10
+
+
+def undocumented(body: list[ast.stmt], where: str) -> Iterator[str]:
+    """Public classes, functions and methods below ``body`` that have no docstring."""
+    for node in body:
+        if isinstance(node, (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)) and not node.name.startswith("_"):
+            if not ast.get_docstring(node):
+                yield f"{where}.{node.name}"
+            if isinstance(node, ast.ClassDef):
+                yield from undocumented(node.body, f"{where}.{node.name}")
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=named)
+def test_everything_public_says_what_it_is(path: Path) -> None:
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+
+    assert ast.get_docstring(tree)
+    assert list(undocumented(tree.body, named(path))) == []
+
+
+def errors_in(path: Path) -> Iterator[str]:
+    """The texts of a file that end up in messages: all but docstrings and comments."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    documented = [node for node in ast.walk(tree) if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef))]
+    docstrings = {id(node.body[0].value) for node in documented if ast.get_docstring(node)}  # type: ignore[attr-defined]
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in docstrings:
+            yield node.value
+
+
+LIBRARY = [path for path in SOURCES if not named(path).startswith(("edgepet/cli/", "edgepet/verbs/"))]
+# Whole commands to paste, keys of a checkpoint that older files have, and Markdown's right-aligned columns.
+WITH_FLAGS = re.compile(r"edgepet |pip install|^--set $|^---:?$")
+
+
+def test_the_library_speaks_of_fields_and_not_of_flags() -> None:
+    told = {
+        f"{named(path)}: {text}"
+        for path in LIBRARY
+        for text in errors_in(path)
+        if re.search(r"(?<![\w-])--[a-z]", text) and not WITH_FLAGS.search(text)
+    }
+    assert told == set()
+
+
+def test_every_field_in_a_message_is_one_that_a_verb_fills() -> None:
+    fields = {action.dest for name in VERBS for action in options_of(name)}
+    named_fields = {
+        node.args[0].value
+        for path in SOURCES
+        for node in found(ast.Call, path)
+        if isinstance(node.func, ast.Name) and node.func.id == "option" and isinstance(node.args[0], ast.Constant)
+    }
+    assert len(named_fields) > 25
+    assert named_fields - fields == set()
+
+
+# The command line
+
+
+def options_of(verb: str) -> list[argparse.Action]:
+    parser = Parser(prog=verb, add_help=False)
+    load(verb).options(parser)
+    return list(parser._actions)
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_option_says_what_it_does_and_its_default(verb: str) -> None:
+    silent = [action.dest for action in options_of(verb) if not action.help]
+    optional = [action for action in options_of(verb) if action.option_strings and not action.required]
+    without = [action.dest for action in optional if "default" not in str(action.help)]
+    assert silent == []
+    assert without == []
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=named)

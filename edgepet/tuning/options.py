@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
 from edgepet.errors import InputError, option
@@ -40,7 +40,7 @@ class TrainOptions:
         checkpoint_s: seconds between two checkpoints within an epoch.
     """
 
-    settings: Mapping[str, str] = field(default_factory=dict)
+    settings: Mapping[str, str] | None = None
     image_size: int | None = None
     frames: int = 1
     epochs: int | None = None

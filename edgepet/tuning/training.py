@@ -72,7 +72,7 @@ def run(training: Training, processes: Processes) -> Made:
     """
     options, say, stage = training.options, training.say, training.stage
     method = training.method
-    method = configure(method, options.settings) if isinstance(method, str) else method
+    method = configure(method, options.settings or {}) if isinstance(method, str) else method
     _check(training)
     work = _started_from(options.init)
     stage("read images")

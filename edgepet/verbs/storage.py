@@ -191,7 +191,7 @@ def _engines(runtime: str, full: int) -> RuntimeBytes:
 def _options(parser: Parser) -> None:
     add = parser.add_argument
     add("packs", nargs="*", metavar="TASK.pet", help="tasks, put into a folder that is made for counting")
-    add("--store", metavar="DIR", help="a device's folder, in place of packs")
+    add("--store", metavar="DIR", help="a device's folder, in place of packs (default: one that is made for them)")
     add("--devices", type=int, default=1, metavar="N", help="devices of a fleet to count for (default: %(default)s)")
     pack_precision_option(parser)
 
