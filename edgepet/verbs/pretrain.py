@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,7 +16,7 @@ from edgepet.reports.screen import Screen, lines, program
 from edgepet.reports.tables import format_number, format_percent, format_seconds
 from edgepet.spec import FilePath
 from edgepet.tuning.options import TrainOptions
-from edgepet.verbs.train import DEFAULTS, asked_options, keep_work, speaks, training_options, val_accuracy
+from edgepet.verbs.train import DEFAULTS, asked_options, keep_work, run_training, speaks, training_options, val_accuracy
 from edgepet.verbs.verb import Options, Parser, Verb, output_option
 
 if TYPE_CHECKING:
@@ -63,21 +62,13 @@ def pretrain(
     Source: the first stage of PVP, arXiv:2304.13639.
     """
     require("torch", extra="train", purpose="pretrain")
-    from edgepet.tuning.processes import processes as launched
-    from edgepet.tuning.training import Training, run
-
-    began, output, processes = time.perf_counter(), Path(output), launched()
+    output = Path(output)
     if output.suffix != ".work":
         raise InputError(option("output"), "needs a folder name ending in .work", got=repr(output.name))
-    asked = Training(
-        data=Path(data), backbone=backbone, method=method, output=output, options=replace(options, **fields),
-        say=say, stage=stage,
+    made, seconds = run_training(
+        lambda made: keep_work(output, made), data=Path(data), backbone=backbone, method=method, output=output,
+        options=replace(options, **fields), say=say, stage=stage,
     )  # fmt: skip
-    made = run(asked, processes)
-    if processes.leads:
-        keep_work(output, made)
-        made.keeper.remove()
-    processes.wait()
     return PretrainReport(
         path=output,
         method=made.model.method.name,
@@ -85,7 +76,7 @@ def pretrain(
         classes=len(made.delta.labels),
         epochs=made.plan.epochs,
         best_epoch=made.fitted.best_epoch,
-        seconds=time.perf_counter() - began,
+        seconds=seconds,
         val=val_accuracy(made, made.delta),
         max_abs_diff=made.proof[0],
     )

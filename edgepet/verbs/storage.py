@@ -233,7 +233,8 @@ def screen(report: StorageReport) -> Screen:
         )
         for r in report.per_runtime
     ]
-    title = f"{len(report.tasks)} tasks on one device, against {format_bytes(report.full_total_bytes)} of models"
+    tasks = "1 task" if len(report.tasks) == 1 else f"{len(report.tasks)} tasks"
+    title = f"{tasks} on one device, against {format_bytes(report.full_total_bytes)} of models"
     yield Table(title, (*left("runtime", "keeps"), *right("total", "saves"), *left("")), rows)
     if report.devices > 1:
         yield lines(

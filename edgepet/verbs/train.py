@@ -117,22 +117,35 @@ def train(
         KeyboardInterrupt: SIGINT or SIGTERM arrived, and a checkpoint was written.
     """
     require("torch", extra="train", purpose="train")
+    output = Path(output)
+    if output.suffix != ".pet":
+        raise InputError(option("output"), "needs a file name ending in .pet", got=repr(output.name))
+    made, seconds = run_training(
+        lambda made: _write(output, made, codec), data=Path(data), backbone=backbone, method=method, output=output,
+        options=replace(options, **fields), say=say, stage=stage,
+    )  # fmt: skip
+    return _report(output, made, seconds)
+
+
+def run_training(write: Callable[[Made], None], **asked: Any) -> tuple[Made, float]:
+    """Train in every process that was launched, and ``write`` what was made in the one that leads.
+
+    Args:
+        asked: the fields of ``tuning.training.Training``.
+
+    Returns:
+        What was made, and the seconds that it took.
+    """
     from edgepet.tuning.processes import processes as launched
     from edgepet.tuning.training import Training, run
 
-    began, output, processes = time.perf_counter(), Path(output), launched()
-    if output.suffix != ".pet":
-        raise InputError(option("output"), "needs a file name ending in .pet", got=repr(output.name))
-    asked = Training(
-        data=Path(data), backbone=backbone, method=method, output=output, options=replace(options, **fields),
-        say=say, stage=stage,
-    )  # fmt: skip
-    made = run(asked, processes)
+    began, processes = time.perf_counter(), launched()
+    made = run(Training(**asked), processes)
     if processes.leads:
-        _write(output, made, codec)
+        write(made)
         made.keeper.remove()
     processes.wait()
-    return _report(output, made, time.perf_counter() - began)
+    return made, time.perf_counter() - began
 
 
 def keep_work(folder: Path, made: Made) -> None:
