@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from edgepet.verbs.verify import verify as verify
 
 __version__ = "0.1.0"
+__path__.append(f"{__path__[0]}/moved")  # import names that guides of before used (ADR-0017)
 
 _HOME = {
     "Backbone": "edgepet.networks.backbone",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import importlib
 import inspect
 import re
 import shutil
@@ -75,6 +76,27 @@ def test_dir_lists_exactly_the_public_names() -> None:
 def test_a_name_that_is_not_there_is_an_attribute_error() -> None:
     with pytest.raises(AttributeError, match=r"^module 'edgepet' has no attribute 'unmerge'$"):
         _ = edgepet.unmerge
+
+
+@pytest.mark.parametrize(
+    ("old", "name", "home"),
+    [
+        ("graph", "open_graph", "edgepet.graphs.base"),
+        ("store", "Store", "edgepet.device.store"),
+        ("imaging", "load_pixels", "edgepet.images.preprocess"),
+        ("runtime", "open_task", "edgepet.device.runtime"),
+        ("int8", "open_int8", "edgepet.graphs.int8"),
+    ],
+)
+def test_modules_that_guides_had_named_answer_with_a_warning(
+    old: str, name: str, home: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delitem(sys.modules, f"edgepet.{old}", raising=False)
+
+    with pytest.warns(DeprecationWarning, match=rf"^edgepet\.{old} is {home} now$"):
+        module = importlib.import_module(f"edgepet.{old}")
+
+    assert getattr(module, name) is getattr(importlib.import_module(home), name)
 
 
 # The package

@@ -1,0 +1,12 @@
+"""``edgepet.runtime`` of before: its names are in ``edgepet.device.runtime``."""
+
+import warnings
+
+from edgepet.device.runtime import Answer as Answer
+from edgepet.device.runtime import Device as Device
+from edgepet.device.runtime import DeviceRun as DeviceRun
+from edgepet.device.runtime import SharedInt8 as SharedInt8
+from edgepet.device.runtime import TaskNetwork as TaskNetwork
+from edgepet.device.runtime import open_task as open_task
+
+warnings.warn("edgepet.runtime is edgepet.device.runtime now", DeprecationWarning, stacklevel=2)
