@@ -29,10 +29,9 @@ from edgepet.packs.pack import encode_pack, read_pack
 from edgepet.spec import NpArray, Preprocess
 from edgepet.tuning.fit import Plan, _images
 from edgepet.tuning.model import TunedModel, algebra_error, extract, logits_of
-from tests.flow import edgepet, has_openvino, refused
-from tests.test_branches import needs_tensorrt_rtx, stored
-from tests.test_methods import vit
-from tests.tiny import perturb, tiny_vit
+from tests.flow import edgepet, has_openvino, needs_tensorrt_rtx, refused
+from tests.methods import stored_branches
+from tests.tiny import perturb, sites_of, tiny_vit
 
 FRAMES = 4
 CLASSES = ("down", "left", "right", "up")  # where a square goes: one frame alone does not tell
@@ -202,7 +201,8 @@ def test_it_starts_as_the_identity_with_a_convolution_of_zeros(backbone: Backbon
     ("architecture", "values"), [("vit_small_patch14_dinov2", 3_566_592), ("vit_base_patch16_224", 7_110_144)]
 )
 def test_it_trains_as_many_values_as_its_paper_says(architecture: str, values: int) -> None:
-    assert count(STAdapter(), vit(architecture), {}) == stored(STAdapter(), vit(architecture)) == values
+    layers = sites_of(architecture)
+    assert count(STAdapter(), layers, {}) == stored_branches(STAdapter(), layers) == values
 
 
 # ------------------------------------------------------------------------------------------------ packs and runtimes

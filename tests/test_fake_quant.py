@@ -38,9 +38,9 @@ from edgepet.tuning.fake_quant import FakeQuant, range_of, rounded
 from edgepet.tuning.fit import Fit, LabelledPixels, Plan, fit
 from edgepet.tuning.model import TunedModel, algebra_error, logits_of
 from edgepet.tuning.processes import Processes
+from tests.fits import StopError, images, keeper, stepping
 from tests.flow import Tasks, refused, train_arguments
 from tests.flow import edgepet as command
-from tests.test_survival import StopError, images, keeper, stepping
 from tests.tiny import perturb, random_images, random_pixels, same_bits, seeded, tiny_vit
 
 PLAN = Plan(epochs=3, lr=1e-2, head_lr=1e-2, batch_size=4, seed=5)

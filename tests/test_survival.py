@@ -25,40 +25,16 @@ from edgepet.networks.backbone import Backbone
 from edgepet.reports.progress import Step
 from edgepet.spec import NpArray
 from edgepet.tuning.checkpoint import Checkpoint, Keeper, checkpoint_file, ends_when_asked
-from edgepet.tuning.fit import Fit, LabelledPixels, Plan, fit
+from edgepet.tuning.fit import Fit, Plan, fit
 from edgepet.tuning.model import TunedModel
+from tests.fits import StopError, images, keeper, stepping
 from tests.flow import Tasks, draw_shapes, edgepet, refused
-from tests.tiny import random_pixels, same_bits
+from tests.tiny import same_bits
 
 # Drop path, flips and crops draw random numbers at every step.
 PLAN = Plan(epochs=3, lr=1e-2, head_lr=1e-2, batch_size=4, augment=("flip", "crop"), seed=5)
 METHOD = Consolidator(groups=(16,), drop_path=0.5)
 STEPS = 9
-
-
-class StopError(Exception):
-    """What ends a fit here, in place of a killed process."""
-
-
-def images(seed: int, n: int) -> LabelledPixels:
-    return LabelledPixels(pixels=random_pixels(seed, n), labels=np.arange(n, dtype=np.int64) % 3)
-
-
-def keeper(folder: Path, *, every_s: float = 0.0, **identity: object) -> Keeper:
-    return Keeper(path=folder / "flowers.checkpoint", identity=identity, every_s=every_s)
-
-
-def stepping(model: TunedModel, backbone: Backbone, plan: Plan, kept: Keeper | None, *, after: int | None) -> Fit:
-    """Fit ``model``, and raise ``StopError`` behind step ``after``."""
-    seen = 0
-
-    def say(step: Step) -> None:
-        nonlocal seen
-        seen += step.val_top1 is None
-        if after is not None and seen > after:
-            raise StopError
-
-    return fit(model, images(1, 12), images(2, 6), backbone.preprocess, plan, say, keeper=kept)
 
 
 def run(
