@@ -9,7 +9,7 @@ import numpy as np
 from edgepet.networks.backbone import Backbone
 from edgepet.reports.progress import Step
 from edgepet.tuning.checkpoint import Keeper
-from edgepet.tuning.fit import Fit, LabelledPixels, Plan, fit
+from edgepet.tuning.fit import Fit, Judge, LabelledPixels, Plan, fit, top1_and_loss
 from edgepet.tuning.model import TunedModel
 from tests.tiny import random_pixels
 
@@ -26,7 +26,15 @@ def keeper(folder: Path, *, every_s: float = 0.0, **identity: object) -> Keeper:
     return Keeper(path=folder / "flowers.checkpoint", identity=identity, every_s=every_s)
 
 
-def stepping(model: TunedModel, backbone: Backbone, plan: Plan, kept: Keeper | None, *, after: int | None) -> Fit:
+def stepping(
+    model: TunedModel,
+    backbone: Backbone,
+    plan: Plan,
+    kept: Keeper | None,
+    *,
+    after: int | None,
+    judge: Judge = top1_and_loss,
+) -> Fit:
     """Fit ``model``, and raise ``StopError`` behind step ``after``."""
     seen = 0
 
@@ -36,4 +44,4 @@ def stepping(model: TunedModel, backbone: Backbone, plan: Plan, kept: Keeper | N
         if after is not None and seen > after:
             raise StopError
 
-    return fit(model, images(1, 12), images(2, 6), backbone.preprocess, plan, say, keeper=kept)
+    return fit(model, images(1, 12), images(2, 6), backbone.preprocess, plan, say, keeper=kept, judge=judge)

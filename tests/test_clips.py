@@ -27,7 +27,7 @@ from edgepet.methods.method import count
 from edgepet.networks.backbone import Backbone, load_backbone
 from edgepet.packs.pack import encode_pack, read_pack
 from edgepet.spec import NpArray, Preprocess
-from edgepet.tuning.fit import Plan, _images
+from edgepet.tuning.fit import Plan, augmented
 from edgepet.tuning.model import TunedModel, algebra_error, extract, logits_of
 from tests.flow import edgepet, has_openvino, needs_tensorrt_rtx, refused
 from tests.methods import stored_branches
@@ -121,12 +121,12 @@ def test_frames_of_a_clip_are_flipped_and_cropped_together() -> None:
     plan = Plan(epochs=1, lr=1e-3, head_lr=1e-3, augment=("flip", "crop"))
     torch.manual_seed(0)
 
-    augmented = _images(clips, Preprocess(image_size=(32, 32), frames=FRAMES), plan)
+    images = augmented(clips, Preprocess(image_size=(32, 32), frames=FRAMES), plan)
 
-    assert augmented.shape == (16, FRAMES, 3, 32, 32)
-    assert torch.equal(augmented, augmented[:, :1].expand_as(augmented))
-    plain = _images(clips, Preprocess(image_size=(32, 32), frames=FRAMES), replace(plan, augment=()))
-    assert not torch.equal(augmented, plain)
+    assert images.shape == (16, FRAMES, 3, 32, 32)
+    assert torch.equal(images, images[:, :1].expand_as(images))
+    plain = augmented(clips, Preprocess(image_size=(32, 32), frames=FRAMES), replace(plan, augment=()))
+    assert not torch.equal(images, plain)
 
 
 # -------------------------------------------------------------------------------------------------------- the network
