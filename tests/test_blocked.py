@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -17,8 +14,8 @@ from edgepet.device.store import Store
 from edgepet.graphs.base import BaseGraph, graph_folder
 from edgepet.proving.subject import Subject
 from tests.flow import Artifacts, Tasks, has_openvino
+from tests.interpreters import DEVICE, block, python, verb
 
-DEVICE = ("torch", "torchvision", "timm", "onnx", "onnxscript", "onnx_ir")
 OPTIONAL = (*DEVICE, "openvino", "onnxsim", "nncf", "peft", "tensorrt", "tensorrt_rtx", "mlxtend", "mpl_toolkits")
 
 # The rooms of a device, and the modules that need torch when they are imported (ADR-0017).
@@ -28,26 +25,6 @@ NEED_TORCH = {
     "edgepet.tuning.fake_quant", "edgepet.tuning.fit", "edgepet.tuning.model", "edgepet.tuning.processes",
     "edgepet.tuning.training",
 }  # fmt: skip
-
-
-def block(names: tuple[str, ...]) -> str:
-    """Code after which importing any of ``names`` fails as if it were not installed."""
-    return f"import sys; sys.modules.update(dict.fromkeys({names!r})); "
-
-
-def python(code: str, *arguments: object, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
-    """A fresh interpreter with warnings as errors, in the suite's own cache."""
-    measured = {name: value for name, value in os.environ.items() if not name.startswith("COV_")}
-    command = [sys.executable, "-W", "error", "-c", code, *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, env=measured, cwd=cwd, check=False, timeout=120)
-
-
-def verb(*arguments: object) -> Any:
-    """The JSON of a verb in a process without a device's forbidden packages."""
-    code = block(DEVICE) + "from edgepet.cli.main import main; sys.exit(main(sys.argv[1:]))"
-    done = python(code, *arguments, "--json", "--quiet")
-    assert (done.returncode, done.stderr) == (0, ""), done.stderr
-    return json.loads(done.stdout)
 
 
 def test_bench_runs(tasks: Tasks, artifacts: Artifacts) -> None:

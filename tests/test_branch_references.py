@@ -6,11 +6,10 @@ The reference runs a whole ViT by hand, in float64; ``tests.test_conv_references
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
 import pytest
-import timm
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -22,7 +21,6 @@ from edgepet.methods import (
     AdaptFormer,
     Convpass,
     Houlsby,
-    Method,
     ParallelAdapter,
     Prefix,
     ProTuning,
@@ -32,14 +30,10 @@ from edgepet.methods import (
 from edgepet.networks.backbone import Backbone
 from edgepet.spec import Preprocess
 from edgepet.tuning.model import TunedModel
-from tests.test_methods import vit as sites_of_vit
-from tests.tiny import perturb, random_images, seeded
+from tests.by_hand import ROUNDING, Activation, Values, check, network_of, stage_prompt
+from tests.tiny import random_images, sites_of
 
 SIZE, PATCHES = (48, 64), 12  # 3 x 4 patches of 16 pixels: rows are not columns
-ROUNDING = 1e-10  # float64, through all the blocks
-Values: TypeAlias = Mapping[str, Mapping[str, Tensor]]  # a method's trained tensors by site and name
-Activation: TypeAlias = Callable[[Tensor], Tensor]
-
 NETWORKS = pytest.mark.parametrize(
     ("architecture", "changes"),
     [
@@ -49,25 +43,6 @@ NETWORKS = pytest.mark.parametrize(
         pytest.param("test_vit2", {}, id="scaled"),  # LayerScale, one register, and the mean of the patches at the end
     ],
 )
-
-
-def network_of(architecture: str, **changes: Any) -> nn.Module:
-    return seeded(timm.create_model(architecture, pretrained=False, num_classes=0, **changes), 7).eval()
-
-
-def check(
-    method: Method, network: nn.Module, reference: Callable[[Any, Values, Tensor], Tensor], size: tuple[int, int] = SIZE
-) -> None:
-    """The tuned network against ``reference(network, values, images)``, where ``network`` is untouched, in float64."""
-    backbone = Backbone.from_module(network, name="tiny", preprocess=Preprocess(image_size=size))
-    model = perturb(TunedModel(backbone, method, 2, seed=1), seed=3, by=0.2).double()
-    images = torch.from_numpy(random_images(4, 2, max(size))).double()[:, :, : size[0], : size[1]]
-    network = network.double()
-    with torch.no_grad():
-        got, frozen = model.features(images), network(images)
-        expected = reference(network, model.tuned(), images)
-    assert (got - expected).abs().max() <= ROUNDING * expected.abs().max()
-    assert (got - frozen).abs().max() > 1e-3 * frozen.abs().max()
 
 
 # -------------------------------------------------------------------------------------------------- a ViT, by hand
@@ -143,7 +118,7 @@ def test_an_adapter_is_behind_the_mlp_with_a_residual_of_its_own(architecture: s
         y = block.mlp(block.norm2(x))
         return x + block.ls2(y + 0.5 * bottleneck(own, y, functional.gelu, "mlp."))
 
-    check(Adapter(rank=4, scale=0.5), network_of(architecture, img_size=SIZE, **changes), through(change))
+    check(Adapter(rank=4, scale=0.5), network_of(architecture, img_size=SIZE, **changes), through(change), SIZE)
 
 
 @NETWORKS
@@ -154,7 +129,7 @@ def test_houlsbys_adapter_is_behind_attention_too(architecture: str, changes: di
         y = block.mlp(block.norm2(x))
         return x + block.ls2(y + 0.5 * bottleneck(own, y, functional.gelu, "mlp."))
 
-    check(Houlsby(rank=4, scale=0.5), network_of(architecture, img_size=SIZE, **changes), through(change))
+    check(Houlsby(rank=4, scale=0.5), network_of(architecture, img_size=SIZE, **changes), through(change), SIZE)
 
 
 @NETWORKS
@@ -163,7 +138,7 @@ def test_adaptformer_reads_the_stream_before_the_second_norm(architecture: str, 
         x = x + block.ls1(attended(block.attn, block.norm1(x)))
         return x + block.ls2(block.mlp(block.norm2(x))) + 0.3 * bottleneck(own, x, functional.relu)
 
-    check(AdaptFormer(rank=8, scale=0.3), network_of(architecture, img_size=SIZE, **changes), through(change))
+    check(AdaptFormer(rank=8, scale=0.3), network_of(architecture, img_size=SIZE, **changes), through(change), SIZE)
 
 
 @NETWORKS
@@ -173,7 +148,7 @@ def test_a_parallel_adapter_reads_what_the_mlp_reads(architecture: str, changes:
         read = block.norm2(x)
         return x + block.ls2(block.mlp(read) + 4 * bottleneck(own, read, functional.relu))
 
-    check(ParallelAdapter(rank=4, scale=4), network_of(architecture, img_size=SIZE, **changes), through(change))
+    check(ParallelAdapter(rank=4, scale=4), network_of(architecture, img_size=SIZE, **changes), through(change), SIZE)
 
 
 # ------------------------------------------------------------------------------------------------ prefixes and prompts
@@ -197,7 +172,7 @@ def test_a_prefix_is_a_gated_attention_to_its_rows(architecture: str, changes: d
         x = x + block.ls1(gated(block.attn, own, block.norm1(x)))
         return x + block.ls2(block.mlp(block.norm2(x)))
 
-    check(Prefix(length=3), network_of(architecture, img_size=SIZE, **changes), through(change))
+    check(Prefix(length=3), network_of(architecture, img_size=SIZE, **changes), through(change), SIZE)
 
 
 @NETWORKS
@@ -207,7 +182,7 @@ def test_mam_is_a_prefix_and_a_scaled_parallel_adapter(architecture: str, change
         read = block.norm2(x)
         return x + block.ls2(block.mlp(read) + 3 * bottleneck(own, read, functional.relu))
 
-    check(MAM(length=3, rank=4, scale=3), network_of(architecture, img_size=SIZE, **changes), through(change))
+    check(MAM(length=3, rank=4, scale=3), network_of(architecture, img_size=SIZE, **changes), through(change), SIZE)
 
 
 @NETWORKS
@@ -222,7 +197,7 @@ def test_deep_prompts_are_tokens_that_every_block_gets_anew(architecture: str, c
             x = torch.cat([x[:, : -PATCHES - 3], x[:, -PATCHES:]], dim=1)
         return pooled(network, x)
 
-    check(VPTDeep(length=3), network_of(architecture, img_size=SIZE, **changes), reference)
+    check(VPTDeep(length=3), network_of(architecture, img_size=SIZE, **changes), reference, SIZE)
 
 
 @NETWORKS
@@ -238,7 +213,7 @@ def test_shallow_prompts_are_tokens_of_all_blocks_that_no_pooling_reads(
             x = plain(block, x)
         return pooled(network, x)
 
-    check(VPTShallow(length=5), network_of(architecture, img_size=SIZE, **changes), reference)
+    check(VPTShallow(length=5), network_of(architecture, img_size=SIZE, **changes), reference, SIZE)
 
 
 # --------------------------------------------------------------------------------------------------------- Convpass
@@ -270,7 +245,7 @@ def test_convpass_is_beside_attention_and_beside_the_mlp(architecture: str, chan
         read = block.norm2(x)
         return x + block.ls2(block.mlp(read)) + 0.5 * bypass(own, 2, read)
 
-    check(Convpass(rank=4, scale=0.5), network_of(architecture, img_size=SIZE, **changes), through(change))
+    check(Convpass(rank=4, scale=0.5), network_of(architecture, img_size=SIZE, **changes), through(change), SIZE)
 
 
 @NETWORKS
@@ -281,7 +256,7 @@ def test_convpass_can_be_beside_attention_only(architecture: str, changes: dict[
         return x + block.ls2(block.mlp(block.norm2(x)))
 
     method = Convpass(rank=4, scale=10, attention_only=True)
-    check(method, network_of(architecture, img_size=SIZE, **changes), through(change))
+    check(method, network_of(architecture, img_size=SIZE, **changes), through(change), SIZE)
 
 
 class Bare(nn.Module):
@@ -348,17 +323,6 @@ def test_a_kernel_of_one_tap_moves_patches_to_their_neighbours(
 # ------------------------------------------------------------------------------------------------------- Pro-tuning
 
 
-def stage_prompt(own: Mapping[str, Tensor], x: Tensor) -> Tensor:
-    """1 x 1, GELU, 5 x 5 depthwise, GELU, 1 x 1 on (B, C, H, W)."""
-    hidden = functional.gelu(torch.einsum("rc,bchw->brhw", own["reduce.weight"], x) + own["reduce.bias"][:, None, None])
-    channels = [
-        functional.conv2d(hidden[:, i : i + 1], own["conv.weight"][i : i + 1], own["conv.bias"][i : i + 1], padding=2)
-        for i in range(hidden.shape[1])
-    ]
-    hidden = functional.gelu(torch.cat(channels, dim=1))
-    return torch.einsum("cr,brhw->bchw", own["out.weight"], hidden) + own["out.bias"][:, None, None]
-
-
 @pytest.mark.parametrize("registers", [0, 2])
 def test_pro_tuning_adds_a_prompt_to_the_patches_between_thirds_of_the_blocks(registers: int) -> None:
     def reference(network: Any, values: Values, images: Tensor) -> Tensor:
@@ -372,10 +336,12 @@ def test_pro_tuning_adds_a_prompt_to_the_patches_between_thirds_of_the_blocks(re
                 x = torch.cat([x[:, :-PATCHES], x[:, -PATCHES:] + prompt], dim=1)
         return pooled(network, x)
 
-    check(ProTuning(reduction=4, stages=3), network_of("test_vit", img_size=SIZE, reg_tokens=registers), reference)
+    check(
+        ProTuning(reduction=4, stages=3), network_of("test_vit", img_size=SIZE, reg_tokens=registers), reference, SIZE
+    )
 
 
 def test_pro_tuning_cuts_a_transformer_into_four_equal_stages() -> None:
-    sites = ProTuning().sites(sites_of_vit("vit_small_patch14_dinov2"))
+    sites = ProTuning().sites(sites_of("vit_small_patch14_dinov2"))
 
     assert [site.name for site in sites] == ["blocks.2", "blocks.5", "blocks.8"]

@@ -26,7 +26,7 @@ from edgepet.methods import (
     VPTShallow,
 )
 from edgepet.spec import NpArray
-from tests.test_methods import ones, vit
+from tests.tiny import ones, sites_of
 
 SMALL, PATCH = 384, 14  # width and patch of the ViT below
 VIT, RESNET, CONVNEXT = "vit_small_patch14_dinov2", "resnet50", "convnext_tiny"
@@ -111,7 +111,7 @@ STARTS: list[tuple[Method, str, str, Judge]] = [
 
 def started(method: Method, architecture: str) -> dict[str, NpArray]:
     """Every tensor, in float64, under ``site/name``."""
-    layers = vit(architecture)
+    layers = sites_of(architecture)
     start = method.start(method.sites(layers), ones(layers), np.random.default_rng(0))
     named = {f"{site}/{name}": array for site, tensors in start.items() for name, array in tensors.items()}
     assert {array.dtype.name for array in named.values()} == {"float32"}

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -44,14 +43,12 @@ from edgepet.methods.settings import restored
 from edgepet.networks.backbone import Backbone
 from edgepet.networks.graft import grafted, in_torch
 from edgepet.packs.pack import encode_pack, read_pack
-from edgepet.spec import NpArray, Site
+from edgepet.spec import NpArray
 from edgepet.tuning.fit import LabelledPixels, Plan, fit
 from edgepet.tuning.model import TunedModel, algebra_error, extract, logits_of
-from tests.flow import needs_openvino
-from tests.test_methods import vit
-from tests.tiny import make_delta, perturb, random_images, random_pixels, same_bits, sites_of, tiny_vit
-
-needs_tensorrt_rtx = pytest.mark.skipif(find_spec("tensorrt_rtx") is None, reason="needs the package tensorrt_rtx")
+from tests.flow import needs_openvino, needs_tensorrt_rtx
+from tests.methods import stored_branches
+from tests.tiny import perturb, random_images, random_pixels, same_bits, sites_of, tiny_vit
 
 # Method and architecture: a plain ViT, one with LayerScale and pooling, one with a register and norms of q and k, ...
 EXAMPLES: dict[str, tuple[Method, str]] = {
@@ -285,19 +282,11 @@ COUNTS: list[tuple[Method, int, int]] = [  # formulas of the papers, head left o
 ]
 
 
-def stored(method: Method, layers: tuple[Site, ...]) -> int:
-    sites = method.sites(layers)
-    start = method.start(sites, {}, np.random.default_rng(0))
-    assert isinstance(method, Branching)
-    assert method.lower({}, sites, start) == ()
-    return make_delta(branches=method.branches(sites, start)).stored_values
-
-
 @pytest.mark.parametrize(("method", "small", "large"), COUNTS, ids=[repr(row[0]) for row in COUNTS])
 def test_a_method_trains_and_stores_as_many_values_as_its_paper_says(method: Method, small: int, large: int) -> None:
     for architecture, values in (("vit_small_patch14_dinov2", small), ("vit_base_patch16_224", large)):
-        assert count(method, vit(architecture), {}) == values
-        assert stored(method, vit(architecture)) == values
+        assert count(method, sites_of(architecture), {}) == values
+        assert stored_branches(method, sites_of(architecture)) == values
 
 
 CONV_COUNTS = [  # of the official code, factors and biases counted
@@ -314,4 +303,4 @@ def test_a_conv_adapter_trains_as_many_values_as_the_official_code(
 
     assert count(method, layers, {}) == values
     factors = sum(place.gives for place in method._places(method.sites(layers)).values())
-    assert stored(method, layers) == values - factors  # folded into the second convolution
+    assert stored_branches(method, layers) == values - factors  # folded into the second convolution

@@ -22,8 +22,7 @@ from edgepet.graphs.base import graph_folder
 from edgepet.graphs.int8 import CODES
 from edgepet.packs.pack import read_pack
 from edgepet.proving import precision
-from tests.flow import CLASSES, FORMATS, edgepet, has_openvino, refused, train_arguments
-from tests.test_account import bytes_below
+from tests.flow import CLASSES, FORMATS, bytes_below, edgepet, has_openvino, refused, train_arguments
 
 RECIPE = {"smooth", "estimator", "bias_correction", "bits", "keep"}
 LAYERS = {

@@ -27,12 +27,11 @@ from edgepet.methods.method import count
 from edgepet.networks.backbone import Backbone, load_backbone
 from edgepet.packs.pack import encode_pack, read_pack
 from edgepet.spec import NpArray, Preprocess
-from edgepet.tuning.fit import Plan, _images
+from edgepet.tuning.fit import Plan, augmented
 from edgepet.tuning.model import TunedModel, algebra_error, extract, logits_of
-from tests.flow import edgepet, has_openvino, refused
-from tests.test_branches import needs_tensorrt_rtx, stored
-from tests.test_methods import vit
-from tests.tiny import perturb, tiny_vit
+from tests.flow import edgepet, has_openvino, needs_tensorrt_rtx, refused
+from tests.methods import stored_branches
+from tests.tiny import perturb, sites_of, tiny_vit
 
 FRAMES = 4
 CLASSES = ("down", "left", "right", "up")  # where a square goes: one frame alone does not tell
@@ -122,12 +121,12 @@ def test_frames_of_a_clip_are_flipped_and_cropped_together() -> None:
     plan = Plan(epochs=1, lr=1e-3, head_lr=1e-3, augment=("flip", "crop"))
     torch.manual_seed(0)
 
-    augmented = _images(clips, Preprocess(image_size=(32, 32), frames=FRAMES), plan)
+    images = augmented(clips, Preprocess(image_size=(32, 32), frames=FRAMES), plan)
 
-    assert augmented.shape == (16, FRAMES, 3, 32, 32)
-    assert torch.equal(augmented, augmented[:, :1].expand_as(augmented))
-    plain = _images(clips, Preprocess(image_size=(32, 32), frames=FRAMES), replace(plan, augment=()))
-    assert not torch.equal(augmented, plain)
+    assert images.shape == (16, FRAMES, 3, 32, 32)
+    assert torch.equal(images, images[:, :1].expand_as(images))
+    plain = augmented(clips, Preprocess(image_size=(32, 32), frames=FRAMES), replace(plan, augment=()))
+    assert not torch.equal(images, plain)
 
 
 # -------------------------------------------------------------------------------------------------------- the network
@@ -202,7 +201,8 @@ def test_it_starts_as_the_identity_with_a_convolution_of_zeros(backbone: Backbon
     ("architecture", "values"), [("vit_small_patch14_dinov2", 3_566_592), ("vit_base_patch16_224", 7_110_144)]
 )
 def test_it_trains_as_many_values_as_its_paper_says(architecture: str, values: int) -> None:
-    assert count(STAdapter(), vit(architecture), {}) == stored(STAdapter(), vit(architecture)) == values
+    layers = sites_of(architecture)
+    assert count(STAdapter(), layers, {}) == stored_branches(STAdapter(), layers) == values
 
 
 # ------------------------------------------------------------------------------------------------ packs and runtimes

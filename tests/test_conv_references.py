@@ -13,7 +13,7 @@ from torch.nn import functional
 
 from edgepet.methods import ConvAdapter, ProTuning
 from edgepet.methods.conv_adapter import SCHEMES
-from tests.test_branch_references import ROUNDING, Activation, Values, check, network_of, stage_prompt
+from tests.by_hand import ROUNDING, Activation, Values, check, network_of, stage_prompt
 from tests.tiny import random_images
 
 SIZE = (64, 96)  # 2 x 3 pixels at the end

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional
+from torch.overrides import TorchFunctionMode
 
 import edgepet
 from edgepet.calibration.layers import Graph, Layer, find_layers
@@ -30,17 +32,16 @@ from edgepet.images.preprocess import normalize
 from edgepet.measuring.parity import ALGEBRA
 from edgepet.methods import IA3, SSF, ConvAdapter, Full, KronA, LinearProbe, LoRA, Method, ParallelAdapter
 from edgepet.methods.method import unflatten
-from edgepet.networks import graft
 from edgepet.networks.backbone import Backbone
 from edgepet.reports.progress import Step
 from edgepet.spec import NpArray, Preprocess
 from edgepet.tuning.fake_quant import FakeQuant, range_of, rounded
-from edgepet.tuning.fit import Fit, LabelledPixels, Plan, fit
+from edgepet.tuning.fit import Fit, Judge, LabelledPixels, Plan, fit, top1_and_loss
 from edgepet.tuning.model import TunedModel, algebra_error, logits_of
 from edgepet.tuning.processes import Processes
+from tests.fits import StopError, images, keeper, stepping
 from tests.flow import Tasks, refused, train_arguments
 from tests.flow import edgepet as command
-from tests.test_survival import StopError, images, keeper, stepping
 from tests.tiny import perturb, random_images, random_pixels, same_bits, seeded, tiny_vit
 
 PLAN = Plan(epochs=3, lr=1e-2, head_lr=1e-2, batch_size=4, seed=5)
@@ -257,21 +258,31 @@ def test_the_newest_batch_never_weighs_less_than_a_hundredth(small: Backbone) ->
     assert fake_quant.most[0].item() == pytest.approx(0.01 * batch.max().item(), rel=1e-6)
 
 
-def test_a_branch_reads_what_is_not_rounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+class Noting(TorchFunctionMode):
+    """Notes how many different values a convolution reads, where its kernel is one of ``kernels``."""
+
+    def __init__(self, kernels: Iterable[torch.Tensor]) -> None:
+        super().__init__()
+        self.kernels, self.read = {kernel.data_ptr() for kernel in kernels}, list[int]()
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is functional.conv2d and args[1].data_ptr() in self.kernels:
+            self.read.append(len(torch.unique(args[0])))
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_branch_reads_what_is_not_rounded(tmp_path: Path) -> None:
     network = tiny_vit(tmp_path, seed=7, architecture="test_resnet", image_size=64)
-    model, read, compute = tuned(network, ConvAdapter(), "int8"), list[int](), graft._KINDS["conv-pair"]
+    model = tuned(network, ConvAdapter(), "int8")
+    branches = model.branches(model.tuned())
 
-    def noting(x: torch.Tensor, *given: Any) -> torch.Tensor:
-        read.append(len(torch.unique(x)))
-        return compute(x, *given)
-
-    monkeypatch.setitem(graft._KINDS, "conv-pair", noting)
-    with torch.no_grad():
+    with torch.no_grad(), Noting(branch.tensors["conv.weight"] for branch in branches) as noted:
         model(torch.from_numpy(random_images(4, 8, 64)))
 
-    taps = [network.module.get_submodule(branch.tap.removesuffix(":in")) for branch in model.branches(model.tuned())]
+    taps = [network.module.get_submodule(branch.tap.removesuffix(":in")) for branch in branches]
     assert all(isinstance(tap, nn.Conv2d) for tap in taps)  # a layer whose own input is rounded to 256 values
-    assert min(read) > 256
+    assert len(noted.read) == len(branches)
+    assert min(noted.read) > 256
 
 
 def test_a_network_without_a_layer_for_int8_is_refused() -> None:
@@ -298,11 +309,17 @@ def test_a_network_without_a_layer_for_int8_is_refused() -> None:
 
 
 def run(
-    backbone: Backbone, method: Method, plan: Plan, kept: Any = None, *, after: int | None = None
+    backbone: Backbone,
+    method: Method,
+    plan: Plan,
+    kept: Any = None,
+    *,
+    after: int | None = None,
+    judge: Judge = top1_and_loss,
 ) -> tuple[TunedModel, Fit]:
     """Fit on a backbone in int8, with ``after`` only so many steps."""
     model = tuned(backbone, method, "int8")
-    return model, stepping(model, backbone, plan, kept, after=after)
+    return model, stepping(model, backbone, plan, kept, after=after, judge=judge)
 
 
 def own(model: TunedModel) -> dict[str, NpArray]:
@@ -344,11 +361,10 @@ def test_a_fit_that_was_stopped_ends_with_the_same_bits(
     assert (resumed.best_epoch, resumed.val) == (whole.best_epoch, whole.val)
 
 
-def test_the_ranges_that_stay_are_those_of_the_best_epoch(backbone: Backbone, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_ranges_that_stay_are_those_of_the_best_epoch(backbone: Backbone) -> None:
     worse = iter([0.9, 0.5, 0.1])
-    monkeypatch.setattr("edgepet.tuning.fit._judge", lambda *given: (next(worse), 1.0))
 
-    model, fitted = run(backbone, SSF(), PLAN)
+    model, fitted = run(backbone, SSF(), PLAN, judge=lambda *given: (next(worse), 1.0))
 
     assert fitted.best_epoch == 1
     assert model.fake_quant is not None
@@ -369,8 +385,7 @@ def test_ranges_begin_with_all_training_images(backbone: Backbone) -> None:
 
 def test_processes_go_on_with_the_mean_of_their_ranges(backbone: Backbone, monkeypatch: pytest.MonkeyPatch) -> None:
     kept, batches = torch.tensor([1.0, 5.0]), list[float]()
-    monkeypatch.setattr(Processes, "_sum", lambda processes, tensor: tensor + 3)  # in the other process they are 3
-    Processes(0, 2, object()).average([kept])
+    Processes(0, 2, object(), sum_of=lambda tensor: tensor + 3).average([kept])  # in the other process they are 3
     assert kept.tolist() == [2, 4]
 
     monkeypatch.setattr(Processes, "average", lambda processes, tensors: batches.append(float(tensors[2][0])))

@@ -24,7 +24,19 @@ from edgepet.networks.backbone import Backbone
 from edgepet.packs.pack import encode_pack, read_pack
 from edgepet.spec import Preprocess
 from edgepet.tuning.model import logits_of
-from tests.flow import needs_openvino
+from tests.architectures import (
+    METHODS,
+    Network,
+    check_merged,
+    check_onnx_runtime,
+    check_openvino,
+    check_steps,
+    check_tensorrt_rtx,
+    close,
+    each_method,
+    tuned,
+)
+from tests.flow import needs_openvino, needs_tensorrt_rtx
 from tests.foreign import (
     DeformableConv,
     GatedConv,
@@ -35,24 +47,6 @@ from tests.foreign import (
     deformed,
     in_grids,
     out_of_grids,
-)
-from tests.test_architectures import METHODS, Network, close, needs_tensorrt_rtx, tuned
-
-# What every architecture must keep is asked of these, too: pytest runs these tests on the networks of this file.
-from tests.test_architectures import (
-    test_onnx_runtime_answers_as_the_tuned_network as test_onnx_runtime_answers_as_the_tuned_network,
-)
-from tests.test_architectures import (
-    test_openvino_answers_as_the_tuned_network as test_openvino_answers_as_the_tuned_network,
-)
-from tests.test_architectures import (
-    test_tensorrt_rtx_builds_the_merged_network as test_tensorrt_rtx_builds_the_merged_network,
-)
-from tests.test_architectures import (
-    test_the_merged_network_answers_as_the_tuned_one as test_the_merged_network_answers_as_the_tuned_one,
-)
-from tests.test_architectures import (
-    test_three_steps_leave_every_bit_of_the_backbone as test_three_steps_leave_every_bit_of_the_backbone,
 )
 from tests.tiny import random_images, seeded
 
@@ -100,6 +94,32 @@ def network(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
 def test_the_layers_that_make_a_network_special_are_found(network: Network) -> None:
     for kind, names in SPECIAL[network.backbone.name].items():
         assert names <= {site.name for site in network.backbone.layers if site.kind == kind}
+
+
+@each_method
+def test_the_merged_network_answers_as_the_tuned_one(method: Method, network: Network) -> None:
+    check_merged(method, network)
+
+
+@each_method
+def test_three_steps_leave_every_bit_of_the_backbone(method: Method, network: Network) -> None:
+    check_steps(method, network)
+
+
+@each_method
+def test_onnx_runtime_answers_as_the_tuned_network(method: Method, network: Network) -> None:
+    check_onnx_runtime(method, network)
+
+
+@needs_openvino
+@each_method
+def test_openvino_answers_as_the_tuned_network(method: Method, network: Network) -> None:
+    check_openvino(method, network)
+
+
+@needs_tensorrt_rtx
+def test_tensorrt_rtx_builds_the_merged_network(network: Network, tmp_path: Path) -> None:
+    check_tensorrt_rtx(network, tmp_path)
 
 
 @pytest.mark.parametrize("method", (METHODS | {"bitfit": BitFit()}).values(), ids=[*METHODS, "bitfit"])

@@ -5,16 +5,15 @@ from __future__ import annotations
 import importlib.util
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from edgepet.methods import METHODS, Method, configure
 from edgepet.methods.method import count
 from edgepet.networks.backbone import Backbone
-from tests import test_methods
 from tests.flow import Tasks, edgepet, train_arguments
-from tests.test_methods import vit
+from tests.methods import EXAMPLES, check_examples, check_merged, check_pack, check_start, check_steps
+from tests.tiny import sites_of
 
 GUIDE = Path(__file__).parent.parent / "docs" / "guide" / "add-a-method.md"
 
@@ -26,40 +25,33 @@ def block(mark: str) -> str:
 @pytest.fixture
 def method(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Method:
     """The guide's method, added in the guide's three places."""
-    (tmp_path / "residual_scale.py").write_text(block("the file"))
+    tables = f"LINES = {{\n{block('the line')}}}\nROWS = {{\n{block('the row')}}}\n"
+    (tmp_path / "residual_scale.py").write_text(f"{block('the file')}\n\n{tables}")
     spec = importlib.util.spec_from_file_location("residual_scale", tmp_path / "residual_scale.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     monkeypatch.setitem(sys.modules, "residual_scale", module)  # dataclasses look their module up
     spec.loader.exec_module(module)
-    for mark, table in (("the line", METHODS), ("the row", test_methods.EXAMPLES)):
-        for name, value in eval(f"{{{block(mark)}}}", vars(module)).items():
+    for table, rows in ((METHODS, module.LINES), (EXAMPLES, module.ROWS)):
+        for name, value in rows.items():
             monkeypatch.setitem(table, name, value)
-    return test_methods.EXAMPLES["residual-scale"]
-
-
-CHECKS: list[Any] = [
-    test_methods.test_every_method_has_an_example,
-    test_methods.test_the_start_is_the_identity_exactly_where_the_method_says_so,
-    test_methods.test_the_merged_network_answers_as_the_tuned_one,
-    test_methods.test_what_was_learnt_survives_the_pack,
-    test_methods.test_three_steps_move_the_method_and_leave_every_bit_of_the_backbone,
-]
+    return EXAMPLES["residual-scale"]
 
 
 def test_the_method_of_the_guide_passes_the_tests_of_every_method(
-    method: Method, request: pytest.FixtureRequest
+    method: Method, backbone: Backbone, scaled_backbone: Backbone
 ) -> None:
-    for check in CHECKS:
-        known = {"method": method, "network": "scaled_backbone", "request": request}
-        names = check.__code__.co_varnames[: check.__code__.co_argcount]
-        check(**{name: known[name] if name in known else request.getfixturevalue(name) for name in names})
+    check_examples()
+    check_start(method, backbone)
+    check_merged(method, scaled_backbone)
+    check_pack(method, backbone)
+    check_steps(method, backbone)
 
 
 def test_it_has_as_many_parameters_as_the_guide_says(method: Method) -> None:
     assert "2 · 12 · 384 = 9,216" in GUIDE.read_text()
-    assert count(method, vit("vit_small_patch14_dinov2"), {}) == 9216
+    assert count(method, sites_of("vit_small_patch14_dinov2"), {}) == 9216
 
 
 def test_it_is_listed_trained_and_exported(method: Method, backbone: Backbone, tasks: Tasks, tmp_path: Path) -> None:

@@ -24,8 +24,7 @@ from edgepet.exporters.tensorrt import build_engines
 from edgepet.measuring.parity import SAME_CODES
 from edgepet.spec import NpArray
 from tests.flow import Network, needs_openvino, needs_tensorrt_rtx
-from tests.test_half import mlp
-from tests.tiny import random_images
+from tests.tiny import mlp, random_images
 
 PLAIN = Int8Recipe()
 CALIBRATION, IMAGES = random_images(4, 32), random_images(9, 32)

@@ -1,12 +1,12 @@
 """Every PET method keeps its word: the start it declares, one formula on activations and weights, the paper's counts.
 
-To add a method: its row in ``EXAMPLES``, and its counts in ``COUNTS`` if the literature gives them.
+To add a method: its row in ``EXAMPLES`` of ``methods.py`` beside this, and its counts in ``COUNTS`` if the literature
+gives them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -15,7 +15,6 @@ import torch
 from torch.nn import functional
 
 from edgepet.deltas.delta import Score
-from edgepet.deltas.merge import merge
 from edgepet.deltas.updates import Grouped, Targeted, fold
 from edgepet.errors import InputError
 from edgepet.methods import (
@@ -23,9 +22,7 @@ from edgepet.methods import (
     METHODS,
     SSF,
     Adapter,
-    BiLoRA,
     BitFit,
-    Branching,
     Consolidator,
     DoRA,
     FacTTK,
@@ -34,7 +31,6 @@ from edgepet.methods import (
     KAdaptation,
     KronA,
     LinearProbe,
-    LoKr,
     LoRA,
     Method,
     NormTuning,
@@ -42,69 +38,29 @@ from edgepet.methods import (
     configure,
 )
 from edgepet.methods.method import count, fp16_bytes, unflatten
-from edgepet.methods.settings import restored
 from edgepet.networks.backbone import Backbone
 from edgepet.packs.pack import encode_pack, read_pack
 from edgepet.spec import NpArray, Site, Target
-from edgepet.tuning.fit import LabelledPixels, Plan, fit
-from edgepet.tuning.model import TunedModel, algebra_error, extract
-from tests.tiny import make_delta, perturb, random_images, random_pixels, same_bits, sites_of
+from edgepet.tuning.model import TunedModel, extract
+from tests.methods import (
+    EXAMPLES,
+    check_examples,
+    check_merged,
+    check_pack,
+    check_start,
+    check_steps,
+    furthest,
+    logits,
+    stored,
+    trained,
+)
+from tests.tiny import make_delta, ones, perturb, random_images, same_bits, sites_of
 
-EXAMPLES: dict[str, Method] = {
-    "linear-probe": LinearProbe(),
-    "full": Full(),
-    "ssf": SSF(),
-    "lora": LoRA(rank=4, on=("q", "k", "v")),
-    "lora on q and v": LoRA(rank=2, alpha=3.0, on=("q", "v")),
-    "lora on whole layers": LoRA(rank=4, on=("attn.proj", "fc1", "fc2")),
-    "lora on all linears": LoRA(rank=3, on=("qkv", "attn.proj", "fc1", "fc2")),
-    "lora on a convolution": LoRA(rank=2, on=("patch_embed.proj", "proj")),
-    "lora, ranks and alphas of its own": LoRA(
-        rank=2, on=("qkv", "fc1"), ranks={"fc1": 5}, alphas={"qkv": 3.0}, rslora=True
-    ),
-    "bitfit": BitFit(),
-    "norm-tuning": NormTuning(),
-    "ia3": IA3(),
-    "dora": DoRA(rank=2),
-    "dora on whole layers": DoRA(rank=2, alpha=6.0, on=("attn.proj", "fc1")),
-    "fact-tt": FacTTT(rank=4),
-    "fact-tk": FacTTK(rank=6, scale=2.0),
-    "kadaptation": KAdaptation(terms=8),
-    "krona": KronA(),
-    "krona on whole layers": KronA(scale=0.5, on=("qkv", "fc1", "fc2")),
-    "lokr": LoKr(rank=2, on=("qkv", "attn.proj", "fc1", "fc2")),
-    "lokr, whole": LoKr(rank=8, factor=4),
-    "repadapter": RepAdapter(scale=0.5),
-    "repadapter, four groups": RepAdapter(rank=4, groups=4, on=("attn.proj", "fc2")),
-    "bi-lora": BiLoRA(rank=4),
-    "consolidator": Consolidator(groups=(16,)),
-    "consolidator, nested": Consolidator(groups=(8, 16, 32)),
-    "consolidator, not nested": Consolidator(groups=(8, 64, 4)),
-    "consolidator, shuffled": Consolidator(groups=(8, 16, 32), shuffle=True),
-    "consolidator, one value a group": Consolidator(groups=(64,), shuffle=True),
-}
 each_method = pytest.mark.parametrize("method", EXAMPLES.values(), ids=EXAMPLES)
-PLAN = Plan(epochs=1, lr=1e-2, head_lr=1e-2, batch_size=4, augment=("flip", "crop"), seed=5)
-
-
-def logits(model: torch.nn.Module, images: NpArray) -> NpArray:
-    with torch.no_grad():
-        return model(torch.from_numpy(images)).numpy()
-
-
-def base_logits(model: TunedModel, images: NpArray) -> NpArray:
-    with torch.no_grad():
-        return model.classify(model.backbone(torch.from_numpy(images))).numpy()
-
-
-def furthest(left: NpArray, right: NpArray) -> float:
-    return float(np.abs(left - right).max())
 
 
 def test_every_method_has_an_example() -> None:
-    folded = {name for name, kind in METHODS.items() if not issubclass(kind, Branching)}
-    assert {method.name for method in EXAMPLES.values()} == folded
-    assert {name: kind.name for name, kind in METHODS.items()} == {name: name for name in METHODS}
+    check_examples()
 
 
 # --------------------------------------------------------------------------------------------------------- the start
@@ -112,33 +68,18 @@ def test_every_method_has_an_example() -> None:
 
 @each_method
 def test_the_start_is_the_identity_exactly_where_the_method_says_so(method: Method, backbone: Backbone) -> None:
-    model = TunedModel(backbone, method, 3, seed=1)
-    images = random_images(2, 4)
-    starts = model.arrays()
-    perturb(model, seed=1, by=0.0)  # a head away from zero
-    assert same_bits(model.arrays(), starts)
-
-    distance = furthest(logits(model, images), base_logits(model, images))
-
-    # DoRA divides each row by its length and multiplies by it again: two roundings of float32
-    rounding = 1e-5 * np.abs(base_logits(model, images)).max() if method.name == "dora" else 0
-    assert bool(distance <= rounding) is method.starts_as_identity
+    check_start(method, backbone)
 
 
 def test_a_new_head_answers_zero(backbone: Backbone) -> None:
     assert logits(TunedModel(backbone, SSF(), 3), random_images(2, 2)).tolist() == np.zeros((2, 3)).tolist()
 
 
-@lru_cache
-def vit(architecture: str) -> tuple[Site, ...]:
-    return sites_of(architecture)
-
-
 def starts(method: Method, architecture: str = "vit_small_patch14_dinov2") -> dict[str, NpArray]:
     """Start values of all sites by the name that the method gives them, one after another."""
     rng = np.random.default_rng(0)
     found: dict[str, list[NpArray]] = {}
-    for tensors in method.start(method.sites(vit(architecture)), {}, rng).values():
+    for tensors in method.start(method.sites(sites_of(architecture)), {}, rng).values():
         for name, array in tensors.items():
             assert array.dtype == np.float32
             found.setdefault(name.rsplit(".", 1)[-1], []).append(array.reshape(-1))
@@ -188,37 +129,12 @@ def test_the_seed_decides_the_start(method: Method, backbone: Backbone) -> None:
 def test_the_merged_network_answers_as_the_tuned_one(
     method: Method, network: str, request: pytest.FixtureRequest
 ) -> None:
-    backbone: Backbone = request.getfixturevalue(network)
-    model = perturb(TunedModel(backbone, method, 5, seed=1), seed=3)
-    images = random_images(4, 3)
-    before = {name: array.copy() for name, array in backbone.tensors.items()}
-
-    error, largest = algebra_error(model, backbone, images)
-
-    # float64 through 6 or 8 blocks: rounding alone stays near 1e-14 of the largest logit
-    assert error <= 1e-9 * largest
-    moved = furthest(logits(model, images), base_logits(model, images))
-    assert moved > 1e-3 or method.name == "linear-probe"  # or a merge that does nothing would pass
-    assert same_bits(backbone.tensors, before)
-    assert next(model.backbone.parameters()).dtype == torch.float32
+    check_merged(method, request.getfixturevalue(network))
 
 
 @each_method
 def test_what_was_learnt_survives_the_pack(method: Method, backbone: Backbone) -> None:
-    model = perturb(TunedModel(backbone, method, 3, seed=1), seed=3)
-    images = random_images(4, 3)
-    score, labels = Score(top1=1.0, n=3), ("a", "b", "c")
-    delta = extract(model, backbone, task="flowers", labels=labels, val=score)
-
-    read = read_pack(encode_pack(delta, codec="fp32")).delta
-    state = {name: torch.from_numpy(tensor) for name, tensor in merge(backbone.base, read).items()}
-    with torch.no_grad():
-        features = torch.func.functional_call(model.backbone, state, (torch.from_numpy(images),)).numpy()
-
-    expected = logits(model, images)
-    assert furthest(read.head(features), expected) <= 1e-4 * np.abs(expected).max()  # the house's limit for fp32
-    assert read.method == method.name
-    assert restored(method.name, read.settings) == method
+    check_pack(method, backbone)
 
 
 # ------------------------------------------------------------------------------------------------------------ counts
@@ -250,20 +166,10 @@ COUNTS: list[tuple[Method, int, int]] = [  # formulas of the papers, head left o
 ]
 
 
-def stored(method: Method, layers: tuple[Site, ...]) -> int:
-    sites, weights = method.sites(layers), ones(layers)
-    start = method.start(sites, weights, np.random.default_rng(0))
-    return make_delta(method.lower(weights, sites, start)).stored_values
-
-
-def ones(layers: tuple[Site, ...]) -> dict[str, NpArray]:
-    return {site.weight: np.broadcast_to(np.float32(1), (site.out_features, site.columns)) for site in layers}
-
-
 @pytest.mark.parametrize(("method", "small", "large"), COUNTS, ids=[repr(row[0]) for row in COUNTS])
 def test_a_method_trains_and_stores_as_many_values_as_its_paper_says(method: Method, small: int, large: int) -> None:
     for architecture, values in (("vit_small_patch14_dinov2", small), ("vit_base_patch16_224", large)):
-        layers = vit(architecture)
+        layers = sites_of(architecture)
 
         assert count(method, layers, ones(layers)) == values
         assert stored(method, layers) == values
@@ -281,7 +187,7 @@ def test_bytes_are_those_of_the_packs_planes(backbone: Backbone) -> None:
 
 def test_repadapter_stores_what_its_shift_becomes_behind_the_layer() -> None:
     for architecture, d, values in (("vit_small_patch14_dinov2", 384, 120_000), ("vit_base_patch16_224", 768, 239_808)):
-        layers, method = vit(architecture), RepAdapter(rank=8, groups=2)
+        layers, method = sites_of(architecture), RepAdapter(rank=8, groups=2)
 
         assert count(method, layers, {}) == values
         # Both factors, and W (B a + b) of three and four times the width for two vectors of rank and width.
@@ -289,7 +195,7 @@ def test_repadapter_stores_what_its_shift_becomes_behind_the_layer() -> None:
 
 
 def test_nested_branches_of_a_consolidator_are_stored_once() -> None:
-    layers, nested = vit("vit_small_patch14_dinov2"), Consolidator(groups=(96, 192, 384))
+    layers, nested = sites_of("vit_small_patch14_dinov2"), Consolidator(groups=(96, 192, 384))
 
     assert count(nested, layers, {}) == 262_656 + 152_064 + 96_768
     assert stored(nested, layers) == 262_656  # the blocks of 96 groups and one bias, as the paper says
@@ -308,35 +214,13 @@ def test_full_trains_and_stores_every_parameter(backbone: Backbone) -> None:
 # ---------------------------------------------------------------------------------------------------------- training
 
 
-def pixels(seed: int, n: int) -> LabelledPixels:
-    return LabelledPixels(pixels=random_pixels(seed, n), labels=np.arange(n, dtype=np.int64) % 3)
-
-
-def trained(backbone: Backbone, method: Method) -> tuple[TunedModel, list[float]]:
-    model = TunedModel(backbone, method, 3, seed=1)
-    losses: list[float] = []
-    fit(model, pixels(1, 12), pixels(2, 6), backbone.preprocess, PLAN, lambda step: losses.append(step.loss))
-    return model, losses
-
-
 def own_state(model: TunedModel) -> dict[str, NpArray]:
     return {n: t.detach().numpy().copy() for n, t in model.state_dict().items() if not n.startswith("backbone.")}
 
 
 @each_method
 def test_three_steps_move_the_method_and_leave_every_bit_of_the_backbone(method: Method, backbone: Backbone) -> None:
-    before = {name: tensor.numpy().copy() for name, tensor in backbone.module.state_dict().items()}
-    start = TunedModel(backbone, method, 3, seed=1).arrays()
-
-    model, losses = trained(backbone, method)
-
-    assert len(losses) == 4  # three steps, and the epoch's end says its accuracy
-    after = {name: tensor.numpy() for name, tensor in backbone.module.state_dict().items()}
-    assert same_bits(after, before)
-    assert same_bits(backbone.tensors, before)
-    still = [name for name, array in model.arrays().items() if np.array_equal(array, start[name])]
-    assert still == []
-    assert not model.training
+    check_steps(method, backbone)
 
 
 @each_method

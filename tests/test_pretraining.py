@@ -111,7 +111,7 @@ def test_a_resumed_training_must_have_begun_from_the_same_tensors(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("edgepet.tuning.training._prove", stopped)
+        patch.setattr("edgepet.tuning.training.algebra_error", stopped)
         assert edgepet(*words).code == 130
 
     said = refused(3, *arguments(tasks, task, tmp_path / "t.pet", "--resume"))

@@ -5,11 +5,11 @@ from __future__ import annotations
 import argparse
 import ast
 import importlib
-import inspect
 import re
 import shutil
 import subprocess
 import sys
+import tokenize
 import tomllib
 import zipfile
 from collections.abc import Iterator
@@ -22,9 +22,9 @@ import pytest
 import edgepet
 from edgepet.cli.main import VERBS, load
 from edgepet.cli.options import Parser
+from tests.public_api import REVIEWED, public_api
 
 ROOT = Path(__file__).parent.parent
-API = ROOT / "tests" / "public_api.txt"
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 SOURCES = sorted(
     path for folder in ("edgepet", "exporters", "calibration") for path in (ROOT / folder).rglob("*.py")
@@ -38,6 +38,9 @@ PAGES = [
 ]
 
 
+SUITE = sorted((ROOT / "tests").rglob("*.py"))
+
+
 def named(path: Path) -> str:
     return str(path.relative_to(ROOT))
 
@@ -45,27 +48,9 @@ def named(path: Path) -> str:
 # Public names
 
 
-def signature(name: str) -> str:
-    """One line of public_api.txt."""
-    thing: Any = getattr(edgepet, name)
-    if isinstance(thing, dict):
-        return f"{name}: {', '.join(thing)}"
-    if isinstance(thing, str):
-        return f"{name}: str"
-    if isinstance(thing, type) and issubclass(thing, Exception):
-        return f"{name}({', '.join(base.__name__ for base in thing.__bases__)}){inspect.signature(thing)}"
-    return f"{name}{inspect.signature(thing)}"
-
-
-def public_api() -> str:
-    lines = [signature(name) for name in sorted(edgepet.__all__)]
-    # quotes of postponed annotations differ between Python versions, and a function's address between runs
-    return "".join(re.sub(r" at 0x[0-9a-f]+", "", line.replace("'", "")) + "\n" for line in lines)
-
-
 def test_the_public_names_and_signatures_are_the_reviewed_ones() -> None:
-    """A change is accepted by ``python -c "from tests.test_project import *; API.write_text(public_api())"``."""
-    assert public_api() == API.read_text()
+    """A change is accepted by ``python -m tests.public_api``."""
+    assert public_api() == REVIEWED.read_text()
 
 
 def test_dir_lists_exactly_the_public_names() -> None:
@@ -285,6 +270,93 @@ def test_no_source_catches_every_exception_without_a_reason(path: Path) -> None:
         if caught in ("everything", "Exception", "BaseException") and not (cleans_up or reason):
             broad.append(f"{named(path)}:{node.lineno}")
     assert broad == []
+
+
+# The tests
+
+PATCHES = {"setattr", "delattr", "setitem", "delitem", "patch", "object"}  # pytest's, the builtins, and unittest.mock's
+
+
+def is_private(name: str) -> bool:
+    last = name.rpartition(".")[2]
+    return last.startswith("_") and not last.endswith("__")  # what has two at both ends is Python's
+
+
+def is_anothers(name: str) -> bool:
+    return name.startswith("tests.test_") or (name.startswith("edgepet.") and is_private(name))
+
+
+def imported(node: ast.AST) -> Iterator[str]:
+    """The modules and names that an import asks for, with dots between."""
+    if isinstance(node, ast.Import):
+        yield from (alias.name for alias in node.names)
+    if isinstance(node, ast.ImportFrom):
+        room = "tests" if node.level else ""
+        home = ".".join(part for part in (room, node.module) if part)
+        yield from (f"{home}.{alias.name}" for alias in node.names)
+
+
+def patched(call: ast.Call) -> Iterator[str]:
+    """The names that a call patches, where it does."""
+    called = call.func.attr if isinstance(call.func, ast.Attribute) else getattr(call.func, "id", "")
+    if called in PATCHES:
+        first, second = (*call.args, None, None)[:2]
+        yield from (
+            part.value for part in (first, second) if isinstance(part, ast.Constant) and type(part.value) is str
+        )
+        if isinstance(first, ast.Attribute):
+            yield first.attr
+
+
+def shortcuts(path: Path) -> Iterator[str]:
+    """What goes around the names that others have, with its line; a call may say why in a comment beside it."""
+    with tokenize.open(path) as file:
+        tokens = list(tokenize.generate_tokens(file.readline))
+    commented = {token.start[0] for token in tokens if token.type == tokenize.COMMENT}
+    for node in found(ast.AST, path):
+        told = [f"imports {name}" for name in imported(node) if is_anothers(name)]
+        if isinstance(node, ast.Attribute) and node.attr == "__code__":
+            told.append("__code__")
+        if isinstance(node, ast.Call) and commented.isdisjoint(range(node.lineno, node.end_lineno + 1)):
+            if isinstance(node.func, ast.Name) and node.func.id in ("eval", "exec"):
+                told.append(f"{node.func.id}(")
+            told += [f"patches {name}" for name in patched(node) if is_private(name)]
+        yield from (f"{path.name}:{node.lineno}: {each}" for each in told)
+
+
+@pytest.mark.parametrize("path", SUITE, ids=named)
+def test_no_test_goes_around_what_others_are_given(path: Path) -> None:
+    """A patch of a private name needs its reason beside it: a machine that is not here, say."""
+    assert list(shortcuts(path)) == []
+
+
+@pytest.mark.parametrize(
+    ("line", "told"),
+    [
+        ("x = eval('1')", "eval("),
+        ("exec('x = 1')", "exec("),
+        ("names = f.__code__.co_varnames", "__code__"),
+        ("from tests.test_methods import vit", "imports tests.test_methods.vit"),
+        ("from tests import test_methods", "imports tests.test_methods"),
+        ("from .test_methods import vit", "imports tests.test_methods.vit"),
+        ("import tests.test_methods", "imports tests.test_methods"),
+        ("from edgepet.tuning.fit import _images", "imports edgepet.tuning.fit._images"),
+        ("monkeypatch.setattr('edgepet.tuning.fit._judge', f)", "patches edgepet.tuning.fit._judge"),
+        ("monkeypatch.setattr(trace, '_traced', f)", "patches _traced"),
+        ("monkeypatch.setitem(graft._KINDS, 'conv-pair', f)", "patches _KINDS"),
+        ("setattr(module, '_x', 1)", "patches _x"),
+        ("exec('x = 1')  # it is the subject", None),
+        ("monkeypatch.setattr(cuda, '_driver', f)  # no machine here is without one", None),
+        ("monkeypatch.setattr(Runner, '__call__', f)", None),
+        ("monkeypatch.setitem(sys.modules, 'torch', None)", None),
+        ("model.eval()", None),
+        ("from tests.methods import EXAMPLES", None),
+    ],
+)
+def test_what_goes_around_is_seen(line: str, told: str | None, tmp_path: Path) -> None:
+    (tmp_path / "test_x.py").write_text(f"{line}\n")
+
+    assert list(shortcuts(tmp_path / "test_x.py")) == ([] if told is None else [f"test_x.py:1: {told}"])
 
 
 # The prose

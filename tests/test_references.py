@@ -32,7 +32,7 @@ from edgepet.methods import (
 from edgepet.methods.krona import two_factors
 from edgepet.methods.method import SHARED
 from edgepet.spec import NpArray, Site
-from tests.test_methods import ones, vit
+from tests.tiny import ones, sites_of
 
 D, RANK = 12, 5
 Values = dict[str, dict[str, NpArray]]
@@ -328,7 +328,7 @@ def called(key: str) -> str:
 
 
 def started(method: Method, name: str) -> NpArray:
-    layers = vit(SMALL)
+    layers = sites_of(SMALL)
     start = method.start(method.sites(layers), ones(layers), np.random.default_rng(0))
     named = [array for tensors in start.values() for key, array in tensors.items() if name == called(key)]
     assert all(array.dtype == np.float32 for array in named)
@@ -348,7 +348,7 @@ def test_a_method_starts_as_its_paper_or_code_says(method: Method, name: str, mi
 
 
 def test_fact_cores_start_as_linear_layers_of_their_inputs() -> None:
-    layers = vit(SMALL)
+    layers = sites_of(SMALL)
     start = FacTTT(rank=16).start(FacTTT(rank=16).sites(layers), {}, np.random.default_rng(0))
     for name, bound in (
         ("blocks.0.attn.qkv", 16**-0.5),

@@ -39,7 +39,7 @@ from edgepet.measuring.parity import SAME_CODES
 from edgepet.methods import IA3, SSF, BitFit, LoRA, Method, NormTuning
 from edgepet.spec import NpArray
 from tests.flow import RUNTIMES, Artifacts, Network, needs_openvino
-from tests.test_blocked import DEVICE, block, python, verb
+from tests.interpreters import DEVICE, block, python, verb
 from tests.tiny import random_images
 
 ARCHITECTURES = ["test_vit", "test_efficientnet", "test_resnet"]

@@ -25,40 +25,16 @@ from edgepet.networks.backbone import Backbone
 from edgepet.reports.progress import Step
 from edgepet.spec import NpArray
 from edgepet.tuning.checkpoint import Checkpoint, Keeper, checkpoint_file, ends_when_asked
-from edgepet.tuning.fit import Fit, LabelledPixels, Plan, fit
+from edgepet.tuning.fit import Fit, Judge, Plan, fit, top1_and_loss
 from edgepet.tuning.model import TunedModel
+from tests.fits import StopError, images, keeper, stepping
 from tests.flow import Tasks, draw_shapes, edgepet, refused
-from tests.tiny import random_pixels, same_bits
+from tests.tiny import same_bits
 
 # Drop path, flips and crops draw random numbers at every step.
 PLAN = Plan(epochs=3, lr=1e-2, head_lr=1e-2, batch_size=4, augment=("flip", "crop"), seed=5)
 METHOD = Consolidator(groups=(16,), drop_path=0.5)
 STEPS = 9
-
-
-class StopError(Exception):
-    """What ends a fit here, in place of a killed process."""
-
-
-def images(seed: int, n: int) -> LabelledPixels:
-    return LabelledPixels(pixels=random_pixels(seed, n), labels=np.arange(n, dtype=np.int64) % 3)
-
-
-def keeper(folder: Path, *, every_s: float = 0.0, **identity: object) -> Keeper:
-    return Keeper(path=folder / "flowers.checkpoint", identity=identity, every_s=every_s)
-
-
-def stepping(model: TunedModel, backbone: Backbone, plan: Plan, kept: Keeper | None, *, after: int | None) -> Fit:
-    """Fit ``model``, and raise ``StopError`` behind step ``after``."""
-    seen = 0
-
-    def say(step: Step) -> None:
-        nonlocal seen
-        seen += step.val_top1 is None
-        if after is not None and seen > after:
-            raise StopError
-
-    return fit(model, images(1, 12), images(2, 6), backbone.preprocess, plan, say, keeper=kept)
 
 
 def run(
@@ -68,10 +44,11 @@ def run(
     plan: Plan = PLAN,
     method: Method = METHOD,
     after: int | None = None,
+    judge: Judge = top1_and_loss,
 ) -> tuple[dict[str, NpArray], Fit]:
     """Fit, with ``after`` only so many steps; returns all tensors of the model but the backbone's."""
     model = TunedModel(backbone, method, 3, seed=1)
-    fitted = stepping(model, backbone, plan, kept, after=after)
+    fitted = stepping(model, backbone, plan, kept, after=after, judge=judge)
     state = {n: t.detach().numpy().copy() for n, t in model.state_dict().items() if not n.startswith("backbone.")}
     return state, fitted
 
@@ -223,13 +200,9 @@ def test_a_gradient_that_is_no_number_moves_nothing(
     assert (steps, same_bits(model.arrays(), start)) == ([1], True)
 
 
-def test_a_val_loss_that_is_no_number_is_refused(
-    backbone: Backbone, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    monkeypatch.setattr("edgepet.tuning.fit._judge", lambda *given: (0.5, float("inf")))
-
+def test_a_val_loss_that_is_no_number_is_refused(backbone: Backbone, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="epoch 1: the loss must stay finite, got inf"):
-        run(backbone, keeper(tmp_path))
+        run(backbone, keeper(tmp_path), judge=lambda *given: (0.5, float("inf")))
 
 
 def test_half_a_checkpoint_that_a_killed_process_left_is_removed(tmp_path: Path) -> None:
@@ -353,7 +326,7 @@ def test_an_earlier_pack_stays_until_the_new_one_is_there(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("edgepet.tuning.training._prove", stopped)
+        patch.setattr("edgepet.tuning.training.algebra_error", stopped)
         said = edgepet(*command(tasks, tasks.data, pack))
 
     assert said.code == 130

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -14,6 +15,7 @@ import timm
 import torch
 from hypothesis import settings
 from hypothesis import strategies as st
+from onnx import TensorProto, helper, numpy_helper
 from torch import nn
 
 from edgepet.deltas.delta import Delta, Head, Score
@@ -80,6 +82,7 @@ def perturb(model: TunedModel, seed: int, by: float = 0.05) -> TunedModel:
     return model.eval()
 
 
+@functools.cache
 def sites_of(architecture: str) -> tuple[Site, ...]:
     """The layers of a timm architecture, built and run without any memory for its weights."""
     size = {"img_size": 224} if architecture.startswith("vit") else {}
@@ -87,6 +90,34 @@ def sites_of(architecture: str) -> tuple[Site, ...]:
         module = timm.create_model(architecture, pretrained=False, num_classes=0, **size).eval()
         seen = watch(module, torch.zeros(1, 3, 224, 224))
         return (*seen.sites, *seen.blocks)
+
+
+def ones(layers: tuple[Site, ...]) -> dict[str, NpArray]:
+    """Weights of the shapes of ``layers`` that take no memory: methods look at shapes, and at lengths of rows."""
+    return {site.weight: np.broadcast_to(np.float32(1), (site.out_features, site.columns)) for site in layers}
+
+
+def mlp(up: float, down: float) -> Any:
+    """images (n, 3, 4, 4) -> fc1, ReLU, fc2 -> logits (n, 5); a ReLU lets ``up`` and 1 / ``up`` cancel."""
+    rng = np.random.default_rng(2)
+    weights = {
+        "fc1.weight": up * rng.standard_normal((64, 48)).astype(np.float32),
+        "fc2.weight": down * rng.standard_normal((5, 64)).astype(np.float32),
+    }
+    nodes = [
+        helper.make_node("Flatten", ["images"], ["flat"]),
+        helper.make_node("Transpose", ["fc1.weight"], ["fc1.turned"], perm=[1, 0]),
+        helper.make_node("MatMul", ["flat", "fc1.turned"], ["wide"], name="node_fc1"),
+        helper.make_node("Relu", ["wide"], ["positive"], name="node_relu"),
+        helper.make_node("Gemm", ["positive", "fc2.weight"], ["logits"], name="node_fc2", transB=1),
+    ]
+    ports = [
+        helper.make_tensor_value_info(name, TensorProto.FLOAT, shape)
+        for name, shape in (("images", ["batch", 3, 4, 4]), ("logits", ["batch", 5]))
+    ]
+    initializers = [numpy_helper.from_array(value.astype(np.float32), name) for name, value in weights.items()]
+    graph = helper.make_graph(nodes, "mlp", ports[:1], ports[1:], initializers)
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
 
 
 def make_delta(updates: Iterable[Targeted] = (), *, classes: int = 3, width: int = 4, **changes: Any) -> Delta:

@@ -72,6 +72,19 @@ class Fit:
 
 
 Say: TypeAlias = Callable[[Step], None]
+Judge: TypeAlias = Callable[[TunedModel, LabelledPixels, Preprocess, Plan, Tensor | None], tuple[float, float]]
+
+
+def top1_and_loss(
+    model: TunedModel, val: LabelledPixels, preprocess: Preprocess, plan: Plan, held: Tensor | None
+) -> tuple[float, float]:
+    """Top-1 and mean loss of ``model`` on ``val``; ``held`` are its features, where they do not change."""
+    model.eval()
+    features = _features(model, val.pixels, preprocess, plan) if held is None else held
+    labels = torch.from_numpy(val.labels).to(plan.device)
+    with torch.no_grad():
+        logits = model.classify(features)
+    return float((logits.argmax(1) == labels).float().mean()), float(functional.cross_entropy(logits, labels))
 
 
 def fit(
@@ -84,10 +97,14 @@ def fit(
     *,
     keeper: Keeper | None = None,
     processes: Processes = ALONE,
+    judge: Judge = top1_and_loss,
 ) -> Fit:
     """Train ``model`` and leave it at its best epoch by val top-1, the lower loss deciding between equals.
 
     The same seed, data, thread count and machine give the same bits, also when ``keeper`` resumes it on the way.
+
+    Args:
+        judge: gives the two numbers of an epoch by which epochs are compared.
 
     Raises:
         InputError: the loss stopped being finite, or a checkpoint cannot be written or belongs to another training.
@@ -95,7 +112,7 @@ def fit(
     """
     try:
         with _explicit_attention(model, plan):
-            return _Run(model.to(plan.device), train, val, preprocess, plan, processes).fit(say, keeper)
+            return _Run(model.to(plan.device), train, val, preprocess, plan, processes, judge).fit(say, keeper)
     finally:
         model.to("cpu").eval()
 
@@ -111,9 +128,10 @@ class _Run:
         preprocess: Preprocess,
         plan: Plan,
         processes: Processes,
+        judge: Judge,
     ) -> None:
-        self.model, self.train, self.val, self.preprocess, self.plan, self.processes = (
-            model, train, val, preprocess, plan, processes,
+        self.model, self.train, self.val, self.preprocess, self.plan, self.processes, self.judge = (
+            model, train, val, preprocess, plan, processes, judge,
         )  # fmt: skip
         torch.manual_seed(plan.seed + processes.rank)
         self.order = torch.Generator().manual_seed(plan.seed)
@@ -162,7 +180,8 @@ class _Run:
                 raise KeyboardInterrupt(told)
             if keeper and self.processes.any(keeper.due):
                 keeper.save(self.state())
-        top1, val_loss = _judge(self.model, self.val, self.preprocess, self.plan, self.held if self.probe else None)
+        held = self.held if self.probe else None
+        top1, val_loss = self.judge(self.model, self.val, self.preprocess, self.plan, held)
         _require_finite(val_loss, self.epoch, self.plan, keeper)
         if (top1, -val_loss) > self.best:
             self.best, self.best_epoch = (top1, -val_loss), self.epoch
@@ -199,7 +218,7 @@ class _Run:
         """Gradients of the part's share of the mean loss over ``whole`` images."""
         plan, labels = self.plan, torch.from_numpy(self.train.labels)[part].to(self.plan.device)
         pixels = torch.from_numpy(self.train.pixels)
-        batch = self.seen[part] if self.probe else _images(pixels[part], self.preprocess, plan)
+        batch = self.seen[part] if self.probe else augmented(pixels[part], self.preprocess, plan)
         with _autocast(plan):
             logits = self.model.classify(batch) if self.probe else self.model(batch)
         summed = functional.cross_entropy(logits.float(), labels, label_smoothing=plan.label_smoothing, reduction="sum")
@@ -299,7 +318,7 @@ def _factor(step: int, plan: Plan, images: int) -> float:
     return 0.5 * (1 + math.cos(math.pi * (step - rising) / max(1, total - rising)))
 
 
-def _images(pixels: Tensor, preprocess: Preprocess, plan: Plan) -> Tensor:
+def augmented(pixels: Tensor, preprocess: Preprocess, plan: Plan) -> Tensor:
     """A batch of uint8 (n, ..., H, W, 3) as the network takes it, lightly augmented."""
     images = torch.from_numpy(normalize(pixels.numpy(), preprocess))
     if "flip" in plan.augment:
@@ -324,17 +343,6 @@ def _features(
         model.fake_quant.train(follow)
     with torch.no_grad(), _autocast(plan):
         return torch.cat([model.features(part.to(plan.device)).float() for part in _batches(pixels, preprocess)])
-
-
-def _judge(
-    model: TunedModel, val: LabelledPixels, preprocess: Preprocess, plan: Plan, held: Tensor | None
-) -> tuple[float, float]:
-    model.eval()
-    features = _features(model, val.pixels, preprocess, plan) if held is None else held
-    labels = torch.from_numpy(val.labels).to(plan.device)
-    with torch.no_grad():
-        logits = model.classify(features)
-    return float((logits.argmax(1) == labels).float().mean()), float(functional.cross_entropy(logits, labels))
 
 
 def _batches(pixels: NpArray, preprocess: Preprocess, size: int = 64) -> Iterator[Tensor]:

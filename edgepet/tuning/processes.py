@@ -7,7 +7,7 @@ step is the step of one process on the whole batch, up to the order of a sum. Ne
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,13 +19,24 @@ from edgepet.errors import require
 from edgepet.spec import NpArray, Tensors
 
 
+def reduced(tensor: Tensor) -> Tensor:
+    """The sum of every process's ``tensor``, by accelerate."""
+    accelerate = require("accelerate", extra="accelerate", purpose="training in several processes")
+    summed: Tensor = accelerate.utils.reduce(tensor, reduction="sum")
+    return summed
+
+
 @dataclass(frozen=True, slots=True)
 class Processes:
-    """``rank`` of ``size`` processes; ``state`` is accelerate's, None for one process by itself."""
+    """``rank`` of ``size`` processes; ``state`` is accelerate's, None for one process by itself.
+
+    ``sum_of`` adds a tensor up over the processes.
+    """
 
     rank: int = 0
     size: int = 1
     state: Any = None
+    sum_of: Callable[[Tensor], Tensor] = reduced
 
     @property
     def leads(self) -> bool:
@@ -41,7 +52,7 @@ class Processes:
         if self.state is None:
             return
         flat = torch.cat([(p.grad if p.grad is not None else torch.zeros_like(p)).reshape(-1) for p in parameters])
-        parts = torch.split(self._sum(flat), [p.numel() for p in parameters])
+        parts = torch.split(self.sum_of(flat), [p.numel() for p in parameters])
         for parameter, part in zip(parameters, parts, strict=True):
             parameter.grad = part.reshape(parameter.shape)
 
@@ -49,11 +60,11 @@ class Processes:
         """The mean of each tensor over the processes, in place."""
         if self.state is not None:
             for tensor in tensors:
-                tensor.copy_(self._sum(tensor.clone()) / self.size)
+                tensor.copy_(self.sum_of(tensor.clone()) / self.size)
 
     def total(self, value: float) -> float:
         """The sum of every process's ``value``."""
-        return value if self.state is None else float(self._sum(torch.tensor([value], device=self.state.device)))
+        return value if self.state is None else float(self.sum_of(torch.tensor([value], device=self.state.device)))
 
     def any(self, here: bool) -> bool:
         """Whether it is so in any process: all must take the same turn."""
@@ -79,11 +90,6 @@ class Processes:
         torch.set_rng_state(torch.from_numpy(np.array(states[f"random/{self.rank}/cpu"])))
         if device.startswith("cuda"):
             torch.cuda.set_rng_state(torch.from_numpy(np.array(states[f"random/{self.rank}/cuda"])), device)
-
-    def _sum(self, tensor: Tensor) -> Tensor:
-        accelerate = require("accelerate", extra="accelerate", purpose="training in several processes")
-        summed: Tensor = accelerate.utils.reduce(tensor, reduction="sum")
-        return summed
 
 
 ALONE = Processes()

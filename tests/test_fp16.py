@@ -19,7 +19,7 @@ from edgepet.exporters.onnx import serialize
 from edgepet.exporters.tensorrt import build_engines
 from edgepet.spec import NpArray
 from tests.flow import Network, Tasks, edgepet, needs_openvino, needs_tensorrt_rtx, refused
-from tests.tiny import random_images
+from tests.tiny import mlp, random_images
 
 IMAGES = random_images(4, 8)
 
@@ -102,29 +102,6 @@ def test_an_engine_is_of_the_precision_that_was_asked_for(model: Any, tmp_path: 
 
 
 # ---------------------------------------------------------------------------------------------------- what does not fit
-
-
-def mlp(up: float, down: float) -> Any:
-    """images (n, 3, 4, 4) -> fc1, ReLU, fc2 -> logits (n, 5); a ReLU lets ``up`` and 1 / ``up`` cancel."""
-    rng = np.random.default_rng(2)
-    weights = {
-        "fc1.weight": up * rng.standard_normal((64, 48)).astype(np.float32),
-        "fc2.weight": down * rng.standard_normal((5, 64)).astype(np.float32),
-    }
-    nodes = [
-        helper.make_node("Flatten", ["images"], ["flat"]),
-        helper.make_node("Transpose", ["fc1.weight"], ["fc1.turned"], perm=[1, 0]),
-        helper.make_node("MatMul", ["flat", "fc1.turned"], ["wide"], name="node_fc1"),
-        helper.make_node("Relu", ["wide"], ["positive"], name="node_relu"),
-        helper.make_node("Gemm", ["positive", "fc2.weight"], ["logits"], name="node_fc2", transB=1),
-    ]
-    ports = [
-        helper.make_tensor_value_info(name, TensorProto.FLOAT, shape)
-        for name, shape in (("images", ["batch", 3, 4, 4]), ("logits", ["batch", 5]))
-    ]
-    initializers = [numpy_helper.from_array(value.astype(np.float32), name) for name, value in weights.items()]
-    graph = helper.make_graph(nodes, "mlp", ports[:1], ports[1:], initializers)
-    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
 
 
 PICTURES = random_images(1, 6, 4)

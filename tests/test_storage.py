@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -13,12 +12,7 @@ from edgepet import read_pack, storage, write_pack
 from edgepet.device.store import Store
 from edgepet.errors import InputError
 from edgepet.verbs.storage import RuntimeBytes, TaskBytes, account
-from tests.flow import Artifacts, Tasks, has_openvino
-
-
-def bytes_below(folder: Path) -> int:
-    """A walk of its own: not the package's way to count."""
-    return sum((Path(root) / name).stat().st_size for root, _, names in os.walk(folder) for name in names)
+from tests.flow import Artifacts, Tasks, bytes_below, has_openvino
 
 
 @pytest.fixture

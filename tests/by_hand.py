@@ -1,0 +1,51 @@
+"""A tuned network beside one that a test runs by hand, in float64: what the references of several files share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, TypeAlias
+
+import timm
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from edgepet.methods import Method
+from edgepet.networks.backbone import Backbone
+from edgepet.spec import Preprocess
+from edgepet.tuning.model import TunedModel
+from tests.tiny import perturb, random_images, seeded
+
+ROUNDING = 1e-10  # float64, through all the blocks
+Values: TypeAlias = Mapping[str, Mapping[str, Tensor]]  # a method's trained tensors by site and name
+Activation: TypeAlias = Callable[[Tensor], Tensor]
+
+
+def network_of(architecture: str, **changes: Any) -> nn.Module:
+    return seeded(timm.create_model(architecture, pretrained=False, num_classes=0, **changes), 7).eval()
+
+
+def check(
+    method: Method, network: nn.Module, reference: Callable[[Any, Values, Tensor], Tensor], size: tuple[int, int]
+) -> None:
+    """The tuned network against ``reference(network, values, images)``, where ``network`` is untouched, in float64."""
+    backbone = Backbone.from_module(network, name="tiny", preprocess=Preprocess(image_size=size))
+    model = perturb(TunedModel(backbone, method, 2, seed=1), seed=3, by=0.2).double()
+    images = torch.from_numpy(random_images(4, 2, max(size))).double()[:, :, : size[0], : size[1]]
+    network = network.double()
+    with torch.no_grad():
+        got, frozen = model.features(images), network(images)
+        expected = reference(network, model.tuned(), images)
+    assert (got - expected).abs().max() <= ROUNDING * expected.abs().max()
+    assert (got - frozen).abs().max() > 1e-3 * frozen.abs().max()
+
+
+def stage_prompt(own: Mapping[str, Tensor], x: Tensor) -> Tensor:
+    """1 x 1, GELU, 5 x 5 depthwise, GELU, 1 x 1 on (B, C, H, W)."""
+    hidden = functional.gelu(torch.einsum("rc,bchw->brhw", own["reduce.weight"], x) + own["reduce.bias"][:, None, None])
+    channels = [
+        functional.conv2d(hidden[:, i : i + 1], own["conv.weight"][i : i + 1], own["conv.bias"][i : i + 1], padding=2)
+        for i in range(hidden.shape[1])
+    ]
+    hidden = functional.gelu(torch.cat(channels, dim=1))
+    return torch.einsum("cr,brhw->bchw", own["out.weight"], hidden) + own["out.bias"][:, None, None]
