@@ -1,16 +1,26 @@
-"""Files that are whole or not there: written under a temporary name, synced, renamed."""
+"""Files that are whole or not there: written under a temporary name, synced, renamed; read only where they are files.
+
+A temporary name is hidden and ends in ``.part``. Who writes it holds a lock on it until it is renamed, so that whoever
+writes the same place later can tell the leftovers of dead processes, and clears them.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
 import os
+import secrets
 import shutil
-import tempfile
-from collections.abc import Iterator
+import stat
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 from edgepet.errors import InputError
+
+with contextlib.suppress(ImportError):  # Windows has no such locks: there leftovers stay
+    import fcntl
+
+_PART = ".part"
 
 
 def write_file(path: Path, *parts: bytes | memoryview) -> None:
@@ -20,18 +30,20 @@ def write_file(path: Path, *parts: bytes | memoryview) -> None:
         InputError: the folder is missing, read-only or full; an older file at ``path`` is still whole.
     """
     try:
-        descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+        clear_leftovers(path)
+        scratch = _scratch(path)
+        descriptor = os.open(scratch, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)  # what the umask leaves of it
         try:
+            _lock(descriptor)
             with os.fdopen(descriptor, "wb") as file:
                 for part in parts:
                     file.write(part)
                 file.flush()
                 os.fsync(file.fileno())
-            os.chmod(name, 0o644)
-            os.replace(name, path)
+                os.replace(scratch, path)
         except BaseException:
             with contextlib.suppress(FileNotFoundError):
-                os.unlink(name)
+                os.unlink(scratch)
             raise
         sync_folder(path.parent)
     except OSError as error:
@@ -39,34 +51,125 @@ def write_file(path: Path, *parts: bytes | memoryview) -> None:
 
 
 @contextlib.contextmanager
-def new_folder(path: Path) -> Iterator[Path]:
+def new_folder(path: Path, *, only: Collection[str] = ()) -> Iterator[Path]:
     """Yield a temporary sibling that takes the place of the folder ``path`` when the block ends without an error.
 
+    Args:
+        only: what a folder may hold to be replaced; one with anything else is somebody's own.
+
     Raises:
-        InputError: the place cannot be written or taken; an older folder at ``path`` is still whole.
+        InputError: the place cannot be written or taken, or holds something else; what was there is still whole.
     """
+    require_only(path, only)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        scratch = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+        clear_leftovers(path)
+        scratch = _scratch(path)
+        scratch.mkdir()
+        held = os.open(scratch, os.O_RDONLY)
+        _lock(held)
     except OSError as error:
         raise InputError(str(path), "could not be written", got=error.strerror or str(error)) from error
     try:
         yield scratch
+        require_only(path, only)
         try:
             _take_place(scratch, path)
         except OSError as error:
             raise InputError(str(path), "could not be written", got=error.strerror or str(error)) from error
     finally:
+        os.close(held)
         shutil.rmtree(scratch, ignore_errors=True)
 
 
+def require_only(path: Path, names: Collection[str]) -> None:
+    """Refuse to replace a folder that holds anything besides ``names``: it is somebody's own.
+
+    Raises:
+        InputError: it does, or ``path`` is no folder.
+    """
+    fix = "name another place, or move what is there"
+    if path.is_symlink() or (path.exists() and not path.is_dir()):
+        raise InputError(str(path), "must be a folder of its own, or not there", got="something else", fix=fix)
+    try:
+        others = sorted({item.name for item in path.iterdir()} - set(names)) if path.is_dir() else []
+    except OSError as error:
+        raise InputError(str(path), "could not be read", got=error.strerror or str(error)) from error
+    if others:
+        got = ", ".join(others[:3]) + (f" and {len(others) - 3} more" if len(others) > 3 else "")
+        raise InputError(str(path), "holds files that would be lost", got=got, fix=fix)
+
+
+def require_other(output: Path, *inputs: Path) -> None:
+    """Refuse to write over what is read.
+
+    Raises:
+        InputError: ``output`` is one of ``inputs``, by whatever name.
+    """
+    for given in inputs:
+        with contextlib.suppress(OSError):  # one that is not there is not the other
+            if output.samefile(given):
+                raise InputError(str(output), f"is {given}, which is read", fix="name another output")
+
+
+def made_folder(path: Path, what: str) -> Path:
+    """``path``, made where it is not there; ``what`` it is for, in words.
+
+    Raises:
+        InputError: it cannot be made or written.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        writable = os.access(path, os.W_OK)
+    except OSError as error:
+        raise InputError(str(path), f"cannot be made: {what}", got=error.strerror or str(error)) from error
+    if not writable:
+        raise InputError(str(path), f"cannot be written: {what}", got="no permission")
+    return path
+
+
+def clear_leftovers(path: Path) -> None:
+    """Remove what processes that are dead left of writing ``path``; one that is alive holds a lock."""
+    begins = f".{path.name}."
+    for item in list(path.parent.iterdir()) if path.parent.is_dir() else ():
+        if item.name.startswith(begins) and item.name.endswith(_PART) and not _is_locked(item):
+            if item.is_dir() and not item.is_symlink():
+                shutil.rmtree(item, ignore_errors=True)
+            else:
+                item.unlink(missing_ok=True)
+
+
+def _scratch(path: Path) -> Path:
+    return path.parent / f".{path.name}.{secrets.token_hex(4)}{_PART}"
+
+
+def _lock(descriptor: int) -> None:
+    with contextlib.suppress(OSError, NameError):  # a file system without locks, or Windows
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def _is_locked(path: Path) -> bool:
+    """Whether a process that is alive holds ``path``; where that cannot be told, it is."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+    except OSError:
+        return not path.is_symlink()
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (OSError, NameError):
+        return True
+    finally:
+        os.close(descriptor)
+    return False
+
+
 def _take_place(scratch: Path, path: Path) -> None:
-    os.chmod(scratch, 0o755)
     sync_folder(scratch)
     if not path.exists():
         os.rename(scratch, path)
     else:
-        aside = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+        aside = _scratch(path)
+        aside.mkdir()
         try:
             os.rename(path, aside / "old")
             try:
@@ -88,12 +191,28 @@ def sync_folder(path: Path) -> None:
         os.close(descriptor)
 
 
+def require_regular(path: Path) -> None:
+    """Refuse what is no regular file: reading a pipe never ends where nobody writes, and a device has no end.
+
+    Raises:
+        InputError: there is no such file, or it is a folder, a pipe, a socket or a device.
+    """
+    try:
+        mode = path.stat().st_mode
+    except (OSError, ValueError) as error:
+        raise InputError(str(path), "could not be read", got=getattr(error, "strerror", None) or str(error)) from error
+    if not stat.S_ISREG(mode):
+        kinds = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket"}
+        raise InputError(str(path), "must be a regular file", got=kinds.get(stat.S_IFMT(mode), "a device"))
+
+
 def read_file(path: Path) -> bytes:
     """All bytes of ``path``.
 
     Raises:
-        InputError: there is no such file, or it cannot be read.
+        InputError: there is no such file, it is no regular one, or it cannot be read.
     """
+    require_regular(path)
     try:
         return path.read_bytes()
     except OSError as error:
@@ -101,18 +220,29 @@ def read_file(path: Path) -> bytes:
 
 
 def sha256_file(path: Path) -> str:
-    """Hex sha256 of a file's bytes."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    """Hex sha256 of a file's bytes.
+
+    Raises:
+        InputError: as ``read_file``.
+    """
+    require_regular(path)
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise InputError(str(path), "could not be read", got=error.strerror or str(error)) from error
 
 
 def folder_bytes(path: Path) -> int:
-    """Sum of the sizes of all regular files below ``path``."""
+    """Sum of the sizes of all regular files below ``path``, in bytes."""
     return sum(item.stat().st_size for item in path.rglob("*") if item.is_file())
 
 
 def cache_folder() -> Path:
-    """Where graphs and converted weights are kept: ``EDGEPET_CACHE``, else the user's cache folder."""
+    """Where graphs and converted weights are kept: ``EDGEPET_CACHE``, else ``edgepet`` in the user's cache folder.
+
+    That is ``XDG_CACHE_HOME``, else ``~/.cache``, as the XDG Base Directory Specification has it. It is not made here.
+    """
     chosen = os.environ.get("EDGEPET_CACHE")
     if chosen:
         return Path(chosen)
