@@ -28,7 +28,9 @@ class Int8Recipe:
     """How a network becomes int8.
 
     ``smooth`` is SmoothQuant's strength between 0 and 1 behind layer norms (Xiao et al. 2022, arXiv:2211.10438,
-    equation 4), None for none. ``bits`` are those of weights. ``keep`` names layers that stay float.
+    equation 4), None for none. ``estimator`` says how far the codes of activations reach. ``bias_correction`` gives
+    biases back what rounding moves outputs by on the mean (Nagel et al. 2019, arXiv:1906.04721, section 4.2). ``bits``
+    are those of weights. ``keep`` names layers that stay float.
     """
 
     smooth: float | None = None
@@ -51,7 +53,7 @@ class Int8:
 
 
 def observed_smoothing(graph: Graph, layers: Sequence[Layer], seen: Seen, strength: float) -> dict[str, NpArray]:
-    """Divisors (in,) of the channels behind each layer norm, by the name of the tensor that it puts out."""
+    """SmoothQuant's divisors (in,) of the channels behind each layer norm, by the name of what it puts out."""
     return {
         layer.reads: smoothing(seen[layer.reads].largest, graph.value(layer.weight), strength)
         for layer in layers
@@ -62,7 +64,10 @@ def observed_smoothing(graph: Graph, layers: Sequence[Layer], seen: Seen, streng
 def choose_ranges(
     layers: Sequence[Layer], seen: Seen, estimator: Estimator, smooth: Mapping[str, NpArray]
 ) -> dict[str, Range]:
-    """The range of every tensor that a layer reads, by its name."""
+    """The range of every tensor that a layer reads, by its name, once it is divided by ``smooth`` (in,).
+
+    What a layer norm puts out, or a layer pads with zeros, has no shift.
+    """
     ranges = {}
     for name in dict.fromkeys(layer.reads for layer in layers):
         values = seen[name].divided(smooth[name]) if name in smooth else seen[name]
@@ -98,7 +103,7 @@ def quantize(
     Args:
         graph: of a folded model: batch norms behind convolutions are part of them.
         seen: what ``observe`` saw of ``layers`` on the calibration images.
-        smooth, ranges: fixed ones in place of those that ``recipe`` would choose.
+        smooth, ranges: divisors (in,) and ranges by tensor, in place of those that ``recipe`` would choose.
     """
     chosen = tuple(layer for layer in layers if layer.name not in recipe.keep)
     if smooth is None:
@@ -229,7 +234,10 @@ class _Writer:
 
 
 def on_channels(weight: NpArray, means: NpArray) -> NpArray:
-    """What a layer (out, in / groups, ...) makes of an input that is everywhere the mean of its channel: (out,)."""
+    """What a layer makes of an input that is everywhere the mean of its channel: (out,).
+
+    ``weight`` is (out, in / groups, ...), ``means`` (in,). Borders that a convolution pads with zeros are left out.
+    """
     taps = weight.reshape(*weight.shape[:2], -1).sum(axis=2)
     groups = len(means) // taps.shape[1]
     made: NpArray = (taps.reshape(groups, -1, taps.shape[1]) * means.reshape(groups, 1, -1)).sum(axis=2).reshape(-1)

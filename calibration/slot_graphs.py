@@ -48,12 +48,22 @@ _MICROSOFT = "com.microsoft"
 
 
 def backbone_layers(graph: BaseGraph) -> tuple[Layer, ...]:
-    """The layers of a traced backbone that have codes."""
+    """The layers of a traced backbone that have codes, in the graph's order.
+
+    Raises:
+        MissingError: onnx is not installed.
+    """
     return find_layers(Graph(_structure(graph)), graph.places)
 
 
 def coded_backbone(graph: BaseGraph, bits: int = 8) -> dict[str, CodedWeight]:
-    """The codes of every linear layer and convolution, by the name of its weight; no image is looked at."""
+    """The codes of every linear layer and convolution, by the name of its weight; no image is looked at.
+
+    Their file has those of 8 ``bits``. The tensors of ``graph`` are not modified.
+
+    Raises:
+        MissingError: onnx is not installed.
+    """
     tensors = graph.base.tensors
     return {
         layer.weight: coded(
@@ -68,8 +78,12 @@ def coded_backbone(graph: BaseGraph, bits: int = 8) -> dict[str, CodedWeight]:
 def int8_graph(graph: BaseGraph, *, root: Path | None = None) -> Int8Graph:
     """The int8 backbone of ``graph``, from its folder, or made now where none is or an earlier edgepet made it.
 
+    Args:
+        root: of the store that ``graph`` lies in; None for the cache.
+
     Raises:
-        InputError: the backbone has no layer that int8 is for, or branches.
+        InputError: the backbone has no layer that int8 is for, or branches; or a file is damaged or cannot be written.
+        MissingError: it has to be made, and onnx is not installed.
     """
     path = graph.folder / f"{int8_stem(graph.preprocess)}.json"
     if not path.is_file() or is_older(path, FORMAT, VERSION):

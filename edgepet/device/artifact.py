@@ -1,4 +1,7 @@
-"""An exported model folder: the model, and ``artifact.json`` that says what it is and what was checked."""
+"""An exported model folder: the model, and ``artifact.json`` that says what it is and what was checked.
+
+The format is docs/spec/artifact-v1.md; this file is that page in code.
+"""
 
 from __future__ import annotations
 
@@ -10,11 +13,12 @@ from typing import cast
 
 import numpy as np
 
-from edgepet.canonical import canonical_json, parse_json
+from edgepet.canonical import canonical_json
 from edgepet.device.runner import Runner
 from edgepet.device.runtimes import FORMATS, Format
-from edgepet.errors import InputError
-from edgepet.files import read_file, sha256_file, write_file
+from edgepet.errors import EdgepetError, InputError
+from edgepet.files import write_file
+from edgepet.graphs.manifest import Listed, listed_files, read_manifest
 from edgepet.measuring.parity import Against, Inputs, Parity
 from edgepet.spec import NpArray, Precision, Preprocess, StoredPrecision, read_preprocess
 from edgepet.strict import ObjectReader
@@ -25,7 +29,10 @@ MANIFEST = "artifact.json"
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Probe:
-    """Seeded noise images, and the logits (n, C) that the merged network gives them in torch."""
+    """Seeded noise images, and the float32 logits (n, C) that the model must give them again.
+
+    They are the merged network's in torch, and of an int8 model those of the same codes in ONNX Runtime.
+    """
 
     seed: int
     logits: NpArray
@@ -40,7 +47,10 @@ class Probe:
 class Artifact:
     """The manifest of one exported model. ``verified`` is false, with a ``reason``, where nothing could run it.
 
-    ``evidence`` says how its precision is known: what is stored, what was executed, and what stayed fp32 and why.
+    ``labels`` are in the order of the logits. ``codec`` is the pack's, ``branches`` how many stayed in the graph.
+    ``files`` are name -> (hex sha256, size in bytes), ``versions`` package -> version of what wrote it. ``parity`` is
+    None where nothing was run. ``evidence`` says how its precision is known: what is stored, what was executed, and
+    what stayed fp32 and why.
     """
 
     task: str
@@ -55,7 +65,7 @@ class Artifact:
     branches: int
     pack_sha256: str
     codec: StoredPrecision
-    files: Mapping[str, tuple[str, int]]
+    files: Listed
     versions: Mapping[str, object]
     verified: bool
     reason: str | None
@@ -64,8 +74,22 @@ class Artifact:
     evidence: Mapping[str, object]
 
 
+def files_of(folder: Path) -> tuple[str, ...]:
+    """What an exported model's folder may hold to be replaced: the manifest and what it lists; nothing without one."""
+    if not (folder / MANIFEST).is_file():
+        return ()
+    try:
+        return (MANIFEST, *listed_files(read_manifest(folder / MANIFEST, where=MANIFEST, fix="")))
+    except EdgepetError:
+        return (MANIFEST,)
+
+
 def write_artifact(folder: Path, artifact: Artifact) -> None:
-    """Write the manifest into ``folder``; the files that it names must be there."""
+    """Write the manifest into ``folder``; the files that it names must be there.
+
+    Raises:
+        InputError: it cannot be written.
+    """
     parity = asdict(artifact.parity) if artifact.parity else None
     probe = {
         "seed": artifact.probe.seed,
@@ -97,16 +121,13 @@ def write_artifact(folder: Path, artifact: Artifact) -> None:
 
 
 def read_artifact(folder: Path) -> Artifact:
-    """Read the manifest of ``folder`` strictly; the files are not hashed here, see ``damaged``.
+    """Read the manifest of ``folder`` strictly; the files are not hashed here, see ``manifest.damaged``.
 
     Raises:
-        InputError: no artefact, or a manifest that this version does not know.
+        InputError: no artefact, or a manifest that is damaged or that this version does not know.
     """
     path = folder / MANIFEST
-    try:
-        table = ObjectReader(parse_json(read_file(path)), str(path), error=InputError)
-    except (ValueError, RecursionError) as error:
-        raise InputError(str(path), "is not readable JSON", got=error, fix="export it again") from error
+    table = read_manifest(path, where=str(path), fix="export it again")
     table.text("format", choices=[FORMAT])
     if table.integer("version") != VERSION:
         raise InputError(str(path), f"this edgepet reads artefacts of version {VERSION}", got=table.integer("version"))
@@ -124,7 +145,7 @@ def read_artifact(folder: Path) -> Artifact:
         branches=table.integer("branches"),
         pack_sha256=pack.text("sha256"),
         codec=cast(StoredPrecision, pack.text("codec", choices=["fp32", "fp16", "int8"])),
-        files=_files(table.nested("files")),
+        files=listed_files(table),
         versions=_versions(table.nested("versions")),
         verified=table.boolean("verified"),
         reason=None if table.absent("reason") else table.text("reason"),
@@ -141,23 +162,15 @@ def read_artifact(folder: Path) -> Artifact:
     return artifact
 
 
-def damaged(folder: Path, artifact: Artifact) -> list[str]:
-    """Names of files that are missing or are not what was exported."""
-    return [
-        name
-        for name, (digest, size) in sorted(artifact.files.items())
-        if not (folder / name).is_file()
-        or (folder / name).stat().st_size != size
-        or sha256_file(folder / name) != digest
-    ]
-
-
 def open_artifact(
     folder: Path, artifact: Artifact, *, threads: int | None = None, precision: Precision = "fp32"
 ) -> Runner:
-    """Open the model in ``folder`` on the runtime of its format; it takes images and puts out logits.
+    """Open the model in ``folder`` on the runtime of its format; it takes images and puts out logits (n, C).
+
+    Of its files only a TensorRT engine is hashed here, see ``manifest.damaged``.
 
     Args:
+        threads: None is all cores; a GPU takes none.
         precision: what a model of floats is computed in, one that its runtime ``computes`` in.
 
     Raises:
@@ -165,11 +178,6 @@ def open_artifact(
         MissingError: the runtime, or a GPU, is not here.
     """
     return FORMATS[artifact.format].open_model(folder, threads, precision)
-
-
-def listed(folder: Path, names: list[str]) -> dict[str, tuple[str, int]]:
-    """Digest and size of each file, as a manifest lists them."""
-    return {name: (sha256_file(folder / name), (folder / name).stat().st_size) for name in sorted(names)}
 
 
 def _versions(table: ObjectReader) -> dict[str, object]:
@@ -181,19 +189,6 @@ def _evidence(table: ObjectReader) -> dict[str, object]:
         return {}
     evidence = table.nested("evidence")
     return {name: evidence.raw(name) for name in evidence.names()}
-
-
-def _files(table: ObjectReader) -> dict[str, tuple[str, int]]:
-    files = {}
-    if not table.names():
-        raise InputError(table.where, "names no file")
-    for name in table.names():
-        if "/" in name or "\\" in name or name.startswith("."):
-            raise InputError(table.where, "names files of its own folder", got=repr(name))
-        entry = table.nested(name)
-        files[name] = (entry.text("sha256"), entry.integer("bytes"))
-        entry.end()
-    return files
 
 
 def _parity(table: ObjectReader) -> Parity | None:

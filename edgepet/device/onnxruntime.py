@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import onnxruntime
 
-from edgepet.device.runner import check_images
+from edgepet.device.runner import check_images, require_slots
 from edgepet.errors import InputError
 from edgepet.graphs.base import FEATURES, INPUT, BaseGraph
 from edgepet.graphs.int8 import Int8Graph
@@ -30,7 +30,10 @@ _FLOAT = frozenset(("Conv", "FusedConv", "FusedGemm", "FusedMatMul", "Gemm", "Ma
 
 
 class OnnxRuntime:
-    """One session; a context manager."""
+    """One session, images to features or logits; a context manager.
+
+    ``executed`` is fp32 of an int8 model too: ``evidence`` counts what ran.
+    """
 
     runtime = "onnxruntime"
 
@@ -63,8 +66,12 @@ class OnnxRuntime:
     def of_graph(cls, graph: BaseGraph, tensors: Mapping[str, NpArray], *, threads: int | None = None) -> OnnxRuntime:
         """Open ``graph`` with ``tensors`` in place of the backbone's; all others are read from its files.
 
-        Replaced initializers go through ``add_external_initializers``: ``add_initializer`` is silently ignored for a
-        weight whose consumer is folded when the session is made.
+        ``tensors`` are read where they lie: they must stay as they are while it is open. Replaced initializers go
+        through ``add_external_initializers``: ``add_initializer`` is silently ignored for a weight whose consumer is
+        folded when the session is made.
+
+        Raises:
+            InputError: ONNX Runtime cannot open the graph with them.
         """
         options = _options(threads)
         values = [onnxruntime.OrtValue.ortvalue_from_numpy(np.asarray(t, order="C")) for t in tensors.values()]
@@ -93,7 +100,10 @@ class OnnxRuntime:
 class SharedOnnxRuntime:
     """One session on the int8 backbone; every task is a binding of its slots, kept ready.
 
-    ``codes`` are one task's own in place of the file's: a session with them is that task's alone.
+    ``codes`` are one task's own in place of the file's, as ``Slots.codes``: a session with them is that task's alone.
+
+    Raises:
+        InputError: ONNX Runtime cannot open the graph.
     """
 
     runtime = "onnxruntime"
@@ -110,12 +120,13 @@ class SharedOnnxRuntime:
         self._shape = (None, *graph.preprocess.input_shape)
 
     def bind(self, slots: Slots) -> BoundOnnxRuntime:
-        """A task, ready to run: its slots are handed over once."""
+        """A task, ready to run: its slots are handed over once, and must stay as they are while it is bound."""
         binding = self._session.io_binding()
         held = {name: onnxruntime.OrtValue.ortvalue_from_numpy(value) for name, value in slots.values.items()}
-        for entry in self._session.get_inputs():
-            if entry.name != INPUT:
-                binding.bind_ortvalue_input(entry.name, held[entry.name])
+        asked = [entry.name for entry in self._session.get_inputs() if entry.name != INPUT]
+        require_slots(asked, slots.values)
+        for name in asked:
+            binding.bind_ortvalue_input(name, held[name])
         return BoundOnnxRuntime(self, self._session, binding, (held, self._held), self._shape)
 
     def close(self) -> None:
@@ -124,7 +135,7 @@ class SharedOnnxRuntime:
 
 
 class BoundOnnxRuntime:
-    """One task on a shared session; closing it leaves the session open."""
+    """One task on a shared session, images to pooled features (n, d); closing it leaves the session open."""
 
     runtime = "onnxruntime"
     executed: Precision = "int8"

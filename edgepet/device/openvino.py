@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from edgepet.device.runner import check_images
+from edgepet.device.runner import check_images, require_slots
 from edgepet.errors import InputError, require
 from edgepet.graphs.base import INPUT, BaseGraph
 from edgepet.graphs.int8 import Int8Graph
@@ -26,7 +26,7 @@ _ELEMENTWISE = frozenset(("Add", "Multiply", "Subtract", "Divide"))
 
 
 class OpenVino:
-    """One compiled model and one request; a context manager."""
+    """One compiled model and one request, images to features or logits; a context manager."""
 
     runtime = "openvino"
 
@@ -45,7 +45,7 @@ class OpenVino:
 
     @classmethod
     def of_model(cls, path: Path, *, threads: int | None = None, precision: Precision = "fp32") -> OpenVino:
-        """Open an exported IR (``.xml``) or ONNX file.
+        """Open an exported IR (``.xml``) or ONNX file, to compute what is float in it in "fp32" or "bf16".
 
         Raises:
             InputError: it is not a model that this OpenVINO reads.
@@ -56,7 +56,12 @@ class OpenVino:
     @classmethod
     def of_graph(cls, graph: BaseGraph, tensors: Mapping[str, NpArray], *, threads: int | None = None,
                  precision: Precision = "fp32") -> OpenVino:  # fmt: skip
-        """Open ``graph`` with ``tensors`` in place of the backbone's constants of the same names."""
+        """Open ``graph`` with ``tensors`` in place of the backbone's constants of the same names.
+
+        Raises:
+            InputError: it is not a graph that this OpenVINO reads, or has no constant of such a name.
+            MissingError: OpenVINO is not installed.
+        """
         model = _with_constants(_read(graph.model_path), tensors, graph.model_path)
         return cls(model, where=graph.backbone, threads=threads, precision=precision)
 
@@ -81,7 +86,12 @@ class OpenVino:
 class SharedOpenVino:
     """One compiled int8 backbone whose slots are a state variable; every task is a request with its own state.
 
-    ``codes`` are one task's own in place of the file's: a network compiled with them is that task's alone.
+    ``codes`` are one task's own in place of the file's, as ``Slots.codes``: a network compiled with them is that
+    task's alone.
+
+    Raises:
+        InputError: it is not a graph that this OpenVINO reads, or has no constant of such a name.
+        MissingError: OpenVINO is not installed.
     """
 
     runtime = "openvino"
@@ -103,6 +113,7 @@ class SharedOpenVino:
         """A task, ready to run: a request of its own, whose state is its slots."""
         openvino, request = _openvino(), self._compiled.create_infer_request()
         values = unit_slots(self._graph, slots)
+        require_slots(self._order, values)
         (state,) = request.query_state()
         state.state = openvino.Tensor(np.concatenate([values[name].ravel() for name in self._order]))
         return BoundOpenVino(self, request, self._shape)
@@ -113,7 +124,7 @@ class SharedOpenVino:
 
 
 class BoundOpenVino:
-    """One task's request; closing it leaves the compiled network open."""
+    """One task's request, images to pooled features (n, d); closing it leaves the compiled network open."""
 
     runtime = "openvino"
     executed: Precision = "int8"

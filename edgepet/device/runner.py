@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Protocol
 
 import numpy as np
@@ -13,7 +13,7 @@ from edgepet.spec import NpArray, Precision
 
 
 class Runner(Protocol):
-    """An open network."""
+    """An open network: images to pooled features, or to logits."""
 
     @property
     def runtime(self) -> str:
@@ -31,10 +31,12 @@ class Runner(Protocol):
         ...
 
     def __call__(self, images: NpArray) -> NpArray:
-        """Output (n, k) for float32 images (n, 3, H, W).
+        """Output, float32 (n, k), for preprocessed float32 images (n, 3, H, W) or clips (n, frames, 3, H, W).
+
+        ``images`` are not modified.
 
         Raises:
-            InputError: another dtype or shape.
+            InputError: another dtype or shape, or a run that a GPU did not finish.
         """
         ...
 
@@ -44,7 +46,7 @@ class Runner(Protocol):
 
 
 class SharedRunner(Protocol):
-    """An open int8 backbone that many tasks are bound to."""
+    """An open int8 backbone that many tasks are bound to; they put out pooled features."""
 
     def bind(self, slots: Slots) -> Runner:
         """A task, ready to run: its slots are handed over once. Closing it leaves the backbone open."""
@@ -55,11 +57,23 @@ class SharedRunner(Protocol):
         ...
 
 
+def require_slots(names: Iterable[str], slots: Mapping[str, NpArray]) -> None:
+    """Refuse slots that lack one which the graph asks for: its description speaks of other layers.
+
+    Raises:
+        InputError: one of ``names`` is not in ``slots``.
+    """
+    missing = [name for name in names if name not in slots]
+    if missing:
+        fix = "delete the int8 graph and make it again"
+        raise InputError("int8 backbone", "asks for a slot that its description has not", got=missing[0], fix=fix)
+
+
 def check_images(images: NpArray, shape: tuple[int | None, ...], *, where: str) -> None:
     """Refuse a batch that the network would not take; None in ``shape`` is any size.
 
     Raises:
-        InputError: another dtype or shape.
+        InputError: another dtype than float32, or another shape.
     """
     fits = images.ndim == len(shape) and all(
         want is None or have == want for have, want in zip(images.shape, shape, strict=True)

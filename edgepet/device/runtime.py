@@ -25,7 +25,10 @@ from edgepet.spec import FilePath, NpArray, Precision
 
 
 class TaskNetwork:
-    """A base graph with one task folded in, and the task's head: images to logits. A context manager."""
+    """A base graph with one task folded in, and the task's head; a context manager.
+
+    It takes images as ``Runner`` does, and puts out logits, float32 (n, C); an InputError where they are not finite.
+    """
 
     def __init__(self, features: Runner, head: Head) -> None:
         self._features, self._head = features, head
@@ -37,7 +40,10 @@ class TaskNetwork:
         return self._features.evidence
 
     def __call__(self, images: NpArray) -> NpArray:
-        return self._head(self._features(images))
+        logits = self._head(self._features(images))
+        if not np.isfinite(logits).all():  # the first label would be said with a score of NaN
+            raise InputError(f"{self.runtime}, {self.executed}", "must give finite answers", got="NaN or infinity")
+        return logits
 
     def close(self) -> None:
         """Give the network back; one that tasks share stays open."""
@@ -54,11 +60,15 @@ def open_task(graph: BaseGraph, delta: Delta, *, runtime: str = DEFAULT, threads
               precision: Precision = "fp32") -> TaskNetwork:  # fmt: skip
     """Fold ``delta`` into ``graph``'s tensors and open the result; tensors that did not change are read from its files.
 
+    Neither ``graph`` nor its files are modified.
+
     Args:
+        threads: None is all cores.
         precision: one that the runtime ``computes`` in.
 
     Raises:
-        InputError: no such runtime, another backbone or image size, or an update that does not fit.
+        BackboneError: ``delta`` was trained on another backbone.
+        InputError: no such runtime or precision, another image size or other branches, or an update that does not fit.
         MissingError: the runtime is not installed.
     """
     graph.require_fit(delta)
@@ -70,10 +80,10 @@ def open_task(graph: BaseGraph, delta: Delta, *, runtime: str = DEFAULT, threads
 
 def open_features(graph: BaseGraph, tensors: Mapping[str, NpArray], *, runtime: str, threads: int | None = None,
                   precision: Precision = "fp32") -> Runner:  # fmt: skip
-    """Open ``graph`` itself, with ``tensors`` in place of the backbone's: images to pooled features.
+    """Open ``graph`` itself, with ``tensors`` in place of the backbone's: images to pooled features (n, d).
 
     Raises:
-        InputError: no such runtime, or one that does not compute in ``precision``.
+        InputError: no such runtime, one that does not compute in ``precision``, or that cannot open this graph.
         MissingError: the runtime is not installed.
     """
     row = shared_runtime(runtime, purpose="a pack on a shared backbone")
@@ -89,7 +99,8 @@ class SharedInt8:
     """
 
     def __init__(self, graph: Int8Graph, *, runtime: str = DEFAULT, threads: int | None = None) -> None:
-        """
+        """Hash the file of codes, and open the backbone; ``threads`` None is all cores.
+
         Raises:
             InputError: no such runtime, or codes that are not those that were made.
             MissingError: the runtime is not installed.
@@ -125,7 +136,8 @@ def open_installed(
     """A pack on the backbone of ``store`` in "fp32" or "int8".
 
     Raises:
-        InputError: another precision, or as ``open_task`` and ``SharedInt8``.
+        InputError: another precision, or a backbone that is not in ``store``; else as ``open_task`` and ``SharedInt8``.
+        MissingError: the runtime is not installed.
     """
     if precision == "int8":
         return SharedInt8(store.int8_of(pack), runtime=runtime, threads=threads).bind(pack.delta)
@@ -136,7 +148,7 @@ def open_installed(
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """One image's best label and its softmax score, 0..1."""
+    """One image's best label and its softmax score, 0..1; ``image`` is the name of its file, or a clip's folder."""
 
     image: str
     label: str
@@ -145,7 +157,7 @@ class Answer:
 
 @dataclass(frozen=True, slots=True)
 class DeviceRun:
-    """Answers, with the milliseconds of opening the task, and of one image from file to answer."""
+    """Answers, with the milliseconds of opening the task, and of an image from file to answer, on the mean."""
 
     results: tuple[Answer, ...]
     open_ms: float
@@ -159,18 +171,24 @@ class Device:
     store: FilePath
 
     def install(self, pack: FilePath | bytes) -> Pack:
-        """Install a pack; see ``Store.install``."""
+        """Install a pack, a file or its bytes, and return it; raises as ``Store.install`` does."""
         return Store(Path(self.store)).install(pack if isinstance(pack, bytes) else Path(pack))
 
     def tasks(self) -> tuple[str, ...]:
-        """Names of the installed tasks."""
+        """Names of the installed tasks, sorted."""
         return Store(Path(self.store)).tasks()
 
     def run(
         self, task: str, images: Iterable[FilePath], *, runtime: str = DEFAULT, threads: int | None = None,
         precision: str = "fp32",
     ) -> DeviceRun:  # fmt: skip
-        """Classify image files, or folders of frames, with an installed task in "fp32" or "int8"."""
+        """Classify image files, or folders of frames, with an installed task in "fp32" or "int8".
+
+        Raises:
+            PackError: the installed file is damaged.
+            InputError: no such task, runtime or precision, no backbone for it, or an image that cannot be read.
+            MissingError: the runtime is not installed.
+        """
         store = Store(Path(self.store))
         began = time.perf_counter()
         pack = store.pack(task)
@@ -184,7 +202,8 @@ class Device:
         """All installed tasks that have ranges for it, on one int8 backbone: images to logits, by the task's name.
 
         Raises:
-            InputError: no installed task has ranges, or the int8 backbone is not here.
+            InputError: no installed task has ranges, they are for other codes, or the int8 backbone is not here.
+            MissingError: the runtime is not installed.
         """
         store = Store(Path(self.store))
         packs = [pack for pack in map(store.pack, store.tasks()) if pack.delta.int8 is not None]

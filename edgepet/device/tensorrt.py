@@ -41,7 +41,12 @@ class TensorSpec:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sidecar:
-    """All that ``model.engine.json`` says. ``sms`` are the compute capabilities built for (86 is 8.6)."""
+    """All that ``model.engine.json`` says; docs/spec/artifact-v1.md is its format.
+
+    ``version`` is the library's. ``sms`` are the compute capabilities built for (86 is 8.6). ``size_bytes`` and
+    ``sha256`` are the engine's, ``source_sha256`` is of the ONNX model that it was built from. ``max_batch`` counts
+    images.
+    """
 
     engine: Engine
     version: str
@@ -60,7 +65,8 @@ def read_sidecar(folder: Path, *, stem: str = "model") -> Sidecar:
     """Read ``STEM.engine.json`` strictly and compare the engine's size and sha256 with it; no library, no GPU.
 
     Raises:
-        InputError: a key is missing, unknown or of a wrong type, or the engine is not the file that it describes.
+        InputError: a file cannot be read, a key is missing, unknown or of a wrong type, or the engine is not the file
+            that it describes.
     """
     path = folder / f"{stem}.engine.json"
     try:
@@ -160,7 +166,11 @@ class Cuda:
             raise InputError("GPU 0", f"{name} must succeed", got=f"CUDA error {code}")
 
     def allocate(self, size_bytes: int) -> ctypes.c_uint64:
-        """The address of so much memory on the device, which ``close`` gives back."""
+        """The address of so much memory on the device, which ``close`` gives back.
+
+        Raises:
+            InputError: the device has not so much left.
+        """
         address = ctypes.c_uint64()
         self.call("cuMemAlloc_v2", ctypes.byref(address), ctypes.c_size_t(size_bytes))
         self._memory.append(address)
@@ -175,7 +185,11 @@ class Cuda:
 
 
 class TensorrtRunner:
-    """An engine on GPU 0. The first call of a TensorRT-RTX engine compiles its kernels for this GPU: up to 30 s."""
+    """An engine on GPU 0. The first call of a TensorRT-RTX engine compiles its kernels for this GPU: up to 30 s.
+
+    Raises:
+        InputError: the GPU has too little memory for it.
+    """
 
     runtime = "tensorrt"
 
@@ -193,7 +207,9 @@ class TensorrtRunner:
         self._context.set_tensor_address(sidecar.output.name, self._logits.value)
 
     def __call__(self, images: NpArray) -> NpArray:
-        """Logits (n, C) of ``images`` (n, 3, H, W), in as many runs of at most ``max_batch`` images as it takes.
+        """Logits (n, C) of float32 ``images`` (n, 3, H, W), in as many runs of at most ``max_batch`` as it takes.
+
+        Clips are (n, frames, 3, H, W).
 
         Raises:
             InputError: another dtype or image size, or a run that TensorRT or CUDA did not finish.

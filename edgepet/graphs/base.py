@@ -7,23 +7,25 @@
     <folder>/graph-112-4f1c09ab37de.*    the same for tasks with branches of one structure, whose digits these are; the
                                          branches' tensors lie among what differs, and each task brings its own
 
-The graph takes images (batch, 3, H, W) and puts out pooled features; a task's head is a product behind it. Reading
-needs neither torch nor the ``onnx`` package. Making one is ``edgepet.exporters.trace``.
+The graph takes images (batch, 3, H, W), or clips (batch, frames, 3, H, W), and puts out pooled features (batch, width);
+a task's head is a product behind it. Reading needs neither torch nor the ``onnx`` package. Making one is
+``edgepet.exporters.trace``. The format is docs/spec/graph-v1.md.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from edgepet.canonical import canonical_json, parse_json
+from edgepet.canonical import canonical_json
 from edgepet.deltas.branches import structure_digest
 from edgepet.deltas.delta import Delta
 from edgepet.deltas.merge import require_backbone
 from edgepet.errors import InputError
-from edgepet.files import cache_folder, read_file, sha256_file, write_file
+from edgepet.files import cache_folder, write_file
+from edgepet.graphs.manifest import Listed, listed_files, listing, put_stamp, read_manifest, require_whole
 from edgepet.graphs.tensor_files import Place, _views, safetensors_places
 from edgepet.spec import Base, Preprocess, read_preprocess
 from edgepet.strict import ObjectReader
@@ -35,7 +37,12 @@ INPUT, FEATURES, LOGITS = "images", "features", "logits"
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class BaseGraph:
-    """One backbone at one image size, opened from ``folder``; its tensors are mapped, not read."""
+    """One backbone at one image size, opened from ``folder``; its tensors are mapped, not read.
+
+    ``backbone`` is what its user called it, ``architecture`` timm's name, ``width`` its pooled features.
+    ``create_args`` are what ``timm.create_model`` needs besides. ``files`` are name -> (hex sha256, size in bytes).
+    ``structure`` are the digits of its branches, empty where there are none.
+    """
 
     folder: Path
     backbone: str
@@ -45,7 +52,7 @@ class BaseGraph:
     width: int
     create_args: Mapping[str, object]
     licence: str
-    files: Mapping[str, tuple[str, int]]
+    files: Listed
     structure: str = ""
 
     @property
@@ -74,7 +81,7 @@ class BaseGraph:
 
         Raises:
             BackboneError: it was trained on another backbone.
-            InputError: it was trained at another image size, or its head is for other features.
+            InputError: it was trained at another image size, needs other branches, or its head is for other features.
         """
         require_backbone(self.base, delta)
         if self.preprocess.input_shape != delta.preprocess.input_shape:
@@ -120,13 +127,13 @@ def graph_folder(fingerprint: str, root: Path | None = None) -> Path:
 
 
 def open_graph(fingerprint: str, preprocess: Preprocess, structure: str = "", *, root: Path | None = None) -> BaseGraph:
-    """Open the graph of a backbone, an input size and a structure, checking sizes, and the small files' digests.
+    """Open the graph of a backbone, an input size and a structure, checking its files; see ``manifest.require_whole``.
 
     Args:
         preprocess: only its image size and frames count.
 
     Raises:
-        InputError: it was never made, or a file of it is damaged.
+        InputError: it was never made, or by another version, or a file of it is damaged.
     """
     folder = graph_folder(fingerprint, root)
     path = folder / f"{graph_stem(preprocess, structure)}.json"
@@ -135,7 +142,9 @@ def open_graph(fingerprint: str, preprocess: Preprocess, structure: str = "", *,
         raise InputError(
             str(folder), f"holds no graph of {wanted}", fix="run `edgepet export` once where torch is installed"
         )
-    described = read_description(path, FORMAT, VERSION, large=WEIGHTS)
+    stem = path.stem
+    needs, may = (WEIGHTS, f"{stem}.onnx"), (f"{stem}.safetensors",)
+    described = read_description(path, FORMAT, VERSION, large=WEIGHTS, needs=needs, may=may)
     table = described.table
     graph = BaseGraph(
         folder=folder,
@@ -161,30 +170,36 @@ class Described:
 
     table: ObjectReader
     preprocess: Preprocess
-    files: Mapping[str, tuple[str, int]]
+    files: Listed
 
 
 def is_older(path: Path, kind: str, version: int) -> bool:
     """Whether a description was written for an earlier version than ``version``.
 
     Raises:
-        InputError: it is of another kind.
+        InputError: it cannot be read, or is of another kind.
     """
     return _parsed(path, kind).integer("version") < version
 
 
-def read_description(path: Path, kind: str, version: int, *, large: str) -> Described:
-    """Read a description and check the files that it names; of the ``large`` one only the size.
+def read_description(
+    path: Path, kind: str, version: int, *, large: str, needs: Collection[str], may: Collection[str]
+) -> Described:
+    """Read a description and check the files that it names; the ``large`` one is read only where it changed.
+
+    Args:
+        needs, may: names of files that it must list, ``large`` among them, and of those that it may.
 
     Raises:
-        InputError: it is of another kind or version, or a file is damaged.
+        InputError: it cannot be read, is of another kind or version, lists other files, or one is missing or damaged.
     """
-    table = _table(path, kind, version)
+    table = _parsed(path, kind)
+    if table.integer("version") != version:
+        raise InputError(str(path), f"this edgepet reads graphs of version {version}", fix="delete it and run again")
     preprocess = read_preprocess(table.nested("preprocess"))
-    files = {name: _file(entry) for name, entry in _entries(table)}
+    files = listed_files(table, needs=needs, may=may)
     table.raw("versions")
-    for name, (digest, size) in files.items():
-        _check_file(path.parent / name, digest, size, whole=name != large)
+    require_whole(path.parent, files, stamped=(large,), fix=f"delete {path.parent} and run again")
     return Described(table, preprocess, files)
 
 
@@ -197,43 +212,24 @@ def write_graph_json(
     kind: str = FORMAT,
     version: int = VERSION,
 ) -> None:
-    """Seal a graph: its facts and the digests of its files, written last."""
-    listed = {name: {"sha256": sha256_file(folder / name), "bytes": (folder / name).stat().st_size} for name in files}
-    write_file(folder / f"{stem}.json", canonical_json({"format": kind, "version": version, **facts, "files": listed}))
+    """Seal a graph: its facts and the digests of its ``files`` in ``folder``, written last.
 
-
-def _table(path: Path, kind: str, version: int) -> ObjectReader:
-    table = _parsed(path, kind)
-    if table.integer("version") != version:
-        raise InputError(str(path), f"this edgepet reads graphs of version {version}", fix="delete it and run again")
-    return table
+    Raises:
+        InputError: it cannot be written.
+    """
+    found = listing(folder, files)
+    for name, (digest, _) in found.items():
+        put_stamp(folder / name, digest)
+    entries = {name: {"sha256": digest, "bytes": size} for name, (digest, size) in found.items()}
+    described = {"format": kind, "version": version, **facts, "files": entries}
+    write_file(folder / f"{stem}.json", canonical_json(described))
 
 
 def _parsed(path: Path, kind: str) -> ObjectReader:
-    try:
-        table = ObjectReader(parse_json(read_file(path)), path.name, error=InputError)
-    except (ValueError, RecursionError) as error:
-        raise InputError(str(path), "is not readable JSON", got=error, fix="delete it and run again") from error
+    table = read_manifest(path, where=path.name, fix="delete it and run again")
     table.text("format", choices=[kind])
     return table
 
 
 def _settings(table: ObjectReader) -> dict[str, object]:
     return {key: table.raw(key) for key in table.names()}
-
-
-def _entries(table: ObjectReader) -> list[tuple[str, ObjectReader]]:
-    files = table.nested("files")
-    return [(name, files.nested(name)) for name in files.names()]
-
-
-def _file(entry: ObjectReader) -> tuple[str, int]:
-    facts = entry.text("sha256"), entry.integer("bytes")
-    entry.end()
-    return facts
-
-
-def _check_file(path: Path, digest: str, size: int, *, whole: bool) -> None:
-    damaged = not path.is_file() or path.stat().st_size != size or (whole and sha256_file(path) != digest)
-    if damaged:
-        raise InputError(str(path), "is damaged or missing", fix=f"delete {path.parent} and run again")

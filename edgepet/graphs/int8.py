@@ -9,12 +9,12 @@ A scale and shift of outputs leaves codes alone: W ~ diag(s) C gives diag(g) W ~
 out-scales and additions to vectors (SSF, BitFit, norm tuning) is its slots; IA3 is in all layers whose outputs it
 scales, but it scales what the second layer of an MLP reads. Any other delta is folded into what
 the codes stand for and coded again by the same recipe; the codes that changed are that task's own memory. Reading needs
-neither torch nor ``onnx``. The files are made by ``edgepet.calibration.slot_graphs``.
+neither torch nor ``onnx``. The files are made by ``edgepet.calibration.slot_graphs``; their format is
+docs/spec/graph-v1.md.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -24,6 +24,7 @@ from edgepet.deltas.codes import CodedWeight
 from edgepet.errors import InputError
 from edgepet.files import sha256_file
 from edgepet.graphs.base import graph_folder, graph_stem, read_description
+from edgepet.graphs.manifest import Listed
 from edgepet.graphs.tensor_files import mapped_tensors
 from edgepet.spec import NpArray, Preprocess
 from edgepet.strict import ObjectReader
@@ -53,7 +54,11 @@ SLOT_FORMS = {  # by runtime
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Int8Layer:
-    """A layer with codes. ``reads`` is the tensor whose range it needs; all other names are of backbone tensors."""
+    """A layer with codes. ``reads`` is the tensor whose range it needs; all other names are of backbone tensors.
+
+    ``norm`` are weight and bias of the layer norm in front, ``batch_norm`` weight, bias, mean and variance of the one
+    behind, which has ``epsilon``. ``padded``: it sees zeros around what it reads.
+    """
 
     name: str
     kind: Literal["linear", "conv"]
@@ -71,7 +76,8 @@ class Int8Graph:
     """The int8 backbone at one image size, opened from ``folder``; its tensors are mapped, not read.
 
     ``codes_sha256`` is of the file of codes: what a task's ranges are bound to. ``vectors`` are backbone tensors that
-    every task brings: norms, biases and the like.
+    every task brings: norms, biases and the like. ``width`` are its pooled features, ``files`` are name -> (hex
+    sha256, size in bytes).
     """
 
     folder: Path
@@ -82,7 +88,7 @@ class Int8Graph:
     layers: tuple[Int8Layer, ...]
     vectors: tuple[str, ...]
     codes_sha256: str
-    files: Mapping[str, tuple[str, int]]
+    files: Listed
 
     @property
     def stem(self) -> str:
@@ -141,17 +147,23 @@ def model_name(stem: str, runtime: str) -> str:
 
 
 def open_int8(fingerprint: str, preprocess: Preprocess, *, root: Path | None = None) -> Int8Graph:
-    """Open the int8 backbone, checking sizes, and the small files' digests.
+    """Open the int8 backbone, checking its files; see ``manifest.require_whole``.
+
+    Args:
+        preprocess: only its image size and frames count.
 
     Raises:
-        InputError: it was never made, or a file of it is damaged.
+        InputError: it was never made, or by another version, or a file of it is damaged.
     """
     folder = graph_folder(fingerprint, root)
     path = folder / f"{int8_stem(preprocess)}.json"
     if not path.is_file():
         fix = "run `edgepet calibrate TASK.pet --calib DIR -o OUT.pet` where torch is installed"
         raise InputError(str(folder), f"holds no int8 backbone at {preprocess.image_size[0]} pixels", fix=fix)
-    described = read_description(path, FORMAT, VERSION, large=CODES)
+    stem = path.stem
+    needs = (CODES, *(model_name(stem, runtime) for runtime in SLOT_FORMS))
+    may = (f"{graph_stem(preprocess)}.safetensors",)
+    described = read_description(path, FORMAT, VERSION, large=CODES, needs=needs, may=may)
     table = described.table
     graph = Int8Graph(
         folder=folder,
@@ -165,9 +177,23 @@ def open_int8(fingerprint: str, preprocess: Preprocess, *, root: Path | None = N
         files=described.files,
     )
     table.end()
+    _require_names(graph, path)
     if (graph.fingerprint, graph.stem) != (fingerprint, int8_stem(preprocess)):
         raise InputError(str(path), "describes another graph than its name says", fix=f"delete {path} and run again")
     return graph
+
+
+def _require_names(graph: Int8Graph, path: Path) -> None:
+    """Refuse a description that speaks of tensors which the files do not hold."""
+    for layer in graph.layers:
+        wanted = [layer.weight + CODE, layer.weight + STEP, layer.weight + SUM]
+        wanted += [name for name in (layer.bias, *(layer.norm or ()), *(layer.batch_norm or ())) if name is not None]
+        missing = [name for name in wanted if name not in graph.tensors]
+        if missing:
+            raise InputError(f"{path.name}: {layer.name}", "speaks of a tensor that is not there", got=missing[0])
+    missing = [name for name in graph.vectors if name not in graph.tensors]
+    if missing:
+        raise InputError(f"{path.name}: vectors", "speaks of a tensor that is not there", got=missing[0])
 
 
 def _layer(table: ObjectReader) -> Int8Layer:
@@ -191,7 +217,7 @@ def _layer(table: ObjectReader) -> Int8Layer:
 
 
 def require_codes(graph: Int8Graph) -> None:
-    """Refuse a file of codes that is not the one that was made: the one large file that opening does not read.
+    """Refuse a file of codes that is not the one that was made: opening reads it only where it changed.
 
     Raises:
         InputError: its digest is another.

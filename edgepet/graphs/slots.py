@@ -1,4 +1,7 @@
-"""A task on the int8 backbone: everything of it that the codes are not, in the graph's slots."""
+"""A task on the int8 backbone: everything of it that the codes are not, in the graph's slots.
+
+What each slot holds is a table of docs/spec/graph-v1.md.
+"""
 
 from __future__ import annotations
 
@@ -18,10 +21,11 @@ from edgepet.spec import NpArray
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Slots:
-    """What a task puts into the graph. ``values`` are the slots by name; ``codes`` are its own in place of tensors of
-    the file, by their name there.
+    """What a task puts into ONNX Runtime's graph; ``unit_slots`` makes OpenVINO's of it.
 
-    ``ranges`` are by the tensor that they are of.
+    ``values`` are the slots by name, float32: steps and bias (out,) of each layer, one number for each scale and shift,
+    and the backbone's vectors. ``codes`` are its own, int8, in place of tensors of the file, by their name and in their
+    shape there. ``ranges`` are by the tensor that they are of.
     """
 
     values: Mapping[str, NpArray]
@@ -30,16 +34,19 @@ class Slots:
 
     @property
     def own_bytes(self) -> int:
-        """Memory that only this task needs, runtime's packing left out."""
+        """Bytes of memory that only this task needs, runtime's packing left out."""
         return sum(value.nbytes for value in (*self.values.values(), *self.codes.values()))
 
 
 def task_slots(graph: Int8Graph, delta: Delta) -> Slots:
     """Express ``delta`` against the codes: vectors are folded, codes stay, or are made again where they must change.
 
+    Neither ``graph`` nor ``delta`` is modified.
+
     Raises:
         BackboneError: ``delta`` was trained on another backbone.
-        InputError: it has no ranges for these codes, or branches; or an update does not fit.
+        InputError: it has no ranges for these codes, or branches; an update does not fit, or changes what is a constant
+            of the graph; or a slot is not finite.
     """
     require_fingerprint(graph.backbone, graph.fingerprint, delta)
     ranges = task_ranges(graph, delta)
@@ -63,7 +70,7 @@ def task_ranges(graph: Int8Graph, delta: Delta) -> dict[str, Range]:
     """The ranges that a pack brings, by the tensor that they are of.
 
     Raises:
-        InputError: it brings none, or for other codes.
+        InputError: it brings none, too many or too few, or for other codes, or a shift where there can be none.
     """
     fix = "run `edgepet calibrate TASK.pet --calib DIR -o OUT.pet`"
     if delta.int8 is None:
@@ -145,7 +152,7 @@ def _layer_slots(
 
 
 def code_sums(codes: NpArray) -> NpArray:
-    """The sum of each output's codes, int32 (out,): what one unit of shift makes of them."""
+    """The sum of each output's ``codes`` (out, ...), int32 (out,): what one unit of shift makes of them."""
     sums: NpArray = codes.reshape(len(codes), -1).sum(axis=1, dtype=np.int32)
     return sums
 
@@ -153,7 +160,8 @@ def code_sums(codes: NpArray) -> NpArray:
 def unit_slots(graph: Int8Graph, slots: Slots) -> dict[str, NpArray]:
     """The same task for the graph in which every code stands for itself: scales lie before and behind the products.
 
-    A layer norm divides by the scale of its range; elsewhere one product and one difference do.
+    A layer norm divides by the scale of its range; elsewhere one product and one sum do. Steps and bias of a
+    convolution are (1, out, 1, 1). ``slots`` is not modified.
     """
     made = {name: slots.values[name] for name in graph.vectors}
     for layer in graph.layers:
@@ -181,7 +189,10 @@ def _spread(layer: Int8Layer, values: NpArray) -> NpArray:
 def slot_shapes(
     layers: Sequence[Int8Layer], vectors: Mapping[str, int], outs: Mapping[str, int], form: SlotForm
 ) -> dict[str, tuple[int, ...]]:
-    """The name and shape of every slot of a graph of this form; ``outs`` are outputs of layers by their weight."""
+    """The name and shape of every slot of a graph of this form.
+
+    ``vectors`` are lengths by name, ``outs`` the outputs of layers by their weight.
+    """
     shapes: dict[str, tuple[int, ...]] = {name: (size,) for name, size in vectors.items()}
     for layer in layers:
         wide = form.unit_codes and layer.kind == "conv"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import mmap
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -10,8 +11,12 @@ from pathlib import Path
 import numpy as np
 
 from edgepet.canonical import parse_json
+from edgepet.errors import InputError
+from edgepet.files import read_file, require_regular
 from edgepet.spec import NpArray
+from edgepet.strict import ObjectReader
 
+MOST_HEADER_BYTES = 100_000_000  # as safetensors' own readers have it
 _DTYPES = {
     "F64": "<f8",
     "F32": "<f4",
@@ -26,7 +31,7 @@ _DTYPES = {
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where a tensor's bytes lie: a file of the folder, an offset and a length."""
+    """Where a tensor's bytes lie: a file of the folder, an offset and a length in bytes; ``dtype`` is NumPy's."""
 
     file: str
     offset: int
@@ -36,17 +41,59 @@ class Place:
 
 
 def safetensors_places(path: Path) -> dict[str, Place]:
-    """Offsets of every tensor in a safetensors file, counted from the start of the file."""
+    """Offsets of every tensor in a safetensors file, counted from the start of the file.
+
+    Raises:
+        InputError: it cannot be read, or is not one whole safetensors file: a header that is cut or lies, a number
+            format that is not known here, tensors that overlap, leave gaps or reach beyond the end.
+    """
+    require_regular(path)
     with path.open("rb") as file:
+        size = path.stat().st_size
         start = 8 + int.from_bytes(file.read(8), "little")
-        header = parse_json(file.read(start - 8))
-    places = {}
-    for name, entry in header.items():
-        if name != "__metadata__":
-            first, last = entry["data_offsets"]
-            shape = tuple(int(side) for side in entry["shape"])
-            places[name] = Place(path.name, start + first, last - first, _DTYPES[entry["dtype"]], shape)
+        if start > min(size, MOST_HEADER_BYTES):
+            raise _not_whole(path, f"a header of {start - 8} bytes in a file of {size}")
+        header = file.read(start - 8)
+    try:
+        table = ObjectReader(parse_json(header), str(path), error=InputError)
+    except (ValueError, RecursionError) as error:
+        raise _not_whole(path, error) from error
+    names = [name for name in table.names() if name != "__metadata__"]
+    places = {name: _place(table.nested(name), path, start) for name in names}
+    end = start
+    for place in sorted(places.values(), key=lambda place: (place.offset, place.length)):
+        if place.offset != end:
+            raise _not_whole(path, "tensors that overlap or leave gaps")
+        end += place.length
+    if end != size:
+        raise _not_whole(path, f"{end} bytes of tensors in a file of {size}")
     return places
+
+
+def _place(entry: ObjectReader, path: Path, start: int) -> Place:
+    kind, shape, offsets = entry.text("dtype"), entry.integers("shape"), entry.integers("data_offsets")
+    entry.end()
+    if kind not in _DTYPES:
+        raise InputError(entry.where, f"has a number format that is not one of {', '.join(_DTYPES)}", got=kind)
+    if len(offsets) != 2 or offsets[1] - offsets[0] != math.prod(shape) * np.dtype(_DTYPES[kind]).itemsize:
+        raise InputError(entry.where, f"needs the bytes of {kind} {list(shape)}", got=f"offsets {list(offsets)}")
+    return Place(path.name, start + offsets[0], offsets[1] - offsets[0], _DTYPES[kind], shape)
+
+
+def _not_whole(path: Path, got: object) -> InputError:
+    return InputError(str(path), "is no whole safetensors file", got=got, fix="delete it and make it again, or copy it")
+
+
+def read_tensors(path: Path) -> dict[str, NpArray]:
+    """All tensors of a safetensors file, in memory.
+
+    Raises:
+        InputError: as ``safetensors_places``.
+    """
+    places, data = safetensors_places(path), read_file(path)
+    return {
+        name: np.frombuffer(data, p.dtype, math.prod(p.shape), p.offset).reshape(p.shape) for name, p in places.items()
+    }
 
 
 def mapped_tensors(folder: Path, files: list[str]) -> dict[str, NpArray]:
@@ -60,7 +107,7 @@ def mapped_tensors(folder: Path, files: list[str]) -> dict[str, NpArray]:
 def _views(folder: Path, places: Mapping[str, Place]) -> dict[str, NpArray]:
     maps = {name: _mapped(folder / name) for name in {place.file for place in places.values()}}
     return {
-        name: np.frombuffer(maps[p.file], p.dtype, int(np.prod(p.shape)), p.offset).reshape(p.shape)
+        name: np.frombuffer(maps[p.file], p.dtype, math.prod(p.shape), p.offset).reshape(p.shape)
         for name, p in places.items()
     }
 

@@ -1,8 +1,8 @@
 """The state of a training that was not finished: one file beside the pack, whole or not there.
 
 ``flowers.checkpoint`` is a safetensors file; its tensor ``facts`` is JSON: what is being trained (``identity``) and how
-far it got (``progress``). It is written at the end of every epoch and every few seconds between, and goes when the pack
-is there. A pack and a work folder of an earlier training stay what they are until then.
+far it got (``progress``). It is written at the end of every epoch and every ``every_s`` seconds between, and goes when
+the pack is there. A pack and a work folder of an earlier training stay what they are until then.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from types import FrameType
 
 import numpy as np
 import safetensors.numpy
-from safetensors import SafetensorError
 
 from edgepet.canonical import canonical_json, parse_json
 from edgepet.errors import InputError, option
-from edgepet.files import read_file, write_file
+from edgepet.files import clear_leftovers, write_file
+from edgepet.graphs.tensor_files import read_tensors
 from edgepet.spec import NpArray, Tensors
 from edgepet.strict import ObjectReader
 from edgepet.tuning.options import CHECKPOINT_S
@@ -39,7 +39,7 @@ def checkpoint_file(pack: Path) -> Path:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Checkpoint:
-    """``progress`` holds plain JSON values, ``tensors`` all else, under the names that the writing loop gave them."""
+    """``progress`` holds plain JSON values, ``tensors`` all else as arrays, under names that the writing loop chose."""
 
     progress: Mapping[str, object]
     tensors: Tensors
@@ -61,7 +61,7 @@ class Keeper:
 
     @property
     def due(self) -> bool:
-        """Whether the last one is ``every_s`` seconds old."""
+        """Whether the last one, or the beginning where there is none yet, is ``every_s`` seconds old."""
         return time.monotonic() - self._saved >= self.every_s
 
     def save(self, checkpoint: Checkpoint) -> None:
@@ -88,8 +88,8 @@ class Keeper:
         Raises:
             InputError: the file is damaged, or was written by a training that differs.
         """
-        for left in self.path.parent.glob(f".{self.path.name}.*") if self.writes else ():
-            left.unlink(missing_ok=True)  # half a checkpoint, of a process that was killed while it wrote
+        if self.writes:
+            clear_leftovers(self.path)  # half a checkpoint, of a process that was killed while it wrote
         if not self.path.exists():
             return None
         was, saved = _read(self.path)
@@ -107,6 +107,11 @@ class Keeper:
             self.path.unlink(missing_ok=True)
 
 
+def no_whole(path: Path, got: object) -> InputError:
+    """The error of a checkpoint that lacks what a training needs to go on."""
+    return InputError(str(path), "is no whole checkpoint", got=got, fix=_BEGIN_AGAIN)
+
+
 def identity_of(path: Path) -> Mapping[str, object]:
     """What the training that left ``path`` was: empty where there is none.
 
@@ -118,14 +123,16 @@ def identity_of(path: Path) -> Mapping[str, object]:
 
 def _read(path: Path) -> tuple[Mapping[str, object], Checkpoint]:
     try:
-        tensors = safetensors.numpy.load(read_file(path))
+        tensors = read_tensors(path)
         table = ObjectReader(parse_json(tensors.pop(_FACTS).tobytes()), str(path), error=InputError)
-    except (SafetensorError, KeyError, ValueError, RecursionError) as error:
-        raise InputError(str(path), "is no whole checkpoint", got=error, fix=_BEGIN_AGAIN) from error
+    except (InputError, KeyError, ValueError, RecursionError) as error:
+        got = error.got if isinstance(error, InputError) else error
+        raise no_whole(path, got) from error
     table.text("format", choices=[FORMAT])
     if (version := table.integer("version")) != VERSION:
         raise InputError(str(path), f"needs version {VERSION}", got=version, fix=_BEGIN_AGAIN)
-    identity, progress = (dict(table.raw(key)) for key in ("identity", "progress"))
+    parts = {key: table.nested(key) for key in ("identity", "progress")}
+    identity, progress = ({key: part.raw(key) for key in part.names()} for part in parts.values())
     table.end()
     return identity, Checkpoint(progress=progress, tensors=tensors)
 
@@ -135,6 +142,7 @@ def ends_when_asked(keeper: Keeper) -> Iterator[None]:
     """While the block runs the first SIGINT or SIGTERM sets ``keeper.stop``; a second one acts as ever.
 
     A signal that the process was told to ignore, as ``nohup`` and shells tell what runs behind them, stays ignored.
+    Outside of the main thread nothing changes.
     """
     if threading.current_thread() is not threading.main_thread():
         yield  # Python has signals in its main thread only
