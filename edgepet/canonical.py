@@ -38,7 +38,7 @@ def parse_json(text: str | bytes) -> Any:
 
 
 def sha256_tensors(tensors: Tensors) -> str:
-    """Digest of names, shapes and values, whatever the order of names, the file format or the memory layout.
+    """Hex sha256 of names, shapes and values, whatever the order of names, the file format or the memory layout.
 
     Floating-point tensors are hashed as little-endian float32, whatever precision they were read in.
     """
@@ -51,7 +51,7 @@ def sha256_tensors(tensors: Tensors) -> str:
 
 
 def backbone_fingerprint(tensors: Tensors) -> str:
-    """What a delta is bound to: ``sha256:`` and the digest of the backbone's tensors.
+    """What a delta is bound to: ``sha256:`` and 64 hex digits, ``sha256_tensors`` of the backbone's.
 
     Args:
         tensors: the whole state dict at the native image size, classifier left out. A batch norm's

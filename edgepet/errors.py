@@ -58,7 +58,7 @@ class CheckError(EdgepetError):
 
 
 class MissingError(EdgepetError):
-    """A package or backend that is not installed here."""
+    """A package that is not installed here, or a backend, such as a GPU, that is not there."""
 
     exit_code = 5
 

@@ -10,7 +10,7 @@ from typing import Any, Literal, TypeAlias, cast
 
 import numpy.typing as npt
 
-from edgepet.errors import InputError, PackError
+from edgepet.errors import InputError
 from edgepet.strict import ObjectReader
 
 NpArray: TypeAlias = npt.NDArray[Any]
@@ -33,7 +33,8 @@ _TARGET = re.compile(
 class Target:
     """A state-dict name with an optional block of rows and columns: ``blocks.0.mlp.fc2.weight[:, 384:768]``.
 
-    A convolution kernel (out, in, kh, kw) is seen as (out, in * kh * kw).
+    A convolution kernel (out, in, kh, kw) is seen as (out, in * kh * kw). ``rows`` and ``cols`` are a start and the end
+    behind the last, None for all.
     """
 
     tensor: str
@@ -45,7 +46,7 @@ class Target:
         """Read the written form.
 
         Raises:
-            InputError: ``text`` is not a name with an optional block.
+            InputError: ``text`` is not a name with an optional block, or the block is empty.
         """
         match = _TARGET.fullmatch(text)
         if match is None:
@@ -173,11 +174,19 @@ class Preprocess:
         return {key: value for key, value in values.items() if key != "frames" or self.frames > 1}
 
 
+LEAST_STD = 2.0**-126  # of float32's normal numbers
+
+
 def read_preprocess(table: ObjectReader) -> Preprocess:
-    """Preprocessing from JSON, as ``Preprocess.as_json`` writes it."""
+    """Preprocessing from JSON, as ``Preprocess.as_json`` writes it.
+
+    Raises:
+        EdgepetError: of the kind of ``table``: ``image_size`` is not two sizes, ``crop_fraction`` not in (0, 1], or a
+            ``std`` not above 0 as float32 has it, in which images are divided by it.
+    """
     sizes = table.integers("image_size", least=1)
     if len(sizes) != 2:
-        raise PackError(f"{table.where}.image_size", "needs a height and a width", got=list(sizes))
+        raise table.refusal("image_size", "needs a height and a width", list(sizes))
     preprocess = Preprocess(
         image_size=(sizes[0], sizes[1]),
         interpolation=cast(
@@ -190,8 +199,8 @@ def read_preprocess(table: ObjectReader) -> Preprocess:
         frames=table.integer("frames", least=2) if "frames" in table.names() else 1,
     )
     table.end()
-    if not 0 < preprocess.crop_fraction <= 1 or min(preprocess.std) <= 0:
-        raise PackError(table.where, "needs a crop_fraction in (0, 1] and a std above 0")
+    if not 0 < preprocess.crop_fraction <= 1 or min(preprocess.std) < LEAST_STD:
+        raise table.refusal("", "needs a crop_fraction in (0, 1] and a std above 0")
     return preprocess
 
 
@@ -199,7 +208,8 @@ def read_preprocess(table: ObjectReader) -> Preprocess:
 class Base:
     """A backbone's dense tensors, as merging needs them: no framework, no classifier.
 
-    ``fingerprint`` is taken at the native image size; ``tensors`` may hold a position table resampled to another one.
+    ``fingerprint`` is taken at the native image size; ``tensors``, by state-dict name, may hold a position table
+    resampled to another one.
     """
 
     name: str

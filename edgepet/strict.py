@@ -12,7 +12,8 @@ from edgepet.errors import EdgepetError, PackError
 class ObjectReader:
     """One JSON object being read, by typed getters. ``end()`` refuses the keys that nobody asked for.
 
-    Every getter raises ``error``, PackError by default, where the key is not there or its value is something else.
+    Every getter raises ``error``, PackError by default, where the key is not there or its value is something else; so
+    does making a reader of what is no object. ``where`` is the place that messages name.
     """
 
     def __init__(self, value: object, where: str, *, error: type[EdgepetError] = PackError) -> None:
@@ -119,6 +120,10 @@ class ObjectReader:
                 f"knows no key {', '.join(map(repr, unknown))}",
                 fix="update edgepet if a newer version wrote this file",
             )
+
+    def refusal(self, key: str, what: str, got: object = None) -> EdgepetError:
+        """An error of this reader's kind about ``key``, or about the whole object where it is empty."""
+        return self._error(self._at(key), what, got=got)
 
     def _take(self, key: str) -> Any:
         self._read.add(key)

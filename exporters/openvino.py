@@ -21,7 +21,7 @@ def write_openvino(onnx_model: bytes, folder: Path, *, where: str) -> list[str]:
     """Convert ``onnx_model`` and write ``model.xml`` and ``model.bin`` in its own precision; returns the file names.
 
     Raises:
-        InputError: OpenVINO cannot convert an operator.
+        InputError: OpenVINO cannot convert an operator, or the files cannot be written.
         MissingError: OpenVINO is not installed.
     """
     openvino = require("openvino", extra="openvino", purpose="OpenVINO")
@@ -33,12 +33,16 @@ def write_openvino(onnx_model: bytes, folder: Path, *, where: str) -> list[str]:
         # Names that OpenVINO made up count up over the life of the process: number them by place, for equal bytes.
         if _MADE_UP.fullmatch(node.get_friendly_name()):
             node.set_friendly_name(f"{node.get_type_name()}_{number}")
-    openvino.save_model(model, folder / MODEL, compress_to_fp16=False)
     names = [MODEL, str(Path(MODEL).with_suffix(".bin"))]
-    for name in names:
-        with (folder / name).open("rb") as file:
-            os.fsync(file.fileno())
-    sync_folder(folder)
+    try:
+        openvino.save_model(model, folder / MODEL, compress_to_fp16=False)
+        for name in names:
+            with (folder / name).open("rb") as file:
+                os.fsync(file.fileno())
+        sync_folder(folder)
+    except (OSError, RuntimeError) as error:
+        got = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        raise InputError(str(folder / MODEL), "could not be written", got=got) from error
     return names
 
 

@@ -18,7 +18,7 @@ import safetensors.numpy
 from edgepet.deltas.branches import ATTENTION, Branch, named_tensors, structure_digest, structure_of
 from edgepet.device.onnxruntime import OnnxRuntime
 from edgepet.errors import CheckError, InputError, require
-from edgepet.files import write_file
+from edgepet.files import made_folder, write_file
 from edgepet.graphs.base import (
     FEATURES,
     INPUT,
@@ -68,7 +68,7 @@ def keep_weights(backbone: Backbone, folder: Path | None = None, *, anew: bool =
         InputError: the file cannot be written.
     """
     folder = folder or graph_folder(backbone.fingerprint)
-    folder.mkdir(parents=True, exist_ok=True)
+    made_folder(folder, "backbones and graphs are kept there")
     data = safetensors.numpy.save({name: np.asarray(tensor, order="C") for name, tensor in backbone.native.items()})
     if anew or not (folder / WEIGHTS).is_file() or (folder / WEIGHTS).stat().st_size != len(data):
         write_file(folder / WEIGHTS, data)

@@ -300,7 +300,8 @@ def test_auto_writes_one_artefact_of_each_format_and_says_what_was_measured(
         name, _, number = first.partition(": ")
         measured = {name: float(number.removesuffix(" ms")), **{p: float(ms) for p, ms in map(str.split, rest)}}
         assert set(measured) == {row["precision"], *others}
-        assert min(measured, key=lambda p: measured[p]) == row["precision"]
+        # the smallest within a near tie of the fastest, in numbers with one decimal
+        assert measured[row["precision"]] <= precision.AUTO_TIE * min(measured.values()) + 0.1
         assert ("and loses " in row["why"]) == (row["precision"] == "int8")
 
 

@@ -5,22 +5,25 @@ A verb's file is imported when it is asked for: ``edgepet --help`` needs none of
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
+import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from edgepet import __version__
-from edgepet.cli.options import Parser, flags_of, spelled
-from edgepet.errors import EdgepetError
+from edgepet.cli.options import Parser, ends_by_sigterm, flags_of, harmless, spelled
+from edgepet.errors import EdgepetError, InputError
 
 if TYPE_CHECKING:
     from argparse import ArgumentParser, Namespace
 
     from edgepet.verbs.verb import Verb
 
-DONE, CHECK_SAID_NO, STOPPED = 0, 4, 130  # the other exit codes are those of the errors, and argparse's 2
+DONE, REFUSED, CHECK_SAID_NO, STOPPED = 0, 3, 4, 130  # the other exit codes are those of the errors, and argparse's 2
 
 VERBS: dict[str, tuple[str, str]] = {  # verb -> where its ``Verb`` is, below ``edgepet.verbs``; what it does
     "doctor": ("doctor:VERB", "what is installed, what each missing runtime needs, CPU features"),
@@ -43,6 +46,8 @@ VERBS: dict[str, tuple[str, str]] = {  # verb -> where its ``Verb`` is, below ``
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb and return its exit code."""
+    if sys.stderr is None:  # closed by who started us: there is nobody to tell
+        sys.stderr = Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115  as long as the process lives
     given = list(sys.argv[1:] if argv is None else argv)
     name = next((word for word in given if not word.startswith("-")), None)
     verb = load(name) if name in VERBS else None
@@ -51,14 +56,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     if verb is None or own is None:  # argparse has refused all other words
         return DONE
     try:
-        return _run(verb, options)
+        with ends_by_sigterm():
+            return _run(verb, options)
     except EdgepetError as error:
-        sys.stderr.write(f"{spelled(str(error), flags_of(own))}\n")
-        return error.exit_code
+        return _refused(str(error), own, error.exit_code)
+    except MemoryError:
+        return _refused(f"{name}: needs more memory than there is\n  fix: ask for less", own, REFUSED)
     except KeyboardInterrupt as stopped:
-        told = spelled(str(stopped), flags_of(own))
-        sys.stderr.write(f"interrupted: {told}\n" if told else "interrupted\n")
-        return STOPPED
+        return _refused(f"interrupted: {stopped}" if str(stopped) else "interrupted", own, STOPPED)
+
+
+def _refused(message: str, parser: ArgumentParser, code: int) -> int:
+    """Say it, with flags for fields; names from outside must not steer the terminal."""
+    sys.stderr.write(f"{harmless(spelled(message, flags_of(parser)))}\n")
+    return code
 
 
 def load(name: str) -> Verb:
@@ -81,15 +92,34 @@ def _run(verb: Verb, options: Namespace) -> int:
 
 
 def _put_out(verb: Verb, report: object, options: Namespace) -> None:
-    if options.json:
-        from edgepet.reports.as_json import to_json
+    """Write the report to stdout. A reader who has left is told nothing; a full disk is an error.
 
-        sys.stdout.write(json.dumps(to_json(report), ensure_ascii=False, allow_nan=False) + "\n")
-    elif not options.quiet:
-        from edgepet.reports.screen import show, terminal
+    Raises:
+        InputError: stdout is closed or cannot be written.
+    """
+    if sys.stdout is None:
+        raise InputError("stdout", "is closed", fix="write the report to a file or a pipe")
+    try:
+        if options.json:
+            from edgepet.reports.as_json import to_json
 
-        show(terminal(stderr=False), verb.screen(report))
-    sys.stdout.flush()
+            sys.stdout.write(json.dumps(to_json(report), ensure_ascii=False, allow_nan=False) + "\n")
+        elif not options.quiet:
+            from edgepet.reports.screen import show, terminal
+
+            show(terminal(stderr=False), verb.screen(report))
+        sys.stdout.flush()
+    except BrokenPipeError:
+        _forget_stdout()
+    except OSError as error:
+        _forget_stdout()
+        raise InputError("stdout", "could not be written", got=error.strerror or str(error)) from error
+
+
+def _forget_stdout() -> None:
+    """What is left in its buffer would fail once more when the interpreter ends."""
+    with contextlib.suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _say_versions() -> None:

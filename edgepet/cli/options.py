@@ -1,10 +1,14 @@
-"""Options of a command line: how they are parsed, and how an error about a field is told of its flag."""
+"""A command line: how options are parsed, how an error about a field is told of its flag, how a signal ends it."""
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import re
-from collections.abc import Mapping
+import signal
+import threading
+from collections.abc import Iterator, Mapping
+from types import FrameType
 from typing import Any
 
 _FIELD = re.compile(r"`([a-z][a-z0-9_]*)(?:=([^`]*))?`")  # as ``errors.option`` writes them
@@ -33,3 +37,34 @@ def spelled(message: str, flags: Mapping[str, str]) -> str:
         return name if match[2] in (None, "True") else f"{name} {match[2]}"
 
     return _FIELD.sub(flag, message)
+
+
+def harmless(message: str) -> str:
+    """``message`` without what steers a terminal: escape codes and marks of direction become replacement characters.
+
+    Lines stay lines: those of a message are ours, and names in it are spelled by ``repr`` or have none.
+    """
+    return "".join(c if c.isprintable() or c == "\n" else "\N{REPLACEMENT CHARACTER}" for c in message)
+
+
+@contextlib.contextmanager
+def ends_by_sigterm() -> Iterator[None]:
+    """While the block runs SIGTERM ends it as an interrupt does, so that what is half done is cleared away.
+
+    A training sets handlers of its own meanwhile; a signal that the process was told to ignore stays ignored.
+    """
+
+    def end(number: int, frame: FrameType | None) -> None:
+        del number, frame
+        raise KeyboardInterrupt("terminated")
+
+    main = threading.current_thread() is threading.main_thread()  # Python has signals in it only
+    before = signal.getsignal(signal.SIGTERM)
+    if not main or before is not signal.SIG_DFL:
+        yield
+        return
+    signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

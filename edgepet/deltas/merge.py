@@ -54,6 +54,21 @@ def task_tensors(base: Base, delta: Delta) -> dict[str, NpArray]:
     return fold_all(base.tensors, delta.updates) | branches
 
 
+def require_finite(delta: Delta, tensors: Tensors) -> None:
+    """Refuse a delta that makes tensors which are not finite, of finite ones, and answers that are none.
+
+    Args:
+        tensors: what ``task_tensors`` made of it.
+
+    Raises:
+        InputError: a tensor that it changes, or its head, holds NaN or an infinity.
+    """
+    changed = {name: tensors[name] for name in (*delta.targets, *named_tensors(delta.branches))}
+    for name, tensor in (changed | {"head.weight": delta.head.weight, "head.bias": delta.head.bias}).items():
+        if not np.isfinite(tensor).all():
+            raise InputError(f"task {delta.task!r}: {name}", "must be finite when folded", got="NaN or infinity")
+
+
 def fold_all(tensors: Tensors, updates: Iterable[Targeted]) -> dict[str, NpArray]:
     """``tensors`` with ``updates`` folded in, in order and in each tensor's own precision; nothing is checked here."""
     merged = dict(tensors)

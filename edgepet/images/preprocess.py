@@ -6,8 +6,11 @@ Pillow images, timm 1.0.
 
 from __future__ import annotations
 
+import contextlib
 import math
+import stat
 import struct
+import threading
 from pathlib import Path
 from typing import TypeAlias
 
@@ -29,6 +32,10 @@ _DAMAGED = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.Deco
 # A file of 1 x 100000 pixels takes a hundred bytes, and gigabytes once its short side is 224.
 _MOST_RESIZED_PIXELS = 100_000_000
 
+# A file of a few kilobytes may decode to gigabytes. Large ones are decoded one at a time, whatever the threads.
+MOST_PIXELS, LARGE_PIXELS = 100_000_000, 16_000_000
+_LARGE = threading.Lock()
+
 # Pillow's own conversion of these to RGB clips: all of a 16-bit photograph turns white.
 _WIDE = dict.fromkeys(("I;16", "I;16L", "I;16B", "I;16N"), "16-bit") | {"I": "32-bit", "F": "floating-point"}
 
@@ -43,15 +50,19 @@ def load_pixels(path: Path, preprocess: Preprocess) -> Pixels:
     The first frame is taken, and EXIF orientation is left as timm leaves it: not applied.
 
     Raises:
-        InputError: the file is missing, damaged or no image, has more than 8 bits a channel, or is so elongated that
-            resizing it would fill the memory.
+        InputError: the file is missing, damaged or no image, has more than 8 bits a channel or ``MOST_PIXELS``, or is
+            so elongated that resizing it would fill the memory.
     """
     try:
+        if stat.S_IFMT(path.stat().st_mode) != stat.S_IFREG:
+            raise _unreadable(path, "a folder, a pipe or a device")
         with Image.open(path, formats=_FORMATS) as file:
+            _require_size(path, file)
             if file.mode in _WIDE:
                 told = "16-bit" if file.format == "PPM" else _WIDE[file.mode]  # Pillow widens these
                 raise _unreadable(path, f"{told} values, which would be cut off at 255")
-            image = _rgb(file)
+            with _LARGE if file.width * file.height > LARGE_PIXELS else contextlib.nullcontext():
+                image = _rgb(file)
     except UnidentifiedImageError as error:
         raise _unreadable(path, "bytes of no known image format") from error
     except _DAMAGED as error:
@@ -65,6 +76,12 @@ def load_pixels(path: Path, preprocess: Preprocess) -> Pixels:
             fix="crop the image or remove it",
         )
     return to_pixels(image, preprocess)
+
+
+def _require_size(path: Path, file: Image.Image) -> None:
+    if file.width * file.height > MOST_PIXELS:
+        what, got = f"must have at most {MOST_PIXELS} pixels", f"{file.width} x {file.height}"
+        raise InputError(str(path), what, got=got, fix="make the image smaller or remove it")
 
 
 def load_clip(folder: Path, preprocess: Preprocess) -> Pixels:

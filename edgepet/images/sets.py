@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from typing import Literal, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
 
 from edgepet.errors import InputError, option
 from edgepet.images.preprocess import SUFFIXES, Pixels, load_input, normalize
@@ -130,7 +132,8 @@ def load_sets(
 
     bad = []
     # Pillow releases the interpreter lock while it decodes and resizes, hence threads.
-    with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
+    with warnings.catch_warnings(), ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # there is a limit of our own
         for done, error in enumerate(pool.map(fill, places), start=1):
             bad += [error] if error is not None else []
             if progress is not None:

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 AnyBackbone: TypeAlias = "str | Backbone | None"
 
 OWN = "module:"  # what the label of a user's own network starts with
+MOST_SIDE = 8192  # pixels: beyond it a table of positions alone fills the memory
 WEIGHT_SUFFIXES = (".safetensors", ".pth", ".pt")
 
 
@@ -217,8 +218,9 @@ def load_backbone(spec: str, *, image_size: int | None = None, frames: int = 1) 
     """
     require("torch", extra="train", purpose=spec)
     timm = require("timm", extra="train", purpose=spec)
-    if image_size is not None and image_size < 1:
-        raise InputError(option("image_size"), "must be at least 1", got=image_size)
+    if image_size is not None and not 1 <= image_size <= MOST_SIDE:
+        what = "must be at least 1" if image_size < 1 else f"must be at most {MOST_SIDE}"
+        raise InputError(option("image_size"), what, got=image_size)
     if frames < 1:
         raise InputError(option("frames"), "must be at least 1", got=frames)
     if spec.startswith(OWN):

@@ -124,7 +124,9 @@ def _container(tensors: Mapping[str, NpArray], manifest: str) -> bytes:
 def _open_container(data: bytes, where: str) -> tuple[dict[str, NpArray], object]:
     start = data[:8]
     length = int.from_bytes(start, "little")
-    if len(start) < 8 or length > min(MAX_HEADER_BYTES, len(data) - 8):
+    if len(start) == 8 and MAX_HEADER_BYTES < length <= len(data) - 8:
+        raise PackError(where, f"must have a header of at most {MAX_HEADER_BYTES} bytes", got=length)
+    if len(start) < 8 or length > len(data) - 8:
         raise PackError(
             where, "is not a pack or is cut short", got=f"{len(data)} bytes", fix="copy the file again, whole"
         )

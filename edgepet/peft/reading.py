@@ -50,15 +50,40 @@ _KNOWN: dict[str, tuple[str, ...]] = {  # keys by type; any other key must be em
 _METHODS = {"LORA": "lora", "LOKR": "lokr", "IA3": "ia3"}
 _SETTINGS = ("r", "lora_alpha", "alpha", "use_rslora", "rank_pattern", "alpha_pattern", "target_modules")
 _HARMLESS_STARTS = (True, False, "gaussian", "eva", "orthogonal", "mica")  # they leave the base weights alone
+MOST_PATTERN, MOST_REPEATS = 100_000, 4  # characters; * + and {m,n} of one pattern
+_REPEATED_GROUP = re.compile(r"\)[*+?{]")
+_REPEATS = re.compile(r"(?<!\\)[*+{]")
 _ENDINGS = re.compile(
     r"(?P<module>.+)\.(?P<part>lora_[AB]\.(?:weight|bias)|lora_magnitude_vector(?:\.weight)?"
     r"|lokr_(?:w[12](?:_[ab])?|t2)|ia3_l)"
 )
 
 
+def compiled(pattern: str, where: str, whole: str | None = None) -> re.Pattern[str]:
+    r"""``pattern`` of a configuration, or the expression ``whole`` that PEFT makes of it, ready to match.
+
+    It comes from outside, and Python's matcher tries every way to read a name: a repetition of a group, or many
+    repetitions, would take for ever. Names, ``|``, ``.*``, ``\d+`` and the like are all that adapters need.
+
+    Raises:
+        InputError: it is no pattern, or one that could take long.
+    """
+    repeats = len(_REPEATS.findall(pattern))
+    if len(pattern) > MOST_PATTERN or _REPEATED_GROUP.search(pattern) or repeats > MOST_REPEATS:
+        what = f"must be a plain pattern: no repeated group, at most {MOST_REPEATS} repetitions"
+        raise InputError(where, what, got=repr(pattern[:80]), fix="name the layers one by one, with | between")
+    try:
+        return re.compile(pattern if whole is None else whole)
+    except re.error as error:
+        raise InputError(where, f"is no pattern: {error}", got=repr(pattern[:80])) from error
+
+
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Adapter:
-    """A PEFT folder; ``tensors`` are under PEFT's names without ``PREFIX``, floating-point ones in float32 or wider."""
+    """A PEFT folder; ``tensors`` are under PEFT's names without ``PREFIX``, floating-point ones in float32 or wider.
+
+    ``where`` is the place that messages name, ``config`` what ``adapter_config.json`` holds.
+    """
 
     where: str
     config: Mapping[str, Any]
@@ -85,15 +110,13 @@ class Adapter:
         return int(rank)
 
     def pattern(self, key: str, module: str, otherwise: float) -> float:
-        """The value for ``module`` as PEFT finds it (``get_pattern_key`` in ``utils/other.py``): the first match."""
+        """The value for ``module`` as PEFT finds it (``get_pattern_key`` in ``utils/other.py``): the first match.
+
+        Raises:
+            InputError: a pattern is no regular expression, or the value no finite number.
+        """
         for pattern, value in (self.config.get(key) or {}).items():
-            try:
-                matches = re.match(rf"(.*\.)?({pattern})$", module)
-            except re.error as error:
-                raise InputError(
-                    f"{self.where}/{CONFIG}: {key}", f"is no pattern: {error}", got=repr(pattern)
-                ) from error
-            if matches:
+            if compiled(pattern, f"{self.where}/{CONFIG}: {key}", rf"(.*\.)?({pattern})$").match(module):
                 return Adapter(where=self.where, config={key: value}, tensors={}).number(key, otherwise)
         return otherwise
 
@@ -191,12 +214,15 @@ def _check_config(adapter: Adapter) -> None:
 def lower(adapter: Adapter, base: Tensors, layers: Sequence[Site], classifiers: Sequence[str]) -> Lowered:
     """What ``adapter`` does to the tensors ``base``, and the task's head, as updates of float32 factors.
 
+    Neither is modified.
+
     Args:
         layers: of the backbone, as ``Backbone.layers``.
         classifiers: the layers behind it, two where a network was distilled; PEFT has them in ``modules_to_save``.
 
     Raises:
-        InputError: a tensor belongs to nothing that folds, or does not fit, or there is no classifier.
+        InputError: a tensor belongs to nothing that folds, or does not fit, or there is no classifier, or several that
+            differ.
     """
     modules, saved = _sorted(adapter)
     for name in classifiers:
@@ -341,7 +367,9 @@ def _ia3(adapter: Adapter, site: Site, given: dict[str, NpArray], base: Tensors)
     del base
     where, scale = f"{adapter.where}: {site.name}", _float32(given.pop("ia3_l").reshape(-1))
     inner = adapter.config.get("feedforward_modules") or ()
-    if re.fullmatch(inner, site.name) if isinstance(inner, str) else site.name.endswith(tuple(inner)):
+    place = f"{adapter.where}/{CONFIG}: feedforward_modules"
+    named = compiled(inner, place).fullmatch(site.name) if isinstance(inner, str) else site.name.endswith(tuple(inner))
+    if named:
         if site.groups > 1:
             what = f"is a convolution of {site.groups} groups, whose inputs cannot be scaled in its weight"
             raise InputError(where, what, fix="leave it out of feedforward_modules")

@@ -47,7 +47,11 @@ class _Layer:
 
 
 def write_adapter(folder: Path, adapter: Adapter) -> None:
-    """Write what ``PeftModel.from_pretrained`` reads into a folder that is there."""
+    """Write what ``PeftModel.from_pretrained`` reads into a folder that is there; floats become float32.
+
+    Raises:
+        InputError: it cannot be written.
+    """
     tensors = {f"{PREFIX}{name}": _stored(tensor) for name, tensor in adapter.tensors.items()}
     write_file(folder / WEIGHTS, safetensors.numpy.save(tensors, metadata={"format": "pt"}))
     write_file(folder / CONFIG, canonical_json(adapter.config))
@@ -60,7 +64,7 @@ def _stored(tensor: NpArray) -> NpArray:
 def unlower(
     updates: Iterable[Targeted], base: Tensors, layers: Sequence[Site], head: Tensors, *, where: str
 ) -> Adapter:
-    """An adapter that does to the tensors ``base`` what ``updates`` do.
+    """An adapter that does to the tensors ``base`` what ``updates`` do; nothing is modified.
 
     Args:
         layers: of the backbone, as ``Backbone.layers``.

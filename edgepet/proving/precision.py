@@ -35,7 +35,7 @@ AUTO_TIE = 1.05  # of the fastest
 
 @dataclass(frozen=True, slots=True, eq=False, kw_only=True)
 class Model:
-    """A model, the seconds that it took, and how it came to be.
+    """A model (``onnx.ModelProto``), the seconds that it took, and how it came to be.
 
     ``kept`` stays fp32. ``calibration`` are the images that were looked at, as a manifest keeps them. ``int8`` is the
     recipe and what it costs, ``drop`` the cost itself.
@@ -51,7 +51,7 @@ class Model:
     warning: str | None = None
 
     def logits(self, images: NpArray) -> NpArray:
-        """What ONNX Runtime makes of the model."""
+        """Logits (n, C) that ONNX Runtime makes of preprocessed float32 ``images`` (n, 3, H, W), or clips."""
         return answers(self.proto, images)
 
 
@@ -59,8 +59,10 @@ def in_precision(subject: Subject, precision: StoredPrecision, options: ExportOp
     """Fold the task, and bring its model into ``precision``.
 
     Raises:
-        InputError: int8 without calibration images, or images that cannot be used.
-        CheckError: the model does not fit fp16, or int8 costs more than ``options.max_drop``.
+        BackboneError: the backbone that was given is not the pack's.
+        InputError: int8 without calibration images, images that cannot be used, or numbers that are not finite.
+        CheckError: the model does not fit fp16, int8 costs more than ``options.max_drop``, or simplifying changed it.
+        MissingError: onnx, or what simplifies, is not installed.
     """
     began = time.perf_counter()
     proto = build_model(subject.graph, task_tensors(subject.graph.base, subject.delta), subject.delta)
@@ -132,7 +134,13 @@ def require_images(options: ExportOptions) -> FilePath:
 
 
 def shared_calibration(subject: Subject, graph: Int8Graph, images: CalibrationImages) -> Calibration:
-    """The task on what the shared codes stand for, with their divisors, judged by the task in float."""
+    """The task on what the shared codes stand for, with their divisors, judged by the task in float.
+
+    Neither ``subject`` nor ``graph`` is modified.
+
+    Raises:
+        InputError: as ``calibration_of``.
+    """
     dense = {layer.weight: graph.coded(layer) for layer in graph.layers}
     base = subject.graph.base
     rounded_base = replace(base, tensors={**base.tensors, **{name: made.dense for name, made in dense.items()}})
@@ -147,7 +155,11 @@ def shared_calibration(subject: Subject, graph: Int8Graph, images: CalibrationIm
 def fastest(folders: Mapping[StoredPrecision, Path]) -> tuple[StoredPrecision, str]:
     """Of exported models of one task and format the precision that is fastest here, and the numbers that say so.
 
-    Of equally fast ones it is the smallest: an fp16 file that is computed in fp32 is as fast as that but for noise.
+    They are p50 in ms of one image. Of those within 5 % of the fastest it is the smallest: an fp16 file that is
+    computed in fp32 is as fast as that but for noise.
+
+    Raises:
+        InputError, MissingError: as ``open_artifact``.
     """
     threads = environment().cores
     artifacts = {precision: read_artifact(folder) for precision, folder in folders.items()}
@@ -173,12 +185,20 @@ def fastest(folders: Mapping[StoredPrecision, Path]) -> tuple[StoredPrecision, s
 
 
 def rounded(of: Range) -> Range:
-    """A range in six digits, as a pack keeps it."""
+    """A range in six significant digits, as a pack keeps it."""
     return Range(scale=float(f"{of.scale:.6g}"), shift=float(f"{of.shift:.6g}"))
 
 
 def calibration_of(subject: Subject, images: CalibrationImages, proto: Any = None, **fixed: Any) -> Calibration:
-    """The merged model of a task on its calibration images."""
+    """The merged model of a task on its calibration images.
+
+    Args:
+        proto: an ``onnx.ModelProto`` in place of the merged one.
+        fixed: ``smooth`` and ``against`` of ``Calibration``.
+
+    Raises:
+        InputError: a weight or an activation is not finite, no layer is one for int8, or an image is unreadable.
+    """
     delta = subject.delta
     if proto is None:
         proto = build_model(subject.graph, task_tensors(subject.graph.base, delta), delta)

@@ -26,7 +26,7 @@ from edgepet.spec import FilePath, Precision, Preprocess
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Opened:
-    """A network, images to logits, the runtime that it runs on and the precision that it computes in."""
+    """A network, images to logits (n, C), the runtime that it runs on and the precision that it computes in."""
 
     network: TaskNetwork | TorchNetwork | Runner
     runtime: str
@@ -34,7 +34,11 @@ class Opened:
 
 
 class PackSource:
-    """A pack, on the graph that the cache holds for it, or on the network in torch."""
+    """A pack, on the graph that the cache holds for it, or on the network in torch.
+
+    Raises:
+        PackError, InputError: as ``read_pack``.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -44,7 +48,12 @@ class PackSource:
     def open(self, runtime: str | None, precision: str, backbone: AnyBackbone, threads: int | None) -> Opened:
         """Open it on a runtime, by default ONNX Runtime, in "fp32", or "int8": on the int8 backbone.
 
+        Args:
+            backbone: what the graph is made of where none is there, or torch runs; None is the pack's own.
+            threads: None is all cores.
+
         Raises:
+            BackboneError: ``backbone`` is not the pack's.
             InputError: no such runtime or precision, or the pack has no graph here.
             MissingError: the runtime is not installed.
         """
@@ -62,7 +71,12 @@ class PackSource:
         return Opened(network=network, runtime=name, precision=network.executed)
 
     def candidates(self, runtimes: Sequence[str], threads: int, plain: bool, backbone: AnyBackbone) -> list[Candidate]:
-        """What of it can be timed on each runtime, in each precision; ``plain`` adds the backbone itself."""
+        """What of it can be timed on each runtime, in each precision; ``plain`` adds the backbone itself.
+
+        Raises:
+            BackboneError, InputError: as ``graph_of``.
+            MissingError: torch is asked for and not installed.
+        """
         found = []
         for name in runtimes:
             row = RUNTIMES.get(name)
@@ -113,7 +127,11 @@ class PackSource:
 
 
 class ArtifactSource:
-    """An exported model's folder, on the runtime of its format."""
+    """An exported model's folder, on the runtime of its format.
+
+    Raises:
+        InputError: as ``read_artifact``.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -177,6 +195,11 @@ def graph_of(path: Path, delta: Delta, backbone: AnyBackbone = None) -> BaseGrap
 
     Args:
         path: of the pack that the delta, or what it was made of, comes from.
+
+    Raises:
+        BackboneError: ``backbone`` is not the pack's.
+        InputError: it is not in the cache, and there is no torch or no such backbone to make it of.
+        CheckError: ONNX Runtime answers otherwise than torch.
     """
     if importlib.util.find_spec(TORCH.module) is None:
         return open_graph(delta.fingerprint, delta.preprocess, delta.structure)
@@ -184,7 +207,11 @@ def graph_of(path: Path, delta: Delta, backbone: AnyBackbone = None) -> BaseGrap
 
 
 def int8_graph_of(path: Path, delta: Delta, backbone: AnyBackbone = None) -> Int8Graph:
-    """The int8 backbone that ``delta`` runs on, from the cache; where torch and the backbone are here it is made."""
+    """The int8 backbone that ``delta`` runs on, from the cache; where torch and the backbone are here it is made.
+
+    Raises:
+        BackboneError, InputError, CheckError: as ``graph_of`` and ``int8_graph``.
+    """
     try:
         return open_int8(delta.fingerprint, delta.preprocess)
     except InputError:
@@ -199,6 +226,7 @@ def subject_in_torch(path: Path, backbone: AnyBackbone) -> Subject:
     """A pack that torch is going to run.
 
     Raises:
+        PackError, InputError: as ``read_pack``.
         MissingError: torch is not installed.
     """
     require(TORCH.module, extra=str(TORCH.extra), purpose=option("runtime", TORCH.name))

@@ -28,7 +28,13 @@ PROBE_SEED, PROBE_IMAGES = 20221017, 4
 
 
 class Subject:
-    """A pack and all that it can be compared with; torch is touched only when a comparison is asked for."""
+    """A pack and all that it can be compared with; torch is touched only when a comparison is asked for.
+
+    ``data`` is a folder of labelled images to compare on, or None.
+
+    Raises:
+        PackError, InputError: as ``read_pack``.
+    """
 
     def __init__(self, path: FilePath, backbone: AnyBackbone, data: FilePath | None) -> None:
         self.path, self._spec, self.data = Path(path), backbone, data
@@ -41,11 +47,16 @@ class Subject:
 
     @cached_property
     def graph(self) -> BaseGraph:
-        """The graph that the pack runs on."""
+        """The graph that the pack runs on; raises as ``graph_of`` does."""
         return self.graph_of(self.delta)
 
     def graph_of(self, delta: Delta) -> BaseGraph:
-        """The graph of a delta on the backbone of the pack, from the cache; traced where it is not there."""
+        """The graph of a delta on the backbone of the pack, from the cache; traced where it is not there.
+
+        Raises:
+            BackboneError, InputError, MissingError: as ``backbone``, where it has to be traced.
+            CheckError: ONNX Runtime answers otherwise than torch.
+        """
         try:
             return open_graph(delta.fingerprint, delta.preprocess, delta.structure)
         except InputError:
@@ -55,7 +66,13 @@ class Subject:
 
     @cached_property
     def backbone(self) -> Any:
-        """The torch network that the pack was trained on."""
+        """The ``Backbone`` that the pack was trained on, in torch.
+
+        Raises:
+            BackboneError: the one that was given, or that goes by its name, is another.
+            InputError: it cannot be built.
+            MissingError: torch or timm is not installed.
+        """
         delta, spec = self.delta, self._spec
         if spec is not None and not isinstance(spec, str):
             require_backbone(spec.base, delta)
@@ -69,13 +86,21 @@ class Subject:
         return backbone
 
     def check_backbone(self) -> None:
-        """Refuse a ``--backbone`` that is not the pack's, before anything is written."""
+        """Refuse a backbone that was given and is not the pack's, before anything is written.
+
+        Raises:
+            BackboneError, InputError, MissingError: as ``backbone``.
+        """
         if self._spec is not None:
             _ = self.backbone
 
     @cached_property
     def work(self) -> Work | None:
-        """What training left beside the pack, if it belongs to this pack's backbone and method."""
+        """What training left beside the pack, if it is of this pack's backbone, method and head; else None.
+
+        Raises:
+            InputError: the folder is damaged.
+        """
         folder = work_folder(self.path)
         if not folder.is_dir():
             return None
@@ -89,7 +114,13 @@ class Subject:
 
     @cached_property
     def images(self) -> tuple[NpArray, Inputs]:
-        """What to compare on: --data, else the work folder's held-out images, else seeded noise."""
+        """What to compare on: ``data``, else the work folder's held-out images, else seeded noise.
+
+        Float32 (n, 3, H, W), preprocessed, or clips (n, frames, 3, H, W).
+
+        Raises:
+            InputError: ``data`` has no val split, or images of it cannot be read.
+        """
         preprocess = self.delta.preprocess
         if self.data is not None:
             return sample_images(Path(self.data), preprocess), "data"
@@ -99,7 +130,11 @@ class Subject:
 
     @cached_property
     def reference(self) -> tuple[NpArray, Against]:
-        """Logits of the tuned network where training left it, else of the pack merged in torch."""
+        """Logits (n, C) of the tuned network where training left it, else of the pack merged in torch.
+
+        Raises:
+            MissingError: torch is not installed.
+        """
         images, _ = self.images
         if self.work is None:
             return self.merged(images), "merged"
@@ -109,13 +144,24 @@ class Subject:
         return logits_of(tuned_network(self), images), "tuned"
 
     def judge(self, got: NpArray, *, precision: StoredPrecision = "fp32") -> Parity:
-        """Logits ``got`` of a network in ``precision``; the tuned reference was not rounded for the pack either."""
+        """Logits ``got`` (n, C) of a network in ``precision``, by ``reference``.
+
+        The tuned reference was not rounded for the pack either: the limit is then that of the coarser of both.
+        """
         expected, against = self.reference
         stored = coarser(precision, self.pack.codec) if against == "tuned" else precision
         return compare(expected, got, stored=stored, inputs=self.images[1], against=against)
 
     def merged(self, images: NpArray) -> NpArray:
-        """Logits of the pack as stored, merged and run by torch."""
+        """Logits (n, C) of the pack as stored, merged and run by torch.
+
+        Args:
+            images: preprocessed float32 (n, 3, H, W), or clips (n, frames, 3, H, W).
+
+        Raises:
+            BackboneError, InputError: as ``backbone``.
+            MissingError: torch is not installed.
+        """
         require("torch", extra="train", purpose="comparing with the network in torch")
         from edgepet.networks.merged import merged_logits
 
@@ -123,7 +169,11 @@ class Subject:
 
     @cached_property
     def dense_weights(self) -> dict[str, NpArray]:
-        """The merged network's state dict under timm's names, classifier included."""
+        """The merged network's state dict under timm's names, classifier included.
+
+        Raises:
+            InputError: the pack has branches, which cannot be merged.
+        """
         weights: dict[str, NpArray] = self.backbone.named_weights(
             merge(self.backbone.base, self.delta), self.delta.head
         )
@@ -136,13 +186,17 @@ class Subject:
 
     @cached_property
     def probe(self) -> Probe:
-        """Seeded noise, and the merged network's answers to it."""
+        """Seeded noise, and the merged network's float32 answers to it, (4, C)."""
         blank = Probe(seed=PROBE_SEED, logits=np.zeros((PROBE_IMAGES, len(self.delta.labels)), np.float32))
         return replace(blank, logits=self.merged(blank.images(self.delta.preprocess)).astype(np.float32))
 
 
 def plain_network(subject: Subject, *, merged: bool = True) -> Any:
-    """A torch module that knows nothing of edgepet, with the merged weights loaded strictly, or the backbone's own."""
+    """A torch module that knows nothing of edgepet, with the merged weights loaded strictly, or the backbone's own.
+
+    Raises:
+        InputError: weights are to be ``merged``, and the pack has branches.
+    """
     import torch
 
     backbone, head = subject.backbone, subject.delta.head
@@ -173,7 +227,7 @@ def tuned_network(subject: Subject) -> Any:
     """The network as it was trained, through its activation path, from the work folder beside the pack.
 
     Raises:
-        InputError: there is no work folder that belongs to the pack.
+        InputError: there is no work folder that belongs to the pack, or it is damaged.
     """
     from edgepet.tuning.model import TunedModel
 
@@ -184,6 +238,10 @@ def tuned_network(subject: Subject) -> Any:
         )
     method = restored(work.method, work.settings)
     model = TunedModel(subject.backbone, method, len(work.head.bias))
+    unlike = model.unlike(work.tensors)
+    if unlike or work.head.weight.shape[1] != subject.backbone.width:
+        got = ", ".join(unlike[:3]) or f"a head for {work.head.weight.shape[1]} features"
+        raise InputError(str(work_folder(subject.path)), "is damaged", got=got, fix="train again, or delete the folder")
     model.load(work.tensors, work.head)
     return model.eval()
 
@@ -197,7 +255,14 @@ def _loaded(spec: str, image_size: int, frames: int) -> Any:
 
 
 class TorchNetwork:
-    """A pack in torch fp32: "tuned" as it was trained, "merged", with "branches", or the "plain" backbone and head."""
+    """A pack in torch fp32: "tuned" as it was trained, "merged", with "branches", or the "plain" backbone and head.
+
+    It takes float32 images (n, 3, H, W) or clips and puts out logits (n, C). ``threads`` are torch's of the whole
+    process until ``close``; None leaves them.
+
+    Raises:
+        InputError: as ``tuned_network`` and ``plain_network``.
+    """
 
     def __init__(self, subject: Subject, mode: str, *, threads: int | None = None) -> None:
         import torch
@@ -224,13 +289,17 @@ class TorchNetwork:
 
 
 def sample_images(folder: Path, preprocess: Preprocess) -> NpArray:
-    """Preprocessed images (n, 3, H, W) out of the val split of ``folder``, spread over its classes."""
+    """Preprocessed images (n, 3, H, W) out of the val split of ``folder``, at most 32, spread over its classes.
+
+    Raises:
+        InputError: ``folder`` has no val split, or images of it cannot be read.
+    """
     val = open_split(folder, "val", clips=preprocess.frames > 1)
     return normalize(load_set(_sample(val), preprocess)[0], preprocess)
 
 
 def synthetic_images(preprocess: Preprocess, count: int = 8) -> NpArray:
-    """Seeded noise as preprocessed images: what is compared on where nothing better is there."""
+    """Seeded noise as preprocessed float32 images (count, 3, H, W): compared on where nothing better is there."""
     return np.random.default_rng(0).standard_normal((count, *preprocess.input_shape), dtype=np.float32)
 
 

@@ -22,7 +22,10 @@ DRAW_EVERY_S = 0.1
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Step:
-    """Where a fit is, in images; ``val_top1`` is there when an epoch has ended."""
+    """Where a fit is: ``images`` of ``total_images``, which are those of all epochs.
+
+    ``loss`` is the last step's; ``val_top1``, a fraction of 1, is there when an epoch has ended.
+    """
 
     epoch: int
     epochs: int

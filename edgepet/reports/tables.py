@@ -28,7 +28,11 @@ def right(*headings: str) -> tuple[Column, ...]:
 
 @dataclass(frozen=True, slots=True)
 class Table:
-    """Cells as texts, one for each column in every row; an empty title is not shown."""
+    """Cells as texts, one for each column in every row; an empty title is not shown.
+
+    Raises:
+        ValueError: a row has more or fewer cells.
+    """
 
     title: str
     columns: tuple[Column, ...]
@@ -72,17 +76,17 @@ def format_seconds(x: float) -> str:
 
 
 def format_percent(fraction: float | None) -> str:
-    """0.935 is 93.5 %."""
+    """0.935 is 93.5 %; None is a dash."""
     return NONE if fraction is None else f"{fraction:.1%}".replace("%", " %")
 
 
 def format_ratio(x: float | None) -> str:
-    """Three digits: 0.981×, 35.2×."""
+    """Three digits: 0.981×, 35.2×; None is a dash."""
     return NONE if x is None else f"{_three_digits(x)}×"
 
 
 def format_number(x: float | None) -> str:
-    """Integers grouped, 1,234,567; others with three digits."""
+    """Integers grouped, 1,234,567; others with three digits; None is a dash."""
     if x is None:
         return NONE
     return f"{x:,}" if isinstance(x, int) else _three_digits(x)

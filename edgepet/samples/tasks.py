@@ -76,7 +76,7 @@ def build_task(name: str, folder: Path, *, test_cap: int | None = 2000) -> TaskS
     if (standing := _standing(folder, name, test_cap)) is not None:
         return standing
     splits = _split(task.collect([file.read(purpose=purpose) for file in task.files]), task.seed, test_cap)
-    with new_folder(folder) as scratch:
+    with new_folder(folder, only=("train", "val", "test", "meta.json")) as scratch:
         summary = TaskSummary(
             name=name,
             classes=task.classes,

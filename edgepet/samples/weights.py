@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 
 from edgepet.canonical import sha256_tensors
 from edgepet.errors import InputError, require
-from edgepet.files import cache_folder, read_file, write_file
+from edgepet.files import cache_folder, made_folder, read_file, write_file
 from edgepet.samples.packages import PackageFile
 from edgepet.spec import NpArray
 
@@ -132,7 +132,6 @@ def sample_weights(name: str) -> Path:
     if found != weights.sha256:
         what = f"must convert to sha256:{weights.sha256[:12]}"
         raise InputError(purpose, what, got=f"sha256:{found[:12]}", fix="pip install --upgrade edgepet")
-    with contextlib.suppress(OSError):  # write_file says what is wrong with the folder
-        path.parent.mkdir(parents=True, exist_ok=True)
+    made_folder(path.parent, "converted weights are kept there")
     write_file(path, safetensors.numpy.save(state))
     return path

@@ -42,6 +42,7 @@ class FakeQuant(nn.Module):
 
         Raises:
             InputError: none of its layers has codes.
+            MissingError: onnx is not installed.
         """
         super().__init__()
         self.precision = precision
@@ -64,16 +65,16 @@ class FakeQuant(nn.Module):
 
     @property
     def weights(self) -> dict[str, Tensor]:
-        """What the codes of each weight stand for, float32, by its name."""
+        """What the codes of each weight stand for, float32 (out, ...), by its name; not copied."""
         return {name: self.get_buffer(_key(name)) for name in self._codes}
 
     @property
     def ranges(self) -> tuple[Tensor, ...]:
-        """Everything here that training changes."""
+        """Everything here that training changes: ``least``, ``most`` and ``batches`` themselves, (layers,) each."""
         return self.least, self.most, self.batches
 
     def recoded(self, name: str, weight: Tensor) -> Tensor:
-        """``weight`` (out, ...) as its own codes give it back; the gradient goes straight through."""
+        """``weight`` (out, ...) as its own codes give it back, in a new tensor; the gradient goes straight through."""
         with np.errstate(all="ignore"):  # a training that runs away is ended by its loss
             made = coded(weight.detach().float().cpu().numpy(), self._codes[name].divisors, BITS[self.precision])
             dense = torch.from_numpy(made.dense).to(weight)
@@ -118,6 +119,8 @@ class FakeQuant(nn.Module):
 def range_of(least: Tensor, most: Tensor, *, may_shift: bool) -> tuple[Tensor, Tensor]:
     """Scale and shift (``codes.Range``) of a tensor between two extremes, as ``calibration.qdq`` takes them.
 
+    Both have the shape of ``least`` and ``most``, which are not modified.
+
     Args:
         may_shift: no layer that reads it pads it with zeros, and no layer norm puts it out.
     """
@@ -131,7 +134,10 @@ def range_of(least: Tensor, most: Tensor, *, may_shift: bool) -> tuple[Tensor, T
 
 
 def rounded(values: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
-    """``codes.Range(scale, shift).rounded`` in torch; the gradient is 1 where ``values`` have a code, 0 beyond."""
+    """``codes.Range(scale, shift).rounded`` in torch, of any shape; ``values`` are not modified.
+
+    The gradient is 1 where they have a code, 0 beyond.
+    """
     return cast(Tensor, _Rounded.apply(values, scale, shift))
 
 

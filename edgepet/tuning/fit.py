@@ -20,7 +20,7 @@ from edgepet.images.preprocess import normalize
 from edgepet.networks.backbone import explicit_attention
 from edgepet.reports.progress import Step
 from edgepet.spec import NpArray, Preprocess
-from edgepet.tuning.checkpoint import Checkpoint, Keeper
+from edgepet.tuning.checkpoint import Checkpoint, Keeper, no_whole
 from edgepet.tuning.model import TunedModel
 from edgepet.tuning.options import Augmentation
 from edgepet.tuning.processes import ALONE, Processes
@@ -33,7 +33,9 @@ class Plan:
     """Everything that decides a fit besides method, backbone and images.
 
     ``batch_size`` images make one step of the optimiser, however many processes share them and in however many parts
-    (``accumulate``) a process goes through its own.
+    (``accumulate``) a process goes through its own. Learning rates, ``lr`` of the method's tensors and ``head_lr`` of
+    the head, rise over ``warmup``, a fraction of all steps, and fall to zero in half a cosine. With ``autocast`` the
+    network computes in bf16. ``device`` is torch's name.
     """
 
     epochs: int
@@ -63,7 +65,10 @@ class LabelledPixels:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Fit:
-    """What a fit reached: the epoch that was kept and how fast images went through."""
+    """What a fit reached: the epoch that was kept and how fast images went through.
+
+    ``val`` is that epoch's. ``images_per_second`` is of training steps alone, ``seconds`` is all of this process's fit.
+    """
 
     best_epoch: int
     val: Score
@@ -101,13 +106,15 @@ def fit(
 ) -> Fit:
     """Train ``model`` and leave it at its best epoch by val top-1, the lower loss deciding between equals.
 
-    The same seed, data, thread count and machine give the same bits, also when ``keeper`` resumes it on the way.
+    It comes back on the CPU and in eval mode. The optimiser is torch's AdamW (Loshchilov & Hutter 2019,
+    arXiv:1711.05101), on gradients clipped to a norm of 1. The same seed, data, thread count and machine give the same
+    bits, also when ``keeper`` resumes it on the way.
 
     Args:
         judge: gives the two numbers of an epoch by which epochs are compared.
 
     Raises:
-        InputError: the loss stopped being finite, or a checkpoint cannot be written or belongs to another training.
+        InputError: the loss stopped being finite, or a checkpoint cannot be written, is damaged or of another training.
         KeyboardInterrupt: ``keeper`` was told to stop; a checkpoint was written.
     """
     try:
@@ -151,8 +158,11 @@ class _Run:
             self.model.std.copy_(self.seen.std(0).clamp_min(1e-6))
         if self.probe:
             self.held = _features(self.model, self.val.pixels, self.preprocess, self.plan)
-        if saved is not None:
-            self.restore(saved)
+        if saved is not None and keeper is not None:
+            try:
+                self.restore(saved)
+            except (KeyError, IndexError, TypeError, ValueError, RuntimeError) as error:  # torch's own for shapes
+                raise no_whole(keeper.path, str(error).splitlines()[0]) from error
         while self.epoch <= self.plan.epochs:
             self.one_epoch(say, keeper)
         self.model.load_state_dict(self.kept, strict=False)

@@ -30,7 +30,8 @@ class TunedModel(nn.Module):
 
     The backbone's own submodules run unchanged, LayerScale and all. A site is tuned by a hook on its module where the
     method has an activation path for it; at all others the updates are folded into the weights at every step. The
-    head sees features standardised by fixed statistics, which ``head`` folds away; it starts at zero.
+    head sees features standardised by fixed statistics, which ``head`` folds away; it starts at zero, the method's
+    tensors as ``seed`` draws them.
 
     With ``fake_quant`` the backbone's layers compute with their codes, and the updates, which are lowered from the
     float weights as those of a pack are, act on what the codes stand for.
@@ -59,7 +60,7 @@ class TunedModel(nn.Module):
         self.register_buffer("std", torch.ones(backbone.width))
 
     def forward(self, images: Tensor) -> Tensor:
-        """Logits (n, C) of preprocessed images (n, 3, H, W)."""
+        """Logits (n, C) of preprocessed images (n, 3, H, W), or clips (n, frames, 3, H, W)."""
         return self.classify(self.features(images))
 
     def classify(self, features: Tensor) -> Tensor:
@@ -67,7 +68,7 @@ class TunedModel(nn.Module):
         return cast(Tensor, self.linear((features - self.mean) / self.std))
 
     def features(self, images: Tensor) -> Tensor:
-        """Pooled features (n, d) of the tuned network."""
+        """Pooled features (n, d) of the tuned network, of images as ``forward`` takes them."""
         tuned = self.tuned()
         folded = self._folded(tuned)
         hooks = [
@@ -142,7 +143,7 @@ class TunedModel(nn.Module):
         return self
 
     def tuned(self) -> dict[str, dict[str, Any]]:
-        """The method's parameters by site and name."""
+        """The method's parameters themselves, by site and name."""
         return unflatten(dict(zip(self._names, self.tensors, strict=True)), self.sites)
 
     def arrays(self) -> dict[str, NpArray]:
@@ -150,20 +151,26 @@ class TunedModel(nn.Module):
         return {name: p.detach().float().numpy().copy() for name, p in zip(self._names, self.tensors, strict=True)}
 
     def head(self) -> Head:
-        """The head on raw features: the standardisation is folded into it, in float64."""
+        """The head on raw features, float32 (C, d) and (C,): the standardisation is folded into it, in float64."""
         weight, bias = self.linear.weight.detach().double(), self.linear.bias.detach().double()
         weight = weight / self.std.double()
         bias = bias - weight @ self.mean.double()
         return Head(weight=weight.float().numpy(), bias=bias.float().numpy())
 
+    def unlike(self, arrays: Mapping[str, NpArray]) -> list[str]:
+        """Names of the method's tensors that are not in ``arrays``, or have another shape there, and of others."""
+        mine = dict(zip(self._names, self.tensors, strict=True))
+        other = [name for name, own in mine.items() if name not in arrays or arrays[name].shape != tuple(own.shape)]
+        return other + [name for name in arrays if name not in mine]
+
     def take(self, arrays: Mapping[str, NpArray]) -> None:
-        """Take the method's trained values; the head stays."""
+        """Copy in the method's trained values, named and shaped as ``arrays`` gives them; the head stays."""
         with torch.no_grad():
             for name, parameter in zip(self._names, self.tensors, strict=True):
                 parameter.copy_(torch.from_numpy(np.array(arrays[name])))
 
     def load(self, arrays: Mapping[str, NpArray], head: Head) -> None:
-        """Take trained values, with a head on raw features."""
+        """Copy in trained values as ``take`` does, with a head (C, d) on raw features."""
         self.take(arrays)
         with torch.no_grad():
             self.linear.weight.copy_(torch.from_numpy(np.array(head.weight)))
@@ -191,7 +198,11 @@ def extract(
     val: Score,
     training: Mapping[str, object] | None = None,
 ) -> Delta:
-    """Lower what ``model`` learnt to a delta in float32."""
+    """Lower what ``model`` learnt to a delta in float32; ``model``, which lies on the CPU, is not modified.
+
+    Raises:
+        InputError: ``task``, ``labels`` or branches are none that a ``Delta`` can have.
+    """
     tuned = unflatten(model.arrays(), model.sites)
     return Delta(
         task=task,
@@ -214,10 +225,10 @@ def algebra_error(model: TunedModel, backbone: Backbone, images: NpArray) -> tup
     """Largest difference of logits between the tuned and the merged network, both in float64, and the largest logit.
 
     Nothing is rounded here, neither for storage nor as the backbone was while tuning: this judges the lowering and
-    ``fold``.
+    ``fold``. ``model`` comes back in float32 and in the mode that it was in.
 
     Args:
-        images: preprocessed, (n, 3, H, W).
+        images: preprocessed, (n, 3, H, W), or clips (n, frames, 3, H, W).
     """
     double = {
         name: tensor.astype(np.float64) if tensor.dtype.kind == "f" else tensor
@@ -241,7 +252,7 @@ def algebra_error(model: TunedModel, backbone: Backbone, images: NpArray) -> tup
 
 
 def logits_of(network: nn.Module, images: NpArray) -> NpArray:
-    """Logits (n, C) of preprocessed float32 images (n, 3, H, W)."""
+    """Logits (n, C) of preprocessed float32 images (n, 3, H, W) or clips, 64 at a time, in the network's own mode."""
     with torch.no_grad():
         logits: NpArray = torch.cat([network(batch) for batch in torch.split(torch.from_numpy(images), 64)]).numpy()
     return logits

@@ -15,6 +15,7 @@ AUGMENTATIONS: tuple[Augmentation, ...] = ("flip", "crop")
 PRECISIONS = ("auto", "fp32", "bf16")
 BACKBONE_PRECISIONS = ("fp32", "int8", "int4")
 CHECKPOINT_S = 30.0
+MOST_LR, MOST_SEED = 1e6, 2**63  # no step is of such a size, and torch takes no larger seed
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,8 +29,9 @@ class TrainOptions:
         epochs, lr: None is what the method's recipe says.
         batch_size: images of one step, over all processes; each goes through its share in ``accumulate`` parts.
         shots: images of each class to train on, chosen by ``seed``; None is all.
+        seed: of every random choice.
         val_fraction: the part of each class that is held out where there is no val/.
-        augment: "flip" and "crop", either or both.
+        augment: "flip", half of the images left to right, and "crop", moved by up to an eighth of their width.
         precision: "fp32", "bf16" (autocast) or "auto": bf16 where it is measured to be faster here.
         backbone_precision: "int8" or "int4" (weights; activations have 8 bits) rounds the backbone while tuning, so
             that the delta repairs that too; the pack fits the float backbone as ever.
@@ -77,6 +79,12 @@ class TrainOptions:
             raise InputError(option("accumulate"), what, got=self.accumulate)
         if self.lr is not None and not 0 < self.lr < math.inf:
             raise InputError(option("lr"), "must be above 0 and finite", got=self.lr)
+        if self.lr is not None and self.lr > MOST_LR:
+            raise InputError(option("lr"), f"must be at most {MOST_LR:g}", got=self.lr)
+        if not 0 <= self.seed < MOST_SEED:
+            raise InputError(option("seed"), f"must be at least 0 and below {MOST_SEED}", got=self.seed)
+        if not 0 <= self.checkpoint_s < math.inf:
+            raise InputError(option("checkpoint_s"), "must be at least 0 and finite", got=self.checkpoint_s)
         unknown = [name for name in self.augment if name not in AUGMENTATIONS]
         if unknown:
             raise InputError(option("augment"), f"knows {', '.join(AUGMENTATIONS)}", got=repr(unknown[0]))

@@ -76,7 +76,7 @@ class Processes:
             self.state.wait_for_everyone()
 
     def random_states(self, device: str) -> dict[str, NpArray]:
-        """The random generators of every process, by its rank."""
+        """The states of every process's random generators, uint8, as ``random/RANK/cpu`` and ``random/RANK/cuda``."""
         own = {"cpu": torch.get_rng_state().numpy()}
         if device.startswith("cuda"):
             own["cuda"] = torch.cuda.get_rng_state(device).numpy()

@@ -16,6 +16,7 @@ from edgepet.canonical import canonical_json
 from edgepet.deltas.delta import Delta
 from edgepet.errors import CheckError, InputError, option
 from edgepet.exporters.trace import base_graph
+from edgepet.files import cache_folder, made_folder, require_only
 from edgepet.images.preprocess import normalize
 from edgepet.images.sets import ImageSet, few_shots, load_sets, open_split
 from edgepet.measuring.parity import ALGEBRA
@@ -29,14 +30,17 @@ from edgepet.tuning.fit import Fit, LabelledPixels, Plan, Say, fast_bfloat16, fi
 from edgepet.tuning.model import TunedModel, algebra_error, extract
 from edgepet.tuning.options import Augmentation, TrainOptions
 from edgepet.tuning.processes import Processes
-from edgepet.tuning.work_folder import Work, read_work, work_folder
+from edgepet.tuning.work_folder import FILES, Work, read_work, work_folder
 
 ALGEBRA_IMAGES = 8  # float64 is slow, and one image already exercises every tensor
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Training:
-    """What is asked of one training. ``say`` is told of every step, ``stage`` the name of what begins."""
+    """What is asked of one training. ``say`` is told of every step, ``stage`` the name of what begins.
+
+    ``output`` is the pack to come: it names the task, and the checkpoint lies beside it.
+    """
 
     data: Path
     backbone: str | Backbone
@@ -49,7 +53,10 @@ class Training:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Made:
-    """A training that is done and proved, but not written."""
+    """A training that is done and proved, but not written.
+
+    ``proof`` is the largest difference of logits between tuned and merged network in float64, and its limit.
+    """
 
     backbone: Backbone
     model: TunedModel
@@ -63,11 +70,13 @@ class Made:
 
 
 def run(training: Training, processes: Processes) -> Made:
-    """Fit, prove and lower.
+    """Fit, prove and lower; neither the pack nor its work folder is written.
 
     Raises:
-        InputError: data, backbone or options at fault, or the checkpoint of another training is in the way.
+        InputError: data, backbone, options or the name of the output at fault, the loss stopped being finite, or the
+            checkpoint of another training is in the way.
         CheckError: the merged network is not the tuned one.
+        MissingError: timm, or a package that the backbone or its rounding needs, is not installed.
         KeyboardInterrupt: the process was asked to end, and a checkpoint was written.
     """
     options, say, stage = training.options, training.say, training.stage
@@ -157,7 +166,7 @@ def _start(model: TunedModel, backbone: Backbone, work: Work, where: str) -> str
     Raises:
         InputError: they are of another backbone or method, or have other shapes.
     """
-    method, mine = model.method, model.arrays()
+    method = model.method
     if work.fingerprint != backbone.fingerprint:
         raise InputError(option("init", where), f"was trained on another backbone than {backbone.label}")
     if work.method != method.name:
@@ -167,15 +176,13 @@ def _start(model: TunedModel, backbone: Backbone, work: Work, where: str) -> str
     if differs:
         fix = "train with " + " ".join(f"{option('settings')} {each}" for each in differs)
         raise InputError(option("init", where), "was trained with other settings", got=", ".join(differs), fix=fix)
-    unlike = [
-        name for name, array in mine.items() if name not in work.tensors or work.tensors[name].shape != array.shape
-    ]
-    if unlike or mine.keys() != work.tensors.keys():
+    unlike = model.unlike(work.tensors)
+    if unlike:
         fix = "train at the image size that it was trained at"
         raise InputError(option("init", where), "needs tensors of the same shapes", got=", ".join(unlike[:3]), fix=fix)
     model.take(work.tensors)
     digest = hashlib.sha256()
-    for name in sorted(mine):
+    for name in sorted(work.tensors):
         digest.update(np.ascontiguousarray(work.tensors[name]).data)
     return f"sha256:{digest.hexdigest()}"
 
@@ -214,6 +221,8 @@ def _check(training: Training) -> None:
     if not output.absolute().parent.is_dir():
         raise InputError(str(output.parent), "is no folder", fix=f"mkdir -p {output.parent}")
     options.check()
+    require_only(work_folder(output), FILES)
+    made_folder(cache_folder(), "backbones and graphs are kept there")
     path = checkpoint_file(output)
     if path.exists() and not options.resume:
         fix = f"go on with {option('resume', True)}, or delete {path} to begin again"

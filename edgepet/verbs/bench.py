@@ -18,7 +18,7 @@ from edgepet.proving.sources import open_source
 from edgepet.reports.screen import Screen, lines
 from edgepet.reports.tables import Table, format_ms, left, right
 from edgepet.spec import FilePath
-from edgepet.verbs.verb import Options, Parser, Verb, at_least_one, backbone_option, names, threads_option
+from edgepet.verbs.verb import MOST_THREADS, Options, Parser, Verb, at_least_one, backbone_option, names, threads_option
 
 if TYPE_CHECKING:
     from edgepet.reports.progress import Progress
@@ -53,7 +53,7 @@ def bench(
     Raises:
         InputError: models of several image sizes, nothing that can run, or no such runtime.
     """
-    at_least_one("threads", threads)
+    at_least_one("threads", threads, MOST_THREADS)
     at_least_one("batch", batch)
     threads = threads or environment().cores
     candidates: list[Candidate] = []

@@ -19,6 +19,7 @@ from edgepet.reports.screen import Screen, lines
 from edgepet.reports.tables import format_percent
 from edgepet.spec import FilePath
 from edgepet.verbs.verb import (
+    MOST_THREADS,
     Options,
     Parser,
     Verb,
@@ -71,7 +72,7 @@ def evaluate(
     """
     if split not in SPLITS:
         raise InputError(option("split"), "is train, val or test", got=repr(split))
-    at_least_one("threads", threads)
+    at_least_one("threads", threads, MOST_THREADS)
     source = open_source(model)
     images = open_split(Path(data), split, clips=source.preprocess.frames > 1)
     if images.classes != tuple(sorted(source.labels)):

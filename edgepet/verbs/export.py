@@ -13,12 +13,13 @@ from typing import TYPE_CHECKING, Any, cast
 
 from edgepet.calibration.budget import Drop
 from edgepet.calibration.fp16 import Kept, stored_types
-from edgepet.device.artifact import Artifact, Probe, listed, open_artifact, write_artifact
+from edgepet.device.artifact import Artifact, Probe, files_of, open_artifact, write_artifact
 from edgepet.device.runtimes import Format
 from edgepet.errors import CheckError, InputError, MissingError, option
 from edgepet.exporters import EXPORTERS
 from edgepet.exporters.exporter import ExportOptions
-from edgepet.files import folder_bytes, new_folder
+from edgepet.files import folder_bytes, new_folder, require_only
+from edgepet.graphs.manifest import listing
 from edgepet.measuring.parity import Parity, compare, require_parity
 from edgepet.networks.backbone import AnyBackbone
 from edgepet.proving.checks import check_probe
@@ -108,6 +109,9 @@ def export(
     names = [subject.delta.task for subject in subjects]
     if len(set(names)) != len(names):
         raise InputError("export", "needs packs of different tasks", got=", ".join(names))
+    for task in names:
+        for place in (_place(Path(folder), task, name, options.precision) for name in options.to):
+            require_only(place, files_of(place))  # before hours of work, not after
     artifacts: list[Exported] = []
     for subject in subjects:
         subject.check_backbone()
@@ -120,6 +124,10 @@ def export(
             stage(f"{subject.delta.task} to {name}")
             artifacts.append(_export_one(subject, model, name, Path(folder), options))
     return ExportReport(artifacts=tuple(artifacts))
+
+
+def _place(folder: Path, task: str, name: Format, precision: str) -> Path:
+    return folder / f"{task}-{name}-{precision}"
 
 
 def _check_precision(options: ExportOptions) -> None:
@@ -180,8 +188,8 @@ def _best(made: Mapping[StoredPrecision, Exported]) -> tuple[StoredPrecision, st
 
 def _export_one(subject: Subject, model: Model, name: Format, folder: Path, options: ExportOptions) -> Exported:
     delta = subject.delta
-    path = folder / f"{delta.task}-{name}-{model.precision}"
-    with new_folder(path) as scratch:
+    path = _place(folder, delta.task, name, model.precision)
+    with new_folder(path, only=files_of(path)) as scratch:
         began = time.perf_counter()
         written = EXPORTERS[name](model.proto, model.precision, scratch, options, delta.task)
         seconds = model.seconds + time.perf_counter() - began
@@ -199,7 +207,7 @@ def _export_one(subject: Subject, model: Model, name: Format, folder: Path, opti
             branches=len(delta.branches),
             pack_sha256=subject.pack.sha256,
             codec=subject.pack.codec,
-            files=listed(scratch, written.files),
+            files=listing(scratch, written.files),
             versions=_versions(written.engine),
             verified=False,
             reason=written.note,

@@ -11,7 +11,7 @@ import safetensors.numpy
 
 from edgepet.deltas.merge import require_foldable
 from edgepet.errors import require
-from edgepet.files import write_file
+from edgepet.files import require_other, write_file
 from edgepet.measuring.parity import Against, Inputs, require_parity
 from edgepet.networks.backbone import AnyBackbone
 from edgepet.proving.subject import Subject, plain_network
@@ -59,6 +59,7 @@ def merge(
     from edgepet.tuning.model import logits_of
 
     output = Path(output)
+    require_other(output, Path(pack), *_weights(backbone))
     subject = Subject(pack, backbone, data)
     require_foldable(subject.delta)
     weights = subject.dense_weights
@@ -77,6 +78,11 @@ def merge(
         inputs=parity.inputs,
         against=parity.against,
     )
+
+
+def _weights(backbone: AnyBackbone) -> list[Path]:
+    """The file of ``NAME@FILE``, if it is spelled so."""
+    return [Path(backbone.partition("@")[2]).expanduser()] if isinstance(backbone, str) and "@" in backbone else []
 
 
 def _options(parser: Parser) -> None:

@@ -14,7 +14,7 @@ import numpy as np
 from edgepet.deltas.delta import Delta, Head, Score
 from edgepet.deltas.merge import fold_all, require_foldable
 from edgepet.errors import CheckError, InputError, option, require
-from edgepet.files import folder_bytes, new_folder
+from edgepet.files import folder_bytes, new_folder, require_only
 from edgepet.measuring.parity import STORED, Inputs
 from edgepet.networks.backbone import AnyBackbone
 from edgepet.packs.pack import Codec, encode_pack, read_pack, write_pack
@@ -132,14 +132,14 @@ def export_peft(
     subject, folder = Subject(pack, backbone, data), Path(folder)
     delta = subject.delta
     require_foldable(delta)
-    _require_free(folder)
+    require_only(folder, (CONFIG, WEIGHTS))
     stage("load the backbone")
     loaded = subject.backbone
     _require_timm(loaded)
     head = loaded.named_weights({}, delta.head)
     adapter = unlower(delta.updates, loaded.tensors, loaded.layers, head, where=subject.path.name)
     images, inputs = subject.images
-    with new_folder(folder) as scratch:
+    with new_folder(folder, only=(CONFIG, WEIGHTS)) as scratch:
         write_adapter(scratch, adapter)
         stage("compare with PEFT")
         got = peft_logits(loaded, len(delta.labels), scratch, images)
@@ -237,11 +237,6 @@ def _images(backbone: Backbone, data: FilePath | None) -> tuple[NpArray, Inputs]
 def _require(verb: str) -> None:
     require("torch", extra="train", purpose=verb)
     require("peft", extra="peft", purpose=verb)
-
-
-def _require_free(folder: Path) -> None:
-    if folder.exists() and not (folder.is_dir() and {path.name for path in folder.iterdir()} <= {CONFIG, WEIGHTS}):
-        raise InputError(str(folder), "is there, with other files than an adapter's", fix="name a new folder")
 
 
 def _require_timm(backbone: Backbone) -> None:

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from edgepet.reports.progress import Progress
     from edgepet.reports.screen import Screen
 
+MOST_THREADS = 1024  # of a runtime: more is a slip, and some take it at its word
 Options: TypeAlias = argparse.Namespace
 Parser: TypeAlias = argparse.ArgumentParser
 
@@ -125,11 +126,13 @@ def path(text: str | None) -> Path | None:
     return None if text is None else Path(text)
 
 
-def at_least_one(field: str, count: int | None) -> None:
-    """Refuse a count below 1; None is no count.
+def at_least_one(field: str, count: int | None, most: int | None = None) -> None:
+    """Refuse a count below 1, or above ``most``; None is no count.
 
     Raises:
-        InputError: it is below 1.
+        InputError: it is.
     """
     if count is not None and count < 1:
         raise InputError(option(field), "must be at least 1", got=count)
+    if count is not None and most is not None and count > most:
+        raise InputError(option(field), f"must be at most {most}", got=count)

@@ -6,9 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from edgepet.device.artifact import MANIFEST, Artifact, damaged, open_artifact, read_artifact
+from edgepet.device.artifact import MANIFEST, Artifact, open_artifact, read_artifact
 from edgepet.errors import InputError, MissingError, option
 from edgepet.files import sha256_file
+from edgepet.graphs.manifest import damaged
 from edgepet.networks.backbone import AnyBackbone
 from edgepet.proving.checks import Check, check_data, check_probe
 from edgepet.proving.subject import Subject
@@ -47,7 +48,7 @@ def verify(
     """
     folder = Path(folder)
     artifact = read_artifact(folder)
-    broken = damaged(folder, artifact)
+    broken = damaged(folder, artifact.files)
     files = Check(name="files", ok=not broken, value=float(len(broken)), limit=0.0)
     if broken:
         return VerifyReport(ok=False, checks=(files,), reason=f"damaged: {', '.join(broken)}")
