@@ -80,10 +80,8 @@ def another_file(path: Path) -> None:
     path.write_text("I am no model, but a text of several words.\n" * 9)
 
 
-def a_name_that_is_no_text(path: Path) -> None:
-    made = model()
-    made.producer_name = "producer"
-    path.write_bytes(made.SerializeToString().replace(b"producer", b"pro\xffucer"))
+def an_operator_that_is_no_text(path: Path) -> None:
+    path.write_bytes(model().SerializeToString().replace(b"MatMul", b"Mat\xfful"))
 
 
 def unknown_operator(path: Path) -> None:
@@ -116,7 +114,7 @@ MALFORMED: dict[Callable[[Path], None], str] = {  # and a part of what ONNX Runt
     empty: "No graph was found in the protobuf.",
     half: "Protobuf parsing failed.",
     another_file: "Protobuf parsing failed.",
-    a_name_that_is_no_text: "'utf-8' codec can't decode byte 0xff",
+    an_operator_that_is_no_text: "'utf-8' codec can't decode byte 0xff",
     unknown_operator: "No Op registered for Nonsense",
     newer_opset: "999",
     no_weights_file: "gone.bin",

@@ -24,7 +24,7 @@ Session: TypeAlias = Any  # onnxruntime.InferenceSession: the library says no ty
 _Binding: TypeAlias = Any  # onnxruntime.IOBinding
 
 _STATE = vars(onnxruntime.capi.onnxruntime_pybind11_state).values()
-# Each code of a status is a class of its own, below Exception; a name that is no UTF-8 is a ValueError.
+# Each code of a status is a class of its own, below Exception; words of it that are no UTF-8 are a ValueError.
 _REFUSALS: tuple[type[Exception], ...] = (
     *(kind for kind in _STATE if isinstance(kind, type) and issubclass(kind, Exception)), RuntimeError, ValueError,
 )  # fmt: skip
@@ -161,7 +161,7 @@ class SharedOnnxRuntime:
 
     def close(self) -> None:
         """Give the session back, once no bound task runs any more."""
-        self._session = None
+        self._session = self._held = None
 
 
 class BoundOnnxRuntime:
@@ -196,7 +196,7 @@ class BoundOnnxRuntime:
 
     def close(self) -> None:
         """Give the task's slots back; the session stays open."""
-        self._binding = self._held = None
+        self._session = self._binding = self._held = None
 
 
 def _profiled(path: Path, shape: tuple[int | None, ...]) -> dict[str, object]:

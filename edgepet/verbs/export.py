@@ -19,9 +19,9 @@ from edgepet.errors import CheckError, InputError, MissingError, option
 from edgepet.exporters import EXPORTERS
 from edgepet.exporters.exporter import ExportOptions
 from edgepet.files import folder_bytes, new_folder
-from edgepet.measuring.parity import Parity, compare, require_parity
+from edgepet.measuring.parity import Parity
 from edgepet.networks.backbone import AnyBackbone
-from edgepet.proving.checks import check_probe
+from edgepet.proving.checks import prove
 from edgepet.proving.precision import Model, fastest, in_precision, require_images
 from edgepet.proving.subject import Subject
 from edgepet.reports.screen import Screen, lines
@@ -246,23 +246,13 @@ def _probe(subject: Subject, model: Model) -> Probe:
 
 
 def _verified(subject: Subject, artifact: Artifact, scratch: Path, path: Path) -> Artifact:
-    """Compare with the merged network, where nothing may be lost, and the tuned one, where storage may cost."""
+    """The artefact with what comparing it showed, or why nothing here could run it."""
     try:
         runner = open_artifact(scratch, artifact)
     except MissingError as error:
         return replace(artifact, reason=f"not run: {artifact.reason or error.what}")
     try:
-        images, inputs = subject.images
-        got = runner(images)
-        stored = artifact.precision
-        require_parity(
-            compare(subject.merged_reference, got, stored=stored, inputs=inputs, against="merged"), str(path)
-        )
-        parity = subject.judge(got, precision=stored)
-        require_parity(parity, str(path))
-        probe = check_probe(artifact, runner(artifact.probe.images(artifact.preprocess)))
-        if not probe.ok:
-            raise CheckError(str(path), f"must repeat its probe within {probe.limit:.1e}", got=f"{probe.value:.1e}")
+        parity = prove(subject, artifact, runner, where=str(path))
         evidence = {**artifact.evidence, "executed": runner.evidence}
     finally:
         runner.close()
