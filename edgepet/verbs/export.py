@@ -9,19 +9,19 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, cast
 
 from edgepet.calibration.budget import Drop
-from edgepet.calibration.fp16 import Kept, stored_types
+from edgepet.calibration.fp16 import stored_types
 from edgepet.device.artifact import Artifact, Probe, listed, open_artifact, write_artifact
 from edgepet.device.runtimes import Format
 from edgepet.errors import CheckError, InputError, MissingError, option
 from edgepet.exporters import EXPORTERS
 from edgepet.exporters.exporter import ExportOptions
 from edgepet.files import folder_bytes, new_folder
-from edgepet.measuring.parity import Parity
 from edgepet.networks.backbone import AnyBackbone
 from edgepet.proving.checks import prove
+from edgepet.proving.exported import Exported
 from edgepet.proving.precision import Model, fastest, in_precision, require_images
 from edgepet.proving.subject import Subject
 from edgepet.reports.screen import Screen, lines
@@ -44,36 +44,6 @@ if TYPE_CHECKING:
 
 DEFAULTS = ExportOptions()
 PRECISIONS = ("fp32", "fp16", "int8", "auto")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Exported:
-    """One artefact. ``seconds`` is folding and writing, ``verify_seconds`` the comparison.
-
-    ``stored`` counts tensors and bytes by type, ``executed`` is what the runtime says of its nodes, or what was built
-    where nothing here can run it; ``kept_fp32`` is what an fp16 or int8 model computes in fp32. ``int8`` is the recipe
-    and what it costs. ``why`` says why "auto" chose this precision.
-    """
-
-    task: str
-    format: Format
-    engine: str
-    precision: StoredPrecision
-    path: Path
-    size_bytes: int
-    seconds: float
-    verify_seconds: float
-    verified: bool
-    reason: str | None
-    parity: Parity | None
-    stored: Mapping[str, object]
-    executed: Mapping[str, object]
-    kept_fp32: tuple[Kept, ...]
-    calibration: Mapping[str, object] | None
-    int8: Mapping[str, object] | None
-    drop: Drop | None
-    warning: str | None
-    why: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -217,22 +187,12 @@ def _export_one(subject: Subject, model: Model, name: Format, folder: Path, opti
         write_artifact(scratch, artifact)
         verify_seconds = time.perf_counter() - began
     return Exported(
-        task=delta.task,
-        format=name,
-        engine=written.engine,
-        precision=model.precision,
+        artifact=artifact,
         path=path,
         size_bytes=folder_bytes(path),
         seconds=seconds,
         verify_seconds=verify_seconds,
-        verified=artifact.verified,
-        reason=artifact.reason,
-        parity=artifact.parity,
-        stored=cast(Mapping[str, object], artifact.evidence["stored"]),
-        executed=cast(Mapping[str, object], artifact.evidence["executed"]),
         kept_fp32=model.kept,
-        calibration=model.calibration,
-        int8=model.int8,
         drop=model.drop,
         warning=model.warning,
     )
@@ -359,13 +319,13 @@ def _kept_fp32(artifact: Exported) -> str:
 
 def _int8(artifact: Exported) -> str:
     """What int8 costs on how many images, by which recipe, and what was executed."""
-    facts = cast(Mapping[str, Any], artifact.int8)
+    chosen = cast(Mapping[str, object], (artifact.int8 or {})["recipe"])
     executed = cast(Mapping[str, int], artifact.executed.get("layers", {}))
     ran = f"; {artifact.format} ran {executed.get('int8', 0)} of {sum(executed.values())} products on int8 codes"
-    return f"{artifact.task} int8: {lost(artifact.drop)}; {recipe(facts['recipe'])}{ran if executed else ''}"
+    return f"{artifact.task} int8: {lost(artifact.drop)}; {recipe(chosen)}{ran if executed else ''}"
 
 
-def recipe(facts: Mapping[str, Any]) -> str:
+def recipe(facts: Mapping[str, object]) -> str:
     """A recipe of int8 in one line."""
     smooth = "no smoothing" if facts["smooth"] is None else f"SmoothQuant {facts['smooth']}"
     corrected = "bias correction" if facts["bias_correction"] else "no bias correction"
