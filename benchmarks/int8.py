@@ -14,7 +14,7 @@ import argparse
 import json
 import tempfile
 from collections.abc import Iterator
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from edgepet.calibration.images import calibration_images
 from edgepet.calibration.qdq import Int8Recipe
 from edgepet.calibration.rewriting import folded
 from edgepet.calibration.slot_graphs import int8_graph
-from edgepet.deltas.delta import Delta, Int8Ranges
+from edgepet.deltas.delta import Delta
 from edgepet.deltas.merge import task_tensors
 from edgepet.device.onnxruntime import OnnxRuntime
 from edgepet.device.openvino import OpenVino
@@ -39,7 +39,7 @@ from edgepet.images.preprocess import normalize
 from edgepet.images.sets import ImageSet, load_set, open_split
 from edgepet.measuring.machine import environment
 from edgepet.packs.pack import write_pack
-from edgepet.proving.precision import calibration_of, rounded, shared_calibration
+from edgepet.proving.precision import calibration_of, express
 from edgepet.proving.subject import Subject
 from edgepet.reports.as_json import to_json
 from edgepet.reports.progress import Progress
@@ -118,7 +118,7 @@ def measured(pack: Path, data: Path) -> dict[str, Any]:
             judge(name, network)
         (folder / "engine").mkdir()
         engine = build_engines(serialize(made["int8"]), folder / "engine", precision="int8")
-        int8, expressed = express(pack, data, folder / pack.name)
+        int8, expressed = written_with_ranges(pack, data, folder / pack.name)
         for runtime in RUNTIMES:
             judge("shared int8", SharedInt8(int8, runtime=runtime).bind(expressed))
         slots = task_slots(int8, expressed)
@@ -137,15 +137,13 @@ def measured(pack: Path, data: Path) -> dict[str, Any]:
         }
 
 
-def express(pack: Path, data: Path, output: Path) -> tuple[Int8Graph, Delta]:
+def written_with_ranges(pack: Path, data: Path, output: Path) -> tuple[Int8Graph, Delta]:
     """Write the pack with its ranges for the int8 backbone, as ``calibrate -o`` does, without judging it."""
     subject = Subject(pack, None, None)
     graph = int8_graph(subject.graph)
     delta = subject.delta
     chosen = calibration_images(data, delta.labels, delta.preprocess, evaluation=data, count=CALIB_IMAGES)
-    made = shared_calibration(subject, graph, chosen).made(Int8Recipe())
-    ranges = tuple(rounded(made.ranges[name]) for name in graph.reads)
-    expressed = replace(delta, int8=Int8Ranges(codes=graph.codes_sha256, ranges=ranges))
+    expressed = express(delta, subject.graph, graph, chosen, recipe=Int8Recipe()).delta
     write_pack(output, expressed, codec=subject.pack.codec)
     return graph, expressed
 

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from int8 import CALIB_IMAGES, TASKS, express
+from int8 import CALIB_IMAGES, TASKS, written_with_ranges
 
 from edgepet import ExportOptions, export, read_pack
 from edgepet.deltas.codes import coded
@@ -66,7 +66,8 @@ def backbone(folder: Path, name: str) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as scratch:
         digests, slots = [], {}
         for pack, task in zip(packs, TASKS, strict=True):
-            slots[task] = task_slots(*express(pack, folder / task, Path(scratch) / f"{task}.pet")).own_bytes
+            written = written_with_ranges(pack, folder / task, Path(scratch) / f"{task}.pet")
+            slots[task] = task_slots(*written).own_bytes
             digests.append(sha256_file(graph_of(Path(scratch) / f"{task}.pet").codes_path))
         options = ExportOptions(
             to=("onnx", "openvino"), precision="int8", calib=folder / TASKS[0], calib_images=CALIB_IMAGES

@@ -5,14 +5,18 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
+from edgepet.device.onnxruntime import open_session
 from edgepet.errors import CheckError, InputError, option
 from edgepet.graphs.base import INPUT
 from edgepet.measuring.parity import INTERVAL_Z
 from edgepet.spec import NpArray
+
+if TYPE_CHECKING:
+    from onnx import ModelProto
 
 BATCH = 16
 MOST_NAMED = 12  # layers in a message
@@ -73,13 +77,9 @@ def _log_softmax(logits: NpArray) -> NpArray:
     return log
 
 
-def answers(model: Any, images: NpArray) -> NpArray:
+def answers(model: ModelProto, images: NpArray) -> NpArray:
     """Logits (n, C) of an ``onnx.ModelProto`` in ONNX Runtime, for preprocessed float32 ``images`` (n, 3, H, W)."""
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    session = open_session(model.SerializeToString())
     parts = [session.run(None, {INPUT: images[i : i + BATCH]})[0] for i in range(0, len(images), BATCH)]
     logits: NpArray = np.concatenate(parts)
     return logits

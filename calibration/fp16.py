@@ -11,13 +11,18 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from edgepet.calibration.rewriting import folded
+from edgepet.calibration.writer import GraphWriter, copied, watching
+from edgepet.device.onnxruntime import open_session
 from edgepet.errors import CheckError, InputError, require
 from edgepet.spec import NpArray
+
+if TYPE_CHECKING:
+    from onnx import ModelProto, NodeProto
 
 LARGEST = 65504 / 2  # half of what fp16 holds: other images may go further than those that were looked at
 SMALLEST = 2.0**-24  # fp16's least number above zero
@@ -52,11 +57,11 @@ class Kept:
 class Half:
     """The fp16 model (``onnx.ModelProto``), and what of it stays fp32, in the model's order."""
 
-    model: Any
+    model: ModelProto
     kept: tuple[Kept, ...]
 
 
-def to_half(model: Any, images: NpArray, *, where: str) -> Half:
+def to_half(model: ModelProto, images: NpArray, *, where: str) -> Half:
     """A copy of ``model`` in fp16, and what stayed fp32; ``model`` is not touched.
 
     Args:
@@ -86,7 +91,7 @@ def to_half(model: Any, images: NpArray, *, where: str) -> Half:
     return Half(half, tuple(Kept(name=named[i], op=source.graph.node[i].op_type, reason=r) for i, r in reasons.items()))
 
 
-def stored_types(model: Any) -> dict[str, dict[str, int]]:
+def stored_types(model: ModelProto) -> dict[str, dict[str, int]]:
     """What an ``onnx.ModelProto`` stores: numpy dtype -> how many tensors and bytes.
 
     Raises:
@@ -101,17 +106,10 @@ def stored_types(model: Any) -> dict[str, dict[str, int]]:
     return {name: {"tensors": tensors[name], "bytes": size[name]} for name in sorted(tensors)}
 
 
-def _ranges(model: Any, images: NpArray, where: str) -> dict[str, float]:
+def _ranges(model: ModelProto, images: NpArray, where: str) -> dict[str, float]:
     """Largest magnitude of every float tensor that a node puts out, on all images; a tensor without one is no float."""
-    onnx = require("onnx", extra="train", purpose="fp16")
-    import onnxruntime
-
-    watched = type(model)()
-    watched.CopyFrom(model)
     names = [name for node in model.graph.node for name in node.output if name]
-    del watched.graph.output[:]
-    watched.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names)
-    session = onnxruntime.InferenceSession(watched.SerializeToString(), providers=["CPUExecutionProvider"])
+    session = open_session(watching(model, names).SerializeToString())
     ranges: dict[str, float] = {}
     (entry,) = (value.name for value in model.graph.input)
     for start in range(0, len(images), _BATCH):
@@ -124,7 +122,7 @@ def _ranges(model: Any, images: NpArray, where: str) -> dict[str, float]:
     return ranges
 
 
-def _reasons(model: Any, ranges: Mapping[str, float], images: int) -> dict[int, str]:
+def _reasons(model: ModelProto, ranges: Mapping[str, float], images: int) -> dict[int, str]:
     """Why a node stays fp32, by its place in the graph."""
     weights = _weights(model)
     reasons = {}
@@ -139,7 +137,9 @@ def _reasons(model: Any, ranges: Mapping[str, float], images: int) -> dict[int, 
     return reasons
 
 
-def _overflows(node: Any, ranges: Mapping[str, float], weights: Mapping[str, NpArray], images: int) -> Iterator[str]:
+def _overflows(
+    node: NodeProto, ranges: Mapping[str, float], weights: Mapping[str, NpArray], images: int
+) -> Iterator[str]:
     for name in (*node.output, *node.input):
         if ranges.get(name, 0.0) > LARGEST:
             yield f"overflow: {ranges[name]:.3g} on {images} images, beyond {LARGEST:.0f}"
@@ -152,13 +152,13 @@ def _overflows(node: Any, ranges: Mapping[str, float], weights: Mapping[str, NpA
             yield f"underflow: {lost} of {magnitude.size} weights would become zero"
 
 
-def _weights(model: Any) -> dict[str, NpArray]:
+def _weights(model: ModelProto) -> dict[str, NpArray]:
     onnx = require("onnx", extra="train", purpose="fp16")
     tensors = (tensor for tensor in model.graph.initializer if tensor.data_type == _FLOAT)
     return {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in tensors}
 
 
-def _layer_names(model: Any) -> list[str]:
+def _layer_names(model: ModelProto) -> list[str]:
     """What people call each node: the layer whose weight or bias it reads, perhaps transposed, else its own name."""
     weights = {tensor.name for tensor in model.graph.initializer if "." in tensor.name}
     behind = {node.output[0]: node.input[0] for node in model.graph.node if node.op_type == "Transpose"}
@@ -173,28 +173,21 @@ def _layer_names(model: Any) -> list[str]:
 class _Rewriter:
     """Builds the fp16 graph: every value has an fp32 and an fp16 form, each made once and only where it is read."""
 
-    def __init__(self, model: Any, ranges: Mapping[str, float], reasons: Mapping[int, str]) -> None:
-        self._onnx = require("onnx", extra="train", purpose="fp16")
+    def __init__(self, model: ModelProto, ranges: Mapping[str, float], reasons: Mapping[int, str]) -> None:
         self._source, self._floats = model, set(ranges) | {value.name for value in model.graph.input}
         self._weights = _weights(model)
         self._kept = self._with_constants(reasons)
         self._forms: dict[tuple[str, int], str] = {(name, _FLOAT): name for name in self._floats}
-        self._nodes, self._initializers = list[Any](), list[Any]()
+        self._writer = GraphWriter(model, purpose="fp16")
 
-    def model(self) -> Any:
+    def model(self) -> ModelProto:
         outputs = {value.name for value in self._source.graph.output}
         for place, node in enumerate(self._source.graph.node):
             self._add(node, _FLOAT if place in self._kept else _HALF)
         for name in sorted(outputs & self._floats):
             self._give_back(name)
-        half = type(self._source)()
-        half.CopyFrom(self._source)
-        for field in (half.graph.node, half.graph.initializer, half.graph.value_info):
-            del field[:]
         others = (tensor for tensor in self._source.graph.initializer if tensor.name not in self._weights)
-        half.graph.initializer.extend([*others, *self._initializers])
-        half.graph.node.extend(self._nodes)
-        return half
+        return self._writer.model(others)
 
     def _with_constants(self, reasons: Mapping[int, str]) -> set[int]:
         """Kept nodes, and with them those that only prepare a weight for one: it shall not pass through fp16."""
@@ -212,9 +205,8 @@ class _Rewriter:
                 wanted.update(nodes[place].input)
         return kept
 
-    def _add(self, node: Any, kind: int) -> None:
-        made = type(node)()
-        made.CopyFrom(node)
+    def _add(self, node: NodeProto, kind: int) -> None:
+        made = copied(node)
         reads = any(name in self._floats or name in self._weights for name in node.input)
         if not reads or node.op_type == "Cast":  # a source of floats: its own type stands, whoever reads it casts
             kind = _FLOAT
@@ -226,7 +218,7 @@ class _Rewriter:
             if name in self._floats and kind == _HALF:
                 self._forms.pop((name, _FLOAT))
                 made.output[position] = self._forms[name, _HALF] = f"{name}.fp16"
-        self._nodes.append(made)
+        self._writer.add(made)
 
     def _form(self, name: str, kind: int) -> str:
         """The name of ``name`` in fp32 or fp16; a cast or a weight of that type is added where it is the first."""
@@ -236,17 +228,16 @@ class _Rewriter:
         suffixed = f"{name}.fp16" if kind == _HALF else f"{name}.fp32"
         if name in self._weights:
             made = name if (name, _FLOAT + _HALF - kind) not in self._forms else suffixed
-            value = self._weights[name].astype(np.float16 if kind == _HALF else np.float32)
-            self._initializers.append(self._onnx.numpy_helper.from_array(value, made))
+            self._writer.tensor(made, self._weights[name].astype(np.float16 if kind == _HALF else np.float32))
         else:
-            made, other = suffixed, self._forms[name, _FLOAT + _HALF - kind]
-            self._nodes.append(self._onnx.helper.make_node("Cast", [other], [made], name=f"{made}.cast", to=kind))
+            made = self._cast(self._forms[name, _FLOAT + _HALF - kind], suffixed, kind)
         self._forms[name, kind] = made
         return made
 
     def _give_back(self, name: str) -> None:
         """A graph output keeps its name and type."""
         if self._forms.get((name, _FLOAT)) != name:
-            self._nodes.append(
-                self._onnx.helper.make_node("Cast", [self._forms[name, _HALF]], [name], name=f"{name}.cast", to=_FLOAT)
-            )
+            self._cast(self._forms[name, _HALF], name, _FLOAT)
+
+    def _cast(self, name: str, made: str, kind: int) -> str:
+        return self._writer.node("Cast", [name], made, name=f"{made}.cast", to=kind)

@@ -5,11 +5,15 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Literal, TypeVar
 
 from edgepet.errors import require
 from edgepet.spec import NpArray
 
+if TYPE_CHECKING:
+    from onnx import ModelProto, NodeProto, TensorProto
+
+Value = TypeVar("Value")
 _FLOAT = 1  # onnx.TensorProto
 
 
@@ -50,10 +54,11 @@ class Graph:
         MissingError: onnx is not installed.
     """
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: ModelProto) -> None:
         self._onnx = require("onnx", extra="train", purpose="int8")
-        self.model, self.nodes = model, list(model.graph.node)
-        self.initializers = {tensor.name: tensor for tensor in model.graph.initializer}
+        self.model = model
+        self.nodes: list[NodeProto] = list(model.graph.node)
+        self.initializers: dict[str, TensorProto] = {tensor.name: tensor for tensor in model.graph.initializer}
         self.made_by = {name: place for place, node in enumerate(self.nodes) for name in node.output}
         self.readers: dict[str, list[int]] = {}
         for place, node in enumerate(self.nodes):
@@ -77,10 +82,11 @@ class Graph:
         place = self.made_by.get(name)
         return place if place is not None and self.nodes[place].op_type in operators else None
 
-    def attribute(self, place: int, name: str, default: Any) -> Any:
+    def attribute(self, place: int, name: str, default: Value) -> Value:
         """The attribute ``name`` of the node at ``place``, or ``default``."""
         found = [a for a in self.nodes[place].attribute if a.name == name]
-        return self._onnx.helper.get_attribute_value(found[0]) if found else default
+        value: Value = self._onnx.helper.get_attribute_value(found[0]) if found else default
+        return value
 
     @cached_property
     def shapes(self) -> Mapping[str, tuple[int, ...]]:

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 
 from edgepet.calibration.layers import Layer
-from edgepet.errors import InputError, option, require
+from edgepet.calibration.writer import watching
+from edgepet.device.onnxruntime import open_session
+from edgepet.errors import InputError, option
 from edgepet.graphs.base import INPUT
 from edgepet.spec import NpArray
+
+if TYPE_CHECKING:
+    from onnx import ModelProto
 
 ROWS = 4096  # of one tensor, drawn evenly from all images: enough for histograms and means of channels
 _BATCH = 4  # images of one step: every watched tensor is held at once
@@ -36,26 +41,17 @@ class Activations:
         return replace(self, rows=self.rows / by, least=self.least / by, most=self.most / by)
 
 
-def observe(model: Any, layers: Sequence[Layer], images: NpArray, *, where: str) -> dict[str, Activations]:
+def observe(model: ModelProto, layers: Sequence[Layer], images: NpArray, *, where: str) -> dict[str, Activations]:
     """What ``layers`` of an ``onnx.ModelProto`` read on preprocessed ``images`` (n, 3, H, W), by the tensors' names.
 
     Raises:
         InputError: a number that is not finite, in what they read or put out: a clip behind them may hide it.
         MissingError: onnx is not installed.
     """
-    onnx = require("onnx", extra="train", purpose="int8")
-    import onnxruntime
-
     axes = {layer.reads: layer.channel_axis for layer in layers}
-    watched = type(model)()
-    watched.CopyFrom(model)
-    del watched.graph.output[:]
     around = dict.fromkeys(name for layer in layers for name in (layer.reads, layer.puts_out))
     names = [name for name in around if name != INPUT]
-    watched.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names)
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    session = onnxruntime.InferenceSession(watched.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    session = open_session(watching(model, names).SerializeToString())
     gathered: dict[str, list[Activations]] = {}
     rng = np.random.default_rng(0)
     for start in range(0, len(images), _BATCH):

@@ -10,15 +10,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from edgepet.calibration.layers import Graph, Layer
 from edgepet.calibration.observe import Activations, Seen
 from edgepet.calibration.ranges import Estimator, Histogram, threshold
+from edgepet.calibration.writer import GraphWriter, copied, settings_of
 from edgepet.deltas.codes import HIGH, LOW, Range, coded, per_channel, smoothing
+from edgepet.errors import require
 from edgepet.spec import NpArray
+
+if TYPE_CHECKING:
+    from onnx import ModelProto, NodeProto
 
 ONE_SIDED = 0.25  # a tensor that goes less than this part as far down as up is shifted
 
@@ -44,7 +49,7 @@ class Int8Recipe:
 class Int8:
     """The Q/DQ model (``onnx.ModelProto``), the ranges of its tensors by name, and which layers compute in int8."""
 
-    model: Any
+    model: ModelProto
     ranges: Mapping[str, Range]
     layers: tuple[Layer, ...]
 
@@ -121,38 +126,29 @@ class _Writer:
         self, graph: Graph, layers: Sequence[Layer], seen: Seen, recipe: Int8Recipe, smooth: Mapping[str, NpArray],
         ranges: Mapping[str, Range],
     ) -> None:  # fmt: skip
-        import onnx
-
-        self._onnx, self._graph, self._recipe = onnx, graph, recipe
+        self._graph, self._recipe, self._writer = graph, recipe, GraphWriter(graph.model, purpose="int8")
         self._seen, self._smooth, self._ranges = seen, smooth, ranges
         self._ends = {layer.places[-1]: layer for layer in layers}
         self._inside = {place for layer in layers for place in (*layer.places, layer.pad)}
-        self._nodes, self._tensors, self._coded = list[Any](), dict[str, NpArray](), set[str]()
+        self._coded = set[str]()
 
-    def model(self) -> Any:
+    def model(self) -> ModelProto:
+        onnx = require("onnx", extra="train", purpose="int8")
         for place, node in enumerate(self._graph.nodes):
             if place in self._ends:
                 self._layer(self._ends[place])
             elif place not in self._inside:
-                self._nodes.append(self._copy(node))
-        source = self._graph.model
-        made = type(source)()
-        made.CopyFrom(source)
-        for field in (made.graph.node, made.graph.initializer, made.graph.value_info):
-            del field[:]
-        made.graph.node.extend(self._nodes)
-        read = {name for node in self._nodes for name in node.input}
-        made.graph.initializer.extend(t for t in source.graph.initializer if t.name in read)
-        made.graph.initializer.extend(self._onnx.numpy_helper.from_array(v, n) for n, v in self._tensors.items())
-        self._onnx.checker.check_model(made, full_check=True)
+                self._writer.add(self._copy(node))
+        read = self._writer.reads
+        made = self._writer.model(t for t in self._graph.model.graph.initializer if t.name in read)
+        onnx.checker.check_model(made, full_check=True)
         return made
 
-    def _copy(self, node: Any) -> Any:
-        made = type(node)()
-        made.CopyFrom(node)
+    def _copy(self, node: NodeProto) -> NodeProto:
+        made = copied(node)
         if node.output[0] in self._smooth:
             for position, name in enumerate(node.input[1:], 1):
-                made.input[position] = self._put(
+                made.input[position] = self._writer.tensor(
                     f"{name}.smoothed", self._graph.value(name) / self._smooth[node.output[0]]
                 )
         return made
@@ -161,19 +157,18 @@ class _Writer:
         codes = self._encoded(layer.reads)
         if layer.pad is not None:
             pad = self._graph.nodes[layer.pad]
-            self._node("Pad", [codes, *pad.input[1:]], f"{layer.name}.padded")
+            self._writer.node("Pad", [codes, *pad.input[1:]], f"{layer.name}.padded")
             codes = f"{layer.name}.padded"
         weight, rounded = self._weight(layer)
         bias = self._bias(layer, rounded)
         if layer.kind == "conv":
             node = self._graph.nodes[layer.places[0]]
-            settings = {a.name: self._onnx.helper.get_attribute_value(a) for a in node.attribute}
-            self._node("Conv", [codes, weight, *bias], layer.puts_out, **settings)
+            self._writer.node("Conv", [codes, weight, *bias], layer.puts_out, **settings_of(node))
             return
         product = f"{layer.name}.product" if bias else layer.puts_out
-        self._node("MatMul", [codes, weight], product)
+        self._writer.node("MatMul", [codes, weight], product)
         if bias:
-            self._node("Add", [product, *bias], layer.puts_out)
+            self._writer.node("Add", [product, *bias], layer.puts_out)
 
     def _encoded(self, name: str) -> str:
         """Q and DQ behind a tensor, shifted first where its range is; what they put out is the shifted tensor."""
@@ -182,11 +177,16 @@ class _Writer:
         self._coded.add(name)
         source, of = name, self._ranges[name]
         if of.shift:
-            self._node("Sub", [name, self._put(f"{name}.shift", np.float32(of.shift))], f"{name}.shifted")
+            self._writer.node(
+                "Sub", [name, self._writer.tensor(f"{name}.shift", np.float32(of.shift))], f"{name}.shifted"
+            )
             source = f"{name}.shifted"
-        inputs = [self._put(f"{name}.scale", np.float32(of.scale)), self._put("edgepet.int8.zero", np.int8(0))]
-        self._node("QuantizeLinear", [source, *inputs], f"{name}.codes")
-        self._node("DequantizeLinear", [f"{name}.codes", *inputs], f"{name}.int8")
+        inputs = [
+            self._writer.tensor(f"{name}.scale", np.float32(of.scale)),
+            self._writer.tensor("edgepet.int8.zero", np.int8(0)),
+        ]
+        self._writer.node("QuantizeLinear", [source, *inputs], f"{name}.codes")
+        self._writer.node("DequantizeLinear", [f"{name}.codes", *inputs], f"{name}.int8")
         return f"{name}.int8"
 
     def _weight(self, layer: Layer) -> tuple[str, NpArray]:
@@ -197,11 +197,11 @@ class _Writer:
         if layer.kind == "linear":
             codes, axis = np.ascontiguousarray(codes.T), 1
         inputs = [
-            self._put(f"{layer.weight}.codes", codes),
-            self._put(f"{layer.weight}.scale", made.scales),
-            self._put(f"{layer.weight}.zeros", np.zeros(len(made.scales), np.int8)),
+            self._writer.tensor(f"{layer.weight}.codes", codes),
+            self._writer.tensor(f"{layer.weight}.scale", made.scales),
+            self._writer.tensor(f"{layer.weight}.zeros", np.zeros(len(made.scales), np.int8)),
         ]
-        self._node("DequantizeLinear", inputs, f"{layer.weight}.int8", axis=axis)
+        self._writer.node("DequantizeLinear", inputs, f"{layer.weight}.int8", axis=axis)
         return f"{layer.weight}.int8", rounded
 
     def _dense(self, layer: Layer) -> NpArray:
@@ -214,7 +214,7 @@ class _Writer:
         bias = bias + self._ranges[layer.reads].shift * rounded.reshape(len(rounded), -1).sum(axis=1)
         if self._recipe.bias_correction:
             bias = bias + self._correction(layer, rounded)
-        return [self._put(f"{layer.name}.bias.int8", bias.astype(np.float32))] if bias.any() else []
+        return [self._writer.tensor(f"{layer.name}.bias.int8", bias.astype(np.float32))] if bias.any() else []
 
     def _correction(self, layer: Layer, rounded: NpArray) -> NpArray:
         """What rounding moves each output by on the mean (Nagel et al. 2019, arXiv:1906.04721, section 4.2)."""
@@ -224,13 +224,6 @@ class _Writer:
         exact = rows.mean(axis=0, dtype=np.float64)
         lost: NpArray = on_channels(self._dense(layer).astype(np.float64), exact) - on_channels(rounded, coded)
         return lost
-
-    def _put(self, name: str, value: NpArray | np.generic) -> str:
-        self._tensors[name] = np.asarray(value)
-        return name
-
-    def _node(self, operator: str, inputs: list[str], output: str, **settings: Any) -> None:
-        self._nodes.append(self._onnx.helper.make_node(operator, inputs, [output], name=output, **settings))
 
 
 def on_channels(weight: NpArray, means: NpArray) -> NpArray:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 
@@ -26,6 +26,9 @@ from edgepet.calibration.rewriting import folded
 from edgepet.deltas.codes import Range
 from edgepet.errors import InputError
 from edgepet.spec import NpArray
+
+if TYPE_CHECKING:
+    from onnx import ModelProto
 
 # Where the search starts, and what it tries from there, one setting after the other.
 TRANSFORMER = Int8Recipe(smooth=0.5)
@@ -69,13 +72,13 @@ class Calibration:
     """One folded model on its calibration images; nothing is measured twice."""
 
     def __init__(
-        self, model: Any, weights: Collection[str], images: CalibrationImages, order: NpArray, *, where: str,
-        smooth: Mapping[str, NpArray] | None = None, against: Any = None,
+        self, model: ModelProto, weights: Collection[str], images: CalibrationImages, order: NpArray, *, where: str,
+        smooth: Mapping[str, NpArray] | None = None, against: ModelProto | None = None,
     ) -> None:  # fmt: skip
         """Fold the model, find its layers, and run both sets of images through it.
 
         Args:
-            model: an ``onnx.ModelProto`` in fp32 that puts out logits, weights inside.
+            model: in fp32; it puts out logits, and its weights are inside.
             weights: names of the initializers whose layers may become int8.
             order: the model's class for each class of ``images``, integers (C,).
             smooth: fixed divisors behind layer norms, by the tensor: then no strength is tried, and biases stay.
@@ -179,7 +182,7 @@ def _corrected(best: Int8Recipe) -> Iterator[Int8Recipe]:
     yield replace(best, bias_correction=not best.bias_correction)
 
 
-def _require_finite(model: Any, where: str) -> None:
+def _require_finite(model: ModelProto, where: str) -> None:
     from onnx import numpy_helper
 
     for tensor in model.graph.initializer:

@@ -12,13 +12,14 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import safetensors.numpy
 
 from edgepet.calibration.layers import Graph, Layer, find_layers
 from edgepet.calibration.rewriting import lifted
+from edgepet.calibration.writer import GraphWriter, settings_of
 from edgepet.deltas.codes import CodedWeight, coded, norm_smoothing
 from edgepet.errors import InputError, require
 from edgepet.files import write_file
@@ -40,8 +41,11 @@ from edgepet.graphs.int8 import (
     open_int8,
 )
 from edgepet.graphs.slots import code_sums, scaled_by_norm, slot_shapes
-from edgepet.graphs.tensor_files import Place, safetensors_places
+from edgepet.graphs.tensor_files import Place, point_into, safetensors_places
 from edgepet.spec import NpArray
+
+if TYPE_CHECKING:
+    from onnx import ModelProto, TensorProto
 
 _ZERO = 128  # ONNX Runtime's int8 products are fastest with unsigned codes of activations: the same codes, moved
 _MICROSOFT = "com.microsoft"
@@ -122,7 +126,7 @@ def _make(graph: BaseGraph) -> None:
     write_graph_json(folder, stem, facts, files, kind=FORMAT, version=VERSION)
 
 
-def _structure(graph: BaseGraph) -> Any:
+def _structure(graph: BaseGraph) -> ModelProto:
     onnx = require("onnx", extra="train", purpose="int8")
     return lifted(onnx.load(str(graph.model_path), load_external_data=False))
 
@@ -165,49 +169,40 @@ class _SlotWriter:
     """Writes a graph with slots in one form, node by node, from the structure of the fp32 graph."""
 
     def __init__(
-        self, structure: Any, layers: tuple[Layer, ...], described: tuple[Int8Layer, ...], vectors: Mapping[str, int],
-        places: Mapping[str, Place], form: SlotForm,
+        self, structure: ModelProto, layers: tuple[Layer, ...], described: tuple[Int8Layer, ...],
+        vectors: Mapping[str, int], places: Mapping[str, Place], form: SlotForm,
     ) -> None:  # fmt: skip
         self._onnx = require("onnx", extra="train", purpose="int8")
+        self._writer = GraphWriter(structure, purpose="int8")
         self._graph, self._places, self._form = Graph(structure), places, form
         self._ends = {layer.places[-1]: (layer, told) for layer, told in zip(layers, described, strict=True)}
         self._inside = {place for layer in layers for place in (*layer.places, layer.pad)}
         outs = {layer.weight: places[layer.weight + STEP].shape[0] for layer in layers}
         self._slots = slot_shapes(described, vectors, outs, form)
-        self._nodes, self._tensors, self._coded = list[Any](), dict[str, NpArray](), set[str]()
+        self._coded = set[str]()
 
-    def model(self) -> Any:
+    def model(self) -> ModelProto:
         for place, node in enumerate(self._graph.nodes):
             if place in self._ends:
                 self._layer(*self._ends[place])
             elif place not in self._inside:
-                self._nodes.append(node)
-        onnx, source = self._onnx, self._graph.model
-        made = type(source)()
-        made.CopyFrom(source)
-        for field in (made.graph.node, made.graph.initializer):
-            del field[:]
-        made.graph.node.extend(self._nodes)
-        float_ = onnx.TensorProto.FLOAT
+                self._writer.add(node)
+        onnx, read = self._onnx, self._writer.reads - set(self._slots)
+        stored = [self._external(name) for name in sorted(read & set(self._places))]
+        own = self._graph.model.graph.initializer
+        kept = [tensor for tensor in own if tensor.name in read - set(self._places)]
+        made = self._writer.model([*stored, *kept], keep_types=True)
         for name, shape in sorted(self._slots.items()):
-            made.graph.input.append(onnx.helper.make_tensor_value_info(name, float_, shape))
-        read = {name for node in self._nodes for name in node.input} - set(self._slots)
-        for name in sorted(read & set(self._places)):
-            made.graph.initializer.append(self._external(name))
-        kept = (tensor for tensor in source.graph.initializer if tensor.name in read - set(self._places))
-        made.graph.initializer.extend(kept)
-        made.graph.initializer.extend(onnx.numpy_helper.from_array(v, n) for n, v in self._tensors.items())
+            made.graph.input.append(onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, shape))
         if not self._form.unit_codes:
             made.opset_import.append(onnx.helper.make_opsetid(_MICROSOFT, 1))
         return made
 
-    def _external(self, name: str) -> Any:
+    def _external(self, name: str) -> TensorProto:
         place, onnx = self._places[name], self._onnx
         kinds = {"<f4": onnx.TensorProto.FLOAT, "|i1": onnx.TensorProto.INT8}
-        tensor = onnx.TensorProto(name=name, dims=place.shape, data_type=kinds[place.dtype])
-        tensor.data_location = tensor.EXTERNAL
-        for key, value in (("location", place.file), ("offset", place.offset), ("length", place.length)):
-            tensor.external_data.add(key=key, value=str(value))
+        tensor: TensorProto = onnx.TensorProto(name=name, dims=place.shape, data_type=kinds[place.dtype])
+        point_into(tensor, place.file, place.offset, place.length)
         return tensor
 
     def _layer(self, layer: Layer, told: Int8Layer) -> None:
@@ -217,41 +212,37 @@ class _SlotWriter:
         codes = self._dequantized(layer, told)
         if layer.pad is not None:
             pad = self._graph.nodes[layer.pad]
-            self._node("Pad", [codes, *pad.input[1:]], f"{layer.name}.padded")
+            self._writer.node("Pad", [codes, *pad.input[1:]], f"{layer.name}.padded")
             codes = f"{layer.name}.padded"
         weight = self._weight(layer)
         steps, bias = f"{layer.name}.steps", f"{layer.name}.shifted"
-        settings = self._settings(layer)
+        settings = settings_of(self._graph.nodes[layer.places[0]]) if layer.kind == "conv" else {}
         if not self._form.unit_codes:
-            self._node("Conv", [codes, weight, bias], layer.puts_out, **settings)
+            self._writer.node("Conv", [codes, weight, bias], layer.puts_out, **settings)
             return
-        self._node("MatMul" if layer.kind == "linear" else "Conv", [codes, weight], f"{layer.name}.product", **settings)
-        self._node("Mul", [f"{layer.name}.product", steps], f"{layer.name}.scaled")
-        self._node("Add", [f"{layer.name}.scaled", bias], layer.puts_out)
-
-    def _settings(self, layer: Layer) -> dict[str, Any]:
-        if layer.kind == "linear":
-            return {}
-        node = self._graph.nodes[layer.places[0]]
-        return {a.name: self._onnx.helper.get_attribute_value(a) for a in node.attribute}
+        self._writer.node(
+            "MatMul" if layer.kind == "linear" else "Conv", [codes, weight], f"{layer.name}.product", **settings
+        )
+        self._writer.node("Mul", [f"{layer.name}.product", steps], f"{layer.name}.scaled")
+        self._writer.node("Add", [f"{layer.name}.scaled", bias], layer.puts_out)
 
     def _integer_product(self, layer: Layer, told: Int8Layer) -> None:
-        scale, zero = f"{layer.reads}.scale", self._put("edgepet.int8.zero", np.uint8(_ZERO))
+        scale, zero = f"{layer.reads}.scale", self._writer.tensor("edgepet.int8.zero", np.uint8(_ZERO))
         source = self._shifted(layer, told)
         codes = f"{layer.reads}.codes"
         if layer.reads not in self._coded:
             self._coded.add(layer.reads)
-            self._node("QuantizeLinear", [source, scale, zero], codes)
+            self._writer.node("QuantizeLinear", [source, scale, zero], codes)
         steps, bias = f"{layer.name}.steps", f"{layer.name}.shifted"
         inputs = [codes, layer.weight + CODE, scale, steps, zero, "", bias]
-        self._node("MatMulIntegerToFloat", inputs, layer.puts_out, domain=_MICROSOFT)
+        self._writer.node("MatMulIntegerToFloat", inputs, layer.puts_out, domain=_MICROSOFT)
 
     def _shifted(self, layer: Layer, told: Int8Layer) -> str:
         """What the codes are made of: the tensor less its shift; a norm's output and what is padded have none."""
         if scaled_by_norm(told) or layer.padded:
             return layer.reads
         if layer.reads not in self._coded:
-            self._node("Sub", [layer.reads, f"{layer.reads}.shift"], f"{layer.reads}.centred")
+            self._writer.node("Sub", [layer.reads, f"{layer.reads}.shift"], f"{layer.reads}.centred")
         return f"{layer.reads}.centred"
 
     def _dequantized(self, layer: Layer, told: Int8Layer) -> str:
@@ -261,20 +252,20 @@ class _SlotWriter:
         if not self._form.unit_codes:
             source, scale = self._shifted(layer, told), f"{layer.reads}.scale"
         else:
-            source, scale = self._normalised(layer, told), self._put("edgepet.int8.one", np.float32(1))
+            source, scale = self._normalised(layer, told), self._writer.tensor("edgepet.int8.one", np.float32(1))
         self._coded.add(layer.reads)
-        zero = self._put("edgepet.int8.zero_s8", np.int8(0))
-        self._node("QuantizeLinear", [source, scale, zero], f"{layer.reads}.codes")
-        self._node("DequantizeLinear", [f"{layer.reads}.codes", scale, zero], made)
+        zero = self._writer.tensor("edgepet.int8.zero_s8", np.int8(0))
+        self._writer.node("QuantizeLinear", [source, scale, zero], f"{layer.reads}.codes")
+        self._writer.node("DequantizeLinear", [f"{layer.reads}.codes", scale, zero], made)
         return made
 
     def _normalised(self, layer: Layer, told: Int8Layer) -> str:
         if scaled_by_norm(told):
             return layer.reads
-        self._node("Mul", [layer.reads, f"{layer.reads}.scale"], f"{layer.reads}.unit")
+        self._writer.node("Mul", [layer.reads, f"{layer.reads}.scale"], f"{layer.reads}.unit")
         if layer.padded:
             return f"{layer.reads}.unit"
-        self._node("Add", [f"{layer.reads}.unit", f"{layer.reads}.shift"], f"{layer.reads}.centred")
+        self._writer.node("Add", [f"{layer.reads}.unit", f"{layer.reads}.shift"], f"{layer.reads}.centred")
         return f"{layer.reads}.centred"
 
     def _weight(self, layer: Layer) -> str:
@@ -283,14 +274,7 @@ class _SlotWriter:
         if not self._form.unit_codes:
             scales = f"{layer.name}.steps"
         else:
-            scales = self._put(f"edgepet.int8.ones.{out}", np.ones(out, np.float32))
-        zeros = self._put(f"edgepet.int8.zeros.{out}", np.zeros(out, np.int8))
-        self._node("DequantizeLinear", [layer.weight + CODE, scales, zeros], f"{layer.weight}.int8", axis=axis)
+            scales = self._writer.tensor(f"edgepet.int8.ones.{out}", np.ones(out, np.float32))
+        zeros = self._writer.tensor(f"edgepet.int8.zeros.{out}", np.zeros(out, np.int8))
+        self._writer.node("DequantizeLinear", [layer.weight + CODE, scales, zeros], f"{layer.weight}.int8", axis=axis)
         return f"{layer.weight}.int8"
-
-    def _put(self, name: str, value: NpArray | np.generic) -> str:
-        self._tensors[name] = np.asarray(value)
-        return name
-
-    def _node(self, operator: str, inputs: list[str], output: str, **settings: Any) -> None:
-        self._nodes.append(self._onnx.helper.make_node(operator, inputs, [output], name=output, **settings))

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Literal, Protocol
 
 from edgepet.device.runtimes import Format
 from edgepet.spec import FilePath, StoredPrecision
+
+if TYPE_CHECKING:
+    from onnx import ModelProto
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,5 +46,21 @@ class Written:
     layers: Mapping[str, object] | None = None
 
 
-# (onnx.ModelProto, its precision, an empty folder, options, the task's name for errors) -> what was written
-Exporter: TypeAlias = Callable[[Any, StoredPrecision, Path, ExportOptions, str], Written]
+class Exporter(Protocol):
+    """Writes one task's model in one format; it never chooses a precision and never changes a weight."""
+
+    def __call__(
+        self, model: ModelProto, precision: StoredPrecision, folder: Path, options: ExportOptions, task: str
+    ) -> Written:
+        """Write ``model``, which is in ``precision`` and is not touched, into the empty ``folder``.
+
+        Args:
+            model: takes "images" (batch, 3, H, W), or with an axis of frames, and puts out "logits" (batch, C).
+            task: its name, for errors.
+
+        Raises:
+            InputError: the format has no such operator, or ``folder`` cannot be written.
+            CheckError: what was written is not what can be read.
+            MissingError: what writes the format is not installed.
+        """
+        ...

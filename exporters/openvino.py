@@ -5,13 +5,16 @@ from __future__ import annotations
 import os
 import re
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from edgepet.errors import InputError, require
 from edgepet.exporters.exporter import ExportOptions, Written
 from edgepet.exporters.onnx import serialize
 from edgepet.files import sync_folder
 from edgepet.spec import StoredPrecision
+
+if TYPE_CHECKING:
+    from onnx import ModelProto
 
 MODEL = "model.xml"
 _MADE_UP = re.compile(r"[A-Za-z]+_\d+")
@@ -46,7 +49,7 @@ def write_openvino(onnx_model: bytes, folder: Path, *, where: str) -> list[str]:
     return names
 
 
-def export(model: Any, precision: StoredPrecision, folder: Path, options: ExportOptions, task: str) -> Written:
+def export(model: ModelProto, precision: StoredPrecision, folder: Path, options: ExportOptions, task: str) -> Written:
     """Write the IR; see ``Exporter``, and ``write_openvino`` for what it raises."""
     del precision, options
     return Written(write_openvino(serialize(model), folder, where=task), "openvino")

@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from edgepet.canonical import canonical_json
 from edgepet.device.tensorrt import (
@@ -25,6 +25,7 @@ from edgepet.device.tensorrt import (
     Engine,
     Sidecar,
     TensorSpec,
+    Trt,
     deserialize,
     gpu_problem,
     message_log,
@@ -35,6 +36,9 @@ from edgepet.exporters.exporter import ExportOptions, Written
 from edgepet.exporters.onnx import serialize
 from edgepet.files import write_file
 from edgepet.spec import StoredPrecision
+
+if TYPE_CHECKING:
+    from onnx import ModelProto
 
 _ELSEWHERE = "export it to onnx or openvino, or change the model"
 _NOT_THIS_GPU = frozenset({"UNSUPPORTED_CC", "OLD_CUDA_DRIVER", "OLD_CUDA_RUNTIME", "INSUFFICIENT_GPU_MEMORY"})
@@ -115,7 +119,7 @@ def build_engines(
     return _write(trt, plan, sidecar, folder, stem=stem, seconds=seconds, layers=layers)
 
 
-def export(model: Any, precision: StoredPrecision, folder: Path, options: ExportOptions, task: str) -> Written:
+def export(model: ModelProto, precision: StoredPrecision, folder: Path, options: ExportOptions, task: str) -> Written:
     """Build and write an engine and its side-car; see ``Exporter``, and ``build_engines`` for what it raises."""
     del task
     built = build_engines(serialize(model), folder, precision=precision, sms=options.sms)
@@ -124,7 +128,7 @@ def export(model: Any, precision: StoredPrecision, folder: Path, options: Export
 
 
 def _write(
-    trt: Any,
+    trt: Trt,
     plan: memoryview,
     sidecar: Sidecar,
     folder: Path,
@@ -147,7 +151,7 @@ def _write(
     )
 
 
-def read_back(trt: Any, folder: Path, *, stem: str = "model") -> Readback:
+def read_back(trt: Trt, folder: Path, *, stem: str = "model") -> Readback:
     """Check the files from the disk: side-car, size, sha256, the plan's container; and open it where a GPU answers.
 
     Without a driver TensorRT-RTX reads the plan's magic number, its length and its table of sections, then stops at
@@ -176,11 +180,11 @@ def read_back(trt: Any, folder: Path, *, stem: str = "model") -> Readback:
     raise CheckError(str(path), "the library must read the engine that it built", got="; ".join(diagnostics))
 
 
-def _library() -> tuple[Engine, Any]:
+def _library() -> tuple[Engine, Trt]:
     """Classic TensorRT where it imports and a GPU answers, else TensorRT-RTX."""
     if gpu_problem() is None:
         try:
-            trt: Any = importlib.import_module(MODULES["tensorrt"])
+            trt: Trt = importlib.import_module(MODULES["tensorrt"])
             trt.Builder(message_log(trt))
         except (
             ImportError,
@@ -193,7 +197,7 @@ def _library() -> tuple[Engine, Any]:
     return "tensorrt-rtx", require(MODULES["tensorrt-rtx"], extra="tensorrt-rtx", purpose="TensorRT engines")
 
 
-def _targets(trt: Any, sms: Sequence[int]) -> tuple[int, ...]:
+def _targets(trt: Trt, sms: Sequence[int]) -> tuple[int, ...]:
     offered = {int(member): name for name, member in trt.ComputeCapability.__members__.items() if name.startswith("SM")}
     if not sms or not set(sms) <= set(offered):
         what = f"TensorRT-RTX {trt.__version__} builds for {', '.join(str(sm) for sm in sorted(offered))}"
@@ -213,7 +217,7 @@ def _compute_capability() -> int:
 
 
 def _build(
-    trt: Any, onnx_model: bytes, precision: StoredPrecision, max_batch: int, targets: Sequence[int], *, portable: bool
+    trt: Trt, onnx_model: bytes, precision: StoredPrecision, max_batch: int, targets: Sequence[int], *, portable: bool
 ) -> tuple[memoryview, TensorSpec, TensorSpec, Mapping[str, int]]:
     """The serialised engine, its input, output and layers; ``portable`` is what classic TensorRT cannot be."""
     log = message_log(trt)
@@ -241,7 +245,7 @@ def _build(
     return memoryview(plan), takes, gives, layers
 
 
-def _parse(trt: Any, builder: Any, onnx_model: bytes) -> tuple[Any, Any]:
+def _parse(trt: Trt, builder: Trt, onnx_model: bytes) -> tuple[Trt, Trt]:
     """The network and the parser that owns its weights."""
     typed = getattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)  # where it is gone, nothing else is left
     network = builder.create_network(0 if typed is None else 1 << int(typed))
@@ -254,7 +258,7 @@ def _parse(trt: Any, builder: Any, onnx_model: bytes) -> tuple[Any, Any]:
     return network, parser
 
 
-def _tensors(trt: Any, network: Any, precision: StoredPrecision) -> tuple[TensorSpec, TensorSpec]:
+def _tensors(trt: Trt, network: Trt, precision: StoredPrecision) -> tuple[TensorSpec, TensorSpec]:
     """Input and output, both fp32."""
     ports = [network.get_input(index) for index in range(network.num_inputs)]
     ports += [network.get_output(index) for index in range(network.num_outputs)]
@@ -274,7 +278,7 @@ def _tensors(trt: Any, network: Any, precision: StoredPrecision) -> tuple[Tensor
     return takes, gives
 
 
-def _layers(trt: Any, network: Any, precision: StoredPrecision) -> Mapping[str, int]:
+def _layers(trt: Trt, network: Trt, precision: StoredPrecision) -> Mapping[str, int]:
     """Layers by the type of their first output, which is what they compute in: the side-car must not lie about it.
 
     Raises:
@@ -295,7 +299,7 @@ def _layers(trt: Any, network: Any, precision: StoredPrecision) -> Mapping[str, 
     return dict(sorted(counts.items()))
 
 
-def _ask_validity(trt: Any, path: Path) -> tuple[str, ...]:
+def _ask_validity(trt: Trt, path: Path) -> tuple[str, ...]:
     """TensorRT-RTX's word on the header, VALID, SUBOPTIMAL or INVALID, then its reasons."""
     log = message_log(trt)
     log.errors.clear()

@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 import numpy as np
 import safetensors.numpy
@@ -29,10 +29,16 @@ from edgepet.graphs.base import (
     open_graph,
     write_graph_json,
 )
-from edgepet.graphs.tensor_files import Place, safetensors_places
+from edgepet.graphs.tensor_files import Place, point_into, safetensors_places
 from edgepet.networks.backbone import Backbone, explicit_attention
 from edgepet.spec import NpArray
 
+if TYPE_CHECKING:
+    from onnx import ModelProto
+    from torch import nn
+    from torch.onnx import ONNXProgram
+
+_Ir: TypeAlias = Any  # onnx_ir's model or node, which torch and onnxscript hand on without types
 OPSET, IR_VERSION = 20, 10  # the newest that ONNX Runtime, OpenVINO and TensorRT all read, int8 included
 
 
@@ -104,7 +110,7 @@ def _make(backbone: Backbone, branches: Sequence[Branch], folder: Path) -> None:
     write_graph_json(folder, stem, facts, files)
 
 
-def _traced(backbone: Backbone, branches: Sequence[Branch]) -> Any:
+def _traced(backbone: Backbone, branches: Sequence[Branch]) -> ModelProto:
     import torch
 
     from edgepet.networks.graft import Grafted, in_torch
@@ -129,20 +135,21 @@ def _traced(backbone: Backbone, branches: Sequence[Branch]) -> Any:
     if wrapped:
         _rename(program.model, {f"tensors.{i}": name for i, name in enumerate(named)})
     _tidy(program.model, {*backbone.tensors, *named})
-    return program.model_proto
+    traced: ModelProto = program.model_proto
+    return traced
 
 
-def _rename(model: Any, names: Mapping[str, str]) -> None:
+def _rename(model: _Ir, names: Mapping[str, str]) -> None:
     """Initializers of a grafted network, as the backbone and its branches call them."""
     for old, value in list(model.graph.initializers.items()):
         value.name = names.get(old, old.removeprefix("backbone."))
 
 
-def _export(module: Any, input_shape: tuple[int, ...]) -> Any:
+def _export(module: nn.Module, input_shape: tuple[int, ...]) -> ONNXProgram:
     import torch
 
     with _quiet():
-        return torch.onnx.export(
+        program = torch.onnx.export(
             module,
             (torch.zeros(2, *input_shape),),
             dynamo=True,
@@ -154,16 +161,17 @@ def _export(module: Any, input_shape: tuple[int, ...]) -> Any:
             external_data=False,
             verbose=False,
         )
+    return cast("ONNXProgram", program)  # of a file's name alone it would be None
 
 
-def _tidy(model: Any, parameters: set[str]) -> None:
+def _tidy(model: _Ir, parameters: set[str]) -> None:
     """Compute what depends on no parameter and no image: TensorRT wants axes and sizes as constants.
 
     A convolution without a bias gets one of zeros from torch, built at run time from the kernel's shape: it goes.
     """
     from onnxscript.optimizer import fold_constants
 
-    def keeps_parameters(node: Any) -> bool | None:
+    def keeps_parameters(node: _Ir) -> bool | None:
         reads = any(read is not None and read.name in parameters for read in node.inputs)
         return False if reads and node.op_type != "Shape" else None  # None: as the folder itself decides
 
@@ -178,7 +186,7 @@ def _tidy(model: Any, parameters: set[str]) -> None:
             node.resize_inputs(2)
 
 
-def _externalise(model: Any, places: dict[str, Place], wanted: set[str], backbone: Backbone) -> None:
+def _externalise(model: ModelProto, places: dict[str, Place], wanted: set[str], backbone: Backbone) -> None:
     """Point parameters into the weights files, and take out what torch adds: it is 1.4 MB and names local paths."""
     model.ir_version = IR_VERSION
     model.producer_name, model.producer_version, model.doc_string = "edgepet", "", ""
@@ -202,11 +210,7 @@ def _externalise(model: Any, places: dict[str, Place], wanted: set[str], backbon
         if tuple(tensor.dims) != place.shape:
             raise InputError(backbone.spec, f"{tensor.name} must keep its shape {place.shape}", got=tuple(tensor.dims))
         seen.add(tensor.name)
-        for field in ("raw_data", "float_data"):
-            tensor.ClearField(field)
-        tensor.data_location = tensor.EXTERNAL
-        for key, value in (("location", place.file), ("offset", place.offset), ("length", place.length)):
-            tensor.external_data.add(key=key, value=str(value))
+        point_into(tensor, place.file, place.offset, place.length)
     integers = {name for name, tensor in backbone.tensors.items() if tensor.dtype.kind != "f"}
     lost = sorted(wanted - integers - seen)
     if lost:

@@ -300,8 +300,8 @@ def test_auto_writes_one_artefact_of_each_format_and_says_what_was_measured(
         name, _, number = first.partition(": ")
         measured = {name: float(number.removesuffix(" ms")), **{p: float(ms) for p, ms in map(str.split, rest)}}
         assert set(measured) == {row["precision"], *others}
-        # the smallest within a near tie of the fastest, in numbers with one decimal
-        assert measured[row["precision"]] <= precision.AUTO_TIE * min(measured.values()) + 0.1
+        least = min(measured.values())  # of equally fast ones it is the smallest; 0.01 ms is the last digit
+        assert measured[row["precision"]] <= precision.AUTO_TIE * least + 0.01
         assert ("and loses " in row["why"]) == (row["precision"] == "int8")
 
 

@@ -7,6 +7,7 @@ import json
 import re
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -174,6 +175,25 @@ def test_json_keeps_fields_and_drops_single_observations() -> None:
         '{"path": "a/b.pet", "inner": [{"p50_ms": 1.5}], "versions": {"numpy": "2.4"}, '
         '"top1": 0.5, "n": 7, "ok": true, "p99_ms": null, "limit": null}'
     )
+
+
+@dataclass(frozen=True)
+class Row:
+    inner: Inner
+
+    shown: ClassVar[tuple[str, ...]] = ("p50_ms", "name")
+
+    @property
+    def p50_ms(self) -> float:
+        return self.inner.p50_ms
+
+    @property
+    def name(self) -> str:
+        return "row"
+
+
+def test_json_has_the_names_that_a_class_shows_in_place_of_its_fields() -> None:
+    assert to_json([Row(inner=Inner(times_ms=(1.0,), p50_ms=1.5))]) == [{"p50_ms": 1.5, "name": "row"}]
 
 
 def test_what_has_no_json_form_is_a_bug() -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
@@ -18,16 +20,14 @@ import pytest
 from PIL import Image
 
 from edgepet import Device, write_pack
-from edgepet.calibration.layers import Graph, find_layers
-from edgepet.calibration.observe import observe
-from edgepet.calibration.qdq import Int8Recipe, quantize
-from edgepet.calibration.rewriting import folded
+from edgepet.calibration.images import CalibrationImages
+from edgepet.calibration.qdq import Int8Recipe
 from edgepet.calibration.slot_graphs import coded_backbone, int8_graph
 from edgepet.deltas.codes import Range, coded
 from edgepet.deltas.delta import Delta, Int8Ranges
-from edgepet.deltas.merge import merge, task_tensors
+from edgepet.deltas.merge import merge
 from edgepet.device.openvino import SharedOpenVino
-from edgepet.device.runtime import SharedInt8
+from edgepet.device.runtime import SharedInt8, TaskNetwork
 from edgepet.device.store import Store
 from edgepet.errors import BackboneError, InputError
 from edgepet.exporters.onnx import build_model, serialize
@@ -35,8 +35,10 @@ from edgepet.files import sha256_file
 from edgepet.graphs.base import graph_folder, open_graph
 from edgepet.graphs.int8 import CODE, CODES, Int8Graph, open_int8
 from edgepet.graphs.slots import task_slots
+from edgepet.images.sets import ImageSet
 from edgepet.measuring.parity import SAME_CODES
 from edgepet.methods import IA3, SSF, BitFit, LoRA, Method, NormTuning
+from edgepet.proving.precision import express
 from edgepet.spec import NpArray
 from tests.flow import RUNTIMES, Artifacts, Network, needs_openvino
 from tests.interpreters import DEVICE, block, python, verb
@@ -46,6 +48,12 @@ ARCHITECTURES = ["test_vit", "test_efficientnet", "test_resnet"]
 METHODS: dict[str, Method] = {m.name: m for m in (SSF(), BitFit(), NormTuning(), IA3(), LoRA())}
 CALIBRATION, IMAGES = random_images(4, 32), random_images(9, 16)
 FIX = "\n  fix: run `edgepet calibrate TASK.pet --calib DIR -o OUT.pet`"
+
+
+class Noise(CalibrationImages):
+    """Normal noise in place of pictures."""
+
+    images = held_out_images = CALIBRATION
 
 
 @dataclass(frozen=True)
@@ -82,18 +90,11 @@ class Shared:
         return self.tasks[method]
 
     def calibrated(self, delta: Delta) -> Task:
-        base = self.network.graph.base
-        made = {layer.weight: self.graph.coded(layer) for layer in self.graph.layers}
-        rounded = replace(base, tensors={**base.tensors, **{name: codes.dense for name, codes in made.items()}})
-        graph = Graph(folded(build_model(self.network.graph, task_tensors(rounded, delta), delta)))
-        layers = find_layers(graph, frozenset(base.tensors))
-        divisors = {layer.reads: made[layer.weight].divisors for layer in self.graph.layers}
-        smooth = {name: by for name, by in divisors.items() if by is not None}
-        int8 = quantize(
-            graph, layers, observe(graph.model, layers, CALIBRATION, where="x"), Int8Recipe(), smooth=smooth
-        )
-        ranges = tuple(int8.ranges[name] for name in self.graph.reads)
-        return Task(replace(delta, int8=Int8Ranges(codes=self.graph.codes_sha256, ranges=ranges)), int8.model)
+        none = ImageSet(delta.labels, (), ())
+        noise = Noise(folder=Path(), preprocess=delta.preprocess, measured=none, held_out=none, judged=none,
+                      digests={}, seed=0)  # fmt: skip
+        made = express(delta, self.network.graph, self.graph, noise, recipe=Int8Recipe())
+        return Task(made.delta, made.model)
 
 
 def turned(delta: Delta) -> Delta:
@@ -489,6 +490,36 @@ def test_open_int8_gives_every_task_on_one_backbone(device: Device, vit: Shared,
     for method in ("ssf", "lora"):
         alone = SharedInt8(vit.graph).bind(vit.task(method).delta)(IMAGES)
         assert networks[f"{method}3"](IMAGES).tobytes() == alone.tobytes()
+
+
+@pytest.mark.parametrize("runtime", RUNTIMES)
+def test_tasks_on_int8_are_closed_together(device: Device, tmp_path: Path, runtime: str) -> None:
+    for method in ("ssf", "lora"):  # LoRA has codes, and so a network, of its own
+        device.install(tmp_path / f"{method}3.pet")
+
+    with device.open_int8(runtime=runtime) as networks:
+        ssf = networks["ssf3"]
+        assert (len(networks), "lora3" in networks, networks.get("other")) == (2, True, None)
+        assert ssf(IMAGES[:1]).shape == (1, 5)
+        sessions = [weakref.ref(held) for held in sessions_in(networks.values())]
+        assert len(sessions) == 2
+
+    gc.collect()
+    assert [session() for session in sessions] == [None, None]
+
+
+def sessions_in(networks: Iterable[TaskNetwork]) -> list[object]:
+    """What of ONNX Runtime or OpenVINO holds the weights of each network."""
+    shared = [network._features._shared for network in networks]
+    return list({id(each): getattr(each, "_session", None) or each._compiled for each in shared}.values())
+
+
+def test_a_runtime_that_shares_no_backbone_opens_no_tasks(device: Device, tmp_path: Path) -> None:
+    device.install(tmp_path / "ssf3.pet")
+
+    assert refusal(lambda: device.open_int8(runtime="tensorrt")) == (
+        "`runtime`: is one of onnxruntime, openvino for an int8 backbone, got 'tensorrt'"
+    )
 
 
 def test_tasks_without_ranges_cannot_open_on_int8(device: Device, vit: Shared, tmp_path: Path) -> None:

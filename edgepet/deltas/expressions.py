@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, TypeAlias
+from typing import ClassVar, TypeAlias
 
 import numpy as np
 
@@ -103,18 +103,19 @@ class Binary:
 
 
 Expression: TypeAlias = Product | Mix | Binary
+Factor: TypeAlias = Array  # or an expression: an array may be of any library, so no union says more than this
 EXPRESSIONS: dict[str, type[Expression]] = {"product": Product, "mix": Mix, "binary": Binary}
 SETTINGS: dict[str, dict[str, type]] = {"mix": {"part": int, "transposed": bool}}  # beside the tensors
 
 
-def leaves(name: str, factor: Any) -> dict[str, Array]:
+def leaves(name: str, factor: Factor) -> dict[str, Array]:
     """The stored tensors of a factor: itself as ``name``, or an expression's as ``name.left``, ``name.right``."""
     if not isinstance(factor, Expression):
         return {name: factor}
     return {f"{name}.{part}": getattr(factor, part) for part in factor.tensors}
 
 
-def remade(factor: Any, name: str, arrays: Mapping[str, Array]) -> Any:
+def remade(factor: Factor, name: str, arrays: Mapping[str, Array]) -> Factor:
     """A factor of other tensors, which are called as ``leaves`` calls them."""
     if not isinstance(factor, Expression):
         return arrays[name]
@@ -126,13 +127,13 @@ def settings(factor: Expression) -> dict[str, object]:
     return {"kind": factor.kind, **{name: getattr(factor, name) for name in SETTINGS.get(factor.kind, {})}}
 
 
-def cast(factor: Any, dtype: np.dtype[Any]) -> Any:
+def cast(factor: Factor, dtype: np.dtype[np.generic]) -> Factor:
     """A NumPy factor with its floating-point tensors in ``dtype``; permutations and bits stay what they are."""
     if isinstance(factor, Expression):
         return replace(factor, **{part: cast(getattr(factor, part), dtype) for part in factor.tensors})
     return factor.astype(dtype) if factor.dtype.kind == "f" else factor
 
 
-def value(factor: Any) -> Array:
+def value(factor: Factor) -> Array:
     """The array that a factor stands for."""
     return factor.value if isinstance(factor, Expression) else factor

@@ -10,11 +10,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
-from typing import Any, ClassVar, Literal, TypeAlias
+from typing import ClassVar, Literal, TypeAlias
 
 import numpy as np
 
-from edgepet.deltas.expressions import Expression, cast, leaves, remade, settings, value
+from edgepet.deltas.expressions import Expression, Factor, cast, leaves, remade, settings, value
 from edgepet.errors import InputError
 from edgepet.spec import Array, Target
 
@@ -268,7 +268,7 @@ def in_precision_of(update: Update, tensor: Array) -> Update:
     return replace(update, **{name: cast(given, tensor.dtype) for name, given in _given(update).items()})
 
 
-def _given(update: Update) -> dict[str, Any]:
+def _given(update: Update) -> dict[str, Factor]:
     named = {name: getattr(update, name) for name in FACTORS[update.kind]}
     return {name: given for name, given in named.items() if given is not None}
 

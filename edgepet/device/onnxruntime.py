@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import onnxruntime
@@ -20,6 +20,15 @@ from edgepet.graphs.int8 import Int8Graph
 from edgepet.graphs.slots import Slots
 from edgepet.spec import NpArray, Precision
 
+Session: TypeAlias = Any  # onnxruntime.InferenceSession: the library says no types of its own
+_Binding: TypeAlias = Any  # onnxruntime.IOBinding
+
+_STATE = vars(onnxruntime.capi.onnxruntime_pybind11_state).values()
+# Each code of a status is a class of its own, below Exception; words of it that are no UTF-8 are a ValueError.
+_REFUSALS: tuple[type[Exception], ...] = (
+    *(kind for kind in _STATE if isinstance(kind, type) and issubclass(kind, Exception)), RuntimeError, ValueError,
+)  # fmt: skip
+_SILENT = 4  # what ONNX Runtime would log comes back as an error; that nothing reads a tensor is no news
 _INT8 = frozenset(
     (
         *("ConvInteger", "DynamicQuantizeMatMul", "MatMulInteger", "MatMulIntegerToFloat", "QAttention", "QGemm"),
@@ -27,6 +36,45 @@ _INT8 = frozenset(
     )
 )
 _FLOAT = frozenset(("Conv", "FusedConv", "FusedGemm", "FusedMatMul", "Gemm", "MatMul", "NhwcFusedConv"))
+
+
+def open_session(
+    model: Path | bytes,
+    *,
+    threads: int | None = None,
+    tensors: Mapping[str, NpArray] | None = None,
+    profile: Path | None = None,
+) -> Session:
+    """An ``onnxruntime.InferenceSession`` on the CPU.
+
+    Args:
+        model: an ONNX file, or the bytes of one, whose weights are then inside.
+        threads: None for all cores.
+        tensors: in place of initializers of the same names, little-endian and C-contiguous. The session reads them
+            where they lie: the caller keeps them for as long as it runs. They go through
+            ``add_external_initializers``: ``add_initializer`` is silently ignored for a weight whose consumer is folded
+            when the session is made.
+        profile: what the name of a file of events begins with, which ``end_profiling`` writes.
+
+    Raises:
+        InputError: ONNX Runtime refuses the model, or a tensor in place of one of its own.
+    """
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = _SILENT
+    if threads is not None:
+        options.intra_op_num_threads = threads
+        options.inter_op_num_threads = 1
+    if profile is not None:
+        options.enable_profiling, options.profile_file_prefix = True, str(profile)
+    source, where = (model, "ONNX model") if isinstance(model, bytes) else (str(model), str(model))
+    if tensors:
+        values = [onnxruntime.OrtValue.ortvalue_from_numpy(tensor) for tensor in tensors.values()]
+        options.add_external_initializers(list(tensors), values)
+    try:  # without the library's fallback, which prints and tries the same provider again
+        return onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"], enable_fallback=0)
+    except _REFUSALS as error:
+        told = (str(error).splitlines() or [type(error).__name__])[0]
+        raise InputError(where, "cannot be opened by ONNX Runtime", got=told) from error
 
 
 class OnnxRuntime:
@@ -37,7 +85,7 @@ class OnnxRuntime:
 
     runtime = "onnxruntime"
 
-    def __init__(self, session: Any, *, where: str, path: Path | None = None, held: object = None) -> None:
+    def __init__(self, session: Session, *, where: str, path: Path | None = None, held: object = None) -> None:
         # ``held``: the session reads the arrays of replaced initializers where they lie, for as long as it lives.
         self._session, self._where, self._held = session, where, held
         (entry,) = session.get_inputs()
@@ -60,24 +108,19 @@ class OnnxRuntime:
         Raises:
             InputError: it is not a model that this ONNX Runtime reads.
         """
-        return cls(_session(path, _options(threads)), where=path.name, path=path)
+        return cls(open_session(path, threads=threads), where=path.name, path=path)
 
     @classmethod
     def of_graph(cls, graph: BaseGraph, tensors: Mapping[str, NpArray], *, threads: int | None = None) -> OnnxRuntime:
         """Open ``graph`` with ``tensors`` in place of the backbone's; all others are read from its files.
 
-        ``tensors`` are read where they lie: they must stay as they are while it is open. Replaced initializers go
-        through ``add_external_initializers``: ``add_initializer`` is silently ignored for a weight whose consumer is
-        folded when the session is made.
+        ``tensors`` are read where they lie: they must stay as they are while it is open.
 
         Raises:
             InputError: ONNX Runtime cannot open the graph with them.
         """
-        options = _options(threads)
-        values = [onnxruntime.OrtValue.ortvalue_from_numpy(np.asarray(t, order="C")) for t in tensors.values()]
-        if tensors:
-            options.add_external_initializers(list(tensors), values)
-        return cls(_session(graph.model_path, options), where=graph.backbone, held=(values, tensors))
+        held = {name: np.asarray(tensor, order="C") for name, tensor in tensors.items()}
+        return cls(open_session(graph.model_path, threads=threads, tensors=held), where=graph.backbone, held=held)
 
     def __call__(self, images: NpArray) -> NpArray:
         check_images(images, self._shape, where=self._where)
@@ -111,12 +154,8 @@ class SharedOnnxRuntime:
     def __init__(
         self, graph: Int8Graph, *, threads: int | None = None, codes: Mapping[str, NpArray] | None = None
     ) -> None:
-        options = _options(threads)
-        self._held = {name: onnxruntime.OrtValue.ortvalue_from_numpy(value) for name, value in (codes or {}).items()}
-        if self._held:
-            options.add_external_initializers(list(self._held), list(self._held.values()))
-        self.path = graph.model_path(self.runtime)
-        self._session = _session(self.path, options)
+        self._held, self.path = codes, graph.model_path(self.runtime)
+        self._session = open_session(self.path, threads=threads, tensors=codes)
         self._shape = (None, *graph.preprocess.input_shape)
 
     def bind(self, slots: Slots) -> BoundOnnxRuntime:
@@ -131,7 +170,7 @@ class SharedOnnxRuntime:
 
     def close(self) -> None:
         """Give the session back, once no bound task runs any more."""
-        self._session = None
+        self._session = self._held = None
 
 
 class BoundOnnxRuntime:
@@ -141,8 +180,9 @@ class BoundOnnxRuntime:
     executed: Precision = "int8"
 
     def __init__(
-        self, shared: SharedOnnxRuntime, session: Any, binding: Any, held: object, shape: tuple[int | None, ...]
-    ) -> None:
+        self, shared: SharedOnnxRuntime, session: Session, binding: _Binding, held: object,
+        shape: tuple[int | None, ...],
+    ) -> None:  # fmt: skip
         # ``held``: the session reads the arrays of the slots where they lie.
         self._shared, self._session, self._binding, self._held, self._shape = shared, session, binding, held, shape
         self._nothing = onnxruntime.OrtValue.ortvalue_from_numpy(np.empty(0, np.float32))
@@ -165,16 +205,13 @@ class BoundOnnxRuntime:
 
     def close(self) -> None:
         """Give the task's slots back; the session stays open."""
-        self._binding = self._held = None
+        self._session = self._binding = self._held = None
 
 
 def _profiled(path: Path, shape: tuple[int | None, ...]) -> dict[str, object]:
     """Nodes that ran, by the type of their first input: ONNX Runtime casts what it has no kernel for, and says so."""
-    options = _options(None)
-    options.enable_profiling = True
     with tempfile.TemporaryDirectory() as folder:
-        options.profile_file_prefix = str(Path(folder) / "profile")
-        session = _session(path, options)
+        session = open_session(path, profile=Path(folder) / "profile")
         feed = {
             entry.name: np.ones([side if isinstance(side, int) else 1 for side in entry.shape], np.float32)
             for entry in session.get_inputs()
@@ -190,19 +227,3 @@ def _profiled(path: Path, shape: tuple[int | None, ...]) -> dict[str, object]:
             if operator in _INT8 or operator in _FLOAT:
                 layers["int8" if operator in _INT8 else "float"] += 1
     return {"executed_nodes": dict(sorted(kinds.items())), "layers": dict(sorted(layers.items()))}
-
-
-def _options(threads: int | None) -> Any:
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    if threads is not None:
-        options.intra_op_num_threads = threads
-        options.inter_op_num_threads = 1
-    return options
-
-
-def _session(path: Path, options: Any) -> Any:
-    try:
-        return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    except (onnxruntime.capi.onnxruntime_pybind11_state.OnnxRuntimeException, RuntimeError, ValueError) as error:
-        raise InputError(str(path), "cannot be opened by ONNX Runtime", got=str(error).splitlines()[0]) from error

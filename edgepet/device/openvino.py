@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 
@@ -19,6 +19,7 @@ from edgepet.graphs.int8 import Int8Graph
 from edgepet.graphs.slots import Slots, unit_slots
 from edgepet.spec import NpArray, Precision
 
+_OpenVino: TypeAlias = Any  # the module, or an object of it: it says no types
 _TYPES: dict[Precision, str] = {"fp32": "f32", "bf16": "bf16"}  # OpenVINO's own words
 _PRECISIONS: dict[str, Precision] = {"f32": "fp32", "bf16": "bf16", "f16": "fp16"}
 _LAYERS = frozenset(("Convolution", "FullyConnected", "MatMul"))
@@ -30,7 +31,7 @@ class OpenVino:
 
     runtime = "openvino"
 
-    def __init__(self, model: Any, *, where: str, threads: int | None, precision: Precision) -> None:
+    def __init__(self, model: _OpenVino, *, where: str, threads: int | None, precision: Precision) -> None:
         compiled = _compile(model, threads, precision)
         self._request, self._where = compiled.create_infer_request(), where
         self._shape = tuple(None if side.is_dynamic else side.get_length() for side in compiled.input(0).partial_shape)
@@ -129,7 +130,7 @@ class BoundOpenVino:
     runtime = "openvino"
     executed: Precision = "int8"
 
-    def __init__(self, shared: SharedOpenVino, request: Any, shape: tuple[int | None, ...]) -> None:
+    def __init__(self, shared: SharedOpenVino, request: _OpenVino, shape: tuple[int | None, ...]) -> None:
         self._shared, self._request, self._shape = shared, request, shape
 
     @property
@@ -147,14 +148,14 @@ class BoundOpenVino:
         self._request = None
 
 
-def _compile(model: Any, threads: int | None, precision: Precision) -> Any:
+def _compile(model: _OpenVino, threads: int | None, precision: Precision) -> _OpenVino:
     config: dict[str, object] = {"INFERENCE_PRECISION_HINT": _TYPES[precision], "PERFORMANCE_HINT": "LATENCY"}
     if threads is not None:
         config["INFERENCE_NUM_THREADS"] = threads
     return _core().compile_model(model, "CPU", config)
 
 
-def _stateful(model: Any) -> tuple[Any, tuple[str, ...]]:
+def _stateful(model: _OpenVino) -> tuple[_OpenVino, tuple[str, ...]]:
     """``model`` with all inputs but the images in one state variable, whose value a request keeps from call to call;
     and the order in which it holds them. One, since each costs its copies at every call.
     """
@@ -175,7 +176,7 @@ def _stateful(model: Any) -> tuple[Any, tuple[str, ...]]:
     return openvino.Model(model.get_results(), [opset.assign(read, variable)], [images], "int8"), tuple(slots)
 
 
-def _fused(cut: Any, shape: tuple[int, ...], target: Any) -> Any:
+def _fused(cut: _OpenVino, shape: tuple[int, ...], target: _OpenVino) -> _OpenVino:
     """A piece of the state in ``shape``, in a form that ``target`` can be fused with its neighbours in.
 
     OpenVINO 2026.4 does not fuse an element-wise operation that reads a piece, but one that reads a reshaped piece. It
@@ -194,7 +195,7 @@ def _fused(cut: Any, shape: tuple[int, ...], target: Any) -> Any:
     return piece.output(0)
 
 
-def _with_constants(model: Any, tensors: Mapping[str, NpArray], path: Path) -> Any:
+def _with_constants(model: _OpenVino, tensors: Mapping[str, NpArray], path: Path) -> _OpenVino:
     """``model`` with ``tensors`` in place of its constants of the same names."""
     constants = {op.get_friendly_name(): op for op in model.get_ordered_ops() if op.get_type_name() == "Constant"}
     for name, tensor in tensors.items():
@@ -205,7 +206,7 @@ def _with_constants(model: Any, tensors: Mapping[str, NpArray], path: Path) -> A
     return model
 
 
-def _executed(compiled: Any) -> dict[str, object]:
+def _executed(compiled: _OpenVino) -> dict[str, object]:
     kinds, layers = Counter[str](), Counter[str]()
     for node in compiled.get_runtime_model().get_ordered_ops():
         facts = node.get_rt_info()
@@ -217,12 +218,12 @@ def _executed(compiled: Any) -> dict[str, object]:
     return {"executed_nodes": dict(sorted(kinds.items())), "layers": dict(sorted(layers.items()))}
 
 
-def _core() -> Any:
+def _core() -> _OpenVino:
     return _core_of(_openvino())
 
 
 @cache
-def _core_of(openvino: Any) -> Any:
+def _core_of(openvino: _OpenVino) -> _OpenVino:
     """The process's one core. Each gives its CPU plugin a stack for signals and puts the one before it back when it
     goes: of two that go in another order than last come, first gone, a freed stack stays, and the next signal is a
     segmentation fault (OpenVINO 2026.4).
@@ -230,11 +231,11 @@ def _core_of(openvino: Any) -> Any:
     return openvino.Core()
 
 
-def _openvino() -> Any:
+def _openvino() -> _OpenVino:
     return require("openvino", extra="openvino", purpose="OpenVINO")
 
 
-def _read(path: Path) -> Any:
+def _read(path: Path) -> _OpenVino:
     try:
         return _core().read_model(path)
     except RuntimeError as error:

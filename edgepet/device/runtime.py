@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,8 +30,9 @@ class TaskNetwork:
     It takes images as ``Runner`` does, and puts out logits, float32 (n, C); an InputError where they are not finite.
     """
 
-    def __init__(self, features: Runner, head: Head) -> None:
-        self._features, self._head = features, head
+    def __init__(self, features: Runner, head: Head, *, alone_on: SharedRunner | None = None) -> None:
+        # ``alone_on``: a backbone that no other task runs on is closed with the task.
+        self._features, self._head, self._alone_on = features, head, alone_on
         self.runtime, self.executed = features.runtime, features.executed
 
     @property
@@ -48,6 +49,8 @@ class TaskNetwork:
     def close(self) -> None:
         """Give the network back; one that tasks share stays open."""
         self._features.close()
+        if self._alone_on is not None:
+            self._alone_on.close()
 
     def __enter__(self) -> TaskNetwork:
         return self
@@ -122,12 +125,41 @@ class SharedInt8:
             BackboneError, InputError: as ``task_slots``.
         """
         slots = task_slots(self.graph, delta)
-        network = self._open(slots.codes) if slots.codes else self._network
-        return TaskNetwork(network.bind(slots), delta.head.in_float32)
+        own = self._open(slots.codes) if slots.codes else None
+        return TaskNetwork((own or self._network).bind(slots), delta.head.in_float32, alone_on=own)
 
     def close(self) -> None:
         """Give the backbone back, once no bound task runs any more."""
         self._network.close()
+
+
+class Int8Tasks(Mapping[str, TaskNetwork]):
+    """Tasks that are ready to run on one int8 backbone, images to logits, by their names. A context manager."""
+
+    def __init__(self, networks: Mapping[str, TaskNetwork], shared: Sequence[SharedInt8]) -> None:
+        self._networks, self._shared = dict(networks), tuple(shared)
+
+    def __getitem__(self, task: str) -> TaskNetwork:
+        return self._networks[task]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._networks)
+
+    def __len__(self) -> int:
+        return len(self._networks)
+
+    def close(self) -> None:
+        """Give every task back, and the backbone that they share: none of them can be called any more."""
+        for network in self._networks.values():
+            network.close()
+        for shared in self._shared:
+            shared.close()
+
+    def __enter__(self) -> Int8Tasks:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
 
 
 def open_installed(
@@ -198,8 +230,8 @@ class Device:
             spent = time.perf_counter() - opened
         return DeviceRun(answers, 1e3 * (opened - began), 1e3 * spent / max(1, len(answers)))
 
-    def open_int8(self, *, runtime: str = DEFAULT, threads: int | None = None) -> dict[str, TaskNetwork]:
-        """All installed tasks that have ranges for it, on one int8 backbone: images to logits, by the task's name.
+    def open_int8(self, *, runtime: str = DEFAULT, threads: int | None = None) -> Int8Tasks:
+        """All installed tasks that have ranges for it, on one int8 backbone; close them together.
 
         Raises:
             InputError: no installed task has ranges, they are for other codes, or the int8 backbone is not here.
@@ -210,15 +242,19 @@ class Device:
         if not packs:
             fix = "install packs that `edgepet calibrate TASK.pet --calib DIR -o OUT.pet` wrote"
             raise InputError(str(self.store), "has no task with ranges for the int8 backbone", fix=fix)
-        opened: dict[Path, SharedInt8] = {}
-        networks = {}
-        for pack in packs:
-            graph = store.int8_of(pack)
-            key = graph.model_path(runtime)
-            if key not in opened:
-                opened[key] = SharedInt8(graph, runtime=runtime, threads=threads)
-            networks[pack.delta.task] = opened[key].bind(pack.delta)
-        return networks
+        opened: dict[tuple[Path, str], SharedInt8] = {}  # by backbone and image size
+        networks = dict[str, TaskNetwork]()
+        try:
+            for pack in packs:
+                graph = store.int8_of(pack)
+                key = graph.folder, graph.stem
+                if key not in opened:
+                    opened[key] = SharedInt8(graph, runtime=runtime, threads=threads)
+                networks[pack.delta.task] = opened[key].bind(pack.delta)
+        except BaseException:
+            Int8Tasks(networks, list(opened.values())).close()
+            raise
+        return Int8Tasks(networks, list(opened.values()))
 
     @staticmethod
     def _answer(path: Path, delta: Delta, network: TaskNetwork) -> Answer:

@@ -26,6 +26,7 @@ from edgepet.spec import NpArray, Precision, StoredPrecision
 from edgepet.strict import ObjectReader
 
 Engine: TypeAlias = Literal["tensorrt", "tensorrt-rtx"]  # also the names of the extras
+Trt: TypeAlias = Any  # one of these modules, or an object of it: they say no types
 MODULES: dict[Engine, str] = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
 SCHEMA = 1
 
@@ -115,17 +116,17 @@ def gpu_problem() -> str | None:
 
 
 @cache  # while any TensorRT object lives, the library ignores every logger but the first
-def message_log(trt: Any) -> Any:
+def message_log(trt: Trt) -> Trt:
     """The process's one logger for ``trt``: prints nothing, keeps errors as texts in its list ``errors``."""
 
-    def log(self: Any, severity: object, message: str) -> None:
+    def log(self: Trt, severity: object, message: str) -> None:
         if severity in (trt.ILogger.ERROR, trt.ILogger.INTERNAL_ERROR):
             self.errors.append(message)
 
     return type("MessageLog", (trt.ILogger,), {"log": log, "errors": []})()
 
 
-def deserialize(trt: Any, path: Path, sidecar: Sidecar) -> tuple[Any, str]:
+def deserialize(trt: Trt, path: Path, sidecar: Sidecar) -> tuple[Trt, str]:
     """The engine and no complaint, or None and the library's first complaint: those behind it are its echo.
 
     Raises:
@@ -193,12 +194,12 @@ class TensorrtRunner:
 
     runtime = "tensorrt"
 
-    def __init__(self, sidecar: Sidecar, engine: Any, cuda: Cuda, *, where: str) -> None:
+    def __init__(self, sidecar: Sidecar, engine: Trt, cuda: Cuda, *, where: str) -> None:
         self._sidecar, self._cuda, self._where = sidecar, cuda, where
         # By construction, not by measurement: edgepet builds typed networks only, and with TF32 off.
         self.executed: Precision = sidecar.precision
         self.evidence: Mapping[str, object] = {"network": "strongly typed, TF32 off", "built_by": sidecar.version}
-        self._context: Any = engine.create_execution_context()
+        self._context: Trt = engine.create_execution_context()
         if self._context is None:
             raise InputError(where, "TensorRT must make an execution context", fix="free some GPU memory")
         sizes = (4 * sidecar.max_batch * math.prod(t.shape[1:]) for t in (sidecar.input, sidecar.output))
@@ -243,7 +244,7 @@ def open_engine(folder: Path, *, stem: str = "model") -> TensorrtRunner:
     """
     sidecar = read_sidecar(folder, stem=stem)
     path, kind, version = folder / sidecar.file, sidecar.engine, sidecar.version
-    trt: Any = require(MODULES[kind], extra=kind, purpose="TensorRT engines")
+    trt: Trt = require(MODULES[kind], extra=kind, purpose="TensorRT engines")
     if trt.__version__ != version:  # no release of RTX opens another's engines
         fix = f"pip install '{kind}=={version}', or export the task again with the release installed here"
         raise InputError(str(path), f"opens in {kind} {version} only", got=trt.__version__, fix=fix)

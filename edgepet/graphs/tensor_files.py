@@ -1,4 +1,6 @@
-"""Tensors where they lie: places in safetensors files, and views of them that are mapped, not read."""
+"""Tensors where they lie: places in safetensors files, views of them that are mapped, not read, and what of an ONNX
+graph points there.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +9,7 @@ import mmap
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -16,7 +19,11 @@ from edgepet.files import read_file, require_regular
 from edgepet.spec import NpArray
 from edgepet.strict import ObjectReader
 
+if TYPE_CHECKING:
+    from onnx import TensorProto
+
 MOST_HEADER_BYTES = 100_000_000  # as safetensors' own readers have it
+_VALUES = ("raw_data", "float_data", "double_data", "int32_data", "int64_data", "uint64_data", "string_data")
 _DTYPES = {
     "F64": "<f8",
     "F32": "<f4",
@@ -94,6 +101,23 @@ def read_tensors(path: Path) -> dict[str, NpArray]:
     return {
         name: np.frombuffer(data, p.dtype, math.prod(p.shape), p.offset).reshape(p.shape) for name, p in places.items()
     }
+
+
+def point_into(tensor: TensorProto, file: str, offset: int, length: int) -> None:
+    """Let an ``onnx.TensorProto`` have its value in ``file``, beside its model, and none of its own."""
+    for field in _VALUES:
+        tensor.ClearField(field)
+    del tensor.external_data[:]
+    tensor.data_location = tensor.EXTERNAL
+    for key, value in (("location", file), ("offset", offset), ("length", length)):
+        tensor.external_data.add(key=key, value=str(value))
+
+
+def put_inside(tensor: TensorProto, value: NpArray) -> None:
+    """Let an ``onnx.TensorProto`` hold ``value``, of its own type and shape, and point into no file."""
+    del tensor.external_data[:]
+    tensor.data_location = tensor.DEFAULT
+    tensor.raw_data = np.ascontiguousarray(value, value.dtype.newbyteorder("<")).tobytes()
 
 
 def mapped_tensors(folder: Path, files: list[str]) -> dict[str, NpArray]:

@@ -9,11 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 
-from edgepet.deltas.expressions import Binary
+from edgepet.deltas.expressions import Binary, Factor
 from edgepet.deltas.updates import LowRank, Targeted
 from edgepet.errors import InputError
 from edgepet.methods.method import Recipe, Start
@@ -80,7 +80,7 @@ class BiLoRA:
         return attention((site,), self.on or QUERY_AND_VALUE)[site.name]
 
 
-def _binary(latent: Array) -> Any:
+def _binary(latent: Array) -> Factor:
     """Bits and levels of a NumPy array; of a torch tensor their values, with the gradient of the tensor itself."""
     mean = latent.mean()
     spread = (((latent - mean) ** 2).sum() / (np.prod(latent.shape) - 1)) ** 0.5

@@ -10,11 +10,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 
-from edgepet.deltas.expressions import Mix
+from edgepet.deltas.expressions import Factor, Mix
 from edgepet.deltas.updates import LowRank, Targeted
 from edgepet.errors import InputError
 from edgepet.methods.method import SHARED, Recipe, Start
@@ -172,6 +172,6 @@ def _start_shared(sites: Sequence[Site], rank: int, rng: np.random.Generator) ->
     return {SHARED: shared} if sites else {}
 
 
-def _tile(target: Target, site: Site, tuned: Tuned, *, core: Any, scale: float) -> Targeted:
+def _tile(target: Target, site: Site, tuned: Tuned, *, core: Factor, scale: float) -> Targeted:
     shared, side = tuned[SHARED], _side(site)
     return Targeted(target, LowRank(left=shared[f"{side}.v"], right=shared[f"{side}.u"], core=core, scale=scale))

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, cast
 
 import numpy as np
@@ -22,12 +23,13 @@ from edgepet.samples.weights import WEIGHTS, sample_weights
 from edgepet.spec import Base, NpArray, Preprocess, Site, Tensors
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
 
     from edgepet.networks.sites import Seen
 
 # As people name one: a written form, or in Python an ``edgepet.Backbone``; None where a pack's own can be found again
 AnyBackbone: TypeAlias = "str | Backbone | None"
+_Config: TypeAlias = Mapping[str, Any]  # timm's own, of a network
 
 OWN = "module:"  # what the label of a user's own network starts with
 MOST_SIDE = 8192  # pixels: beyond it a table of positions alone fills the memory
@@ -234,7 +236,7 @@ def load_backbone(spec: str, *, image_size: int | None = None, frames: int = 1) 
         )
     with _quiet():
         native = _native_module(timm, name, file, spec)
-    config = native.pretrained_cfg
+    config = cast(_Config, native.pretrained_cfg)
     own = timm.data.resolve_data_config({}, model=native)
     size = image_size or int(own["input_size"][-1])
     state = native.state_dict()
@@ -276,10 +278,10 @@ def _parse(spec: str) -> tuple[str, Path | None]:
     return name, file
 
 
-def _native_module(timm: Any, name: str, file: Path | None, spec: str) -> Any:
+def _native_module(timm: ModuleType, name: str, file: Path | None, spec: str) -> nn.Module:
     if file is None:
         try:
-            return timm.create_model(name, pretrained=True, num_classes=0)
+            return cast("nn.Module", timm.create_model(name, pretrained=True, num_classes=0))
         except Exception as error:  # a hub, an HTTP client and a file system: their errors share no base
             raise InputError(
                 spec,
@@ -287,29 +289,31 @@ def _native_module(timm: Any, name: str, file: Path | None, spec: str) -> Any:
                 got=f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}",
                 fix=f"connect to the network, or pass {option('backbone', f'{name}@FILE')} with weights you have",
             ) from error
-    module = timm.create_model(name, pretrained=False, num_classes=0)
+    module: nn.Module = timm.create_model(name, pretrained=False, num_classes=0)
     _load(module, _read_weights(timm, file), str(file))
     return module
 
 
-def _read_weights(timm: Any, file: Path) -> dict[str, Any]:
+def _read_weights(timm: ModuleType, file: Path) -> dict[str, Tensor]:
     import pickle
 
     from safetensors import SafetensorError
 
     try:
-        state: dict[str, Any] = timm.models.load_state_dict(str(file), weights_only=True)
+        state: dict[str, Tensor] = timm.models.load_state_dict(str(file), weights_only=True)
     except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
         raise InputError(str(file), "is not a readable weights file", got=str(error).splitlines()[0]) from error
     return state
 
 
-def _load(module: Any, state: dict[str, Any], where: str) -> None:
+def _load(module: nn.Module, state: dict[str, Tensor], where: str) -> None:
     """Load ``state`` the way timm prepares it for ``module``, and accept nothing missing and nothing left over."""
     prepare = getattr(sys.modules[type(module).__module__], "checkpoint_filter_fn", None)
     if prepare is not None:
         state = prepare(state, module)
-    heads = {f"{part}.{kind}" for part in _classifiers(module.pretrained_cfg) for kind in ("weight", "bias")}
+    heads = {
+        f"{part}.{kind}" for part in _classifiers(cast(_Config, module.pretrained_cfg)) for kind in ("weight", "bias")
+    }
     state = {key: value for key, value in state.items() if key not in heads}
     try:
         result = module.load_state_dict(state, strict=False)
@@ -330,7 +334,7 @@ def _over_frames(module: nn.Module, frames: int) -> nn.Module:
     return module
 
 
-def _classifiers(config: Mapping[str, Any]) -> tuple[str, ...]:
+def _classifiers(config: _Config) -> tuple[str, ...]:
     named = config.get("classifier") or ()
     return (named,) if isinstance(named, str) else tuple(named)
 
@@ -343,7 +347,7 @@ def _few(names: list[str]) -> str:
     return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "") if names else "none"
 
 
-def _check_size(module: Any, size: int, spec: str) -> None:
+def _check_size(module: nn.Module, size: int, spec: str) -> None:
     patch = getattr(getattr(module, "patch_embed", None), "patch_size", None)
     if patch is not None and (size % patch[0] or size % patch[1] or size < max(patch)):
         low = max(size // patch[0], 1) * patch[0]
@@ -355,7 +359,7 @@ def _check_size(module: Any, size: int, spec: str) -> None:
         )
 
 
-def _preprocess(config: dict[str, Any], size: int, spec: str) -> Preprocess:
+def _preprocess(config: _Config, size: int, spec: str) -> Preprocess:
     if config["crop_mode"] not in ("center", "squash"):
         raise InputError(spec, "needs a crop mode that is center or squash", got=config["crop_mode"])
     kind = config["interpolation"]

@@ -16,6 +16,8 @@ from torch.overrides import TorchFunctionMode
 from edgepet.deltas.branches import Branch, named_tensors, ordered
 
 _Change: TypeAlias = Callable[[Tensor], "Tensor | None"]
+_Settings: TypeAlias = Mapping[str, Any]  # each kind's own, as ``BRANCHES`` declares and packs check them
+_Torch: TypeAlias = Any  # what torch hands to its hooks and modes: any operator, and anything that it takes or gives
 Rows: TypeAlias = tuple[Tensor, Tensor]  # further keys and values, (heads, rows, d / heads) each
 
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -79,7 +81,7 @@ def _hook(module: nn.Module, point: str, change: _Change, stack: contextlib.Exit
         handle = part.register_forward_hook(lambda _module, _inputs, output: change(output))
     else:
 
-        def before(_module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        def before(_module: nn.Module, inputs: tuple[_Torch, ...]) -> tuple[_Torch, ...] | None:
             changed = change(inputs[0])
             return None if changed is None else (changed, *inputs[1:])
 
@@ -124,11 +126,11 @@ def _linear(x: Tensor, tensors: Mapping[str, Tensor], name: str) -> Tensor:
     return functional.linear(x, tensors[f"{name}.weight"], tensors[f"{name}.bias"])
 
 
-def _bottleneck(x: Tensor, tensors: Mapping[str, Tensor], settings: Mapping[str, Any]) -> Tensor:
+def _bottleneck(x: Tensor, tensors: Mapping[str, Tensor], settings: _Settings) -> Tensor:
     return _linear(_ACTIVATIONS[settings["activation"]](_linear(x, tensors, "down")), tensors, "up")
 
 
-def _patch_conv(x: Tensor, tensors: Mapping[str, Tensor], settings: Mapping[str, Any]) -> Tensor:
+def _patch_conv(x: Tensor, tensors: Mapping[str, Tensor], settings: _Settings) -> Tensor:
     """Convpass: a token in front of the patches is an image of one pixel, which meets the kernel's middle only."""
     act, front = _ACTIVATIONS[settings["activation"]], settings["prefix"]
     kernel, bias = tensors["conv.weight"], tensors["conv.bias"]
@@ -141,7 +143,7 @@ def _patch_conv(x: Tensor, tensors: Mapping[str, Tensor], settings: Mapping[str,
     return _linear(act(patches), tensors, "up")
 
 
-def _conv_pair(x: Tensor, tensors: Mapping[str, Tensor], settings: Mapping[str, Any]) -> Tensor:
+def _conv_pair(x: Tensor, tensors: Mapping[str, Tensor], settings: _Settings) -> Tensor:
     kernel = tensors["conv.weight"]
     hidden = functional.conv2d(x, kernel, tensors["conv.bias"], stride=settings["stride"], padding=settings["padding"],
                                dilation=settings["dilation"], groups=kernel.shape[0])  # fmt: skip
@@ -150,7 +152,7 @@ def _conv_pair(x: Tensor, tensors: Mapping[str, Tensor], settings: Mapping[str, 
     )
 
 
-def _stage_prompt(x: Tensor, tensors: Mapping[str, Tensor], settings: Mapping[str, Any]) -> Tensor:
+def _stage_prompt(x: Tensor, tensors: Mapping[str, Tensor], settings: _Settings) -> Tensor:
     act, front = _ACTIVATIONS[settings["activation"]], settings["prefix"]
     on_tokens = settings["height"] > 0
     grid = torch.unflatten(x[:, front:].transpose(1, 2), 2, (settings["height"], settings["width"])) if on_tokens else x
@@ -168,7 +170,7 @@ def _point(x: Tensor, tensors: Mapping[str, Tensor], name: str) -> Tensor:
     return functional.conv2d(x, tensors[f"{name}.weight"][:, :, None, None], tensors[f"{name}.bias"])
 
 
-def _temporal(x: Tensor, tensors: Mapping[str, Tensor], settings: Mapping[str, Any]) -> Tensor:
+def _temporal(x: Tensor, tensors: Mapping[str, Tensor], settings: _Settings) -> Tensor:
     """ST-Adapter: a depthwise convolution of three frames on the patches of (clips * frames, N, d)."""
     front, frames = settings["prefix"], settings["frames"]
     kernel = tensors["conv.weight"]  # (w, 3)
@@ -179,7 +181,7 @@ def _temporal(x: Tensor, tensors: Mapping[str, Tensor], settings: Mapping[str, A
     return functional.pad(out, (0, 0, front, 0)) if front else out
 
 
-_KINDS: dict[str, Callable[[Tensor, Mapping[str, Tensor], Mapping[str, Any]], Tensor]] = {
+_KINDS: dict[str, Callable[[Tensor, Mapping[str, Tensor], _Settings], Tensor]] = {
     "bottleneck": _bottleneck,
     "patch-conv": _patch_conv,
     "conv-pair": _conv_pair,
@@ -199,7 +201,7 @@ def _key_values(module: nn.Module, branch: Branch) -> Rows:
 def _prompts(module: nn.Module, branch: Branch) -> Rows:
     """What the block's own norm and projection make of the prompt: it depends on no image."""
     norm = module.get_submodule(branch.tap.partition(":")[0])
-    attention: Any = module.get_submodule(branch.into.partition(":")[0])
+    attention: _Torch = module.get_submodule(branch.into.partition(":")[0])
     fused = attention.qkv.forward(norm.forward(branch.tensors["prompt"][None]))[0]
     _, keys, values = fused.chunk(3, dim=-1)
     return attention.k_norm.forward(_heads(keys, branch)), _heads(values, branch)
@@ -229,8 +231,8 @@ class _Attention(TorchFunctionMode):
         _hook(module, branch.into, enter, stack)
 
     def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
+        self, func: _Torch, types: object, args: tuple[_Torch, ...] = (), kwargs: Mapping[str, _Torch] | None = None
+    ) -> _Torch:
         if func is not functional.scaled_dot_product_attention or not self._rows:
             return func(*args, **(kwargs or {}))
         query, key, value, *rest = args

@@ -13,7 +13,7 @@ from collections import Counter, defaultdict
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Literal, cast
+from typing import Any, Literal, TypeAlias, cast
 
 import torch
 from torch import Tensor, nn
@@ -34,6 +34,7 @@ _ARGUMENTS: dict[str, tuple[str, ...]] = {  # of the operators that are layers, 
 }
 _KINDS: dict[str, Literal["linear", "conv", "norm"]] = {"linear": "linear", **dict.fromkeys(_ARGUMENTS, "norm")}
 _KINDS |= {"linear": "linear", "conv1d": "conv", "conv2d": "conv", "conv3d": "conv"}
+_Torch: TypeAlias = Any  # what torch hands to its modes: any operator, and anything that it takes or gives
 _IN_PLACE = re.compile(r"(?!requires_grad).*[^_]_|__setitem__")
 _CHANNELS_FIRST = frozenset({"conv1d", "conv2d", "conv3d", "group_norm", "batch_norm"})
 
@@ -47,7 +48,7 @@ class Seen:
 
     sites: tuple[Site, ...]
     blocks: tuple[Block, ...]
-    output: Any
+    output: _Torch
     unread: frozenset[str]
     written: Mapping[str, str]  # name -> operator
 
@@ -57,7 +58,7 @@ class _Call:
     """One run of a layer's operator; ``names`` are the state-dict names of its tensor arguments."""
 
     operator: str
-    given: Mapping[str, Any]
+    given: Mapping[str, _Torch]
     names: Mapping[str, str]
     output: Tensor
 
@@ -70,12 +71,12 @@ class _Watch(TorchFunctionMode):
         self.names, self.calls = _names(module), list[_Call]()
         self.written = dict[str, str]()
         self._storages = {_storage(tensor): name for name, tensor in _state(module)}
-        self.readers: dict[int, list[tuple[str, tuple[Any, ...]]]] = defaultdict(list)
+        self.readers: dict[int, list[tuple[str, tuple[_Torch, ...]]]] = defaultdict(list)
         self._outputs = set[int]()  # ids of tensors that ``calls`` keeps alive, so that none is used twice
 
     def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
+        self, func: _Torch, types: object, args: tuple[_Torch, ...] = (), kwargs: Mapping[str, _Torch] | None = None
+    ) -> _Torch:
         output, name = func(*args, **(kwargs or {})), getattr(func, "__name__", "")
         if _IN_PLACE.fullmatch(name) and args and isinstance(args[0], Tensor) and _storage(args[0]) in self._storages:
             self.written.setdefault(self._storages[_storage(args[0])], name)
@@ -101,7 +102,7 @@ def watch(module: nn.Module, images: Tensor) -> Seen:
     points: dict[str, tuple[int, ...]] = {}
     pictures = images.shape[:-3].numel()  # frames of all clips, where ``images`` are clips
 
-    def note(name: str, part: nn.Module, inputs: Any, output: Any) -> None:
+    def note(name: str, part: nn.Module, inputs: tuple[_Torch, ...], output: _Torch) -> None:
         for point, flows in ((f"{name}:in", next(iter(inputs), None)), (f"{name}:out", output)):
             if isinstance(flows, Tensor) and len(flows) == pictures:  # windows of images are no images
                 points.setdefault(point, tuple(flows.shape[1:]))
@@ -169,7 +170,7 @@ def _heads(module: nn.Module, block: str, points: Mapping[str, tuple[int, ...]])
         return 0
     attention = module.get_submodule(f"{block}.attn")
     plain = all(hasattr(attention, name) for name in ("qkv", "k_norm", "num_heads", "fused_attn"))
-    return int(cast(Any, attention).num_heads) if plain else 0
+    return int(cast(_Torch, attention).num_heads) if plain else 0
 
 
 def _grid(module: nn.Module, tokens: tuple[int, ...], front: int) -> tuple[int, int] | None:
@@ -217,7 +218,7 @@ def _site(call: _Call, watcher: _Watch, put_out: Mapping[str, Tensor]) -> Site:
     )
 
 
-def _first(value: Any) -> int:
+def _first(value: _Torch) -> int:
     return int(value[0] if isinstance(value, (tuple, list)) else value)
 
 
@@ -260,11 +261,11 @@ def _storage(tensor: Tensor) -> int:
     return cast(int, tensor.untyped_storage()._cdata)
 
 
-def _holds_tensor(value: Any) -> bool:
+def _holds_tensor(value: object) -> bool:
     return next(_tensors((value,)), None) is not None
 
 
-def _tensors(values: tuple[Any, ...]) -> Iterator[Tensor]:
+def _tensors(values: tuple[object, ...]) -> Iterator[Tensor]:
     for value in values:
         if isinstance(value, Tensor):
             yield value

@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 
 from edgepet.canonical import parse_json
 from edgepet.deltas.delta import Head
-from edgepet.deltas.expressions import Product
+from edgepet.deltas.expressions import Factor, Product
 from edgepet.deltas.updates import Kronecker, LowRank, Replace, Scale, Targeted, check, fold, in_precision_of
 from edgepet.errors import InputError, option
 from edgepet.files import read_file
@@ -349,13 +349,13 @@ def _lokr(adapter: Adapter, site: Site, given: dict[str, NpArray], base: Tensors
     left = _whole_or_product(given, "lokr_w1")
     if "lokr_t2" in given:
         core, a, b = (_float32(given.pop(f"lokr_{part}")) for part in ("t2", "w2_a", "w2_b"))
-        right: Any = Product(a.T[None], np.einsum("ij...,jr->ir...", core, b).reshape(1, len(core), -1))
+        right: Factor = Product(a.T[None], np.einsum("ij...,jr->ir...", core, b).reshape(1, len(core), -1))
     else:
         right = _whole_or_product(given, "lokr_w2")
     return [Targeted(Target(site.weight), Kronecker(left, right, float(alpha / rank)))]
 
 
-def _whole_or_product(given: dict[str, NpArray], name: str) -> Any:
+def _whole_or_product(given: dict[str, NpArray], name: str) -> Factor:
     if name in given:
         whole = _float32(given.pop(name))
         return whole.reshape(1, len(whole), -1)

@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TypeVar, cast
 
 import numpy as np
 import safetensors.numpy
@@ -19,13 +19,14 @@ import safetensors.numpy
 from edgepet.canonical import canonical_json
 from edgepet.deltas.expressions import Product, value
 from edgepet.deltas.merge import fold_all
-from edgepet.deltas.updates import LowRank, Scale, Targeted, fold, in_precision_of
+from edgepet.deltas.updates import Kronecker, LowRank, Scale, Targeted, fold, in_precision_of
 from edgepet.errors import InputError
 from edgepet.files import write_file
 from edgepet.methods.krona import two_factors
 from edgepet.peft.reading import CONFIG, PREFIX, WEIGHTS, Adapter
 from edgepet.spec import NpArray, Site, Target, Tensors
 
+Number = TypeVar("Number", int, float)
 _MERGE = "edgepet merge writes dense weights of any pack"
 
 
@@ -155,7 +156,7 @@ def _exactly(names: Iterable[str]) -> str:
     return "|".join(re.escape(name) for name in names)
 
 
-def _patterns(values: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
+def _patterns(values: Mapping[str, Number]) -> tuple[Number, dict[str, Number]]:
     """The most frequent value, and patterns for the layers that have another one."""
     usual = Counter(values.values()).most_common(1)[0][0]
     return usual, {f"^{re.escape(name)}": given for name, given in values.items() if given != usual}
@@ -166,7 +167,7 @@ def _patterns(values: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
 
 def _lora(
     found: Sequence[_Layer], base: Tensors, where: str, *, dora: bool
-) -> tuple[dict[str, Any], dict[str, NpArray]]:
+) -> tuple[dict[str, object], dict[str, NpArray]]:
     """All low-rank additions of a layer as one, and for DoRA the lengths of the rows that its scales leave."""
     tensors: dict[str, NpArray] = {}
     ranks, alphas = dict[str, int](), dict[str, float]()
@@ -223,14 +224,14 @@ def _joined(layer: _Layer, where: str) -> tuple[NpArray, NpArray, float, NpArray
 # ---------------------------------------------------------------------------------------------------------- LoKr
 
 
-def _lokr(found: Sequence[_Layer], base: Tensors) -> tuple[dict[str, Any], dict[str, NpArray]]:
+def _lokr(found: Sequence[_Layer], base: Tensors) -> tuple[dict[str, object], dict[str, NpArray]]:
     """Each layer's Kronecker product; where PEFT's one factor does not give the cuts, all sums of them as they are."""
     factor = _factor(found)
     tensors: dict[str, NpArray] = {}
     ranks, alphas = dict[str, int](), dict[str, float]()
     for layer in found:
         name, out, width = layer.site.name, layer.site.out_features, layer.site.in_features
-        update: Any = layer.weight[0].update
+        update = cast(Kronecker, layer.weight[0].update)
         if factor is None:
             left, right, scale = np.ones((1, 1)), _sum(layer), 1.0
         else:
@@ -259,7 +260,7 @@ def _factor(found: Sequence[_Layer]) -> int | None:
     """The ``decompose_factor`` with which PEFT cuts every layer as its one Kronecker product does, if there is one."""
     cuts = list[tuple[int, int]]()
     for layer in found:
-        update: Any = layer.weight[0].update
+        update = cast(Kronecker, layer.weight[0].update)
         target = layer.weight[0].target
         if len(layer.weight) > 1 or target.rows or target.cols or len(value(update.left)) > 1:
             return None
@@ -285,7 +286,7 @@ def _sum(layer: _Layer) -> NpArray:
 # ----------------------------------------------------------------------------------------------------------- IA3
 
 
-def _ia3(found: Sequence[_Layer], base: Tensors, where: str) -> tuple[dict[str, Any], dict[str, NpArray]]:
+def _ia3(found: Sequence[_Layer], base: Tensors, where: str) -> tuple[dict[str, object], dict[str, NpArray]]:
     """One vector for what a layer puts out, with its bias, or for what it reads."""
     inner = [layer for layer in found if any(_reads(targeted) for targeted in layer.weight)]
     tensors: dict[str, NpArray] = {}
@@ -293,7 +294,7 @@ def _ia3(found: Sequence[_Layer], base: Tensors, where: str) -> tuple[dict[str, 
         site, axes = layer.site, layer.ones(base)
         if layer in inner:
             targeted = layer.weight[0]
-            given: Any = targeted.update
+            given = cast(Scale, targeted.update)
             fits = targeted.target == Target(site.weight) and len(given.s) == site.in_features
             if len(layer.weight) > 1 or layer.bias or not fits or site.groups > 1:
                 raise _refused(where, targeted, "scales inputs in a way that PEFT's IA3 does not")
@@ -303,7 +304,7 @@ def _ia3(found: Sequence[_Layer], base: Tensors, where: str) -> tuple[dict[str, 
         if site.bias is not None and not np.array_equal(scale, _rows(layer.bias, site, where)):
             raise _refused(where, layer.weight[0], "scales a weight and not its bias, which PEFT's IA3 does together")
         tensors[f"{site.name}.ia3_l"] = scale.reshape((1, -1, *axes) if axes else (-1, 1))
-    config: dict[str, Any] = {
+    config: dict[str, object] = {
         "peft_type": "IA3", "feedforward_modules": _exactly(layer.site.name for layer in inner) or [],
         "fan_in_fan_out": False, "init_ia3_weights": True,
     }  # fmt: skip
@@ -321,7 +322,7 @@ def _rows(scales: Sequence[Targeted], site: Site, where: str) -> NpArray:
         if targeted.target.cols is not None:
             raise _refused(where, targeted, "scales a part of each row, which PEFT's IA3 does not")
         first, last = targeted.target.rows or (0, site.out_features)
-        given: Any = targeted.update
+        given = cast(Scale, targeted.update)
         rows[first:last] *= given.s
     return rows
 

@@ -7,26 +7,32 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from edgepet.calibration.budget import Drop, answers
 from edgepet.calibration.fp16 import Kept, to_half
 from edgepet.calibration.images import CalibrationImages, calibration_images
+from edgepet.calibration.qdq import Int8Recipe
 from edgepet.calibration.search import Calibrated, Calibration
 from edgepet.deltas.codes import Range
+from edgepet.deltas.delta import Delta, Int8Ranges
 from edgepet.deltas.merge import task_tensors
 from edgepet.device.artifact import open_artifact, read_artifact
 from edgepet.errors import InputError, option
 from edgepet.exporters.exporter import ExportOptions
 from edgepet.exporters.onnx import build_model, simplified
 from edgepet.files import folder_bytes
+from edgepet.graphs.base import BaseGraph
 from edgepet.graphs.int8 import Int8Graph
 from edgepet.measuring.latency import Candidate, measure
 from edgepet.measuring.machine import environment
 from edgepet.proving.subject import Subject, sample_images
 from edgepet.spec import FilePath, NpArray, StoredPrecision
+
+if TYPE_CHECKING:
+    from onnx import ModelProto
 
 Stage = Callable[[str], None]
 AUTO_ROUNDS = 60  # enough to tell precisions apart, which differ by tenths
@@ -41,9 +47,9 @@ class Model:
     recipe and what it costs, ``drop`` the cost itself.
     """
 
-    proto: Any
+    proto: ModelProto
     precision: StoredPrecision
-    seconds: float
+    seconds: float = 0.0
     kept: tuple[Kept, ...] = ()
     calibration: Mapping[str, object] | None = None
     int8: Mapping[str, object] | None = None
@@ -74,10 +80,10 @@ def in_precision(subject: Subject, precision: StoredPrecision, options: ExportOp
     make = _in_half if precision == "fp16" else _in_int8
     began = time.perf_counter()
     made = make(subject, proto, options, stage)
-    return Model(**made, precision=precision, seconds=seconds + time.perf_counter() - began)
+    return replace(made, seconds=seconds + time.perf_counter() - began)
 
 
-def _in_half(subject: Subject, proto: Any, options: ExportOptions, stage: Stage) -> dict[str, Any]:
+def _in_half(subject: Subject, proto: ModelProto, options: ExportOptions, stage: Stage) -> Model:
     del stage
     if options.calib is None:
         images, source = subject.images
@@ -86,20 +92,21 @@ def _in_half(subject: Subject, proto: Any, options: ExportOptions, stage: Stage)
         images = sample_images(Path(options.calib), subject.delta.preprocess)
         looked_at = {"inputs": "calib", "n": len(images)}
     half = to_half(proto, images, where=subject.delta.task)
-    return {"proto": half.model, "kept": half.kept, "calibration": looked_at}
+    return Model(proto=half.model, precision="fp16", kept=half.kept, calibration=looked_at)
 
 
-def _in_int8(subject: Subject, proto: Any, options: ExportOptions, stage: Stage) -> dict[str, Any]:
+def _in_int8(subject: Subject, proto: ModelProto, options: ExportOptions, stage: Stage) -> Model:
     images = task_images(subject, options)
     made = calibration_of(subject, images, proto).run(max_drop=options.max_drop, stage=stage)
-    return {
-        "proto": made.int8.model,
-        "kept": _kept(made),
-        "calibration": {"inputs": "calib", "n": len(images.measured), **images.facts},
-        "int8": made.facts,
-        "drop": made.drop,
-        "warning": images.warning,
-    }
+    return Model(
+        proto=made.int8.model,
+        precision="int8",
+        kept=_kept(made),
+        calibration={"inputs": "calib", "n": len(images.measured), **images.facts},
+        int8=made.facts,
+        drop=made.drop,
+        warning=images.warning,
+    )
 
 
 def _kept(made: Calibrated) -> tuple[Kept, ...]:
@@ -133,23 +140,50 @@ def require_images(options: ExportOptions) -> FilePath:
     return options.calib
 
 
-def shared_calibration(subject: Subject, graph: Int8Graph, images: CalibrationImages) -> Calibration:
-    """The task on what the shared codes stand for, with their divisors, judged by the task in float.
+@dataclass(frozen=True, slots=True, eq=False, kw_only=True)
+class Expressed:
+    """A task against the int8 backbone that tasks share.
 
-    Neither ``subject`` nor ``graph`` is modified.
+    ``delta`` has its ranges. ``model`` is the Q/DQ form of the same numbers, by ``recipe``: what a runtime must answer.
+    ``calibration`` judges answers by the task in float.
+    """
+
+    delta: Delta
+    model: ModelProto
+    recipe: Int8Recipe
+    calibration: Calibration
+
+
+def express(
+    delta: Delta, graph: BaseGraph, codes: Int8Graph, images: CalibrationImages, *, recipe: Int8Recipe | None = None
+) -> Expressed:
+    """Measure the ranges that ``delta`` needs on the int8 backbone; its codes are not touched.
+
+    Args:
+        graph: what ``delta`` runs on, and ``codes`` the int8 backbone of it.
+        recipe: how ranges are chosen; None for the best on the held-out images. Its smoothing is the codes' own.
 
     Raises:
-        InputError: as ``calibration_of``.
+        BackboneError, InputError: the delta does not fit the graph, or an activation is not finite.
     """
-    dense = {layer.weight: graph.coded(layer) for layer in graph.layers}
-    base = subject.graph.base
+    dense = {layer.weight: codes.coded(layer) for layer in codes.layers}
+    base = graph.base
     rounded_base = replace(base, tensors={**base.tensors, **{name: made.dense for name, made in dense.items()}})
-    delta = subject.delta
-    proto = build_model(subject.graph, task_tensors(rounded_base, delta), delta)
-    divisors = {layer.reads: dense[layer.weight].divisors for layer in graph.layers}
-    smooth = {name: value for name, value in divisors.items() if value is not None}
-    exact = build_model(subject.graph, task_tensors(base, delta), delta)
-    return calibration_of(subject, images, proto, smooth=smooth, against=exact)
+    divisors = {layer.reads: dense[layer.weight].divisors for layer in codes.layers}
+    calibration = _calibration(
+        delta, graph, images, build_model(graph, task_tensors(rounded_base, delta), delta),
+        smooth={name: value for name, value in divisors.items() if value is not None},
+        against=build_model(graph, task_tensors(base, delta), delta),
+    )  # fmt: skip
+    recipe = recipe or calibration.choose()[0].recipe
+    stored = {name: rounded(of) for name, of in calibration.made(recipe).ranges.items()}
+    ranges = Int8Ranges(codes=codes.codes_sha256, ranges=tuple(stored[name] for name in codes.reads))
+    return Expressed(
+        delta=replace(delta, int8=ranges),
+        model=calibration.made(recipe, stored).model,
+        recipe=recipe,
+        calibration=calibration,
+    )
 
 
 def fastest(folders: Mapping[StoredPrecision, Path]) -> tuple[StoredPrecision, str]:
@@ -189,19 +223,28 @@ def rounded(of: Range) -> Range:
     return Range(scale=float(f"{of.scale:.6g}"), shift=float(f"{of.shift:.6g}"))
 
 
-def calibration_of(subject: Subject, images: CalibrationImages, proto: Any = None, **fixed: Any) -> Calibration:
-    """The merged model of a task on its calibration images.
-
-    Args:
-        proto: an ``onnx.ModelProto`` in place of the merged one.
-        fixed: ``smooth`` and ``against`` of ``Calibration``.
+def calibration_of(
+    subject: Subject,
+    images: CalibrationImages,
+    proto: ModelProto | None = None,
+    *,
+    smooth: Mapping[str, NpArray] | None = None,
+) -> Calibration:
+    """The merged model of a task on its calibration images; ``proto`` where it is there already.
 
     Raises:
-        InputError: a weight or an activation is not finite, no layer is one for int8, or an image is unreadable.
+        InputError: as ``Calibration``.
     """
-    delta = subject.delta
+    delta, graph = subject.delta, subject.graph
     if proto is None:
-        proto = build_model(subject.graph, task_tensors(subject.graph.base, delta), delta)
+        proto = build_model(graph, task_tensors(graph.base, delta), delta)
+    return _calibration(delta, graph, images, proto, smooth=smooth)
+
+
+def _calibration(
+    delta: Delta, graph: BaseGraph, images: CalibrationImages, proto: ModelProto, *,
+    smooth: Mapping[str, NpArray] | None = None, against: ModelProto | None = None,
+) -> Calibration:  # fmt: skip
     order = np.array([delta.labels.index(name) for name in images.measured.classes])
-    weights = frozenset(subject.graph.base.tensors)
-    return Calibration(proto, weights, images, order, where=f"task {delta.task!r}", **fixed)
+    weights = frozenset(graph.base.tensors)
+    return Calibration(proto, weights, images, order, where=f"task {delta.task!r}", smooth=smooth, against=against)

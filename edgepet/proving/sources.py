@@ -6,7 +6,6 @@ import importlib.util
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from edgepet.deltas.delta import Delta
 from edgepet.device.artifact import MANIFEST, Artifact, open_artifact, read_artifact
@@ -16,7 +15,7 @@ from edgepet.device.runtimes import DEFAULT, FORMATS, RUNTIMES, Runtime
 from edgepet.errors import InputError, option, require
 from edgepet.graphs.base import BaseGraph, open_graph
 from edgepet.graphs.int8 import Int8Graph, open_int8
-from edgepet.measuring.latency import Candidate
+from edgepet.measuring.latency import Candidate, Network
 from edgepet.measuring.machine import TORCH
 from edgepet.networks.backbone import AnyBackbone
 from edgepet.packs.pack import Pack, read_pack
@@ -91,7 +90,7 @@ class PackSource:
         return "branches" if self.pack.delta.branches else "merged"
 
     def _on(self, row: Runtime, threads: int, plain: bool, backbone: AnyBackbone) -> list[Candidate]:
-        def opener(delta: Delta, precision: Precision) -> Callable[[], Any]:
+        def opener(delta: Delta, precision: Precision) -> Callable[[], Network]:
             graph = graph_of(self.path, delta, backbone)
             return lambda: open_task(graph, delta, runtime=row.name, threads=threads, precision=precision)
 
@@ -105,10 +104,10 @@ class PackSource:
                 found.append(self._candidate(row.name, "int8", "shared", self._on_codes(row.name, threads, backbone)))
         return found
 
-    def _on_codes(self, name: str, threads: int, backbone: AnyBackbone) -> Callable[[], Any]:
+    def _on_codes(self, name: str, threads: int, backbone: AnyBackbone) -> Callable[[], Network]:
         """The task on the int8 backbone that other tasks may share."""
 
-        def opener() -> Any:
+        def opener() -> Network:
             graph = int8_graph_of(self.path, self.pack.delta, backbone)
             return SharedInt8(graph, runtime=name, threads=threads).bind(self.pack.delta)
 
@@ -122,7 +121,7 @@ class PackSource:
     def _torch(self, backbone: AnyBackbone, mode: str, threads: int | None) -> Callable[[], TorchNetwork]:
         return lambda: TorchNetwork(subject_in_torch(self.path, backbone), mode, threads=threads)
 
-    def _candidate(self, runtime: str, precision: Precision, mode: str, opener: Callable[[], Any]) -> Candidate:
+    def _candidate(self, runtime: str, precision: Precision, mode: str, opener: Callable[[], Network]) -> Candidate:
         return Candidate(model=self.path.name, runtime=runtime, precision=precision, mode=mode, open=opener)
 
 

@@ -6,7 +6,7 @@ import copy
 from dataclasses import replace
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 
@@ -23,6 +23,12 @@ from edgepet.networks.backbone import AnyBackbone
 from edgepet.packs.pack import Pack, read_pack
 from edgepet.spec import FilePath, NpArray, Preprocess, StoredPrecision
 from edgepet.tuning.work_folder import HELD_OUT, Work, read_work, work_folder
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from edgepet.networks.backbone import Backbone
+    from edgepet.tuning.model import TunedModel
 
 PROBE_SEED, PROBE_IMAGES = 20221017, 4
 
@@ -65,7 +71,7 @@ class Subject:
             return base_graph(self.backbone, delta.branches)
 
     @cached_property
-    def backbone(self) -> Any:
+    def backbone(self) -> Backbone:
         """The ``Backbone`` that the pack was trained on, in torch.
 
         Raises:
@@ -137,7 +143,7 @@ class Subject:
         """
         images, _ = self.images
         if self.work is None:
-            return self.merged(images), "merged"
+            return self.merged_reference, "merged"
         require("torch", extra="train", purpose="comparing with the network in torch")
         from edgepet.tuning.model import logits_of
 
@@ -174,10 +180,7 @@ class Subject:
         Raises:
             InputError: the pack has branches, which cannot be merged.
         """
-        weights: dict[str, NpArray] = self.backbone.named_weights(
-            merge(self.backbone.base, self.delta), self.delta.head
-        )
-        return weights
+        return self.backbone.named_weights(merge(self.backbone.base, self.delta), self.delta.head)
 
     @cached_property
     def merged_reference(self) -> NpArray:
@@ -191,7 +194,7 @@ class Subject:
         return replace(blank, logits=self.merged(blank.images(self.delta.preprocess)).astype(np.float32))
 
 
-def plain_network(subject: Subject, *, merged: bool = True) -> Any:
+def plain_network(subject: Subject, *, merged: bool = True) -> nn.Module:
     """A torch module that knows nothing of edgepet, with the merged weights loaded strictly, or the backbone's own.
 
     Raises:
@@ -207,7 +210,7 @@ def plain_network(subject: Subject, *, merged: bool = True) -> Any:
     return module
 
 
-def branched_network(subject: Subject) -> Any:
+def branched_network(subject: Subject) -> nn.Module:
     """A torch module of the pack as stored: a copy of the backbone with its updates folded in, branches and head."""
     import torch
 
@@ -223,7 +226,7 @@ def branched_network(subject: Subject) -> Any:
     return torch.nn.Sequential(Grafted(body, branches), last).eval()
 
 
-def tuned_network(subject: Subject) -> Any:
+def tuned_network(subject: Subject) -> TunedModel:
     """The network as it was trained, through its activation path, from the work folder beside the pack.
 
     Raises:
@@ -247,7 +250,7 @@ def tuned_network(subject: Subject) -> Any:
 
 
 @lru_cache(maxsize=1)
-def _loaded(spec: str, image_size: int, frames: int) -> Any:
+def _loaded(spec: str, image_size: int, frames: int) -> Backbone:
     """A backbone, kept for the next task on it: fifty tasks must not load fifty backbones."""
     from edgepet.networks.backbone import load_backbone
 
@@ -268,6 +271,7 @@ class TorchNetwork:
         import torch
 
         self._torch, self._threads_before = torch, torch.get_num_threads()
+        self._module: nn.Module | None  # until it is closed
         if mode == "tuned":
             self._module = tuned_network(subject)
         elif mode == "branches":
@@ -279,7 +283,7 @@ class TorchNetwork:
 
     def __call__(self, images: NpArray) -> NpArray:
         with self._torch.inference_mode():
-            output: NpArray = self._module(self._torch.from_numpy(images)).numpy()
+            output: NpArray = cast("nn.Module", self._module)(self._torch.from_numpy(images)).numpy()
         return output
 
     def close(self) -> None:

@@ -10,6 +10,7 @@ from pathlib import PurePath
 import numpy as np
 
 DROPPED = "times_ms"  # every single observation: for statistics, not for JSON
+SHOWN = "shown"  # where a class says it, the names that take the place of its fields
 
 
 def to_json(report: object) -> object:
@@ -27,7 +28,7 @@ def to_json(report: object) -> object:
     if isinstance(report, PurePath):
         return str(report)
     if is_dataclass(report) and not isinstance(report, type):
-        names = (field.name for field in fields(report) if field.name != DROPPED)
+        names = getattr(report, SHOWN, None) or [field.name for field in fields(report) if field.name != DROPPED]
         return {name: to_json(getattr(report, name)) for name in names}
     if isinstance(report, Mapping):
         return {str(key): to_json(value) for key, value in report.items()}

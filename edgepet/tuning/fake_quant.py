@@ -94,10 +94,10 @@ class FakeQuant(nn.Module):
                     stack.callback(part.register_forward_pre_hook(self._hook(index, name)).remove)
             yield
 
-    def _hook(self, index: int, name: str) -> Callable[..., tuple[Any, ...]]:
+    def _hook(self, index: int, name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], tuple[Tensor, ...]]:
         divisors = self.get_buffer(_key(name, "divisors")) if self._codes[name].divisors is not None else None
 
-        def before(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+        def before(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
             del module
             read = inputs[0].float()  # bf16 has no more digits than the codes
             read = read if divisors is None else read / divisors

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, cast
+from typing import cast
 
 import numpy as np
 import torch
@@ -142,7 +142,7 @@ class TunedModel(nn.Module):
         self.backbone.eval()
         return self
 
-    def tuned(self) -> dict[str, dict[str, Any]]:
+    def tuned(self) -> dict[str, dict[str, Tensor]]:
         """The method's parameters themselves, by site and name."""
         return unflatten(dict(zip(self._names, self.tensors, strict=True)), self.sites)
 

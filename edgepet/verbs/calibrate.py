@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
@@ -12,11 +12,10 @@ import numpy as np
 
 from edgepet.calibration.budget import BATCH, Drop, LayerDrop, answers, require_resolution
 from edgepet.calibration.images import CalibrationImages
-from edgepet.calibration.qdq import Int8, Int8Recipe
-from edgepet.calibration.search import Calibration, Tried
+from edgepet.calibration.qdq import Int8Recipe
+from edgepet.calibration.search import Tried
 from edgepet.calibration.slot_graphs import int8_graph
 from edgepet.deltas.codes import Range
-from edgepet.deltas.delta import Delta, Int8Ranges
 from edgepet.device.runtime import SharedInt8
 from edgepet.device.runtimes import RUNTIMES, SHARED_RUNTIMES
 from edgepet.errors import CheckError, InputError, option
@@ -27,7 +26,7 @@ from edgepet.measuring.machine import runtimes
 from edgepet.measuring.parity import SAME_CODES, Parity, compare, require_parity
 from edgepet.networks.backbone import AnyBackbone
 from edgepet.packs.pack import write_pack
-from edgepet.proving.precision import calibration_of, rounded, shared_calibration, task_images
+from edgepet.proving.precision import Expressed, calibration_of, express, task_images
 from edgepet.proving.subject import Subject
 from edgepet.reports.screen import Screen, lines
 from edgepet.reports.tables import Table, format_bytes, format_ms, left, right
@@ -155,28 +154,24 @@ def share(
     stage(f"int8 backbone of {subject.delta.backbone}")
     graph = int8_graph(subject.graph)
     stage("measure ranges")
-    calibration = shared_calibration(subject, graph, chosen)
-    recipe = calibration.choose()[0].recipe
-    stored = {name: rounded(of) for name, of in calibration.made(recipe).ranges.items()}
-    made, ranges = calibration.made(recipe, stored), tuple(stored[name] for name in graph.reads)
-    delta = replace(subject.delta, int8=Int8Ranges(codes=graph.codes_sha256, ranges=ranges))
+    expressed = express(subject.delta, subject.graph, graph, chosen)
     runs = list[SharedRun]()
     for runtime in _installed():
         stage(f"compare on {runtime}")
-        runs.append(_shared_run(delta, graph, runtime, calibration, made, chosen))
+        runs.append(_shared_run(expressed, graph, runtime, chosen))
         if max_drop is not None and runs[-1].drop.points > max_drop:
             what, got = f"must lose at most {max_drop:g} points on {runtime}", f"{runs[-1].drop.points:.2f}"
             fix = f"train with {option('backbone_precision', 'int8')}, or export a model of its own"
             raise CheckError(str(output), what, got=f"{got} on {runs[-1].drop.n} images", fix=fix)
-    slots = task_slots(graph, delta)
+    slots = task_slots(graph, expressed.delta)
     return ShareReport(
         pack=output,
-        pack_bytes=write_pack(output, delta, codec=subject.pack.codec),
+        pack_bytes=write_pack(output, expressed.delta, codec=subject.pack.codec),
         codes_sha256=graph.codes_sha256,
         codes_bytes=graph.weights_bytes,
         own_memory_bytes=slots.own_bytes,
         own_codes_bytes=sum(codes.nbytes for codes in slots.codes.values()),
-        recipe=recipe,
+        recipe=expressed.recipe,
         runs=tuple(runs),
         calibration=chosen.facts,
         warning=chosen.warning,
@@ -189,10 +184,8 @@ def _installed() -> list[str]:
     return [row.name for row in rows if any(status.available for status in runtimes(row.engines))]
 
 
-def _shared_run(
-    delta: Delta, graph: Int8Graph, runtime: str, calibration: Calibration, made: Int8, chosen: CalibrationImages
-) -> SharedRun:
-    shared = SharedInt8(graph, runtime=runtime)
+def _shared_run(expressed: Expressed, graph: Int8Graph, runtime: str, chosen: CalibrationImages) -> SharedRun:
+    delta, shared = expressed.delta, SharedInt8(graph, runtime=runtime)
     try:
         began = time.perf_counter()
         network = shared.bind(delta)
@@ -201,10 +194,10 @@ def _shared_run(
         def logits(images: NpArray) -> NpArray:
             return np.concatenate([network(images[i : i + BATCH]) for i in range(0, len(images), BATCH)])
 
-        expected, got = answers(made.model, chosen.held_out_images), logits(chosen.held_out_images)
+        expected, got = answers(expressed.model, chosen.held_out_images), logits(chosen.held_out_images)
         parity = compare(expected, got, stored=SAME_CODES, inputs="data", against="merged")
         require_parity(parity, f"{delta.task} on the int8 backbone, {runtime}")
-        drop = calibration.judged(logits)
+        drop = expressed.calibration.judged(logits)
         layers = network.evidence.get("layers", {})
     finally:
         shared.close()

@@ -9,10 +9,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, cast
 
 from edgepet.calibration.budget import Drop
-from edgepet.calibration.fp16 import Kept, stored_types
+from edgepet.calibration.fp16 import stored_types
 from edgepet.device.artifact import Artifact, Probe, files_of, open_artifact, write_artifact
 from edgepet.device.runtimes import Format
 from edgepet.errors import CheckError, InputError, MissingError, option
@@ -20,9 +20,9 @@ from edgepet.exporters import EXPORTERS
 from edgepet.exporters.exporter import ExportOptions
 from edgepet.files import folder_bytes, new_folder, require_only
 from edgepet.graphs.manifest import listing
-from edgepet.measuring.parity import Parity, compare, require_parity
 from edgepet.networks.backbone import AnyBackbone
-from edgepet.proving.checks import check_probe
+from edgepet.proving.checks import prove
+from edgepet.proving.exported import Exported
 from edgepet.proving.precision import Model, fastest, in_precision, require_images
 from edgepet.proving.subject import Subject
 from edgepet.reports.screen import Screen, lines
@@ -45,36 +45,6 @@ if TYPE_CHECKING:
 
 DEFAULTS = ExportOptions()
 PRECISIONS = ("fp32", "fp16", "int8", "auto")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Exported:
-    """One artefact. ``seconds`` is folding and writing, ``verify_seconds`` the comparison.
-
-    ``stored`` counts tensors and bytes by type, ``executed`` is what the runtime says of its nodes, or what was built
-    where nothing here can run it; ``kept_fp32`` is what an fp16 or int8 model computes in fp32. ``int8`` is the recipe
-    and what it costs. ``why`` says why "auto" chose this precision.
-    """
-
-    task: str
-    format: Format
-    engine: str
-    precision: StoredPrecision
-    path: Path
-    size_bytes: int
-    seconds: float
-    verify_seconds: float
-    verified: bool
-    reason: str | None
-    parity: Parity | None
-    stored: Mapping[str, object]
-    executed: Mapping[str, object]
-    kept_fp32: tuple[Kept, ...]
-    calibration: Mapping[str, object] | None
-    int8: Mapping[str, object] | None
-    drop: Drop | None
-    warning: str | None
-    why: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -225,22 +195,12 @@ def _export_one(subject: Subject, model: Model, name: Format, folder: Path, opti
         write_artifact(scratch, artifact)
         verify_seconds = time.perf_counter() - began
     return Exported(
-        task=delta.task,
-        format=name,
-        engine=written.engine,
-        precision=model.precision,
+        artifact=artifact,
         path=path,
         size_bytes=folder_bytes(path),
         seconds=seconds,
         verify_seconds=verify_seconds,
-        verified=artifact.verified,
-        reason=artifact.reason,
-        parity=artifact.parity,
-        stored=cast(Mapping[str, object], artifact.evidence["stored"]),
-        executed=cast(Mapping[str, object], artifact.evidence["executed"]),
         kept_fp32=model.kept,
-        calibration=model.calibration,
-        int8=model.int8,
         drop=model.drop,
         warning=model.warning,
     )
@@ -254,23 +214,13 @@ def _probe(subject: Subject, model: Model) -> Probe:
 
 
 def _verified(subject: Subject, artifact: Artifact, scratch: Path, path: Path) -> Artifact:
-    """Compare with the merged network, where nothing may be lost, and the tuned one, where storage may cost."""
+    """The artefact with what comparing it showed, or why nothing here could run it."""
     try:
         runner = open_artifact(scratch, artifact)
     except MissingError as error:
         return replace(artifact, reason=f"not run: {artifact.reason or error.what}")
     try:
-        images, inputs = subject.images
-        got = runner(images)
-        stored = artifact.precision
-        require_parity(
-            compare(subject.merged_reference, got, stored=stored, inputs=inputs, against="merged"), str(path)
-        )
-        parity = subject.judge(got, precision=stored)
-        require_parity(parity, str(path))
-        probe = check_probe(artifact, runner(artifact.probe.images(artifact.preprocess)))
-        if not probe.ok:
-            raise CheckError(str(path), f"must repeat its probe within {probe.limit:.1e}", got=f"{probe.value:.1e}")
+        parity = prove(subject, artifact, runner, where=str(path))
         evidence = {**artifact.evidence, "executed": runner.evidence}
     finally:
         runner.close()
@@ -377,13 +327,13 @@ def _kept_fp32(artifact: Exported) -> str:
 
 def _int8(artifact: Exported) -> str:
     """What int8 costs on how many images, by which recipe, and what was executed."""
-    facts = cast(Mapping[str, Any], artifact.int8)
+    chosen = cast(Mapping[str, object], (artifact.int8 or {})["recipe"])
     executed = cast(Mapping[str, int], artifact.executed.get("layers", {}))
     ran = f"; {artifact.format} ran {executed.get('int8', 0)} of {sum(executed.values())} products on int8 codes"
-    return f"{artifact.task} int8: {lost(artifact.drop)}; {recipe(facts['recipe'])}{ran if executed else ''}"
+    return f"{artifact.task} int8: {lost(artifact.drop)}; {recipe(chosen)}{ran if executed else ''}"
 
 
-def recipe(facts: Mapping[str, Any]) -> str:
+def recipe(facts: Mapping[str, object]) -> str:
     """A recipe of int8 in one line."""
     smooth = "no smoothing" if facts["smooth"] is None else f"SmoothQuant {facts['smooth']}"
     corrected = "bias correction" if facts["bias_correction"] else "no bias correction"

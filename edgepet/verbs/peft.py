@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 
@@ -37,6 +37,8 @@ from edgepet.verbs.verb import (
 )
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from edgepet.networks.backbone import Backbone
     from edgepet.reports.progress import Progress
 
@@ -194,7 +196,7 @@ def merged_logits(backbone: Backbone, delta: Delta, images: NpArray) -> NpArray:
     return _logits(_network(backbone, fold_all(double, delta.updates), delta.head), images)
 
 
-def _network(backbone: Backbone, tensors: Tensors, head: Head) -> Any:
+def _network(backbone: Backbone, tensors: Tensors, head: Head) -> nn.Module:
     """timm's own network in float64 with these weights."""
     import torch
 
@@ -204,7 +206,7 @@ def _network(backbone: Backbone, tensors: Tensors, head: Head) -> Any:
     return network
 
 
-def _logits(network: Any, images: NpArray) -> NpArray:
+def _logits(network: nn.Module, images: NpArray) -> NpArray:
     import torch
 
     network.eval().double()

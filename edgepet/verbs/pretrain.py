@@ -65,10 +65,13 @@ def pretrain(
     output = Path(output)
     if output.suffix != ".work":
         raise InputError(option("output"), "needs a folder name ending in .work", got=repr(output.name))
-    made, seconds = run_training(
-        lambda made: keep_work(output, made), data=Path(data), backbone=backbone, method=method, output=output,
-        options=replace(options, **fields), say=say, stage=stage,
+    from edgepet.tuning.training import Training
+
+    training = Training(
+        data=Path(data), backbone=backbone, method=method, output=output, options=replace(options, **fields), say=say,
+        stage=stage,
     )  # fmt: skip
+    made, seconds = run_training(training, lambda made: keep_work(output, made))
     return PretrainReport(
         path=output,
         method=made.model.method.name,

@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from edgepet.reports.progress import Progress
     from edgepet.tuning.fit import LabelledPixels
     from edgepet.tuning.model import TunedModel
-    from edgepet.tuning.training import Made
+    from edgepet.tuning.training import Made, Training
 
 DEFAULTS = TrainOptions()
 FEW_IMAGES = 100  # of a val set: one image is a point
@@ -120,27 +120,27 @@ def train(
     output = Path(output)
     if output.suffix != ".pet":
         raise InputError(option("output"), "needs a file name ending in .pet", got=repr(output.name))
-    made, seconds = run_training(
-        lambda made: _write(output, made, codec), data=Path(data), backbone=backbone, method=method, output=output,
-        options=replace(options, **fields), say=say, stage=stage,
+    from edgepet.tuning.training import Training
+
+    training = Training(
+        data=Path(data), backbone=backbone, method=method, output=output, options=replace(options, **fields), say=say,
+        stage=stage,
     )  # fmt: skip
+    made, seconds = run_training(training, lambda made: _write(output, made, codec))
     return _report(output, made, seconds)
 
 
-def run_training(write: Callable[[Made], None], **asked: Any) -> tuple[Made, float]:
+def run_training(training: Training, write: Callable[[Made], None]) -> tuple[Made, float]:
     """Train in every process that was launched, and ``write`` what was made in the one that leads.
-
-    Args:
-        asked: the fields of ``tuning.training.Training``.
 
     Returns:
         What was made, and the seconds that it took.
     """
     from edgepet.tuning.processes import processes as launched
-    from edgepet.tuning.training import Training, run
+    from edgepet.tuning.training import run
 
     began, processes = time.perf_counter(), launched()
-    made = run(Training(**asked), processes)
+    made = run(training, processes)
     if processes.leads:
         write(made)
         made.keeper.remove()
