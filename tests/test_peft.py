@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import sys
+import time
 import warnings
 from collections.abc import Mapping
 from dataclasses import replace
@@ -385,6 +386,47 @@ def test_a_folder_without_its_files(folder: Path, backbone: Backbone, tmp_path: 
     assert refusal(folder, backbone) == f"DIR/{CONFIG}: needs an object, got list"
     (folder / CONFIG).write_text('{"peft_type": "LORA"}')
     assert refusal(folder, backbone).startswith(f"DIR/{WEIGHTS}: is no whole safetensors file, got ")
+
+
+PLAIN = "must be a plain pattern: no repeated group, at most 4 repetitions"
+SLOW = {  # patterns that Python's matcher would try for longer than anybody waits
+    "nested": "((((.+)+)+)+)+!",
+    "a repeated choice": "(a|a)*!",
+    "many": ".*" * 30 + "!",
+    "counted": "(x{1,9}){9}",
+    "long": "qkv|" * 30_000,
+}
+
+
+@pytest.mark.parametrize("key", ["rank_pattern", "alpha_pattern", "target_modules"])
+@pytest.mark.parametrize("pattern", SLOW.values(), ids=SLOW)
+def test_a_pattern_that_could_take_for_ever_is_refused(
+    pattern: str, key: str, folder: Path, backbone: Backbone
+) -> None:
+    config = json.loads((folder / CONFIG).read_text())
+    config[key] = pattern if key == "target_modules" else {pattern: 1}
+    (folder / CONFIG).write_text(json.dumps(config))
+
+    began = time.perf_counter()
+    told = refusal(folder, backbone)
+
+    assert told == (
+        f"DIR/{CONFIG}: {key}: {PLAIN}, got {pattern[:80]!r}\n  fix: name the layers one by one, with | between"
+    )
+    assert time.perf_counter() - began < 20
+
+
+def test_the_slowest_pattern_that_is_taken_ends_on_the_longest_name(folder: Path, backbone: Backbone) -> None:
+    config = json.loads((folder / CONFIG).read_text()) | {"alpha_pattern": {".*.*.*.*!": 1}}
+    (folder / CONFIG).write_text(json.dumps(config))
+    name = f"{PREFIX}{'a.' * 2000}lora_A.weight"
+    with_tensors(folder, {**tensors_of(folder), name: torch.ones(8, 64)})
+
+    began = time.perf_counter()
+    told = refusal(folder, backbone)
+
+    assert "is no linear layer or convolution of the backbone" in told
+    assert time.perf_counter() - began < 20
 
 
 QKV = "blocks.0.attn.qkv"

@@ -21,7 +21,8 @@ def merge(base: Base, delta: Delta) -> dict[str, NpArray]:
 
     Raises:
         BackboneError: ``delta`` was trained on another backbone.
-        InputError: an update names a tensor that is not there, or does not fit it; or ``delta`` has branches.
+        InputError: an update names a tensor that is not there, does not fit it, or makes of it what is not finite; or
+            ``delta`` has branches.
     """
     require_foldable(delta)
     return task_tensors(base, delta)
@@ -51,22 +52,12 @@ def task_tensors(base: Base, delta: Delta) -> dict[str, NpArray]:
             raise InputError(f"{delta.task}: {targeted.target}", f"is no tensor of {base.name}")
         check(targeted, tensor.shape, where=delta.task, fix=f"use the backbone it was trained on, {delta.fingerprint}")
     branches = {name: tensor.astype(np.float32) for name, tensor in named_tensors(delta.branches).items()}
-    return fold_all(base.tensors, delta.updates) | branches
-
-
-def require_finite(delta: Delta, tensors: Tensors) -> None:
-    """Refuse a delta that makes tensors which are not finite, of finite ones, and answers that are none.
-
-    Args:
-        tensors: what ``task_tensors`` made of it.
-
-    Raises:
-        InputError: a tensor that it changes, or its head, holds NaN or an infinity.
-    """
-    changed = {name: tensors[name] for name in (*delta.targets, *named_tensors(delta.branches))}
-    for name, tensor in (changed | {"head.weight": delta.head.weight, "head.bias": delta.head.bias}).items():
-        if not np.isfinite(tensor).all():
+    with np.errstate(over="ignore", invalid="ignore"):  # said below
+        tensors = fold_all(base.tensors, delta.updates) | branches
+    for name in (*delta.targets, *branches):
+        if not np.isfinite(tensors[name]).all():
             raise InputError(f"task {delta.task!r}: {name}", "must be finite when folded", got="NaN or infinity")
+    return tensors
 
 
 def fold_all(tensors: Tensors, updates: Iterable[Targeted]) -> dict[str, NpArray]:

@@ -12,7 +12,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from edgepet.deltas.merge import require_finite, task_tensors
+from edgepet.deltas.merge import task_tensors
 from edgepet.errors import InputError
 from edgepet.files import folder_bytes, made_folder, new_folder, read_file, write_file
 from edgepet.graphs.base import BaseGraph, graph_folder, open_graph
@@ -77,7 +77,7 @@ class Store:
         else:
             graph = self.graph_of(pack)
             graph.require_fit(pack.delta)
-            require_finite(pack.delta, task_tensors(graph.base, pack.delta))
+            task_tensors(graph.base, pack.delta)  # refuses what is not finite
         path = self._path(pack.delta.task)
         made_folder(path.parent, "packs are kept there")
         write_file(path, data)

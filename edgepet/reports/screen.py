@@ -60,6 +60,17 @@ def print_table(console: Console, shown: Table) -> None:
     console.print(grid, crop=False)
 
 
+class _Terminal(Console):
+    """A console whose reader may leave: rich would end the process with 1."""
+
+    def on_broken_pipe(self) -> None:
+        """Progress is said to nobody, and the work goes on; of a report the caller hears."""
+        if not self.stderr:
+            raise
+        self.quiet = True
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
+
+
 def terminal(*, stderr: bool) -> Console:
     """A console on stdout or stderr; plain, never wrapped lines in CI or where it is not a terminal.
 
@@ -67,8 +78,8 @@ def terminal(*, stderr: bool) -> Console:
     """
     stream = sys.stderr if stderr else sys.stdout
     if os.environ.get("CI", "").lower() in ("", "0", "false") and stream.isatty():
-        return Console(stderr=stderr, highlight=False)
-    return Console(stderr=stderr, highlight=False, force_terminal=False, width=PLAIN_WIDTH, soft_wrap=True)
+        return _Terminal(stderr=stderr, highlight=False)
+    return _Terminal(stderr=stderr, highlight=False, force_terminal=False, width=PLAIN_WIDTH, soft_wrap=True)
 
 
 def program() -> str:
