@@ -88,7 +88,7 @@ def test_a_job_leaves_its_files_and_a_report_that_says_what_was_asked(tmp_path: 
     assert result.files.keys() == {"below/first.bin", "second.txt"}
     assert result.files["second.txt"] == "9a271f2a916b0b6ee6cecb2426f0b3206ef074578be55d9bc94f6f3fe3ab86aa"
     assert 0 <= result.seconds < 60
-    assert {"edgepet", "numpy"} <= result.versions.keys()
+    assert {"edgepet", "numpy", "python"} <= result.versions.keys()
     assert {path.name for path in tmp_path.iterdir()} == {job.digest, LOCK}
 
 

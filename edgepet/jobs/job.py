@@ -89,7 +89,7 @@ def make(job: Job, folder: Path) -> None:
     Raises:
         EdgepetError: what the function raised; or the folder could not be written.
     """
-    began = time.perf_counter()
+    began, here = time.perf_counter(), environment()
     with new_folder(folder / job.digest) as scratch:
         report = job.load()(job.specification, scratch)
         told = {
@@ -97,7 +97,10 @@ def make(job: Job, folder: Path) -> None:
             "specification": job.specification,
             "report": report,
             "files": _digests(scratch),
-            "made": {"seconds": round(time.perf_counter() - began, 3), "versions": environment().versions},
+            "made": {
+                "seconds": round(time.perf_counter() - began, 3),
+                "versions": {"python": here.python, **here.versions},
+            },
         }
         write_file(scratch / REPORT, canonical_json(told))
 
