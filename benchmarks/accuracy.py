@@ -13,8 +13,8 @@ from __future__ import annotations
 import argparse
 
 from harness import (
+    FEW,
     IMAGE_SIZES,
-    QUICK_CAP,
     SMALLER,
     TEST_CAP,
     Trained,
@@ -77,7 +77,8 @@ def trainings(backbone: str, *, every: bool, quick: bool) -> list[Training]:
             image_size=sizes[name],
             epochs=1 if quick else None,
             shots=2 if quick else SHOTS if every else None,
-            test_cap=QUICK_CAP if quick else TEST_IMAGES if every else TEST_CAP,
+            test_cap=TEST_IMAGES if every else TEST_CAP,
+            few=FEW if quick else None,
             scored=True,
         )
         for task in tasks

@@ -33,7 +33,7 @@ IMAGE_SIZES = {"vit-small": 112, "efficientnet-lite0": 224}
 SMALLER = {"vit-small": 112, "efficientnet-lite0": 128}  # where every method is tried
 # ONNX Runtime's idle threads spin so long that its own next session waits.
 SETTLE_S = {"torch": 0.002, "onnxruntime": 0.05, "openvino": 0.002}
-TEST_CAP, QUICK_CAP = 2000, 40  # test images of a task at most
+TEST_CAP, FEW = 2000, 4  # test images of a task at most; images of a class in each split of a quick run
 WARMUP = 20  # untimed rounds, but no more than timed ones
 NATIVE_BF16 = {"amx_bf16", "avx512_bf16", "bf16"}
 
@@ -127,7 +127,10 @@ SWEEP = Marks("<!-- sweep: made by benchmarks/timm_sweep.py -->", "<!-- end of s
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Training:
-    """A pack of a demo task on a demo backbone. ``scored`` judges it on the test split as well."""
+    """A pack of a demo task on a demo backbone. ``scored`` judges it on the test split as well.
+
+    ``few`` is how many images of each class are left in each split, None is all.
+    """
 
     task: str
     backbone: str
@@ -137,6 +140,7 @@ class Training:
     shots: int | None = None
     backbone_precision: str = "fp32"
     test_cap: int = TEST_CAP
+    few: int | None = None
     scored: bool = False
 
     @property
@@ -172,13 +176,13 @@ def finished(run: Asked, jobs: Sequence[Job]) -> tuple[Result, ...]:
 
 def draw(run: Asked, task: str) -> Path:
     """The images of a demo task."""
-    (images,) = finished(run, [_images_job(task, QUICK_CAP if run.quick else TEST_CAP)])
+    (images,) = finished(run, [_images_job(task, TEST_CAP, FEW if run.quick else None)])
     return images.folder / task
 
 
 def trained(run: Asked, trainings: Sequence[Training]) -> tuple[Trained, ...]:
     """Train those that are not trained yet."""
-    pools = [_images_job(each.task, each.test_cap) for each in trainings]
+    pools = [_images_job(each.task, each.test_cap, each.few) for each in trainings]
     images = dict(zip((pool.digest for pool in pools), finished(run, pools), strict=True))
     jobs = [_training_job(each, images[pool.digest]) for each, pool in zip(trainings, pools, strict=True)]
     return tuple(
@@ -189,14 +193,14 @@ def trained(run: Asked, trainings: Sequence[Training]) -> tuple[Trained, ...]:
 
 def short_packs(run: Asked, backbone: str, methods: Sequence[str]) -> list[Path]:
     """Packs of the digits, hardly trained: for what does not depend on a pack's values, as latency does not."""
-    cap = QUICK_CAP if run.quick else TEST_CAP
+    few = FEW if run.quick else None
     trainings = [
         Training(
             task="digits",
             backbone=backbone,
             method=method,
             image_size=IMAGE_SIZES[backbone],
-            test_cap=cap,
+            few=few,
             epochs=1,
             shots=2,
         )
@@ -227,8 +231,8 @@ def pack_of(specification: Mapping[str, Any], folder: Path) -> Path:
     return pack
 
 
-def _images_job(task: str, test_cap: int) -> Job:
-    return Job(function="harness:draw_images", specification={"task": task, "test_cap": test_cap})
+def _images_job(task: str, test_cap: int, few: int | None) -> Job:
+    return Job(function="harness:draw_images", specification={"task": task, "test_cap": test_cap, "few": few})
 
 
 def _training_job(training: Training, images: Result) -> Job:
@@ -260,7 +264,12 @@ def _training_job(training: Training, images: Result) -> Job:
 
 def draw_images(specification: Mapping[str, Any], folder: Path) -> dict[str, object]:
     """The images of a demo task, in ``folder/TASK``."""
-    summary = build_task(specification["task"], folder / specification["task"], test_cap=specification["test_cap"])
+    drawn, few = folder / specification["task"], specification["few"]
+    summary = build_task(specification["task"], drawn, test_cap=specification["test_cap"])
+    if few is not None:
+        for images in drawn.glob("*/*/"):
+            for path in sorted(images.iterdir())[few:]:
+                path.unlink()
     return {"pixel_sha256": summary.pixel_sha256, "counts": summary.counts, "source": summary.source}
 
 

@@ -20,9 +20,8 @@ from typing import Any
 
 import numpy as np
 from harness import (
+    FEW,
     IMAGE_SIZES,
-    QUICK_CAP,
-    TEST_CAP,
     Asked,
     Trained,
     Training,
@@ -62,13 +61,13 @@ from edgepet.spec import NpArray
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """How much is tried, and on how many images. ``epochs`` by backbone; ``shots`` of each class, None is all."""
+    """How much is tried, and on how many images. ``epochs`` by backbone; ``few`` as ``Training`` has it."""
 
     tasks: tuple[str, ...]
     methods: tuple[str, ...]
     epochs: Mapping[str, int]
     shots: int | None
-    test_cap: int
+    few: int | None
     test_images: int
     calib_images: int
 
@@ -82,7 +81,7 @@ class Plan:
                 image_size=IMAGE_SIZES[backbone],
                 epochs=self.epochs[backbone],
                 shots=self.shots,
-                test_cap=self.test_cap,
+                few=self.few,
             )
             for task in self.tasks
         ]
@@ -90,10 +89,10 @@ class Plan:
 
 FULL = Plan(
     tasks=("digits", "landcover", "elpv", "fashion"), methods=("ssf", "lora"),
-    epochs={"vit-small": 4, "efficientnet-lite0": 2}, shots=None, test_cap=TEST_CAP, test_images=500, calib_images=128,
+    epochs={"vit-small": 4, "efficientnet-lite0": 2}, shots=None, few=None, test_images=500, calib_images=128,
 )  # fmt: skip
 QUICK = Plan(
-    tasks=("digits",), methods=("ssf",), epochs={"efficientnet-lite0": 1}, shots=2, test_cap=QUICK_CAP, test_images=20,
+    tasks=("digits",), methods=("ssf",), epochs={"efficientnet-lite0": 1}, shots=2, few=FEW, test_images=20,
     calib_images=32,
 )  # fmt: skip
 BATCH = 16

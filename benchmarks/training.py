@@ -30,7 +30,7 @@ from edgepet.tuning.model import TunedModel
 
 BACKBONE = "vit-small"
 BATCH, IMAGES, ROUNDS = 32, 128, 7
-QUICK_IMAGES, QUICK_ROUNDS = 32, 2
+QUICK_IMAGES, QUICK_ROUNDS = 16, 2
 
 
 def parser() -> argparse.ArgumentParser:
