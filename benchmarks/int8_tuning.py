@@ -25,9 +25,8 @@ from edgepet.exporters.onnx import build_model
 from edgepet.proving.precision import calibration_of
 from edgepet.proving.subject import Subject
 
-BACKBONE, BITS = "vit-small", 4
-PLAN = replace(FULL, tasks=("landcover", "fashion"))
-QUICKER = replace(QUICK, epochs={BACKBONE: 1})
+BITS = 4
+PLAN = replace(FULL, tasks=("landcover", "fashion"), epochs={"vit-small": FULL.epochs["vit-small"]})
 
 
 def parser() -> argparse.ArgumentParser:
@@ -38,8 +37,9 @@ def parser() -> argparse.ArgumentParser:
 def main() -> None:
     """Train every task twice, and judge both."""
     run = asked(parser().parse_args())
-    plan = QUICKER if run.quick else PLAN
-    plain = plan.trainings(BACKBONE, "ssf")
+    plan = QUICK if run.quick else PLAN
+    (backbone,) = plan.epochs
+    plain = plan.trainings(backbone, "ssf")
     epochs = 1 if run.quick else None  # the method's own: the codes take longer to repair than a delta to fit
     on_codes = [replace(each, epochs=epochs, backbone_precision=f"int{BITS}") for each in plain]
     packs = trained(run, [*plain, *on_codes])
@@ -52,7 +52,7 @@ def row(plan: Plan, plain: Trained, on_codes: Trained) -> dict[str, object]:
     fp32, after = top1(plain.pack, plain.data, plan)
     _, repaired = top1(on_codes.pack, on_codes.data, plan)
     return {
-        "backbone": BACKBONE,
+        "backbone": plain.training.backbone,
         "task": plain.training.task,
         "bits": f"int{BITS}",
         "fp32": fp32,

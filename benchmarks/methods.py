@@ -75,7 +75,7 @@ REASONS = {  # why a method finds no place on ConvNets; RepAdapter and Conv-Adap
 }
 
 
-QUICK_NETWORKS, QUICK_METHODS = ("ViT", "ResNet"), ("ssf", "adaptformer")
+QUICK_NETWORKS, QUICK_METHODS, QUICK_EPOCHS = ("ResNet",), ("ssf", "adaptformer", "conv-adapter"), 1
 
 
 def parser() -> argparse.ArgumentParser:
@@ -93,6 +93,7 @@ def main() -> None:
     every = QUICK_METHODS if run.quick else tuple(name for name in METHODS if name not in BASELINES)
     names: tuple[str, ...] = tuple(options.methods.split(",")) if options.methods else every
     titles = (options.only,) if options.only else QUICK_NETWORKS if run.quick else tuple(NETWORKS)
+    steps = replace(STEPS, epochs=QUICK_EPOCHS) if run.quick else STEPS
     cells: dict[str, dict[str, Any]] = earlier(run, "methods").get("cells", {})
     data = draw(run, "digits")
     with tempfile.TemporaryDirectory() as scratch:
@@ -101,7 +102,7 @@ def main() -> None:
             spec = _spec(network, Path(scratch))
             for name in names:
                 began = time.perf_counter()
-                cell = examine(configure(name), load(spec, network, name), data, Path(scratch))
+                cell = examine(configure(name), load(spec, network, name), data, Path(scratch), steps)
                 cells.setdefault(title, {})[name] = cell | {"seconds": round(time.perf_counter() - began, 1)}
                 print(f"{title} {name}: {cell}", flush=True)
                 write(run, cells)
@@ -141,14 +142,14 @@ def _spec(network: Network, folder: Path) -> str:
     return f"{network.architecture}@{file}"
 
 
-def examine(method: Method, backbone: Backbone, data: Path, folder: Path) -> dict[str, Any]:
+def examine(method: Method, backbone: Backbone, data: Path, folder: Path, steps: Plan) -> dict[str, Any]:
     """One cell: parameters, bytes and differences, or why there are none."""
     sites = method.sites(backbone.layers)
     if not sites:
         return {"reason": REASONS[method.name]}
     images = digits(data, backbone)
     model = TunedModel(backbone, method, 10)
-    fit(model, images, images, backbone.preprocess, replace(STEPS, lr=method.recipe.lr), lambda step: None)
+    fit(model, images, images, backbone.preprocess, replace(steps, lr=method.recipe.lr), lambda step: None)
     shown = normalize(images.pixels[:4], backbone.preprocess)
     error, largest = algebra_error(model, backbone, shown)
     labels = tuple("0123456789")
