@@ -20,7 +20,7 @@ from edgepet import ExportOptions, export
 from edgepet.exporters.trace import base_graph
 from edgepet.networks.backbone import load_backbone
 
-BACKBONE, QUICK_BACKBONE = "vit-small", "efficientnet-lite0"
+BACKBONE = "vit-small"
 REPEATS = 5
 
 
@@ -35,9 +35,8 @@ def main() -> None:
     """Trace once, then export as often as is asked for."""
     options = parser().parse_args()
     run = asked(options)
-    name = QUICK_BACKBONE if run.quick else BACKBONE
-    packs: list[Path] = options.pack or short_packs(run, name, ("ssf", "lora"))
-    backbone = load_backbone(f"demo:{name}", image_size=IMAGE_SIZES[name])
+    packs: list[Path] = options.pack or short_packs(run, BACKBONE, ("ssf", "lora"))
+    backbone = load_backbone(f"demo:{BACKBONE}", image_size=IMAGE_SIZES[BACKBONE])
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         began = time.perf_counter()
