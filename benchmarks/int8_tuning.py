@@ -41,7 +41,8 @@ def main() -> None:
     (backbone,) = plan.epochs
     plain = plan.trainings(backbone, "ssf")
     epochs = 1 if run.quick else None  # the method's own: the codes take longer to repair than a delta to fit
-    on_codes = [replace(each, epochs=epochs, backbone_precision=f"int{BITS}") for each in plain]
+    shots = 2 if run.quick else None
+    on_codes = [replace(each, epochs=epochs, shots=shots, backbone_precision=f"int{BITS}") for each in plain]
     packs = trained(run, [*plain, *on_codes])
     rows = [row(plan, *pair) for pair in zip(packs[: len(plain)], packs[len(plain) :], strict=True)]
     write_result(run, "int8-tuning", {"n": plan.test_images, "rows": rows})
