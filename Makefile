@@ -30,24 +30,25 @@ fix: $(VENV)/.test
 	$(BIN)/ruff check --fix edgepet exporters calibration tests benchmarks
 	$(BIN)/ruff format edgepet exporters calibration tests benchmarks
 
-bench: $(VENV)/.bench
-	$(BIN)/python benchmarks/latency.py
-	$(BIN)/python benchmarks/export.py
-	$(BIN)/python benchmarks/training.py
-	$(BIN)/python benchmarks/accuracy.py --dir bench/vit-small
-	$(BIN)/python benchmarks/accuracy.py --dir bench/lite0 --backbone efficientnet-lite0
-	$(BIN)/python benchmarks/latency.py --backbone efficientnet-lite0
-	$(BIN)/python benchmarks/half.py --pack bench/vit-small/landcover-ssf.pet --pack bench/lite0/digits-ssf.pet
-	$(BIN)/python benchmarks/int8.py --dir bench/int8
-	$(BIN)/python benchmarks/shared_int8.py --dir bench/int8
-	$(BIN)/python benchmarks/int8_tuning.py --dir bench/int8
-	$(BIN)/python benchmarks/timm_sweep.py
+# ARGS=--quick goes through all of both, with as little of everything as goes the whole way, and keeps no result.
+bench: $(VENV)/.bench $(if $(findstring --quick,$(ARGS)),bench-methods)
+	$(BIN)/python benchmarks/latency.py $(ARGS)
+	$(BIN)/python benchmarks/export.py $(ARGS)
+	$(BIN)/python benchmarks/training.py $(ARGS)
+	$(BIN)/python benchmarks/accuracy.py $(ARGS)
+	$(BIN)/python benchmarks/accuracy.py --backbone efficientnet-lite0 $(ARGS)
+	$(BIN)/python benchmarks/latency.py --backbone efficientnet-lite0 $(ARGS)
+	$(BIN)/python benchmarks/half.py $(ARGS)
+	$(BIN)/python benchmarks/int8.py $(ARGS)
+	$(BIN)/python benchmarks/shared_int8.py $(ARGS)
+	$(BIN)/python benchmarks/int8_tuning.py $(ARGS)
+	$(BIN)/python benchmarks/timm_sweep.py $(ARGS)
 
 bench-methods: $(VENV)/.bench
-	$(BIN)/python benchmarks/methods.py
-	$(BIN)/python benchmarks/branches.py
-	$(BIN)/python benchmarks/accuracy.py --dir bench/every --every
-	$(BIN)/python benchmarks/report.py
+	$(BIN)/python benchmarks/methods.py $(ARGS)
+	$(BIN)/python benchmarks/branches.py $(ARGS)
+	$(BIN)/python benchmarks/accuracy.py --every $(ARGS)
+	$(BIN)/python benchmarks/report.py $(ARGS)
 
 clean:
 	rm -rf $(VENV) demo bench build dist

@@ -3,85 +3,87 @@
     python benchmarks/branches.py     # ten minutes on 2 cores, which nothing else should use
 
 ViT-S/14 at 112 pixels, every method at its defaults. Latency does not depend on values: each pack is trained for one
-epoch on two images a class. Writes ``results/branches.json``.
+epoch on two images a class. Writes ``branches.json``.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import tempfile
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from edgepet import bench, read_pack, train
+from harness import IMAGE_SIZES, SETTLE_S, WARMUP, asked, parser_of, short_packs, write_result
+
+from edgepet import bench, read_pack
 from edgepet.exporters.trace import base_graph
 from edgepet.measuring.latency import ratio
 from edgepet.measuring.machine import environment
 from edgepet.methods import METHODS, Branching
 from edgepet.networks.backbone import load_backbone
-from edgepet.reports.as_json import to_json
-from edgepet.samples.tasks import build_task
 
-RESULT = Path(__file__).parent / "results" / "branches.json"
-IMAGE_SIZE = 112
+BACKBONE = "vit-small"
 FOLDED = ("ssf", "lora", "fact-tt", "bi-lora")
 ELSEWHERE = ("conv-adapter", "st-adapter")  # the one has no place on a ViT, the other takes clips
-SETTLE_S = {"onnxruntime": 0.05, "openvino": 0.002}  # idle threads of the one spin longer
+RUNTIMES = ("onnxruntime", "openvino")
+
+
+def parser() -> argparse.ArgumentParser:
+    """The arguments of this benchmark."""
+    made = parser_of(__doc__)
+    made.add_argument("--rounds", type=int, default=100)
+    return made
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=100)
-    options = parser.parse_args()
+    """Train hardly at all, and measure."""
+    options = parser().parse_args()
+    run = asked(options)
     branching = tuple(n for n, kind in METHODS.items() if issubclass(kind, Branching) and n not in ELSEWHERE)
-    with tempfile.TemporaryDirectory() as folder:
-        packs = trained(Path(folder), (*FOLDED, *branching))
-        rows = measured(packs, options.rounds)
-    result = {
-        "command": "python benchmarks/branches.py",
-        "backbone": "demo:vit-small",
-        "image_size": IMAGE_SIZE,
-        "rounds": options.rounds,
-        "threads": environment().cores,
-        "rows": rows,
-        "environment": to_json(environment()),
-    }
-    RESULT.write_text(json.dumps(result, indent=1) + "\n")
-
-
-def trained(folder: Path, methods: tuple[str, ...]) -> dict[str, Path]:
-    backbone, packs = load_backbone("demo:vit-small", image_size=IMAGE_SIZE), {}
-    build_task("digits", folder / "digits")
-    for method in methods:
-        packs[method] = folder / f"{method}.pet"
-        train(folder / "digits", backbone, method, packs[method], epochs=1, shots=2)
-        base_graph(backbone, read_pack(packs[method]).delta.branches)
+    methods = ("ssf", "adaptformer") if run.quick else (*FOLDED, *branching)
+    rounds = 2 if run.quick else int(options.rounds)
+    packs = dict(zip(methods, short_packs(run, BACKBONE, methods), strict=True))
+    backbone = load_backbone(f"demo:{BACKBONE}", image_size=IMAGE_SIZES[BACKBONE])
+    for pack in packs.values():
+        base_graph(backbone, read_pack(pack).delta.branches)
     base_graph(backbone)
-    return packs
+    facts = {
+        "backbone": backbone.label,
+        "image_size": IMAGE_SIZES[BACKBONE],
+        "rounds": rounds,
+        "threads": environment().cores,
+        "rows": measured(packs, rounds),
+    }
+    write_result(run, "branches", facts)
+
+
+@dataclass(slots=True)
+class _Cells:
+    """What was found of one method, by runtime."""
+
+    of: dict[str, dict[str, object]] = field(default_factory=dict)
+    plain_p50_ms: dict[str, float] = field(default_factory=dict)
 
 
 def measured(packs: dict[str, Path], rounds: int) -> list[dict[str, object]]:
     """A row for each method: kilobytes, and p50 and its ratio to the plain backbone, by runtime."""
-    rows: dict[str, dict[str, object]] = {}
-    for runtime, settle_s in SETTLE_S.items():
-        first, *others = packs.values()
-        report = bench([first, *others], runtimes=[runtime], rounds=rounds, plain=True, settle_s=settle_s)
+    found = {method: _Cells() for method in packs}
+    for runtime in RUNTIMES:
+        report = bench(
+            list(packs.values()), runtimes=[runtime], rounds=rounds, warmup=min(WARMUP, rounds), plain=True,
+            settle_s=SETTLE_S[runtime],
+        )  # fmt: skip
         plain = next(row for row in report.rows if (row.mode, row.precision) == ("plain", "fp32"))
         for method, pack in packs.items():
-            delta = read_pack(pack).delta
             (row,) = (r for r in report.rows if (r.model, r.precision) == (pack.name, "fp32") and r.mode != "plain")
-            cell = rows.setdefault(
-                method,
-                {
-                    "method": method,
-                    "foldable": not delta.branches,
-                    "values": delta.stored_values,
-                    "pack_bytes": pack.stat().st_size,
-                },
-            )
-            cell[runtime] = {"p50_ms": row.p50_ms, "ratio": to_json(ratio(report, row, plain)), "noisy": row.noisy}
-            cell.setdefault("plain_p50_ms", {})[runtime] = plain.p50_ms  # type: ignore[attr-defined]
-    return list(rows.values())
+            over = ratio(report, row, plain)
+            found[method].of[runtime] = {"p50_ms": row.p50_ms, "ratio": over, "noisy": row.noisy}
+            found[method].plain_p50_ms[runtime] = plain.p50_ms
+    rows: list[dict[str, object]] = []
+    for method, pack in packs.items():
+        delta, cells = read_pack(pack).delta, found[method]
+        facts = {"method": method, "foldable": not delta.branches, "values": delta.stored_values}
+        rows.append(facts | {"pack_bytes": pack.stat().st_size, **cells.of, "plain_p50_ms": cells.plain_p50_ms})
+    return rows
 
 
 if __name__ == "__main__":

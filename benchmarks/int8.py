@@ -4,23 +4,38 @@
 
 Four tasks, two backbones, SSF and LoRA. One Q/DQ file a pack runs on ONNX Runtime and OpenVINO and is built by
 TensorRT-RTX; the same pack also runs on the int8 backbone that all tasks share. NNCF and ONNX Runtime quantise the same
-fp32 model with the same images. Needs the extra ``bench`` and the Debian package dataset-fashion-mnist. Rows of an
-interrupted run are kept beside the packs. Writes ``results/int8.json``.
+fp32 model with the same images. Needs the extra ``bench`` and, but for ``--quick``, the Debian package
+dataset-fashion-mnist. Every row is a job, as every pack is: what an interrupted run finished is kept. Writes
+``int8.json``.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import tempfile
-from collections.abc import Iterator
-from dataclasses import asdict
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from harness import (
+    IMAGE_SIZES,
+    SMALLER,
+    Asked,
+    Trained,
+    Training,
+    asked,
+    finished,
+    images_of,
+    measuring_job,
+    pack_of,
+    parser_of,
+    trained,
+    write_result,
+)
 
-from edgepet import read_pack, train
+from edgepet import read_pack
 from edgepet.calibration.fp16 import to_half
 from edgepet.calibration.images import calibration_images
 from edgepet.calibration.qdq import Int8Recipe
@@ -30,6 +45,7 @@ from edgepet.deltas.delta import Delta
 from edgepet.deltas.merge import task_tensors
 from edgepet.device.onnxruntime import OnnxRuntime
 from edgepet.device.openvino import OpenVino
+from edgepet.device.runner import Runner
 from edgepet.device.runtime import SharedInt8
 from edgepet.exporters.onnx import build_model, serialize
 from edgepet.exporters.tensorrt import build_engines
@@ -37,128 +53,158 @@ from edgepet.graphs.int8 import Int8Graph
 from edgepet.graphs.slots import task_slots
 from edgepet.images.preprocess import normalize
 from edgepet.images.sets import ImageSet, load_set, open_split
-from edgepet.measuring.machine import environment
 from edgepet.packs.pack import write_pack
 from edgepet.proving.precision import calibration_of, express
 from edgepet.proving.subject import Subject
-from edgepet.reports.as_json import to_json
-from edgepet.reports.progress import Progress
-from edgepet.samples.tasks import build_task
 from edgepet.spec import NpArray
 
-TASKS = ("digits", "landcover", "elpv", "fashion")
-METHODS = ("ssf", "lora")
-IMAGE_SIZES = {"vit-small": 112, "efficientnet-lite0": 224}
-EPOCHS = {"vit-small": 4, "efficientnet-lite0": 2}  # packs that are there already may have had more
-TEST_IMAGES, CALIB_IMAGES, BATCH = 500, 128, 16
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """How much is tried, and on how many images. ``epochs`` by backbone; ``few`` as ``Training`` has it."""
+
+    tasks: tuple[str, ...]
+    methods: tuple[str, ...]
+    image_sizes: Mapping[str, int]
+    epochs: Mapping[str, int]
+    shots: int | None
+    few: int | None
+    test_images: int
+    calib_images: int
+
+    def trainings(self, backbone: str, method: str) -> list[Training]:
+        """Of all tasks."""
+        return [
+            Training(
+                task=task,
+                backbone=backbone,
+                method=method,
+                image_size=self.image_sizes[backbone],
+                epochs=self.epochs[backbone],
+                shots=self.shots,
+                few=self.few,
+            )
+            for task in self.tasks
+        ]
+
+
+FULL = Plan(
+    tasks=("digits", "landcover", "elpv", "fashion"), methods=("ssf", "lora"), image_sizes=IMAGE_SIZES,
+    epochs={"vit-small": 4, "efficientnet-lite0": 2}, shots=None, few=None, test_images=500, calib_images=128,
+)  # fmt: skip
+# As many images as a pack takes whose answers int8 leaves alone: it is compared with the tuned network as ever.
+QUICK = Plan(
+    tasks=("digits",), methods=("ssf",), image_sizes=SMALLER, epochs={"efficientnet-lite0": 2}, shots=None, few=40,
+    test_images=20, calib_images=32,
+)  # fmt: skip
+BATCH = 16
 RUNTIMES = ("onnxruntime", "openvino")
-RESULT = Path(__file__).parent / "results" / "int8.json"
+
+
+def parser() -> argparse.ArgumentParser:
+    """The arguments of this benchmark."""
+    return parser_of(__doc__)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--dir", type=Path, required=True, help="where images, packs and finished rows are")
-    folder = parser.parse_args().dir
-    for task in TASKS:
-        build_task(task, folder / task)
-    cells = [(method, backbone, task) for method in METHODS for backbone in IMAGE_SIZES for task in TASKS]
-    result = {
-        "command": "python benchmarks/int8.py --dir DIR",
-        "rows": [row(folder, *cell) for cell in cells],
-        "environment": to_json(environment()),
-    }
-    RESULT.write_text(json.dumps(result, indent=1, sort_keys=True) + "\n")
+    """Train, then measure every pack."""
+    run = asked(parser().parse_args())
+    plan = QUICK if run.quick else FULL
+    cells = [each for method in plan.methods for backbone in plan.epochs for each in plan.trainings(backbone, method)]
+    write_result(run, "int8", {"rows": rows(run, plan, trained(run, cells))})
 
 
-def row(folder: Path, method: str, backbone: str, task: str) -> dict[str, Any]:
-    pack = folder / backbone / f"{task}-{method}.pet"
-    kept = pack.with_suffix(".int8.json")
-    if not kept.exists():
-        pack.parent.mkdir(parents=True, exist_ok=True)
-        with Progress() as progress:
-            if not pack.exists():
-                with progress.training(f"{task} {method}") as say:
-                    train(folder / task, f"demo:{backbone}", method, pack, image_size=IMAGE_SIZES[backbone],
-                          epochs=EPOCHS[backbone], say=say, resume=True)  # fmt: skip
-            with progress.stage(f"{backbone} {task} {method}"):
-                kept.write_text(json.dumps(measured(pack, folder / task), sort_keys=True))
-    return {"backbone": backbone, "task": task, "method": method, **json.loads(kept.read_text())}
+def rows(run: Asked, plan: Plan, packs: tuple[Trained, ...]) -> list[dict[str, object]]:
+    """A row for each pack."""
+    sizes = {"test_images": plan.test_images, "calib_images": plan.calib_images}
+    jobs = [measuring_job("int8:measure_pack", each, **sizes) for each in packs]
+    return [
+        {"backbone": t.backbone, "task": t.task, "method": t.method, **result.report}
+        for t, result in zip((each.training for each in packs), finished(run, jobs), strict=True)
+    ]
 
 
-def measured(pack: Path, data: Path) -> dict[str, Any]:
-    images, labels = test_images(pack, data)
+def measure_pack(specification: Mapping[str, Any], scratch: Path) -> dict[str, object]:
+    """Top-1 in every form, bytes, and what was executed."""
+    pack, data = pack_of(specification, scratch), images_of(specification, scratch)
+    with tempfile.TemporaryDirectory() as folder:
+        return measured(pack, data, Path(folder), specification["test_images"], specification["calib_images"])
+
+
+def measured(pack: Path, data: Path, folder: Path, test: int, calib: int) -> dict[str, object]:
+    """One row, by way of files in ``folder``."""
+    images, labels = test_images(pack, data, test)
     subject = Subject(pack, None, None)
     delta, graph = subject.delta, subject.graph
     fp32 = build_model(graph, task_tensors(graph.base, delta), delta)
-    chosen = calibration_images(data, delta.labels, delta.preprocess, evaluation=data, count=CALIB_IMAGES)
+    chosen = calibration_images(data, delta.labels, delta.preprocess, evaluation=data, count=calib)
     calibration = calibration_of(subject, chosen, fp32)
     tried = calibration.choose()
     top1: dict[str, float] = {}
 
-    def judge(name: str, network: Any) -> None:
+    def judge(name: str, network: Runner) -> None:
         answers = np.concatenate([network(images[i : i + BATCH]).argmax(axis=1) for i in range(0, len(images), BATCH)])
         top1[f"{name} {network.runtime}"] = float((answers == labels).mean())
         network.close()
 
-    with tempfile.TemporaryDirectory() as scratch:
-        folder, layers = Path(scratch), dict[str, Any]()
-        made = {
-            "fp32": fp32,
-            "fp16": to_half(fp32, chosen.held_out_images, where=delta.task).model,
-            "int8": calibration.made(tried[0].recipe).model,
-        }
-        for precision, model in made.items():
-            path = folder / f"{precision}.onnx"
-            path.write_bytes(serialize(model))
-            for network in (OnnxRuntime.of_model(path), OpenVino.of_model(path)):
-                if precision == "int8":
-                    layers[network.runtime] = network.evidence["layers"]
-                judge(precision, network)
-        for name, network in defaults(fp32, chosen.images, folder, static=delta.method == "ssf"):
-            judge(name, network)
-        (folder / "engine").mkdir()
-        engine = build_engines(serialize(made["int8"]), folder / "engine", precision="int8")
-        int8, expressed = written_with_ranges(pack, data, folder / pack.name)
-        for runtime in RUNTIMES:
-            judge("shared int8", SharedInt8(int8, runtime=runtime).bind(expressed))
-        slots = task_slots(int8, expressed)
-        return {
-            "n": len(labels),
-            "epochs": delta.training["epochs"],
-            "top1": top1,
-            "size_bytes": {name: (folder / f"{name}.onnx").stat().st_size for name in made},
-            "recipe": asdict(tried[0].recipe),
-            "held_out_kl": tried[0].kl,
-            "layers": layers,
-            "tensorrt": {"layers_by_output_type": engine.layers, "version": engine.version},
-            "pack_bytes": (folder / pack.name).stat().st_size,
-            "own_memory_bytes": slots.own_bytes,
-            "own_codes_bytes": sum(codes.nbytes for codes in slots.codes.values()),
-        }
+    layers: dict[str, object] = {}
+    made = {
+        "fp32": fp32,
+        "fp16": to_half(fp32, chosen.held_out_images, where=delta.task).model,
+        "int8": calibration.made(tried[0].recipe).model,
+    }
+    for precision, model in made.items():
+        path = folder / f"{precision}.onnx"
+        path.write_bytes(serialize(model))
+        for network in (OnnxRuntime.of_model(path), OpenVino.of_model(path)):
+            if precision == "int8":
+                layers[network.runtime] = network.evidence["layers"]
+            judge(precision, network)
+    for name, other in defaults(fp32, chosen.images, folder, static=delta.method == "ssf"):
+        judge(name, other)
+    (folder / "engine").mkdir()
+    engine = build_engines(serialize(made["int8"]), folder / "engine", precision="int8")
+    int8, expressed = written_with_ranges(pack, data, folder / pack.name, calib)
+    for runtime in RUNTIMES:
+        judge("shared int8", SharedInt8(int8, runtime=runtime).bind(expressed))
+    slots = task_slots(int8, expressed)
+    return {
+        "n": len(labels),
+        "epochs": delta.training["epochs"],
+        "top1": top1,
+        "size_bytes": {name: (folder / f"{name}.onnx").stat().st_size for name in made},
+        "recipe": asdict(tried[0].recipe),
+        "held_out_kl": tried[0].kl,
+        "layers": layers,
+        "tensorrt": {"layers_by_output_type": engine.layers, "version": engine.version},
+        "pack_bytes": (folder / pack.name).stat().st_size,
+        "own_memory_bytes": slots.own_bytes,
+        "own_codes_bytes": sum(codes.nbytes for codes in slots.codes.values()),
+    }
 
 
-def written_with_ranges(pack: Path, data: Path, output: Path) -> tuple[Int8Graph, Delta]:
+def written_with_ranges(pack: Path, data: Path, output: Path, calib: int) -> tuple[Int8Graph, Delta]:
     """Write the pack with its ranges for the int8 backbone, as ``calibrate -o`` does, without judging it."""
     subject = Subject(pack, None, None)
     graph = int8_graph(subject.graph)
     delta = subject.delta
-    chosen = calibration_images(data, delta.labels, delta.preprocess, evaluation=data, count=CALIB_IMAGES)
+    chosen = calibration_images(data, delta.labels, delta.preprocess, evaluation=data, count=calib)
     expressed = express(delta, subject.graph, graph, chosen, recipe=Int8Recipe()).delta
     write_pack(output, expressed, codec=subject.pack.codec)
     return graph, expressed
 
 
-def test_images(pack: Path, data: Path) -> tuple[NpArray, NpArray]:
-    """The test split, thinned evenly to ``TEST_IMAGES``, and its labels in the pack's order."""
+def test_images(pack: Path, data: Path, count: int) -> tuple[NpArray, NpArray]:
+    """The test split, thinned evenly to ``count`` images, and its labels in the pack's order."""
     delta, test = read_pack(pack).delta, open_split(data, "test")
-    index = np.unique(np.linspace(0, len(test) - 1, TEST_IMAGES).round().astype(int))
+    index = np.unique(np.linspace(0, len(test) - 1, count).round().astype(int))
     thin = ImageSet(test.classes, tuple(test.paths[i] for i in index), tuple(test.labels[i] for i in index))
     pixels, labels = load_set(thin, delta.preprocess)
     order = np.array([delta.labels.index(name) for name in test.classes])
     return normalize(pixels, delta.preprocess), order[labels]
 
 
-def defaults(fp32: Any, images: NpArray, folder: Path, *, static: bool) -> Iterator[tuple[str, Any]]:
+def defaults(fp32: Any, images: NpArray, folder: Path, *, static: bool) -> Iterator[tuple[str, Runner]]:
     """The same fp32 model and images through NNCF and ONNX Runtime's ``quantize_static``, all settings left alone.
 
     Batch norms are folded into convolutions first: with them apart both lose a ConvNet altogether.
@@ -174,7 +220,7 @@ def defaults(fp32: Any, images: NpArray, folder: Path, *, static: bool) -> Itera
     yield "nncf default", OnnxRuntime.of_model(folder / "nncf.onnx")
     yield "nncf default", OpenVino.of_model(folder / "nncf.onnx")
 
-    class Reader(CalibrationDataReader):
+    class Reader(CalibrationDataReader):  # type: ignore[misc]  # ONNX Runtime has no types
         def __init__(self) -> None:
             self._left = iter([{"images": images[i : i + 1]} for i in range(len(images))])
 

@@ -4,15 +4,15 @@
     python benchmarks/methods.py --only ResNet   # one network
 
 Each method makes a few steps of its default recipe, is lowered and packed, and the pack is compared with the tuned
-network on ONNX Runtime and OpenVINO; TensorRT-RTX builds it. Writes ``results/methods.json`` and the tables in
-docs/guide/methods.md. ViT-S/14 and EfficientNet-Lite0 have real weights; no package carries any for the other two,
-which are seeded.
+network on ONNX Runtime and OpenVINO; TensorRT-RTX builds it. Writes ``methods.json``, of which
+``report.py`` makes the tables in docs/guide/methods.md; an interrupted run keeps what it found, and a run of one
+network or of some methods adds to what is there. ViT-S/14 and EfficientNet-Lite0 have real weights; no package carries
+any for the other two, which are seeded.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import tempfile
 import time
 from dataclasses import dataclass, replace
@@ -23,8 +23,9 @@ import numpy as np
 import safetensors.torch
 import timm
 import torch
+from harness import Asked, asked, draw, earlier, parser_of, write_result
 
-from edgepet.deltas.delta import Score
+from edgepet.deltas.delta import Delta, Score
 from edgepet.deltas.merge import task_tensors
 from edgepet.device.runtime import open_task
 from edgepet.errors import EdgepetError
@@ -33,18 +34,14 @@ from edgepet.exporters.tensorrt import build_engines
 from edgepet.exporters.trace import base_graph
 from edgepet.images.preprocess import normalize
 from edgepet.images.sets import few_shots, load_set, open_split
-from edgepet.measuring.machine import environment
 from edgepet.methods import METHODS, Branching, Method, configure
 from edgepet.methods.method import count
 from edgepet.networks.backbone import Backbone, load_backbone
 from edgepet.packs.pack import encode_pack, read_pack
-from edgepet.reports.as_json import to_json
-from edgepet.samples.tasks import build_task
 from edgepet.spec import NpArray
 from edgepet.tuning.fit import LabelledPixels, Plan, fit
 from edgepet.tuning.model import TunedModel, algebra_error, extract, logits_of
 
-RESULT = Path(__file__).parent / "results" / "methods.json"
 BASELINES = ("linear-probe", "full")  # nothing to fold, and everything
 FRAMES = 4  # of a clip, for the method that mixes frames
 STEPS = Plan(epochs=6, lr=0.0, head_lr=2e-3, batch_size=10)
@@ -52,6 +49,8 @@ STEPS = Plan(epochs=6, lr=0.0, head_lr=2e-3, batch_size=10)
 
 @dataclass(frozen=True)
 class Network:
+    """A backbone to try methods on."""
+
     architecture: str
     image_size: int
     weights: str
@@ -76,28 +75,40 @@ REASONS = {  # why a method finds no place on ConvNets; RepAdapter and Conv-Adap
 }
 
 
+QUICK_NETWORKS, QUICK_METHODS, QUICK_EPOCHS = ("ResNet",), ("ssf", "adaptformer", "conv-adapter"), 1
+
+
+def parser() -> argparse.ArgumentParser:
+    """The arguments of this benchmark."""
+    made = parser_of(__doc__)
+    made.add_argument("--only", choices=NETWORKS, help="one network (default: all)")
+    made.add_argument("--methods", default="", help="names with commas between (default: all)")
+    return made
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--only", choices=NETWORKS, help="one network (default: all)")
-    parser.add_argument("--methods", default="", help="names with commas between (default: all)")
-    options = parser.parse_args()
-    cells = json.loads(RESULT.read_text())["cells"] if RESULT.exists() else {}
-    names = options.methods.split(",") if options.methods else [name for name in METHODS if name not in BASELINES]
-    with tempfile.TemporaryDirectory() as folder:
-        build_task("digits", Path(folder) / "digits")
-        for title, network in NETWORKS.items():
-            if options.only not in (None, title):
-                continue
-            spec = _spec(network, Path(folder))
+    """Try every method on every network that is asked for."""
+    options = parser().parse_args()
+    run = asked(options)
+    every = QUICK_METHODS if run.quick else tuple(name for name in METHODS if name not in BASELINES)
+    names: tuple[str, ...] = tuple(options.methods.split(",")) if options.methods else every
+    titles = (options.only,) if options.only else QUICK_NETWORKS if run.quick else tuple(NETWORKS)
+    steps = replace(STEPS, epochs=QUICK_EPOCHS) if run.quick else STEPS
+    cells: dict[str, dict[str, Any]] = earlier(run, "methods").get("cells", {})
+    data = draw(run, "digits")
+    with tempfile.TemporaryDirectory() as scratch:
+        for title in titles:
+            network = NETWORKS[title]
+            spec = _spec(network, Path(scratch))
             for name in names:
                 began = time.perf_counter()
-                cell = examine(configure(name), load(spec, network, name), Path(folder))
+                cell = examine(configure(name), load(spec, network, name), data, Path(scratch), steps)
                 cells.setdefault(title, {})[name] = cell | {"seconds": round(time.perf_counter() - began, 1)}
                 print(f"{title} {name}: {cell}", flush=True)
-                write(cells)
+                write(run, cells)
 
 
-def write(cells: dict[str, Any]) -> None:
+def write(run: Asked, cells: dict[str, dict[str, Any]]) -> None:
     """All cells so far, in the order of ``METHODS``: an interrupted run keeps what it found."""
     ordered = {
         title: {name: cells[title][name] for name in METHODS if name in cells[title]}
@@ -108,14 +119,11 @@ def write(cells: dict[str, Any]) -> None:
         title: {"name": n.architecture, "image_size": n.image_size, "weights": n.weights}
         for title, n in NETWORKS.items()
     }
-    result = {
-        "command": "python benchmarks/methods.py", "networks": networks, "cells": ordered,
-        "environment": to_json(environment()),
-    }  # fmt: skip
-    RESULT.write_text(json.dumps(result, indent=1) + "\n")
+    write_result(run, "methods", {"networks": networks, "cells": ordered})
 
 
 def load(spec: str, network: Network, method: str) -> Backbone:
+    """The network as the method takes it."""
     frames = FRAMES if method == "st-adapter" and network.architecture == "demo:vit-small" else 1
     return load_backbone(spec, image_size=network.image_size, frames=frames)
 
@@ -134,14 +142,14 @@ def _spec(network: Network, folder: Path) -> str:
     return f"{network.architecture}@{file}"
 
 
-def examine(method: Method, backbone: Backbone, folder: Path) -> dict[str, Any]:
+def examine(method: Method, backbone: Backbone, data: Path, folder: Path, steps: Plan) -> dict[str, Any]:
     """One cell: parameters, bytes and differences, or why there are none."""
     sites = method.sites(backbone.layers)
     if not sites:
         return {"reason": REASONS[method.name]}
-    images = digits(folder, backbone)
+    images = digits(data, backbone)
     model = TunedModel(backbone, method, 10)
-    fit(model, images, images, backbone.preprocess, replace(STEPS, lr=method.recipe.lr), lambda step: None)
+    fit(model, images, images, backbone.preprocess, replace(steps, lr=method.recipe.lr), lambda step: None)
     shown = normalize(images.pixels[:4], backbone.preprocess)
     error, largest = algebra_error(model, backbone, shown)
     labels = tuple("0123456789")
@@ -156,7 +164,7 @@ def examine(method: Method, backbone: Backbone, folder: Path) -> dict[str, Any]:
     return cell | runtimes(model, backbone, read_pack(encode_pack(delta, codec="fp32")).delta, shown, folder)
 
 
-def runtimes(model: TunedModel, backbone: Backbone, delta: Any, images: NpArray, folder: Path) -> dict[str, Any]:
+def runtimes(model: TunedModel, backbone: Backbone, delta: Delta, images: NpArray, folder: Path) -> dict[str, Any]:
     """Largest differences from the tuned network, as fractions of the largest logit."""
     expected, graph = logits_of(model, images), base_graph(backbone, delta.branches, root=folder / "graphs")
     found: dict[str, Any] = {}
@@ -171,11 +179,9 @@ def runtimes(model: TunedModel, backbone: Backbone, delta: Any, images: NpArray,
     return found
 
 
-def digits(folder: Path, backbone: Backbone) -> LabelledPixels:
+def digits(data: Path, backbone: Backbone) -> LabelledPixels:
     """Twenty images; a clip is one image that comes in from the side."""
-    pixels, labels = load_set(
-        few_shots(open_split(folder / "digits", "train"), 2, 0), replace(backbone.preprocess, frames=1)
-    )
+    pixels, labels = load_set(few_shots(open_split(data, "train"), 2, 0), replace(backbone.preprocess, frames=1))
     if backbone.preprocess.frames > 1:
         pixels = np.stack([np.roll(pixels, 8 * i, axis=2) for i in range(backbone.preprocess.frames)], axis=1)
     return LabelledPixels(pixels, labels)

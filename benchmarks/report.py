@@ -1,31 +1,37 @@
-"""Write the committed results as tables between two marks: `python benchmarks/report.py`.
+"""Write the committed results as tables between two marks: ``python benchmarks/report.py``.
 
 README.md gets accuracy, latency and speed, docs/guide/methods.md what was measured of every method, docs/guide/int8.md
-what int8 costs.
+what int8 costs. With ``--quick`` copies of these pages get them.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
-from pathlib import Path
 from typing import Any
+
+from harness import HERE, RESULTS, TABLES, asked, parser_of
 
 from edgepet.reports.tables import Column, Table, format_bytes, format_number, format_percent, markdown
 
-HERE = Path(__file__).parent
 GUIDE = HERE.parent / "docs" / "guide"
 README, METHODS, INT8 = HERE.parent / "README.md", GUIDE / "methods.md", GUIDE / "int8.md"
 FP32_LIMIT = 1e-4  # edgepet.measuring.parity.STORED["fp32"]
 HALF_LIMIT = 2e-2  # of the largest logit: edgepet.measuring.parity.STORED["fp16"]
 BACKBONES = ("vit-small", "efficientnet-lite0")
-BEGIN, END = "<!-- results: made by benchmarks/report.py -->", "<!-- end of results -->"
+BEGIN, END = TABLES.begin, TABLES.end
+
+
+def parser() -> argparse.ArgumentParser:
+    """The arguments of this report."""
+    return parser_of(__doc__)
 
 
 def main() -> None:
+    """Write all pages."""
+    run = asked(parser().parse_args())
     for page, made in ((README, tables()), (METHODS, method_tables()), (INT8, int8_tables())):
-        text = page.read_text()
-        before, after = text.split(BEGIN)[0], text.split(END)[1]
-        page.write_text(f"{before}{BEGIN}\n\n{made}\n{END}{after}")
+        TABLES.put(page, made, run.results if run.quick else None)
 
 
 def tables() -> str:
@@ -42,7 +48,8 @@ def tables() -> str:
 
 
 def committed() -> dict[str, Any]:
-    return {path.stem: json.loads(path.read_text()) for path in sorted((HERE / "results").glob("*.json"))}
+    """All results, by name."""
+    return {path.stem: json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"))}
 
 
 def method_tables() -> str:
@@ -232,7 +239,7 @@ def mean_loss(rows: list[dict[str, Any]], key: str) -> float:
     """Points of top-1 below fp32 of the same runtime, the mean over rows."""
     runtime = key.rpartition(" ")[2]
     lost = [row["top1"][f"fp32 {runtime}"] - row["top1"][key] for row in rows if key in row["top1"]]
-    return 100 * sum(lost) / len(lost)
+    return 100 * float(sum(lost)) / len(lost)
 
 
 def shared_int8(result: dict[str, Any], accuracy: dict[str, Any]) -> str:

@@ -4,7 +4,7 @@
 
 SSF tasks of one backbone. Latency is of one task in three forms, interleaved, one runtime at a time, since ONNX
 Runtime's idle threads slow whatever else is timed; the median over processes of each process's ratio. Memory is what a
-process gains, proportional set size, for each further task that is bound and run. Writes ``results/shared-int8.json``.
+process gains, proportional set size, for each further task that is bound and run. Writes ``shared-int8.json``.
 """
 
 from __future__ import annotations
@@ -15,93 +15,122 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from int8 import CALIB_IMAGES, TASKS, written_with_ranges
+from harness import SETTLE_S, WARMUP, Asked, Trained, asked, parser_of, trained, write_result
+from int8 import FULL, QUICK, Plan, written_with_ranges
 
 from edgepet import ExportOptions, export, read_pack
 from edgepet.deltas.codes import coded
 from edgepet.deltas.merge import fold_all
 from edgepet.device.artifact import open_artifact, read_artifact
+from edgepet.device.runner import Runner
 from edgepet.device.runtime import SharedInt8, open_task
 from edgepet.files import sha256_file
 from edgepet.graphs.int8 import Int8Graph, open_int8
 from edgepet.graphs.slots import task_slots
 from edgepet.measuring.latency import Candidate, measure, ratio, ratio_of_runs
-from edgepet.measuring.machine import environment
 from edgepet.proving.subject import Subject
-from edgepet.reports.as_json import to_json
+from edgepet.spec import NpArray
 
-BACKBONES = ("vit-small", "efficientnet-lite0")
 RUNTIMES = {"onnxruntime": "onnx", "openvino": "openvino"}
-THREADS, ROUNDS, RUNS, FURTHER = 2, 100, 3, 20
-RESULT = Path(__file__).parent / "results" / "shared-int8.json"
+THREADS = 2
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Amount:
+    """Of packs, of rounds in a process, of processes, and of tasks that are bound behind the first one."""
+
+    plan: Plan
+    rounds: int
+    runs: int
+    further: int
+
+
+LONG = Amount(plan=FULL, rounds=100, runs=3, further=20)
+SHORT = Amount(plan=QUICK, rounds=4, runs=2, further=2)
+
+
+def parser() -> argparse.ArgumentParser:
+    """The arguments of this benchmark."""
+    made = parser_of(__doc__)
+    made.add_argument("--only", nargs=3, metavar=("WHAT", "RUNTIME", "FOLDER"), help=argparse.SUPPRESS)
+    return made
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--dir", type=Path, required=True, help="where images and packs are")
-    parser.add_argument("--only", nargs=3, metavar=("WHAT", "RUNTIME", "FOLDER"), help=argparse.SUPPRESS)
-    options = parser.parse_args()
+    """Measure every backbone, or in this process one thing of one."""
+    options = parser().parse_args()
+    amount = SHORT if options.quick else LONG
     if options.only:
         what, runtime, folder = options.only
-        json.dump({"latency": latency, "memory": memory}[what](Path(folder), runtime), sys.stdout)
+        json.dump({"latency": latency, "memory": memory}[what](Path(folder), runtime, amount), sys.stdout)
         return
-    result = {
-        "command": "python benchmarks/shared_int8.py --dir DIR",
-        "backbones": {name: backbone(options.dir, name) for name in BACKBONES},
+    run = asked(options)
+    facts = {
+        "backbones": {name: backbone(run, amount, name) for name in amount.plan.epochs},
         "threads": THREADS,
-        "rounds": ROUNDS,
-        "runs": RUNS,
-        "environment": to_json(environment()),
+        "rounds": amount.rounds,
+        "runs": amount.runs,
     }
-    RESULT.write_text(json.dumps(result, indent=1, sort_keys=True) + "\n")
+    write_result(run, "shared-int8", facts)
 
 
-def backbone(folder: Path, name: str) -> dict[str, Any]:
+def backbone(run: Asked, amount: Amount, name: str) -> dict[str, object]:
     """One backbone's tasks, expressed one after the other against the same file of codes."""
-    packs = [folder / name / f"{task}-ssf.pet" for task in TASKS]
-    with tempfile.TemporaryDirectory() as scratch:
-        digests, slots = [], {}
-        for pack, task in zip(packs, TASKS, strict=True):
-            written = written_with_ranges(pack, folder / task, Path(scratch) / f"{task}.pet")
-            slots[task] = task_slots(*written).own_bytes
-            digests.append(sha256_file(graph_of(Path(scratch) / f"{task}.pet").codes_path))
-        options = ExportOptions(
-            to=("onnx", "openvino"), precision="int8", calib=folder / TASKS[0], calib_images=CALIB_IMAGES
-        )
-        export([packs[0]], Path(scratch) / "own", options=options)
-        graph = graph_of(Path(scratch) / f"{TASKS[0]}.pet")
-        return {
-            "codes_sha256": digests,
-            "codes_bytes": graph.weights_bytes,
-            "graph_bytes": graph.graph_bytes,
-            "fp32_bytes": Subject(packs[0], None, None).graph.weights_bytes,
-            "pack_bytes": {task: (Path(scratch) / f"{task}.pet").stat().st_size for task in TASKS},
-            "slots_bytes": slots,
-            "codes": {pack.stem: code_differences(pack, graph) for pack in packs},
-            "latency": {runtime: runs(scratch, runtime) for runtime in RUNTIMES},
-            "memory": {runtime: process("memory", runtime, scratch) for runtime in RUNTIMES},
-        }
+    made = trained(run, amount.plan.trainings(name, "ssf"))
+    with tempfile.TemporaryDirectory() as folder:
+        return measured(made, Path(folder), amount)
+
+
+def measured(made: tuple[Trained, ...], scratch: Path, amount: Amount) -> dict[str, object]:
+    """What is found of the packs of one backbone, by way of files in ``scratch``."""
+    calib, slots, digests = amount.plan.calib_images, dict[str, int](), list[str]()
+    for each in made:
+        expressed = scratch / f"{each.training.task}.pet"
+        slots[expressed.stem] = task_slots(*written_with_ranges(each.pack, each.data, expressed, calib)).own_bytes
+        digests.append(sha256_file(graph_of(expressed).codes_path))
+    first, tasks = made[0], [each.training.task for each in made]
+    options = ExportOptions(to=("onnx", "openvino"), precision="int8", calib=first.data, calib_images=calib)
+    export([first.pack], scratch / "own", options=options)
+    graph = graph_of(scratch / f"{tasks[0]}.pet")
+    return {
+        "codes_sha256": digests,
+        "codes_bytes": graph.weights_bytes,
+        "graph_bytes": graph.graph_bytes,
+        "fp32_bytes": Subject(first.pack, None, None).graph.weights_bytes,
+        "pack_bytes": {task: (scratch / f"{task}.pet").stat().st_size for task in tasks},
+        "slots_bytes": slots,
+        "codes": {each.pack.stem: code_differences(each.pack, graph) for each in made},
+        "latency": {runtime: runs(scratch, runtime, amount) for runtime in RUNTIMES},
+        "memory": {runtime: process("memory", runtime, scratch, amount) for runtime in RUNTIMES},
+    }
 
 
 def graph_of(pack: Path) -> Int8Graph:
+    """The int8 backbone of an expressed pack."""
     delta = read_pack(pack).delta
     return open_int8(delta.fingerprint, delta.preprocess)
 
 
-def process(what: str, runtime: str, folder: str) -> Any:
-    command = [sys.executable, __file__, "--dir", folder, "--only", what, runtime, folder]
-    return json.loads(subprocess.check_output(command))
+def process(what: str, runtime: str, folder: Path, amount: Amount) -> dict[str, Any]:
+    """``latency`` or ``memory`` in a process of its own."""
+    quick = ["--quick"] if amount is SHORT else []
+    command = [sys.executable, __file__, *quick, "--only", what, runtime, str(folder)]
+    found: dict[str, Any] = json.loads(subprocess.check_output(command))
+    return found
 
 
-def runs(folder: str, runtime: str) -> dict[str, Any]:
-    every = [process("latency", runtime, folder) for _ in range(RUNS)]
+def runs(folder: Path, runtime: str, amount: Amount) -> dict[str, object]:
+    """Latency in several processes, one after another."""
+    every = [process("latency", runtime, folder, amount) for _ in range(amount.runs)]
     names = every[0]["ratios"]
     return {
-        "ratios": {name: to_json(ratio_of_runs([run["ratios"][name] for run in every])) for name in names},
+        "ratios": {name: ratio_of_runs([run["ratios"][name] for run in every]) for name in names},
         "ratios_of_runs": {name: [run["ratios"][name] for run in every] for name in names},
         "p50_ms": {name: float(np.median([run["p50_ms"][name] for run in every])) for name in every[0]["p50_ms"]},
         "bind_ms": float(np.median([run["bind_ms"] for run in every])),
@@ -109,13 +138,14 @@ def runs(folder: str, runtime: str) -> dict[str, Any]:
     }
 
 
-def latency(folder: Path, runtime: str) -> dict[str, Any]:
+def latency(folder: Path, runtime: str, amount: Amount) -> dict[str, object]:
     """One process: a task on the shared codes, as an int8 model of its own, and in fp32; and changing tasks."""
-    delta, graph = read_pack(folder / f"{TASKS[0]}.pet").delta, graph_of(folder / f"{TASKS[0]}.pet")
+    packs = [folder / f"{task}.pet" for task in amount.plan.tasks]
+    delta, graph = read_pack(packs[0]).delta, graph_of(packs[0])
     own = next((folder / "own").glob(f"*-{RUNTIMES[runtime]}-int8"))
-    fp32 = Subject(folder / f"{TASKS[0]}.pet", None, None).graph
+    fp32 = Subject(packs[0], None, None).graph
     shared = SharedInt8(graph, runtime=runtime, threads=THREADS)
-    opened = {
+    opened: dict[str, Callable[[], Runner]] = {
         "shared": lambda: shared.bind(delta),
         "own": lambda: open_artifact(own, read_artifact(own), threads=THREADS),
         "fp32": lambda: open_task(fp32, delta, runtime=runtime, threads=THREADS),
@@ -123,27 +153,28 @@ def latency(folder: Path, runtime: str) -> dict[str, Any]:
     candidates = [Candidate(model=n, runtime=runtime, precision=n, mode=n, open=o) for n, o in opened.items()]
     images = np.random.default_rng(0).standard_normal((1, *delta.preprocess.input_shape), dtype=np.float32)
     report = measure(
-        candidates, images, threads=THREADS, rounds=ROUNDS, settle_s=0.05 if runtime == "onnxruntime" else 0.002
-    )
+        candidates, images, threads=THREADS, rounds=amount.rounds, warmup=min(WARMUP, amount.rounds),
+        settle_s=SETTLE_S[runtime],
+    )  # fmt: skip
     rows = {row.model: row for row in report.rows}
     pairs = (("shared", "own"), ("shared", "fp32"), ("own", "fp32"))
     began = time.perf_counter()
-    bound = [shared.bind(read_pack(folder / f"{task}.pet").delta) for task in TASKS]
+    bound = [shared.bind(read_pack(pack).delta) for pack in packs]
     bind_ms = 1e3 * (time.perf_counter() - began) / len(bound)
     return {
         "ratios": {f"{a} / {b}": ratio(report, rows[a], rows[b]).median for a, b in pairs},
         "p50_ms": {name: row.p50_ms for name, row in rows.items()},
         "bind_ms": bind_ms,
-        "switch_ms": switching(bound, images),
+        "switch_ms": switching(bound, images, 4 * amount.rounds),
     }
 
 
-def switching(bound: list[Any], images: Any) -> float:
+def switching(bound: Sequence[Runner], images: NpArray, turns: int) -> float:
     """What a call costs more where every call is another task's than the last: medians of many."""
     for network in bound:
         network(images)
     times: dict[str, list[float]] = {"same": [], "other": []}
-    for turn in range(4 * ROUNDS):
+    for turn in range(turns):
         network = bound[turn // 2 % len(bound)]  # each task twice: the first call of a pair has changed it
         began = time.perf_counter()
         network(images)
@@ -151,20 +182,22 @@ def switching(bound: list[Any], images: Any) -> float:
     return float(np.median(times["other"]) - np.median(times["same"]))
 
 
-def memory(folder: Path, runtime: str) -> dict[str, float]:
-    """Bytes that the process gains for the first task and for each of ``FURTHER`` more."""
-    deltas = [read_pack(folder / f"{task}.pet").delta for task in TASKS]
+def memory(folder: Path, runtime: str, amount: Amount) -> dict[str, object]:
+    """Bytes that the process gains for the first task and for each of ``amount.further`` more."""
+    packs = [folder / f"{task}.pet" for task in amount.plan.tasks]
+    deltas = [read_pack(pack).delta for pack in packs]
     images = np.zeros((1, *deltas[0].preprocess.input_shape), np.float32)
     before = resident()
-    shared = SharedInt8(graph_of(folder / f"{TASKS[0]}.pet"), runtime=runtime, threads=THREADS)
+    shared = SharedInt8(graph_of(packs[0]), runtime=runtime, threads=THREADS)
     bound = [shared.bind(deltas[0])]
     for _ in range(2):  # ONNX Runtime takes its memory for good in a session's second call
         bound[0](images)
     first = resident()
-    for turn in range(FURTHER):
+    for turn in range(amount.further):
         bound.append(shared.bind(deltas[turn % len(deltas)]))
         bound[-1](images)
-    return {"first_bytes": first - before, "further_bytes": (resident() - first) / FURTHER, "further_tasks": FURTHER}
+    further = (resident() - first) / amount.further
+    return {"first_bytes": first - before, "further_bytes": further, "further_tasks": amount.further}
 
 
 def resident() -> int:
@@ -173,7 +206,7 @@ def resident() -> int:
     return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("Pss:"))
 
 
-def code_differences(pack: Path, graph: Int8Graph) -> dict[str, Any]:
+def code_differences(pack: Path, graph: Int8Graph) -> dict[str, int]:
     """Merged weights coded anew by the same recipe, against the codes times the sign of what scales each row."""
     subject = Subject(pack, None, None)
     base, delta = subject.graph.base.tensors, subject.delta

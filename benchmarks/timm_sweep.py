@@ -5,7 +5,7 @@
 
 Takes the smallest model of each of timm's modules, with seeded weights: what is asked is whether it can be exported,
 not how well it sees. Each runs in a process of its own, so that one that fails or never ends does not end the others.
-Writes ``results/timm-sweep.json`` and the table in docs/guide/timm.md.
+Writes ``timm-sweep.json`` and the table in docs/guide/timm.md.
 """
 
 from __future__ import annotations
@@ -19,41 +19,45 @@ import time
 from pathlib import Path
 from typing import Any
 
-from edgepet.measuring.machine import environment
-from edgepet.reports.as_json import to_json
+from harness import HERE, SWEEP, asked, earlier, parser_of, write_result
+
 from edgepet.reports.tables import Column, Table, markdown
 
-HERE = Path(__file__).parent
-RESULT, PAGE = HERE / "results" / "timm-sweep.json", HERE.parent / "docs" / "guide" / "timm.md"
-BEGIN, END = "<!-- sweep: made by benchmarks/timm_sweep.py -->", "<!-- end of sweep -->"
+PAGE = HERE.parent / "docs" / "guide" / "timm.md"
+QUICK = ("resnet",)
 LIMIT_S = 600
 CLOSE = 1e-4  # of the largest feature: edgepet.measuring.parity.STORED["fp32"]
 
 
+def parser() -> argparse.ArgumentParser:
+    """The arguments of this benchmark."""
+    made = parser_of(__doc__)
+    made.add_argument("families", nargs="*", help="modules of timm.models (default: all)")
+    made.add_argument("--one", action="store_true", help=argparse.SUPPRESS)
+    return made
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("families", nargs="*", help="modules of timm.models (default: all)")
-    parser.add_argument("--one", action="store_true", help=argparse.SUPPRESS)
-    options = parser.parse_args()
+    """Examine every family in a process of its own, or one in this one."""
+    options = parser().parse_args()
     if options.one:
         print(json.dumps(examine(options.families[0])))
         return
-    import timm
-
-    families = options.families or sorted(
-        {str(timm.models.model_entrypoint(n).__module__).rsplit(".", 1)[-1] for n in timm.list_models()}
-    )
-    known = {row["family"]: row for row in json.loads(RESULT.read_text())["rows"]} if RESULT.exists() else {}
+    run = asked(options)
+    families: list[str] = options.families or (list(QUICK) if run.quick else all_families())
+    known: dict[str, Any] = {row["family"]: row for row in earlier(run, "timm-sweep").get("rows", [])}
     for number, family in enumerate(families, start=1):
         known[family] = apart(family)
         print(f"{number}/{len(families)} {family}: {known[family].get('refused') or 'ok'}", flush=True)
-        rows = [known[name] for name in sorted(known)]
-        command = "python benchmarks/timm_sweep.py"
-        RESULT.write_text(
-            json.dumps({"command": command, "rows": rows, "environment": to_json(environment())}, indent=1) + "\n"
-        )
-    before, after = PAGE.read_text().split(BEGIN)[0], PAGE.read_text().split(END)[1]
-    PAGE.write_text(f"{before}{BEGIN}\n\n{table(json.loads(RESULT.read_text()))}\n{END}{after}")
+        write_result(run, "timm-sweep", {"rows": [known[name] for name in sorted(known)]})
+    SWEEP.put(PAGE, table(earlier(run, "timm-sweep")), run.results if run.quick else None)
+
+
+def all_families() -> list[str]:
+    """timm's modules that have models."""
+    import timm
+
+    return sorted({str(timm.models.model_entrypoint(n).__module__).rsplit(".", 1)[-1] for n in timm.list_models()})
 
 
 def apart(family: str) -> dict[str, Any]:
@@ -163,6 +167,7 @@ def compared(name: str, folder: Path) -> dict[str, Any]:
 
 
 def table(result: dict[str, Any]) -> str:
+    """The page's table, with the command and the machine."""
     rows = []
     for row in result["rows"]:
         sites = row.get("sites", {})
@@ -204,6 +209,7 @@ def reason(row: dict[str, Any]) -> str:
 
 
 def number(row: dict[str, Any], key: str) -> str:
+    """A difference as the table shows it."""
     return f"{row[key]:.0e}" if key in row else ""
 
 

@@ -4,46 +4,45 @@
     python benchmarks/training.py
 
 Rounds are interleaved; a round of each candidate is one short epoch. PEFT puts its rank-8 pair on the fused qkv weight
-(it cannot name q and v inside it), edgepet on q and v. Writes ``results/training.json``.
+(it cannot name q and v inside it), edgepet on q and v. Writes ``training.json``.
 """
 
 from __future__ import annotations
 
-import json
-import tempfile
+import argparse
 import time
 from collections.abc import Callable
-from pathlib import Path
+from importlib.metadata import version
+from typing import Any
 
 import numpy as np
-import peft
 import timm
 import torch
-from latency import BACKBONE, IMAGE_SIZE
+from harness import IMAGE_SIZES, Asked, asked, draw, parser_of, write_result
 
 from edgepet.images.preprocess import normalize
 from edgepet.images.sets import load_set, open_split
-from edgepet.measuring.latency import ratio_of_runs
-from edgepet.measuring.machine import environment
+from edgepet.measuring.latency import Ratio, ratio_of_runs
 from edgepet.methods import LoRA
-from edgepet.networks.backbone import load_backbone
-from edgepet.reports.as_json import to_json
-from edgepet.samples.tasks import build_task
+from edgepet.networks.backbone import Backbone, load_backbone
 from edgepet.tuning.fit import LabelledPixels, Plan, fast_bfloat16, fit
 from edgepet.tuning.model import TunedModel
 
+BACKBONE = "vit-small"
 BATCH, IMAGES, ROUNDS = 32, 128, 7
-RESULT = Path(__file__).parent / "results" / "training.json"
+QUICK_IMAGES, QUICK_ROUNDS = 16, 2
+
+
+def parser() -> argparse.ArgumentParser:
+    """The arguments of this benchmark."""
+    return parser_of(__doc__)
 
 
 def main() -> None:
-    with tempfile.TemporaryDirectory() as folder:
-        build_task("digits", Path(folder) / "digits")
-        backbone = load_backbone(BACKBONE, image_size=IMAGE_SIZE)
-        chosen = open_split(Path(folder) / "digits", "train")
-        pixels, labels = load_set(chosen, backbone.preprocess)
-    some = np.random.default_rng(0).permutation(len(labels))[:IMAGES]
-    images = LabelledPixels(pixels[some], labels[some])
+    """Train all candidates in turn."""
+    run = asked(parser().parse_args())
+    backbone = load_backbone(f"demo:{BACKBONE}", image_size=IMAGE_SIZES[BACKBONE])
+    images = some_images(run, backbone)
     bf16 = fast_bfloat16()
     candidates: dict[str, Callable[[], float]] = {
         "edgepet default": ours(backbone, images, bf16),
@@ -51,21 +50,20 @@ def main() -> None:
         "peft fp32": theirs(backbone, images, False),
         "peft bf16": theirs(backbone, images, True),
     }
-    for run in candidates.values():
-        run()
+    for one_epoch in candidates.values():
+        one_epoch()
     speeds: dict[str, list[float]] = {name: [] for name in candidates}
-    for number in range(ROUNDS):
+    for number in range(QUICK_ROUNDS if run.quick else ROUNDS):
         for turn in range(len(candidates)):
             name = list(candidates)[(number + turn) % len(candidates)]
             speeds[name].append(candidates[name]())
 
-    def over(ours_name: str, theirs_name: str) -> object:
+    def over(ours_name: str, theirs_name: str) -> Ratio:
         pairs = zip(speeds[ours_name], speeds[theirs_name], strict=True)
-        return to_json(ratio_of_runs([a / b for a, b in pairs]))
+        return ratio_of_runs([a / b for a, b in pairs])
 
-    result = {
-        "command": "python benchmarks/training.py",
-        "what": f"images/s, batch {BATCH}, {IMAGE_SIZE} px; ratios are medians over interleaved rounds",
+    facts = {
+        "what": f"images/s, batch {BATCH}, {IMAGE_SIZES[BACKBONE]} px; ratios are medians over interleaved rounds",
         "default_precision": "bf16" if bf16 else "fp32",
         "images_per_second": {name: float(np.median(values)) for name, values in speeds.items()},
         "ratios": {
@@ -73,13 +71,20 @@ def main() -> None:
             "fp32 over peft fp32": over("edgepet fp32", "peft fp32"),
             "default over peft bf16": over("edgepet default", "peft bf16"),
         },
-        "peft": peft.__version__,
-        "environment": to_json(environment()),
+        "peft": version("peft"),
     }
-    RESULT.write_text(json.dumps(result, indent=1, sort_keys=True) + "\n")
+    write_result(run, "training", facts)
 
 
-def ours(backbone: object, images: LabelledPixels, bf16: bool) -> Callable[[], float]:
+def some_images(run: Asked, backbone: Backbone) -> LabelledPixels:
+    """Digits, chosen by chance."""
+    chosen = open_split(draw(run, "digits"), "train")
+    pixels, labels = load_set(chosen, backbone.preprocess)
+    some = np.random.default_rng(0).permutation(len(labels))[: QUICK_IMAGES if run.quick else IMAGES]
+    return LabelledPixels(pixels[some], labels[some])
+
+
+def ours(backbone: Backbone, images: LabelledPixels, bf16: bool) -> Callable[[], float]:
     """``fit`` as ``train`` calls it; its own count of images per second covers the steps and nothing else."""
     few = LabelledPixels(images.pixels[:8], images.labels[:8])
     plan = Plan(epochs=1, lr=5e-3, head_lr=2e-3, batch_size=BATCH, autocast=bf16)
@@ -91,9 +96,11 @@ def ours(backbone: object, images: LabelledPixels, bf16: bool) -> Callable[[], f
     return run
 
 
-def theirs(backbone: object, images: LabelledPixels, bf16: bool) -> Callable[[], float]:
+def theirs(backbone: Backbone, images: LabelledPixels, bf16: bool) -> Callable[[], float]:
     """The loop of PEFT's own image-classification guide, without its data loader: images are in memory, as ours are."""
-    network = timm.create_model(backbone.name, num_classes=10, **backbone.create_args)
+    import peft
+
+    network: Any = timm.create_model(backbone.name, num_classes=10, **backbone.create_args)
     network.load_state_dict({n: torch.from_numpy(np.array(t)) for n, t in backbone.tensors.items()}, strict=False)
     config = peft.LoraConfig(r=8, lora_alpha=8, target_modules=["qkv"], modules_to_save=["head"])
     model = peft.get_peft_model(network, config)
@@ -103,15 +110,15 @@ def theirs(backbone: object, images: LabelledPixels, bf16: bool) -> Callable[[],
     def run() -> float:
         model.train()
         began = time.perf_counter()
-        for index in torch.randperm(IMAGES).split(BATCH):
+        for index in torch.split(torch.randperm(len(images)), BATCH):
             batch = torch.from_numpy(normalize(images.pixels[index.numpy()], backbone.preprocess))
             with torch.autocast("cpu", dtype=torch.bfloat16, enabled=bf16):
                 logits = model(batch)
             loss = torch.nn.functional.cross_entropy(logits.float(), labels[index])
             optimizer.zero_grad()
-            loss.backward()
+            torch.autograd.backward(loss)
             optimizer.step()
-        return IMAGES / (time.perf_counter() - began)
+        return len(images) / (time.perf_counter() - began)
 
     return run
 

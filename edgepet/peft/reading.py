@@ -50,6 +50,10 @@ _KNOWN: dict[str, tuple[str, ...]] = {  # keys by type; any other key must be em
 _METHODS = {"LORA": "lora", "LOKR": "lokr", "IA3": "ia3"}
 _SETTINGS = ("r", "lora_alpha", "alpha", "use_rslora", "rank_pattern", "alpha_pattern", "target_modules")
 _HARMLESS_STARTS = (True, False, "gaussian", "eva", "orthogonal", "mica")  # they leave the base weights alone
+_PATTERNS = (
+    *("target_modules", "exclude_modules", "modules_to_save", "layers_pattern", "feedforward_modules"),
+    *("rank_pattern", "alpha_pattern"),
+)
 MOST_PATTERN, MOST_REPEATS = 100_000, 4  # characters; * + and {m,n} of one pattern
 _REPEATED_GROUP = re.compile(r"\)[*+?{]")
 _REPEATS = re.compile(r"(?<!\\)[*+{]")
@@ -206,6 +210,10 @@ def _check_config(adapter: Adapter) -> None:
     inner = config.get("feedforward_modules") or []
     if not isinstance(inner, str) and not (isinstance(inner, list) and all(isinstance(name, str) for name in inner)):
         raise adapter.refusal("feedforward_modules", "needs names or a pattern")
+    for key in _PATTERNS:  # PEFT matches them too, when its answers are compared
+        given = config.get(key) or ()
+        for pattern in (given,) if isinstance(given, str) else given if isinstance(given, list | dict) else ():
+            compiled(str(pattern), f"{adapter.where}/{CONFIG}: {key}")
 
 
 # -------------------------------------------------------------------------------------------------------- lowering

@@ -1,0 +1,128 @@
+"""Benchmarks: each can be imported, and the committed results name commands that can be given."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import re
+import shlex
+import sys
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+SCRIPTS = sorted(path.stem for path in (ROOT / "benchmarks").glob("*.py") if path.stem != "harness")
+RESULTS = sorted((ROOT / "benchmarks" / "results").glob("*.json"))
+
+
+@pytest.fixture(autouse=True)
+def as_scripts(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Benchmarks find one another as scripts do, and no test finds them afterwards."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    before = set(sys.modules)
+    yield
+    for name in {"harness", *SCRIPTS} - before:
+        sys.modules.pop(name, None)
+
+
+def imported(name: str) -> ModuleType:
+    return importlib.import_module(name)
+
+
+def arguments(command: str) -> tuple[str, list[str]]:
+    """The script of a command, and what it is given."""
+    python, script, *given = shlex.split(command)
+    assert (python, Path(script).parent) == ("python", Path("benchmarks"))
+    return Path(script).stem, given
+
+
+def parsed(command: str) -> argparse.Namespace:
+    name, given = arguments(command)
+    parser: argparse.ArgumentParser = imported(name).parser()
+    return parser.parse_args(given)
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_every_benchmark_is_imported_and_has_a_quick_run(name: str) -> None:
+    module = imported(name)
+
+    options = module.parser().parse_args(["--quick", "--dir", "somewhere", "--results", "elsewhere"])
+
+    assert callable(module.main)
+    assert (options.quick, options.dir, options.results) == (True, Path("somewhere"), Path("elsewhere"))
+
+
+@pytest.mark.parametrize("path", RESULTS, ids=lambda path: path.stem)
+def test_every_committed_result_names_a_command_that_can_be_given(path: Path) -> None:
+    command = json.loads(path.read_text())["command"]
+
+    assert arguments(command)[0] in SCRIPTS
+    assert not parsed(command).quick
+
+
+def test_every_command_of_the_makefile_can_be_given() -> None:
+    commands = re.findall(
+        r"\$\(BIN\)/(python benchmarks/.*) \$\(ARGS\)$", (ROOT / "Makefile").read_text(), re.MULTILINE
+    )
+
+    assert {arguments(command)[0] for command in commands} == set(SCRIPTS)
+    assert all(parsed(f"{command} --quick").quick for command in commands)
+
+
+def test_types_of_benchmarks_are_checked() -> None:
+    """A function that is renamed and still called by its old name fails ``make check``."""
+    assert "benchmarks" in tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["mypy"]["files"]
+
+
+@pytest.mark.parametrize(
+    ("argv", "told"),
+    [
+        (["/home/me/benchmarks/latency.py"], "python benchmarks/latency.py"),
+        (["half.py", "--pack", "/tmp/x/iris.pet", "--pack=/tmp/a.pet"], "--pack iris.pet --pack=a.pet"),
+        (["int8.py", "--quick", "--dir", "/work/me", "--results=/tmp/there"], "--quick --dir DIR --results RESULTS"),
+    ],
+)
+def test_a_result_tells_its_command_without_the_folders_of_whoever_ran_it(argv: list[str], told: str) -> None:
+    assert imported("harness").command(argv).endswith(told)
+
+
+def test_a_result_has_its_command_the_machine_and_versions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    harness: Any = imported("harness")
+    monkeypatch.setattr(sys, "argv", ["benchmarks/latency.py", "--dir", str(tmp_path / "bench")])
+    options = harness.parser_of(None).parse_args(["--results", str(tmp_path / "results")])
+
+    path = harness.write_result(harness.asked(options), "speed", {"rows": [{"ms": 1.5}], "names": ("a",)})
+
+    result = json.loads(path.read_text())
+    assert path == tmp_path / "results" / "speed.json"
+    assert list(result) == ["command", "rows", "names", "environment"]
+    assert result["command"] == "python benchmarks/latency.py --dir DIR"
+    assert (result["rows"], result["names"]) == ([{"ms": 1.5}], ["a"])
+    assert {"cpu", "cores", "date", "versions"} <= result["environment"].keys()
+
+
+def test_a_quick_run_never_writes_over_the_committed_results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    harness: Any = imported("harness")
+    monkeypatch.setattr(harness.tempfile, "mkdtemp", lambda prefix: str(tmp_path / prefix))
+
+    assert harness.asked(harness.parser_of(None).parse_args([])).results == ROOT / "benchmarks" / "results"
+    assert harness.asked(harness.parser_of(None).parse_args(["--quick"])).results == tmp_path / "edgepet-bench-"
+
+
+def test_tables_go_between_the_marks_of_a_page_or_of_its_copy(tmp_path: Path) -> None:
+    marks, page = imported("harness").Marks("<!-- made -->", "<!-- end -->"), tmp_path / "page.md"
+    page.write_text("before\n<!-- made -->\n\nold\n<!-- end -->\nafter\n")
+    (tmp_path / "copies").mkdir()
+
+    marks.put(page, "copied\n", into=tmp_path / "copies")
+    marks.put(page, "new\n")
+
+    shown = "before\n<!-- made -->\n\n{}\n\n<!-- end -->\nafter\n"
+    assert page.read_text() == shown.format("new")
+    assert (tmp_path / "copies" / "page.md").read_text() == shown.format("copied")
