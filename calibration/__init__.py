@@ -1,1 +1,1 @@
-"""Where precision is decided, once, on the ONNX graph (ADR-0004): the fp16 pass. fp32 needs none."""
+"""Where precision is decided, once, on the ONNX graph (ADR-0004): passes to fp16 and to int8. fp32 needs none."""

@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from edgepet.device.openvino import core
 from edgepet.errors import InputError, require
 from edgepet.exporters.exporter import ExportOptions, Written
 from edgepet.exporters.onnx import serialize
@@ -29,7 +30,7 @@ def write_openvino(onnx_model: bytes, folder: Path, *, where: str) -> list[str]:
     """
     openvino = require("openvino", extra="openvino", purpose="OpenVINO")
     try:
-        model = openvino.Core().read_model(onnx_model)
+        model = core().read_model(onnx_model)
     except RuntimeError as error:
         raise InputError(where, "cannot be converted by OpenVINO", got=str(error).splitlines()[0]) from error
     for number, node in enumerate(model.get_ordered_ops()):

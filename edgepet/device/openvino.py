@@ -152,7 +152,7 @@ def _compile(model: _OpenVino, threads: int | None, precision: Precision) -> _Op
     config: dict[str, object] = {"INFERENCE_PRECISION_HINT": _TYPES[precision], "PERFORMANCE_HINT": "LATENCY"}
     if threads is not None:
         config["INFERENCE_NUM_THREADS"] = threads
-    return _core().compile_model(model, "CPU", config)
+    return core().compile_model(model, "CPU", config)
 
 
 def _stateful(model: _OpenVino) -> tuple[_OpenVino, tuple[str, ...]]:
@@ -218,7 +218,7 @@ def _executed(compiled: _OpenVino) -> dict[str, object]:
     return {"executed_nodes": dict(sorted(kinds.items())), "layers": dict(sorted(layers.items()))}
 
 
-def _core() -> _OpenVino:
+def core() -> _OpenVino:
     return _core_of(_openvino())
 
 
@@ -237,6 +237,6 @@ def _openvino() -> _OpenVino:
 
 def _read(path: Path) -> _OpenVino:
     try:
-        return _core().read_model(path)
+        return core().read_model(path)
     except RuntimeError as error:
         raise InputError(str(path), "cannot be opened by OpenVINO", got=str(error).splitlines()[0]) from error

@@ -226,6 +226,3 @@ def require_codes(graph: Int8Graph) -> None:
     if found != graph.codes_sha256:
         what = f"must have sha256 {graph.codes_sha256[:12]}"
         raise InputError(str(graph.codes_path), what, got=found[:12], fix="delete it and make the int8 backbone again")
-
-
-# ------------------------------------------------------------------------------------------------------ tasks to slots

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TypeAlias
 
 from edgepet.errors import EdgepetError, InputError
+from edgepet.files import clear_leftovers
 from edgepet.jobs.job import Job, Result, make, read_result
 from edgepet.reports.tables import format_seconds
 
@@ -165,7 +166,7 @@ def _alone(folder: Path) -> Iterator[None]:
 
 
 def _remove_leftovers(folder: Path, digests: Iterable[str]) -> None:
-    """The unfinished folders of killed processes; nobody else works on these jobs."""
+    """What killed processes left, and results that are damaged; nobody else works on these jobs."""
     for digest in digests:
-        for scratch in folder.glob(f".{digest}.*"):
-            shutil.rmtree(scratch, ignore_errors=True)
+        clear_leftovers(folder / digest)
+        shutil.rmtree(folder / digest, ignore_errors=True)
