@@ -219,6 +219,11 @@ def _executed(compiled: _OpenVino) -> dict[str, object]:
 
 
 def core() -> _OpenVino:
+    """The one ``openvino.Core`` of this process, for ``_core_of`` says why.
+
+    Raises:
+        MissingError: OpenVINO is not installed.
+    """
     return _core_of(_openvino())
 
 
