@@ -225,13 +225,9 @@ def test_nothing_that_is_shipped_names_this_machine(
 
 
 @pytest.fixture
-def older(tmp_path: Path) -> Path:
-    """Something in every place that an export of ``shapes`` would take."""
-    for name in ("onnx", "openvino"):
-        folder = tmp_path / "out" / f"shapes-{name}-fp32"
-        folder.mkdir(parents=True)
-        (folder / "older").write_text("whole")
-    return tmp_path / "out"
+def older(tmp_path: Path, artifacts: Artifacts) -> Path:
+    """An earlier artefact in every place that an export of ``shapes`` would take."""
+    return Path(shutil.copytree(artifacts.folder, tmp_path / "out"))
 
 
 @pytest.mark.parametrize("format_name", FORMATS)
