@@ -116,9 +116,15 @@ def test_an_artefact_answers_as_it_did_and_its_manifest_is_written_with_equal_by
     assert [(check.name, check.ok) for check in verify(folder).checks] == [("files", True), ("probe", True)]
 
 
-def test_merged_weights_are_equal_to_the_last_bit() -> None:
+@pytest.fixture
+def device(tmp_path: Path) -> Path:
+    """A copy of the golden store: opening one leaves stamps in its cache."""
+    return Path(shutil.copytree(TASKS / "device", tmp_path / "device"))
+
+
+def test_merged_weights_are_equal_to_the_last_bit(device: Path) -> None:
     pack = read_pack(TASKS / "shapes.pet").delta
-    graph = open_graph(pack.fingerprint, pack.preprocess, root=TASKS / "device")
+    graph = open_graph(pack.fingerprint, pack.preprocess, root=device)
     dense = safetensors.numpy.load(read_file(TASKS / "shapes.safetensors"))
 
     merged = merge(graph.base, pack)
@@ -127,10 +133,10 @@ def test_merged_weights_are_equal_to_the_last_bit() -> None:
     assert all(np.array_equal(dense[f"backbone.{name}"], value) for name, value in merged.items())
 
 
-def test_an_exported_model_is_written_with_equal_bytes() -> None:
+def test_an_exported_model_is_written_with_equal_bytes(device: Path) -> None:
     """No network is traced for it, so no version of torch is in it; onnx writes what it was given."""
     pack = read_pack(TASKS / "shapes.pet").delta
-    graph = open_graph(pack.fingerprint, pack.preprocess, root=TASKS / "device")
+    graph = open_graph(pack.fingerprint, pack.preprocess, root=device)
 
     made = serialize(build_model(graph, merge(graph.base, pack), pack))
 
@@ -152,10 +158,10 @@ def test_the_int8_backbone_is_made_with_equal_bytes(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("runtime", RUNTIMES)
 @pytest.mark.parametrize("name", ["shapes", "tints"])
-def test_a_store_runs_its_tasks_in_fp32_and_int8(name: str, runtime: str) -> None:
-    delta = read_pack(TASKS / "device" / "tasks" / f"{name}.pet").delta
-    graph = open_graph(delta.fingerprint, delta.preprocess, root=TASKS / "device")
-    int8 = open_int8(delta.fingerprint, delta.preprocess, root=TASKS / "device")
+def test_a_store_runs_its_tasks_in_fp32_and_int8(name: str, runtime: str, device: Path) -> None:
+    delta = read_pack(device / "tasks" / f"{name}.pet").delta
+    graph = open_graph(delta.fingerprint, delta.preprocess, root=device)
+    int8 = open_int8(delta.fingerprint, delta.preprocess, root=device)
     images = normalize(read_work(TASKS / f"{name}.work").pixels, delta.preprocess)
 
     with open_task(graph, delta, runtime=runtime) as network:
@@ -164,7 +170,7 @@ def test_a_store_runs_its_tasks_in_fp32_and_int8(name: str, runtime: str) -> Non
     codes = shared.bind(delta)(images)
     shared.close()
 
-    assert Device(TASKS / "device").tasks() == ("shapes", "tints")
+    assert Device(device).tasks() == ("shapes", "tints")
     assert np.isfinite(floats).all()
     assert np.abs(codes - floats).max() < 0.2 * np.abs(floats).max()  # int8 is not exact, and zeros would be further
 
