@@ -23,11 +23,12 @@ import pytest
 import safetensors.numpy
 from PIL import Image
 
-from edgepet.cli.options import harmless
+from edgepet.cli.options import ends_by_sigterm, harmless
 from edgepet.deltas.updates import Scale
 from edgepet.device.runtime import open_task
 from edgepet.device.store import Store
 from edgepet.errors import EdgepetError, InputError
+from edgepet.files import new_folder
 from edgepet.graphs.base import BaseGraph
 from edgepet.images.preprocess import load_pixels
 from edgepet.packs.pack import read_pack, write_pack
@@ -168,18 +169,18 @@ def test_a_work_folder_that_is_somebodys_own_is_refused_before_training(tasks: T
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.work"]
 
 
-def test_a_terminated_run_leaves_nothing_half_written(tasks: Tasks, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "edgepet", *train_arguments(tasks.spec, tasks.data, "ssf", tmp_path / "a.pet")]
-    command += ["--epochs", "1000", "--checkpoint-every", "0"]
-    process = subprocess.Popen([*map(str, command)], stderr=subprocess.PIPE, text=True)
-    assert process.stderr is not None
-    assert any("epoch" in line for line in process.stderr)  # read until it trains
+def test_sigterm_ends_what_runs_as_an_interrupt_does_and_clears_it_away(tmp_path: Path) -> None:
+    def half() -> None:
+        with ends_by_sigterm(), new_folder(tmp_path / "out") as scratch:
+            (scratch / "half").touch()
+            os.kill(os.getpid(), signal.SIGTERM)
+            signal.pause()
 
-    process.send_signal(signal.SIGTERM)
-    process.communicate(timeout=STALLED)
+    with pytest.raises(KeyboardInterrupt, match="terminated"):
+        half()
 
-    assert process.returncode == 130
-    assert {path.name for path in tmp_path.iterdir()} <= {"a.checkpoint"}
+    assert list(tmp_path.iterdir()) == []
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 
 
 # ------------------------------------------------------------------------------------------ what cannot be written
