@@ -23,13 +23,26 @@ with contextlib.suppress(ImportError):  # Windows has no such locks: there lefto
 _PART = ".part"
 
 
+@contextlib.contextmanager
+def refusing(where: Path, what: str) -> Iterator[None]:
+    """Tell an ``OSError`` of the block as an input error.
+
+    Raises:
+        InputError: ``where`` ``what``, and what the system says.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise InputError(str(where), what, got=error.strerror or str(error)) from error
+
+
 def write_file(path: Path, *parts: bytes | memoryview) -> None:
     """Write ``parts`` one after another to ``path``, replacing it only when everything is on the disk.
 
     Raises:
         InputError: the folder is missing, read-only or full; an older file at ``path`` is still whole.
     """
-    try:
+    with refusing(path, "could not be written"):
         clear_leftovers(path)
         scratch = _scratch(path)
         descriptor = os.open(scratch, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)  # what the umask leaves of it
@@ -46,8 +59,6 @@ def write_file(path: Path, *parts: bytes | memoryview) -> None:
                 os.unlink(scratch)
             raise
         sync_folder(path.parent)
-    except OSError as error:
-        raise InputError(str(path), "could not be written", got=error.strerror or str(error)) from error
 
 
 @contextlib.contextmanager
@@ -61,22 +72,18 @@ def new_folder(path: Path, *, only: Collection[str] = ()) -> Iterator[Path]:
         InputError: the place cannot be written or taken, or holds something else; what was there is still whole.
     """
     require_only(path, only)
-    try:
+    with refusing(path, "could not be written"):
         path.parent.mkdir(parents=True, exist_ok=True)
         clear_leftovers(path)
         scratch = _scratch(path)
         scratch.mkdir()
         held = os.open(scratch, os.O_RDONLY)
         _lock(held)
-    except OSError as error:
-        raise InputError(str(path), "could not be written", got=error.strerror or str(error)) from error
     try:
         yield scratch
         require_only(path, only)
-        try:
+        with refusing(path, "could not be written"):
             _take_place(scratch, path)
-        except OSError as error:
-            raise InputError(str(path), "could not be written", got=error.strerror or str(error)) from error
     finally:
         os.close(held)
         shutil.rmtree(scratch, ignore_errors=True)
@@ -91,10 +98,8 @@ def require_only(path: Path, names: Collection[str]) -> None:
     fix = "name another place, or move what is there"
     if path.is_symlink() or (path.exists() and not path.is_dir()):
         raise InputError(str(path), "must be a folder of its own, or not there", got="something else", fix=fix)
-    try:
+    with refusing(path, "could not be read"):
         others = sorted({item.name for item in path.iterdir()} - set(names)) if path.is_dir() else []
-    except OSError as error:
-        raise InputError(str(path), "could not be read", got=error.strerror or str(error)) from error
     if others:
         got = ", ".join(others[:3]) + (f" and {len(others) - 3} more" if len(others) > 3 else "")
         raise InputError(str(path), "holds files that would be lost", got=got, fix=fix)
@@ -118,11 +123,9 @@ def made_folder(path: Path, what: str) -> Path:
     Raises:
         InputError: it cannot be made or written.
     """
-    try:
+    with refusing(path, f"cannot be made: {what}"):
         path.mkdir(parents=True, exist_ok=True)
         writable = os.access(path, os.W_OK)
-    except OSError as error:
-        raise InputError(str(path), f"cannot be made: {what}", got=error.strerror or str(error)) from error
     if not writable:
         raise InputError(str(path), f"cannot be written: {what}", got="no permission")
     return path
@@ -213,10 +216,8 @@ def read_file(path: Path) -> bytes:
         InputError: there is no such file, it is no regular one, or it cannot be read.
     """
     require_regular(path)
-    try:
+    with refusing(path, "could not be read"):
         return path.read_bytes()
-    except OSError as error:
-        raise InputError(str(path), "could not be read", got=error.strerror or str(error)) from error
 
 
 def sha256_file(path: Path) -> str:
@@ -226,11 +227,8 @@ def sha256_file(path: Path) -> str:
         InputError: as ``read_file``.
     """
     require_regular(path)
-    try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        raise InputError(str(path), "could not be read", got=error.strerror or str(error)) from error
+    with refusing(path, "could not be read"), path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def folder_bytes(path: Path) -> int:

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
 from edgepet.errors import InputError
+from edgepet.files import refusing
 from edgepet.spec import Preprocess
 
 Pixels: TypeAlias = NDArray[np.uint8]  # (..., height, width, 3), RGB
@@ -93,10 +94,8 @@ def load_clip(folder: Path, preprocess: Preprocess) -> Pixels:
     Raises:
         InputError: the folder cannot be read or holds no image, or one of them is damaged.
     """
-    try:
+    with refusing(folder, "is not a readable folder of frames"):
         files = sorted(file for file in folder.iterdir() if file.suffix.lower() in SUFFIXES and file.name[0] != ".")
-    except OSError as error:
-        raise InputError(str(folder), "is not a readable folder of frames", got=error.strerror or str(error)) from error
     if not files:
         raise InputError(str(folder), "holds no image", fix="put the frames of a clip there, named in their order")
     chosen = [files[(2 * i + 1) * len(files) // (2 * preprocess.frames)] for i in range(preprocess.frames)]

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TypeAlias
 
 from edgepet.errors import EdgepetError, InputError
-from edgepet.files import clear_leftovers
+from edgepet.files import clear_leftovers, refusing
 from edgepet.jobs.job import Job, Result, make, read_result
 from edgepet.reports.tables import format_seconds
 
@@ -149,11 +149,9 @@ def _told(answers: Connection) -> _Told | None:
 @contextlib.contextmanager
 def _alone(folder: Path) -> Iterator[None]:
     """Keep other runs out of ``folder``; the lock goes with the process, however that ends."""
-    try:
+    with refusing(folder, "could not be written"):
         folder.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
-    except OSError as error:
-        raise InputError(str(folder), "could not be written", got=error.strerror or str(error)) from error
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

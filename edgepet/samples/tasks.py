@@ -25,7 +25,7 @@ from PIL import Image
 
 from edgepet.canonical import parse_json
 from edgepet.errors import InputError
-from edgepet.files import new_folder, read_file, write_file
+from edgepet.files import new_folder, read_file, refusing, write_file
 from edgepet.samples.packages import DebianFile, PackageFile
 from edgepet.spec import NpArray
 from edgepet.strict import ObjectReader
@@ -134,7 +134,7 @@ def _balanced(images: list[LabelledImage], count: int | None, rng: np.random.Ran
 
 def _write(splits: Mapping[str, list[LabelledImage]], classes: Sequence[str], folder: Path) -> str:
     digest = hashlib.sha256()
-    try:
+    with refusing(folder, "could not be written"):
         for split, label in itertools.product(splits, classes):
             (folder / split / label).mkdir(parents=True)
         for split, images in splits.items():
@@ -143,8 +143,6 @@ def _write(splits: Mapping[str, list[LabelledImage]], classes: Sequence[str], fo
                 # Level 1 takes a quarter of the default's time for a quarter more bytes; the pixels are the same.
                 picture.save(folder / split / label / f"{key}.png", compress_level=1)
                 digest.update(f"{split}/{label}/{key}/{picture.size}".encode() + picture.tobytes())
-    except OSError as error:
-        raise InputError(str(folder), "could not be written", got=error.strerror) from error
     return digest.hexdigest()
 
 
