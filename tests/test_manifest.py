@@ -17,7 +17,7 @@ from PIL import Image
 from edgepet import Device, EdgepetError, read_pack
 from edgepet.device.store import Store
 from edgepet.errors import InputError
-from edgepet.graphs.base import open_graph
+from edgepet.graphs.base import BaseGraph, open_graph
 from edgepet.graphs.manifest import put_stamp, require_whole
 from edgepet.graphs.tensor_files import read_tensors, safetensors_places
 from tests.flow import RUNTIMES, refused
@@ -300,6 +300,39 @@ def test_a_damaged_stamp_is_no_stamp(tmp_path: Path) -> None:
 
     with pytest.raises(InputError, match="is damaged or missing"):
         require_whole(folder, {"large.bin": ("9" * 64, 7)}, stamped=("large.bin",), fix="x")
+
+
+@pytest.fixture
+def golden(tmp_path: Path) -> BaseGraph:
+    """The golden store's graph, to be brought elsewhere."""
+    source = Path(shutil.copytree(GOLDEN / "device", tmp_path / "source"))
+    delta = read_pack(source / "tasks" / "shapes.pet").delta
+    return open_graph(delta.fingerprint, delta.preprocess, root=source)
+
+
+def test_what_lies_in_a_store_already_is_stamped_only_when_it_was_compared(golden: BaseGraph, store: Path) -> None:
+    path = store / BACKBONE / "backbone.safetensors"
+    path.write_bytes(flipped(path.read_bytes()))
+    (store / BACKBONE / "graph-16.onnx").unlink()
+
+    for _ in range(2):  # the first try leaves no stamp for the second to believe
+        with pytest.raises(InputError) as refusal:
+            Store(store).add_graph(golden)
+        assert str(refusal.value) == (f"{path}: is damaged or missing\n  fix: delete {path.parent} and bring it again")
+
+
+def test_a_damaged_file_is_not_brought_beside_others(golden: BaseGraph, store: Path) -> None:
+    model = store / BACKBONE / "graph-16.onnx"
+    model.unlink()
+    golden.model_path.write_bytes(flipped(golden.model_path.read_bytes()))
+
+    with pytest.raises(InputError) as refusal:
+        Store(store).add_graph(golden)
+
+    assert str(refusal.value) == (
+        f"{golden.model_path}: is damaged or missing\n  fix: delete {golden.folder} and make it again"
+    )
+    assert not model.exists()
 
 
 def test_two_packs_that_were_swapped_are_refused(store: Path) -> None:

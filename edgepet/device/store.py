@@ -49,15 +49,16 @@ class Store:
                 for name in (*files, description):
                     _bring(source / name, scratch / name)
                 require_whole(scratch, files, fix=again)
+            for name, (digest, _) in files.items():
+                put_stamp(target / name, digest)
         else:
             missing = {name: told for name, told in files.items() if not (target / name).exists()}
-            for name, told in missing.items():
+            require_whole(source, missing, fix=again)
+            for name in missing:
                 write_file(target / name, read_file(source / name))
-                require_whole(target, {name: told}, fix=again)
+            require_whole(target, files, stamped=files, fix=f"delete {target} and bring it again")
             if not (target / description).exists():
                 write_file(target / description, read_file(source / description))
-        for name, (digest, _) in files.items():
-            put_stamp(target / name, digest)
 
     def install(self, source: Path | bytes) -> Pack:
         """Check a pack against the backbone that is here, then put it in its task's place in one step.

@@ -15,7 +15,7 @@ import numpy as np
 
 from edgepet.canonical import parse_json
 from edgepet.errors import InputError
-from edgepet.files import read_file, require_regular
+from edgepet.files import read_file, refusing, require_regular
 from edgepet.spec import NpArray
 from edgepet.strict import ObjectReader
 
@@ -55,7 +55,7 @@ def safetensors_places(path: Path) -> dict[str, Place]:
             format that is not known here, tensors that overlap, leave gaps or reach beyond the end.
     """
     require_regular(path)
-    with path.open("rb") as file:
+    with refusing(path, "could not be read"), path.open("rb") as file:
         size = path.stat().st_size
         start = 8 + int.from_bytes(file.read(8), "little")
         if start > min(size, MOST_HEADER_BYTES):
