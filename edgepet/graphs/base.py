@@ -73,8 +73,7 @@ class BaseGraph:
     @property
     def graph_bytes(self) -> int:
         """Bytes on disk that this image size adds to the backbone's."""
-        own = sum(size for name, (_, size) in self.files.items() if name != WEIGHTS)
-        return own + (self.folder / f"{self.stem}.json").stat().st_size
+        return bytes_beside(WEIGHTS, self.files, self.folder / f"{self.stem}.json")
 
     def require_fit(self, delta: Delta) -> None:
         """Refuse a delta that this graph cannot run.
@@ -106,6 +105,11 @@ class BaseGraph:
         """The tensors that the graph computes with, as read-only views of the files."""
         tensors = _views(self.folder, self.places)
         return Base(name=self.backbone, fingerprint=self.fingerprint, tensors=tensors)
+
+
+def bytes_beside(shared: str, files: Listed, description: Path) -> int:
+    """Bytes on disk of a graph's ``files`` and its description, without the file that all image sizes share."""
+    return description.stat().st_size + sum(size for name, (_, size) in files.items() if name != shared)
 
 
 def graph_stem(preprocess: Preprocess, structure: str = "") -> str:

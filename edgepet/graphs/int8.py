@@ -23,7 +23,7 @@ from typing import Literal
 from edgepet.deltas.codes import CodedWeight
 from edgepet.errors import InputError
 from edgepet.files import sha256_file
-from edgepet.graphs.base import graph_folder, graph_stem, read_description
+from edgepet.graphs.base import bytes_beside, graph_folder, graph_stem, read_description
 from edgepet.graphs.manifest import Listed
 from edgepet.graphs.tensor_files import mapped_tensors
 from edgepet.spec import NpArray, Preprocess
@@ -112,8 +112,7 @@ class Int8Graph:
     @property
     def graph_bytes(self) -> int:
         """Bytes on disk that this image size adds to the codes."""
-        own = sum(size for name, (_, size) in self.files.items() if name != CODES)
-        return own + (self.folder / f"{self.stem}.json").stat().st_size
+        return bytes_beside(CODES, self.files, self.folder / f"{self.stem}.json")
 
     @property
     def codes_path(self) -> Path:

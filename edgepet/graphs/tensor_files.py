@@ -46,6 +46,10 @@ class Place:
     dtype: str
     shape: tuple[int, ...]
 
+    def view(self, data: bytes | mmap.mmap) -> NpArray:
+        """The tensor in ``data``, the whole file's bytes; nothing is copied."""
+        return np.frombuffer(data, self.dtype, math.prod(self.shape), self.offset).reshape(self.shape)
+
 
 def safetensors_places(path: Path) -> dict[str, Place]:
     """Offsets of every tensor in a safetensors file, counted from the start of the file.
@@ -98,9 +102,7 @@ def read_tensors(path: Path) -> dict[str, NpArray]:
         InputError: as ``safetensors_places``.
     """
     places, data = safetensors_places(path), read_file(path)
-    return {
-        name: np.frombuffer(data, p.dtype, math.prod(p.shape), p.offset).reshape(p.shape) for name, p in places.items()
-    }
+    return {name: place.view(data) for name, place in places.items()}
 
 
 def point_into(tensor: TensorProto, file: str, offset: int, length: int) -> None:
@@ -130,10 +132,7 @@ def mapped_tensors(folder: Path, files: list[str]) -> dict[str, NpArray]:
 
 def _views(folder: Path, places: Mapping[str, Place]) -> dict[str, NpArray]:
     maps = {name: _mapped(folder / name) for name in {place.file for place in places.values()}}
-    return {
-        name: np.frombuffer(maps[p.file], p.dtype, math.prod(p.shape), p.offset).reshape(p.shape)
-        for name, p in places.items()
-    }
+    return {name: place.view(maps[place.file]) for name, place in places.items()}
 
 
 def _mapped(path: Path) -> mmap.mmap:
