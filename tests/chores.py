@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from edgepet.errors import CheckError
-from edgepet.jobs.job import Job
+from edgepet.jobs.job import MEASURED, Job
 from edgepet.jobs.running import run_jobs
 
 LOG = "CHORES_LOG"
@@ -38,6 +38,11 @@ def refuse(specification: Mapping[str, Any], folder: Path) -> dict[str, object]:
     """What a job ends with whose check says no."""
     (folder / "half.txt").write_text("not to be kept")
     raise CheckError("poppies", "must be red", got=specification["colour"], fix="paint them")
+
+
+def measure(specification: Mapping[str, Any], folder: Path) -> dict[str, object]:
+    """A result, and what will be another number the next time."""
+    return {"petals": 4, MEASURED: {"ms": 0.5}}
 
 
 def vanish(specification: Mapping[str, Any], folder: Path) -> dict[str, object]:

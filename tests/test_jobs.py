@@ -154,6 +154,45 @@ def test_an_error_is_told_by_the_job_and_raised_when_the_others_are_done(tmp_pat
     assert held == {LOCK, *(job.digest for job in spelling(2))}  # nothing of it, so that it is tried again
 
 
+def test_a_process_makes_as_many_jobs_as_it_is_allowed_to(tmp_path: Path, log: Path) -> None:
+    def processes(folder: str, **settings: int) -> list[str]:
+        log.write_text("")
+        run_jobs(spelling(5), tmp_path / folder, **settings)
+        return [line.split()[1] for line in log.read_text().splitlines()]
+
+    assert len(set(processes("fresh"))) == 5
+    assert len(set(processes("all", per_process=5))) == 1
+    pairs = processes("pairs", per_process=2)
+    assert [pairs.index(each) for each in pairs] == [0, 0, 2, 2, 4]
+    assert len(set(processes("two", processes=2, per_process=5))) == 2
+
+
+def test_a_process_that_is_killed_or_refuses_does_not_take_the_next_jobs_with_it(tmp_path: Path, log: Path) -> None:
+    first, *others = spelling(4)
+    bad = [Job(function=f"tests.chores:{name}", specification={"colour": "blue"}) for name in ("vanish", "refuse")]
+    told = list[str]()
+
+    with pytest.raises(InputError, match=f"^job {bad[0].label}: was killed before it had ended, got signal 9"):
+        run_jobs([first, *bad, *others], tmp_path, per_process=9, tell=told.append)
+
+    assert began(log) == [0, 1, 2, 3]
+    assert [line.partition("/")[0] for line in told] == ["1", "2", "3", "4", "5", "6"]
+
+
+def test_what_was_measured_is_told_beside_the_report(tmp_path: Path) -> None:
+    (result,) = run_jobs([Job(function="tests.chores:measure", specification={}, name="poppies")], tmp_path)
+
+    assert (result.report, result.measured) == ({"petals": 4}, {"ms": 0.5})
+
+
+def test_a_name_is_for_messages_and_decides_nothing(tmp_path: Path) -> None:
+    named = Job(function="tests.chores:refuse", specification={"colour": "blue"}, name="poppies.pet")
+    assert named.digest == Job(function="tests.chores:refuse", specification={"colour": "blue"}).digest
+
+    with pytest.raises(CheckError, match=r"^job poppies\.pet: poppies: must be red, got blue"):
+        run_jobs([named], tmp_path)
+
+
 def test_a_bug_keeps_its_traceback(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     job = Job(function="tests.chores:stumble", specification={})
 

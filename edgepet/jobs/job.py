@@ -21,7 +21,7 @@ from edgepet.files import new_folder, read_file, sha256_file, write_file
 from edgepet.measuring.machine import environment
 from edgepet.strict import ObjectReader
 
-REPORT = "report.json"
+REPORT, MEASURED = "report.json", "measured"
 _FUNCTION = re.compile(r"[A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")
 
 Function: TypeAlias = Callable[[Mapping[str, Any], Path], Mapping[str, object]]
@@ -32,8 +32,9 @@ class Job:
     """``function`` ("package.module:function") of ``specification``: everything that decides the result.
 
     The function takes the specification and an empty folder for the files that it makes, and returns its report, plain
-    JSON without times. Equal specifications must give equal reports and equal bytes. Data are named by their digests;
-    what another job made is named by that job's digest, and lies beside the folder.
+    JSON. Equal specifications must give equal reports and equal bytes; what differs, times above all, goes under
+    ``measured``. Data are named by their digests; what another job made is named by that job's digest, and lies beside
+    the folder. ``name`` is for messages and decides nothing; without one it is the function's.
 
     Raises:
         InputError: the name is not one of a function, or the specification is not plain JSON.
@@ -41,6 +42,7 @@ class Job:
 
     function: str
     specification: Mapping[str, object]
+    name: str | None = None
 
     def __post_init__(self) -> None:
         if _FUNCTION.fullmatch(self.function) is None:
@@ -58,8 +60,8 @@ class Job:
 
     @property
     def label(self) -> str:
-        """How messages name the job: its function and the first digits of its digest."""
-        return f"{self.function} {self.digest[:12]}"
+        """How messages name the job."""
+        return self.name or f"{self.function} {self.digest[:12]}"
 
     def load(self) -> Function:
         """The function itself; an ImportError or AttributeError where there is none of that name."""
@@ -72,7 +74,7 @@ class Result:
     """What a job made, in ``folder``.
 
     ``report`` is the function's and ``files`` are the sha256 of what it wrote, by path below the folder: both are the
-    same whenever and wherever the job runs. ``seconds`` and ``versions`` tell of this one run.
+    same whenever and wherever the job runs. ``seconds``, ``versions`` and ``measured`` tell of this one run.
     """
 
     job: Job
@@ -81,6 +83,7 @@ class Result:
     files: Mapping[str, str]
     seconds: float
     versions: Mapping[str, str]
+    measured: Mapping[str, Any]
 
 
 def make(job: Job, folder: Path) -> None:
@@ -91,7 +94,8 @@ def make(job: Job, folder: Path) -> None:
     """
     began, here = time.perf_counter(), environment()
     with new_folder(folder / job.digest) as scratch:
-        report = job.load()(job.specification, scratch)
+        report = dict(job.load()(job.specification, scratch))
+        measured = report.pop(MEASURED, {})
         told = {
             "function": job.function,
             "specification": job.specification,
@@ -100,6 +104,7 @@ def make(job: Job, folder: Path) -> None:
             "made": {
                 "seconds": round(time.perf_counter() - began, 3),
                 "versions": {"python": here.python, **here.versions},
+                MEASURED: measured,
             },
         }
         write_file(scratch / REPORT, canonical_json(told))
@@ -114,13 +119,14 @@ def read_result(job: Job, folder: Path) -> Result | None:
         report, files, made = table.raw("report"), table.nested("files"), table.nested("made")
         listed = {name: files.text(name) for name in files.names()}
         seconds, versions = made.number("seconds"), made.nested("versions")
-        told = {name: versions.text(name) for name in versions.names()}
+        told, measured = {name: versions.text(name) for name in versions.names()}, made.raw(MEASURED)
     except (InputError, ValueError):
         return None
     wanted = {"function": job.function, "specification": job.specification}
     if canonical_json(asked) != canonical_json(wanted) or _digests(place) != listed:
         return None
-    return Result(job=job, folder=place, report=report, files=listed, seconds=seconds, versions=told)
+    return Result(job=job, folder=place, report=report, files=listed, seconds=seconds, versions=told,
+                  measured=measured)  # fmt: skip
 
 
 def _digests(folder: Path) -> dict[str, str]:

@@ -23,21 +23,29 @@ from edgepet.reports.tables import format_seconds
 LOCK = ".running"
 _SPAWN = multiprocessing.get_context("spawn")  # a fork would share the threads and locks of torch and the runtimes
 
-# An error as it comes out of a job's process: its class, where, what, got, fix.
+# An error as it comes out of a worker: its class, where, what, got, fix.
 _Told: TypeAlias = tuple[type[EdgepetError], str, str, str | None, str | None]
 
 
-@dataclass(frozen=True, slots=True)
-class _Running:
-    job: Job
+@dataclass(slots=True)
+class _Worker:
+    """A process that makes one job after another: the one in hand, and how many more it may take."""
+
     process: SpawnProcess
-    answers: Connection
+    line: Connection
+    job: Job
+    left: int
 
 
 def run_jobs(
-    jobs: Sequence[Job], folder: Path, *, processes: int = 1, tell: Callable[[str], None] = lambda line: None
+    jobs: Sequence[Job],
+    folder: Path,
+    *,
+    processes: int = 1,
+    per_process: int = 1,
+    tell: Callable[[str], None] = lambda line: None,
 ) -> tuple[Result, ...]:
-    """Run those of ``jobs`` whose result is not in ``folder`` yet, each in a process of its own.
+    """Run those of ``jobs`` whose result is not in ``folder`` yet, in processes of their own.
 
     A result appears by one rename when its job is done: a kill loses the jobs in hand and no other, and running the
     same jobs again runs what was not finished. A result that is not as its job left it is made again.
@@ -45,6 +53,8 @@ def run_jobs(
     Args:
         folder: where results lie, ``folder/DIGEST``; made where there is none.
         processes: jobs that run at the same time.
+        per_process: jobs that a process makes before a fresh one takes its place: one leaves nothing of a job to the
+            next, many share what takes long to import and to load.
         tell: told one line of each job that has ended.
 
     Returns:
@@ -55,12 +65,12 @@ def run_jobs(
         InputError: a job's process was killed, the folder cannot be written, or another run is filling it.
         RuntimeError: a bug in a job's function; its process has printed the traceback.
     """
-    if processes < 1:
-        raise InputError("jobs", "need one process at least", got=processes)
+    if min(processes, per_process) < 1:
+        raise InputError("jobs", "need one process at least", got=min(processes, per_process))
     with _alone(folder):
         missing = {job.digest: job for job in jobs if read_result(job, folder) is None}
         _remove_leftovers(folder, missing)
-        errors = _run(list(missing.values()), folder, processes, tell)
+        errors = _run(list(missing.values()), folder, processes, per_process, tell)
         if errors:
             raise errors[min(errors, key=list(missing).index)]
         made = tuple(read_result(job, folder) for job in jobs)
@@ -71,46 +81,77 @@ def run_jobs(
 
 
 def _run(
-    waiting: list[Job], folder: Path, processes: int, tell: Callable[[str], None]
+    waiting: list[Job], folder: Path, processes: int, per_process: int, tell: Callable[[str], None]
 ) -> dict[str, EdgepetError | RuntimeError]:
     """Run all of ``waiting``; returns the errors by the digests of their jobs."""
     errors: dict[str, EdgepetError | RuntimeError] = {}
-    total, running, left = len(waiting), list[_Running](), waiting[::-1]
+    total, workers, left = len(waiting), list[_Worker](), waiting[::-1]
     try:
-        while left or running:
-            while left and len(running) < processes:
-                running.append(_started(left.pop(), folder))
-            ended = wait([each.answers for each in running])  # an error to tell of, or the end of the process
-            for each in [each for each in running if each.answers in ended]:
-                running.remove(each)
-                number = f"{total - len(left) - len(running)}/{total} {each.job.label}"
-                error = _error_of(each)
-                result = None if error else read_result(each.job, folder)
+        while left or workers:
+            while left and len(workers) < processes:
+                workers.append(_started(left.pop(), folder, per_process))
+            ended = wait([worker.line for worker in workers])  # an answer, or the end of the process
+            for worker in [worker for worker in workers if worker.line in ended]:
+                job, (error, alive) = worker.job, _answer(worker)
+                if not (alive and _goes_on(worker, left)):
+                    workers.remove(worker)
+                number = f"{total - len(left) - len(workers)}/{total} {job.label}"
+                result = None if error else read_result(job, folder)
                 if error:
-                    errors[each.job.digest] = error
+                    errors[job.digest] = error
                 tell(f"{number}  {error or ('lost' if result is None else format_seconds(result.seconds))}")
     finally:
-        for each in running:
-            each.process.kill()
-            each.process.join()
+        for worker in workers:
+            worker.process.kill()
+            worker.process.join()
     return errors
 
 
-def _started(job: Job, folder: Path) -> _Running:
-    receives, sends = _SPAWN.Pipe(duplex=False)
-    process = _SPAWN.Process(target=_in_its_process, args=(job, folder, sends), name=job.label)
+def _started(job: Job, folder: Path, per_process: int) -> _Worker:
+    ours, theirs = _SPAWN.Pipe()
+    process = _SPAWN.Process(target=_work, args=(folder, theirs), name="jobs")
     process.start()
-    sends.close()
-    return _Running(job, process, receives)
+    theirs.close()
+    worker = _Worker(process, ours, job, per_process)
+    _hand(worker, job)
+    return worker
 
 
-def _in_its_process(job: Job, folder: Path, sends: Connection) -> None:
+def _goes_on(worker: _Worker, left: list[Job]) -> bool:
+    """Give the worker the next job, where there is one and it may take it; else let it end."""
+    if not left or worker.left == 0:
+        _end(worker)
+        return False
+    _hand(worker, left.pop())
+    return True
+
+
+def _hand(worker: _Worker, job: Job) -> None:
+    worker.job, worker.left = job, worker.left - 1
+    with contextlib.suppress(BrokenPipeError):  # it has died: its answer will tell
+        worker.line.send(job)
+
+
+def _end(worker: _Worker) -> None:
+    worker.line.close()
+    worker.process.join()
+
+
+def _work(folder: Path, line: Connection) -> None:
+    """Make the jobs that come down the line until nobody is at its other end."""
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    try:
-        make(job, folder)
-    except EdgepetError as error:
-        got = None if error.got is None else str(error.got)
-        sends.send((type(error), error.where, error.what, got, error.fix))
+    while True:
+        try:
+            job: Job = line.recv()
+        except EOFError:
+            return
+        try:
+            make(job, folder)
+        except EdgepetError as error:
+            got = None if error.got is None else str(error.got)
+            line.send((type(error), error.where, error.what, got, error.fix))
+        else:
+            line.send(None)
 
 
 def _end_with_parent() -> None:
@@ -121,29 +162,22 @@ def _end_with_parent() -> None:
         os._exit(1)
 
 
-def _error_of(ended: _Running) -> EdgepetError | RuntimeError | None:
-    """What a job's process ended with, told of the job."""
-    told = _told(ended.answers)
-    ended.process.join()
-    code = ended.process.exitcode
-    if told is not None:
-        kind, where, what, got, fix = told
-        return kind(f"job {ended.job.label}: {where}", what, got=got, fix=fix)
-    if code == 0:
-        return None
-    if code is not None and code < 0:
+def _answer(worker: _Worker) -> tuple[EdgepetError | RuntimeError | None, bool]:
+    """What a job has ended with, told of the job, and whether its worker is still alive."""
+    label = worker.job.label
+    try:
+        told: _Told | None = worker.line.recv()
+    except (EOFError, OSError):  # a process that dies may leave the line reset
+        _end(worker)
+        code = worker.process.exitcode or 0
+        if code >= 0:
+            return RuntimeError(f"job {label} ended with exit code {code}; its traceback is above"), False
         fix = "run the same jobs again: those that are done are kept"
-        return InputError(f"job {ended.job.label}", "was killed before it had ended", got=f"signal {-code}", fix=fix)
-    return RuntimeError(f"job {ended.job.label} ended with exit code {code}; its traceback is above")
-
-
-def _told(answers: Connection) -> _Told | None:
-    with answers:
-        try:
-            told: _Told = answers.recv()
-        except EOFError:  # it ended without an error to tell of
-            return None
-    return told
+        return InputError(f"job {label}", "was killed before it had ended", got=f"signal {-code}", fix=fix), False
+    if told is None:
+        return None, True
+    kind, where, what, got, fix = told
+    return kind(f"job {label}: {where}", what, got=got, fix=fix), True
 
 
 @contextlib.contextmanager
