@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from edgepet.tuning.options import TrainOptions as TrainOptions
     from edgepet.verbs.bench import bench as bench
     from edgepet.verbs.calibrate import calibrate as calibrate
+    from edgepet.verbs.calibrate import calibrate_all as calibrate_all
     from edgepet.verbs.calibrate import share as share
     from edgepet.verbs.evaluate import evaluate as evaluate
     from edgepet.verbs.export import export as export
@@ -53,6 +54,7 @@ _HOME = {
     "TrainOptions": "edgepet.tuning.options",
     "bench": "edgepet.verbs.bench",
     "calibrate": "edgepet.verbs.calibrate",
+    "calibrate_all": "edgepet.verbs.calibrate",
     "evaluate": "edgepet.verbs.evaluate",
     "export": "edgepet.verbs.export",
     "export_peft": "edgepet.verbs.peft",

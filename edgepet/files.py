@@ -72,6 +72,18 @@ def new_folder(path: Path, *, only: Collection[str] = ()) -> Iterator[Path]:
         InputError: the place cannot be written or taken, or holds something else; what was there is still whole.
     """
     require_only(path, only)
+    with scratch_folder(path) as scratch:
+        yield scratch
+        move_folder(scratch, path, only=only)
+
+
+@contextlib.contextmanager
+def scratch_folder(path: Path) -> Iterator[Path]:
+    """Yield a temporary sibling of ``path``, which is removed when the block ends.
+
+    Raises:
+        InputError: the folder that ``path`` is in cannot be written.
+    """
     with refusing(path, "could not be written"):
         path.parent.mkdir(parents=True, exist_ok=True)
         clear_leftovers(path)
@@ -81,12 +93,32 @@ def new_folder(path: Path, *, only: Collection[str] = ()) -> Iterator[Path]:
         _lock(held)
     try:
         yield scratch
-        require_only(path, only)
-        with refusing(path, "could not be written"):
-            _take_place(scratch, path)
     finally:
         os.close(held)
         shutil.rmtree(scratch, ignore_errors=True)
+
+
+def move_folder(source: Path, path: Path, *, only: Collection[str] = ()) -> None:
+    """Let the folder ``source`` of the same file system take the place of ``path``, as ``new_folder`` does.
+
+    Raises:
+        InputError: as ``new_folder``.
+    """
+    require_only(path, only)
+    with refusing(path, "could not be written"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _take_place(source, path)
+
+
+def move_file(source: Path, path: Path) -> None:
+    """Let the file ``source``, which is whole and of the same file system, take the place of ``path``.
+
+    Raises:
+        InputError: it could not.
+    """
+    with refusing(path, "could not be written"):
+        os.replace(source, path)
+        sync_folder(path.parent)
 
 
 def require_only(path: Path, names: Collection[str]) -> None:
@@ -229,6 +261,16 @@ def sha256_file(path: Path) -> str:
     require_regular(path)
     with refusing(path, "could not be read"), path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def folder_sha256(path: Path) -> str:
+    """Hex sha256 of all files below ``path``: of the lines "DIGEST  NAME", sorted by name, as sha256sum prints them.
+
+    Raises:
+        InputError: as ``read_file``.
+    """
+    files = sorted((item.relative_to(path).as_posix(), item) for item in path.rglob("*") if not item.is_dir())
+    return hashlib.sha256("".join(f"{sha256_file(item)}  {name}\n" for name, item in files).encode()).hexdigest()
 
 
 def folder_bytes(path: Path) -> int:

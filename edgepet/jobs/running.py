@@ -172,8 +172,8 @@ def _answer(worker: _Worker) -> tuple[EdgepetError | RuntimeError | None, bool]:
         code = worker.process.exitcode or 0
         if code >= 0:
             return RuntimeError(f"job {label} ended with exit code {code}; its traceback is above"), False
-        fix = "run the same jobs again: those that are done are kept"
-        return InputError(f"job {label}", "was killed before it had ended", got=f"signal {-code}", fix=fix), False
+        again = "run the same jobs again: those that are done are kept"
+        return InputError(f"job {label}", "was killed before it had ended", got=f"signal {-code}", fix=again), False
     if told is None:
         return None, True
     kind, where, what, got, fix = told

@@ -1,12 +1,12 @@
-"""``calibrate``: what int8 costs a task on its own, or with ``-o`` on the int8 backbone that all tasks share."""
+"""``calibrate``: what int8 costs tasks on their own, or with ``-o`` on the int8 backbone that all tasks share."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
@@ -20,18 +20,22 @@ from edgepet.device.runtime import SharedInt8
 from edgepet.device.runtimes import RUNTIMES, SHARED_RUNTIMES
 from edgepet.errors import CheckError, InputError, option
 from edgepet.exporters.exporter import ExportOptions
+from edgepet.files import cache_folder, made_folder, move_file, require_other
 from edgepet.graphs.int8 import Int8Graph
 from edgepet.graphs.slots import task_slots
+from edgepet.jobs.job import MEASURED
 from edgepet.measuring.machine import runtimes
 from edgepet.measuring.parity import SAME_CODES, Parity, compare, require_parity
 from edgepet.networks.backbone import AnyBackbone
 from edgepet.packs.pack import write_pack
 from edgepet.proving.precision import Expressed, calibration_of, express, task_images
 from edgepet.proving.subject import Subject
+from edgepet.reports.as_json import to_json
 from edgepet.reports.screen import Screen, lines
 from edgepet.reports.tables import Table, format_bytes, format_ms, left, right
 from edgepet.spec import FilePath, NpArray
 from edgepet.verbs.export import lost, recipe
+from edgepet.verbs.many import JOBS, begin, finish, folder_of, jobs_option, run_packs, tasks_of
 from edgepet.verbs.verb import Options, Parser, Verb, backbone_option, budget_options, path
 
 if TYPE_CHECKING:
@@ -85,6 +89,13 @@ class ShareReport:
     runs: tuple[SharedRun, ...]
     calibration: Mapping[str, object]
     warning: str | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CalibrateAllReport:
+    """Several packs. Each of ``tasks`` has its ``task``, the ``source`` and the JSON of its own report."""
+
+    tasks: tuple[Mapping[str, Any], ...]
 
 
 def calibrate(
@@ -178,6 +189,72 @@ def share(
     )
 
 
+def calibrate_all(
+    packs: Sequence[FilePath],
+    calib: FilePath,
+    folder: FilePath | None = None,
+    *,
+    backbone: AnyBackbone = None,
+    data: FilePath | None = None,
+    images: int = 256,
+    max_drop: float | None = None,
+    jobs: int = 1,
+    stage: Callable[[str], None] = lambda name: None,
+) -> CalibrateAllReport:
+    """``calibrate`` several packs, or where a folder is given ``share`` them: each under its own name in there.
+
+    Each has its own images where ``calib`` and ``data`` have a folder of its task's name.
+
+    Args:
+        jobs: packs at the same time, each in a process of its own. All packs take their places when all are made.
+
+    Raises:
+        EdgepetError: as ``calibrate`` and ``share``, of the first pack that failed, when all others are done.
+    """
+    tasks, out = tasks_of(packs, "calibrate"), None if folder is None else Path(folder)
+    if out is not None:
+        if len({pack.name for pack in tasks}) != len(tasks):
+            raise InputError("calibrate", "needs packs of different names", got=", ".join(map(str, tasks)))
+        made_folder(out, f"{option('output')} of several packs")
+        for pack in tasks:
+            require_other(out / pack.name, *tasks)
+    for pack in tasks:  # the graph that they share is traced here, once
+        subject = Subject(pack, backbone, data)
+        subject.check_backbone()
+        stage(f"graph of {subject.delta.backbone}")
+        _ = subject.graph if out is None else int8_graph(subject.graph)
+    stage(f"{len(tasks)} packs, {jobs} at the same time")
+    settings = {"images": images, "max_drop": max_drop, "shared": out is not None}
+    results = run_packs(
+        "edgepet.verbs.calibrate:calibrate_job", tasks, out / JOBS if out else cache_folder() / "jobs",
+        backbone=backbone, images={"calib": calib, "data": data}, settings=settings, processes=jobs, tell=stage,
+    )  # fmt: skip
+    told = []
+    for (pack, task), result in zip(tasks.items(), results, strict=True):
+        report = {"task": task, "source": str(pack), **result.report}
+        if out is not None:
+            move_file(result.folder / pack.name, out / pack.name)
+            report["pack"] = str(out / pack.name)
+            report["runs"] = [{**run, "bind_ms": result.measured["bind_ms"][run["runtime"]]} for run in report["runs"]]
+        told.append(report)
+    finish(results)
+    return CalibrateAllReport(tasks=tuple(told))
+
+
+def calibrate_job(specification: Mapping[str, Any], folder: Path) -> dict[str, object]:
+    """The job of one pack: its report as JSON, and the pack on the shared backbone in ``folder``."""
+    pack, settings = begin(specification), dict(specification["settings"])
+    calib, output = folder_of(specification, "calib"), folder / pack.name if settings.pop("shared") else None
+    data, backbone = folder_of(specification, "data"), specification["backbone"]
+    if calib is None:
+        raise InputError(option("calib"), "needs labelled images")
+    if output is None:
+        return cast(dict[str, object], to_json(calibrate(pack, calib, backbone=backbone, data=data, **settings)))
+    report = cast(dict[str, Any], to_json(share(pack, calib, output, backbone=backbone, data=data, **settings)))
+    bound = {run["runtime"]: run.pop("bind_ms") for run in report["runs"]}
+    return {**report, "pack": output.name, MEASURED: {"bind_ms": bound}}
+
+
 def _installed() -> list[str]:
     """The runtimes that run every task on one backbone, and are here."""
     rows = [RUNTIMES[name] for name in SHARED_RUNTIMES]
@@ -208,7 +285,8 @@ def _shared_run(expressed: Expressed, graph: Int8Graph, runtime: str, chosen: Ca
 
 
 def _options(parser: Parser) -> None:
-    parser.add_argument("pack", metavar="TASK.pet", help="the task to look at")
+    told = "the task to look at, or several: each on the images of --calib/TASK, where that is a folder"
+    parser.add_argument("packs", nargs="+", metavar="TASK.pet", help=told)
     backbone_option(parser)
     parser.add_argument("--calib", required=True, metavar="DIR", help="labelled images of the task, as for train")
     budget_options(parser)
@@ -216,27 +294,55 @@ def _options(parser: Parser) -> None:
     parser.add_argument("--data", metavar="DIR", help=told)
     told = (
         "calibrate on the int8 backbone that tasks share, and write the pack with its ranges"
-        " (default: what int8 costs a model of its own)"
+        " (default: what int8 costs a model of its own); of several packs a folder"
     )
+    jobs_option(parser, 1)
     parser.add_argument("-o", "--output", metavar="OUT.pet", help=told)
 
 
-def _run(options: Options, progress: Progress) -> CalibrateReport | ShareReport:
-    pack, data, shown = Path(options.pack), path(options.data), progress.stages()
-    with shown as stage:
-        if options.output is not None:
+def _run(options: Options, progress: Progress) -> CalibrateReport | ShareReport | CalibrateAllReport:
+    packs, data, output = [Path(pack) for pack in options.packs], path(options.data), path(options.output)
+    with progress.stages() as stage:
+        if len(packs) > 1:
+            return calibrate_all(
+                packs, options.calib, output, backbone=options.backbone, data=data, images=options.calib_images,
+                max_drop=options.max_drop, jobs=options.jobs, stage=stage,
+            )  # fmt: skip
+        if output is not None:
             return share(
-                pack, options.calib, Path(options.output), backbone=options.backbone, data=data,
+                packs[0], options.calib, output, backbone=options.backbone, data=data,
                 images=options.calib_images, max_drop=options.max_drop, stage=stage,
             )  # fmt: skip
         return calibrate(
-            pack, options.calib, backbone=options.backbone, data=data, images=options.calib_images,
+            packs[0], options.calib, backbone=options.backbone, data=data, images=options.calib_images,
             max_drop=options.max_drop, stage=stage,
         )  # fmt: skip
 
 
-def _screen(report: CalibrateReport | ShareReport) -> Screen:
+def _screen(report: CalibrateReport | ShareReport | CalibrateAllReport) -> Screen:
+    if isinstance(report, CalibrateAllReport):
+        return _all(report)
     return _shared(report) if isinstance(report, ShareReport) else _own(report)
+
+
+def _all(report: CalibrateAllReport) -> Screen:
+    rows = [
+        (
+            told["task"],
+            run.get("runtime", "a model of its own"),
+            f"{run['drop']['points']:.2f} ({run['drop']['low']:.2f} to {run['drop']['high']:.2f})",
+            str(run["drop"]["n"]),
+            f"{run['drop']['kl']:.2g}",
+            recipe(told["recipe"]),
+            format_bytes(told["pack_bytes"]) if "pack_bytes" in told else "–",
+        )
+        for told in report.tasks
+        for run in told.get("runs", [told])
+    ]
+    numbers = right("points lost", "n", "divergence")
+    columns = (*left("task", "on"), *numbers, *left("recipe"), *right("pack"))
+    yield Table("what int8 costs", columns, rows)
+    yield lines(*(f"  {told['task']}: {told['warning']}" for told in report.tasks if told["warning"]))
 
 
 def _own(report: CalibrateReport) -> Screen:

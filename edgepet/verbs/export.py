@@ -2,32 +2,30 @@
 
 from __future__ import annotations
 
-import tempfile
-import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from edgepet.calibration.budget import Drop
-from edgepet.calibration.fp16 import stored_types
-from edgepet.device.artifact import Artifact, Probe, files_of, open_artifact, write_artifact
+from edgepet.calibration.fp16 import Kept
+from edgepet.device.artifact import files_of, read_artifact
 from edgepet.device.runtimes import Format
-from edgepet.errors import CheckError, InputError, MissingError, option
+from edgepet.errors import InputError, option
 from edgepet.exporters import EXPORTERS
 from edgepet.exporters.exporter import ExportOptions
-from edgepet.files import folder_bytes, new_folder, require_only
-from edgepet.graphs.manifest import listing
+from edgepet.files import folder_bytes, move_folder, require_only
+from edgepet.jobs.job import MEASURED, Result
 from edgepet.networks.backbone import AnyBackbone
-from edgepet.proving.checks import prove
 from edgepet.proving.exported import Exported
-from edgepet.proving.precision import Model, fastest, in_precision, require_images
+from edgepet.proving.exporting import export_task, place_of
+from edgepet.proving.precision import require_images
 from edgepet.proving.subject import Subject
 from edgepet.reports.screen import Screen, lines
 from edgepet.reports.tables import Table, format_bytes, format_percent, left, right
-from edgepet.spec import FilePath, StoredPrecision
+from edgepet.spec import FilePath
+from edgepet.verbs.many import JOBS, begin, finish, folder_of, jobs_option, of_task, run_packs, tasks_of
 from edgepet.verbs.verb import (
     Options,
     Parser,
@@ -61,9 +59,16 @@ def export(
     backbone: AnyBackbone = None,
     data: FilePath | None = None,
     options: ExportOptions = DEFAULTS,
+    jobs: int | None = None,
     stage: Callable[[str], None] = lambda name: None,
 ) -> ExportReport:
     """Write one artefact folder per task and format under ``folder``, each compared before it takes its place.
+
+    Of several packs each has its own images where ``data`` and ``options.calib`` have a folder of its task's name.
+
+    Args:
+        jobs: packs at the same time, each in a process of its own; all artefacts take their places when all are made.
+            None is one pack after another in this process.
 
     Raises:
         InputError: a pack, backbone or option at fault, or an operator that a runtime does not know.
@@ -71,33 +76,25 @@ def export(
         MissingError: a runtime is not installed.
     """
     _check_precision(options)
+    if jobs is not None and options.precision == "auto":
+        what = "is not for several at the same time: it measures how fast they are"
+        raise InputError(option("precision", "auto"), what, fix=f"leave out {option('jobs')}")
     unknown = [name for name in options.to if name not in EXPORTERS]
     if unknown or not options.to:
         got = repr(unknown[0]) if unknown else "none of them"
         raise InputError(option("to"), f"knows {', '.join(EXPORTERS)}", got=got)
-    subjects = [Subject(path, backbone, data) for path in packs]
-    names = [subject.delta.task for subject in subjects]
-    if len(set(names)) != len(names):
-        raise InputError("export", "needs packs of different tasks", got=", ".join(names))
-    for task in names:
-        for place in (_place(Path(folder), task, name, options.precision) for name in options.to):
+    tasks = tasks_of(packs, "export")
+    for task in tasks.values():
+        for place in (place_of(Path(folder), task, name, options.precision) for name in options.to):
             require_only(place, files_of(place))  # before hours of work, not after
+    if jobs is not None and len(tasks) > 1:
+        return _export_in_jobs(tasks, Path(folder), backbone, data, options, jobs, stage)
     artifacts: list[Exported] = []
-    for subject in subjects:
-        subject.check_backbone()
-        stage(f"graph of {subject.delta.backbone}")
-        if options.precision == "auto":
-            artifacts += _fastest(subject, Path(folder), options, stage)
-            continue
-        model = in_precision(subject, options.precision, options, stage)
-        for name in options.to:
-            stage(f"{subject.delta.task} to {name}")
-            artifacts.append(_export_one(subject, model, name, Path(folder), options))
+    for pack, task in tasks.items():
+        own = task if len(tasks) > 1 else None
+        images = replace(options, calib=of_task(options.calib, own))
+        artifacts += export_task(Subject(pack, backbone, of_task(data, own)), Path(folder), images, stage)
     return ExportReport(artifacts=tuple(artifacts))
-
-
-def _place(folder: Path, task: str, name: Format, precision: str) -> Path:
-    return folder / f"{task}-{name}-{precision}"
 
 
 def _check_precision(options: ExportOptions) -> None:
@@ -113,128 +110,67 @@ def _check_precision(options: ExportOptions) -> None:
         raise InputError(option("max_drop"), what, got=got)
 
 
-def _fastest(subject: Subject, folder: Path, options: ExportOptions, stage: Callable[[str], None]) -> list[Exported]:
-    """Of each format the precision that is fastest here, among those that pass their checks."""
-    models, unfit = dict[StoredPrecision, Model](), list[str]()
-    for precision in ("fp32", "fp16", "int8"):
-        try:
-            models[precision] = in_precision(subject, precision, options, stage)
-        except CheckError as error:
-            unfit.append(_out(precision, error))
-    chosen = []
-    for name in options.to:
-        made, out = dict[StoredPrecision, Exported](), list(unfit)
-        with tempfile.TemporaryDirectory(prefix="edgepet-") as scratch:
-            for precision, model in models.items():
-                stage(f"{subject.delta.task} to {name}, {precision}")
-                try:
-                    made[precision] = _export_one(subject, model, name, Path(scratch), options)
-                except CheckError as error:
-                    out.append(_out(precision, error))
-            if not made:
-                raise CheckError(option("precision", "auto"), "needs one precision that passes its checks", got="none")
-            stage(f"{subject.delta.task} to {name}: measure")
-            precision, why = _best(made)
-        written = _export_one(subject, models[precision], name, folder, options)
-        chosen.append(replace(written, why="; ".join([why, *out])))
-    return chosen
+# ------------------------------------------------------------------------------------------- several at the same time
 
 
-def _out(precision: str, error: CheckError) -> str:
-    got = str(error.got).splitlines()[0].partition(";")[0]  # without the table of layers
-    return f"{precision} is out: {error.what}, got {got}"
+def _export_in_jobs(
+    tasks: Mapping[Path, str], folder: Path, backbone: AnyBackbone, data: FilePath | None, options: ExportOptions,
+    processes: int, stage: Callable[[str], None],
+) -> ExportReport:  # fmt: skip
+    """Every pack in a job of its own; the graphs that they share are traced here, once."""
+    for pack in tasks:
+        subject = Subject(pack, backbone, data)
+        subject.check_backbone()
+        stage(f"graph of {subject.delta.backbone}")
+        _ = subject.graph
+    settings = {name: value for name, value in asdict(options).items() if name != "calib"}
+    stage(f"{len(tasks)} packs, {processes} at the same time")
+    results = run_packs(
+        "edgepet.verbs.export:export_job", tasks, folder / JOBS, backbone=backbone,
+        images={"data": data, "calib": options.calib}, settings=settings, processes=processes, tell=stage,
+    )  # fmt: skip
+    artifacts = [_moved(result, folder, told) for result in results for told in result.report["artifacts"]]
+    finish(results)
+    return ExportReport(artifacts=tuple(artifacts))
 
 
-def _best(made: Mapping[StoredPrecision, Exported]) -> tuple[StoredPrecision, str]:
-    """The fastest of artefacts of one format, and the numbers that say so."""
-    for exported in made.values():
-        if not exported.verified:
-            return "fp32", f"fp32: no precision could be measured here, {exported.reason}"
-    precision, why = fastest({precision: exported.path for precision, exported in made.items()})
-    drop = made[precision].drop
-    lost = f", and loses {drop.points:.2f} points ({drop.low:.2f} to {drop.high:.2f}, n = {drop.n})" if drop else ""
-    return precision, why + lost
+def export_job(specification: Mapping[str, Any], folder: Path) -> dict[str, object]:
+    """The job of one pack: its artefacts, in ``folder``, and what their manifests do not say."""
+    path, settings = begin(specification), dict(specification["settings"])
+    options = ExportOptions(**settings, calib=folder_of(specification, "calib"))
+    report = export(
+        [path], folder, backbone=specification["backbone"], data=folder_of(specification, "data"), options=options
+    )
+    return {
+        "artifacts": [
+            {
+                "folder": made.path.name,
+                "kept_fp32": [asdict(kept) for kept in made.kept_fp32],
+                "drop": made.drop and asdict(made.drop),
+                "warning": made.warning,
+            }
+            for made in report.artifacts
+        ],
+        MEASURED: {
+            made.path.name: {"seconds": made.seconds, "verify_seconds": made.verify_seconds}
+            for made in report.artifacts
+        },
+    }
 
 
-def _export_one(subject: Subject, model: Model, name: Format, folder: Path, options: ExportOptions) -> Exported:
-    delta = subject.delta
-    path = _place(folder, delta.task, name, model.precision)
-    with new_folder(path, only=files_of(path)) as scratch:
-        began = time.perf_counter()
-        written = EXPORTERS[name](model.proto, model.precision, scratch, options, delta.task)
-        seconds = model.seconds + time.perf_counter() - began
-        began = time.perf_counter()
-        artifact = Artifact(
-            task=delta.task,
-            format=name,
-            engine=written.engine,
-            precision=model.precision,
-            labels=delta.labels,
-            preprocess=delta.preprocess,
-            backbone=delta.backbone,
-            fingerprint=delta.fingerprint,
-            method=delta.method,
-            branches=len(delta.branches),
-            pack_sha256=subject.pack.sha256,
-            codec=subject.pack.codec,
-            files=listing(scratch, written.files),
-            versions=_versions(written.engine),
-            verified=False,
-            reason=written.note,
-            parity=None,
-            probe=_probe(subject, model),
-            evidence={
-                "stored": stored_types(model.proto),
-                "executed": dict(written.layers or {}),
-                "kept_fp32": [asdict(node) for node in model.kept],
-                "calibration": model.calibration,
-                **({"int8": model.int8} if model.int8 else {}),
-            },
-        )
-        artifact = _verified(subject, artifact, scratch, path)
-        write_artifact(scratch, artifact)
-        verify_seconds = time.perf_counter() - began
+def _moved(result: Result, folder: Path, told: Mapping[str, Any]) -> Exported:
+    """An artefact that a job made, in its place below ``folder``."""
+    path, drop = folder / told["folder"], told["drop"]
+    move_folder(result.folder / told["folder"], path, only=files_of(path))
     return Exported(
-        artifact=artifact,
+        artifact=read_artifact(path),
         path=path,
         size_bytes=folder_bytes(path),
-        seconds=seconds,
-        verify_seconds=verify_seconds,
-        kept_fp32=model.kept,
-        drop=model.drop,
-        warning=model.warning,
+        kept_fp32=tuple(Kept(**kept) for kept in told["kept_fp32"]),
+        drop=drop and Drop(**drop),
+        warning=told["warning"],
+        **result.measured[told["folder"]],
     )
-
-
-def _probe(subject: Subject, model: Model) -> Probe:
-    """Answers to noise: those of the merged network, or where codes decide, those of the same codes in ONNX Runtime."""
-    if model.precision != "int8":
-        return subject.probe
-    return replace(subject.probe, logits=model.logits(subject.probe.images(subject.delta.preprocess)))
-
-
-def _verified(subject: Subject, artifact: Artifact, scratch: Path, path: Path) -> Artifact:
-    """The artefact with what comparing it showed, or why nothing here could run it."""
-    try:
-        runner = open_artifact(scratch, artifact)
-    except MissingError as error:
-        return replace(artifact, reason=f"not run: {artifact.reason or error.what}")
-    try:
-        parity = prove(subject, artifact, runner, where=str(path))
-        evidence = {**artifact.evidence, "executed": runner.evidence}
-    finally:
-        runner.close()
-    return replace(artifact, verified=True, reason=None, parity=parity, evidence=evidence)
-
-
-def _versions(engine: str) -> dict[str, object]:
-    versions: dict[str, object] = {}
-    for name in ("edgepet", "onnx", engine):
-        try:
-            versions[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return versions
 
 
 # -------------------------------------------------------------------------------------------------- the command line
@@ -258,6 +194,7 @@ def _options(parser: Parser) -> None:
     told = "ONNX weights in a file of their own (default: only where one file cannot hold them)"
     add("--external-data", action="store_true", help=told)
     data_option(parser)
+    jobs_option(parser, None)
     output_option(parser, "DIR", "the folder that gets a folder for each model")
 
 
@@ -275,7 +212,7 @@ def _run(options: Options, progress: Progress) -> ExportReport:
     with progress.stages() as stage:
         return export(
             [Path(pack) for pack in options.packs], Path(options.output), backbone=options.backbone,
-            data=path(options.data), options=chosen, stage=stage,
+            data=path(options.data), options=chosen, jobs=options.jobs, stage=stage,
         )  # fmt: skip
 
 

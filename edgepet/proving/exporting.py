@@ -1,0 +1,171 @@
+"""One task exported: its model in every format and precision that was asked for, each compared before it is kept."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, replace
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from edgepet.calibration.fp16 import stored_types
+from edgepet.device.artifact import Artifact, Probe, files_of, open_artifact, write_artifact
+from edgepet.device.runtimes import Format
+from edgepet.errors import CheckError, MissingError, option
+from edgepet.exporters import EXPORTERS
+from edgepet.exporters.exporter import ExportOptions
+from edgepet.files import folder_bytes, move_folder, new_folder, scratch_folder
+from edgepet.graphs.manifest import listing
+from edgepet.proving.checks import prove
+from edgepet.proving.exported import Exported
+from edgepet.proving.precision import Model, fastest, in_precision
+from edgepet.proving.subject import Subject
+from edgepet.spec import StoredPrecision
+
+
+def export_task(subject: Subject, folder: Path, options: ExportOptions, stage: Callable[[str], None]) -> list[Exported]:
+    """One task in every format that was asked for, each in its place below ``folder``.
+
+    Raises:
+        EdgepetError: as ``edgepet.export``.
+    """
+    subject.check_backbone()
+    stage(f"graph of {subject.delta.backbone}")
+    if options.precision == "auto":
+        return _fastest(subject, folder, options, stage)
+    model = in_precision(subject, options.precision, options, stage)
+    made = []
+    for name in options.to:
+        stage(f"{subject.delta.task} to {name}")
+        made.append(_export_one(subject, model, name, folder, options))
+    return made
+
+
+def place_of(folder: Path, task: str, name: Format, precision: str) -> Path:
+    """The folder of an artefact below ``folder``."""
+    return folder / f"{task}-{name}-{precision}"
+
+
+def _fastest(subject: Subject, folder: Path, options: ExportOptions, stage: Callable[[str], None]) -> list[Exported]:
+    """Of each format the precision that is fastest here, among those that pass their checks."""
+    models, unfit = dict[StoredPrecision, Model](), list[str]()
+    for precision in ("fp32", "fp16", "int8"):
+        try:
+            models[precision] = in_precision(subject, precision, options, stage)
+        except CheckError as error:
+            unfit.append(_out(precision, error))
+    chosen = []
+    for name in options.to:
+        made, out = dict[StoredPrecision, Exported](), list(unfit)
+        with scratch_folder(place_of(folder, subject.delta.task, name, "auto")) as scratch:
+            for precision, model in models.items():
+                stage(f"{subject.delta.task} to {name}, {precision}")
+                try:
+                    made[precision] = _export_one(subject, model, name, scratch, options)
+                except CheckError as error:
+                    out.append(_out(precision, error))
+            if not made:
+                raise CheckError(option("precision", "auto"), "needs one precision that passes its checks", got="none")
+            stage(f"{subject.delta.task} to {name}: measure")
+            precision, why = _best(made)
+            place = place_of(folder, subject.delta.task, name, precision)
+            move_folder(made[precision].path, place, only=files_of(place))
+        chosen.append(replace(made[precision], path=place, why="; ".join([why, *out])))
+    return chosen
+
+
+def _out(precision: str, error: CheckError) -> str:
+    got = str(error.got).splitlines()[0].partition(";")[0]  # without the table of layers
+    return f"{precision} is out: {error.what}, got {got}"
+
+
+def _best(made: Mapping[StoredPrecision, Exported]) -> tuple[StoredPrecision, str]:
+    """The fastest of artefacts of one format, and the numbers that say so."""
+    for exported in made.values():
+        if not exported.verified:
+            return "fp32", f"fp32: no precision could be measured here, {exported.reason}"
+    precision, why = fastest({precision: exported.path for precision, exported in made.items()})
+    drop = made[precision].drop
+    lost = f", and loses {drop.points:.2f} points ({drop.low:.2f} to {drop.high:.2f}, n = {drop.n})" if drop else ""
+    return precision, why + lost
+
+
+def _export_one(subject: Subject, model: Model, name: Format, folder: Path, options: ExportOptions) -> Exported:
+    delta = subject.delta
+    path = place_of(folder, delta.task, name, model.precision)
+    with new_folder(path, only=files_of(path)) as scratch:
+        began = time.perf_counter()
+        written = EXPORTERS[name](model.proto, model.precision, scratch, options, delta.task)
+        seconds = model.seconds + time.perf_counter() - began
+        began = time.perf_counter()
+        artifact = Artifact(
+            task=delta.task,
+            format=name,
+            engine=written.engine,
+            precision=model.precision,
+            labels=delta.labels,
+            preprocess=delta.preprocess,
+            backbone=delta.backbone,
+            fingerprint=delta.fingerprint,
+            method=delta.method,
+            branches=len(delta.branches),
+            pack_sha256=subject.pack.sha256,
+            codec=subject.pack.codec,
+            files=listing(scratch, written.files),
+            versions=_versions(written.engine),
+            verified=False,
+            reason=written.note,
+            parity=None,
+            probe=_probe(subject, model),
+            evidence={
+                "stored": stored_types(model.proto),
+                "executed": dict(written.layers or {}),
+                "kept_fp32": [asdict(node) for node in model.kept],
+                "calibration": model.calibration,
+                **({"int8": model.int8} if model.int8 else {}),
+            },
+        )
+        artifact = _verified(subject, artifact, scratch, path)
+        write_artifact(scratch, artifact)
+        verify_seconds = time.perf_counter() - began
+    return Exported(
+        artifact=artifact,
+        path=path,
+        size_bytes=folder_bytes(path),
+        seconds=seconds,
+        verify_seconds=verify_seconds,
+        kept_fp32=model.kept,
+        drop=model.drop,
+        warning=model.warning,
+    )
+
+
+def _probe(subject: Subject, model: Model) -> Probe:
+    """Answers to noise: those of the merged network, or where codes decide, those of the same codes in ONNX Runtime."""
+    if model.precision != "int8":
+        return subject.probe
+    return replace(subject.probe, logits=model.logits(subject.probe.images(subject.delta.preprocess)))
+
+
+def _verified(subject: Subject, artifact: Artifact, scratch: Path, path: Path) -> Artifact:
+    """The artefact with what comparing it showed, or why nothing here could run it."""
+    try:
+        runner = open_artifact(scratch, artifact)
+    except MissingError as error:
+        return replace(artifact, reason=f"not run: {artifact.reason or error.what}")
+    try:
+        parity = prove(subject, artifact, runner, where=str(path))
+        evidence = {**artifact.evidence, "executed": runner.evidence}
+    finally:
+        runner.close()
+    return replace(artifact, verified=True, reason=None, parity=parity, evidence=evidence)
+
+
+def _versions(engine: str) -> dict[str, object]:
+    versions: dict[str, object] = {}
+    for name in ("edgepet", "onnx", engine):
+        try:
+            versions[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return versions

@@ -1,0 +1,139 @@
+"""Several packs in one command: each is a job, several run at the same time, and a kill loses those in hand alone."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from edgepet.errors import EdgepetError, InputError, option
+from edgepet.files import folder_sha256, sha256_file
+from edgepet.jobs.job import Job, Result, read_result
+from edgepet.jobs.running import run_jobs
+from edgepet.measuring.machine import environment
+from edgepet.networks.backbone import AnyBackbone
+from edgepet.packs.pack import read_pack
+from edgepet.spec import FilePath
+from edgepet.tuning.work_folder import work_folder
+from edgepet.verbs.verb import Parser, at_least_one
+
+JOBS = ".jobs"  # below what is written, until all of it is there
+MOST_JOBS = 64  # of one machine: each holds a backbone
+
+
+def jobs_option(parser: Parser, default: int | None) -> None:
+    """--jobs."""
+    told = (
+        "packs at the same time, each in a process with its share of the cores; a command that was killed goes on"
+        f" where it was (default: {default or 'one after another in this process'})"
+    )
+    parser.add_argument("--jobs", type=int, default=default, metavar="N", help=told)
+
+
+def tasks_of(packs: Sequence[FilePath], verb: str) -> dict[Path, str]:
+    """The task of every pack.
+
+    Raises:
+        InputError: two are of one task, or a pack cannot be read.
+    """
+    read = [(Path(path), read_pack(path).delta.task) for path in packs]
+    if len({task for _, task in read}) != len(read):
+        raise InputError(verb, "needs packs of different tasks", got=", ".join(task for _, task in read))
+    return dict(read)
+
+
+def of_task(folder: FilePath | None, task: str | None) -> Path | None:
+    """Where the images of one of several tasks are: ``folder/TASK``, or ``folder`` itself where there is none.
+
+    ``task`` None is the only one: ``folder`` is its own.
+    """
+    if folder is None:
+        return None
+    own = Path(folder) / (task or ".")
+    return own if own.is_dir() else Path(folder)
+
+
+def run_packs(
+    function: str,
+    tasks: Mapping[Path, str],
+    place: Path,
+    *,
+    backbone: AnyBackbone,
+    images: Mapping[str, FilePath | None],
+    settings: Mapping[str, object],
+    processes: int,
+    tell: Callable[[str], None],
+) -> tuple[Result, ...]:
+    """Run ``function`` of every pack as a job; results lie below ``place`` until ``finish`` is called.
+
+    Args:
+        function: "module:name"; its specification has what ``settings`` has, and ``pack``, ``backbone``, ``threads``,
+            and the folders of ``images``, each of the task's own.
+        tasks: packs, and what each answers.
+        images: folders of images, or None, by the names that the specification has for them.
+
+    Raises:
+        EdgepetError: of the first pack that failed, when all others are done.
+        InputError: the backbone is no name, or the number of processes is none.
+    """
+    at_least_one("jobs", processes, most=MOST_JOBS)
+    if backbone is not None and not isinstance(backbone, str):
+        what = "need a backbone by its name: each runs in a process of its own"
+        raise InputError(option("jobs"), what, got=type(backbone).__name__)
+    here, digest = environment(), lru_cache(maxsize=None)(folder_sha256)
+    threads = max(1, here.cores // min(processes, len(tasks)))
+
+    def job(path: Path, task: str) -> Job:
+        work = work_folder(path)
+        folders = {name: of_task(folder, task) for name, folder in images.items()}
+        specification = {
+            "pack": {"path": str(path.absolute()), "sha256": sha256_file(path)},
+            "work": digest(work) if work.is_dir() else None,
+            "backbone": backbone,
+            "images": {
+                name: folder and {"path": str(folder.absolute()), "sha256": digest(folder)}
+                for name, folder in folders.items()
+            },
+            "settings": settings,
+            "threads": threads,
+            "versions": here.versions,
+        }
+        return Job(function=function, specification=specification, name=path.name)
+
+    jobs = [job(path, task) for path, task in tasks.items()]
+    try:
+        return run_jobs(jobs, place, processes=processes, per_process=len(jobs), tell=lambda line: tell(_first(line)))
+    except EdgepetError as error:
+        done = sum(read_result(job, place) is not None for job in jobs)
+        kept = f"{done} of {len(jobs)} packs are done and kept in {place}: the same command goes on from there"
+        fix = kept if error.fix is None else f"{error.fix}; {kept}"
+        raise type(error)(error.where, error.what, got=error.got, fix=fix) from error
+
+
+def _first(line: str) -> str:
+    return line.splitlines()[0]
+
+
+def folder_of(specification: Mapping[str, Any], name: str) -> Path | None:
+    """A folder of images that a job was given, or None."""
+    given = specification["images"][name]
+    return None if given is None else Path(given["path"])
+
+
+def begin(specification: Mapping[str, Any]) -> Path:
+    """What every job of a pack begins with: torch takes its share of the cores. Returns the pack."""
+    import torch
+
+    torch.set_num_threads(specification["threads"])
+    return Path(specification["pack"]["path"])
+
+
+def finish(results: Sequence[Result]) -> None:
+    """Results are where they belong: nothing of their jobs is kept."""
+    for result in results:
+        shutil.rmtree(result.folder, ignore_errors=True)
+    for place in {result.folder.parent for result in results}:
+        if place.name == JOBS:
+            shutil.rmtree(place, ignore_errors=True)
