@@ -163,6 +163,26 @@ def made_folder(path: Path, what: str) -> Path:
     return path
 
 
+@contextlib.contextmanager
+def held_alone(path: Path, otherwise: str) -> Iterator[None]:
+    """Hold the empty file ``path``, made where it is not there; the lock goes with the process, however that ends.
+
+    Where a file system or Windows has no such locks, everybody holds it.
+
+    Raises:
+        InputError: another process holds it: then its folder ``otherwise``. Or it cannot be made.
+    """
+    with refusing(path, "could not be written"):
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        if not _lock(descriptor):
+            fix = "wait until it has ended, or give another folder"
+            raise InputError(str(path.parent), otherwise, fix=fix)
+        yield
+    finally:
+        os.close(descriptor)
+
+
 def clear_leftovers(path: Path) -> None:
     """Remove what processes that are dead left of writing ``path``; one that is alive holds a lock."""
     begins = f".{path.name}."
@@ -178,9 +198,15 @@ def _scratch(path: Path) -> Path:
     return path.parent / f".{path.name}.{secrets.token_hex(4)}{_PART}"
 
 
-def _lock(descriptor: int) -> None:
-    with contextlib.suppress(OSError, NameError):  # a file system without locks, or Windows
+def _lock(descriptor: int) -> bool:
+    """Lock a file while it is open; False where another process has it."""
+    try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except (OSError, NameError):  # a file system without locks, or Windows
+        return True
+    return True
 
 
 def _is_locked(path: Path) -> bool:

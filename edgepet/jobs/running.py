@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import multiprocessing
 import os
 import shutil
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
@@ -16,7 +15,7 @@ from pathlib import Path
 from typing import TypeAlias
 
 from edgepet.errors import EdgepetError, InputError
-from edgepet.files import clear_leftovers, refusing
+from edgepet.files import clear_leftovers, held_alone, refusing
 from edgepet.jobs.job import Job, Result, make, read_result
 from edgepet.reports.tables import format_seconds
 
@@ -67,7 +66,9 @@ def run_jobs(
     """
     if min(processes, per_process) < 1:
         raise InputError("jobs", "need one process at least", got=min(processes, per_process))
-    with _alone(folder):
+    with refusing(folder, "could not be written"):
+        folder.mkdir(parents=True, exist_ok=True)
+    with held_alone(folder / LOCK, "is being filled by another run of jobs"):
         missing = {job.digest: job for job in jobs if read_result(job, folder) is None}
         _remove_leftovers(folder, missing)
         errors = _run(list(missing.values()), folder, processes, per_process, tell)
@@ -178,23 +179,6 @@ def _answer(worker: _Worker) -> tuple[EdgepetError | RuntimeError | None, bool]:
         return None, True
     kind, where, what, got, fix = told
     return kind(f"job {label}: {where}", what, got=got, fix=fix), True
-
-
-@contextlib.contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """Keep other runs out of ``folder``; the lock goes with the process, however that ends."""
-    with refusing(folder, "could not be written"):
-        folder.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            fix = "wait until it has ended, or give another folder"
-            raise InputError(str(folder), "is being filled by another run of jobs", fix=fix) from error
-        yield
-    finally:
-        os.close(descriptor)
 
 
 def _remove_leftovers(folder: Path, digests: Iterable[str]) -> None:
