@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -79,9 +79,13 @@ def _log_softmax(logits: NpArray) -> NpArray:
 
 def answers(model: ModelProto, images: NpArray) -> NpArray:
     """Logits (n, C) of an ``onnx.ModelProto`` in ONNX Runtime, for preprocessed float32 ``images`` (n, 3, H, W)."""
+    return answers_of(model, (images[i : i + BATCH] for i in range(0, len(images), BATCH)))
+
+
+def answers_of(model: ModelProto, batches: Iterable[NpArray]) -> NpArray:
+    """``answers`` to images that come in batches, of which one is held at a time."""
     session = open_session(model.SerializeToString())
-    parts = [session.run(None, {INPUT: images[i : i + BATCH]})[0] for i in range(0, len(images), BATCH)]
-    logits: NpArray = np.concatenate(parts)
+    logits: NpArray = np.concatenate([session.run(None, {INPUT: batch})[0] for batch in batches])
     return logits
 
 

@@ -16,8 +16,8 @@ import numpy as np
 
 from edgepet.errors import InputError
 from edgepet.files import sha256_file
-from edgepet.images.preprocess import normalize
-from edgepet.images.sets import ImageSet, load_set, open_split
+from edgepet.images.preprocess import Pixels, normalize
+from edgepet.images.sets import ImageSet, batches, load_set, open_split
 from edgepet.spec import FilePath, NpArray, Preprocess
 
 LEAST, ENOUGH = 32, 128  # images: below the first it is refused, below the second it is said
@@ -48,17 +48,20 @@ class CalibrationImages:
     @cached_property
     def images(self) -> NpArray:
         """Those to measure ranges on, through the artefact's own preprocessing, float32 (n, 3, H, W)."""
-        return self._loaded(self.measured)[0]
+        return self._loaded(self.measured)
 
     @cached_property
     def held_out_images(self) -> NpArray:
         """Those to choose the recipe on, as ``images`` are: float32 (n, 3, H, W)."""
-        return self._loaded(self.held_out)[0]
+        return self._loaded(self.held_out)
 
     @cached_property
-    def judged_images(self) -> tuple[NpArray, NpArray]:
-        """All of train and val, float32 (n, 3, H, W), and their labels (n,) as indices of the sorted classes."""
-        return self._loaded(self.judged)
+    def _judged_pixels(self) -> Pixels:
+        return load_set(self.judged, self.preprocess)[0]  # uint8: as float32 they are four times as large
+
+    def judged_batches(self, batch_size: int) -> Iterator[NpArray]:
+        """All of train and val, float32 (b, 3, H, W), in the order of ``judged``."""
+        return batches(self._judged_pixels, self.preprocess, batch_size)
 
     @property
     def warning(self) -> str | None:
@@ -85,9 +88,8 @@ class CalibrationImages:
     def _count(self, label: int) -> int:
         return self.measured.labels.count(label) + self.held_out.labels.count(label)
 
-    def _loaded(self, images: ImageSet) -> tuple[NpArray, NpArray]:
-        pixels, labels = load_set(images, self.preprocess)
-        return normalize(pixels, self.preprocess), labels
+    def _loaded(self, images: ImageSet) -> NpArray:
+        return normalize(load_set(images, self.preprocess)[0], self.preprocess)
 
 
 def calibration_images(

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 
 from edgepet.calibration.budget import (
+    BATCH,
     Drop,
     LayerDrop,
     answers,
+    answers_of,
     divergence,
     drop_between,
     require_resolution,
@@ -121,14 +123,15 @@ class Calibration:
 
     def judge(self, int8: Int8) -> Drop:
         """What ``int8`` loses on all of train and val."""
-        return self.judged(lambda images: answers(int8.model, images))
+        return self.judged(lambda batches: answers_of(int8.model, batches))
 
-    def judged(self, network: Callable[[NpArray], NpArray]) -> Drop:
-        """What ``network``, images to logits, loses on all of train and val."""
-        images, labels = self._images.judged_images
+    def judged(self, network: Callable[[Iterable[NpArray]], NpArray]) -> Drop:
+        """What ``network``, batches of images to logits, loses on all of train and val."""
+        images = self._images
         if self._judged is None:
-            self._judged = answers(self._float, images)
-        return drop_between(self._judged, network(images), self._order[labels])
+            self._judged = answers_of(self._float, images.judged_batches(BATCH))
+        labels = self._order[np.asarray(images.judged.labels)]
+        return drop_between(self._judged, network(images.judged_batches(BATCH)), labels)
 
     def sensitivity(self, recipe: Int8Recipe) -> tuple[LayerDrop, ...]:
         """Every layer alone in int8, on the held-out images; that of the largest divergence first."""

@@ -111,15 +111,56 @@ def load_set(
 
 
 def load_sets(
-    sets: Sequence[ImageSet], preprocess: Preprocess, *, progress: Callable[[int], None] | None = None
+    sets: Sequence[ImageSet],
+    preprocess: Preprocess,
+    *,
+    into: Sequence[Pixels] | None = None,
+    progress: Callable[[int], None] | None = None,
 ) -> list[tuple[Pixels, NDArray[np.int64]]]:
     """``load_set`` of several sets, whose unreadable files are told together.
+
+    Args:
+        into: where the pixels of each set go; None makes arrays for them.
 
     Raises:
         InputError: files of any set that are no readable images, all of them in one message.
     """
+    pixels = [_empty(images, preprocess) for images in sets] if into is None else list(into)
+    bad = _decode(sets, preprocess, pixels, progress)
+    if bad:
+        raise _unreadable(bad, sum(map(len, sets)))
+    labels = (np.asarray(images.labels, dtype=np.int64) for images in sets)
+    return list(zip(pixels, labels, strict=True))
+
+
+def load_batches(images: ImageSet, preprocess: Preprocess, batch_size: int) -> Iterator[Pixels]:
+    """The pixels of ``load_set`` a few at a time, so that a set may be larger than memory.
+
+    Raises:
+        InputError: files that are no readable images, all of them in one message, when the others are decoded; from the
+            first of them on no batch is given.
+    """
+    bad = list[InputError]()
+    for start in range(0, len(images), batch_size):
+        stop = start + batch_size
+        part = ImageSet(images.classes, images.paths[start:stop], images.labels[start:stop])
+        pixels = _empty(part, preprocess)
+        bad += _decode([part], preprocess, [pixels], None)
+        if not bad:
+            yield pixels
+    if bad:
+        raise _unreadable(bad, len(images))
+
+
+def _empty(images: ImageSet, preprocess: Preprocess) -> Pixels:
     *frames, _, height, width = preprocess.input_shape
-    pixels = [np.empty((len(images), *frames, height, width, 3), dtype=np.uint8) for images in sets]
+    return np.empty((len(images), *frames, height, width, 3), dtype=np.uint8)
+
+
+def _decode(
+    sets: Sequence[ImageSet], preprocess: Preprocess, pixels: Sequence[Pixels], progress: Callable[[int], None] | None
+) -> list[InputError]:
+    """Decode every image of ``sets`` into its row of ``pixels``; returns what is wrong with those that cannot be."""
     places = [(number, index) for number, images in enumerate(sets) for index in range(len(images))]
 
     def fill(place: tuple[int, int]) -> InputError | None:
@@ -130,7 +171,7 @@ def load_sets(
             return error
         return None
 
-    bad = []
+    bad = list[InputError]()
     # Pillow releases the interpreter lock while it decodes and resizes, hence threads.
     with warnings.catch_warnings(), ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # there is a limit of our own
@@ -138,10 +179,7 @@ def load_sets(
             bad += [error] if error is not None else []
             if progress is not None:
                 progress(done)
-    if bad:
-        raise _unreadable(bad, len(places))
-    labels = (np.asarray(images.labels, dtype=np.int64) for images in sets)
-    return list(zip(pixels, labels, strict=True))
+    return bad
 
 
 def _unreadable(bad: Sequence[InputError], among: int) -> InputError:

@@ -13,7 +13,7 @@ from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
 
-CPUINFO = Path("/proc/cpuinfo")
+CPUINFO, MEMINFO, CGROUP = Path("/proc/cpuinfo"), Path("/proc/meminfo"), Path("/sys/fs/cgroup")
 CPUS = Path("/sys/devices/system/cpu")
 PACKAGES = ("edgepet", "numpy", "onnxruntime", "openvino", "tensorrt", "tensorrt-rtx", "torch", "timm", "nncf")
 
@@ -98,6 +98,19 @@ def environment() -> Environment:
         governor=_governor(),
         date=datetime.now(UTC).date().isoformat(),
     )
+
+
+def free_memory_bytes() -> int:
+    """Bytes that processes can have now without swapping, of the machine or of this container, whichever are less.
+
+    Where neither tells, 4 GB.
+    """
+    available = re.search(r"MemAvailable:\s+(\d+) kB", _read(MEMINFO) or "")
+    limit = re.fullmatch(r"(\d+)\s*", _read(CGROUP / "memory.max") or "")
+    used = re.search(r"^anon (\d+)$", _read(CGROUP / "memory.stat") or "", re.MULTILINE)  # the rest can be dropped
+    told = [int(available[1]) * 1024] if available else []
+    told += [max(0, int(limit[1]) - int(used[1]))] if limit and used else []
+    return min(told, default=4 * 10**9)
 
 
 def runtimes(engines: Iterable[Engine]) -> tuple[RuntimeStatus, ...]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import numpy as np
 import torch
 
@@ -22,14 +24,20 @@ def merged_logits(backbone: Backbone, delta: Delta, images: NpArray) -> NpArray:
     Raises:
         BackboneError, InputError: as ``task_tensors``.
     """
+    return merged_answers(backbone, delta, np.split(images, range(64, len(images), 64)))
+
+
+def merged_answers(backbone: Backbone, delta: Delta, batches: Iterable[NpArray]) -> NpArray:
+    """``merged_logits`` of images that come in ``batches``: folded once, and held one batch at a time."""
     tensors = task_tensors(backbone.base, delta)
     branches = in_torch([branch.with_tensors(tensors) for branch in delta.branches])
     state = {name: torch.from_numpy(np.array(tensors[name])) for name in backbone.tensors}
     head = torch.from_numpy(delta.head.weight.astype(np.float32)), torch.from_numpy(delta.head.bias.astype(np.float32))
     parts = []
     with torch.no_grad(), grafted(backbone.module, branches):
-        for batch in torch.split(torch.from_numpy(images), 64):
-            features = torch.func.functional_call(backbone.module, state, (batch,), tie_weights=False)
+        for batch in batches:
+            inputs = (torch.from_numpy(batch),)
+            features = torch.func.functional_call(backbone.module, state, inputs, tie_weights=False)
             parts.append(torch.nn.functional.linear(features, *head))
     logits: NpArray = torch.cat(parts).numpy()
     return logits

@@ -40,6 +40,8 @@ class TrainOptions:
             pack where the work folder lies beside it; the head starts anew.
         resume: go on from the checkpoint of an interrupted training, or begin where there is none.
         checkpoint_s: seconds between two checkpoints within an epoch.
+        memory: bytes that decoded images may take; more are kept in ``TASK.pixels`` beside the pack until it is there.
+            None is half of what is free.
     """
 
     settings: Mapping[str, str] | None = None
@@ -59,6 +61,7 @@ class TrainOptions:
     init: FilePath | None = None
     resume: bool = False
     checkpoint_s: float = CHECKPOINT_S
+    memory: int | None = None
 
     def check(self) -> None:
         """Refuse what no training could be, before any work is done.
@@ -85,6 +88,8 @@ class TrainOptions:
             raise InputError(option("seed"), f"must be at least 0 and below {MOST_SEED}", got=self.seed)
         if not 0 <= self.checkpoint_s < math.inf:
             raise InputError(option("checkpoint_s"), "must be at least 0 and finite", got=self.checkpoint_s)
+        if self.memory is not None and self.memory < 0:
+            raise InputError(option("memory"), "must be at least 0 bytes", got=self.memory)
         unknown = [name for name in self.augment if name not in AUGMENTATIONS]
         if unknown:
             raise InputError(option("augment"), f"knows {', '.join(AUGMENTATIONS)}", got=repr(unknown[0]))

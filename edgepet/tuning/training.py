@@ -17,8 +17,10 @@ from edgepet.deltas.delta import Delta
 from edgepet.errors import CheckError, InputError, option
 from edgepet.exporters.trace import base_graph
 from edgepet.files import cache_folder, made_folder, require_only
+from edgepet.images.held import load_held, pixels_folder
 from edgepet.images.preprocess import normalize
-from edgepet.images.sets import ImageSet, few_shots, load_sets, open_split
+from edgepet.images.sets import ImageSet, few_shots, open_split
+from edgepet.measuring.machine import free_memory_bytes
 from edgepet.measuring.parity import ALGEBRA
 from edgepet.methods import Method, STAdapter, configure
 from edgepet.methods.settings import stored
@@ -89,7 +91,12 @@ def run(training: Training, processes: Processes) -> Made:
     device = _device(processes.device(options.device))
     stage("load the backbone")
     backbone = _backbone(training)
-    train_images, val_images = (LabelledPixels(*part) for part in load_sets([train_set, val_set], backbone.preprocess))
+    held = load_held(
+        {"train": train_set, "val": val_set}, backbone.preprocess, pixels_folder(training.output),
+        budget_bytes=free_memory_bytes() // 2 if options.memory is None else options.memory,
+        makes=processes.leads, wait=processes.wait, stage=stage,
+    )  # fmt: skip
+    train_images, val_images = (LabelledPixels(*held[name]) for name in ("train", "val"))
     plan = _plan(training, method, device, processes)
     model = _attach(backbone, method, len(train_set.classes), options)
     began_with = {} if work is None else {"init": _start(model, backbone, work, str(options.init))}

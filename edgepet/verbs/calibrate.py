@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -268,10 +268,12 @@ def _shared_run(expressed: Expressed, graph: Int8Graph, runtime: str, chosen: Ca
         network = shared.bind(delta)
         bind_ms = 1e3 * (time.perf_counter() - began)
 
-        def logits(images: NpArray) -> NpArray:
-            return np.concatenate([network(images[i : i + BATCH]) for i in range(0, len(images), BATCH)])
+        def logits(batches: Iterable[NpArray]) -> NpArray:
+            return np.concatenate([network(batch) for batch in batches])
 
-        expected, got = answers(expressed.model, chosen.held_out_images), logits(chosen.held_out_images)
+        held = chosen.held_out_images
+        expected = answers(expressed.model, held)
+        got = logits(held[start : start + BATCH] for start in range(0, len(held), BATCH))
         parity = compare(expected, got, stored=SAME_CODES, inputs="data", against="merged")
         require_parity(parity, f"{delta.task} on the int8 backbone, {runtime}")
         drop = expressed.calibration.judged(logits)

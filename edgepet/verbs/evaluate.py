@@ -10,7 +10,8 @@ import numpy as np
 
 from edgepet.device.runtimes import RUNTIMES
 from edgepet.errors import InputError, option
-from edgepet.images.sets import SPLITS, batches, load_set, open_split
+from edgepet.images.preprocess import normalize
+from edgepet.images.sets import SPLITS, load_batches, open_split
 from edgepet.measuring.machine import TORCH
 from edgepet.measuring.parity import accuracy
 from edgepet.networks.backbone import AnyBackbone
@@ -81,12 +82,14 @@ def evaluate(
         raise InputError(str(data), what, got=f"a difference in {', '.join(missing[:5])}")
     opened = source.open(runtime, precision, backbone, threads)
     try:
-        pixels, truth = load_set(images, source.preprocess)
         order = np.array([source.labels.index(name) for name in images.classes])
-        parts = [opened.network(batch).argmax(1) for batch in batches(pixels, source.preprocess, EVAL_BATCH)]
+        parts = [
+            opened.network(normalize(pixels, source.preprocess)).argmax(1)
+            for pixels in load_batches(images, source.preprocess, EVAL_BATCH)
+        ]
     finally:
         opened.network.close()
-    judged = accuracy(np.concatenate(parts), order[truth], len(source.labels))
+    judged = accuracy(np.concatenate(parts), order[np.array(images.labels)], len(source.labels))
     return EvalReport(
         top1=judged.top1,
         n=judged.n,

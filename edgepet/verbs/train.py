@@ -12,7 +12,8 @@ import numpy as np
 
 from edgepet.deltas.delta import Delta, Score
 from edgepet.errors import InputError, option, require
-from edgepet.images.preprocess import normalize
+from edgepet.images.held import forget, pixels_folder
+from edgepet.images.sets import batches
 from edgepet.measuring.parity import Accuracy, accuracy
 from edgepet.methods import Method
 from edgepet.methods.method import count
@@ -22,7 +23,7 @@ from edgepet.reports.screen import Screen, lines, program
 from edgepet.reports.tables import format_bytes, format_number, format_percent, format_seconds
 from edgepet.spec import FilePath
 from edgepet.tuning.options import AUGMENTATIONS, BACKBONE_PRECISIONS, PRECISIONS, TrainOptions
-from edgepet.tuning.work_folder import work_folder, write_work
+from edgepet.tuning.work_folder import HELD_OUT, work_folder, write_work
 from edgepet.verbs.verb import (
     Options,
     Parser,
@@ -34,6 +35,7 @@ from edgepet.verbs.verb import (
     output_option,
     pairs,
     path,
+    size_bytes,
 )
 
 if TYPE_CHECKING:
@@ -45,6 +47,7 @@ if TYPE_CHECKING:
 
 DEFAULTS = TrainOptions()
 FEW_IMAGES = 100  # of a val set: one image is a point
+JUDGED = 64  # val images at a time
 IMBALANCE = 3  # times as many images of one class as of another
 
 
@@ -144,6 +147,7 @@ def run_training(training: Training, write: Callable[[Made], None]) -> tuple[Mad
     if processes.leads:
         write(made)
         made.keeper.remove()
+        forget(pixels_folder(training.output))
     processes.wait()
     return made, time.perf_counter() - began
 
@@ -154,14 +158,15 @@ def keep_work(folder: Path, made: Made) -> None:
 
     spread = np.random.default_rng(0).permutation(len(made.val))  # folders come class by class
     keep_weights(made.backbone)
-    write_work(folder, made.delta, made.model.arrays(), made.val.pixels[spread], made.val.labels[spread])
+    kept = spread[:HELD_OUT]
+    write_work(folder, made.delta, made.model.arrays(), made.val.pixels[kept], made.val.labels[kept])
 
 
 def val_accuracy(made: Made, delta: Delta) -> Accuracy:
     """Accuracy of ``delta`` on a training's val images, folded and run in float32."""
-    from edgepet.networks.merged import merged_logits
+    from edgepet.networks.merged import merged_answers
 
-    logits = merged_logits(made.backbone, delta, normalize(made.val.pixels, made.backbone.preprocess))
+    logits = merged_answers(made.backbone, delta, batches(made.val.pixels, made.backbone.preprocess, JUDGED))
     return accuracy(logits.argmax(1), made.val.labels, len(delta.labels))
 
 
@@ -205,7 +210,8 @@ def _report(output: Path, made: Made, seconds: float) -> TrainReport:
 def _rounded(model: TunedModel, backbone: Backbone, val: LabelledPixels) -> Accuracy:
     from edgepet.tuning.model import logits_of
 
-    logits = logits_of(model, normalize(val.pixels, backbone.preprocess))
+    parts = [logits_of(model, images) for images in batches(val.pixels, backbone.preprocess, JUDGED)]
+    logits = np.concatenate(parts)
     return accuracy(logits.argmax(1), val.labels, logits.shape[1])
 
 
@@ -246,6 +252,8 @@ def training_options(parser: Parser) -> None:
     add("--resume", action="store_true", help="go on from TASK.checkpoint, if there is one (default: begin)")
     told = "seconds between two checkpoints within an epoch (default: %(default)s)"
     add("--checkpoint-every", dest="checkpoint_s", type=float, default=own.checkpoint_s, metavar="SECONDS", help=told)
+    told = "of decoded images, 2GB say; more lie in TASK.pixels until the pack is there (default: half of what is free)"
+    add("--memory", type=size_bytes, metavar="SIZE", help=told)
 
 
 def asked_options(options: Options) -> TrainOptions:

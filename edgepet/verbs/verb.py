@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -99,6 +100,19 @@ def natural(text: str) -> int:
     if not text.isdecimal():
         raise argparse.ArgumentTypeError(f"needs a whole number of at least 0, got {text!r}")
     return int(text)
+
+
+def size_bytes(text: str) -> int:
+    """Bytes of a size such as 500MB or 2GB, of 1000 each, 2GiB, of 1024, or a plain number.
+
+    Raises:
+        argparse.ArgumentTypeError: it is none.
+    """
+    match = re.fullmatch(r"(\d{1,15}(?:\.\d{1,3})?) ?(?:([kMGT])(i?))?B?", text, re.ASCII | re.IGNORECASE)
+    if match is None:
+        raise argparse.ArgumentTypeError(f"needs a size such as 500MB or 2GB, got {text!r}")
+    number, prefix, binary = match.groups()
+    return int(float(number) * (1024 if binary else 1000) ** ("kmgt".find((prefix or "").lower()) + 1 if prefix else 0))
 
 
 def names(text: str) -> list[str]:
