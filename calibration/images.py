@@ -7,6 +7,7 @@ on one part; the recipe is chosen on another, held out. A budget is judged on al
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -16,6 +17,9 @@ import numpy as np
 
 from edgepet.errors import InputError
 from edgepet.files import sha256_file
+from edgepet.images.folders import class_name, folders_in, split_folders, split_of
+from edgepet.images.formats import is_image
+from edgepet.images.notes import passed_over
 from edgepet.images.preprocess import Pixels, normalize
 from edgepet.images.sets import ImageSet, batches, load_set, open_split
 from edgepet.spec import FilePath, NpArray, Preprocess
@@ -65,16 +69,18 @@ class CalibrationImages:
 
     @property
     def warning(self) -> str | None:
-        """What to say of fewer than 128 images, else None."""
+        """What to say of fewer than 128 images, and of files that are passed over, else None."""
         n = len(self.digests)
-        return f"{n} calibration images are few: {ENOUGH} or more are advised" if n < ENOUGH else None
+        few = f"{n} calibration images are few: {ENOUGH} or more are advised" if n < ENOUGH else None
+        told = [text for text in (few, passed_over(self.folder, self.judged.passed_over)) if text is not None]
+        return "; ".join(told) or None
 
     @property
     def facts(self) -> dict[str, object]:
         """What a manifest keeps: enough to draw the same images again, and to know them by content."""
         whole = hashlib.sha256("".join(f"{name} {d}\n" for name, d in self.digests.items()).encode()).hexdigest()
         return {
-            "folder": self.folder.name,
+            "folder": _spelled(self.folder.name),
             "seed": self.seed,
             "images": len(self.digests),
             "measured": len(self.measured),
@@ -115,10 +121,10 @@ def calibration_images(
     folder = Path(folder)
     clips = preprocess.frames > 1
     judged = _joined([open_split(folder, part, clips=clips) for part in ("train", "val")])
-    if judged.classes != tuple(sorted(classes)):
-        unlike = ", ".join(sorted(set(judged.classes) ^ set(classes))[:5])
+    if judged.classes != tuple(sorted(map(class_name, classes))):
+        unlike = ", ".join(sorted(set(judged.classes) ^ set(map(class_name, classes)))[:5])
         raise InputError(str(folder), f"needs the {len(classes)} classes of the task", got=f"a difference in {unlike}")
-    source = open_split(folder, "train", clips=clips) if (folder / "train").is_dir() else judged
+    source = open_split(folder, "train", clips=clips) if "train" in split_folders(folder, clips=clips) else judged
     chosen = list(_distinct(source, _in_turn(source, seed), count))
     if len(chosen) < LEAST:
         what = f"needs at least {LEAST} different images to calibrate on"
@@ -163,13 +169,14 @@ def _distinct(images: ImageSet, order: Iterator[int], count: int) -> Iterator[tu
 
 def _require_apart(folder: Path, evaluation: FilePath | None, judged: ImageSet, clips: bool) -> None:
     """Refuse a file that a test split has too, by its content; all of train and val judge a budget, drawn or not."""
-    places = [folder / "test", folder.absolute().parent / "test"]
-    places += [] if evaluation is None else [Path(evaluation) / "test", Path(evaluation)]
-    places = [place for place in places if place.name == "test" and place.is_dir()]
+    places = [*_tests_in(folder), *_tests_in(folder.absolute().parent)]
+    if evaluation is not None:
+        given = Path(evaluation)
+        places += [*_tests_in(given), *([given] if split_of(given.name) == "test" and given.is_dir() else [])]
     mine = {_digest(path): _name(path, folder) for path in reversed(judged.paths)} if places else {}
     for place in places:
         held = place.absolute()
-        theirs = (path for path in sorted(held.glob("*/*")) if not path.name.startswith(".") and path.is_dir() == clips)
+        theirs = (path for path in sorted(held.glob("*/*")) if (path.is_dir() if clips else _is_picture(path)))
         common = [path for path in theirs if mine.get(_digest(path))]
         if common:
             example = f"{mine[_digest(common[0])]} is {common[0].relative_to(held)}"
@@ -181,17 +188,34 @@ def _require_apart(folder: Path, evaluation: FilePath | None, judged: ImageSet, 
             )
 
 
+def _tests_in(folder: Path) -> list[Path]:
+    """The folders in ``folder`` that are called as a test split is; none where it cannot be read."""
+    try:
+        return [item for item in folders_in(folder) if split_of(item.name) == "test"]
+    except InputError:
+        return []
+
+
+def _is_picture(path: Path) -> bool:
+    return not path.name.startswith(".") and is_image(path) and path.is_file()
+
+
 def _digest(path: Path) -> str:
-    if path.is_file():
+    if not path.is_dir():
         return sha256_file(path)
     whole = hashlib.sha256()
-    for frame in sorted(path.iterdir()):
+    for frame in sorted(filter(_is_picture, path.iterdir())):
         whole.update(sha256_file(frame).encode())
     return whole.hexdigest()
 
 
 def _name(path: Path, folder: Path) -> str:
-    return path.relative_to(folder).as_posix()
+    return _spelled(path.relative_to(folder).as_posix())
+
+
+def _spelled(name: str) -> str:
+    """``name`` as a manifest can hold it: bytes that are no UTF-8 are escaped."""
+    return os.fsencode(name).decode("utf-8", "backslashreplace")
 
 
 def _joined(sets: Sequence[ImageSet]) -> ImageSet:
@@ -199,6 +223,7 @@ def _joined(sets: Sequence[ImageSet]) -> ImageSet:
         sets[0].classes,
         tuple(path for images in sets for path in images.paths),
         tuple(label for images in sets for label in images.labels),
+        tuple(each for images in sets for each in images.passed_over),
     )
 
 

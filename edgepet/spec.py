@@ -152,7 +152,8 @@ class Preprocess:
     """How an image becomes the network's input, in timm's words (``timm.data.resolve_data_config``).
 
     ``image_size`` is (height, width) in pixels; ``crop`` is timm's ``crop_mode``; ``mean`` and ``std`` are per channel
-    of an RGB image scaled to 0..1. Where ``frames`` is above 1 the input is a clip of so many images.
+    of an RGB image scaled to 0..1. Where ``frames`` is above 1 the input is a clip of so many images. ``orientation``
+    is whether an image is turned as its EXIF data say; None does not say so, as older files do not, and is "none".
     """
 
     image_size: tuple[int, int]
@@ -162,6 +163,7 @@ class Preprocess:
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
     frames: int = 1
+    orientation: Literal["exif", "none"] | None = None
 
     @property
     def input_shape(self) -> tuple[int, ...]:
@@ -169,9 +171,10 @@ class Preprocess:
         return (3, *self.image_size) if self.frames == 1 else (self.frames, 3, *self.image_size)
 
     def as_json(self) -> dict[str, object]:
-        """As packs, artefacts and graphs have it: ``frames`` is there for clips only."""
+        """As packs, artefacts and graphs have it: ``frames`` is there for clips only, None is left out."""
         values = {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
-        return {key: value for key, value in values.items() if key != "frames" or self.frames > 1}
+        told = {key: value for key, value in values.items() if key != "frames" or self.frames > 1}
+        return {key: value for key, value in told.items() if value is not None}
 
 
 LEAST_STD = 2.0**-126  # of float32's normal numbers
@@ -197,6 +200,9 @@ def read_preprocess(table: ObjectReader) -> Preprocess:
         mean=cast(tuple[float, float, float], table.numbers("mean", count=3)),
         std=cast(tuple[float, float, float], table.numbers("std", count=3)),
         frames=table.integer("frames", least=2) if "frames" in table.names() else 1,
+        orientation=cast(Literal["exif", "none"], table.text("orientation", choices=["exif", "none"]))
+        if table.has("orientation")
+        else None,
     )
     table.end()
     if not 0 < preprocess.crop_fraction <= 1 or min(preprocess.std) < LEAST_STD:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import shutil
 from collections import Counter
 from pathlib import Path
@@ -13,6 +14,7 @@ import pytest
 from PIL import Image
 
 from edgepet.calibration.images import CalibrationImages, calibration_images
+from edgepet.canonical import canonical_json
 from edgepet.errors import InputError
 from edgepet.spec import Preprocess
 
@@ -152,6 +154,41 @@ def test_few_images_are_said_to_be_few(data: Path) -> None:
 
     assert drawn(data, count=127).warning == "127 calibration images are few: 128 or more are advised"
     assert drawn(data, count=128).warning is None
+
+
+def test_what_is_passed_over_is_said_beside_it(data: Path) -> None:
+    (data / "train" / "ash" / "notes.txt").touch()
+    (data / "val").rename(data / "valid")
+
+    images = drawn(data)
+
+    assert images.warning == "42 calibration images are few: 128 or more are advised; passed over 1: 1 .txt"
+    assert len(images.judged) == 54
+
+
+def test_files_of_the_test_split_that_are_no_images_or_lead_nowhere_are_no_overlap(data: Path) -> None:
+    (data / "test" / "ash" / "gone.png").symlink_to("nowhere")
+    os.mkfifo(data / "test" / "ash" / "pipe.png")
+    for part in ("train", "test"):
+        (data / part / "ash" / "licence.txt").write_text("the same in both")
+
+    assert len(drawn(data).digests) == 42
+
+
+def test_the_test_split_is_known_by_its_other_names(data: Path) -> None:
+    shutil.copy(data / "test" / "cedar" / "07.png", data / "train" / "ash" / "innocent.png")
+    (data / "test").rename(data / "Testing")
+
+    assert refusal(data) == overlap(data, data / "Testing", 1, "train/ash/innocent.png is cedar/07.png")
+
+
+def test_a_file_whose_name_is_no_utf8_is_written_down(data: Path) -> None:
+    (data / "train" / "ash" / "00.png").rename(data / "train" / "ash" / os.fsdecode(b"caf\xe9.png"))
+
+    images = drawn(data)
+
+    assert "train/ash/caf\\xe9.png" in images.digests
+    canonical_json(images.facts)
 
 
 def test_a_clip_is_one_image_of_many_files(tmp_path: Path) -> None:

@@ -638,6 +638,8 @@ MALFORMED: dict[str, tuple[bytes, str]] = {
     "an image of no height": (key_to([0, 32], "preprocess", "image_size"), "pack.preprocess.image_size[0]: needs an integer of at least 1, got 0"),
     "a std of zero": (key_to([1, 1, 0], "preprocess", "std"), "pack.preprocess: needs a crop_fraction in (0, 1] and a std above 0"),
     "a crop larger than the image": (key_to(1.5, "preprocess", "crop_fraction"), "pack.preprocess: needs a crop_fraction in (0, 1] and a std above 0"),
+    "an orientation that is none": (key_to("left", "preprocess", "orientation"), "pack.preprocess.orientation: needs one of exif, none, got 'left'"),
+    "an orientation of null": (key_to(None, "preprocess", "orientation"), "pack.preprocess.orientation: needs a text, got None"),
     "settings that are no object": (key_to([], "method", "settings"), "pack.method.settings: needs an object, got []"),
     "a float for the images scored": (key_to(8.0, "val", "n"), "pack.val.n: needs an integer of at least 0, got 8.0"),
     # targets
@@ -770,3 +772,14 @@ def test_the_bytes_of_a_pack_do_not_change_from_release_to_release() -> None:
         hashlib.sha256(encode_pack(delta)).hexdigest()
         == "a27e130795101d763110179e0ff03222a33e7873b0a2772c527b5d8b0f589200"
     )
+
+
+@pytest.mark.parametrize("orientation", ["exif", "none", None])
+def test_a_pack_says_how_images_lie_as_it_was_made_and_an_older_one_does_not(orientation: Any) -> None:
+    delta = make_delta(preprocess=Preprocess(image_size=(32, 32), orientation=orientation))
+
+    data = encode_pack(delta)
+
+    read = read_pack(data).delta
+    assert (read.preprocess.orientation, encode_pack(read)) == (orientation, data)
+    assert (b"orientation" in data) is (orientation is not None)

@@ -271,10 +271,15 @@ def test_a_pack_says_where_it_comes_from(folder: Path, backbone: Backbone, tmp_p
 
 
 def test_the_command_line_takes_names_or_a_file_of_names(folder: Path, backbone: Backbone, tmp_path: Path) -> None:
-    (tmp_path / "names.txt").write_text("oak\nelm, tall\nash\n")
+    told, expected_of_file = "oak\r\nelm, tall\r\nдуб\r\n", ("oak", "elm, tall", "дуб")
+    (tmp_path / "names.txt").write_bytes(told.replace("\r", "").encode())
+    (tmp_path / "marked.txt").write_bytes(told.encode("utf-8-sig"))  # as Windows writes it
+    (tmp_path / "unicode.txt").write_bytes(told.encode("utf-16"))  # and as it did
+    long = tuple(letter * 100 for letter in "abc")  # longer together than a file's name may be
     for labels, expected in (
         ("oak,elm,ash", ("oak", "elm", "ash")),
-        (tmp_path / "names.txt", ("oak", "elm, tall", "ash")),
+        (",".join(long), long),
+        *((tmp_path / name, expected_of_file) for name in ("names.txt", "marked.txt", "unicode.txt")),
     ):
         said = edgepet(
             "import-peft", folder, "--backbone", backbone.spec, "--img-size", 32, "--labels", labels,

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageOps, features
 
 from edgepet.errors import InputError
 from edgepet.images.preprocess import load_pixels, normalize, to_pixels
@@ -82,13 +83,111 @@ def test_a_palette_with_an_alpha_table_is_read_without_it_and_without_a_warning(
     np.testing.assert_array_equal(pixels, load_pixels(plain, preprocess))
 
 
-def test_orientation_in_exif_is_not_applied(tmp_path: Path) -> None:
-    path, exif = tmp_path / "turned.png", Image.Exif()
-    exif[0x0112] = 6
+def turned(path: Path, image: Image.Image, orientation: object) -> Path:
+    """A file of ``image`` that says how it is to be turned."""
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    image.save(path, exif=exif, lossless=True)
+    return path
+
+
+UPRIGHT: dict[int, Callable[[Any], Any]] = {  # by EXIF's table: where row 0 and column 0 of the pixels belong
+    1: lambda pixels: pixels,
+    2: np.fliplr,
+    3: lambda pixels: np.rot90(pixels, 2),
+    4: np.flipud,
+    5: lambda pixels: pixels.swapaxes(0, 1),
+    6: lambda pixels: np.rot90(pixels, -1),
+    7: lambda pixels: np.rot90(pixels.swapaxes(0, 1), 2),
+    8: np.rot90,
+}
+
+
+@pytest.mark.parametrize("suffix", ["png", "webp", "tif"])
+@pytest.mark.parametrize("orientation", UPRIGHT)
+def test_an_image_is_turned_once_as_its_file_says(tmp_path: Path, orientation: int, suffix: str) -> None:
+    image = noise(6, 10)
+    path = turned(tmp_path / f"image.{suffix}", image, orientation)
+    expected = UPRIGHT[orientation](np.asarray(image))
+    preprocess = Preprocess(image_size=expected.shape[:2], orientation="exif")
+
+    np.testing.assert_array_equal(load_pixels(path, preprocess), expected)
+    with Image.open(path) as opened:
+        np.testing.assert_array_equal(to_pixels(opened, preprocess), expected)
+
+
+@pytest.mark.parametrize("orientation", ["none", None])
+def test_an_image_is_not_turned_where_the_pack_does_not_say_so(tmp_path: Path, orientation: Any) -> None:
     image = noise(10, 10)
+    path = turned(tmp_path / "image.png", image, 6)
+
+    pixels = load_pixels(path, Preprocess(image_size=(10, 10), orientation=orientation))
+
+    np.testing.assert_array_equal(pixels, np.asarray(image))
+
+
+def test_a_photograph_of_a_phone_is_the_picture_that_a_viewer_shows(tmp_path: Path) -> None:
+    """Several frames in one JPEG, EXIF in front: what viewers do is ``ImageOps.exif_transpose``."""
+    path, exif = tmp_path / "phone.jpg", Image.Exif()
+    exif[0x0112] = 6
+    noise(40, 30).save(path, "MPO", save_all=True, append_images=[noise(40, 30, seed=1)], exif=exif)
+
+    pixels = load_pixels(path, Preprocess(image_size=(30, 40), orientation="exif"))
+
+    with Image.open(path) as opened:
+        np.testing.assert_array_equal(pixels, np.asarray(ImageOps.exif_transpose(opened).convert("RGB")))
+
+
+TURNED = Preprocess(image_size=(10, 10), orientation="exif")
+DAMAGED_EXIF = [b"", b"Exif\0\0", b"Exif\0\0II*\0\xff\xff\xff\x7f", b"Exif\0\0no TIFF at all"]
+
+
+@pytest.mark.parametrize("exif", DAMAGED_EXIF)
+def test_exif_data_that_are_damaged_turn_nothing(tmp_path: Path, exif: bytes) -> None:
+    path, image = tmp_path / "image.png", noise(10, 10)
     image.save(path, exif=exif)
 
-    np.testing.assert_array_equal(load_pixels(path, Preprocess(image_size=(10, 10))), np.asarray(image))
+    np.testing.assert_array_equal(load_pixels(path, TURNED), np.asarray(image))
+
+
+@pytest.mark.parametrize("orientation", [0, 9, 65535])
+def test_an_orientation_that_there_is_not_turns_nothing(tmp_path: Path, orientation: object) -> None:
+    path, image = tmp_path / "image.png", noise(10, 10)
+    turned(path, image, orientation)
+
+    np.testing.assert_array_equal(load_pixels(path, TURNED), np.asarray(image))
+
+
+def test_a_gif_gives_its_first_frame(tmp_path: Path) -> None:
+    path, colours = tmp_path / "image.gif", ((255, 0, 0), (0, 0, 255))
+    first, second = (Image.new("RGB", (8, 8), colour) for colour in colours)
+    first.save(path, save_all=True, append_images=[second])
+
+    pixels = load_pixels(path, Preprocess(image_size=(8, 8)))
+
+    np.testing.assert_array_equal(pixels, np.asarray(first))
+
+
+@pytest.mark.skipif(not features.check("avif"), reason="needs the AVIF of Pillow 11.3")
+def test_an_avif_image_is_read_and_a_damaged_one_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "image.avif"
+    Image.new("RGB", (16, 16), (200, 30, 60)).save(path, quality=95)
+
+    pixels = load_pixels(path, Preprocess(image_size=(16, 16)))
+
+    assert np.abs(pixels.astype(int) - (200, 30, 60)).max() < 8  # it is compressed
+    path.write_bytes(path.read_bytes()[:-20])
+    assert refusal(path).startswith(f"{path}: is not a readable image, got ")
+
+
+def test_a_heic_image_is_read_where_pillow_has_a_plug_in(tmp_path: Path) -> None:
+    pillow_heif = pytest.importorskip("pillow_heif", reason="pillow-heif is not installed")
+    path = tmp_path / "image.heic"
+    pillow_heif.from_pillow(Image.new("RGB", (64, 64), (200, 30, 60))).save(path, quality=95)
+
+    pixels = load_pixels(path, Preprocess(image_size=(64, 64)))
+
+    assert np.abs(pixels.astype(int) - (200, 30, 60)).max() < 8
 
 
 def test_a_centre_crop_takes_the_middle_and_leaves_the_image_as_it_was() -> None:

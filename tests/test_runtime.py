@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from edgepet import Device, read_pack, write_pack
 from edgepet.deltas.delta import Delta
@@ -166,6 +167,18 @@ def test_image_files_get_the_answers_of_the_network_merged_in_torch(
     assert [answer.score for answer in run.results] == pytest.approx(scores.max(1).tolist(), abs=ROUNDING)
     assert run.open_ms > 0
     assert run.latency_ms > 0
+
+
+def test_a_photograph_is_turned_upright_as_in_training(device: Device, tasks: Tasks, tmp_path: Path) -> None:
+    upright, lying, exif = tasks.data / "test" / "circle" / "0.png", tmp_path / "0.png", Image.Exif()
+    exif[0x0112] = 6
+    with Image.open(upright) as image:
+        image.transpose(Image.Transpose.ROTATE_90).save(lying, exif=exif)
+
+    first, second = device.run("shapes", [upright, lying]).results
+
+    assert read_pack(tasks.shapes).delta.preprocess.orientation == "exif"
+    assert first == second
 
 
 @pytest.mark.parametrize("runtime", RUNTIMES)

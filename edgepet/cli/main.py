@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import importlib
-import json
 import os
 import sys
 from collections.abc import Sequence
@@ -84,7 +83,7 @@ def _run(verb: Verb, options: Namespace) -> int:
 
     if options.verbose and not options.quiet:
         _say_versions()
-    with Progress(quiet=options.quiet) as progress:
+    with Progress(quiet=options.quiet, verbose=options.verbose) as progress:
         report = verb.run(options, progress)
     if verb.speaks():
         _put_out(verb, report, options)
@@ -101,9 +100,9 @@ def _put_out(verb: Verb, report: object, options: Namespace) -> None:
         raise InputError("stdout", "is closed", fix="write the report to a file or a pipe")
     try:
         if options.json:
-            from edgepet.reports.as_json import to_json
+            from edgepet.reports.as_json import json_text
 
-            sys.stdout.write(json.dumps(to_json(report), ensure_ascii=False, allow_nan=False) + "\n")
+            sys.stdout.write(json_text(report, encoding=sys.stdout.encoding) + "\n")
         elif not options.quiet:
             from edgepet.reports.screen import show, terminal
 
@@ -138,7 +137,9 @@ def _parsers(asked: str | None, verb: Verb | None) -> tuple[ArgumentParser, Argu
     shared = Parser(add_help=False)
     shared.add_argument("--json", action="store_true", help="one JSON document on stdout, nothing else there")
     shared.add_argument("--quiet", action="store_true", help="no progress and no tables")
-    shared.add_argument("-v", "--verbose", action="store_true", help="progress with versions")
+    shared.add_argument(
+        "-v", "--verbose", action="store_true", help="progress with versions, and every file that is passed over"
+    )
     own = None
     for name, (_, told) in VERBS.items():
         made = verbs.add_parser(name, help=told, description=told, parents=[shared])

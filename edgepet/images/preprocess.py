@@ -1,5 +1,7 @@
 """One image becomes the network's input, in Pillow and NumPy, byte for byte as timm's evaluation transform does it.
 
+timm leaves a photograph as the camera held it; with ``orientation="exif"`` it is turned upright first.
+
 Source: ``timm.data.create_transform(..., is_training=False)`` and torchvision's ``Resize`` and ``CenterCrop`` on
 Pillow images, timm 1.0.
 """
@@ -20,15 +22,14 @@ from PIL import Image, UnidentifiedImageError
 
 from edgepet.errors import InputError
 from edgepet.files import refusing
+from edgepet.images.formats import FORMATS, is_image, plugged_formats
+from edgepet.images.formats import SUFFIXES as SUFFIXES
 from edgepet.spec import Preprocess
 
 Pixels: TypeAlias = NDArray[np.uint8]  # (..., height, width, 3), RGB
 
-# A closed list: left alone, Pillow hands a PostScript file called photo.png to Ghostscript.
-_FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
-
-# What Pillow's decoders raise on damaged bytes; they have no common base.
-_DAMAGED = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError)
+# What Pillow's decoders raise on damaged bytes; they have no common base. RuntimeError is AVIF's and HEIF's.
+_DAMAGED = (OSError, SyntaxError, ValueError, EOFError, RuntimeError, struct.error, Image.DecompressionBombError)
 
 # A file of 1 x 100000 pixels takes a hundred bytes, and gigabytes once its short side is 224.
 _MOST_RESIZED_PIXELS = 100_000_000
@@ -40,15 +41,23 @@ _LARGE = threading.Lock()
 # Pillow's own conversion of these to RGB clips: all of a 16-bit photograph turns white.
 _WIDE = dict.fromkeys(("I;16", "I;16L", "I;16B", "I;16N"), "16-bit") | {"I": "32-bit", "F": "floating-point"}
 
-SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm"})
-
 _RESAMPLING = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
+
+# EXIF's tag, the formats of whole numbers that it may have, and what undoes each of its values, 1 being upright.
+_ORIENTATION, _NUMBERS = 274, {3: "H", 4: "L"}
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
 
 def load_pixels(path: Path, preprocess: Preprocess) -> Pixels:
-    """Decode, resize and crop one file to (height, width, 3), uint8 RGB.
-
-    The first frame is taken, and EXIF orientation is left as timm leaves it: not applied.
+    """Decode, turn, resize and crop one file to (height, width, 3), uint8 RGB; the first frame is taken.
 
     Raises:
         InputError: the file is missing, damaged or no image, has more than 8 bits a channel or ``MOST_PIXELS``, or is
@@ -57,13 +66,13 @@ def load_pixels(path: Path, preprocess: Preprocess) -> Pixels:
     try:
         if stat.S_IFMT(path.stat().st_mode) != stat.S_IFREG:
             raise _unreadable(path, "a folder, a pipe or a device")
-        with Image.open(path, formats=_FORMATS) as file:
+        with _opened(path) as file:
             _require_size(path, file)
             if file.mode in _WIDE:
                 told = "16-bit" if file.format == "PPM" else _WIDE[file.mode]  # Pillow widens these
                 raise _unreadable(path, f"{told} values, which would be cut off at 255")
             with _LARGE if file.width * file.height > LARGE_PIXELS else contextlib.nullcontext():
-                image = _rgb(file)
+                image = _rgb(file, preprocess)
     except UnidentifiedImageError as error:
         raise _unreadable(path, "bytes of no known image format") from error
     except _DAMAGED as error:
@@ -95,7 +104,9 @@ def load_clip(folder: Path, preprocess: Preprocess) -> Pixels:
         InputError: the folder cannot be read or holds no image, or one of them is damaged.
     """
     with refusing(folder, "is not a readable folder of frames"):
-        files = sorted(file for file in folder.iterdir() if file.suffix.lower() in SUFFIXES and file.name[0] != ".")
+        files = sorted(
+            file for file in folder.iterdir() if is_image(file) and file.name[0] != "." and not file.is_dir()
+        )
     if not files:
         raise InputError(str(folder), "holds no image", fix="put the frames of a clip there, named in their order")
     chosen = [files[(2 * i + 1) * len(files) // (2 * preprocess.frames)] for i in range(preprocess.frames)]
@@ -109,7 +120,7 @@ def load_input(path: Path, preprocess: Preprocess) -> Pixels:
 
 
 def to_pixels(image: Image.Image, preprocess: Preprocess) -> Pixels:
-    """Resize and crop a decoded image of any mode to (height, width, 3); ``image`` is not modified.
+    """Turn, resize and crop a decoded image of any mode to (height, width, 3); ``image`` is not modified.
 
     Raises:
         InputError: its values are wider than 8 bits.
@@ -117,7 +128,7 @@ def to_pixels(image: Image.Image, preprocess: Preprocess) -> Pixels:
     if image.mode in _WIDE:
         told = f"{_WIDE[image.mode]} values, which would be cut off at 255"
         raise InputError("image", "must have 8 bits a channel", got=told, fix="scale it to 8 bits a channel")
-    image = _rgb(image)
+    image = _rgb(image, preprocess)
     height, width = _resized(image.height, image.width, preprocess)
     image = image.resize((width, height), _RESAMPLING[preprocess.interpolation])
     crop_height, crop_width = preprocess.image_size
@@ -137,12 +148,45 @@ def normalize(pixels: Pixels, preprocess: Preprocess) -> NDArray[np.float32]:
     return values
 
 
-def _rgb(image: Image.Image) -> Image.Image:
+def _opened(path: Path) -> Image.Image:
+    try:
+        return Image.open(path, formats=FORMATS)
+    except UnidentifiedImageError:
+        if not plugged_formats():
+            raise
+        return Image.open(path, formats=plugged_formats())
+
+
+def _rgb(image: Image.Image, preprocess: Preprocess) -> Image.Image:
+    """A new RGB image, turned where ``preprocess`` says so, that does not say how it is to be turned."""
+    image.load()  # a TIFF is turned by Pillow itself then, and a PNG may say its orientation behind its pixels
+    turn = _TURNS.get(_orientation(image)) if preprocess.orientation == "exif" else None
     if isinstance(image.info.get("transparency"), bytes):
         # ``convert`` drops a palette's alpha table, as timm's loader lets it, but with a warning.
         image = image.copy()
         del image.info["transparency"]
-    return image.convert("RGB")
+    image = image.convert("RGB")
+    image.info = {}
+    return image if turn is None else image.transpose(turn)
+
+
+def _orientation(image: Image.Image) -> int:
+    """Tag 274 of the first directory of an image's EXIF data; 1, upright, where there is none that can be read.
+
+    Not by Pillow, which warns of damaged data: in a thread that cannot be silenced.
+    """
+    data = bytes(image.info.get("exif") or b"").removeprefix(b"Exif\0\0")
+    order = {b"II*\0": "<", b"MM\0*": ">"}.get(data[:4])
+    if order is None:
+        return 1
+    with contextlib.suppress(struct.error):  # an offset leads outside
+        (start,) = struct.unpack_from(f"{order}L", data, 4)
+        (entries,) = struct.unpack_from(f"{order}H", data, start)
+        for place in range(start + 2, start + 2 + 12 * entries, 12):
+            tag, kind, count = struct.unpack_from(f"{order}HHL", data, place)
+            if tag == _ORIENTATION and kind in _NUMBERS and count == 1:
+                return int(struct.unpack_from(f"{order}{_NUMBERS[kind]}", data, place + 8)[0])
+    return 1
 
 
 def _resized(height: int, width: int, preprocess: Preprocess) -> tuple[int, int]:

@@ -5,37 +5,43 @@ from __future__ import annotations
 import hashlib
 import os
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from edgepet.errors import InputError, option
-from edgepet.images.preprocess import SUFFIXES, Pixels, load_input, normalize
+from edgepet.errors import InputError
+from edgepet.images.folders import SPLITS as SPLITS
+from edgepet.images.folders import (
+    Listing,
+    PassedOver,
+    Split,
+    beside_splits,
+    class_name,
+    folders_in,
+    list_classes,
+    split_folders,
+    unreadable,
+)
+from edgepet.images.preprocess import Pixels, load_input, normalize
 from edgepet.spec import Preprocess
-
-Split: TypeAlias = Literal["train", "val", "test"]
-MOST_NAMED = 20  # unreadable files in one message
-SPLITS: tuple[Split, ...] = ("train", "val", "test")
-
-_ByClass: TypeAlias = Mapping[str, Sequence[Path]]  # class name -> its images; both in sorted order
 
 
 @dataclass(frozen=True, slots=True)
 class ImageSet:
     """Image files, or clips' folders, and, for each, its class as an index into ``classes``.
 
-    Ordered by class name, then file name.
+    Ordered by class name, then file name. ``passed_over`` is what lies among them and is not used.
     """
 
     classes: tuple[str, ...]
     paths: tuple[Path, ...]
     labels: tuple[int, ...]
+    passed_over: tuple[PassedOver, ...] = field(default=(), compare=False)
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -46,8 +52,9 @@ def open_split(
 ) -> ImageSet:
     """List one split of a folder with train/, val/ and test/, or of one folder of class folders.
 
-    Where there is no val/, a part of every class's training images is held out for it; which ones depends on their
-    file names, ``val_fraction`` and ``seed`` only. Hidden names and files other than images are passed over.
+    Splits go by the names of ``folders.split_folders`` too: valid/, Validation/ and the like. Where there is no val/, a
+    part of every class's training images is held out for it; which ones depends on their file names, ``val_fraction``
+    and ``seed`` only. A test split may lack classes of the others, and lie there alone.
 
     Args:
         val_fraction: the part of each class that is held out, rounded, but at least one image and never all.
@@ -55,19 +62,28 @@ def open_split(
 
     Raises:
         InputError: no such folder or split, fewer than two classes, splits with unlike classes, a class without an
-            image, or with one that has to be split, or a ``val_fraction`` that is not between 0 and 1.
+            image, or with one that has to be split, a ``val_fraction`` that is not between 0 and 1, or as
+            ``folders.list_classes``.
     """
-    found = _split_folders(folder)
-    if split in found and (split != "train" or "val" in found):
-        return _image_set(_by_class(found[split], clips))
-    if split == "test":
+    found = split_folders(folder, clips=clips)
+    beside = beside_splits(folder, found.values()) if found else ()
+    if split == "test" and "test" not in found:
         fix = "ask for the split val, or sort the images into train/, val/ and test/, each with one folder a class"
         raise InputError(str(folder), "has no test/ folder", fix=fix)
+    if found and "train" not in found and split != "test":
+        got = f"only {', '.join(item.name for item in found.values())}"
+        raise InputError(str(folder), "has no train/ folder", got=got, fix="add train/")
+    for other in found if "train" in found else ():
+        _check_same_classes(found["train"], found[other], may_lack=other == "test")
+    if split in found and (split != "train" or "val" in found):
+        sparse = split == "test"
+        return _image_set(list_classes(found[split], least=1 if sparse else 2, clips=clips, sparse=sparse), beside)
     if not 0.0 < val_fraction < 1.0:
         raise InputError("val_fraction", "must be between 0 and 1, without them", got=val_fraction)
     source = found.get("train", folder)
-    by_class = _by_class(source, clips).items()
-    return _image_set({name: _part(source / name, paths, split, val_fraction, seed) for name, paths in by_class})
+    listing = list_classes(source, clips=clips)
+    parts = {name: _part(paths, split, val_fraction, seed) for name, paths in listing.by_class.items()}
+    return _image_set(replace(listing, by_class=parts), beside)
 
 
 def few_shots(images: ImageSet, shots: int, seed: int) -> ImageSet:
@@ -90,7 +106,7 @@ def few_shots(images: ImageSet, shots: int, seed: int) -> ImageSet:
     drawn = [rng.permutation(np.flatnonzero(labels == label))[:shots] for label in range(len(images.classes))]
     chosen = sorted(int(index) for indices in drawn for index in indices)
     paths = tuple(images.paths[index] for index in chosen)
-    return ImageSet(images.classes, paths, tuple(images.labels[index] for index in chosen))
+    return ImageSet(images.classes, paths, tuple(images.labels[index] for index in chosen), images.passed_over)
 
 
 def load_set(
@@ -128,7 +144,7 @@ def load_sets(
     pixels = [_empty(images, preprocess) for images in sets] if into is None else list(into)
     bad = _decode(sets, preprocess, pixels, progress)
     if bad:
-        raise _unreadable(bad, sum(map(len, sets)))
+        raise unreadable(bad, sum(map(len, sets)))
     labels = (np.asarray(images.labels, dtype=np.int64) for images in sets)
     return list(zip(pixels, labels, strict=True))
 
@@ -149,7 +165,7 @@ def load_batches(images: ImageSet, preprocess: Preprocess, batch_size: int) -> I
         if not bad:
             yield pixels
     if bad:
-        raise _unreadable(bad, len(images))
+        raise unreadable(bad, len(images))
 
 
 def _empty(images: ImageSet, preprocess: Preprocess) -> Pixels:
@@ -182,17 +198,6 @@ def _decode(
     return bad
 
 
-def _unreadable(bad: Sequence[InputError], among: int) -> InputError:
-    """One error as it is; several as a list under the folder that holds them all."""
-    if len(bad) == 1:
-        return bad[0]
-    folder = os.path.commonpath([Path(error.where).parent for error in bad])
-    lines = [f"  {os.path.relpath(error.where, folder)}: {error.got}" for error in bad[:MOST_NAMED]]
-    lines += [f"  and {len(bad) - MOST_NAMED} more"] if len(bad) > MOST_NAMED else []
-    told = "\n".join([f"{len(bad)} of {among} images that are not", *lines])
-    return InputError(folder, "needs readable images", got=told, fix="replace these files or remove them")
-
-
 def batches(pixels: Pixels, preprocess: Preprocess, batch_size: int) -> Iterator[NDArray[np.float32]]:
     """Normalised float32 batches (b, 3, H, W) of pixels (n, H, W, 3), in order; the last one may be smaller.
 
@@ -207,24 +212,10 @@ def batches(pixels: Pixels, preprocess: Preprocess, batch_size: int) -> Iterator
     return (normalize(pixels[start : start + batch_size], preprocess) for start in starts)
 
 
-def _split_folders(folder: Path) -> dict[str, Path]:
-    """The folders train/, val/ and test/ that are there; empty for one folder of class folders."""
-    names = [item.name for item in _folders(folder)]
-    found: dict[str, Path] = {split: folder / split for split in SPLITS if split in names}
-    # A class may be called "train": then its folder holds images, and it has neighbours that are no splits.
-    if len(found) < len(names) and not ("train" in found and _folders(found["train"])):
-        return {}
-    if found and "train" not in found:
-        raise InputError(str(folder), "has no train/ folder", got=f"only {', '.join(found)}", fix="add train/")
-    for split in found:
-        _check_same_classes(found["train"], found[split])
-    return found
-
-
-def _check_same_classes(train: Path, other: Path) -> None:
-    expected, actual = ({item.name for item in _folders(folder)} for folder in (train, other))
+def _check_same_classes(train: Path, other: Path, *, may_lack: bool) -> None:
+    expected, actual = ({class_name(item.name) for item in folders_in(folder)} for folder in (train, other))
     unlike = {"missing": sorted(expected - actual), "extra": sorted(actual - expected)}
-    if expected != actual:
+    if actual - expected or (expected - actual and not may_lack):
         raise InputError(
             str(other),
             "must have the same class folders as train",
@@ -233,46 +224,12 @@ def _check_same_classes(train: Path, other: Path) -> None:
         )
 
 
-def _by_class(folder: Path, clips: bool) -> _ByClass:
-    class_folders = _folders(folder)
-    if len(class_folders) < 2:
-        fix = "make one folder a class"
-        raise InputError(str(folder), "needs at least two class folders", got=len(class_folders), fix=fix)
-    return {item.name: _clips(item) if clips else _images(item) for item in class_folders}
-
-
-def _clips(folder: Path) -> list[Path]:
-    clips = _folders(folder)
-    if not clips:
-        fix = f"put every clip's frames into a folder of its own, or leave out {option('frames')}"
-        raise InputError(str(folder), "holds no folder of frames", fix=fix)
-    return clips
-
-
-def _images(folder: Path) -> list[Path]:
-    images = [item for item in _visible(folder) if item.suffix.lower() in SUFFIXES and not item.is_dir()]
-    if not images:
-        raise InputError(str(folder), "holds no image", fix="remove the folder or add images")
-    return images
-
-
-def _folders(folder: Path) -> list[Path]:
-    return [item for item in _visible(folder) if item.is_dir()]
-
-
-def _visible(folder: Path) -> list[Path]:
-    try:
-        return sorted((item for item in folder.iterdir() if not item.name.startswith(".")), key=lambda item: item.name)
-    except OSError as error:
-        fix = "pass a folder with train/ and val/, or a folder of class folders"
-        raise InputError(str(folder), "is not a readable folder", got=error.strerror or str(error), fix=fix) from error
-
-
-def _part(folder: Path, paths: Sequence[Path], split: Split, val_fraction: float, seed: int) -> list[Path]:
+def _part(paths: Sequence[Path], split: Split, val_fraction: float, seed: int) -> list[Path]:
     """The images of one class that belong to train or val."""
     if len(paths) < 2:
         fix = "add images or make val/"
-        raise InputError(str(folder), "needs two images to be split into train and val", got=len(paths), fix=fix)
+        what = "needs two images to be split into train and val"
+        raise InputError(str(paths[0].parent), what, got=len(paths), fix=fix)
 
     def rank(path: Path) -> bytes:
         # A digest, not a random generator: it is the same in every NumPy, and a new file moves few others.
@@ -283,9 +240,11 @@ def _part(folder: Path, paths: Sequence[Path], split: Split, val_fraction: float
     return [path for path in paths if (path in held_out) == (split == "val")]
 
 
-def _image_set(by_class: _ByClass) -> ImageSet:
+def _image_set(listing: Listing, beside: tuple[PassedOver, ...]) -> ImageSet:
+    by_class = listing.by_class
     return ImageSet(
         classes=tuple(by_class),
         paths=tuple(path for paths in by_class.values() for path in paths),
         labels=tuple(label for label, paths in enumerate(by_class.values()) for _ in paths),
+        passed_over=(*beside, *listing.passed_over),
     )

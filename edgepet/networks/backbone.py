@@ -73,7 +73,7 @@ class Backbone:
         Args:
             module: copied, so that nothing of yours is touched; its tensors must all be in its state dict.
             name: letters, digits, '.', '_' and '-'; packs say ``module:NAME``, and later verbs need this object again.
-            preprocess: how an image becomes the input; its ``image_size`` is the one of training and export.
+            preprocess: how an image becomes the input at training and export; "exif" where it says no ``orientation``.
 
         Raises:
             InputError: ``module`` does not take such images, does not put out one row of features for each, or writes
@@ -87,7 +87,7 @@ class Backbone:
             name=name,
             native={key: tensor.detach().numpy() for key, tensor in own.state_dict().items()},
             module=own,
-            preprocess=preprocess,
+            preprocess=replace(preprocess, orientation=preprocess.orientation or "exif"),
             create_args={},
             classifiers=(),
             description=description or f"{type(module).__name__}, a module of its user's own",
@@ -366,7 +366,7 @@ def _preprocess(config: _Config, size: int, spec: str) -> Preprocess:
     if kind not in ("bicubic", "bilinear"):
         raise InputError(spec, "needs an interpolation that is bicubic or bilinear", got=repr(kind))
     return replace(
-        Preprocess(image_size=(size, size)),
+        Preprocess(image_size=(size, size), orientation="exif"),
         interpolation=cast(Literal["bicubic", "bilinear"], kind),
         crop_fraction=float(config["crop_pct"]),
         crop=config["crop_mode"],

@@ -26,6 +26,7 @@ from edgepet.exporters.onnx import build_model, simplified
 from edgepet.files import folder_bytes
 from edgepet.graphs.base import BaseGraph
 from edgepet.graphs.int8 import Int8Graph
+from edgepet.images.folders import class_name
 from edgepet.measuring.latency import Candidate, measure
 from edgepet.measuring.machine import environment
 from edgepet.proving.subject import Subject, sample_images
@@ -245,6 +246,7 @@ def _calibration(
     delta: Delta, graph: BaseGraph, images: CalibrationImages, proto: ModelProto, *,
     smooth: Mapping[str, NpArray] | None = None, against: ModelProto | None = None,
 ) -> Calibration:  # fmt: skip
-    order = np.array([delta.labels.index(name) for name in images.measured.classes])
+    places = {class_name(label): index for index, label in enumerate(delta.labels)}
+    order = np.array([places[name] for name in images.measured.classes])
     weights = frozenset(graph.base.tensors)
     return Calibration(proto, weights, images, order, where=f"task {delta.task!r}", smooth=smooth, against=against)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from time import monotonic
@@ -39,10 +39,13 @@ class Step:
 class Progress:
     """Stages and bars of one command, on stderr: drawn on a terminal, plain lines elsewhere, nothing when quiet.
 
+    ``verbose`` also says what stands below a line that is told.
+
     No thread redraws: it would wake up inside the inferences that ``bench`` times.
     """
 
-    def __init__(self, *, quiet: bool = False, console: Console | None = None) -> None:
+    def __init__(self, *, quiet: bool = False, verbose: bool = False, console: Console | None = None) -> None:
+        self._verbose = verbose
         self._console = (
             Console(stderr=True, quiet=True, force_terminal=False) if quiet else console or terminal(stderr=True)
         )
@@ -82,6 +85,11 @@ class Progress:
         with self._task(f"{label} …", None):
             yield
         self._say(f"{label}  {format_seconds(monotonic() - started)}")
+
+    def tell(self, line: str, details: Sequence[str]) -> None:
+        """A line of its own, and ``details`` below it where this is verbose. Names in them come from outside."""
+        for told in (line, *(details if self._verbose else ())):
+            self._say(printable(told))
 
     @contextmanager
     def bar(self, label: str, total: int) -> Iterator[Bar]:

@@ -18,6 +18,7 @@ from edgepet.errors import CheckError, InputError, option
 from edgepet.exporters.trace import base_graph
 from edgepet.files import cache_folder, made_folder, require_only
 from edgepet.images.held import load_held, pixels_folder
+from edgepet.images.notes import Tell, tell_nobody, tell_of
 from edgepet.images.preprocess import normalize
 from edgepet.images.sets import ImageSet, few_shots, open_split
 from edgepet.measuring.machine import free_memory_bytes
@@ -39,7 +40,8 @@ ALGEBRA_IMAGES = 8  # float64 is slow, and one image already exercises every ten
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Training:
-    """What is asked of one training. ``say`` is told of every step, ``stage`` the name of what begins.
+    """What is asked of one training. ``say`` is told of every step, ``stage`` the name of what begins, ``tell`` what is
+    used of the data and what is passed over.
 
     ``output`` is the pack to come: it names the task, and the checkpoint lies beside it.
     """
@@ -51,6 +53,7 @@ class Training:
     options: TrainOptions
     say: Say = lambda step: None
     stage: Callable[[str], None] = lambda name: None
+    tell: Tell = tell_nobody
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -88,6 +91,8 @@ def run(training: Training, processes: Processes) -> Made:
     work = _started_from(options.init)
     stage("read images")
     train_set, val_set = _image_sets(training)
+    if processes.leads:
+        tell_of(training.data, {"train": train_set, "val": val_set}, training.tell, clips=_clips(training))
     device = _device(processes.device(options.device))
     stage("load the backbone")
     backbone = _backbone(training)
@@ -119,13 +124,17 @@ def run(training: Training, processes: Processes) -> Made:
 
 def _image_sets(training: Training) -> tuple[ImageSet, ImageSet]:
     """The images to train on, and those to judge epochs by."""
-    options, backbone = training.options, training.backbone
-    clips = (options.frames if isinstance(backbone, str) else backbone.preprocess.frames) > 1
+    options, clips = training.options, _clips(training)
     train_set, val_set = (
         open_split(training.data, split, val_fraction=options.val_fraction, seed=options.seed, clips=clips)
         for split in ("train", "val")
     )
     return train_set if options.shots is None else few_shots(train_set, options.shots, options.seed), val_set
+
+
+def _clips(training: Training) -> bool:
+    backbone = training.backbone
+    return (training.options.frames if isinstance(backbone, str) else backbone.preprocess.frames) > 1
 
 
 def _backbone(training: Training) -> Backbone:

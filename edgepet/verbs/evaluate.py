@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -10,15 +10,17 @@ import numpy as np
 
 from edgepet.device.runtimes import RUNTIMES
 from edgepet.errors import InputError, option
+from edgepet.images.folders import SPLITS, class_name
+from edgepet.images.notes import Tell, tell_nobody, tell_of
 from edgepet.images.preprocess import normalize
-from edgepet.images.sets import SPLITS, load_batches, open_split
+from edgepet.images.sets import ImageSet, load_batches, open_split
 from edgepet.measuring.machine import TORCH
 from edgepet.measuring.parity import accuracy
 from edgepet.networks.backbone import AnyBackbone
 from edgepet.proving.sources import open_source
 from edgepet.reports.screen import Screen, lines
 from edgepet.reports.tables import format_percent
-from edgepet.spec import FilePath
+from edgepet.spec import FilePath, NpArray
 from edgepet.verbs.verb import (
     MOST_THREADS,
     Options,
@@ -34,11 +36,15 @@ if TYPE_CHECKING:
     from edgepet.reports.progress import Progress
 
 EVAL_BATCH = 16  # images of one call
+MOST_NAMED = 5  # classes without an image, on the screen
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EvalReport:
-    """Top-1 as a fraction of 1 on ``n`` images, its 95 % interval and the mean over classes: ``parity.Accuracy``."""
+    """Top-1 as a fraction of 1 on ``n`` images, its 95 % interval and the mean over classes: ``parity.Accuracy``.
+
+    ``without_images`` are those of the model's ``classes`` that the images have none of; JSON has it where there are.
+    """
 
     top1: float
     n: int
@@ -48,6 +54,13 @@ class EvalReport:
     runtime: str
     precision: str
     classes: tuple[str, ...]
+    without_images: tuple[str, ...]
+
+    @property
+    def shown(self) -> list[str]:
+        """The names of what JSON has."""
+        names = [field.name for field in fields(self)]
+        return names if self.without_images else [name for name in names if name != "without_images"]
 
 
 def evaluate(
@@ -59,13 +72,15 @@ def evaluate(
     precision: str = "fp32",
     backbone: AnyBackbone = None,
     threads: int | None = None,
+    tell: Tell = tell_nobody,
 ) -> EvalReport:
-    """Top-1 of a pack or an artefact on a split of ``data``.
+    """Top-1 of a pack or an artefact on a split of ``data``, which may lack classes of the model.
 
     Args:
         runtime: None is the artefact's own, or ONNX Runtime for a pack; "torch" needs the ``train`` extra.
         precision: of a pack, "fp32" or "int8": on the int8 backbone; an artefact has its own.
         threads: of the runtime; None is all cores.
+        tell: told what is used of ``data`` and what is passed over, as ``train`` tells it.
 
     Raises:
         InputError: other classes than the model's, or a runtime that cannot run it.
@@ -75,21 +90,20 @@ def evaluate(
         raise InputError(option("split"), "is train, val or test", got=repr(split))
     at_least_one("threads", threads, MOST_THREADS)
     source = open_source(model)
-    images = open_split(Path(data), split, clips=source.preprocess.frames > 1)
-    if images.classes != tuple(sorted(source.labels)):
-        missing = sorted(set(source.labels) ^ set(images.classes))
-        what = f"needs the {len(source.labels)} classes of {Path(model).name}"
-        raise InputError(str(data), what, got=f"a difference in {', '.join(missing[:5])}")
+    clips = source.preprocess.frames > 1
+    images = open_split(Path(data), split, clips=clips)
+    order = _order(images, source.labels, data, model)
+    tell_of(Path(data), {split: images}, tell, clips=clips)
     opened = source.open(runtime, precision, backbone, threads)
     try:
-        order = np.array([source.labels.index(name) for name in images.classes])
         parts = [
             opened.network(normalize(pixels, source.preprocess)).argmax(1)
             for pixels in load_batches(images, source.preprocess, EVAL_BATCH)
         ]
     finally:
         opened.network.close()
-    judged = accuracy(np.concatenate(parts), order[np.array(images.labels)], len(source.labels))
+    truth = order[np.array(images.labels)]
+    judged = accuracy(np.concatenate(parts), truth, len(source.labels))
     return EvalReport(
         top1=judged.top1,
         n=judged.n,
@@ -99,7 +113,22 @@ def evaluate(
         runtime=opened.runtime,
         precision=opened.precision,
         classes=source.labels,
+        without_images=tuple(name for index, name in enumerate(source.labels) if index not in truth),
     )
+
+
+def _order(images: ImageSet, labels: tuple[str, ...], data: FilePath, model: FilePath) -> NpArray:
+    """Where each class of ``images`` is among the model's ``labels``.
+
+    Raises:
+        InputError: it is not among them.
+    """
+    places = {class_name(label): index for index, label in enumerate(labels)}
+    if not places.keys() >= set(images.classes):
+        unlike = sorted(places.keys() ^ set(images.classes))
+        what = f"needs the {len(labels)} classes of {Path(model).name}"
+        raise InputError(str(data), what, got=f"a difference in {', '.join(unlike[:5])}")
+    return np.array([places[name] for name in images.classes])
 
 
 def _options(parser: Parser) -> None:
@@ -118,7 +147,7 @@ def _run(options: Options, progress: Progress) -> EvalReport:
     with progress.stage(f"eval {options.model}"):
         return evaluate(
             Path(options.model), Path(options.data), split=options.split, runtime=options.runtime,
-            precision=options.precision, backbone=options.backbone, threads=options.threads,
+            precision=options.precision, backbone=options.backbone, threads=options.threads, tell=progress.tell,
         )  # fmt: skip
 
 
@@ -128,7 +157,15 @@ def _screen(report: EvalReport) -> Screen:
         f" ({report.runtime}, {report.precision})",
         f"  95 % interval {format_percent(report.low)} to {format_percent(report.high)};"
         f" mean over classes {format_percent(report.balanced_accuracy)}",
+        _absent(report),
     )
+
+
+def _absent(report: EvalReport) -> str | None:
+    absent, named = report.without_images, ", ".join(map(repr, report.without_images[:MOST_NAMED]))
+    more = f" and {len(absent) - MOST_NAMED} more" if len(absent) > MOST_NAMED else ""
+    told = f"  of {len(report.classes) - len(absent)} classes: there is no image of {named}{more}"
+    return told if absent else None
 
 
 VERB = Verb(options=_options, run=_run, screen=_screen)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import codecs
+import os
+import re
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -14,7 +17,7 @@ import numpy as np
 from edgepet.deltas.delta import Delta, Head, Score
 from edgepet.deltas.merge import fold_all, require_foldable
 from edgepet.errors import CheckError, InputError, option, require
-from edgepet.files import folder_bytes, new_folder, require_only
+from edgepet.files import folder_bytes, new_folder, refusing, require_only
 from edgepet.measuring.parity import STORED, Inputs
 from edgepet.networks.backbone import AnyBackbone
 from edgepet.packs.pack import Codec, encode_pack, read_pack, write_pack
@@ -285,14 +288,24 @@ def _import(options: Options, progress: Progress) -> PeftReport:
         )  # fmt: skip
 
 
+_MARKS = {codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16"}  # Windows calls it Unicode; else it is UTF-8
+
+
 def _labels(text: str | None) -> list[str] | None:
-    if text is None or not Path(text).is_file():
+    """Names between commas, or the lines of a file; a byte order mark is no part of a name.
+
+    Raises:
+        InputError: the file cannot be read, or is neither UTF-8 nor, by its mark, UTF-16.
+    """
+    if text is None or not os.path.isfile(text):  # noqa: PTH113  ``Path.is_file`` raises on a long list of names
         return None if text is None else names(text)
+    with refusing(Path(text), "could not be read"):
+        data = Path(text).read_bytes()
     try:
-        told = Path(text).read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
+        told = data.decode(_MARKS.get(data[:2], "utf-8-sig"))
+    except UnicodeDecodeError as error:
         raise InputError(text, "needs one class name a line, in UTF-8", got=error) from error
-    return [line.strip() for line in told if line.strip()]
+    return [line.strip() for line in re.split(r"[\r\n]+", told) if line.strip()]
 
 
 def _export_options(parser: Parser) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edgepet.errors import InputError, option, require
+from edgepet.images.notes import Tell, tell_nobody
 from edgepet.measuring.parity import Accuracy
 from edgepet.methods import Method
 from edgepet.methods.method import count
@@ -50,6 +51,7 @@ def pretrain(
     options: TrainOptions = DEFAULTS,
     say: Callable[[Step], None] = lambda step: None,
     stage: Callable[[str], None] = lambda name: None,
+    tell: Tell = tell_nobody,
     **fields: Any,
 ) -> PretrainReport:
     """Tune ``method`` on a broad data set and keep its tensors in the folder ``output``: ``train`` starts from them.
@@ -69,7 +71,7 @@ def pretrain(
 
     training = Training(
         data=Path(data), backbone=backbone, method=method, output=output, options=replace(options, **fields), say=say,
-        stage=stage,
+        stage=stage, tell=tell,
     )  # fmt: skip
     made, seconds = run_training(training, lambda made: keep_work(output, made))
     return PretrainReport(
@@ -95,7 +97,7 @@ def _run(options: Options, progress: Progress) -> PretrainReport:
     with progress.stages() as stage, progress.training(label) as say:
         return pretrain(
             Path(options.data), options.backbone, options.method, Path(options.output),
-            options=asked_options(options), say=say, stage=stage,
+            options=asked_options(options), say=say, stage=stage, tell=progress.tell,
         )  # fmt: skip
 
 

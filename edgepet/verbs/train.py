@@ -13,6 +13,7 @@ import numpy as np
 from edgepet.deltas.delta import Delta, Score
 from edgepet.errors import InputError, option, require
 from edgepet.images.held import forget, pixels_folder
+from edgepet.images.notes import Tell, tell_nobody
 from edgepet.images.sets import batches
 from edgepet.measuring.parity import Accuracy, accuracy
 from edgepet.methods import Method
@@ -100,6 +101,7 @@ def train(
     codec: Codec = "fp16",
     say: Callable[[Step], None] = lambda step: None,
     stage: Callable[[str], None] = lambda name: None,
+    tell: Tell = tell_nobody,
     **fields: Any,
 ) -> TrainReport:
     """Tune ``method`` on the images in ``data`` and write ``output`` (``TASK.pet``) and ``TASK.work`` beside it.
@@ -110,7 +112,8 @@ def train(
         method: a method, or the name of one, whose settings are then ``options.settings``.
         options: how to train.
         codec: "fp16" or "fp32", in which the pack stores its numbers.
-        say: told of every step; stage: told the name of what begins.
+        say: told of every step; stage: told the name of what begins; tell: told what is used of ``data`` and what is
+            passed over, a line and what stands below it where everything is asked for.
         fields: fields of ``TrainOptions`` by name, in place of those of ``options``: ``train(..., epochs=4)``.
 
     Raises:
@@ -127,7 +130,7 @@ def train(
 
     training = Training(
         data=Path(data), backbone=backbone, method=method, output=output, options=replace(options, **fields), say=say,
-        stage=stage,
+        stage=stage, tell=tell,
     )  # fmt: skip
     made, seconds = run_training(training, lambda made: _write(output, made, codec))
     return _report(output, made, seconds)
@@ -286,6 +289,7 @@ def _run(options: Options, progress: Progress) -> TrainReport:
         return train(
             Path(options.data), options.backbone, options.method, Path(options.output),
             options=asked_options(options), codec=options.codec, say=say, stage=stage,
+            tell=progress.tell,
         )  # fmt: skip
 
 
