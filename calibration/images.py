@@ -22,6 +22,7 @@ from edgepet.images.formats import is_image
 from edgepet.images.notes import passed_over
 from edgepet.images.preprocess import Pixels, normalize
 from edgepet.images.sets import ImageSet, batches, load_set, open_split
+from edgepet.reports.tables import format_names
 from edgepet.spec import FilePath, NpArray, Preprocess
 
 LEAST, ENOUGH = 32, 128  # images: below the first it is refused, below the second it is said
@@ -122,7 +123,7 @@ def calibration_images(
     clips = preprocess.frames > 1
     judged = _joined([open_split(folder, part, clips=clips) for part in ("train", "val")])
     if judged.classes != tuple(sorted(map(class_name, classes))):
-        unlike = ", ".join(sorted(set(judged.classes) ^ set(map(class_name, classes)))[:5])
+        unlike = format_names(sorted(set(judged.classes) ^ set(map(class_name, classes)))[:5])
         raise InputError(str(folder), f"needs the {len(classes)} classes of the task", got=f"a difference in {unlike}")
     source = open_split(folder, "train", clips=clips) if "train" in split_folders(folder, clips=clips) else judged
     chosen = list(_distinct(source, _in_turn(source, seed), count))

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import io
 import os
 import re
 import shutil
+import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from edgepet import read_pack, write_pack
+from edgepet.cli.main import main
 from edgepet.errors import InputError
 from edgepet.images.folders import Split, split_folders
 from edgepet.images.notes import same_pictures, tell_of
@@ -364,6 +369,22 @@ def test_what_is_passed_over_is_listed_with_v_and_kept_quiet_on_demand(tasks: Ta
     assert f"{line}  test/circle/notes.txt: .txt\n" in verbose
     assert "notes.txt" not in plain
     assert quiet == ""
+
+
+def test_labels_that_the_terminal_has_no_signs_for_are_escaped(
+    tasks: Tasks, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pack = read_pack(tasks.shapes)
+    write_pack(tmp_path / "oaks.pet", replace(pack.delta, labels=("дуб", "caf\u00e9", "a\U0001f333")))
+    for form, named in (
+        ("--json", r'"\u0434\u0443\u0431", "caf\u00e9", "a\ud83c\udf33"'),
+        ("-v", r"\u0434\u0443\u0431"),
+    ):
+        written = io.BytesIO()
+        monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding="ascii"))
+
+        assert main(["inspect", str(tmp_path / "oaks.pet"), form]) == 0
+        assert named in written.getvalue().decode("ascii")
 
 
 def test_a_name_that_is_no_utf8_reaches_json_as_an_escape(tasks: Tasks, tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ from edgepet.reports.tables import (
     Table,
     format_bytes,
     format_ms,
+    format_names,
     format_number,
     format_percent,
     format_ratio,
@@ -239,6 +240,7 @@ def test_milliseconds_have_three_digits(x: float | None, text: str) -> None:
 
 def test_other_numbers_carry_their_units() -> None:
     assert [format_percent(x) for x in (0.935, 1.0, None)] == ["93.5 %", "100.0 %", "–"]
+    assert format_names(("oak", "elm, red", "ash")) == "oak, 'elm, red', ash"
     assert [format_ratio(x) for x in (0.981, 35.21, None)] == ["0.981×", "35.2×", "–"]
     assert [format_number(x) for x in (1_234_567, 31.24, None)] == ["1,234,567", "31.2", "–"]
     assert [format_seconds(x) for x in (8.14, 119.9, 120.0, 725.4)] == ["8.1 s", "119.9 s", "2 min 0 s", "12 min 5 s"]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import io
 import os
 import sys
 from collections.abc import Sequence
@@ -98,6 +99,8 @@ def _put_out(verb: Verb, report: object, options: Namespace) -> None:
     """
     if sys.stdout is None:
         raise InputError("stdout", "is closed", fix="write the report to a file or a pipe")
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a label's script may not be the terminal's
     try:
         if options.json:
             from edgepet.reports.as_json import json_text

@@ -12,6 +12,7 @@ from edgepet.deltas.branches import Branch, arrays_of, require_distinct, structu
 from edgepet.deltas.codes import Range
 from edgepet.deltas.updates import Targeted, factors
 from edgepet.errors import InputError
+from edgepet.reports.tables import format_names
 from edgepet.spec import NpArray, Preprocess
 
 # All three become names of files or folders, so a pack from outside must not be able to steer where they lead.
@@ -107,7 +108,7 @@ class Delta:
                 got=f"{self.head.bias.shape[0]} and {len(self.labels)}",
             )
         if len(set(self.labels)) != classes:
-            raise InputError(self.task, "needs labels that differ", got=", ".join(self.labels))
+            raise InputError(self.task, "needs labels that differ", got=format_names(self.labels))
 
     @property
     def structure(self) -> str:

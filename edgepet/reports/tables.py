@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 NONE = "–"  # where a report has no number
@@ -52,6 +52,11 @@ def markdown(shown: Table) -> str:
     lines.append(_markdown_row(["---:" if column.right else "---" for column in shown.columns]))
     lines.extend(_markdown_row(row) for row in shown.rows)
     return "\n".join(lines) + "\n"
+
+
+def format_names(names: Iterable[str]) -> str:
+    """One after the other, with commas between; a name that has one itself is quoted."""
+    return ", ".join(repr(name) if "," in name else name for name in names)
 
 
 def format_bytes(n: int) -> str:

@@ -19,7 +19,7 @@ from edgepet.measuring.parity import accuracy
 from edgepet.networks.backbone import AnyBackbone
 from edgepet.proving.sources import open_source
 from edgepet.reports.screen import Screen, lines
-from edgepet.reports.tables import format_percent
+from edgepet.reports.tables import format_names, format_percent
 from edgepet.spec import FilePath, NpArray
 from edgepet.verbs.verb import (
     MOST_THREADS,
@@ -127,7 +127,7 @@ def _order(images: ImageSet, labels: tuple[str, ...], data: FilePath, model: Fil
     if not places.keys() >= set(images.classes):
         unlike = sorted(places.keys() ^ set(images.classes))
         what = f"needs the {len(labels)} classes of {Path(model).name}"
-        raise InputError(str(data), what, got=f"a difference in {', '.join(unlike[:5])}")
+        raise InputError(str(data), what, got=f"a difference in {format_names(unlike[:5])}")
     return np.array([places[name] for name in images.classes])
 
 

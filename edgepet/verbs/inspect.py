@@ -14,7 +14,7 @@ from edgepet.device.artifact import Artifact
 from edgepet.packs.pack import Pack
 from edgepet.proving.sources import PackSource, open_source
 from edgepet.reports.screen import Screen, lines
-from edgepet.reports.tables import Table, format_bytes, format_number, format_percent, left, right
+from edgepet.reports.tables import Table, format_bytes, format_names, format_number, format_percent, left, right
 from edgepet.spec import FilePath
 from edgepet.verbs.verb import Options, Parser, Verb
 
@@ -151,7 +151,8 @@ def _screen(report: InspectReport) -> Screen:
         f"{report.kind} {report.task}  {format_bytes(size)}",
         f"  {report.method}{f' ({settings})' if settings else ''} on {report.backbone.name}"
         f" {report.backbone.fingerprint[:19]}…",
-        f"  {len(report.classes)} classes: {', '.join(report.classes[:8])}{', …' if len(report.classes) > 8 else ''}",
+        f"  {len(report.classes)} classes: {format_names(report.classes[:8])}"
+        f"{', …' if len(report.classes) > 8 else ''}",
         f"  {scored}; signed by: {report.signed_by or 'nobody'}" if pack else None,
         f"  has ranges for the int8 codes {report.int8_codes[:12]}…" if report.int8_codes else None,
         None if report.verified is None else f"  {'' if report.verified else 'not '}verified when it was made",
