@@ -14,7 +14,7 @@ import sys
 import types
 import warnings
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ from edgepet.networks.merged import merged_logits
 from edgepet.networks.weights_file import read_state
 from edgepet.spec import Preprocess
 from tests.tiny import make_delta, random_images, seeded
+from tests.transformers_names import NEW_NAMES, OLD_NAMES, respelled
 
 State = dict[str, torch.Tensor]
 
@@ -87,36 +88,6 @@ def train_script(state: State) -> dict[str, Any]:
         "version": 2, "args": argparse.Namespace(lr=0.1, output=pathlib.Path("out")), "amp_scaler": {"scale": 2.0},
         "state_dict_ema": state, "metric": np.float64(75.5),
     }  # fmt: skip
-
-
-Names = Mapping[str, str | tuple[str, ...]]
-OLD_NAMES: Names = {  # timm's parts of names, those of transformers 4
-    "blocks.": "vit.encoder.layer.", "attn.proj": "attention.output.dense", "norm1": "layernorm_before",
-    "norm2": "layernorm_after", "mlp.fc1": "intermediate.dense", "mlp.fc2": "output.dense",
-    "cls_token": "vit.embeddings.cls_token", "pos_embed": "vit.embeddings.position_embeddings",
-    "patch_embed.proj": "vit.embeddings.patch_embeddings.projection", "head": "classifier",
-    "attn.qkv": ("attention.attention.query", "attention.attention.key", "attention.attention.value"),
-}  # fmt: skip
-NEW_NAMES: Names = {  # and of 5
-    **OLD_NAMES,
-    "blocks.": "vit.layers.", "attn.proj": "attention.o_proj", "mlp.fc1": "mlp.fc1", "mlp.fc2": "mlp.fc2",
-    "attn.qkv": ("attention.q_proj", "attention.k_proj", "attention.v_proj"),
-}  # fmt: skip
-
-
-def respelled(state: State, names: Names) -> State:
-    """A ViT as transformers keeps it: query, key and value apart, and a pooler that no classifier reads."""
-    found = {"vit.pooler.dense.weight": torch.ones(64, 64)}
-    for name, tensor in state.items():
-        for ours, theirs in names.items():
-            if isinstance(theirs, str):
-                name = name.replace(ours, theirs)
-        name = f"vit.layernorm{name.removeprefix('norm')}" if name.startswith("norm") else name
-        for part, leaf in zip(tensor.chunk(3), names["attn.qkv"], strict=True) if "attn.qkv" in name else ():
-            found[name.replace("attn.qkv", leaf)] = part.clone()
-        if "attn.qkv" not in name:
-            found[name] = tensor
-    return found
 
 
 # How weights of one network come, and the name of the file.
