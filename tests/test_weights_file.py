@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import collections
 import contextlib
 import gzip
 import io
@@ -187,7 +188,9 @@ def test_what_tools_leave_beside_weights_is_forgotten(
             beside["lr"] = 0.1
         else:
             beside.values = np.arange(3.0)
-        torch.save({"state_dict": state, "hyper_parameters": beside}, tmp_path / "w.ckpt")
+        counted = collections.defaultdict(int, epochs=3)
+        given = {"config": beside, "kind": dict, "counted": counted, "best": np.float64(0.5)}
+        torch.save({"state_dict": state, "hyper_parameters": given}, tmp_path / "w.ckpt")
 
     assert load_backbone(f"test_vit@{tmp_path / 'w.ckpt'}", image_size=32).fingerprint == backbone.fingerprint
 

@@ -41,12 +41,29 @@ _MAGICS: tuple[tuple[bytes, str, str], ...] = (
 )
 _TENSORS_ALONE = 'where it was made, write the tensors alone: torch.save(model.state_dict(), "weights.pth")'
 _AGAIN = "download or copy it again, whole"
-# What tools leave beside tensors, by package. None of it is imported: each becomes an empty stand-in.
+# What tools leave beside tensors, by package; of Python's own the types alone, which configurations name. None of it is
+# imported or called: each becomes an empty stand-in.
 _BESIDE = (
-    *("argparse", "numpy", "pathlib", "datetime", "typing", "omegaconf", "lightning", "lightning_fabric"),
+    *(
+        "argparse",
+        "collections",
+        "numpy",
+        "pathlib",
+        "datetime",
+        "typing",
+        "omegaconf",
+        "lightning",
+        "lightning_fabric",
+    ),
     *("pytorch_lightning", "mmengine", "yacs", "easydict", "ml_collections"),
 )
-_NAMESPACES = ("argparse.Namespace", "numpy.core.multiarray.scalar", "numpy.dtype", "pathlib.PosixPath")
+_TYPES = frozenset(
+    f"builtins.{kind.__name__}" for kind in (bool, int, float, str, bytes, list, tuple, dict, frozenset, object)
+)
+_USUAL = (  # of files that cannot be looked through
+    *("argparse.Namespace", "numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar", "numpy.dtype"),
+    *("pathlib.PosixPath", "collections.defaultdict", "builtins.dict"),
+)
 _DICTS = ("AttributeDict", "EasyDict", "CfgNode", "ConfigDict")  # subclasses of dict: their keys are set one by one
 # The unpickler's stack machine meets bytes from outside: a cut or foreign file ends in any of these.
 _UNREADABLE = (
@@ -229,10 +246,16 @@ def _stand_ins(file: Path) -> tuple[list[_Allowed], list[str]]:
     try:
         named = torch.serialization.get_unsafe_globals_in_checkpoint(str(file))
     except _UNREADABLE:  # files of the old format cannot be looked through: torch names what it meets
-        named = list(_NAMESPACES)
-    known = [name for name in named if name.partition(".")[0] in _BESIDE]
-    kinds: list[_Allowed] = [(OrderedDict if name.rpartition(".")[2] in _DICTS else _StandIn, name) for name in known]
-    return kinds, sorted(set(named) - set(known))
+        named = list(_USUAL)
+    known = [name for name in named if name.partition(".")[0] in _BESIDE or name in _TYPES]
+    return [(_kind(name), name) for name in known], sorted(set(named) - set(known))
+
+
+def _kind(name: str) -> Callable[..., Any]:
+    """What stands for ``name``: something that keys can be set in, where it is a kind of dict."""
+    if name == "collections.defaultdict":
+        return lambda *_: {}
+    return OrderedDict if name.rpartition(".")[2] in _DICTS else _StandIn
 
 
 def _entry(loaded: _Loaded, where: str) -> Mapping[Any, Any]:
