@@ -6,6 +6,7 @@ import json
 import shutil
 import sys
 import time
+import types
 import warnings
 from collections.abc import Mapping
 from dataclasses import replace
@@ -32,6 +33,7 @@ from edgepet.verbs import peft as peft_verbs
 from edgepet.verbs.peft import export_peft, import_peft
 from tests.flow import edgepet
 from tests.tiny import perturb, random_images, tiny_vit
+from tests.transformers_names import NEW_NAMES, respelled
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # what transformers says of other packages while it is imported
@@ -44,6 +46,7 @@ IMAGES = random_images(4, 3)
 pytestmark = [
     pytest.mark.filterwarnings("ignore::peft.utils.warning.PeftWarning"),
     pytest.mark.filterwarnings("ignore:.*(groups > 1|PiSSA):UserWarning"),
+    pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning"),  # PEFT asks transformers for it
 ]
 
 
@@ -64,14 +67,19 @@ def timm_model(backbone: Backbone, classes: int = CLASSES) -> Any:
 
 def tuned(backbone: Backbone, config: Any, folder: Path) -> NpArray:
     """Write an adapter folder as a user does after tuning, and return the logits of the tuned model."""
-    model = peft.get_peft_model(timm_model(backbone), config)
+    model = moved(peft.get_peft_model(timm_model(backbone), config))
+    model.save_pretrained(str(folder))
+    return logits(model)
+
+
+def moved(model: Any) -> Any:
+    """``model`` itself, all that it trains away from its start."""
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
-    model.save_pretrained(str(folder))
-    return logits(model)
+    return model
 
 
 def logits(model: Any) -> NpArray:
@@ -240,6 +248,112 @@ def test_blocks_of_a_fused_weight_are_rows_of_one_adapter(backbone: Backbone, tm
     b = up["base_model.model.blocks.0.attn.qkv.lora_B.weight"]
     assert b[64:128].count_nonzero() == 0
     assert b[:64, 3:].count_nonzero() == b[128:, :3].count_nonzero() == 0
+
+
+# Adapters of other networks than timm's own
+
+
+def as_wrapped(backbone: Backbone) -> Any:
+    """transformers' TimmWrapperForImageClassification with the weights of ``backbone``."""
+    from transformers import TimmWrapperConfig, TimmWrapperForImageClassification
+
+    config = TimmWrapperConfig(architecture=backbone.name, num_labels=CLASSES, model_args=backbone.create_args)
+    model = TimmWrapperForImageClassification(config)
+    model.timm_model.load_state_dict(timm_model(backbone).state_dict())
+    return model.eval()
+
+
+def as_own(backbone: Backbone) -> Any:
+    """transformers' own ViT with the weights of ``backbone``."""
+    from transformers import ViTConfig, ViTForImageClassification
+
+    config = ViTConfig(
+        hidden_size=64, num_hidden_layers=6, num_attention_heads=2, intermediate_size=192, image_size=32, patch_size=16,
+        layer_norm_eps=1e-6, num_labels=CLASSES,
+    )  # fmt: skip
+    model = ViTForImageClassification(config)
+    told = model.load_state_dict(respelled(timm_model(backbone).state_dict(), NEW_NAMES), strict=False)
+    assert told.missing_keys == []
+    return model.eval()
+
+
+def in_module(backbone: Backbone) -> Any:
+    """A module of a user's own around timm's network."""
+
+    class Classifier(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = torch.nn.ModuleDict({"body": timm_model(backbone)})
+
+        def forward(self, pixel_values: torch.Tensor) -> Any:
+            return types.SimpleNamespace(logits=self.net["body"](pixel_values))
+
+    return Classifier()
+
+
+OWN: dict[str, Any] = {"modules_to_save": ["classifier"]}
+OTHERS: dict[str, tuple[Any, Any]] = {  # the network, and the configuration
+    "TimmWrapper": (as_wrapped, lora(target_modules=["qkv", "fc1"], bias="all")),
+    "TimmWrapper, dora": (as_wrapped, lora(target_modules=r"timm_model\.blocks\.[0-3]\.attn\.qkv", use_dora=True)),
+    "a module around it": (in_module, lora(target_modules=["qkv"])),
+    "ViT, lora on query and value": (as_own, lora(target_modules=["q_proj", "v_proj"], r=3, lora_alpha=5, **OWN)),
+    "ViT, dora with biases": (
+        as_own, lora(target_modules=["k_proj", "o_proj", "fc2"], use_dora=True, bias="lora_only", **OWN)
+    ),
+    "ViT, a bias of its own and a norm": (
+        as_own, lora(target_modules=["v_proj"], lora_bias=True, modules_to_save=["classifier", "layernorm_after"])
+    ),
+    "ViT, ia3": (as_own, ia3(target_modules=["k_proj", "v_proj", "fc2"], feedforward_modules=["fc2"], **OWN)),
+    "ViT, lokr": (as_own, lokr(target_modules=["q_proj", "fc1"], **OWN)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("made", "config"), OTHERS.values(), ids=OTHERS)
+def test_an_adapter_of_another_network_is_moved_to_timms(
+    made: Any, config: Any, backbone: Backbone, tmp_path: Path
+) -> None:
+    model = moved(peft.get_peft_model(made(backbone), config))
+    model.save_pretrained(str(tmp_path / "adapter"))
+    with torch.no_grad():
+        expected = model.eval()(pixel_values=torch.from_numpy(IMAGES)).logits.numpy()
+
+    report = import_peft(tmp_path / "adapter", tmp_path / "flowers.pet", backbone=backbone)
+
+    assert report.max_abs_diff <= report.limit
+    assert apart(expected, merged(tmp_path / "flowers.pet", backbone)) <= LIMIT
+    assert {targeted.target.tensor for targeted in read_pack(tmp_path / "flowers.pet").delta.updates} <= {
+        *backbone.tensors
+    }
+
+
+def test_an_adapter_of_an_older_transformers(backbone: Backbone, tmp_path: Path) -> None:
+    folder = tmp_path / "adapter"
+    new, expected = {"attention.q_proj": "attention.attention.query", "vit.layers": "vit.encoder.layer"}, None
+    model = moved(peft.get_peft_model(as_own(backbone), lora(target_modules=["q_proj"], **OWN)))
+    model.save_pretrained(str(folder))
+    with torch.no_grad():
+        expected = model.eval()(pixel_values=torch.from_numpy(IMAGES)).logits.numpy()
+    older = tensors_of(folder)
+    for name, theirs in new.items():
+        older = {key.replace(name, theirs): tensor for key, tensor in older.items()}
+    with_tensors(reconfigured(folder, target_modules=["query"]), older)
+
+    import_peft(folder, tmp_path / "flowers.pet", backbone=backbone)
+
+    updates = read_pack(tmp_path / "flowers.pet").delta.updates
+    assert [str(t.target) for t in updates] == [f"blocks.{n}.attn.qkv.weight[0:64]" for n in range(6)]
+    assert apart(expected, merged(tmp_path / "flowers.pet", backbone)) <= LIMIT
+
+
+@pytest.mark.parametrize("task", ["SEQ_CLS", "FEATURE_EXTRACTION", "IMAGE_CLASSIFICATION"])
+def test_a_task_type_of_language_models_changes_nothing(
+    task: str, folder: Path, backbone: Backbone, tmp_path: Path
+) -> None:
+    expected = loaded(backbone, folder)
+
+    import_peft(reconfigured(folder, task_type=task), tmp_path / "flowers.pet", backbone=backbone)
+
+    assert apart(expected, merged(tmp_path / "flowers.pet", backbone)) <= LIMIT
 
 
 def test_an_adapter_in_bfloat16_is_read(folder: Path, backbone: Backbone, tmp_path: Path) -> None:
@@ -485,6 +599,55 @@ def test_tensors_that_do_not_fold(
     tensors = {name: tensor for name, tensor in {**tensors_of(folder), **changes}.items() if tensor is not None}
 
     assert refusal(with_tensors(folder, tensors), backbone).startswith(message)
+
+
+def renamed(folder: Path, change: Any) -> Path:
+    """The adapter under names that ``change`` makes of timm's; a tensor of no name is left out."""
+    named = ((change(key.removeprefix(PREFIX)), tensor) for key, tensor in tensors_of(folder).items())
+    return with_tensors(folder, {f"{PREFIX}{name}": tensor for name, tensor in named if name})
+
+
+PASS = "pass the `backbone` that it was tuned on; or tune timm's model, or transformers' TimmWrapper"
+STRANGE = {
+    "a wrapper's adapter without its classifier": (
+        lambda name: f"timm_model.{name}" if "qkv" in name else None,
+        "DIR: holds no weights of the classifier 'timm_model.head'\n"
+        '  fix: tune with modules_to_save=["timm_model.head"]: a pack needs the classifier',
+    ),
+    "a classifier of the wrapper's own": (
+        lambda name: f"backbone.{name}" if "qkv" in name else name.replace("head", "classifier"),
+        "DIR: holds no weights of the classifier 'backbone.head', got classifier\n"
+        '  fix: tune with modules_to_save=["backbone.head"]: a pack needs the classifier',
+    ),
+    "another network of transformers": (
+        lambda name: name.replace("blocks.", "swin.encoder.layers.0.blocks.").replace("qkv", "self.query"),
+        "DIR: swin.encoder.layers.0.blocks.0.attn.self.query: is no layer of the backbone by timm's names, by"
+        f" transformers' of a ViT or DINOv2, or below one prefix\n  fix: {PASS}",
+    ),
+    "a deeper ViT": (
+        lambda name: (
+            name.replace("blocks.5.attn.qkv", "vit.layers.9.attention.q_proj")
+            .replace("blocks.", "vit.layers.")
+            .replace("attn.qkv", "attention.q_proj")
+            .replace("head", "classifier")
+        ),
+        "DIR: vit.layers.9.attention.q_proj: is no linear layer or convolution of the backbone\n"
+        "  fix: pass the `backbone` that it was tuned on, by timm's name",
+    ),
+}
+
+
+@pytest.mark.parametrize(("change", "message"), STRANGE.values(), ids=STRANGE)
+def test_names_that_are_not_timms(change: Any, message: str, folder: Path, backbone: Backbone) -> None:
+    assert refusal(renamed(folder, change), backbone) == message
+
+
+def test_a_classifier_of_other_features(folder: Path, backbone: Backbone) -> None:
+    doubled = tensors_of(folder) | {f"{PREFIX}head.weight": torch.ones(3, 128)}
+    assert refusal(with_tensors(folder, doubled), backbone) == (
+        "DIR: head: must be a classifier of the backbone's 64 features, got one of 128\n"
+        "  fix: tune timm's model, or pass the backbone that it was tuned on"
+    )
 
 
 GROUPED = {

@@ -19,6 +19,7 @@ import numpy as np
 from edgepet.canonical import backbone_fingerprint
 from edgepet.deltas.delta import Head
 from edgepet.errors import InputError, option, require
+from edgepet.networks.weights_file import pooling_of, read_weights, require_finite, require_numbers
 from edgepet.samples.weights import WEIGHTS, sample_weights
 from edgepet.spec import Base, NpArray, Preprocess, Site, Tensors
 
@@ -33,7 +34,6 @@ _Config: TypeAlias = Mapping[str, Any]  # timm's own, of a network
 
 OWN = "module:"  # what the label of a user's own network starts with
 MOST_SIDE = 8192  # pixels: beyond it a table of positions alone fills the memory
-WEIGHT_SUFFIXES = (".safetensors", ".pth", ".pt")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -81,6 +81,7 @@ class Backbone:
             MissingError: torch is not installed.
         """
         require("torch", extra="train", purpose=name)
+        require_finite(module, name)
         own = _over_frames(copy.deepcopy(module).eval().requires_grad_(False), preprocess.frames)
         backbone = cls(
             spec=f"{OWN}{name}",
@@ -235,20 +236,21 @@ def load_backbone(spec: str, *, image_size: int | None = None, frames: int = 1) 
             spec, "is no timm architecture", got=repr(name), fix=f"for example {', '.join(close)}" if close else None
         )
     with _quiet():
-        native = _native_module(timm, name, file, spec)
+        native, create_args = _native_module(timm, name, file, spec)
     config = cast(_Config, native.pretrained_cfg)
     own = timm.data.resolve_data_config({}, model=native)
     size = image_size or int(own["input_size"][-1])
     state = native.state_dict()
-    module, create_args = native, dict[str, object]()
+    module = native
     dynamic = bool(getattr(native, "dynamic_img_size", False))  # would resample its table in every forward pass
     if config.get("fixed_input_size") or dynamic:
-        create_args = {"img_size": size, **({"dynamic_img_size": False} if dynamic else {})}
+        create_args |= {"img_size": size, **({"dynamic_img_size": False} if dynamic else {})}
         if dynamic or size != own["input_size"][-1]:
             _check_size(native, size, spec)
             module = timm.create_model(name, pretrained=False, num_classes=0, **create_args)
             _load(module, dict(state), spec)
     module.eval().requires_grad_(False)
+    require_finite(native, str(file or spec))
     sample = WEIGHTS.get(spec.removeprefix("demo:")) if spec.startswith("demo:") else None
     return Backbone(
         spec=spec,
@@ -271,17 +273,16 @@ def _parse(spec: str) -> tuple[str, Path | None]:
     if not at:
         return name, None
     file = Path(path).expanduser()
-    if file.suffix not in WEIGHT_SUFFIXES:
-        raise InputError(spec, f"needs a weights file ending in {', '.join(WEIGHT_SUFFIXES)}", got=repr(file.name))
-    if not file.is_file():
+    if not file.exists():
         raise InputError(str(file), "is no file")
     return name, file
 
 
-def _native_module(timm: ModuleType, name: str, file: Path | None, spec: str) -> nn.Module:
+def _native_module(timm: ModuleType, name: str, file: Path | None, spec: str) -> tuple[nn.Module, dict[str, object]]:
+    """timm's network with its weights, and what ``create_model`` needs for it beside its name."""
     if file is None:
         try:
-            return cast("nn.Module", timm.create_model(name, pretrained=True, num_classes=0))
+            return cast("nn.Module", timm.create_model(name, pretrained=True, num_classes=0)), {}
         except Exception as error:  # a hub, an HTTP client and a file system: their errors share no base
             raise InputError(
                 spec,
@@ -290,40 +291,38 @@ def _native_module(timm: ModuleType, name: str, file: Path | None, spec: str) ->
                 fix=f"connect to the network, or pass {option('backbone', f'{name}@FILE')} with weights you have",
             ) from error
     module: nn.Module = timm.create_model(name, pretrained=False, num_classes=0)
-    _load(module, _read_weights(timm, file), str(file))
-    return module
-
-
-def _read_weights(timm: ModuleType, file: Path) -> dict[str, Tensor]:
-    import pickle
-
-    from safetensors import SafetensorError
-
-    try:
-        state: dict[str, Tensor] = timm.models.load_state_dict(str(file), weights_only=True)
-    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
-        raise InputError(str(file), "is not a readable weights file", got=str(error).splitlines()[0]) from error
-    return state
+    state = read_weights(file, module.state_dict().keys())
+    arguments = pooling_of(state, module.state_dict().keys())
+    if arguments:
+        module = timm.create_model(name, pretrained=False, num_classes=0, **arguments)
+    _load(module, state, str(file))
+    return module, arguments
 
 
 def _load(module: nn.Module, state: dict[str, Tensor], where: str) -> None:
     """Load ``state`` the way timm prepares it for ``module``, and accept nothing missing and nothing left over."""
     prepare = getattr(sys.modules[type(module).__module__], "checkpoint_filter_fn", None)
+    fix = "pass the architecture that the file is of"
     if prepare is not None:
-        state = prepare(state, module)
+        try:
+            state = prepare(state, module)
+        except (KeyError, IndexError, AttributeError, TypeError, ValueError, RuntimeError) as error:
+            got = f"{type(error).__name__}: {_first_line(error)}"
+            raise InputError(where, f"cannot be read as {type(module).__name__}", got=got, fix=fix) from error
     heads = {
         f"{part}.{kind}" for part in _classifiers(cast(_Config, module.pretrained_cfg)) for kind in ("weight", "bias")
     }
     state = {key: value for key, value in state.items() if key not in heads}
+    require_numbers(state, module.state_dict(), where)
     try:
         result = module.load_state_dict(state, strict=False)
     except RuntimeError as error:
         first = str(error).splitlines()[1].strip() if "\n" in str(error) else str(error)
-        raise InputError(where, f"does not fit {type(module).__name__}", got=first) from error
+        raise InputError(where, f"does not fit {type(module).__name__}", got=first, fix=fix) from error
     if result.missing_keys or result.unexpected_keys:
         missing, unknown = result.missing_keys, result.unexpected_keys
         got = f"{len(missing)} missing ({_few(missing)}), {len(unknown)} unknown ({_few(unknown)})"
-        raise InputError(where, f"does not hold exactly the tensors of {type(module).__name__}", got=got)
+        raise InputError(where, f"does not hold exactly the tensors of {type(module).__name__}", got=got, fix=fix)
 
 
 def _over_frames(module: nn.Module, frames: int) -> nn.Module:

@@ -197,7 +197,8 @@ def _check_config(adapter: Adapter) -> None:
     config = adapter.config
     kind = config.get("peft_type")
     if kind not in _KNOWN:
-        raise adapter.refusal("peft_type", f"is one of {', '.join(_KNOWN)}", "merge it in PEFT, and pack the weights")
+        fix = "merge it in PEFT with merge_and_unload(): NAME@FILE takes the state dict as a backbone"
+        raise adapter.refusal("peft_type", f"is one of {', '.join(_KNOWN)}", fix)
     for key, value in config.items():
         if key not in _KNOWN[kind] and value:
             raise adapter.refusal(key, "must be off: it does not fold, or is not known here", f"tune without {key}")
@@ -232,7 +233,7 @@ def lower(adapter: Adapter, base: Tensors, layers: Sequence[Site], classifiers: 
         InputError: a tensor belongs to nothing that folds, or does not fit, or there is no classifier, or several that
             differ.
     """
-    modules, saved = _sorted(adapter)
+    modules, saved = by_module(adapter)
     for name in classifiers:
         if name in modules:
             what, fix = "is adapted, but its own weights are not in the folder", f'tune with modules_to_save=["{name}"]'
@@ -273,7 +274,7 @@ def _adapted(
     return updates
 
 
-def _sorted(adapter: Adapter) -> tuple[dict[str, dict[str, NpArray]], dict[str, NpArray]]:
+def by_module(adapter: Adapter) -> tuple[dict[str, dict[str, NpArray]], dict[str, NpArray]]:
     """The tensors of each adapted module, and those that take the place of the network's own."""
     modules: dict[str, dict[str, NpArray]] = {}
     saved: dict[str, NpArray] = {}
@@ -293,8 +294,9 @@ def _head(adapter: Adapter, saved: dict[str, NpArray], classifiers: Sequence[str
     for name in classifiers:
         weight = saved.pop(f"{name}.weight", None)
         if weight is None:
+            got = ", ".join(sorted({key.rpartition(".")[0] for key in saved} - {name})[:3]) or None
             fix = f'tune with modules_to_save=["{name}"]: a pack needs the classifier'
-            raise InputError(adapter.where, f"holds no weights of the classifier {name!r}", fix=fix)
+            raise InputError(adapter.where, f"holds no weights of the classifier {name!r}", got=got, fix=fix)
         bias = saved.pop(f"{name}.bias", np.zeros(len(weight), np.float32))
         heads.append(Head(weight=_float32(weight.reshape(len(weight), -1)), bias=_float32(bias)))
     if not heads:
@@ -310,9 +312,8 @@ def _replaced(adapter: Adapter, saved: Mapping[str, NpArray], base: Tensors) -> 
     for name, tensor in saved.items():
         if name not in base:
             what = "is no tensor of the backbone and nothing that PEFT saves of an adapter that is known here"
-            raise InputError(
-                f"{adapter.where}: {name}", what, fix=f"pass the {option('backbone')} that it was tuned on"
-            )
+            fix = f"pass the {option('backbone')} that it was tuned on"
+            raise InputError(f"{adapter.where}: {name}", what, fix=fix)
         targeted = Targeted(Target(name), Replace(_float32(tensor)))
         check(targeted, base[name].shape, where=adapter.where, fix="pass the backbone it was tuned on")
         if not np.array_equal(base[name], tensor):

@@ -21,6 +21,7 @@ from edgepet.files import folder_bytes, new_folder, refusing, require_only
 from edgepet.measuring.parity import STORED, Inputs
 from edgepet.networks.backbone import AnyBackbone
 from edgepet.packs.pack import Codec, encode_pack, read_pack, write_pack
+from edgepet.peft.naming import Naming, naming_of
 from edgepet.peft.reading import CONFIG, WEIGHTS, Lowered, lower, read_adapter
 from edgepet.peft.writing import unlower, write_adapter
 from edgepet.proving.subject import Subject, sample_images, synthetic_images
@@ -101,12 +102,14 @@ def import_peft(
     stage("load the backbone")
     loaded = load_backbone(backbone, image_size=image_size) if isinstance(backbone, str) else backbone
     _require_timm(loaded)
-    lowered = lower(adapter, loaded.tensors, loaded.layers, loaded.classifiers)
+    naming = naming_of(adapter, loaded.tensors, loaded.layers, loaded.classifiers)
+    lowered = naming.moved(lower(adapter, naming.tensors, naming.layers, naming.classifiers))
+    _require_width(lowered.head, loaded, f"{folder}: {naming.classifiers[0]}")
     made_with = f"peft {adapter.config.get('peft_version') or ''}".strip()
     delta = _delta(output.stem, loaded, lowered, labels, made_with)
     images, inputs = _images(loaded, data)
     stage("compare with PEFT")
-    expected = peft_logits(loaded, len(delta.labels), folder, images)
+    expected = peft_logits(loaded, len(delta.labels), folder, images, naming)
     for stored in dict.fromkeys(("fp32", codec)):  # rounding must not hide a fault of the lowering
         packed = read_pack(encode_pack(delta, codec=stored)).delta
         worst = _compare(expected, merged_logits(loaded, packed, images), stored, str(folder))
@@ -170,8 +173,13 @@ def _delta(task: str, backbone: Backbone, lowered: Lowered, labels: Sequence[str
     )
 
 
-def peft_logits(backbone: Backbone, classes: int, folder: Path, images: NpArray) -> NpArray:
+def peft_logits(
+    backbone: Backbone, classes: int, folder: Path, images: NpArray, naming: Naming | None = None
+) -> NpArray:
     """Logits (n, C) in float64 of timm's network with the adapter in ``folder``, as PEFT runs it unmerged.
+
+    ``naming`` is what the adapter calls the layers, None where by timm's names. A ``task_type`` of the configuration is
+    not looked at: for PEFT it says which other arguments a language model takes.
 
     Raises:
         InputError: PEFT cannot load it, or misses a tensor.
@@ -179,10 +187,16 @@ def peft_logits(backbone: Backbone, classes: int, folder: Path, images: NpArray)
     peft = require("peft", extra="peft", purpose="comparing with PEFT")
     blank = Head(weight=np.zeros((classes, backbone.width), np.float32), bias=np.zeros(classes, np.float32))
     network = _network(backbone, backbone.tensors, blank).float()
+    if naming is not None:
+        from edgepet.peft.renamed import renamed
+
+        network = renamed(network, naming)
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
         try:
-            model = peft.PeftModel.from_pretrained(network, str(folder))
+            given = peft.PeftConfig.from_json_file(str(folder / CONFIG)) | {"task_type": None}
+            config = peft.PeftConfig.from_peft_type(**given)
+            model = peft.PeftModel.from_pretrained(network, str(folder), config=config)
         except (ValueError, TypeError, KeyError, AttributeError, RuntimeError) as error:
             got = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
             raise InputError(str(folder), f"cannot be loaded by PEFT on {backbone.label}", got=got) from error
@@ -242,6 +256,13 @@ def _images(backbone: Backbone, data: FilePath | None) -> tuple[NpArray, Inputs]
 def _require(verb: str) -> None:
     require("torch", extra="train", purpose=verb)
     require("peft", extra="peft", purpose=verb)
+
+
+def _require_width(head: Head, backbone: Backbone, where: str) -> None:
+    if head.weight.shape[1] != backbone.width:
+        what = f"must be a classifier of the backbone's {backbone.width} features"
+        fix = "tune timm's model, or pass the backbone that it was tuned on"
+        raise InputError(where, what, got=f"one of {head.weight.shape[1]}", fix=fix)
 
 
 def _require_timm(backbone: Backbone) -> None:
