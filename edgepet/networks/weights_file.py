@@ -44,18 +44,8 @@ _AGAIN = "download or copy it again, whole"
 # What tools leave beside tensors, by package; of Python's own the types alone, which configurations name. None of it is
 # imported or called: each becomes an empty stand-in.
 _BESIDE = (
-    *(
-        "argparse",
-        "collections",
-        "numpy",
-        "pathlib",
-        "datetime",
-        "typing",
-        "omegaconf",
-        "lightning",
-        "lightning_fabric",
-    ),
-    *("pytorch_lightning", "mmengine", "yacs", "easydict", "ml_collections"),
+    *("argparse", "collections", "datetime", "numpy", "pathlib", "typing", "omegaconf", "yacs", "easydict"),
+    *("lightning", "lightning_fabric", "pytorch_lightning", "mmengine", "ml_collections"),
 )
 _TYPES = frozenset(
     f"builtins.{kind.__name__}" for kind in (bool, int, float, str, bytes, list, tuple, dict, frozenset, object)
