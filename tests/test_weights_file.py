@@ -30,6 +30,7 @@ from edgepet.deltas.delta import Head
 from edgepet.errors import InputError
 from edgepet.networks.backbone import Backbone, load_backbone
 from edgepet.networks.merged import merged_logits
+from edgepet.networks.weight_names import unwrapped
 from edgepet.networks.weights_file import read_state
 from edgepet.spec import Preprocess
 from tests.tiny import make_delta, random_images, seeded
@@ -116,6 +117,18 @@ FILES: dict[str, tuple[str, Callable[[State], Any]]] = {
     ),
     "an EMA with a shadow": ("w.pth", lambda s: {"model": other(s), "ema": {"decay": 0.9, "shadow": s}}),
     "an EMA beside it": ("w.ckpt", lambda s: {"state_dict": under("model.", other(s)) | under("ema_model.module.", s)}),
+    "MAE with its decoder": (
+        "checkpoint-799.pth",
+        lambda s: {"model": s | {"mask_token": torch.ones(1), "decoder_blocks.0.norm1.weight": torch.ones(2)}},
+    ),
+    "I-JEPA": (
+        "ep300.pth.tar",
+        lambda s: {
+            "encoder": under("module.", s),
+            "predictor": {"module.mask_token": torch.ones(1)},
+            "target_encoder": under("module.", other(s)),
+        },
+    ),
     "DINO": (
         "checkpoint.pth",
         lambda s: {
@@ -136,6 +149,16 @@ def test_a_file_is_read_as_what_it_is(
     read = load_backbone(f"test_vit@{tmp_path / name}", image_size=32)
 
     assert read.fingerprint == backbone.fingerprint
+
+
+def test_names_of_other_code_are_left_for_timm_to_convert() -> None:
+    """Meta's SAM: most names fit below a prefix, but timm renames the others only where it sees the prefix."""
+    names = {f"blocks.{n}.{leaf}" for n in range(4) for leaf in ("norm1.weight", "attn.qkv.weight", "mlp.fc1.weight")}
+    official = {f"image_encoder.{name.replace('fc1', 'lin1')}": 0 for name in names}
+
+    assert unwrapped(official, names, "w.pth") == official
+    assert unwrapped({f"module.model.{name}": 0 for name in official}, names, "w.pth") == official
+    assert unwrapped({f"image_encoder.{name}": 0 for name in names} | {"loss": 1}, names, "") == dict.fromkeys(names, 0)
 
 
 def test_the_old_format_and_a_packed_archive_are_read(state: State, backbone: Backbone, tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Set
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -15,11 +15,12 @@ T = TypeVar("T")
 # Parts that wrappers put anywhere into a name: torch.compile, FSDP, activation checkpointing.
 _INSIDE = re.compile(r"\b(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 _AVERAGED = re.compile(r"(?:^|[._])(?:ema|averaged?|teacher|momentum|target)(?=[._])")
-_WRAPPERS = re.compile(r"(?:module|model|net|network|backbone|encoder|trunk)\.")
+_WRAPPERS = re.compile(r"(?:module|model|net|network|backbone)\.")
+_ENOUGH = 0.9  # of the network's names below one prefix; fewer are those of other code, which timm may know to convert
 _MOST_NAMED = 6  # prefixes in a message
 
 
-def unwrapped(state: Mapping[str, T], names: Collection[str], where: str) -> dict[str, T]:
+def unwrapped(state: Mapping[str, T], names: Set[str], where: str) -> dict[str, T]:
     """``state`` under the network's own ``names``: without what DataParallel, torch.compile or Lightning put before.
 
     Where one prefix has the network, what lies beside it is no part of the network and is left out. Of an average (EMA,
@@ -32,8 +33,8 @@ def unwrapped(state: Mapping[str, T], names: Collection[str], where: str) -> dic
     counts = Counter(prefix for name in plain for prefix in _prefixes(name, names))
     most = max(counts.values(), default=0)
     best = [prefix for prefix, count in counts.items() if count == most]
-    if "" in best or 2 * most < len(names):
-        return _without_wrappers(plain) if counts[""] == 0 else plain
+    if "" in best or most < _ENOUGH * len(names):
+        return _without_wrappers(plain) if counts[""] == 0 else _without_decoder(plain, names)
     if len(best) > 1:
         best = [prefix for prefix in best if _AVERAGED.search(prefix)] or best
     if len(best) > 1:
@@ -41,6 +42,14 @@ def unwrapped(state: Mapping[str, T], names: Collection[str], where: str) -> dic
         got = ", ".join(f"{prefix}*" for prefix in sorted(best)[:_MOST_NAMED])
         raise InputError(where, "holds several networks of these names", got=got, fix=fix)
     return {name.removeprefix(best[0]): value for name, value in plain.items() if name.startswith(best[0])}
+
+
+def _without_decoder(state: dict[str, T], names: Set[str]) -> dict[str, T]:
+    """A masked autoencoder's encoder, where all of it is there: MAE keeps its decoder beside it."""
+    decoder = any(name.startswith("decoder") for name in state.keys() - names)
+    if not decoder or names - state.keys():
+        return state
+    return {name: value for name, value in state.items() if not name.startswith(("decoder", "mask_token"))}
 
 
 def _prefixes(name: str, names: Collection[str]) -> Iterable[str]:

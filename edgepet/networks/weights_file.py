@@ -11,7 +11,7 @@ import struct
 import warnings
 import zipfile
 from collections import OrderedDict
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Set
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
@@ -29,7 +29,7 @@ _Allowed: TypeAlias = Callable[..., Any] | tuple[Callable[..., Any], str]  # as 
 ENTRIES = (
     *("state_dict_ema", "model_ema", "ema_state_dict", "model_ema_state_dict", "ema_model", "params_ema", "ema"),
     *("teacher", "state_dict", "model_state_dict", "model_state", "model", "net", "network", "module"),
-    *("weights", "params"),
+    *("weights", "params", "encoder"),
 )
 _DEEPEST = 4  # an entry in an entry, as {"ema": {"shadow": {...}}}
 _MAGICS: tuple[tuple[bytes, str, str], ...] = (
@@ -44,18 +44,8 @@ _AGAIN = "download or copy it again, whole"
 # What tools leave beside tensors, by package; of Python's own the types alone, which configurations name. None of it is
 # imported or called: each becomes an empty stand-in.
 _BESIDE = (
-    *(
-        "argparse",
-        "collections",
-        "numpy",
-        "pathlib",
-        "datetime",
-        "typing",
-        "omegaconf",
-        "lightning",
-        "lightning_fabric",
-    ),
-    *("pytorch_lightning", "mmengine", "yacs", "easydict", "ml_collections"),
+    *("argparse", "collections", "datetime", "numpy", "pathlib", "typing", "omegaconf", "yacs", "easydict"),
+    *("lightning", "lightning_fabric", "pytorch_lightning", "mmengine", "ml_collections"),
 )
 _TYPES = frozenset(
     f"builtins.{kind.__name__}" for kind in (bool, int, float, str, bytes, list, tuple, dict, frozenset, object)
@@ -83,7 +73,7 @@ class _StandIn:
     def __setstate__(self, state: object) -> None: ...
 
 
-def read_weights(file: Path, names: Collection[str]) -> dict[str, Tensor]:
+def read_weights(file: Path, names: Set[str]) -> dict[str, Tensor]:
     """The tensors of a file as a network with these ``names`` calls them, as far as that is known; others keep theirs.
 
     Raises:
