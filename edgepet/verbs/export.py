@@ -246,10 +246,20 @@ def screen(report: ExportReport) -> Screen:
     )
     yield Table("artefacts", columns, rows)
     yield lines(*(f"  {reason}" for reason in dict.fromkeys(a.reason for a in report.artifacts if a.reason)))
+    yield lines(*(f"  {told}" for told in dict.fromkeys(_near_ties(a) for a in report.artifacts) if told))
     yield lines(*(f"  {told}" for told in dict.fromkeys(_kept_fp32(a) for a in report.artifacts if a.kept_fp32)))
     for a in report.artifacts:
         cost = _int8(a) if a.int8 else None
         yield lines(*(f"  {told}" for told in (cost, a.why, a.warning) if told))
+
+
+def _near_ties(artifact: Exported) -> str | None:
+    """How many answers changed that were too near to call, if any."""
+    parity = artifact.parity
+    if parity is None or not parity.near_ties:
+        return None
+    where = f"{artifact.task} {artifact.precision} on {artifact.engine}"
+    return f"{where}: {parity.near_ties} of {parity.n} answers differ where two classes are a near tie, and may"
 
 
 def _kept_fp32(artifact: Exported) -> str:
