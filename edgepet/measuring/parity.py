@@ -63,7 +63,8 @@ def interval(right: int, n: int) -> tuple[float, float]:
 @dataclass(frozen=True, slots=True)
 class Limit:
     """What rounding for storage may cost: a fraction of the largest logit, or None for any finite difference, and how
-    many answers must stay; one that the fraction alone could turn is a near tie, and free to. ``images`` is the part of them, the nearest ones, of which the fraction is asked.
+    many answers must stay, near ties left out. ``images`` is the part of them, the nearest ones, of which the fraction
+    is asked.
     """
 
     relative: float | None
