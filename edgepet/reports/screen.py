@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import PurePath
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 from rich import box, table
 from rich.console import Console
@@ -61,14 +62,24 @@ def print_table(console: Console, shown: Table) -> None:
 
 
 class _Terminal(Console):
-    """A console whose reader may leave: rich would end the process with 1."""
+    """A console whose reader may leave: rich would end the process with 1. Progress on a full disk is lost as well."""
+
+    def print(self, *objects: Any, **settings: Any) -> None:
+        """As rich does; of stderr, what cannot be written is said to nobody."""
+        try:
+            super().print(*objects, **settings)
+        except OSError:
+            if not self.stderr:
+                raise
+            self.on_broken_pipe()
 
     def on_broken_pipe(self) -> None:
         """Progress is said to nobody, and the work goes on; of a report the caller hears."""
         if not self.stderr:
             raise
         self.quiet = True
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
+        with contextlib.suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
 
 
 def terminal(*, stderr: bool) -> Console:
