@@ -27,7 +27,7 @@ from edgepet.verbs.train import (
     training_options,
     val_accuracy,
 )
-from edgepet.verbs.verb import Options, Parser, Verb, output_option
+from edgepet.verbs.verb import Options, Parser, Verb, output_option, require_task_name
 
 if TYPE_CHECKING:
     from edgepet.networks.backbone import Backbone
@@ -77,6 +77,7 @@ def pretrain(
     output = Path(output)
     if output.suffix != ".work":
         raise InputError(option("output"), "needs a folder name ending in .work", got=repr(output.name))
+    require_task_name(output)
     from edgepet.tuning.training import Training
 
     training = Training(

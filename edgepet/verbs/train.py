@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from edgepet.deltas.delta import Delta, Score
-from edgepet.errors import InputError, option, require
+from edgepet.errors import require
 from edgepet.images.preprocess import normalize
 from edgepet.measuring.parity import Accuracy, accuracy
 from edgepet.methods import Method
@@ -34,6 +34,8 @@ from edgepet.verbs.verb import (
     output_option,
     pairs,
     path,
+    require_pack_place,
+    require_task_name,
 )
 
 if TYPE_CHECKING:
@@ -121,8 +123,8 @@ def train(
     """
     require("torch", extra="train", purpose="train")
     output = Path(output)
-    if output.suffix != ".pet":
-        raise InputError(option("output"), "needs a file name ending in .pet", got=repr(output.name))
+    require_task_name(output)
+    require_pack_place(output)
     from edgepet.tuning.training import Training
 
     training = Training(
