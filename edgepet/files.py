@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+import re
 import secrets
 import shutil
 import stat
@@ -20,7 +21,7 @@ from edgepet.errors import InputError
 with contextlib.suppress(ImportError):  # Windows has no such locks: there leftovers stay
     import fcntl
 
-_PART = ".part"
+_PART, _TOKEN_BYTES = ".part", 4
 
 
 @contextlib.contextmanager
@@ -183,11 +184,74 @@ def held_alone(path: Path, otherwise: str) -> Iterator[None]:
         os.close(descriptor)
 
 
+def require_place(path: Path, *, makes_parents: bool = False) -> None:
+    """Refuse a place that could not be written: before the work whose result goes there, not after.
+
+    Args:
+        makes_parents: whether the folders that it is in are made then, where they are not there.
+
+    Raises:
+        InputError: a folder that it is in is none, is missing or cannot be written.
+    """
+    folder = path.absolute().parent
+    while makes_parents and not folder.exists() and folder != folder.parent:
+        folder = folder.parent
+    if not folder.is_dir():
+        is_there = folder.exists()
+        fix = "name another place" if is_there else f"mkdir -p {path.parent}"
+        raise InputError(str(folder if is_there else path.parent), "is no folder", fix=fix)
+    with refusing(path, "could not be written"):
+        scratch = _scratch(folder / path.name)
+        os.close(os.open(scratch, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))  # permissions alone do not tell
+        with contextlib.suppress(FileNotFoundError):  # another process may take it for a leftover
+            os.unlink(scratch)
+
+
+def require_file_place(path: Path) -> None:
+    """Refuse a place where no file could be written, as ``require_place`` does, or where a folder is.
+
+    Raises:
+        InputError: it is such a place.
+    """
+    require_place(path)
+    if path.is_dir():
+        raise InputError(str(path), "must be a file, or not there", got="a folder", fix="name another place")
+
+
+def require_space(path: Path, size_bytes: int, what: str) -> None:
+    """Refuse work whose result cannot fit on the disk of ``path``, which need not be there; ``what`` it is, in words.
+
+    Raises:
+        InputError: fewer than ``size_bytes`` are free.
+    """
+    place = path.absolute()
+    while not place.exists() and place != place.parent:
+        place = place.parent
+    with refusing(place, "could not be read"):
+        free = shutil.disk_usage(place).free
+    if free < size_bytes:
+        needs, got = f"{-(-size_bytes // 10**6):,} MB", f"{free // 10**6:,} MB"  # whole ones, none in favour
+        raise InputError(str(place), f"needs {needs} free for {what}", got=got, fix="make room, or name another place")
+
+
+def made_cache() -> Path:
+    """The cache folder, made where it is not there.
+
+    Raises:
+        InputError: it cannot be made or written.
+    """
+    try:
+        return made_folder(cache_folder(), "backbones and graphs are kept there")
+    except InputError as error:
+        fix = "set EDGEPET_CACHE to a folder that can be written"
+        raise InputError(error.where, error.what, got=error.got, fix=error.fix or fix) from error
+
+
 def clear_leftovers(path: Path) -> None:
     """Remove what processes that are dead left of writing ``path``; one that is alive holds a lock."""
-    begins = f".{path.name}."
+    ours = re.compile(rf"\.{re.escape(path.name)}\.[0-9a-f]{{{2 * _TOKEN_BYTES}}}{re.escape(_PART)}")
     for item in list(path.parent.iterdir()) if path.parent.is_dir() else ():
-        if item.name.startswith(begins) and item.name.endswith(_PART) and not _is_locked(item):
+        if ours.fullmatch(item.name) and not _is_locked(item):
             if item.is_dir() and not item.is_symlink():
                 shutil.rmtree(item, ignore_errors=True)
             else:
@@ -195,7 +259,7 @@ def clear_leftovers(path: Path) -> None:
 
 
 def _scratch(path: Path) -> Path:
-    return path.parent / f".{path.name}.{secrets.token_hex(4)}{_PART}"
+    return path.parent / f".{path.name}.{secrets.token_hex(_TOKEN_BYTES)}{_PART}"
 
 
 def _lock(descriptor: int) -> bool:
@@ -308,8 +372,17 @@ def cache_folder() -> Path:
     """Where graphs and converted weights are kept: ``EDGEPET_CACHE``, else ``edgepet`` in the user's cache folder.
 
     That is ``XDG_CACHE_HOME``, else ``~/.cache``, as the XDG Base Directory Specification has it. It is not made here.
+
+    Raises:
+        InputError: there is no home folder, and none of the two is set.
     """
     chosen = os.environ.get("EDGEPET_CACHE")
     if chosen:
         return Path(chosen)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "edgepet"
+    if named := os.environ.get("XDG_CACHE_HOME"):
+        return Path(named) / "edgepet"
+    try:
+        return Path.home() / ".cache" / "edgepet"
+    except RuntimeError as error:  # a user without HOME that the system does not know, as containers have
+        fix = "set EDGEPET_CACHE to a folder that can be written"
+        raise InputError("cache", "needs a home folder", got=str(error).rstrip("."), fix=fix) from error

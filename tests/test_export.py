@@ -86,6 +86,7 @@ def test_an_artefact_was_compared_with_the_tuned_network(
         "n": HELD_OUT,
         "inputs": "work",
         "against": "tuned",
+        "near_ties": 0,
     }
     assert 0 < row["parity"]["max_abs"] <= row["parity"]["limit"]
 

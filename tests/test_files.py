@@ -261,6 +261,16 @@ def test_what_a_killed_process_left_is_cleared_and_what_a_live_one_writes_is_not
     assert names(place) == ["half"]
 
 
+def test_files_of_others_whose_names_are_alike_are_no_leftovers(tmp_path: Path) -> None:
+    theirs = [".a.work.mine.part", ".a.work.part", ".a.work.0123abcd.part.txt", ".a.work.0123ABCD.part"]
+    for name in [*theirs, ".a.work.0123abcd.part"]:
+        (tmp_path / name).write_bytes(b"")
+
+    clear_leftovers(tmp_path / "a.work")
+
+    assert names(tmp_path) == sorted(theirs)
+
+
 def test_an_output_that_is_an_input_is_refused_by_whatever_name(tmp_path: Path) -> None:
     write_file(tmp_path / "a.pet", b"pack")
     (tmp_path / "link").symlink_to(tmp_path / "a.pet")

@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,7 +16,6 @@ from PIL import Image
 
 import edgepet
 from edgepet.errors import InputError
-from edgepet.images import held
 from edgepet.images.held import MANIFEST, forget, load_held, pixels_folder
 from edgepet.images.sets import ImageSet, load_batches, load_set, open_split
 from edgepet.measuring import machine
@@ -115,15 +115,13 @@ def test_a_folder_with_other_files_and_a_disk_without_room_are_refused(
         load_held(sets, PREPROCESS, folder, budget_bytes=0)
     forget(folder)
     assert (folder / "song.wav").exists()
-    monkeypatch.setattr(held.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(9, 9, 0))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=0))
 
     with pytest.raises(InputError) as refusal:
         load_held(sets, PREPROCESS, tmp_path / "other.pixels", budget_bytes=0)
 
-    assert str(refusal.value) == (
-        f"{tmp_path / 'other.pixels'}: needs 0.0 GB for decoded images, which `memory` does not hold, got 0.0 GB free\n"
-        "  fix: write the pack where there is more room, or give the images more memory with `memory`"
-    )
+    needed = "needs 1 MB free for decoded images that `memory` does not hold, got 0 MB"
+    assert str(refusal.value) == f"{tmp_path}: {needed}\n  fix: make room, or name another place"
 
 
 def test_a_process_that_does_not_write_waits_for_the_one_that_does(

@@ -17,12 +17,14 @@ import edgepet
 from edgepet.errors import InputError
 from edgepet.files import cache_folder
 from edgepet.graphs.base import BaseGraph
+from edgepet.jobs.job import Job, Result
+from edgepet.jobs.running import LOCK
 from edgepet.methods import SSF, LoRA
 from edgepet.networks.backbone import Backbone
 from edgepet.packs.pack import read_pack, write_pack
 from edgepet.reports.screen import show
 from edgepet.verbs.calibrate import VERB, CalibrateAllReport
-from edgepet.verbs.many import JOBS, of_task
+from edgepet.verbs.many import JOBS, finish, of_task
 from tests.flow import edgepet as command
 from tests.flow import refused, task_on
 
@@ -115,6 +117,23 @@ def test_what_is_done_when_another_pack_fails_is_not_made_again(fleet: Fleet, tm
     assert said.code == 0, said.err
     assert "\n1/1 birds.pet  " in said.err
     assert {path.name for path in out.iterdir()} == {"flowers-onnx-fp32", "birds-onnx-fp32"}
+
+
+def test_what_others_keep_where_jobs_were_stays(tmp_path: Path) -> None:
+    place = tmp_path / JOBS
+    digests = ["1" * 64, "2" * 64]  # of this run and of an earlier one, which was killed
+    for name in [*digests, f".{'3' * 64}.0123abcd.part", "photos"]:
+        (place / name).mkdir(parents=True)
+    (place / LOCK).touch()
+    job = Job(function="a:b", specification={})
+    result = Result(job=job, folder=place / digests[0], report={}, files={}, seconds=0, versions={}, measured={})
+
+    finish([result])
+    assert [item.name for item in place.iterdir()] == ["photos"]
+
+    (place / "photos").rmdir()
+    finish([result])
+    assert not place.exists()
 
 
 def test_an_artefact_takes_the_place_of_an_older_one_and_of_nothing_else(fleet: Fleet, tmp_path: Path) -> None:

@@ -18,7 +18,14 @@ def judged(got: NpArray, stored: Precision = "fp32", expected: NpArray = LOGITS)
 
 def test_equal_answers_are_equal() -> None:
     assert judged(LOGITS) == Parity(
-        max_abs=0.0, limit=4e-4, top1_agreement=1.0, least_agreement=0.0, n=2, inputs="work", against="tuned"
+        max_abs=0.0,
+        limit=4e-4,
+        top1_agreement=1.0,
+        least_agreement=0.0,
+        n=2,
+        inputs="work",
+        against="tuned",
+        near_ties=0,
     )
 
 
@@ -44,13 +51,51 @@ def test_within_the_limit_passes_and_beyond_it_does_not(stored: Precision, step:
     assert judged(LOGITS + step, stored).ok is ok
 
 
+TURNED = np.array([[4.0, 3.9, 0.0], [0.0, 0.0, 4.0]])  # fp16 may move a logit by 0.08, fp32 by 4e-4
+
+
 @pytest.mark.parametrize(("stored", "ok"), [("fp32", True), ("fp16", False), ("int8", False)])
 def test_answers_that_changed_count_where_the_precision_is_low(stored: Precision, ok: bool) -> None:
-    expected = np.array([[1.0, 1.00001], [100.0, 0.0]])
+    nearly = np.array([[4.0, 3.9997, 0.0], [0.0, 0.0, 4.0]]) if stored == "fp32" else TURNED
 
-    parity = judged(expected - [[0.0, 0.001], [0.0, 0.0]], stored, expected)
+    parity = judged(nearly[:, [1, 0, 2]], stored, nearly)
 
     assert (parity.top1_agreement, parity.ok) == (0.5, ok)
+
+
+@pytest.mark.parametrize(("margin", "near_ties"), [(0.079, 1), (0.081, 0)])
+def test_an_answer_too_near_to_call_does_not_count_as_changed(margin: float, near_ties: int) -> None:
+    expected = np.tile(LOGITS, (16, 1))  # 32 images, of which 99 % are all
+    expected[0] = [4.0, 4.0 - margin, 0.0]
+    got = expected.copy()
+    got[0, :2] = 4.0 - 0.6 * margin, 4.0 - 0.4 * margin  # within the limit, and turned
+
+    parity = judged(got, "fp16", expected)
+
+    assert parity.max_abs == pytest.approx(0.6 * margin)
+    assert (parity.top1_agreement, parity.near_ties, parity.ok) == (31 / 32, near_ties, bool(near_ties))
+
+
+def test_a_near_tie_does_not_excuse_a_third_answer() -> None:
+    expected = np.array([[4.0, 4.0, 3.9]])
+
+    parity = judged(expected - [[0.07, 0.07, -0.04]], "fp16", expected)
+
+    assert (parity.max_abs <= 0.08, parity.near_ties, parity.ok) == (True, 0, False)
+
+
+def test_a_near_tie_excuses_no_difference_beyond_the_limit() -> None:
+    expected = np.array([[4.0, 3.99, 0.0]])
+
+    parity = judged(expected - [[0.09, 0.0, 0.0]], "fp16", expected)
+
+    assert (parity.near_ties, parity.ok) == (1, False)
+
+
+def test_without_a_limit_on_logits_nothing_is_a_near_tie() -> None:
+    parity = judged(TURNED[:, [1, 0, 2]], "int8", TURNED)
+
+    assert (parity.top1_agreement, parity.near_ties, parity.ok) == (0.5, 0, False)
 
 
 @pytest.mark.parametrize("stored", ["fp32", "fp16", "int8"])
@@ -111,4 +156,16 @@ def test_a_failed_comparison_of_low_precision_says_how_many_answers_must_stay() 
     assert str(refused.value).splitlines()[0] == (
         "flowers.onnx: must answer as the tuned network does, within 8.0e-02 on logits and with 99% equal answers, "
         "got 8.0e+00 and 0.0% on 2 images (work)"
+    )
+
+
+def test_a_failed_comparison_says_how_many_answers_were_too_near_to_call() -> None:
+    expected = np.array([[4.0, 3.99, 0.0]])
+
+    with pytest.raises(CheckError) as refused:
+        require_parity(judged(expected - [[0.09, 0.0, 0.0]], "fp16", expected), "flowers.onnx")
+
+    assert str(refused.value).splitlines()[0] == (
+        "flowers.onnx: must answer as the tuned network does, within 8.0e-02 on logits and with 99% equal answers, "
+        "got 9.0e-02 and 0.0% on 1 images (work), 1 of them too near to call"
     )

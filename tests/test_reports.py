@@ -115,6 +115,25 @@ def test_a_table_on_a_narrow_terminal_folds_its_texts_and_loses_none() -> None:
     ]
 
 
+@pytest.mark.parametrize("columns", ["20", "1", "0"])
+def test_the_narrowest_terminal_gets_every_cell_of_a_table(monkeypatch: pytest.MonkeyPatch, columns: str) -> None:
+    stream = Tty()
+    monkeypatch.setattr("sys.stdout", stream)
+    monkeypatch.setenv("COLUMNS", columns)
+    monkeypatch.setenv("NO_COLOR", "1")
+
+    print_table(terminal(stderr=False), SIZES)
+
+    plain = re.sub(r"\x1b\[[\d;]*m", "", stream.getvalue())
+    cells = re.sub(r"\s+", "", plain)
+    if columns == "0":  # no width is no width of a terminal: nothing is folded
+        assert "pets|birds" in plain
+    else:
+        rows = lines_of(plain)
+        assert rows[4:7] == ["  flowers    lora       215.9 kB", "  pets|bir   ssf[all]      812 B", "  ds"]
+    assert "flowerslora215.9kB" in cells
+
+
 def test_markdown_is_a_github_table_under_its_title() -> None:
     assert markdown(SIZES) == (
         "**What a task takes**\n"

@@ -206,12 +206,12 @@ def test_a_val_loss_that_is_no_number_is_refused(backbone: Backbone, tmp_path: P
 
 
 def test_half_a_checkpoint_that_a_killed_process_left_is_removed(tmp_path: Path) -> None:
-    (tmp_path / ".flowers.checkpoint.a1b2.part").write_bytes(b"half")
-    (tmp_path / ".other.checkpoint.a1b2.part").write_bytes(b"another task's")
+    (tmp_path / ".flowers.checkpoint.a1b2c3d4.part").write_bytes(b"half")
+    (tmp_path / ".other.checkpoint.a1b2c3d4.part").write_bytes(b"another task's")
 
     assert keeper(tmp_path).load() is None
 
-    assert [path.name for path in tmp_path.iterdir()] == [".other.checkpoint.a1b2.part"]
+    assert [path.name for path in tmp_path.iterdir()] == [".other.checkpoint.a1b2c3d4.part"]
 
 
 # ------------------------------------------------------------------------------------------------------ being asked

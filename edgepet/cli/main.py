@@ -5,9 +5,7 @@ A verb's file is imported when it is asked for: ``edgepet --help`` needs none of
 
 from __future__ import annotations
 
-import contextlib
 import importlib
-import io
 import os
 import sys
 from collections.abc import Sequence
@@ -16,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from edgepet import __version__
 from edgepet.cli.options import Parser, ends_by_sigterm, flags_of, harmless, spelled
+from edgepet.cli.streams import forget, json_line, take_any_text, tell
 from edgepet.errors import EdgepetError, InputError
 
 if TYPE_CHECKING:
@@ -48,6 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb and return its exit code."""
     if sys.stderr is None:  # closed by who started us: there is nobody to tell
         sys.stderr = Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115  as long as the process lives
+    take_any_text()
     given = list(sys.argv[1:] if argv is None else argv)
     name = next((word for word in given if not word.startswith("-")), None)
     verb = load(name) if name in VERBS else None
@@ -68,7 +68,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _refused(message: str, parser: ArgumentParser, code: int) -> int:
     """Say it, with flags for fields; names from outside must not steer the terminal."""
-    sys.stderr.write(f"{harmless(spelled(message, flags_of(parser)))}\n")
+    tell(f"{harmless(spelled(message, flags_of(parser)))}\n")
     return code
 
 
@@ -99,29 +99,21 @@ def _put_out(verb: Verb, report: object, options: Namespace) -> None:
     """
     if sys.stdout is None:
         raise InputError("stdout", "is closed", fix="write the report to a file or a pipe")
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # a label's script may not be the terminal's
     try:
         if options.json:
-            from edgepet.reports.as_json import json_text
+            from edgepet.reports.as_json import to_json
 
-            sys.stdout.write(json_text(report, encoding=sys.stdout.encoding) + "\n")
+            sys.stdout.write(json_line(to_json(report), sys.stdout.encoding))
         elif not options.quiet:
             from edgepet.reports.screen import show, terminal
 
             show(terminal(stderr=False), verb.screen(report))
         sys.stdout.flush()
     except BrokenPipeError:
-        _forget_stdout()
+        forget(sys.stdout)
     except OSError as error:
-        _forget_stdout()
+        forget(sys.stdout)
         raise InputError("stdout", "could not be written", got=error.strerror or str(error)) from error
-
-
-def _forget_stdout() -> None:
-    """What is left in its buffer would fail once more when the interpreter ends."""
-    with contextlib.suppress(OSError, ValueError):
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _say_versions() -> None:
@@ -129,7 +121,7 @@ def _say_versions() -> None:
 
     here = environment()
     told = ", ".join(f"{name} {version}" for name, version in here.versions.items())
-    sys.stderr.write(f"{told}; Python {here.python}; {here.cpu}, {here.cores} cores\n")
+    tell(f"{told}; Python {here.python}; {here.cpu}, {here.cores} cores\n")
 
 
 def _parsers(asked: str | None, verb: Verb | None) -> tuple[ArgumentParser, ArgumentParser | None]:

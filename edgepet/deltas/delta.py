@@ -21,6 +21,16 @@ _BACKBONE = re.compile(r"(?:demo:|module:)?[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 _FINGERPRINT = re.compile(r"sha256:[0-9a-f]{64}")
 
 
+def require_task(name: str, where: str, what: str) -> None:
+    """Refuse what is no task's name; ``what`` begins the message.
+
+    Raises:
+        InputError: it is none.
+    """
+    if _TASK.fullmatch(name) is None:
+        raise InputError(where, f"{what} of letters, digits, '.', '_' and '-', at most 64", got=repr(name[:80]))
+
+
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Head:
     """The task's classifier: logits = features @ weight.T + bias; ``weight`` (C, d), ``bias`` (C,)."""
@@ -87,10 +97,7 @@ class Delta:
     int8: Int8Ranges | None = None
 
     def __post_init__(self) -> None:
-        if _TASK.fullmatch(self.task) is None:
-            raise InputError(
-                "task", "needs a name of letters, digits, '.', '_' and '-', at most 64", got=repr(self.task[:80])
-            )
+        require_task(self.task, "task", "needs a name")
         if _BACKBONE.fullmatch(self.backbone) is None:
             raise InputError(self.task, "needs a backbone's name, no path", got=repr(self.backbone[:80]))
         if _FINGERPRINT.fullmatch(self.fingerprint) is None:
@@ -109,6 +116,9 @@ class Delta:
             )
         if len(set(self.labels)) != classes:
             raise InputError(self.task, "needs labels that differ", got=format_names(self.labels))
+        for label in self.labels:
+            if not label.isascii() and any("\ud800" <= c <= "\udfff" for c in label):  # a folder's name in no encoding
+                raise InputError(self.task, "needs labels that UTF-8 can spell", got=ascii(label))
 
     @property
     def structure(self) -> str:

@@ -91,6 +91,8 @@ def write_artifact(folder: Path, artifact: Artifact) -> None:
         InputError: it cannot be written.
     """
     parity = asdict(artifact.parity) if artifact.parity else None
+    if parity and not parity["near_ties"]:
+        del parity["near_ties"]  # there since near ties are told apart: earlier readers take all else
     probe = {
         "seed": artifact.probe.seed,
         "shape": list(artifact.probe.logits.shape),
@@ -203,6 +205,7 @@ def _parity(table: ObjectReader) -> Parity | None:
         n=entry.integer("n"),
         inputs=cast(Inputs, entry.text("inputs", choices=["data", "work", "synthetic"])),
         against=cast(Against, entry.text("against", choices=["tuned", "merged"])),
+        near_ties=entry.integer("near_ties") if entry.has("near_ties") else 0,  # earlier artefacts allowed none
     )
     entry.end()
     return parity

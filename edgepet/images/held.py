@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from edgepet.canonical import canonical_json
 from edgepet.errors import InputError, option
-from edgepet.files import new_folder, read_file, refusing, write_file
+from edgepet.files import new_folder, read_file, refusing, require_space, write_file
 from edgepet.images.preprocess import Pixels
 from edgepet.images.sets import ImageSet, load_sets
 from edgepet.spec import Preprocess
@@ -58,7 +58,7 @@ def load_held(
     key = canonical_json({"format": "edgepet-pixels", "sha256": hashlib.sha256(told).hexdigest()})
     if makes and not _is_of(folder, key):
         stage(f"decode {sum(map(len, sets.values()))} images into {folder}, {size / 1e9:.1f} GB")
-        _require_room(folder, size)
+        require_space(folder, size, f"decoded images that {option('memory')} does not hold")
         with new_folder(folder, only=(MANIFEST, *map(_file, sets))) as scratch:
             mapped = [np.lib.format.open_memmap(scratch / _file(name), "w+", np.uint8, shapes[name]) for name in sets]
             load_sets(list(sets.values()), preprocess, into=mapped)
@@ -119,12 +119,3 @@ def _mapped(path: Path, shape: tuple[int, ...]) -> Pixels:
 
 def _damaged(path: Path, got: str) -> InputError:
     return InputError(str(path), "is not as it was written", got=got, fix=f"delete {path.parent}")
-
-
-def _require_room(folder: Path, size: int) -> None:
-    with refusing(folder.parent, "could not be read"):
-        free = shutil.disk_usage(folder.parent).free
-    if size > free:
-        fix = f"write the pack where there is more room, or give the images more memory with {option('memory')}"
-        what = f"needs {size / 1e9:.1f} GB for decoded images, which {option('memory')} does not hold"
-        raise InputError(str(folder), what, got=f"{free / 1e9:.1f} GB free", fix=fix)

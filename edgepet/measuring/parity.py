@@ -63,7 +63,8 @@ def interval(right: int, n: int) -> tuple[float, float]:
 @dataclass(frozen=True, slots=True)
 class Limit:
     """What rounding for storage may cost: a fraction of the largest logit, or None for any finite difference, and how
-    many answers must stay. ``images`` is the part of them, the nearest ones, of which the fraction is asked.
+    many answers must stay, near ties left out. ``images`` is the part of them, the nearest ones, of which the fraction
+    is asked.
     """
 
     relative: float | None
@@ -87,6 +88,9 @@ def coarser(first: StoredPrecision, second: StoredPrecision) -> StoredPrecision:
 class Parity:
     """How far two networks' logits (n, C) are apart on all images, or on those that the limit asks for; ``limit`` is on
     ``max_abs``, ``inputs`` what they were fed.
+
+    ``near_ties`` of the images are answered otherwise, but were too near to call: the reference's own logit of that
+    answer is no further than ``limit`` below its best. ``top1_agreement`` is what was counted, these among the others.
     """
 
     max_abs: float
@@ -96,12 +100,14 @@ class Parity:
     n: int
     inputs: Inputs
     against: Against
+    near_ties: int = 0
 
     @property
     def ok(self) -> bool:
-        """Whether the answers are finite, within ``limit``, and as many of them equal as must be."""
+        """Whether the answers are finite, within ``limit``, and few enough of them changed, near ties left out."""
         near = math.isfinite(self.max_abs) and (self.limit is None or self.max_abs <= self.limit)
-        return near and self.top1_agreement >= self.least_agreement
+        stayed = round(self.top1_agreement * self.n) + self.near_ties
+        return near and stayed / self.n >= self.least_agreement
 
 
 # The same int8 codes on another runtime: what accumulates where numbers between two codes are rounded apart. Far from
@@ -115,17 +121,23 @@ def compare(
 ) -> Parity:
     """Judge logits ``got`` by ``expected``, both (n, C), as ``stored`` allows; NaN is beyond every limit."""
     limit = stored if isinstance(stored, Limit) else STORED[stored]
-    apart = np.abs(expected.astype(np.float64) - got).max(axis=1)
+    expected = expected.astype(np.float64)
+    apart = np.abs(expected - got).max(axis=1)
     nearest = math.ceil(limit.images * len(apart))
     difference = float(np.sort(apart)[nearest - 1]) if np.isfinite(apart).all() else math.inf
+    allowed = None if limit.relative is None else limit.relative * float(np.abs(expected).max())
+    answers = got.argmax(1)
+    same = expected.argmax(1) == answers
+    margins = expected.max(1) - expected[np.arange(len(expected)), answers]  # of the reference's over that answer
     return Parity(
         max_abs=difference,
-        limit=None if limit.relative is None else limit.relative * float(np.abs(expected).max()),
-        top1_agreement=float((expected.argmax(1) == got.argmax(1)).mean()),
+        limit=allowed,
+        top1_agreement=float(same.mean()),
         least_agreement=limit.top1_agreement,
         n=len(expected),
         inputs=inputs,
         against=against,
+        near_ties=0 if allowed is None else int((~same & (margins <= allowed)).sum()),
     )
 
 
@@ -142,6 +154,7 @@ def require_parity(parity: Parity, where: str) -> None:
         f"must answer as the {parity.against} network does"
         + ("" if parity.limit is None else f", within {parity.limit:.1e} on logits")
         + (f" and with {parity.least_agreement:.0%} equal answers" if parity.least_agreement else ""),
-        got=f"{parity.max_abs:.1e} and {parity.top1_agreement:.1%} on {parity.n} images ({parity.inputs})",
+        got=f"{parity.max_abs:.1e} and {parity.top1_agreement:.1%} on {parity.n} images ({parity.inputs})"
+        + (f", {parity.near_ties} of them too near to call" if parity.near_ties else ""),
         fix="nothing was kept; report this with the pack if the backbone is an ordinary one",
     )

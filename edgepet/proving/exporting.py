@@ -14,13 +14,15 @@ from edgepet.device.runtimes import Format
 from edgepet.errors import CheckError, MissingError, option
 from edgepet.exporters import EXPORTERS
 from edgepet.exporters.exporter import ExportOptions
-from edgepet.files import folder_bytes, move_folder, new_folder, scratch_folder
+from edgepet.files import folder_bytes, move_folder, new_folder, require_space, scratch_folder
 from edgepet.graphs.manifest import listing
 from edgepet.proving.checks import prove
 from edgepet.proving.exported import Exported
 from edgepet.proving.precision import Model, fastest, in_precision
 from edgepet.proving.subject import Subject
 from edgepet.spec import StoredPrecision
+
+SHARE = {"fp32": 1.0, "fp16": 0.5, "int8": 0.25, "auto": 1.75}  # of the backbone's bytes, at least
 
 
 def export_task(subject: Subject, folder: Path, options: ExportOptions, stage: Callable[[str], None]) -> list[Exported]:
@@ -30,7 +32,10 @@ def export_task(subject: Subject, folder: Path, options: ExportOptions, stage: C
         EdgepetError: as ``edgepet.export``.
     """
     subject.check_backbone()
+    _ = subject.images  # what cannot be compared on is refused before the work
     stage(f"graph of {subject.delta.backbone}")
+    size_bytes = round(SHARE[options.precision] * subject.graph.weights_bytes)
+    require_space(folder, size_bytes * len(options.to), f"{subject.delta.task} in {', '.join(options.to)}")
     if options.precision == "auto":
         return _fastest(subject, folder, options, stage)
     model = in_precision(subject, options.precision, options, stage)

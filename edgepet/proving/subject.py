@@ -14,6 +14,7 @@ from edgepet.deltas.delta import Delta
 from edgepet.deltas.merge import merge, require_backbone, task_tensors
 from edgepet.device.artifact import Probe
 from edgepet.errors import InputError, require
+from edgepet.files import made_cache
 from edgepet.graphs.base import WEIGHTS, BaseGraph, graph_folder, open_graph
 from edgepet.images.preprocess import normalize
 from edgepet.images.sets import ImageSet, load_set, open_split
@@ -68,6 +69,7 @@ class Subject:
         except InputError:
             from edgepet.exporters.trace import base_graph
 
+            made_cache()
             return base_graph(self.backbone, delta.branches)
 
     @cached_property

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import math
-import re
 from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
 from pathlib import PurePath
@@ -13,20 +11,6 @@ import numpy as np
 
 DROPPED = "times_ms"  # every single observation: for statistics, not for JSON
 SHOWN = "shown"  # where a class says it, the names that take the place of its fields
-
-
-_SURROGATE = re.compile(r"[\ud800-\udfff]")  # what Python makes of a byte in a file's name that is no UTF-8
-
-
-def json_text(report: object, *, encoding: str | None) -> str:
-    """``report`` as JSON on one line, in signs that ``encoding`` has: others are escaped.
-
-    Raises:
-        TypeError: as ``to_json``.
-    """
-    utf8 = (encoding or "utf-8").lower().replace("-", "").replace("_", "") == "utf8"
-    text = json.dumps(to_json(report), ensure_ascii=not utf8, allow_nan=False)
-    return _SURROGATE.sub(lambda match: f"\\u{ord(match[0]):04x}", text)
 
 
 def to_json(report: object) -> object:

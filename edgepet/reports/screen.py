@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import PurePath
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 from rich import box, table
+from rich.cells import cell_len
 from rich.console import Console
 from rich.measure import Measurement
 from rich.text import Text
@@ -18,6 +20,7 @@ from rich.text import Text
 from edgepet.reports.tables import Table, printable
 
 PLAIN_WIDTH = 120  # columns, where there is no terminal
+FOLDED = 8  # columns that a column of texts keeps on the narrowest terminal
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,18 +60,39 @@ def print_table(console: Console, shown: Table) -> None:
         grid.add_row(*(Text(printable(cell)) for cell in row))  # Text: a cell's [brackets] are not rich's markup
     if not console.is_terminal:  # a pipe or a log has no width
         grid.width = Measurement.get(console, console.options.update(width=10**6), grid).maximum
+    elif console.width < (least := _least_width(shown)):
+        grid.width = least  # rich would leave out what has no room; the terminal wraps it
     console.print(grid, crop=False)
 
 
+def _least_width(shown: Table) -> int:
+    """Columns of a terminal into which ``shown`` goes whole: numbers are never folded, texts down to a few letters."""
+    widths = [max(map(cell_len, cells)) for cells in zip([c.heading for c in shown.columns], *shown.rows, strict=True)]
+    folded = (
+        width if column.right else min(width, FOLDED) for width, column in zip(widths, shown.columns, strict=True)
+    )
+    return sum(folded) + 3 * len(widths) + 1
+
+
 class _Terminal(Console):
-    """A console whose reader may leave: rich would end the process with 1."""
+    """A console whose reader may leave: rich would end the process with 1. Progress on a full disk is lost as well."""
+
+    def print(self, *objects: Any, **settings: Any) -> None:
+        """As rich does; of stderr, what cannot be written is said to nobody."""
+        try:
+            super().print(*objects, **settings)
+        except OSError:
+            if not self.stderr:
+                raise
+            self.on_broken_pipe()
 
     def on_broken_pipe(self) -> None:
         """Progress is said to nobody, and the work goes on; of a report the caller hears."""
         if not self.stderr:
             raise
         self.quiet = True
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
+        with contextlib.suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
 
 
 def terminal(*, stderr: bool) -> Console:
@@ -78,7 +102,9 @@ def terminal(*, stderr: bool) -> Console:
     """
     stream = sys.stderr if stderr else sys.stdout
     if os.environ.get("CI", "").lower() in ("", "0", "false") and stream.isatty():
-        return _Terminal(stderr=stderr, highlight=False)
+        columns = os.environ.get("COLUMNS", "")
+        none = columns.isdigit() and int(columns) == 0  # rich prints nothing into no column
+        return _Terminal(stderr=stderr, highlight=False, width=PLAIN_WIDTH if none else None)
     return _Terminal(stderr=stderr, highlight=False, force_terminal=False, width=PLAIN_WIDTH, soft_wrap=True)
 
 

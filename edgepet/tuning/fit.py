@@ -67,11 +67,14 @@ class LabelledPixels:
 class Fit:
     """What a fit reached: the epoch that was kept and how fast images went through.
 
-    ``val`` is that epoch's. ``images_per_second`` is of training steps alone, ``seconds`` is all of this process's fit.
+    ``val`` is that epoch's. ``probe`` is what a linear probe reaches on the features that the fit began with; None
+    where the fit is one itself, or was begun by a version that had none. ``images_per_second`` is of training steps
+    alone, ``seconds`` is all of this process's fit.
     """
 
     best_epoch: int
     val: Score
+    probe: Score | None
     images_per_second: float
     seconds: float
 
@@ -145,6 +148,7 @@ class _Run:
         self.optimizer = _optimizer(model, plan)
         self.probe = not model.sites and not plan.augment  # frozen features do not change: remember them
         self.seen = self.held = torch.empty(0)
+        self.probed: float | None = None
         self.kept = dict[str, Tensor]()
         self.best, self.best_epoch = (-1.0, 0.0), 0
         self.epoch, self.position, self.steps, self.done, self.busy, self.loss = 1, 0, 0, 0, 0.0, math.nan
@@ -154,10 +158,10 @@ class _Run:
         began, saved = time.perf_counter(), keeper.load() if keeper else None
         if saved is None or self.probe:
             self.seen = _features(self.model, self.train.pixels, self.preprocess, self.plan, follow=True)
-            self.model.mean.copy_(self.seen.mean(0))
-            self.model.std.copy_(self.seen.std(0).clamp_min(1e-6))
-        if self.probe:
+            self.model.standardize(self.seen)
             self.held = _features(self.model, self.val.pixels, self.preprocess, self.plan)
+        if saved is None and self.model.sites:
+            self.probed = self.top1_of_probe()
         if saved is not None and keeper is not None:
             try:
                 self.restore(saved)
@@ -169,9 +173,20 @@ class _Run:
         return Fit(
             best_epoch=self.best_epoch,
             val=Score(top1=self.best[0], n=len(self.val)),
+            probe=None if self.probed is None else Score(top1=self.probed, n=len(self.val)),
             images_per_second=self.done / self.busy,
             seconds=time.perf_counter() - began,
         )
+
+    def top1_of_probe(self) -> float:
+        """Best val top-1 of the head alone, on features as they are now; it and random numbers then begin again."""
+        run = _Run(self.model, self.train, self.val, self.preprocess, self.plan, ALONE, top1_and_loss)
+        run.probe, run.seen, run.held = True, self.seen, self.held
+        while run.epoch <= run.plan.epochs:
+            run.one_epoch(lambda step: None, None)
+        self.model.reset_head()
+        torch.manual_seed(self.plan.seed + self.processes.rank)
+        return run.best[0]
 
     def one_epoch(self, say: Say, keeper: Keeper | None) -> None:
         self.model.train()
@@ -254,7 +269,7 @@ class _Run:
         }
         progress = {
             "epoch": self.epoch, "position": self.position, "steps": self.steps, "done": self.done, "busy": self.busy,
-            "loss": self.loss, "best": list(self.best), "best_epoch": self.best_epoch,
+            "loss": self.loss, "best": list(self.best), "best_epoch": self.best_epoch, "probe": self.probed,
         }  # fmt: skip
         arrays = {name: value.detach().cpu().numpy() for name, value in tensors.items()}
         return Checkpoint(progress=progress, tensors=arrays | self.processes.random_states(self.plan.device))
@@ -273,6 +288,7 @@ class _Run:
         self.epoch, self.position, self.steps = progress["epoch"], progress["position"], progress["steps"]
         self.done, self.busy, self.loss = progress["done"], progress["busy"], progress["loss"]
         self.best, self.best_epoch = tuple(progress["best"]), progress["best_epoch"]
+        self.probed = progress.get("probe")  # edgepet 0.1 before it was measured wrote none
         self.processes.set_random_state(saved.tensors, self.plan.device)
 
 

@@ -22,6 +22,7 @@ from edgepet.networks.graft import grafted, in_torch
 from edgepet.spec import NpArray, Site, Tuned
 from edgepet.tuning.fake_quant import FakeQuant
 
+LEAST_SCALE = 0.3  # of the root mean square of all features' deviations
 _MEAN = ".running_mean"
 
 
@@ -52,12 +53,27 @@ class TunedModel(nn.Module):
         self._names = list(starts)
         self.tensors = nn.ParameterList([torch.from_numpy(np.array(start)) for start in starts.values()])
         self.linear = nn.Linear(backbone.width, classes)
-        nn.init.zeros_(self.linear.weight)
-        nn.init.zeros_(self.linear.bias)
+        self.reset_head()
         self.mean: Tensor
         self.std: Tensor
         self.register_buffer("mean", torch.zeros(backbone.width))
         self.register_buffer("std", torch.ones(backbone.width))
+
+    def reset_head(self) -> None:
+        """Let the head answer zero, as it does before it is trained; its statistics stay."""
+        nn.init.zeros_(self.linear.weight)
+        nn.init.zeros_(self.linear.bias)
+
+    def standardize(self, features: Tensor) -> None:
+        """Fix the statistics by which the head sees features to those of ``features`` (n, d).
+
+        A feature that hardly varies is divided by a floor: as soon as a layer before it is tuned it moves, by little of
+        what others vary by, but by thousands of its own deviations, and one that is dead would drown all others.
+        """
+        deviations = features.std(0)
+        least = LEAST_SCALE * float(deviations.square().mean().sqrt())
+        self.mean.copy_(features.mean(0))
+        self.std.copy_(deviations.clamp_min(least or 1.0))  # where all are dead, there is no measure
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits (n, C) of preprocessed images (n, 3, H, W), or clips (n, frames, 3, H, W)."""

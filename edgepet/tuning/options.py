@@ -86,6 +86,10 @@ class TrainOptions:
             raise InputError(option("lr"), f"must be at most {MOST_LR:g}", got=self.lr)
         if not 0 <= self.seed < MOST_SEED:
             raise InputError(option("seed"), f"must be at least 0 and below {MOST_SEED}", got=self.seed)
+        if self.shots is not None and self.shots < 1:
+            raise InputError(option("shots"), "must be at least 1", got=self.shots)
+        if not 0 < self.val_fraction < 1:
+            raise InputError(option("val_fraction"), "must be between 0 and 1, without them", got=self.val_fraction)
         if not 0 <= self.checkpoint_s < math.inf:
             raise InputError(option("checkpoint_s"), "must be at least 0 and finite", got=self.checkpoint_s)
         if self.memory is not None and self.memory < 0:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
@@ -13,10 +14,11 @@ import numpy as np
 import torch
 
 from edgepet.canonical import canonical_json
-from edgepet.deltas.delta import Delta
+from edgepet.deltas.delta import Delta, Score
 from edgepet.errors import CheckError, InputError, option
 from edgepet.exporters.trace import base_graph
-from edgepet.files import cache_folder, made_folder, require_only
+from edgepet.files import cache_folder, made_cache, require_only, require_place, require_space
+from edgepet.graphs.base import WEIGHTS, graph_folder
 from edgepet.images.held import load_held, pixels_folder
 from edgepet.images.notes import Tell, tell_nobody, tell_of
 from edgepet.images.preprocess import normalize
@@ -26,6 +28,7 @@ from edgepet.measuring.parity import ALGEBRA
 from edgepet.methods import Method, STAdapter, configure
 from edgepet.methods.settings import stored
 from edgepet.networks.backbone import Backbone, load_backbone
+from edgepet.packs.pack import encode_pack, read_pack
 from edgepet.spec import FilePath, NpArray
 from edgepet.tuning.checkpoint import Keeper, checkpoint_file, ends_when_asked, identity_of
 from edgepet.tuning.fake_quant import FakeQuant
@@ -33,7 +36,7 @@ from edgepet.tuning.fit import Fit, LabelledPixels, Plan, Say, fast_bfloat16, fi
 from edgepet.tuning.model import TunedModel, algebra_error, extract
 from edgepet.tuning.options import Augmentation, TrainOptions
 from edgepet.tuning.processes import Processes
-from edgepet.tuning.work_folder import FILES, Work, read_work, work_folder
+from edgepet.tuning.work_folder import FILES, HELD_OUT, Work, read_work, work_folder
 
 ALGEBRA_IMAGES = 8  # float64 is slow, and one image already exercises every tensor
 
@@ -89,13 +92,16 @@ def run(training: Training, processes: Processes) -> Made:
     method = configure(method, options.settings or {}) if isinstance(method, str) else method
     _check(training)
     work = _started_from(options.init)
-    stage("read images")
+    stage("load the backbone")
     train_set, val_set = _image_sets(training)
     if processes.leads:
         tell_of(training.data, {"train": train_set, "val": val_set}, training.tell, clips=_clips(training))
     device = _device(processes.device(options.device))
-    stage("load the backbone")
     backbone = _backbone(training)
+    model = _attach(backbone, method, len(train_set.classes), options)
+    began_with = {} if work is None else {"init": _start(model, backbone, work, str(options.init))}
+    _rehearse(training, backbone, model, train_set.classes)
+    stage("read images")
     held = load_held(
         {"train": train_set, "val": val_set}, backbone.preprocess, pixels_folder(training.output),
         budget_bytes=free_memory_bytes() // 2 if options.memory is None else options.memory,
@@ -103,8 +109,6 @@ def run(training: Training, processes: Processes) -> Made:
     )  # fmt: skip
     train_images, val_images = (LabelledPixels(*held[name]) for name in ("train", "val"))
     plan = _plan(training, method, device, processes)
-    model = _attach(backbone, method, len(train_set.classes), options)
-    began_with = {} if work is None else {"init": _start(model, backbone, work, str(options.init))}
     identity = _identity(backbone, model, plan, processes, train_set.classes, train_images, val_images) | began_with
     keeper = Keeper(path=checkpoint_file(training.output), identity=identity, every_s=options.checkpoint_s,
                     writes=processes.leads)  # fmt: skip
@@ -234,15 +238,30 @@ def _attach(backbone: Backbone, method: Method, classes: int, options: TrainOpti
 
 def _check(training: Training) -> None:
     output, options = training.output, training.options
-    if not output.absolute().parent.is_dir():
-        raise InputError(str(output.parent), "is no folder", fix=f"mkdir -p {output.parent}")
+    require_place(checkpoint_file(output))
     options.check()
     require_only(work_folder(output), FILES)
-    made_folder(cache_folder(), "backbones and graphs are kept there")
+    made_cache()
     path = checkpoint_file(output)
     if path.exists() and not options.resume:
         fix = f"go on with {option('resume', True)}, or delete {path} to begin again"
         raise InputError(str(path), "is left of a training that was interrupted", fix=fix)
+
+
+def _rehearse(training: Training, backbone: Backbone, model: TunedModel, classes: Sequence[str]) -> None:
+    """Pack what is not trained yet, into nothing: what could not be written then is refused now.
+
+    Raises:
+        InputError: a name or a size that packs cannot have, or too little room for what is to come.
+    """
+    delta = extract(model, backbone, task=training.output.stem, labels=tuple(classes), val=Score(top1=0.0, n=0))
+    data = encode_pack(delta, codec="fp32")
+    read_pack(data)
+    images_bytes = HELD_OUT * math.prod(backbone.preprocess.input_shape)
+    what = "its checkpoints, the pack and the work folder"  # a checkpoint has weights, the best ones, and two moments
+    require_space(training.output, 10 * len(data) + images_bytes, what)
+    if not (graph_folder(backbone.fingerprint) / WEIGHTS).is_file():
+        require_space(cache_folder(), backbone.native_bytes, "the backbone")
 
 
 def _prove(model: TunedModel, backbone: Backbone, pixels: NpArray) -> tuple[float, float]:

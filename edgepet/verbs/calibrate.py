@@ -35,8 +35,17 @@ from edgepet.reports.screen import Screen, lines
 from edgepet.reports.tables import Table, format_bytes, format_ms, left, right
 from edgepet.spec import FilePath, NpArray
 from edgepet.verbs.export import lost, recipe
-from edgepet.verbs.many import JOBS, begin, finish, folder_of, jobs_option, run_packs, tasks_of
-from edgepet.verbs.verb import Options, Parser, Verb, backbone_option, budget_options, path
+from edgepet.verbs.many import JOBS, MOST_JOBS, begin, finish, folder_of, jobs_option, run_packs, tasks_of
+from edgepet.verbs.verb import (
+    Options,
+    Parser,
+    Verb,
+    at_least_one,
+    backbone_option,
+    budget_options,
+    path,
+    require_pack_place,
+)
 
 if TYPE_CHECKING:
     from edgepet.reports.progress import Progress
@@ -115,6 +124,7 @@ def calibrate(
         CheckError: half of the layers in float do not hold the budget.
     """
     subject = Subject(pack, backbone, data)
+    at_least_one("calib_images", images)
     options = ExportOptions(precision="int8", calib=calib, calib_images=images)
     chosen = task_images(subject, options)
     stage(f"graph of {subject.delta.backbone}")
@@ -154,10 +164,8 @@ def share(
         CheckError: a runtime answers otherwise than the Q/DQ graph, or the budget does not hold.
     """
     subject, output = Subject(pack, backbone, data), Path(output)
-    if output.suffix != ".pet":
-        raise InputError(option("output"), "needs a file name ending in .pet", got=repr(output.name))
-    if not output.absolute().parent.is_dir():
-        raise InputError(str(output.parent), "is no folder", fix=f"mkdir -p {output.parent}")
+    require_pack_place(output)
+    at_least_one("calib_images", images)
     options = ExportOptions(precision="int8", calib=calib, calib_images=images)
     chosen = task_images(subject, options)
     if max_drop is not None:
@@ -211,12 +219,14 @@ def calibrate_all(
     Raises:
         EdgepetError: as ``calibrate`` and ``share``, of the first pack that failed, when all others are done.
     """
+    at_least_one("jobs", jobs, most=MOST_JOBS)
     tasks, out = tasks_of(packs, "calibrate"), None if folder is None else Path(folder)
     if out is not None:
         if len({pack.name for pack in tasks}) != len(tasks):
             raise InputError("calibrate", "needs packs of different names", got=", ".join(map(str, tasks)))
         made_folder(out, f"{option('output')} of several packs")
         for pack in tasks:
+            require_pack_place(out / pack.name)
             require_other(out / pack.name, *tasks)
     for pack in tasks:  # the graph that they share is traced here, once
         subject = Subject(pack, backbone, data)

@@ -9,6 +9,7 @@ from edgepet.device.runtimes import ENGINES, FORMATS
 from edgepet.errors import require
 from edgepet.exporters import EXPORTERS
 from edgepet.exporters.exporter import ExportOptions
+from edgepet.files import made_cache, made_folder, require_space
 from edgepet.measuring.latency import BenchReport
 from edgepet.measuring.machine import runtimes
 from edgepet.reports.progress import Progress
@@ -28,6 +29,7 @@ from edgepet.verbs.train import TrainReport, train
 from edgepet.verbs.verb import Options, Parser, Verb
 
 BACKBONE, IMAGE_SIZE = "demo:vit-small", 112
+DEMO_BYTES = 600_000_000  # two tasks in three formats of 88 MB each, images, and some room
 TEST_IMAGES = 500  # of each task: enough for a margin of four points, and a few seconds
 
 
@@ -73,7 +75,8 @@ def demo(folder: Path, *, progress: Progress) -> DemoReport:
     """
     for package in ("torch", "timm", "onnx", "onnxscript"):
         require(package, extra="train,openvino,tensorrt-rtx,demo", purpose="demo")
-    folder.mkdir(parents=True, exist_ok=True)
+    made_cache()
+    require_space(made_folder(folder, "everything of the demo goes there"), DEMO_BYTES, "the demo")
     trained = {asked.task: _train(asked, folder, progress) for asked in TRAININGS}
     packs = [report.pack for report in trained.values()]
     artifacts, skipped = _export(packs, folder, progress)

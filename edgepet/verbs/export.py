@@ -11,12 +11,13 @@ from typing import TYPE_CHECKING, Any, cast
 from edgepet.calibration.budget import Drop
 from edgepet.calibration.fp16 import Kept
 from edgepet.device.artifact import files_of, read_artifact
-from edgepet.device.runtimes import Format
-from edgepet.errors import InputError, option
+from edgepet.device.runtimes import FORMATS, Format
+from edgepet.errors import InputError, MissingError, option, require
 from edgepet.exporters import EXPORTERS
 from edgepet.exporters.exporter import ExportOptions
-from edgepet.files import folder_bytes, move_folder, require_only
+from edgepet.files import folder_bytes, move_folder, require_only, require_place
 from edgepet.jobs.job import MEASURED, Result
+from edgepet.measuring.machine import runtimes
 from edgepet.networks.backbone import AnyBackbone
 from edgepet.proving.exported import Exported
 from edgepet.proving.exporting import export_task, place_of
@@ -25,11 +26,12 @@ from edgepet.proving.subject import Subject
 from edgepet.reports.screen import Screen, lines
 from edgepet.reports.tables import Table, format_bytes, format_percent, left, right
 from edgepet.spec import FilePath
-from edgepet.verbs.many import JOBS, begin, finish, folder_of, jobs_option, of_task, run_packs, tasks_of
+from edgepet.verbs.many import JOBS, MOST_JOBS, begin, finish, folder_of, jobs_option, of_task, run_packs, tasks_of
 from edgepet.verbs.verb import (
     Options,
     Parser,
     Verb,
+    at_least_one,
     backbone_option,
     budget_options,
     data_option,
@@ -76,6 +78,7 @@ def export(
         MissingError: a runtime is not installed.
     """
     _check_precision(options)
+    at_least_one("jobs", jobs, most=MOST_JOBS)
     if jobs is not None and options.precision == "auto":
         what = "is not for several at the same time: it measures how fast they are"
         raise InputError(option("precision", "auto"), what, fix=f"leave out {option('jobs')}")
@@ -83,7 +86,9 @@ def export(
     if unknown or not options.to:
         got = repr(unknown[0]) if unknown else "none of them"
         raise InputError(option("to"), f"knows {', '.join(EXPORTERS)}", got=got)
+    _require_packages(options)
     tasks = tasks_of(packs, "export")
+    require_place(Path(folder) / "task", makes_parents=True)
     for task in tasks.values():
         for place in (place_of(Path(folder), task, name, options.precision) for name in options.to):
             require_only(place, files_of(place))  # before hours of work, not after
@@ -97,6 +102,19 @@ def export(
     return ExportReport(artifacts=tuple(artifacts))
 
 
+def _require_packages(options: ExportOptions) -> None:
+    for name in options.to:
+        engines = FORMATS[name].engines
+        states = runtimes(engines)
+        if any(state.available for state in states):
+            continue
+        if (extra := engines[-1].extra) is not None:
+            require(engines[-1].module, extra=extra, purpose=option("to", name))
+        raise MissingError(option("to", name), "needs a runtime that can be imported", got="none", fix=states[-1].fix)
+    if options.simplify:
+        require("onnxsim", extra="onnxsim", purpose=option("simplify"))
+
+
 def _check_precision(options: ExportOptions) -> None:
     if options.precision not in PRECISIONS:
         raise InputError(option("precision"), f"is one of {', '.join(PRECISIONS)}", got=repr(options.precision))
@@ -105,6 +123,7 @@ def _check_precision(options: ExportOptions) -> None:
         raise InputError(option("calib"), what)
     if options.precision in ("int8", "auto"):
         require_images(options)
+    at_least_one("calib_images", options.calib_images)
     if options.max_drop is not None and options.precision not in ("int8", "auto"):
         what, got = f"is for {option('precision', 'int8')} and auto", option("precision", options.precision)
         raise InputError(option("max_drop"), what, got=got)
@@ -246,10 +265,20 @@ def screen(report: ExportReport) -> Screen:
     )
     yield Table("artefacts", columns, rows)
     yield lines(*(f"  {reason}" for reason in dict.fromkeys(a.reason for a in report.artifacts if a.reason)))
+    yield lines(*(f"  {told}" for told in dict.fromkeys(_near_ties(a) for a in report.artifacts) if told))
     yield lines(*(f"  {told}" for told in dict.fromkeys(_kept_fp32(a) for a in report.artifacts if a.kept_fp32)))
     for a in report.artifacts:
         cost = _int8(a) if a.int8 else None
         yield lines(*(f"  {told}" for told in (cost, a.why, a.warning) if told))
+
+
+def _near_ties(artifact: Exported) -> str | None:
+    """How many answers changed that were too near to call, if any."""
+    parity = artifact.parity
+    if parity is None or not parity.near_ties:
+        return None
+    where = f"{artifact.task} {artifact.precision} on {artifact.engine}"
+    return f"{where}: {parity.near_ties} of {parity.n} answers differ where two classes are a near tie, and may"
 
 
 def _kept_fp32(artifact: Exported) -> str:

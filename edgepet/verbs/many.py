@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import re
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
@@ -11,7 +13,7 @@ from typing import Any
 from edgepet.errors import EdgepetError, InputError, option
 from edgepet.files import folder_sha256, sha256_file
 from edgepet.jobs.job import Job, Result, read_result
-from edgepet.jobs.running import run_jobs
+from edgepet.jobs.running import LOCK, run_jobs
 from edgepet.measuring.machine import environment
 from edgepet.networks.backbone import AnyBackbone
 from edgepet.packs.pack import read_pack
@@ -19,6 +21,7 @@ from edgepet.spec import FilePath
 from edgepet.tuning.work_folder import work_folder
 from edgepet.verbs.verb import Parser, at_least_one
 
+_RESULT = re.compile(r"[0-9a-f]{64}|\.[0-9a-f]{64}\.[0-9a-f]{8}\.part")
 JOBS = ".jobs"  # below what is written, until all of it is there
 MOST_JOBS = 64  # of one machine: each holds a backbone
 
@@ -136,4 +139,9 @@ def finish(results: Sequence[Result]) -> None:
         shutil.rmtree(result.folder, ignore_errors=True)
     for place in {result.folder.parent for result in results}:
         if place.name == JOBS:
-            shutil.rmtree(place, ignore_errors=True)
+            for item in place.iterdir():  # results of jobs that nobody asks for any more
+                if _RESULT.fullmatch(item.name):
+                    shutil.rmtree(item, ignore_errors=True)
+            with contextlib.suppress(OSError):  # somebody's own files are in it
+                (place / LOCK).unlink(missing_ok=True)
+                place.rmdir()

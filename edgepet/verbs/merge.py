@@ -11,7 +11,7 @@ import safetensors.numpy
 
 from edgepet.deltas.merge import require_foldable
 from edgepet.errors import require
-from edgepet.files import require_other, write_file
+from edgepet.files import require_file_place, require_other, require_space, write_file
 from edgepet.measuring.parity import Against, Inputs, require_parity
 from edgepet.networks.backbone import AnyBackbone
 from edgepet.proving.subject import Subject, plain_network
@@ -60,8 +60,10 @@ def merge(
 
     output = Path(output)
     require_other(output, Path(pack), *_weights(backbone))
+    require_file_place(output)
     subject = Subject(pack, backbone, data)
     require_foldable(subject.delta)
+    require_space(output, subject.backbone.native_bytes, "the merged weights")
     weights = subject.dense_weights
     parity = subject.judge(logits_of(plain_network(subject), subject.images[0]))
     require_parity(parity, str(output))

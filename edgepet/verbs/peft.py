@@ -16,8 +16,8 @@ import numpy as np
 
 from edgepet.deltas.delta import Delta, Head, Score
 from edgepet.deltas.merge import fold_all, require_foldable
-from edgepet.errors import CheckError, InputError, option, require
-from edgepet.files import folder_bytes, new_folder, refusing, require_only
+from edgepet.errors import CheckError, InputError, require
+from edgepet.files import folder_bytes, made_cache, new_folder, refusing, require_only, require_place
 from edgepet.measuring.parity import STORED, Inputs
 from edgepet.networks.backbone import AnyBackbone
 from edgepet.packs.pack import Codec, encode_pack, read_pack, write_pack
@@ -38,6 +38,8 @@ from edgepet.verbs.verb import (
     names,
     output_option,
     path,
+    require_pack_place,
+    require_task_name,
 )
 
 if TYPE_CHECKING:
@@ -89,15 +91,14 @@ def import_peft(
         CheckError: the merged network answers otherwise than PEFT's.
         MissingError: peft, torch or timm is not installed.
     """
+    folder, output = Path(folder), Path(output)
+    require_task_name(output)
+    require_pack_place(output)
+    made_cache()
     _require("import-peft")
     from edgepet.exporters.trace import keep_weights
     from edgepet.networks.backbone import load_backbone
 
-    folder, output = Path(folder), Path(output)
-    if output.suffix != ".pet":
-        raise InputError(option("output"), "needs a file name ending in .pet", got=repr(output.name))
-    if not output.absolute().parent.is_dir():
-        raise InputError(str(output.parent), "is no folder", fix=f"mkdir -p {output.parent}")
     adapter = read_adapter(folder)
     stage("load the backbone")
     loaded = load_backbone(backbone, image_size=image_size) if isinstance(backbone, str) else backbone
@@ -141,6 +142,7 @@ def export_peft(
     delta = subject.delta
     require_foldable(delta)
     require_only(folder, (CONFIG, WEIGHTS))
+    require_place(folder, makes_parents=True)
     stage("load the backbone")
     loaded = subject.backbone
     _require_timm(loaded)

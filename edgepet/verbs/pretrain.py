@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from edgepet.deltas.delta import Score
 from edgepet.errors import InputError, option, require
 from edgepet.images.notes import Tell, tell_nobody
 from edgepet.measuring.parity import Accuracy
@@ -17,8 +18,17 @@ from edgepet.reports.screen import Screen, lines, program
 from edgepet.reports.tables import format_number, format_percent, format_seconds
 from edgepet.spec import FilePath
 from edgepet.tuning.options import TrainOptions
-from edgepet.verbs.train import DEFAULTS, asked_options, keep_work, run_training, speaks, training_options, val_accuracy
-from edgepet.verbs.verb import Options, Parser, Verb, output_option
+from edgepet.verbs.train import (
+    DEFAULTS,
+    asked_options,
+    keep_work,
+    no_better,
+    run_training,
+    speaks,
+    training_options,
+    val_accuracy,
+)
+from edgepet.verbs.verb import Options, Parser, Verb, output_option, require_task_name
 
 if TYPE_CHECKING:
     from edgepet.networks.backbone import Backbone
@@ -28,7 +38,8 @@ if TYPE_CHECKING:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PretrainReport:
     """What ``pretrain`` made: the work folder at ``path``, from which trainings start. ``max_abs_diff`` is the largest
-    difference of logits between tuned and lowered network in float64.
+    difference of logits between tuned and lowered network in float64, ``probe`` what a linear probe reaches, as it is
+    in the report of ``train``.
     """
 
     path: Path
@@ -39,6 +50,7 @@ class PretrainReport:
     best_epoch: int
     seconds: float
     val: Accuracy
+    probe: Score | None
     max_abs_diff: float
 
 
@@ -67,6 +79,7 @@ def pretrain(
     output = Path(output)
     if output.suffix != ".work":
         raise InputError(option("output"), "needs a folder name ending in .work", got=repr(output.name))
+    require_task_name(output)
     from edgepet.tuning.training import Training
 
     training = Training(
@@ -83,6 +96,7 @@ def pretrain(
         best_epoch=made.fitted.best_epoch,
         seconds=seconds,
         val=val_accuracy(made, made.delta),
+        probe=made.fitted.probe,
         max_abs_diff=made.proof[0],
     )
 
@@ -107,6 +121,7 @@ def _screen(report: PretrainReport) -> Screen:
         f"  {format_number(report.trainable_params)} parameters of {report.method}, tuned on {report.classes} classes",
         f"  val {format_percent(report.val.top1)} of {report.val.n} images; epoch {report.best_epoch}"
         f" of {report.epochs}; {format_seconds(report.seconds)} in all",
+        *no_better(report.method, report.val, report.probe),
         f"  lowered equals tuned in float64: {report.max_abs_diff:.1e}",
         f"next: {program()} train DATA --method {report.method} --init {report.path} ...",
     )

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from edgepet.deltas.delta import Delta, Score
-from edgepet.errors import InputError, option, require
+from edgepet.errors import require
 from edgepet.images.held import forget, pixels_folder
 from edgepet.images.notes import Tell, tell_nobody
 from edgepet.images.sets import batches
@@ -36,6 +36,8 @@ from edgepet.verbs.verb import (
     output_option,
     pairs,
     path,
+    require_pack_place,
+    require_task_name,
     size_bytes,
 )
 
@@ -69,6 +71,8 @@ class TrainReport:
     ``algebra_max_abs`` is the largest difference of logits between tuned and merged network in float64.
     ``images_per_class`` are the fewest and the most that a class was trained on. Where ``backbone_precision``
     is not fp32, ``val_rounded`` is of the network as it was tuned: its backbone rounded, all else float32.
+    ``probe`` is what a linear probe of as many epochs reaches on the features that the training began with; None where
+    the method is one.
     """
 
     pack: Path
@@ -86,6 +90,7 @@ class TrainReport:
     images_per_class: tuple[int, int]
     val: Accuracy
     val_rounded: Accuracy | None
+    probe: Score | None
     algebra_max_abs: float
     algebra_limit: float
     backbone: BackboneFacts
@@ -124,8 +129,8 @@ def train(
     """
     require("torch", extra="train", purpose="train")
     output = Path(output)
-    if output.suffix != ".pet":
-        raise InputError(option("output"), "needs a file name ending in .pet", got=repr(output.name))
+    require_task_name(output)
+    require_pack_place(output)
     from edgepet.tuning.training import Training
 
     training = Training(
@@ -199,6 +204,7 @@ def _report(output: Path, made: Made, seconds: float) -> TrainReport:
         images_per_class=(int(counts.min()), int(counts.max())),
         val=val_accuracy(made, read_pack(output).delta),
         val_rounded=None if model.fake_quant is None else _rounded(model, backbone, made.val),
+        probe=fitted.probe,
         algebra_max_abs=made.proof[0],
         algebra_limit=made.proof[1],
         backbone=BackboneFacts(
@@ -306,6 +312,9 @@ def _screen(report: TrainReport) -> Screen:
         if report.val_rounded is None
         else f"  val {format_percent(report.val_rounded.top1)} with the backbone"
         f" rounded to {report.backbone_precision}, as it was tuned",
+        None
+        if report.probe is None
+        else f"  val {format_percent(report.probe.top1)} of a linear probe, its head alone",
         *_warnings(report),
         f"  {format_number(report.images_per_second)} images/s in {report.precision},"
         f" {format_seconds(report.seconds)} in all",
@@ -317,6 +326,7 @@ def _screen(report: TrainReport) -> Screen:
 def _warnings(report: TrainReport) -> list[str]:
     """What makes the accuracy above say less than it seems to."""
     told, (fewest, most) = [], report.images_per_class
+    told += no_better(report.method, report.val, report.probe)
     if report.val.n < FEW_IMAGES:
         told.append(f"  {report.val.n} val images tell epochs apart poorly: the best one is partly luck")
     if most > IMBALANCE * fewest:
@@ -325,6 +335,14 @@ def _warnings(report: TrainReport) -> list[str]:
             f" the mean over classes is {format_percent(report.val.balanced)}"
         )
     return told
+
+
+def no_better(method: str, val: Accuracy, probe: Score | None) -> list[str]:
+    """What to do where tuning has not helped, in a line: nothing where it has, or nothing can."""
+    if probe is None or val.top1 > probe.top1 or val.top1 == 1:
+        return []
+    ends = "below" if val.top1 < probe.top1 else "at"
+    return [f"  {method} ends {ends} the linear probe's val: try a smaller --lr, more --epochs, or linear-probe itself"]
 
 
 VERB = Verb(options=_options, run=_run, screen=_screen, speaks=speaks)

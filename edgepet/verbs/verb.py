@@ -9,7 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
+from edgepet.deltas.delta import require_task
 from edgepet.errors import InputError, option
+from edgepet.files import require_file_place
 
 if TYPE_CHECKING:
     from edgepet.reports.progress import Progress
@@ -133,6 +135,26 @@ def pairs(given: Sequence[str]) -> dict[str, str]:
             raise InputError(option("settings"), "needs NAME=VALUE", got=repr(pair))
         found[key] = value
     return found
+
+
+def require_pack_place(output: Path) -> None:
+    """Refuse a pack's place before the work: its name, or a folder that cannot take it.
+
+    Raises:
+        InputError: the name does not end in .pet, a folder is there, or the folder that it is in cannot be written.
+    """
+    if output.suffix != ".pet":
+        raise InputError(option("output"), "needs a file name ending in .pet", got=repr(output.name))
+    require_file_place(output)
+
+
+def require_task_name(output: Path) -> None:
+    """Refuse an output whose name, which becomes the task's, is no task's name.
+
+    Raises:
+        InputError: it is none.
+    """
+    require_task(output.stem, option("output"), "names the task, and needs a name")
 
 
 def path(text: str | None) -> Path | None:
