@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from edgepet.errors import InputError, option
+from edgepet.spec import ImageSize
 
 if TYPE_CHECKING:
     from edgepet.reports.progress import Progress
@@ -55,7 +57,7 @@ def backbone_option(parser: Parser, *, required: bool = False) -> None:
 
 def image_size_option(parser: Parser, told: str) -> None:
     """--img-size, with what it means to the verb."""
-    parser.add_argument("--img-size", dest="image_size", type=int, metavar="N", help=told)
+    parser.add_argument("--img-size", dest="image_size", type=sides, metavar="N", help=told)
 
 
 def data_option(parser: Parser, default: str = "the work folder's") -> None:
@@ -99,6 +101,18 @@ def natural(text: str) -> int:
     if not text.isdecimal():
         raise argparse.ArgumentTypeError(f"needs a whole number of at least 0, got {text!r}")
     return int(text)
+
+
+def sides(text: str) -> ImageSize:
+    """An image size: ``224``, a square, or ``224x384``, height and width.
+
+    Raises:
+        argparse.ArgumentTypeError: it is neither.
+    """
+    match = re.fullmatch(r"(-?[0-9]{1,9})(?:[xX]([0-9]{1,9}))?", text)
+    if match is None:
+        raise argparse.ArgumentTypeError(f"needs a number of pixels, or HEIGHTxWIDTH, got {text!r}")
+    return int(match[1]) if match[2] is None else (int(match[1]), int(match[2]))
 
 
 def names(text: str) -> list[str]:
