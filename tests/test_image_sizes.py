@@ -16,9 +16,13 @@ from timm.layers import resample_abs_pos_embed
 from timm.models.swin_transformer import SwinTransformer
 from torch import nn
 
+from edgepet import Device, ExportOptions, export, read_pack, train
+from edgepet.device.store import Store
 from edgepet.errors import InputError
 from edgepet.exporters.trace import base_graph
-from edgepet.images.preprocess import normalize
+from edgepet.graphs.base import open_graph
+from edgepet.graphs.int8 import open_int8
+from edgepet.images.preprocess import load_pixels, normalize
 from edgepet.methods import SSF
 from edgepet.networks.backbone import Backbone, load_backbone
 from edgepet.networks.sites import watch
@@ -27,6 +31,7 @@ from edgepet.packs.pack import write_pack
 from edgepet.proving.subject import Subject
 from edgepet.spec import Preprocess
 from edgepet.tuning.fit import Plan, augmented
+from edgepet.verbs.calibrate import share
 from tests.architectures import (
     Network,
     check_merged,
@@ -85,6 +90,7 @@ def test_what_is_no_image_size_is_a_fault_of_usage(text: str) -> None:
         ((32, 0), "`image_size`: must be at least 1, got 32x0"),
         ((32, 9000), "`image_size`: must be at most 8192, got 32x9000"),
         ((32,), "`image_size`: is the side of a square in pixels, or a height and a width, got (32,)"),
+        (32.5, "`image_size`: is the side of a square in pixels, or a height and a width, got 32.5"),
         ((32, 3.5), "`image_size`: is the side of a square in pixels, or a height and a width, got (32, 3.5)"),
     ],
 )
@@ -271,6 +277,7 @@ def wide_swin() -> nn.Module:
     )
 
 
+FORMATS = ("onnx", "openvino", "tensorrt")
 WIDE = {"test_vit": (32, 64), "swin": (32, 64), "test_convnext": (32, 96)}
 
 
@@ -347,6 +354,34 @@ def test_a_wide_image_is_moved_by_up_to_an_eighth_of_each_side() -> None:
         }
     assert {y for y, _ in found} == {0, 1, 2}
     assert len({x for _, x in found}) > 20
+
+
+@pytest.mark.slow
+@needs_openvino
+@needs_tensorrt_rtx
+def test_a_wide_task_goes_into_every_format_in_float_and_int8_and_onto_a_device(wide: Network, tmp_path: Path) -> None:
+    data, pack, shared = tmp_path / "data", tmp_path / "t.pet", tmp_path / "t8.pet"
+    draw_shapes(data, {"train": 16, "val": 4})
+    train(data, wide.backbone, "ssf", pack, epochs=1, precision="fp32")
+
+    for options in (ExportOptions(to=FORMATS), ExportOptions(to=FORMATS, precision="int8", calib=data)):
+        rows = export([pack], tmp_path / "out", backbone=wide.backbone, options=options).artifacts
+        assert [(row.format, row.precision) for row in rows] == [(name, options.precision) for name in FORMATS]
+        assert all(row.verified for row in rows if row.format != "tensorrt")  # which needs a GPU
+    share(pack, data, shared, backbone=wide.backbone)
+
+    delta, store = read_pack(shared).delta, Store(tmp_path / "device")
+    store.add_graph(open_graph(delta.fingerprint, delta.preprocess))
+    store.add_int8(open_int8(delta.fingerprint, delta.preprocess))
+    device = Device(store.root)
+    device.install(shared)
+    images = sorted((data / "val").rglob("*.png"))
+    pixels = normalize(np.stack([load_pixels(path, delta.preprocess) for path in images]), delta.preprocess)
+    expected = Subject(pack, wide.backbone, None).merged(pixels).argmax(1)
+    for runtime in ("onnxruntime", "openvino"):
+        for precision in ("fp32", "int8"):
+            found = device.run("t", images, runtime=runtime, precision=precision).results
+            assert [answer.label for answer in found] == [delta.labels[best] for best in expected], (runtime, precision)
 
 
 def test_a_wide_task_is_trained_exported_and_merged(tmp_path: Path) -> None:

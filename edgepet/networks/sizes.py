@@ -35,7 +35,7 @@ def sides_of(image_size: ImageSize | None) -> Sides | None:
     """
     if image_size is None:
         return None
-    given = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
+    given = tuple(image_size) if isinstance(image_size, (tuple, list)) else (image_size, image_size)
     if len(given) != 2 or not all(isinstance(side, int) for side in given):
         what = "is the side of a square in pixels, or a height and a width"
         raise InputError(option("image_size"), what, got=image_size)
@@ -194,7 +194,7 @@ def quiet() -> Iterator[None]:
     logger.setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", r"torch\.searchsorted")  # its tables of distances are resampled with it
+            warnings.filterwarnings("ignore", module=r"timm\.")  # torch's, of how it resamples tables of distances
             yield
     finally:
         logger.setLevel(level)
