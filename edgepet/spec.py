@@ -17,6 +17,7 @@ NpArray: TypeAlias = npt.NDArray[Any]
 Array: TypeAlias = Any  # a NumPy array or a torch tensor: formulas use only operators that both have
 Tensors: TypeAlias = Mapping[str, NpArray]
 FilePath: TypeAlias = Path | str
+ImageSize: TypeAlias = int | tuple[int, int]  # the side of a square, or height and width, in pixels
 Tuned: TypeAlias = Mapping[str, Mapping[str, Array]]  # site name -> method tensor name -> value
 
 StoredPrecision: TypeAlias = Literal["fp32", "fp16", "int8"]  # what the numbers of a file are
@@ -145,6 +146,12 @@ class Block(Site):
     def has(self, *children: str) -> bool:
         """Whether modules of these names lie right in the block, and ran."""
         return all(f"{child}:out" in self.points for child in children)
+
+
+def spelled_size(sides: tuple[int, int]) -> str:
+    """``224``, or ``224x384`` where height and width differ: as ``--img-size`` takes it."""
+    height, width = sides
+    return str(height) if height == width else f"{height}x{width}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -69,8 +69,10 @@ def check_steps(method: Method, network: Network) -> None:
     module = network.backbone.module
     before = {name: tensor.numpy().copy() for name, tensor in module.state_dict().items()}
     model = TunedModel(network.backbone, method, 3, seed=1)
-    start, side = model.arrays(), network.images.shape[-1]
-    images = [LabelledPixels(random_pixels(seed, n, side), np.arange(n) % 3) for seed, n in ((1, 12), (2, 6))]
+    start, (height, width) = model.arrays(), network.images.shape[-2:]
+    images = [
+        LabelledPixels(random_pixels(seed, n, (height, width)), np.arange(n) % 3) for seed, n in ((1, 12), (2, 6))
+    ]
 
     plan = Plan(epochs=1, lr=1e-2, head_lr=1e-2, batch_size=4, seed=5)
     fit(model, images[0], images[1], network.backbone.preprocess, plan, lambda step: None)

@@ -17,7 +17,15 @@ from edgepet.images.preprocess import load_pixels, normalize, to_pixels
 from edgepet.spec import Preprocess
 
 MODES = ["RGB", "L", "LA", "P", "RGBA", "1", "CMYK"]
-SHAPES = [(20, 20), (64, 64), (31, 90), (90, 31), (33, 47), (65, 64)]  # (height, width): smaller, equal, larger
+SHAPES = [
+    (20, 20),
+    (64, 64),
+    (31, 90),
+    (90, 31),
+    (33, 47),
+    (65, 64),
+    (45, 80),
+]  # (height, width): smaller, equal, larger
 PREPROCESSES = [
     Preprocess(image_size=(64, 64)),
     Preprocess(image_size=(64, 64), crop_fraction=0.875, interpolation="bilinear"),
@@ -26,6 +34,7 @@ PREPROCESSES = [
     Preprocess(image_size=(64, 48), crop_fraction=1.0, crop="squash", interpolation="bilinear"),
     Preprocess(image_size=(48, 64), crop_fraction=0.875),
     Preprocess(image_size=(57, 33), crop_fraction=0.95),
+    Preprocess(image_size=(36, 64), crop_fraction=0.9),  # as cameras have it
     Preprocess(image_size=(64, 65), crop_fraction=1.3),  # resized below the crop: padded
     Preprocess(image_size=(64, 65), crop_fraction=1.3, crop="squash"),
 ]

@@ -23,14 +23,14 @@ from edgepet.deltas.expressions import Binary, Mix, Product
 from edgepet.deltas.updates import UPDATES, Add, Grouped, Kronecker, LowRank, Precompose, Replace, Scale, Targeted
 from edgepet.networks.backbone import Backbone, load_backbone
 from edgepet.networks.sites import watch
-from edgepet.spec import NpArray, Preprocess, Site, Target
+from edgepet.spec import ImageSize, NpArray, Preprocess, Site, Target
 from edgepet.tuning.model import TunedModel
 
 SETTINGS = settings(deadline=None, derandomize=True, max_examples=150)  # the same examples in every run
 FINGERPRINT = "sha256:" + "4f1c" * 16
 
 
-def tiny_vit(folder: Path, seed: int, *, architecture: str = "test_vit", image_size: int = 32) -> Backbone:
+def tiny_vit(folder: Path, seed: int, *, architecture: str = "test_vit", image_size: ImageSize = 32) -> Backbone:
     """One of timm's architectures with seeded weights, in a file."""
     module = seeded(timm.create_model(architecture, pretrained=False, num_classes=0), seed)
     file = folder / f"{architecture}-{seed}.safetensors"
@@ -57,16 +57,17 @@ def seeded(module: nn.Module, seed: int) -> nn.Module:
     return module
 
 
-def random_pixels(seed: int, n: int, size: int = 32) -> NpArray:
-    """uint8 (n, size, size, 3): noise under a colour of each image's own, so that images differ behind a pooling."""
+def random_pixels(seed: int, n: int, size: ImageSize = 32) -> NpArray:
+    """uint8 (n, height, width, 3): noise under a colour of each image's own, so that they differ behind a pooling."""
     rng = np.random.default_rng(seed)
-    colour = rng.integers(0, 200, (n, 1, 1, 3))
-    return (colour + rng.integers(0, 56, (n, size, size, 3))).astype(np.uint8)
+    colour, sides = rng.integers(0, 200, (n, 1, 1, 3)), (size, size) if isinstance(size, int) else size
+    return (colour + rng.integers(0, 56, (n, *sides, 3))).astype(np.uint8)
 
 
-def random_images(seed: int, n: int, size: int = 32) -> NpArray:
-    """Preprocessed float32 (n, 3, size, size)."""
-    return np.random.default_rng(seed).standard_normal((n, 3, size, size)).astype(np.float32)
+def random_images(seed: int, n: int, size: ImageSize = 32) -> NpArray:
+    """Preprocessed float32 (n, 3, height, width)."""
+    sides = (size, size) if isinstance(size, int) else size
+    return np.random.default_rng(seed).standard_normal((n, 3, *sides)).astype(np.float32)
 
 
 def perturb(model: TunedModel, seed: int, by: float = 0.05) -> TunedModel:

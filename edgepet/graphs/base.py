@@ -27,7 +27,7 @@ from edgepet.errors import InputError
 from edgepet.files import cache_folder, write_file
 from edgepet.graphs.manifest import Listed, listed_files, listing, put_stamp, read_manifest, require_whole
 from edgepet.graphs.tensor_files import Place, _views, safetensors_places
-from edgepet.spec import Base, Preprocess, read_preprocess
+from edgepet.spec import Base, Preprocess, read_preprocess, spelled_size
 from edgepet.strict import ObjectReader
 
 FORMAT, VERSION = "edgepet-graph", 1
@@ -114,8 +114,7 @@ def bytes_beside(shared: str, files: Listed, description: Path) -> int:
 
 def graph_stem(preprocess: Preprocess, structure: str = "") -> str:
     """``graph-112``, or ``graph-112x224`` where height and width differ, then frames and the digits of branches."""
-    height, width = preprocess.image_size
-    stem = f"graph-{height}" if height == width else f"graph-{height}x{width}"
+    stem = f"graph-{spelled_size(preprocess.image_size)}"
     stem += f"-frames{preprocess.frames}" if preprocess.frames > 1 else ""
     return f"{stem}-{structure}" if structure else stem
 

@@ -26,7 +26,7 @@ from edgepet.files import sha256_file
 from edgepet.graphs.base import bytes_beside, graph_folder, graph_stem, read_description
 from edgepet.graphs.manifest import Listed
 from edgepet.graphs.tensor_files import mapped_tensors
-from edgepet.spec import NpArray, Preprocess
+from edgepet.spec import NpArray, Preprocess, spelled_size
 from edgepet.strict import ObjectReader
 
 FORMAT, VERSION = "edgepet-int8", 2  # of codes and graphs alike: both are made again where they are older
@@ -158,7 +158,9 @@ def open_int8(fingerprint: str, preprocess: Preprocess, *, root: Path | None = N
     path = folder / f"{int8_stem(preprocess)}.json"
     if not path.is_file():
         fix = "run `edgepet calibrate TASK.pet --calib DIR -o OUT.pet` where torch is installed"
-        raise InputError(str(folder), f"holds no int8 backbone at {preprocess.image_size[0]} pixels", fix=fix)
+        raise InputError(
+            str(folder), f"holds no int8 backbone at {spelled_size(preprocess.image_size)} pixels", fix=fix
+        )
     stem = path.stem
     needs = (CODES, *(model_name(stem, runtime) for runtime in SLOT_FORMS))
     may = (f"{graph_stem(preprocess)}.safetensors",)

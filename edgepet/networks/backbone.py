@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import logging
 import sys
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
@@ -19,9 +18,19 @@ import numpy as np
 from edgepet.canonical import backbone_fingerprint
 from edgepet.deltas.delta import Head
 from edgepet.errors import InputError, option, require
-from edgepet.networks.weights_file import pooling_of, read_weights, require_finite, require_numbers
+from edgepet.networks.sizes import (
+    REFUSALS,
+    Sides,
+    at_size,
+    first_line,
+    native_module,
+    own_sides,
+    quiet,
+    require_patches,
+    sides_of,
+)
 from edgepet.samples.weights import WEIGHTS, sample_weights
-from edgepet.spec import Base, NpArray, Preprocess, Site, Tensors
+from edgepet.spec import Base, ImageSize, NpArray, Preprocess, Site, Tensors
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -33,7 +42,7 @@ AnyBackbone: TypeAlias = "str | Backbone | None"
 _Config: TypeAlias = Mapping[str, Any]  # timm's own, of a network
 
 OWN = "module:"  # what the label of a user's own network starts with
-MOST_SIDE = 8192  # pixels: beyond it a table of positions alone fills the memory
+WEIGHT_SUFFIXES = (".safetensors", ".pth", ".pt")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -73,7 +82,7 @@ class Backbone:
         Args:
             module: copied, so that nothing of yours is touched; its tensors must all be in its state dict.
             name: letters, digits, '.', '_' and '-'; packs say ``module:NAME``, and later verbs need this object again.
-            preprocess: how an image becomes the input at training and export; "exif" where it says no ``orientation``.
+            preprocess: how an image becomes the input; its ``image_size`` is the one of training and export.
 
         Raises:
             InputError: ``module`` does not take such images, does not put out one row of features for each, or writes
@@ -81,14 +90,13 @@ class Backbone:
             MissingError: torch is not installed.
         """
         require("torch", extra="train", purpose=name)
-        require_finite(module, name)
         own = _over_frames(copy.deepcopy(module).eval().requires_grad_(False), preprocess.frames)
         backbone = cls(
             spec=f"{OWN}{name}",
             name=name,
             native={key: tensor.detach().numpy() for key, tensor in own.state_dict().items()},
             module=own,
-            preprocess=replace(preprocess, orientation=preprocess.orientation or "exif"),
+            preprocess=preprocess,
             create_args={},
             classifiers=(),
             description=description or f"{type(module).__name__}, a module of its user's own",
@@ -143,9 +151,9 @@ class Backbone:
         height, width = self.preprocess.image_size
         try:
             seen = watch(self.module, torch.zeros(2, *self.preprocess.input_shape))
-        except (RuntimeError, AssertionError, ValueError, TypeError) as error:  # whatever a network says of a size
+        except REFUSALS as error:
             what = f"cannot take images of {height} x {width} pixels"
-            raise InputError(self.label, what, got=_first_line(error), fix="use another image size") from error
+            raise InputError(self.label, what, got=first_line(error), fix="use another image size") from error
         shape = tuple(getattr(seen.output, "shape", ()))
         if len(shape) != 2 or shape[0] != 2:
             got = shape or type(seen.output).__name__
@@ -206,13 +214,18 @@ class Backbone:
         return sum(int(tensor.nbytes) for tensor in self.native.values())
 
 
-def load_backbone(spec: str, *, image_size: int | None = None, frames: int = 1) -> Backbone:
+def load_backbone(
+    spec: str, *, image_size: ImageSize | None = None, frames: int = 1, checkpoint_size: bool = True
+) -> Backbone:
     """Build a backbone from its written form: a timm name, ``NAME@FILE`` or ``demo:NAME``.
 
     Args:
         spec: a plain timm name takes the weights from timm's own hub, which needs the network.
-        image_size: side in pixels; None is the architecture's own. Position embeddings are resampled as timm does.
+        image_size: the side of a square in pixels, or height and width; None is the one that the weights are for.
+            Position tables are resampled as timm does.
         frames: above 1, take clips (n, frames, 3, H, W): features are the mean over a clip's frames.
+        checkpoint_size: false reads a file's tables at the architecture's own size, whatever size they are for: what
+            packs of before ADR-0021 are bound to.
 
     Raises:
         InputError: no such architecture or file, weights that cannot be had or do not fit it, a size it cannot take, or
@@ -221,9 +234,7 @@ def load_backbone(spec: str, *, image_size: int | None = None, frames: int = 1) 
     """
     require("torch", extra="train", purpose=spec)
     timm = require("timm", extra="train", purpose=spec)
-    if image_size is not None and not 1 <= image_size <= MOST_SIDE:
-        what = "must be at least 1" if image_size < 1 else f"must be at most {MOST_SIDE}"
-        raise InputError(option("image_size"), what, got=image_size)
+    asked = sides_of(image_size)
     if frames < 1:
         raise InputError(option("frames"), "must be at least 1", got=frames)
     if spec.startswith(OWN):
@@ -232,25 +243,19 @@ def load_backbone(spec: str, *, image_size: int | None = None, frames: int = 1) 
     name, file = _parse(spec)
     if not timm.is_model(name):
         close = timm.list_models(f"*{name.split('.')[0].split('_')[0]}*")[:3]
-        raise InputError(
-            spec, "is no timm architecture", got=repr(name), fix=f"for example {', '.join(close)}" if close else None
-        )
-    with _quiet():
-        native, create_args = _native_module(timm, name, file, spec)
+        known = f"for example {', '.join(close)}" if close else None
+        raise InputError(spec, "is no timm architecture", got=repr(name), fix=known)
+    with quiet():
+        native, held = _native_module(timm, name, file, spec, asked, checkpoint_size)
     config = cast(_Config, native.pretrained_cfg)
     own = timm.data.resolve_data_config({}, model=native)
-    size = image_size or int(own["input_size"][-1])
+    size = asked or held
     state = native.state_dict()
-    module = native
-    dynamic = bool(getattr(native, "dynamic_img_size", False))  # would resample its table in every forward pass
-    if config.get("fixed_input_size") or dynamic:
-        create_args |= {"img_size": size, **({"dynamic_img_size": False} if dynamic else {})}
-        if dynamic or size != own["input_size"][-1]:
-            _check_size(native, size, spec)
-            module = timm.create_model(name, pretrained=False, num_classes=0, **create_args)
-            _load(module, dict(state), spec)
+    if size != held:
+        require_patches(native, size, spec)
+    with quiet():
+        module, create_args = at_size(timm, name, native, held, size, lambda made: _load(made, dict(state), spec))
     module.eval().requires_grad_(False)
-    require_finite(native, str(file or spec))
     sample = WEIGHTS.get(spec.removeprefix("demo:")) if spec.startswith("demo:") else None
     return Backbone(
         spec=spec,
@@ -273,16 +278,20 @@ def _parse(spec: str) -> tuple[str, Path | None]:
     if not at:
         return name, None
     file = Path(path).expanduser()
-    if not file.exists():
+    if file.suffix not in WEIGHT_SUFFIXES:
+        raise InputError(spec, f"needs a weights file ending in {', '.join(WEIGHT_SUFFIXES)}", got=repr(file.name))
+    if not file.is_file():
         raise InputError(str(file), "is no file")
     return name, file
 
 
-def _native_module(timm: ModuleType, name: str, file: Path | None, spec: str) -> tuple[nn.Module, dict[str, object]]:
-    """timm's network with its weights, and what ``create_model`` needs for it beside its name."""
+def _native_module(
+    timm: ModuleType, name: str, file: Path | None, spec: str, asked: Sides | None, checkpoint_size: bool
+) -> tuple[nn.Module, Sides]:
+    """The network with its weights as they are, and the image size that they are for."""
     if file is None:
         try:
-            return cast("nn.Module", timm.create_model(name, pretrained=True, num_classes=0)), {}
+            published: nn.Module = timm.create_model(name, pretrained=True, num_classes=0)
         except Exception as error:  # a hub, an HTTP client and a file system: their errors share no base
             raise InputError(
                 spec,
@@ -290,39 +299,47 @@ def _native_module(timm: ModuleType, name: str, file: Path | None, spec: str) ->
                 got=f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}",
                 fix=f"connect to the network, or pass {option('backbone', f'{name}@FILE')} with weights you have",
             ) from error
-    module: nn.Module = timm.create_model(name, pretrained=False, num_classes=0)
-    state = read_weights(file, module.state_dict().keys())
-    arguments = pooling_of(state, module.state_dict().keys())
-    if arguments:
-        module = timm.create_model(name, pretrained=False, num_classes=0, **arguments)
+        return published, own_sides(timm, published)
+    state = _read_weights(timm, file)
+    module, held = native_module(timm, name, state if checkpoint_size else {}, asked)
     _load(module, state, str(file))
-    return module, arguments
+    return module, held
+
+
+def _read_weights(timm: ModuleType, file: Path) -> dict[str, Tensor]:
+    import pickle
+
+    from safetensors import SafetensorError
+
+    try:
+        state: dict[str, Tensor] = timm.models.load_state_dict(str(file), weights_only=True)
+    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
+        raise InputError(str(file), "is not a readable weights file", got=str(error).splitlines()[0]) from error
+    return state
 
 
 def _load(module: nn.Module, state: dict[str, Tensor], where: str) -> None:
     """Load ``state`` the way timm prepares it for ``module``, and accept nothing missing and nothing left over."""
     prepare = getattr(sys.modules[type(module).__module__], "checkpoint_filter_fn", None)
-    fix = "pass the architecture that the file is of"
     if prepare is not None:
         try:
             state = prepare(state, module)
-        except (KeyError, IndexError, AttributeError, TypeError, ValueError, RuntimeError) as error:
-            got = f"{type(error).__name__}: {_first_line(error)}"
-            raise InputError(where, f"cannot be read as {type(module).__name__}", got=got, fix=fix) from error
+        except REFUSALS as error:  # a table of another image size that is no square, for one
+            fix = f"where it was tuned at another image size, give that with {option('image_size', 'HEIGHTxWIDTH')}"
+            raise InputError(where, f"does not fit {type(module).__name__}", got=first_line(error), fix=fix) from error
     heads = {
         f"{part}.{kind}" for part in _classifiers(cast(_Config, module.pretrained_cfg)) for kind in ("weight", "bias")
     }
     state = {key: value for key, value in state.items() if key not in heads}
-    require_numbers(state, module.state_dict(), where)
     try:
         result = module.load_state_dict(state, strict=False)
     except RuntimeError as error:
         first = str(error).splitlines()[1].strip() if "\n" in str(error) else str(error)
-        raise InputError(where, f"does not fit {type(module).__name__}", got=first, fix=fix) from error
+        raise InputError(where, f"does not fit {type(module).__name__}", got=first) from error
     if result.missing_keys or result.unexpected_keys:
         missing, unknown = result.missing_keys, result.unexpected_keys
         got = f"{len(missing)} missing ({_few(missing)}), {len(unknown)} unknown ({_few(unknown)})"
-        raise InputError(where, f"does not hold exactly the tensors of {type(module).__name__}", got=got, fix=fix)
+        raise InputError(where, f"does not hold exactly the tensors of {type(module).__name__}", got=got)
 
 
 def _over_frames(module: nn.Module, frames: int) -> nn.Module:
@@ -338,34 +355,18 @@ def _classifiers(config: _Config) -> tuple[str, ...]:
     return (named,) if isinstance(named, str) else tuple(named)
 
 
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().partition("\n")[0] or type(error).__name__
-
-
 def _few(names: list[str]) -> str:
     return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "") if names else "none"
 
 
-def _check_size(module: nn.Module, size: int, spec: str) -> None:
-    patch = getattr(getattr(module, "patch_embed", None), "patch_size", None)
-    if patch is not None and (size % patch[0] or size % patch[1] or size < max(patch)):
-        low = max(size // patch[0], 1) * patch[0]
-        raise InputError(
-            option("image_size"),
-            f"{spec} cuts images into patches of {patch[0]} pixels",
-            got=size,
-            fix=f"use {low} or {low + patch[0]}",
-        )
-
-
-def _preprocess(config: _Config, size: int, spec: str) -> Preprocess:
+def _preprocess(config: _Config, size: Sides, spec: str) -> Preprocess:
     if config["crop_mode"] not in ("center", "squash"):
         raise InputError(spec, "needs a crop mode that is center or squash", got=config["crop_mode"])
     kind = config["interpolation"]
     if kind not in ("bicubic", "bilinear"):
         raise InputError(spec, "needs an interpolation that is bicubic or bilinear", got=repr(kind))
     return replace(
-        Preprocess(image_size=(size, size), orientation="exif"),
+        Preprocess(image_size=size),
         interpolation=cast(Literal["bicubic", "bilinear"], kind),
         crop_fraction=float(config["crop_pct"]),
         crop=config["crop_mode"],
@@ -385,15 +386,3 @@ def explicit_attention(module: nn.Module) -> Iterator[None]:
     finally:
         for part in fused:
             setattr(part, "fused_attn", True)  # noqa: B010
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """timm logs what it loads; edgepet says it in its own words."""
-    logger = logging.getLogger("timm")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)

@@ -122,12 +122,15 @@ def watch(module: nn.Module, images: Tensor) -> Seen:
             first.setdefault(call.names["weight"], call)
     sites = tuple(_site(call, watcher, put_out) for call in first.values())
     unread = frozenset(name for key, name in watcher.names.items() if not watcher.readers[key])
-    frames = pictures // len(images)
-    blocks = tuple(replace(block, frames=frames) for block in _blocks(module, points, sites))
+    frames, (height, width) = pictures // len(images), images.shape[-2:]
+    found = _blocks(module, points, sites, (height, width))
+    blocks = tuple(replace(block, frames=frames) for block in found)
     return Seen(sites, blocks, output, unread, watcher.written)
 
 
-def _blocks(module: nn.Module, points: Mapping[str, tuple[int, ...]], sites: Sequence[Site]) -> Iterator[Block]:
+def _blocks(
+    module: nn.Module, points: Mapping[str, tuple[int, ...]], sites: Sequence[Site], sides: tuple[int, int]
+) -> Iterator[Block]:
     """Numbered parts of a list that hold two layers or more, and no such parts themselves."""
     layers = [site.name for site in sites]
     numbered = [
@@ -159,7 +162,7 @@ def _blocks(module: nn.Module, points: Mapping[str, tuple[int, ...]], sites: Seq
             container=name.rpartition(".")[0],
             heads=_heads(module, name, own),
             prefix=front,
-            grid=_grid(module, reads, front),
+            grid=_grid(module, reads, front, sides),
             stem_columns=stem,
         )
 
@@ -173,13 +176,14 @@ def _heads(module: nn.Module, block: str, points: Mapping[str, tuple[int, ...]])
     return int(cast(_Torch, attention).num_heads) if plain else 0
 
 
-def _grid(module: nn.Module, tokens: tuple[int, ...], front: int) -> tuple[int, int] | None:
-    if len(tokens) != 2:
+def _grid(module: nn.Module, tokens: tuple[int, ...], front: int, sides: tuple[int, int]) -> tuple[int, int] | None:
+    """Rows and columns of the patches: what the network says, or what has the shape of images of ``sides`` pixels."""
+    if len(tokens) != 2 or tokens[0] <= front:
         return None
     known = getattr(getattr(module, "patch_embed", None), "grid_size", None)
-    side = math.isqrt(tokens[0] - front)
-    grid = (int(known[0]), int(known[1])) if known is not None else (side, side)
-    return grid if grid[0] * grid[1] == tokens[0] - front else None
+    patch = math.sqrt(math.prod(sides) / (tokens[0] - front))
+    grid = [int(edge) for edge in known] if known is not None else [round(side / patch) for side in sides]
+    return (grid[0], grid[1]) if grid[0] * grid[1] == tokens[0] - front else None
 
 
 def parameters(module: nn.Module, unread: Collection[str] = ()) -> Iterator[Site]:

@@ -22,7 +22,7 @@ from edgepet.measuring.parity import Against, Inputs, Parity, coarser, compare
 from edgepet.methods.settings import restored
 from edgepet.networks.backbone import AnyBackbone
 from edgepet.packs.pack import Pack, read_pack
-from edgepet.spec import FilePath, NpArray, Preprocess, StoredPrecision
+from edgepet.spec import FilePath, ImageSize, NpArray, Preprocess, StoredPrecision
 from edgepet.tuning.work_folder import HELD_OUT, Work, read_work, work_folder
 
 if TYPE_CHECKING:
@@ -89,7 +89,7 @@ class Subject:
         if spec is None:
             known = delta.backbone.startswith(("demo:", "module:")) or not cached.is_file()  # else timm asks its hub
             spec = delta.backbone if known else f"{delta.backbone}@{cached}"
-        backbone = _loaded(spec, delta.preprocess.image_size[0], delta.preprocess.frames)
+        backbone = _loaded(spec, delta.fingerprint, delta.preprocess.image_size, delta.preprocess.frames)
         require_backbone(backbone.base, delta)
         return backbone
 
@@ -252,11 +252,15 @@ def tuned_network(subject: Subject) -> TunedModel:
 
 
 @lru_cache(maxsize=1)
-def _loaded(spec: str, image_size: int, frames: int) -> Backbone:
+def _loaded(spec: str, fingerprint: str, image_size: ImageSize, frames: int) -> Backbone:
     """A backbone, kept for the next task on it: fifty tasks must not load fifty backbones."""
     from edgepet.networks.backbone import load_backbone
 
-    return load_backbone(spec, image_size=image_size, frames=frames)
+    backbone = load_backbone(spec, image_size=image_size, frames=frames)
+    if backbone.fingerprint != fingerprint and "@" in spec:  # perhaps as packs of before ADR-0021 are bound to it
+        older = load_backbone(spec, image_size=image_size, frames=frames, checkpoint_size=False)
+        return older if older.fingerprint == fingerprint else backbone
+    return backbone
 
 
 class TorchNetwork:

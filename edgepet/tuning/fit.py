@@ -351,11 +351,13 @@ def augmented(pixels: Tensor, preprocess: Preprocess, plan: Plan) -> Tensor:
         turned = torch.rand(len(images), *[1] * (images.ndim - 1)) < 0.5
         images = torch.where(turned, images.flip(-1), images)
     if "crop" in plan.augment:
-        reach = max(1, images.shape[-1] // 8)
         shape, (height, width) = images.shape, images.shape[-2:]
-        padded = functional.pad(images.reshape(len(images), -1, height, width), (reach,) * 4, mode="reflect")
-        corners = torch.randint(0, 2 * reach + 1, (len(images), 2)).tolist()
-        cut = [padded[i, :, y : y + height, x : x + width] for i, (y, x) in enumerate(corners)]
+        tall, wide = max(1, height // 8), max(1, width // 8)
+        border = (wide, wide, tall, tall)
+        padded = functional.pad(images.reshape(len(images), -1, height, width), border, mode="reflect")
+        steps = 2 * max(tall, wide) + 1
+        corners = torch.randint(0, steps, (len(images), 2)) * torch.tensor([2 * tall + 1, 2 * wide + 1]) // steps
+        cut = [padded[i, :, y : y + height, x : x + width] for i, (y, x) in enumerate(corners.tolist())]
         images = torch.stack(cut).reshape(shape)  # the frames of a clip together
     return images.to(plan.device)
 

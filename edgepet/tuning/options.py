@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
 from edgepet.errors import InputError, option
-from edgepet.spec import FilePath
+from edgepet.spec import FilePath, ImageSize
 
 Augmentation: TypeAlias = Literal["flip", "crop"]
 AUGMENTATIONS: tuple[Augmentation, ...] = ("flip", "crop")
@@ -24,14 +24,14 @@ class TrainOptions:
 
     Attributes:
         settings: the method's settings as text, where the method is given by its name.
-        image_size: pixels of the square input; None is the architecture's own.
+        image_size: the side of a square input in pixels, or its height and width; None is the checkpoint's own.
         frames: above 1, the data are clips, folders of images: so many are taken of each, spread evenly.
         epochs, lr: None is what the method's recipe says.
         batch_size: images of one step, over all processes; each goes through its share in ``accumulate`` parts.
         shots: images of each class to train on, chosen by ``seed``; None is all.
         seed: of every random choice.
         val_fraction: the part of each class that is held out where there is no val/.
-        augment: "flip", half of the images left to right, and "crop", moved by up to an eighth of their width.
+        augment: "flip", half of the images left to right, and "crop", moved by up to an eighth of their sides.
         precision: "fp32", "bf16" (autocast) or "auto": bf16 where it is measured to be faster here.
         backbone_precision: "int8" or "int4" (weights; activations have 8 bits) rounds the backbone while tuning, so
             that the delta repairs that too; the pack fits the float backbone as ever.
@@ -45,7 +45,7 @@ class TrainOptions:
     """
 
     settings: Mapping[str, str] | None = None
-    image_size: int | None = None
+    image_size: ImageSize | None = None
     frames: int = 1
     epochs: int | None = None
     batch_size: int = 32

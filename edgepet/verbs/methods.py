@@ -10,6 +10,7 @@ from edgepet.methods.method import count, fp16_bytes
 from edgepet.networks.backbone import Backbone, load_backbone
 from edgepet.reports.screen import Screen
 from edgepet.reports.tables import Table, format_bytes, format_number, left, right
+from edgepet.spec import ImageSize
 from edgepet.verbs.verb import Options, Parser, Verb, image_size_option
 
 if TYPE_CHECKING:
@@ -34,7 +35,7 @@ class MethodList:
     methods: tuple[MethodRow, ...]
 
 
-def methods(backbone: str | Backbone | None = None, *, image_size: int | None = None) -> MethodList:
+def methods(backbone: str | Backbone | None = None, *, image_size: ImageSize | None = None) -> MethodList:
     """Every method at its defaults; without a backbone nothing is counted.
 
     Raises:
@@ -59,7 +60,7 @@ def methods(backbone: str | Backbone | None = None, *, image_size: int | None = 
 
 def _options(parser: Parser) -> None:
     parser.add_argument("--backbone", metavar="B", help="count parameters on it (default: nothing is counted)")
-    image_size_option(parser, "pixels of the square input, with --backbone (default: the backbone's)")
+    image_size_option(parser, "pixels of a square input, or HEIGHTxWIDTH, with --backbone (default: the backbone's)")
 
 
 def _run(options: Options, progress: Progress) -> MethodList:

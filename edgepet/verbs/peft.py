@@ -27,7 +27,7 @@ from edgepet.peft.writing import unlower, write_adapter
 from edgepet.proving.subject import Subject, sample_images, synthetic_images
 from edgepet.reports.screen import Screen, lines
 from edgepet.reports.tables import format_bytes
-from edgepet.spec import FilePath, NpArray, Tensors
+from edgepet.spec import FilePath, ImageSize, NpArray, Tensors
 from edgepet.verbs.verb import (
     Options,
     Parser,
@@ -72,7 +72,7 @@ def import_peft(
     output: FilePath,
     *,
     backbone: str | Backbone,
-    image_size: int | None = None,
+    image_size: ImageSize | None = None,
     labels: Sequence[str] | None = None,
     data: FilePath | None = None,
     codec: Codec = "fp32",
@@ -294,7 +294,7 @@ def _import_options(parser: Parser) -> None:
     add = parser.add_argument
     add("folder", metavar="DIR", help="what PeftModel.save_pretrained wrote")
     backbone_option(parser, required=True)
-    image_size_option(parser, "pixels it was tuned at (default: the backbone's)")
+    image_size_option(parser, "pixels of the square it was tuned at, or HEIGHTxWIDTH (default: the backbone's)")
     told = "class names, or a file of one a line (default: 0,1,2 ...)"
     add("--labels", metavar="A,B,C", help=told)
     data_option(parser, "seeded noise")

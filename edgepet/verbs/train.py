@@ -236,7 +236,7 @@ def training_options(parser: Parser) -> None:
     add("--method", required=True, metavar="M", help="what is tuned: `edgepet methods` lists all")
     told = "a setting of the method, as often as needed: --set rank=8 (default: the paper's for a ViT)"
     add("--set", dest="settings", action="append", default=[], metavar="NAME=VALUE", help=told)
-    image_size_option(parser, "pixels of the square input (default: the backbone's)")
+    image_size_option(parser, "pixels of a square input, or HEIGHTxWIDTH (default: the backbone's)")
     told = "frames to take of each clip: classes then hold a folder of frames each (default: %(default)s, images)"
     add("--frames", type=int, default=own.frames, metavar="N", help=told)
     add("--epochs", type=int, metavar="N", help="times that every image is seen (default: the method's)")

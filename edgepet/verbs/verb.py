@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 from edgepet.deltas.delta import require_task
 from edgepet.errors import InputError, option
 from edgepet.files import require_file_place
+from edgepet.spec import ImageSize
 
 if TYPE_CHECKING:
     from edgepet.reports.progress import Progress
@@ -58,7 +59,7 @@ def backbone_option(parser: Parser, *, required: bool = False) -> None:
 
 def image_size_option(parser: Parser, told: str) -> None:
     """--img-size, with what it means to the verb."""
-    parser.add_argument("--img-size", dest="image_size", type=int, metavar="N", help=told)
+    parser.add_argument("--img-size", dest="image_size", type=sides, metavar="N", help=told)
 
 
 def data_option(parser: Parser, default: str = "the work folder's") -> None:
@@ -115,6 +116,18 @@ def size_bytes(text: str) -> int:
         raise argparse.ArgumentTypeError(f"needs a size such as 500MB or 2GB, got {text!r}")
     number, prefix, binary = match.groups()
     return int(float(number) * (1024 if binary else 1000) ** ("kmgt".find((prefix or "").lower()) + 1 if prefix else 0))
+
+
+def sides(text: str) -> ImageSize:
+    """An image size: ``224``, a square, or ``224x384``, height and width.
+
+    Raises:
+        argparse.ArgumentTypeError: it is neither.
+    """
+    match = re.fullmatch(r"(-?[0-9]{1,9})(?:[xX]([0-9]{1,9}))?", text)
+    if match is None:
+        raise argparse.ArgumentTypeError(f"needs a number of pixels, or HEIGHTxWIDTH, got {text!r}")
+    return int(match[1]) if match[2] is None else (int(match[1]), int(match[2]))
 
 
 def names(text: str) -> list[str]:
