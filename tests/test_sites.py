@@ -10,7 +10,8 @@ from torch.nn import functional
 from edgepet.errors import InputError
 from edgepet.networks.backbone import Backbone
 from edgepet.networks.sites import parameters, watch
-from edgepet.spec import Preprocess, Site
+from edgepet.spec import Block, Preprocess, Site
+from tests.architectures import swin
 from tests.tiny import same_bits, sites_of
 
 SIZE = 8
@@ -172,6 +173,32 @@ def test_a_parameter_that_nothing_reads_is_no_site() -> None:
 def test_every_parameter_is_a_site_of_its_own() -> None:
     names = [site.name for site in parameters(Net())]
     assert names == ["conv.weight", "norm.weight", "norm.bias", "fc.weight", "fc.bias"]
+
+
+# ------------------------------------------------------------------------------------------------------------ blocks
+
+
+def blocks_of(module: nn.Module, size: int) -> list[Block]:
+    seen = watch(module.eval(), torch.zeros(1, 3, size, size))
+    return list(seen.blocks)
+
+
+def test_a_block_on_maps_has_its_channels_where_its_first_layer_finds_them() -> None:
+    assert [(b.in_features, b.channel_axis, b.points[":in"]) for b in blocks_of(swin(), 32)] == [
+        (16, -1, (16, 16, 16)),  # every side is 16: the norm reads the last
+        (16, -1, (16, 16, 16)),
+        (32, -1, (8, 8, 32)),
+    ]
+    convolutions = [site for site in sites_of("test_convnext") if isinstance(site, Block)]
+    assert {(block.channel_axis, block.in_features == block.points[":in"][0]) for block in convolutions} == {(1, True)}
+
+
+def test_attention_in_windows_is_a_part_of_its_block() -> None:
+    windows = blocks_of(swin(), 32)[0]
+
+    assert windows.has("attn", "mlp")
+    assert "attn:out" not in windows.points  # windows are no images
+    assert windows.heads == 0
 
 
 # --------------------------------------------------------------------------------------------- a network of one's own
