@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import sys
+
+import numpy as np
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional
 
+from edgepet.deltas.delta import Head
 from edgepet.errors import InputError
 from edgepet.networks.backbone import Backbone
 from edgepet.networks.sites import parameters, watch
@@ -252,3 +256,13 @@ def test_a_network_that_cannot_take_the_size_is_refused_with_its_own_words() -> 
         own(nn.Sequential(nn.Conv2d(3, 6, 9), nn.Flatten()))
     assert str(refused.value).startswith("module:net: cannot take images of 8 x 8 pixels, got ")
     assert str(refused.value).endswith("fix: use another image size")
+
+
+def test_a_network_of_ones_own_is_given_a_head_without_timm(monkeypatch: pytest.MonkeyPatch) -> None:
+    backbone = own(Net())
+    monkeypatch.setitem(sys.modules, "timm", None)
+
+    head = Head(weight=np.ones((3, 4), np.float32), bias=np.zeros(3, np.float32))
+
+    weights = backbone.named_weights(backbone.tensors, head)
+    assert backbone.with_head(head).state_dict().keys() == weights.keys()

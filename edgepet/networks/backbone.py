@@ -19,6 +19,8 @@ import numpy as np
 from edgepet.canonical import backbone_fingerprint
 from edgepet.deltas.delta import Head
 from edgepet.errors import InputError, option, require
+from edgepet.networks.classifier import Classifier, find_linear, headed, spelled, without_classifier
+from edgepet.networks.forms import inference_form_for, over_frames, without_branches
 from edgepet.samples.weights import WEIGHTS, sample_weights
 from edgepet.spec import Base, NpArray, Preprocess, Site, Tensors
 
@@ -32,6 +34,7 @@ AnyBackbone: TypeAlias = "str | Backbone | None"
 _Config: TypeAlias = Mapping[str, Any]  # timm's own, of a network
 
 OWN = "module:"  # what the label of a user's own network starts with
+SUMMED = "whose branches for training are summed into one kernel each (timm's reparameterize_model)"
 MOST_SIDE = 8192  # pixels: beyond it a table of positions alone fills the memory
 WEIGHT_SUFFIXES = (".safetensors", ".pth", ".pt")
 
@@ -43,7 +46,8 @@ class Backbone:
     ``native`` holds the state dict at the architecture's own image size: that is what a fingerprint covers and what a
     device stores. ``module`` puts out pooled features (n, ``width``); its position table may be resampled.
     ``create_args`` are what ``timm.create_model`` needs besides the name and ``num_classes``; ``classifiers`` are the
-    layers that timm then adds, two where a network was distilled.
+    layers that timm then adds, two where a network was distilled. Where timm's network has branches that only its
+    training needs, ``fused`` says that they are summed: ``native`` and ``module`` are of timm's inference form.
 
     ``width``, ``layers`` and ``unread`` run the network once, when the first of them is asked for.
 
@@ -61,6 +65,7 @@ class Backbone:
     classifiers: tuple[str, ...]
     description: str
     licence: str
+    fused: bool = False
 
     @classmethod
     def from_module(
@@ -81,7 +86,7 @@ class Backbone:
             MissingError: torch is not installed.
         """
         require("torch", extra="train", purpose=name)
-        own = _over_frames(copy.deepcopy(module).eval().requires_grad_(False), preprocess.frames)
+        own = over_frames(copy.deepcopy(module).eval().requires_grad_(False), preprocess.frames)
         backbone = cls(
             spec=f"{OWN}{name}",
             name=name,
@@ -155,49 +160,51 @@ class Backbone:
         return seen
 
     def with_head(self, head: Head) -> nn.Module:
-        """A network that knows nothing of edgepet: timm's own, or a copy of yours with a linear layer behind it.
+        """A network that knows nothing of edgepet: timm's own, or a linear layer behind a copy of yours.
 
-        It puts out logits (n, C) once ``named_weights`` are loaded; of ``head`` (C, d) only the shape counts.
-
-        Raises:
-            MissingError: timm is not installed.
+        It puts out logits (n, C) once ``named_weights`` are loaded; of ``head`` (C, d) only the shape counts. timm's
+        network is in its inference form where it is ``fused``; it too has a linear layer behind it where its own
+        classifier computes something else.
         """
         import torch
 
-        timm = require("timm", extra="train", purpose="merge")
         classes, width = head.weight.shape
-        if not self.spec.startswith(OWN):
-            made = cast("nn.Module", timm.create_model(self.name, num_classes=classes, **self.create_args)).eval()
-            return _over_frames(made, self.preprocess.frames)  # the mean of logits is the logits of the mean
+        if self._classifier is not None:
+            made = headed(self.name, classes, self.head_args, fused=self.fused)
+            return over_frames(made, self.preprocess.frames)  # the mean of logits is the logits of the mean
         body = copy.deepcopy(self.module)
         return torch.nn.Sequential(OrderedDict(backbone=body, head=torch.nn.Linear(width, classes))).eval()
 
+    @cached_property
+    def _classifier(self) -> Classifier | None:
+        """What timm puts behind the network, where it can compute what a linear layer does."""
+        if self.spec.startswith(OWN):
+            return None
+        return find_linear(self.name, self.module, self.create_args, width=self.width, fused=self.fused)
+
+    @property
+    def head_args(self) -> dict[str, object]:
+        """``create_args`` of the network with a classifier, which makes an MLP there a linear layer."""
+        return self.create_args if self._classifier is None else dict(self._classifier.arguments)
+
     def spelled_with_head(self, classes: int) -> str:
         """Python that makes ``with_head``'s network, for people to read."""
-        if self.spec.startswith(OWN):
-            return f"Sequential(OrderedDict(backbone=yours, head=Linear({self.width}, {classes})))"
-        arguments = "".join(f", {key}={value!r}" for key, value in self.create_args.items())
-        return f'timm.create_model("{self.name}", num_classes={classes}{arguments})'
+        bare = self._classifier is None
+        made = spelled(self.name, 0 if bare else classes, self.head_args, fused=self.fused)
+        body = "yours" if self.spec.startswith(OWN) else made
+        return f"Sequential(OrderedDict(backbone={body}, head=Linear({self.width}, {classes})))" if bare else made
 
     def named_weights(self, merged: Tensors, head: Head) -> dict[str, NpArray]:
         """Dense weights under the names of ``with_head``'s network, as ``load_state_dict`` takes them strictly.
 
-        Those of ``merged`` are its very arrays; the classifier's are float32.
-
-        Raises:
-            MissingError: timm is not installed.
+        Those of ``merged`` are its very arrays; the classifier's are float32. A batch norm in front of timm's
+        classifier is made to change nothing.
         """
-        own = self.spec.startswith(OWN)
-        weights = {f"backbone.{name}" if own else name: tensor for name, tensor in merged.items()}
-        import torch
-
-        with torch.device("meta"):
-            like = self.with_head(head).state_dict()
-        for layer in ("head",) if own else self.classifiers:
-            for kind, value in (("weight", head.weight), ("bias", head.bias)):
-                shape = tuple(like[f"{layer}.{kind}"].shape)  # a classifier may be a convolution of one tap
-                weights[f"{layer}.{kind}"] = np.ascontiguousarray(value, np.float32).reshape(shape)
-        return weights
+        if self._classifier is not None:
+            return {**merged, **self._classifier.tensors(head)}
+        values = {"head.weight": head.weight, "head.bias": head.bias}
+        own = {name: np.ascontiguousarray(value, np.float32) for name, value in values.items()}
+        return {f"backbone.{name}": tensor for name, tensor in merged.items()} | own
 
     @property
     def native_bytes(self) -> int:
@@ -205,15 +212,19 @@ class Backbone:
         return sum(int(tensor.nbytes) for tensor in self.native.values())
 
 
-def load_backbone(spec: str, *, image_size: int | None = None, frames: int = 1) -> Backbone:
+def load_backbone(
+    spec: str, *, image_size: int | None = None, frames: int = 1, keep_branches: bool = False
+) -> Backbone:
     """Build a backbone from its written form: a timm name, ``NAME@FILE`` or ``demo:NAME``.
 
     Args:
         spec: a plain timm name takes the weights from timm's own hub, which needs the network.
         image_size: side in pixels; None is the architecture's own. Position embeddings are resampled as timm does.
         frames: above 1, take clips (n, frames, 3, H, W): features are the mean over a clip's frames.
+        keep_branches: leave those that only training needs, as MobileOne's, where weights have them, for older packs.
 
     Raises:
+        CheckError: the network answers otherwise when its branches are summed.
         InputError: no such architecture or file, weights that cannot be had or do not fit it, a size it cannot take, or
             a crop or an interpolation that ``Preprocess`` does not know.
         MissingError: torch, timm or a demo package is not installed.
@@ -231,11 +242,10 @@ def load_backbone(spec: str, *, image_size: int | None = None, frames: int = 1) 
     name, file = _parse(spec)
     if not timm.is_model(name):
         close = timm.list_models(f"*{name.split('.')[0].split('_')[0]}*")[:3]
-        raise InputError(
-            spec, "is no timm architecture", got=repr(name), fix=f"for example {', '.join(close)}" if close else None
-        )
+        told = f"for example {', '.join(close)}" if close else None
+        raise InputError(spec, "is no timm architecture", got=repr(name), fix=told)
     with _quiet():
-        native = _native_module(timm, name, file, spec)
+        native, fused = _native_module(timm, name, file, spec, keep_branches=keep_branches)
     config = cast(_Config, native.pretrained_cfg)
     own = timm.data.resolve_data_config({}, model=native)
     size = image_size or int(own["input_size"][-1])
@@ -246,20 +256,21 @@ def load_backbone(spec: str, *, image_size: int | None = None, frames: int = 1) 
         create_args = {"img_size": size, **({"dynamic_img_size": False} if dynamic else {})}
         if dynamic or size != own["input_size"][-1]:
             _check_size(native, size, spec)
-            module = timm.create_model(name, pretrained=False, num_classes=0, **create_args)
-            _load(module, dict(state), spec)
+            module = headed(name, 0, create_args, fused=fused)
+            _load(module, dict(state), spec, fused=fused)
     module.eval().requires_grad_(False)
     sample = WEIGHTS.get(spec.removeprefix("demo:")) if spec.startswith("demo:") else None
     return Backbone(
         spec=spec,
         name=name,
         native={key: tensor.detach().numpy() for key, tensor in state.items()},
-        module=_over_frames(module, frames),
+        module=over_frames(module, frames),
         preprocess=replace(_preprocess(own, size, spec), frames=frames),
         create_args=create_args,
         classifiers=_classifiers(config),
-        description=sample.description if sample else f"timm {name}",
+        description=sample.description if sample else f"timm {name}{', ' + SUMMED if fused else ''}",
         licence=sample.licence if sample else str(config.get("license") or "see the weights' publisher"),
+        fused=fused,
     )
 
 
@@ -278,10 +289,13 @@ def _parse(spec: str) -> tuple[str, Path | None]:
     return name, file
 
 
-def _native_module(timm: ModuleType, name: str, file: Path | None, spec: str) -> nn.Module:
+def _native_module(
+    timm: ModuleType, name: str, file: Path | None, spec: str, *, keep_branches: bool
+) -> tuple[nn.Module, bool]:
+    """timm's network with its weights, and whether it is its inference form."""
     if file is None:
         try:
-            return cast("nn.Module", timm.create_model(name, pretrained=True, num_classes=0))
+            module = cast("nn.Module", timm.create_model(name, pretrained=True, num_classes=0))
         except Exception as error:  # a hub, an HTTP client and a file system: their errors share no base
             raise InputError(
                 spec,
@@ -289,9 +303,15 @@ def _native_module(timm: ModuleType, name: str, file: Path | None, spec: str) ->
                 got=f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}",
                 fix=f"connect to the network, or pass {option('backbone', f'{name}@FILE')} with weights you have",
             ) from error
-    module: nn.Module = timm.create_model(name, pretrained=False, num_classes=0)
-    _load(module, _read_weights(timm, file), str(file))
-    return module
+    else:
+        module = timm.create_model(name, pretrained=False, num_classes=0)
+        state = _read_weights(timm, file)
+        if (fused := inference_form_for(state, module)) is not None:
+            _load(fused, state, str(file), fused=True)
+            return fused, True
+        _load(module, state, str(file))
+    summed = None if keep_branches else without_branches(module, spec)
+    return summed or module, summed is not None
 
 
 def _read_weights(timm: ModuleType, file: Path) -> dict[str, Tensor]:
@@ -306,15 +326,12 @@ def _read_weights(timm: ModuleType, file: Path) -> dict[str, Tensor]:
     return state
 
 
-def _load(module: nn.Module, state: dict[str, Tensor], where: str) -> None:
+def _load(module: nn.Module, state: dict[str, Tensor], where: str, *, fused: bool = False) -> None:
     """Load ``state`` the way timm prepares it for ``module``, and accept nothing missing and nothing left over."""
     prepare = getattr(sys.modules[type(module).__module__], "checkpoint_filter_fn", None)
-    if prepare is not None:
+    if prepare is not None and not fused:  # it would take an inference form for the weights of the authors
         state = prepare(state, module)
-    heads = {
-        f"{part}.{kind}" for part in _classifiers(cast(_Config, module.pretrained_cfg)) for kind in ("weight", "bias")
-    }
-    state = {key: value for key, value in state.items() if key not in heads}
+    state = without_classifier(state, module, _classifiers(cast(_Config, module.pretrained_cfg)), fused=fused)
     try:
         result = module.load_state_dict(state, strict=False)
     except RuntimeError as error:
@@ -324,14 +341,6 @@ def _load(module: nn.Module, state: dict[str, Tensor], where: str) -> None:
         missing, unknown = result.missing_keys, result.unexpected_keys
         got = f"{len(missing)} missing ({_few(missing)}), {len(unknown)} unknown ({_few(unknown)})"
         raise InputError(where, f"does not hold exactly the tensors of {type(module).__name__}", got=got)
-
-
-def _over_frames(module: nn.Module, frames: int) -> nn.Module:
-    """``module`` taking clips: their frames go through it as images, and the mean of what it puts out comes back."""
-    if frames > 1:
-        module.register_forward_pre_hook(lambda _module, inputs: (inputs[0].flatten(0, 1), *inputs[1:]))
-        module.register_forward_hook(lambda _module, _inputs, output: output.unflatten(0, (-1, frames)).mean(1))
-    return module
 
 
 def _classifiers(config: _Config) -> tuple[str, ...]:
@@ -373,19 +382,6 @@ def _preprocess(config: _Config, size: int, spec: str) -> Preprocess:
         mean=cast(tuple[float, float, float], tuple(map(float, config["mean"]))),
         std=cast(tuple[float, float, float], tuple(map(float, config["std"]))),
     )
-
-
-@contextlib.contextmanager
-def explicit_attention(module: nn.Module) -> Iterator[None]:
-    """While the block runs timm's attention is two products and a softmax, not torch's fused operator."""
-    fused = [part for part in module.modules() if getattr(part, "fused_attn", False) is True]
-    try:
-        for part in fused:
-            setattr(part, "fused_attn", False)  # noqa: B010  timm's own switch, which nn.Module does not declare
-        yield
-    finally:
-        for part in fused:
-            setattr(part, "fused_attn", True)  # noqa: B010
 
 
 @contextlib.contextmanager

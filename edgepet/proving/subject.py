@@ -88,6 +88,8 @@ class Subject:
             known = delta.backbone.startswith(("demo:", "module:")) or not cached.is_file()  # else timm asks its hub
             spec = delta.backbone if known else f"{delta.backbone}@{cached}"
         backbone = _loaded(spec, delta.preprocess.image_size[0], delta.preprocess.frames)
+        if backbone.fused and backbone.fingerprint != delta.fingerprint:  # older than the summing of branches
+            backbone = _loaded(spec, delta.preprocess.image_size[0], delta.preprocess.frames, keep_branches=True)
         require_backbone(backbone.base, delta)
         return backbone
 
@@ -250,11 +252,11 @@ def tuned_network(subject: Subject) -> TunedModel:
 
 
 @lru_cache(maxsize=1)
-def _loaded(spec: str, image_size: int, frames: int) -> Backbone:
+def _loaded(spec: str, image_size: int, frames: int, keep_branches: bool = False) -> Backbone:
     """A backbone, kept for the next task on it: fifty tasks must not load fifty backbones."""
     from edgepet.networks.backbone import load_backbone
 
-    return load_backbone(spec, image_size=image_size, frames=frames)
+    return load_backbone(spec, image_size=image_size, frames=frames, keep_branches=keep_branches)
 
 
 class TorchNetwork:
