@@ -26,7 +26,7 @@ from harness import (
 )
 
 from edgepet.methods import METHODS
-from edgepet.networks.backbone import load_backbone
+from edgepet.networks.loading import load_backbone
 
 TASKS = ("digits", "landcover")
 CHOSEN = {

@@ -19,7 +19,7 @@ from edgepet.exporters.trace import base_graph
 from edgepet.measuring.latency import ratio
 from edgepet.measuring.machine import environment
 from edgepet.methods import METHODS, Branching
-from edgepet.networks.backbone import load_backbone
+from edgepet.networks.loading import load_backbone
 
 BACKBONE = "vit-small"
 FOLDED = ("ssf", "lora", "fact-tt", "bi-lora")

@@ -18,7 +18,7 @@ from harness import IMAGE_SIZES, asked, parser_of, short_packs, write_result
 
 from edgepet import ExportOptions, export
 from edgepet.exporters.trace import base_graph
-from edgepet.networks.backbone import load_backbone
+from edgepet.networks.loading import load_backbone
 
 BACKBONE = "vit-small"
 REPEATS = 5

@@ -279,7 +279,7 @@ def train_pack(specification: Mapping[str, Any], folder: Path) -> dict[str, obje
 
     from edgepet import evaluate, read_pack, train
     from edgepet.exporters.trace import base_graph
-    from edgepet.networks.backbone import load_backbone
+    from edgepet.networks.loading import load_backbone
 
     torch.set_num_threads(specification["threads"])
     data, network = images_of(specification, folder), specification["backbone"]

@@ -23,7 +23,7 @@ from edgepet import bench
 from edgepet.exporters.trace import base_graph
 from edgepet.measuring.latency import ratio, ratio_of_runs
 from edgepet.measuring.machine import environment
-from edgepet.networks.backbone import load_backbone
+from edgepet.networks.loading import load_backbone
 
 RUNS = 5
 QUICK_RUNS, QUICK_ROUNDS = 2, 2

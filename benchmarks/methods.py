@@ -36,7 +36,8 @@ from edgepet.images.preprocess import normalize
 from edgepet.images.sets import few_shots, load_set, open_split
 from edgepet.methods import METHODS, Branching, Method, configure
 from edgepet.methods.method import count
-from edgepet.networks.backbone import Backbone, load_backbone
+from edgepet.networks.backbone import Backbone
+from edgepet.networks.loading import load_backbone
 from edgepet.packs.pack import encode_pack, read_pack
 from edgepet.spec import NpArray
 from edgepet.tuning.fit import LabelledPixels, Plan, fit

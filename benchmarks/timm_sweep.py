@@ -123,7 +123,7 @@ def compared(name: str, folder: Path) -> dict[str, Any]:
     from edgepet.exporters.tensorrt import build_engines
     from edgepet.exporters.trace import base_graph
     from edgepet.methods import SSF
-    from edgepet.networks.backbone import load_backbone
+    from edgepet.networks.loading import load_backbone
     from edgepet.tuning.model import TunedModel, algebra_error, extract
 
     torch.manual_seed(0)
@@ -144,6 +144,7 @@ def compared(name: str, folder: Path) -> dict[str, Any]:
         expected = torch.func.functional_call(
             backbone.module, state, (torch.from_numpy(images),), tie_weights=False
         ).numpy()
+    faults(backbone, delta, images, expected)
     row: dict[str, Any] = {
         "image_size": size[0],
         "tensors": sum(tensor.dtype.kind == "f" for tensor in backbone.tensors.values()),
@@ -164,6 +165,29 @@ def compared(name: str, folder: Path) -> dict[str, Any]:
     except EdgepetError as refusal:
         row["tensorrt-rtx_refused"] = str(refusal).partition("\n")[0].replace(str(folder), "")[:300]
     return row
+
+
+def faults(backbone: Any, delta: Any, images: Any, features: Any) -> None:
+    """Count every method, and load the merged weights strictly into timm's network: an error is the family's row."""
+    import numpy as np
+    import torch
+
+    from edgepet.deltas.merge import merge
+    from edgepet.errors import CheckError
+    from edgepet.methods import METHODS, configure
+    from edgepet.methods.method import count, fp16_bytes
+    from edgepet.tuning.model import logits_of
+
+    for method in map(configure, METHODS):
+        count(method, backbone.layers, backbone.tensors)
+        fp16_bytes(method, backbone.layers, backbone.tensors)
+    network = backbone.with_head(delta.head)
+    weights = backbone.named_weights(merge(backbone.base, delta), delta.head)
+    network.load_state_dict({name: torch.from_numpy(np.array(tensor)) for name, tensor in weights.items()}, strict=True)
+    expected = delta.head(features)
+    worst = float(np.abs(logits_of(network, images) - expected).max() / np.abs(expected).max())
+    if not worst <= CLOSE:
+        raise CheckError(backbone.label, f"timm's network must answer as the merged one, within {CLOSE}", got=worst)
 
 
 def table(result: dict[str, Any]) -> str:

@@ -24,7 +24,8 @@ from edgepet.images.preprocess import normalize
 from edgepet.images.sets import load_set, open_split
 from edgepet.measuring.latency import Ratio, ratio_of_runs
 from edgepet.methods import LoRA
-from edgepet.networks.backbone import Backbone, load_backbone
+from edgepet.networks.backbone import Backbone
+from edgepet.networks.loading import load_backbone
 from edgepet.tuning.fit import LabelledPixels, Plan, fast_bfloat16, fit
 from edgepet.tuning.model import TunedModel
 

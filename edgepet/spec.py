@@ -129,13 +129,15 @@ class Block(Site):
     """A repeated part of the network, a transformer's block or a ConvNet's, whose ``weight`` is empty.
 
     ``points`` are shapes of one image's features, by where they flow: ":in" and ":out" of the block, "norm1:in" and the
-    like of the modules right in it. Those of tokens are (N, d), of maps (C, H, W). ``container`` is what the block is
-    one of. ``heads`` are those of a plain attention called "attn", else 0; ``prefix`` counts the tokens in front of the
-    patches, which form a ``grid`` (rows, columns). ``stem_columns`` are the inputs of one output of the first layer.
-    The features are those of ``frames`` images that follow one another, one after the other.
+    like of the modules right in it. Those of tokens are (N, d), of maps (C, H, W), or (H, W, C) where ``channel_axis``
+    is the last; windows of an image have none. ``ran`` names the modules right in it that ran, whatever they worked on.
+    ``container`` is what the block is one of. ``heads`` are those of a plain attention called "attn", else 0;
+    ``prefix`` counts the tokens in front of the patches, which form a ``grid`` (rows, columns). ``stem_columns`` are
+    the inputs of one output of the first layer. The features are those of ``frames`` images that follow one another.
     """
 
     points: Mapping[str, tuple[int, ...]]
+    ran: frozenset[str]
     container: str
     heads: int = 0
     prefix: int = 0
@@ -145,7 +147,20 @@ class Block(Site):
 
     def has(self, *children: str) -> bool:
         """Whether modules of these names lie right in the block, and ran."""
-        return all(f"{child}:out" in self.points for child in children)
+        return self.ran.issuperset(children)
+
+    @property
+    def on_maps(self) -> bool:
+        """Whether it works on maps (C, H, W)."""
+        return self.channel_axis == 1
+
+    @property
+    def grid_behind(self) -> tuple[int, int] | None:
+        """Rows and columns of what it puts out, where that is ``grid`` again or maps (H, W, C), else none."""
+        given = self.points.get(":out", ())
+        if len(given) == 3:
+            return None if self.on_maps else (given[0], given[1])
+        return self.grid if given[:1] == self.points[":in"][:1] else None
 
 
 def spelled_size(sides: tuple[int, int]) -> str:

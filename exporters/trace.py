@@ -30,7 +30,8 @@ from edgepet.graphs.base import (
     write_graph_json,
 )
 from edgepet.graphs.tensor_files import Place, point_into, safetensors_places
-from edgepet.networks.backbone import Backbone, explicit_attention
+from edgepet.networks.backbone import Backbone
+from edgepet.networks.forms import explicit_attention
 from edgepet.spec import NpArray
 
 if TYPE_CHECKING:

@@ -9,6 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from timm.models.swin_transformer import SwinTransformer
+from torch import nn
 
 from edgepet.deltas.delta import Delta, Score
 from edgepet.deltas.merge import merge
@@ -37,6 +39,13 @@ class Network:
     backbone: Backbone
     graph: BaseGraph
     images: NpArray
+
+
+def swin() -> nn.Module:
+    """Two stages, shifted windows, a patch merging whose linear layer has no bias."""
+    return SwinTransformer(
+        img_size=32, patch_size=2, window_size=4, embed_dim=16, depths=(2, 1), num_heads=(2, 4), num_classes=0
+    )
 
 
 def tuned(network: Network, method: Method) -> tuple[TunedModel, Delta]:

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 from timm.models.mlp_mixer import MlpMixer
-from timm.models.swin_transformer import SwinTransformer
 from torch import nn
 
 from edgepet.exporters.trace import base_graph
@@ -25,16 +24,10 @@ from tests.architectures import (
     check_steps,
     check_tensorrt_rtx,
     each_method,
+    swin,
 )
 from tests.flow import needs_openvino, needs_tensorrt_rtx
 from tests.tiny import random_images, seeded, tiny_vit
-
-
-def swin() -> nn.Module:
-    """Two stages, shifted windows, a patch merging whose linear layer has no bias."""
-    return SwinTransformer(
-        img_size=32, patch_size=2, window_size=4, embed_dim=16, depths=(2, 1), num_heads=(2, 4), num_classes=0
-    )
 
 
 def mixer() -> nn.Module:

@@ -43,12 +43,13 @@ from edgepet.methods.settings import restored
 from edgepet.networks.backbone import Backbone
 from edgepet.networks.graft import grafted, in_torch
 from edgepet.packs.pack import encode_pack, read_pack
-from edgepet.spec import NpArray
+from edgepet.spec import Block, NpArray, Preprocess
 from edgepet.tuning.fit import LabelledPixels, Plan, fit
 from edgepet.tuning.model import TunedModel, algebra_error, extract, logits_of
+from tests.architectures import swin
 from tests.flow import needs_openvino, needs_tensorrt_rtx
 from tests.methods import stored_branches
-from tests.tiny import perturb, random_images, random_pixels, same_bits, sites_of, tiny_vit
+from tests.tiny import perturb, random_images, random_pixels, same_bits, seeded, sites_of, tiny_vit
 
 # Method and architecture: a plain ViT, one with LayerScale and pooling, one with a register and norms of q and k, ...
 EXAMPLES: dict[str, tuple[Method, str]] = {
@@ -75,6 +76,13 @@ EXAMPLES: dict[str, tuple[Method, str]] = {
     "pro-tuning": (ProTuning(reduction=2), "test_vit"),
     "pro-tuning, ConvNeXt": (ProTuning(reduction=2), "test_convnext"),
     "pro-tuning, ResNet": (ProTuning(reduction=2), "test_resnet"),
+}
+IN_WINDOWS: dict[str, tuple[Method, int]] = {  # and how many places a Swin of two stages and three blocks has
+    "adapter": (Adapter(rank=4), 3),
+    "houlsby": (Houlsby(rank=4), 6),
+    "adaptformer": (AdaptFormer(rank=4), 3),
+    "parallel-adapter": (ParallelAdapter(rank=4), 3),
+    "pro-tuning": (ProTuning(reduction=2), 2),
 }
 
 
@@ -111,6 +119,37 @@ def tuned_on(backbone: Backbone, method: Method) -> Tuned:
     model = perturb(TunedModel(backbone, method, 5, seed=1), seed=3, by=0.1)
     delta = extract(model, backbone, task="flowers", labels=tuple("abcde"), val=Score(top1=1.0, n=3))
     return Tuned(method, backbone, model, delta, random_images(4, 3))
+
+
+@pytest.fixture(scope="module")
+def windows() -> Backbone:
+    return Backbone.from_module(seeded(swin(), 7), name="swin", preprocess=Preprocess(image_size=(32, 32)))
+
+
+@pytest.mark.parametrize(("method", "places"), IN_WINDOWS.values(), ids=IN_WINDOWS)
+def test_every_block_of_a_network_on_maps_with_channels_last_has_its_place(
+    method: Method, places: int, windows: Backbone
+) -> None:
+    model, delta = (made := tuned_on(windows, method)).model, made.delta
+
+    error, largest = algebra_error(model, windows, made.images)
+
+    assert len(delta.branches) == places
+    assert error <= 1e-9 * largest  # float64: rounding alone
+    assert np.abs(logits_of(model, made.images) - frozen(made)).max() > 1e-3 * largest
+
+
+def test_blocks_that_pool_or_widen_are_no_places_where_both_ends_differ() -> None:
+    layers = sites_of("mvitv2_tiny")
+    shapes = {block.name: block.points for block in layers if isinstance(block, Block)}
+
+    bypassed = [site.name for site in Convpass().sites(layers)]
+    beside = [site.name for site in AdaptFormer().sites(layers)]
+
+    assert "stages.1.blocks.0" not in bypassed  # twice as wide, and a fourth of the tokens
+    assert all(shapes[name]["norm1:out"] == shapes[name]["drop_path2:out"] for name in bypassed)
+    assert all(shapes[name]["norm2:in"][-1] == shapes[name]["drop_path2:out"][-1] for name in beside)
+    assert (len(bypassed), len(beside)) == (7, 7)  # of ten
 
 
 @pytest.fixture(scope="module")

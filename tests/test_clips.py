@@ -24,7 +24,8 @@ from edgepet.images.preprocess import load_clip, load_pixels
 from edgepet.images.sets import open_split
 from edgepet.methods import SSF, Method, STAdapter
 from edgepet.methods.method import count
-from edgepet.networks.backbone import Backbone, load_backbone
+from edgepet.networks.backbone import Backbone
+from edgepet.networks.loading import load_backbone
 from edgepet.packs.pack import encode_pack, read_pack
 from edgepet.spec import NpArray, Preprocess
 from edgepet.tuning.fit import Plan, augmented

@@ -26,7 +26,7 @@ from edgepet.exporters import trace
 from edgepet.files import cache_folder
 from edgepet.graphs.base import BaseGraph
 from edgepet.methods import configure
-from edgepet.networks.backbone import load_backbone
+from edgepet.networks.loading import load_backbone
 from edgepet.proving import precision
 from edgepet.proving.subject import Subject, tuned_network
 from edgepet.spec import NpArray

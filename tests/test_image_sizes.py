@@ -24,7 +24,8 @@ from edgepet.graphs.base import open_graph
 from edgepet.graphs.int8 import open_int8
 from edgepet.images.preprocess import load_pixels, normalize
 from edgepet.methods import SSF
-from edgepet.networks.backbone import Backbone, load_backbone
+from edgepet.networks.backbone import Backbone
+from edgepet.networks.loading import load_backbone
 from edgepet.networks.sites import watch
 from edgepet.networks.sizes import at_size
 from edgepet.packs.pack import write_pack

@@ -338,6 +338,31 @@ def test_a_model_drops_paths_only_while_it_trains(backbone: Backbone) -> None:
     assert not any(module.training for module in model.backbone.modules())
 
 
+def test_dora_leaves_a_row_of_zeros_as_it_is() -> None:
+    site = Site(name="fc", kind="linear", weight="fc.weight", bias=None, in_features=3, out_features=2)
+    weight = np.array([[0.0, 0.0, 0.0], [3.0, 0.0, 4.0]], np.float32)
+    start = DoRA(rank=1).start((site,), {"fc.weight": weight}, np.random.default_rng(0))
+    tensors = {name: torch.from_numpy(value).requires_grad_() for name, value in start["fc"].items()}
+
+    low_rank, scale = DoRA(rank=1).lower({"fc.weight": torch.from_numpy(weight)}, (site,), {"fc": tensors})
+
+    folded = fold(scale, fold(low_rank, torch.from_numpy(weight)))
+    folded.sum().backward()
+    assert np.array_equal(folded.detach().numpy(), weight)
+    assert all(torch.isfinite(tensor.grad).all() for tensor in tensors.values() if tensor.grad is not None)
+
+
+@pytest.mark.parametrize("name", ["test_resnet", "test_convnext", "test_efficientnet", "resnest14d", "mixer_s32_224"])
+def test_every_method_counts_itself_on_a_network_without_its_places(name: str) -> None:
+    layers = sites_of(name)
+
+    for method in map(configure, METHODS):
+        counted = count(method, layers, ones(layers)), fp16_bytes(method, layers, ones(layers))
+        assert (counted[0] > 0) >= (counted[1] > 0), method.name
+    none = configure("vpt-shallow")
+    assert (count(none, layers, {}), fp16_bytes(none, layers, {})) == (0, 0)
+
+
 # --------------------------------------------------------------------------------------------------------- configure
 
 
@@ -372,6 +397,8 @@ BAD_SETTINGS: list[tuple[str, Mapping[str, str], str]] = [
     ("lora", {"alpha": "nan"}, "`settings` alpha: needs a number, got 'nan'"),
     ("lora", {"alpha": "-inf"}, "`settings` alpha: needs a number, got '-inf'"),
     ("lora", {"rank": "0"}, "lora: needs a rank of at least 1, got 0"),
+    ("mam", {"length": "0"}, "mam: needs a length of at least 1, got 0"),
+    ("mam", {"rank": "0"}, "mam: needs a rank of at least 1, got 0"),
     ("consolidator", {"shuffle": "yes"}, "`settings` shuffle: needs true or false, got 'yes'"),
     ("consolidator", {"groups": "8,x"}, "`settings` groups: needs whole numbers with commas between, got '8,x'"),
     ("consolidator", {"groups": "8,8"}, "consolidator: needs groups that differ and are at least 1, got (8, 8)"),

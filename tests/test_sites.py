@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import sys
+
+import numpy as np
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional
 
+from edgepet.deltas.delta import Head
 from edgepet.errors import InputError
 from edgepet.networks.backbone import Backbone
 from edgepet.networks.sites import parameters, watch
-from edgepet.spec import Preprocess, Site
+from edgepet.spec import Block, Preprocess, Site
+from tests.architectures import swin
 from tests.tiny import same_bits, sites_of
 
 SIZE = 8
@@ -174,6 +179,32 @@ def test_every_parameter_is_a_site_of_its_own() -> None:
     assert names == ["conv.weight", "norm.weight", "norm.bias", "fc.weight", "fc.bias"]
 
 
+# ------------------------------------------------------------------------------------------------------------ blocks
+
+
+def blocks_of(module: nn.Module, size: int) -> list[Block]:
+    seen = watch(module.eval(), torch.zeros(1, 3, size, size))
+    return list(seen.blocks)
+
+
+def test_a_block_on_maps_has_its_channels_where_its_first_layer_finds_them() -> None:
+    assert [(b.in_features, b.channel_axis, b.points[":in"]) for b in blocks_of(swin(), 32)] == [
+        (16, -1, (16, 16, 16)),  # every side is 16: the norm reads the last
+        (16, -1, (16, 16, 16)),
+        (32, -1, (8, 8, 32)),
+    ]
+    convolutions = [site for site in sites_of("test_convnext") if isinstance(site, Block)]
+    assert {(block.channel_axis, block.in_features == block.points[":in"][0]) for block in convolutions} == {(1, True)}
+
+
+def test_attention_in_windows_is_a_part_of_its_block() -> None:
+    windows = blocks_of(swin(), 32)[0]
+
+    assert windows.has("attn", "mlp")
+    assert "attn:out" not in windows.points  # windows are no images
+    assert windows.heads == 0
+
+
 # --------------------------------------------------------------------------------------------- a network of one's own
 
 
@@ -225,3 +256,13 @@ def test_a_network_that_cannot_take_the_size_is_refused_with_its_own_words() -> 
         own(nn.Sequential(nn.Conv2d(3, 6, 9), nn.Flatten()))
     assert str(refused.value).startswith("module:net: cannot take images of 8 x 8 pixels, got ")
     assert str(refused.value).endswith("fix: use another image size")
+
+
+def test_a_network_of_ones_own_is_given_a_head_without_timm(monkeypatch: pytest.MonkeyPatch) -> None:
+    backbone = own(Net())
+    monkeypatch.setitem(sys.modules, "timm", None)
+
+    head = Head(weight=np.ones((3, 4), np.float32), bias=np.zeros(3, np.float32))
+
+    weights = backbone.named_weights(backbone.tensors, head)
+    assert backbone.with_head(head).state_dict().keys() == weights.keys()

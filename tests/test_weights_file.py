@@ -28,7 +28,8 @@ from torch import nn
 
 from edgepet.deltas.delta import Head
 from edgepet.errors import InputError
-from edgepet.networks.backbone import Backbone, load_backbone
+from edgepet.networks.backbone import Backbone
+from edgepet.networks.loading import load_backbone
 from edgepet.networks.merged import merged_logits
 from edgepet.networks.weight_names import unwrapped
 from edgepet.networks.weights_file import read_state

@@ -21,7 +21,8 @@ from torch import nn
 from edgepet.deltas.delta import Delta, Head, Score
 from edgepet.deltas.expressions import Binary, Mix, Product
 from edgepet.deltas.updates import UPDATES, Add, Grouped, Kronecker, LowRank, Precompose, Replace, Scale, Targeted
-from edgepet.networks.backbone import Backbone, load_backbone
+from edgepet.networks.backbone import Backbone
+from edgepet.networks.loading import load_backbone
 from edgepet.networks.sites import watch
 from edgepet.spec import ImageSize, NpArray, Preprocess, Site, Target
 from edgepet.tuning.model import TunedModel

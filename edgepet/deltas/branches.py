@@ -44,7 +44,7 @@ BRANCHES: dict[str, Kind] = {
         {"conv.weight": 4, "conv.bias": 1, "point.weight": 4, "point.bias": 1},
         {"stride": int, "padding": int, "dilation": int, "activation": str},
     ),
-    # out act(conv act(reduce x)) on (n, C, H, W), or on the patches of (n, N, C) where ``height`` is not 0
+    # out act(conv act(reduce x)) on (n, C, H, W), or on the patches of (n, N, C) or (n, H, W, C), ``height`` then not 0
     "stage-prompt": Kind(
         {"reduce.weight": 2, "reduce.bias": 1, "conv.weight": 4, "conv.bias": 1, "out.weight": 2, "out.bias": 1},
         {**_GRID, "activation": str},

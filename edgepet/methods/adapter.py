@@ -15,7 +15,7 @@ import numpy as np
 from edgepet.deltas.branches import Branch
 from edgepet.methods.bottleneck import bottleneck, require_rank, start_bottleneck
 from edgepet.methods.method import BranchesOnly, Recipe, Start
-from edgepet.methods.places import blocks_with
+from edgepet.methods.places import token_blocks
 from edgepet.spec import Site, Tensors, Tuned
 
 
@@ -40,8 +40,8 @@ class Adapter(BranchesOnly):
         require_rank(self.name, self.rank)
 
     def sites(self, layers: Sequence[Site]) -> tuple[Site, ...]:
-        """Blocks with modules called attn and mlp."""
-        return blocks_with(layers, "attn", "mlp")
+        """Blocks on tokens, or on maps whose channels come last, with modules called attn and mlp."""
+        return token_blocks(layers, "attn", "mlp", at=[f"{place}:out" for place in self.places])
 
     def start(self, sites: Sequence[Site], base: Tensors, rng: np.random.Generator) -> Start:
         """For each of ``places``, as "mlp.down.weight" and so on, ``down`` and ``up`` near zero and their biases zero.

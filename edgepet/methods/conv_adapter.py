@@ -74,14 +74,15 @@ class ConvAdapter(BranchesOnly):
 
         "conv-parallel" also takes a ConvNeXt's downsampling convolutions. A host has no tensors of its own.
         """
-        blocks = tuple(site for site in layers if isinstance(site, Block) and len(site.points[":in"]) == 3)
-        hosted = {f"{block.name}.{host[1]}" for block in blocks if (host := _host(block))}
+        blocks = [site for site in layers if isinstance(site, Block) and site.on_maps and _host(site)]
+        found = {block.name: _convolution(block, layers) for block in blocks if self._reaches(block)}
+        hosts = {block: conv.name for block, conv in found.items() if conv is not None}
         # A parallel adapter copies its host's convolution, so that the convolutions themselves are the sites.
         return tuple(
             site
             for site in layers
-            if (isinstance(site, Block) and _host(site) and len(site.points[":in"]) == 3)
-            or site.name in hosted
+            if (site.kind == "block" and site.name in hosts)
+            or (site.kind == "conv" and site.name in hosts.values())
             or (self.scheme == "conv-parallel" and _downsamples(site))
         )
 
@@ -145,33 +146,47 @@ class ConvAdapter(BranchesOnly):
 
     def _places(self, sites: Sequence[Site]) -> dict[str, _Place]:
         """What every adapter reads, where it is added and its shapes, by the site that it belongs to."""
-        by_name = {site.name: site for site in sites}
         places: dict[str, _Place] = {}
         for site in sites:
-            if isinstance(site, Block):
-                places[site.name] = self._place(site, by_name[f"{site.name}.{_host_of(site)[1]}"])
+            if isinstance(site, Block) and (conv := _convolution(site, sites)):
+                places[site.name] = self._place(site, conv)
             elif self.scheme == "conv-parallel" and _downsamples(site):
                 reads = site.in_features * site.groups
                 points = f"{site.name}:in", f"{site.name}:out"
                 places[site.name] = _Place(*points, reads, site.out_features, isqrt(site.taps), site.stride, 0, 1)
         return places
 
-    def _place(self, block: Block, conv: Site) -> _Place:
+    def _ends(self, block: Block) -> tuple[str, str]:
+        """The block's points that an adapter reads and adds to."""
         _, host, behind = _host_of(block)
+        return {
+            "conv-parallel": (f"{host}:in", f"{behind}:out"),
+            "conv-sequential": (f"{behind}:out", f"{behind}:out"),
+            "residual-parallel": (":in", ":out"),
+            "residual-sequential": (":out", ":out"),
+        }[self.scheme]
+
+    def _reaches(self, block: Block) -> bool:
+        """Whether maps flow through both ends: a block may put out several tensors."""
+        return all(len(block.points.get(point, ())) == 3 for point in self._ends(block))
+
+    def _place(self, block: Block, conv: Site) -> _Place:
         side, dilation = isqrt(conv.taps), conv.dilation
-        if self.scheme == "conv-parallel":
-            reads, gives = block.points[f"{host}:in"], block.points[f"{behind}:out"]
-            tap, into = f"{block.name}.{host}:in", f"{block.name}.{behind}:out"
-        elif self.scheme == "conv-sequential":
-            reads = gives = block.points[f"{behind}:out"]
-            tap = into = f"{block.name}.{behind}:out"
-        elif self.scheme == "residual-parallel":
-            reads, gives, tap, into = block.points[":in"], block.points[":out"], f"{block.name}:in", f"{block.name}:out"
-        else:
-            reads = gives = block.points[":out"]
-            tap = into = f"{block.name}:out"
-        stride = -(-reads[1] // gives[1])
-        return _Place(tap, into, reads[0], gives[0], side, stride, dilation * (side // 2), dilation)
+        tap, into = self._ends(block)
+        reads, gives = block.points[tap], block.points[into]
+        stride, padding = -(-reads[1] // gives[1]), dilation * (side // 2)
+        return _Place(_inside(block, tap), _inside(block, into), reads[0], gives[0], side, stride, padding, dilation)
+
+
+def _convolution(block: Block, layers: Sequence[Site]) -> Site | None:
+    """The block's host, or the one convolution in it; split attention holds several, a standardised one is no layer."""
+    host = f"{block.name}.{_host_of(block)[1]}"
+    found = [site for site in layers if site.kind == "conv" and f"{site.name}.".startswith(f"{host}.")]
+    return found[0] if len(found) == 1 else None
+
+
+def _inside(block: Block, point: str) -> str:
+    return f"{block.name}{point}" if point.startswith(":") else f"{block.name}.{point}"
 
 
 def _downsamples(site: Site) -> bool:

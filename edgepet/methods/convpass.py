@@ -45,9 +45,9 @@ class Convpass(BranchesOnly):
         require_rank(self.name, self.rank)
 
     def sites(self, layers: Sequence[Site]) -> tuple[Site, ...]:
-        """Blocks with norm1, drop_path1, norm2 and drop_path2, whose patches form a grid."""
+        """Blocks with norm1, drop_path1, norm2 and drop_path2, whose patches form a grid from end to end."""
         blocks = blocks_with(layers, "norm1", "drop_path1", "norm2", "drop_path2")
-        return tuple(block for block in blocks if block.grid)
+        return tuple(block for block in blocks if block.grid and _keeps_its_grid(block))
 
     def start(self, sites: Sequence[Site], base: Tensors, rng: np.random.Generator) -> Start:
         """Under "1." the tensors beside attention, under "2." those beside the MLP: "1.down.weight" and so on.
@@ -104,3 +104,9 @@ class Convpass(BranchesOnly):
             settings={"prefix": block.prefix, "height": rows, "width": columns, "activation": "quick-gelu"},
             tensors={**tensors, **scaled},
         )
+
+
+def _keeps_its_grid(block: Block) -> bool:
+    """Whether what each bypass reads and adds to has the shape of what goes in: MViT's blocks pool, or widen."""
+    points = ("norm1:out", "drop_path1:out", "norm2:out", "drop_path2:out")
+    return all(block.points.get(point) == block.points[":in"] for point in points)

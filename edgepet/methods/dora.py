@@ -61,7 +61,7 @@ class DoRA:
             tensors[f"{part}a"] = uniform(rng, 1 / np.sqrt(site.columns), self.rank, site.columns)
             tensors[f"{part}b"] = np.zeros((last - first, self.rank), np.float32)
             rows = base[site.weight][first:last].astype(np.float64)
-            tensors[f"{part}m"] = _lengths(rows.reshape(len(rows), -1)).astype(np.float32)
+            tensors[f"{part}m"] = (_squares(rows.reshape(len(rows), -1)) ** 0.5).astype(np.float32)
         return tensors
 
     def lower(self, base: Mapping[str, Array], sites: Sequence[Site], tuned: Tuned) -> tuple[Targeted, ...]:
@@ -81,12 +81,14 @@ class DoRA:
 def rescaled(low_rank: Targeted, weight: Array, lengths: Array) -> Targeted:
     """The scale behind ``low_rank`` that gives the rows of its target in ``weight`` these ``lengths``, (rows,).
 
-    ``weight`` is the whole tensor and is not touched. A row that is zero by then has no finite scale.
+    ``weight`` is the whole tensor and is not touched. A row that is zero by then, which no scale lengthens, is taken
+    for one of length 1: it stays zero.
     """
     moved = fold(low_rank, weight)
     first, last = low_rank.target.rows or (0, len(moved))
-    return Targeted(low_rank.target, Scale(lengths / _lengths(moved.reshape(len(moved), -1)[first:last])))
+    squares = _squares(moved.reshape(len(moved), -1)[first:last])
+    return Targeted(low_rank.target, Scale(lengths / (squares + (squares == 0)) ** 0.5))
 
 
-def _lengths(rows: Array) -> Array:
-    return (rows * rows).sum(-1) ** 0.5
+def _squares(rows: Array) -> Array:
+    return (rows * rows).sum(-1)

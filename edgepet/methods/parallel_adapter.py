@@ -15,7 +15,7 @@ import numpy as np
 from edgepet.deltas.branches import Branch
 from edgepet.methods.bottleneck import bottleneck, require_rank, start_bottleneck
 from edgepet.methods.method import BranchesOnly, Recipe, Start
-from edgepet.methods.places import blocks_with
+from edgepet.methods.places import token_blocks
 from edgepet.spec import Site, Tensors, Tuned
 
 
@@ -39,8 +39,8 @@ class ParallelAdapter(BranchesOnly):
         require_rank(self.name, self.rank)
 
     def sites(self, layers: Sequence[Site]) -> tuple[Site, ...]:
-        """Blocks with modules called attn and mlp."""
-        return blocks_with(layers, "attn", "mlp")
+        """Blocks on tokens, or on maps whose channels come last, with modules called attn and mlp."""
+        return token_blocks(layers, "attn", "mlp", at=("mlp:in", "mlp:out"))
 
     def start(self, sites: Sequence[Site], base: Tensors, rng: np.random.Generator) -> Start:
         """``down.weight`` as a linear layer's weight; ``down.bias``, ``up.weight`` and ``up.bias`` zero.

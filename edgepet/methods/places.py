@@ -55,5 +55,18 @@ def blocks_with(layers: Sequence[Site], *children: str) -> tuple[Block, ...]:
     return tuple(site for site in layers if isinstance(site, Block) and site.has(*children))
 
 
+def token_blocks(layers: Sequence[Site], *children: str, at: Sequence[str]) -> tuple[Block, ...]:
+    """Those of ``blocks_with`` whose channels come last, at the points ``at`` as many as the block puts out.
+
+    A point where windows of images flow is not looked at: attention in windows keeps its width.
+    """
+    return tuple(
+        block
+        for block in blocks_with(layers, *children)
+        if not block.on_maps
+        and all(block.points.get(point, (block.out_features,))[-1] == block.out_features for point in at)
+    )
+
+
 def _named(site: Site, endings: Sequence[str]) -> bool:
     return any(f".{site.name}".endswith(f".{ending}") for ending in endings)

@@ -15,6 +15,7 @@ import numpy as np
 
 from edgepet.deltas.branches import Branch
 from edgepet.errors import InputError
+from edgepet.methods.bottleneck import require_rank
 from edgepet.methods.method import BranchesOnly, Recipe, Start
 from edgepet.methods.parallel_adapter import ParallelAdapter
 from edgepet.methods.places import blocks_with
@@ -93,7 +94,9 @@ class MAM(BranchesOnly):
     starts_as_identity: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        _ = self._parts
+        if self.length < 1:
+            raise InputError(self.name, "needs a length of at least 1", got=self.length)
+        require_rank(self.name, self.rank)
 
     @property
     def _parts(self) -> tuple[Prefix, ParallelAdapter]:

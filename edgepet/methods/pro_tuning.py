@@ -45,11 +45,11 @@ class ProTuning(BranchesOnly):
             raise InputError(self.name, "needs a reduction and stages of at least 1", got=(self.reduction, self.stages))
 
     def sites(self, layers: Sequence[Site]) -> tuple[Site, ...]:
-        """The last block of every stage, of blocks on maps or on a grid of patches.
+        """The last block of every stage, of blocks on maps, channels first or last, or on a grid of patches.
 
         A stage is what one container holds; where there is one container, its ``stages`` even parts but the last.
         """
-        blocks = [site for site in layers if isinstance(site, Block) and (site.grid or len(site.points[":in"]) == 3)]
+        blocks = [site for site in layers if isinstance(site, Block) and (site.grid_behind or _puts_out_maps(site))]
         stages = [list(stage) for _, stage in groupby(blocks, key=lambda block: block.container)]
         if len(stages) > 1:
             return tuple(stage[-1] for stage in stages)
@@ -84,7 +84,7 @@ class ProTuning(BranchesOnly):
         made = []
         for site in sites:
             block = site if isinstance(site, Block) else None
-            rows, columns = block.grid if block and block.grid else (0, 0)
+            rows, columns = (block.grid_behind if block else None) or (0, 0)
             prefix = block.prefix if block and block.grid else 0
             made.append(
                 Branch(
@@ -96,3 +96,7 @@ class ProTuning(BranchesOnly):
                 )
             )
         return tuple(made)
+
+
+def _puts_out_maps(block: Block) -> bool:
+    return block.on_maps and len(block.points.get(":out", ())) == 3

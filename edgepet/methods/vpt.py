@@ -50,6 +50,8 @@ class VPTShallow(BranchesOnly):
 
     def branches(self, sites: Sequence[Site], tuned: Tuned) -> tuple[Branch, ...]:
         """One "tokens" branch: the prompt goes in between prefix and patches, and out behind the last block."""
+        if not sites:
+            return ()
         first, last = sites[0], sites[-1]
         front = first.prefix if isinstance(first, Block) else 0
         return (

@@ -153,6 +153,8 @@ def _conv_pair(x: Tensor, tensors: Mapping[str, Tensor], settings: _Settings) ->
 
 
 def _stage_prompt(x: Tensor, tensors: Mapping[str, Tensor], settings: _Settings) -> Tensor:
+    if x.ndim == 4 and settings["height"] > 0:  # maps (n, H, W, C) are tokens on a grid
+        return torch.unflatten(_stage_prompt(x.flatten(1, 2), tensors, settings), 1, tuple(x.shape[1:3]))
     act, front = _ACTIVATIONS[settings["activation"]], settings["prefix"]
     on_tokens = settings["height"] > 0
     grid = torch.unflatten(x[:, front:].transpose(1, 2), 2, (settings["height"], settings["width"])) if on_tokens else x

@@ -99,13 +99,15 @@ def watch(module: nn.Module, images: Tensor) -> Seen:
         Exception: whatever ``module`` raises.
     """
     watcher, put_out = _Watch(module), dict[str, Tensor]()
-    points: dict[str, tuple[int, ...]] = {}
+    points, ran = dict[str, tuple[int, ...]](), set[str]()
     pictures = images.shape[:-3].numel()  # frames of all clips, where ``images`` are clips
 
     def note(name: str, part: nn.Module, inputs: tuple[_Torch, ...], output: _Torch) -> None:
         for point, flows in ((f"{name}:in", next(iter(inputs), None)), (f"{name}:out", output)):
             if isinstance(flows, Tensor) and len(flows) == pictures:  # windows of images are no images
                 points.setdefault(point, tuple(flows.shape[1:]))
+        if isinstance(output, Tensor):
+            ran.add(name)
         if isinstance(getattr(part, "weight", None), Tensor) and not watcher.readers[id(output)]:
             put_out[name] = output  # else an activation worked on it in place
 
@@ -123,13 +125,17 @@ def watch(module: nn.Module, images: Tensor) -> Seen:
     sites = tuple(_site(call, watcher, put_out) for call in first.values())
     unread = frozenset(name for key, name in watcher.names.items() if not watcher.readers[key])
     frames, (height, width) = pictures // len(images), images.shape[-2:]
-    found = _blocks(module, points, sites, (height, width))
+    found = _blocks(module, points, ran, sites, (height, width))
     blocks = tuple(replace(block, frames=frames) for block in found)
     return Seen(sites, blocks, output, unread, watcher.written)
 
 
 def _blocks(
-    module: nn.Module, points: Mapping[str, tuple[int, ...]], sites: Sequence[Site], sides: tuple[int, int]
+    module: nn.Module,
+    points: Mapping[str, tuple[int, ...]],
+    ran: Collection[str],
+    sites: Sequence[Site],
+    sides: tuple[int, int],
 ) -> Iterator[Block]:
     """Numbered parts of a list that hold two layers or more, and no such parts themselves."""
     layers = [site.name for site in sites]
@@ -148,9 +154,9 @@ def _blocks(
             for point, shape in points.items()
             if point.partition(":")[0] in inside
         }
-        attends = "attn:in" in own
         reads, gives = own[":in"], own.get(":out", own[":in"])
-        axis = -1 if attends or len(reads) < 3 else 0
+        channel_axis = _channel_axis(reads, next(site for site in sites if site.name.startswith(f"{name}.")))
+        axis = 0 if channel_axis == 1 else -1
         yield Block(
             name=name,
             kind="block",
@@ -158,13 +164,25 @@ def _blocks(
             bias=None,
             in_features=reads[axis],
             out_features=gives[axis],
+            channel_axis=channel_axis,
             points=own,
+            ran=frozenset(part.removeprefix(f"{name}.") for part in inside & set(ran) - {name}),
             container=name.rpartition(".")[0],
             heads=_heads(module, name, own),
             prefix=front,
             grid=_grid(module, reads, front, sides),
             stem_columns=stem,
         )
+
+
+def _channel_axis(reads: tuple[int, ...], first: Site) -> Literal[-1, 1]:
+    """Where a block that reads features of this shape has its channels: where its ``first`` layer finds its own."""
+    channels = first.out_features if first.kind == "norm" else first.in_features * first.groups
+    if len(reads) != 3:
+        return -1
+    if (reads[0] == channels) != (reads[-1] == channels):
+        return 1 if reads[0] == channels else -1
+    return -1 if first.channel_axis == -1 and first.exposed else 1  # a norm that turns its map hides what it puts out
 
 
 def _heads(module: nn.Module, block: str, points: Mapping[str, tuple[int, ...]]) -> int:

@@ -11,16 +11,18 @@ import logging
 import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from types import ModuleType
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
-from edgepet.errors import InputError, option
+from edgepet.errors import InputError, option, require
 from edgepet.spec import ImageSize, spelled_size
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
 Sides: TypeAlias = tuple[int, int]  # height and width in pixels
+# What ``timm.create_model`` makes without a classifier, by what it needs besides the name.
+Build: TypeAlias = "Callable[[Mapping[str, object]], nn.Module]"
 
 MOST_SIDE = 8192  # pixels: beyond it a table of positions alone fills the memory
 REFUSALS = (RuntimeError, AssertionError, ValueError, TypeError, ZeroDivisionError)  # whatever a network says of a size
@@ -57,31 +59,38 @@ def takes_one_size(module: nn.Module) -> bool:
 
 
 def native_module(
-    timm: ModuleType, name: str, state: Mapping[str, Tensor], asked: Sides | None
+    build: Build, state: Mapping[str, Tensor], asked: Sides | None, arguments: Mapping[str, object]
 ) -> tuple[nn.Module, Sides]:
     """A network without its weights, at the image size that the tables in ``state`` are for, and that size.
 
     It is the architecture's own where they fit it, else what was ``asked`` for, else a square found by the length of
     a table. Where nothing fits the architecture's own is left, and timm's own reading of ``state`` has the word.
     """
-    module: nn.Module = timm.create_model(name, pretrained=False, num_classes=0)
-    own = own_sides(timm, module)
+    module = build(arguments)
+    own = own_sides(module)
     if not takes_one_size(module) or not _unlike(module, state):
         return module, own
     for sides in (*((asked,) if asked else ()), *_squares(module, own, state)):
-        if _fits_at(timm, name, state, sides):
-            return timm.create_model(name, pretrained=False, num_classes=0, img_size=_told(sides)), sides
+        sized = {**arguments, "img_size": _told(sides)}
+        if _fits(partial(build, sized), state):
+            return build(sized), sides
     return module, own
 
 
-def own_sides(timm: ModuleType, module: nn.Module) -> Sides:
+def own_sides(module: nn.Module) -> Sides:
     """The image size of a network's architecture."""
+    timm = require("timm", extra="train", purpose="an image size")
     height, width = timm.data.resolve_data_config({}, model=module)["input_size"][-2:]
     return int(height), int(width)
 
 
 def at_size(
-    timm: ModuleType, name: str, native: nn.Module, held: Sides, sides: Sides, load: Callable[[nn.Module], None]
+    build: Build,
+    native: nn.Module,
+    held: Sides,
+    sides: Sides,
+    arguments: Mapping[str, object],
+    load: Callable[[nn.Module], None],
 ) -> tuple[nn.Module, dict[str, object]]:
     """``native``, whose weights are for ``held``, as it takes images of ``sides``; and what timm makes that from.
 
@@ -92,13 +101,15 @@ def at_size(
         InputError: timm builds no such network, or does not resample its weights. No file is at fault.
     """
     if not takes_one_size(native):
-        return native, {}
+        return native, dict(arguments)
+    name = cast(Mapping[str, Any], native.pretrained_cfg).get("architecture", type(native).__name__)
     dynamic = _resamples_itself(native)  # its table, in every forward pass
-    create_args: dict[str, object] = {"img_size": _told(sides), **({"dynamic_img_size": False} if dynamic else {})}
+    fixed = {"dynamic_img_size": False} if dynamic else {}
+    create_args: dict[str, object] = {**arguments, "img_size": _told(sides), **fixed}
     if sides == held and not dynamic:
         return native, create_args
     try:
-        module: nn.Module = timm.create_model(name, pretrained=False, num_classes=0, **create_args)
+        module = build(create_args)
     except REFUSALS as error:
         what = f"{name} cannot be built for images of {spelled_size(sides)} pixels"
         raise InputError(option("image_size"), what, got=first_line(error), fix="use another image size") from error
@@ -106,7 +117,7 @@ def at_size(
         load(module)
     except InputError as error:
         if _answers(native, sides):  # it makes what it needs of its own tables, or of the images
-            return native, {"img_size": _told(held)}
+            return native, {**arguments, "img_size": _told(held)}
         what = f"{name} has weights for images of {spelled_size(held)} pixels, which timm resamples to no other size"
         fix = f"leave it out, or give weights that were tuned at {spelled_size(sides)} pixels"
         raise InputError(option("image_size"), what, got=error.got, fix=fix) from error
@@ -152,13 +163,13 @@ def _unlike(module: nn.Module, state: Mapping[str, Tensor]) -> list[tuple[Tensor
     return [(own[key], given) for key, given in state.items() if key in own and own[key].shape != given.shape]
 
 
-def _fits_at(timm: ModuleType, name: str, state: Mapping[str, Tensor], sides: Sides) -> bool:
-    """Whether the network at an image size has the very tensors of ``state``; it is built without memory."""
+def _fits(build: Callable[[], nn.Module], state: Mapping[str, Tensor]) -> bool:
+    """Whether a network has the very tensors of ``state``; it is built without memory."""
     import torch
 
     try:
         with torch.device("meta"):
-            module = timm.create_model(name, pretrained=False, num_classes=0, img_size=_told(sides))
+            module = build()
     except REFUSALS:
         return False
     return not _unlike(module, state)

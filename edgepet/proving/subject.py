@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from dataclasses import replace
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -254,12 +255,19 @@ def tuned_network(subject: Subject) -> TunedModel:
 @lru_cache(maxsize=1)
 def _loaded(spec: str, fingerprint: str, image_size: ImageSize, frames: int) -> Backbone:
     """A backbone, kept for the next task on it: fifty tasks must not load fifty backbones."""
-    from edgepet.networks.backbone import load_backbone
+    from edgepet.networks.loading import load_backbone
 
     backbone = load_backbone(spec, image_size=image_size, frames=frames)
-    if backbone.fingerprint != fingerprint and "@" in spec:  # perhaps as packs of before ADR-0021 are bound to it
-        older = load_backbone(spec, image_size=image_size, frames=frames, checkpoint_size=False)
-        return older if older.fingerprint == fingerprint else backbone
+    if backbone.fingerprint == fingerprint:
+        return backbone
+    # As packs of before ADR-0020 and ADR-0021 are bound to it: with branches, at the architecture's size, or both.
+    branches = (False, True) if backbone.fused else (False,)
+    sizes = (True, False) if "@" in spec else (True,)
+    for keep_branches, checkpoint_size in itertools.product(branches, sizes):
+        older = load_backbone(spec, image_size=image_size, frames=frames, keep_branches=keep_branches,
+                              checkpoint_size=checkpoint_size)  # fmt: skip
+        if older.fingerprint == fingerprint:
+            return older
     return backbone
 
 

@@ -17,7 +17,7 @@ from torch.nn import functional
 from edgepet.deltas.delta import Score
 from edgepet.errors import InputError, option
 from edgepet.images.preprocess import normalize
-from edgepet.networks.backbone import explicit_attention
+from edgepet.networks.forms import explicit_attention
 from edgepet.reports.progress import Step
 from edgepet.spec import NpArray, Preprocess
 from edgepet.tuning.checkpoint import Checkpoint, Keeper, no_whole

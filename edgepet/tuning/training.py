@@ -27,7 +27,8 @@ from edgepet.measuring.machine import free_memory_bytes
 from edgepet.measuring.parity import ALGEBRA
 from edgepet.methods import Method, STAdapter, configure
 from edgepet.methods.settings import stored
-from edgepet.networks.backbone import Backbone, load_backbone
+from edgepet.networks.backbone import Backbone
+from edgepet.networks.loading import load_backbone
 from edgepet.packs.pack import encode_pack, read_pack
 from edgepet.spec import FilePath, NpArray
 from edgepet.tuning.checkpoint import Keeper, checkpoint_file, ends_when_asked, identity_of

@@ -72,7 +72,7 @@ def merge(
     return MergeReport(
         path=output,
         bytes=output.stat().st_size,
-        create_args=subject.backbone.create_args,
+        create_args=subject.backbone.head_args,
         loads_into=subject.backbone.spelled_with_head(len(subject.delta.labels)),
         max_abs_diff=parity.max_abs,
         limit=cast(float, parity.limit),

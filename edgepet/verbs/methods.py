@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 
 from edgepet.methods import METHODS, Branching, configure
 from edgepet.methods.method import count, fp16_bytes
-from edgepet.networks.backbone import Backbone, load_backbone
+from edgepet.networks.backbone import Backbone
+from edgepet.networks.loading import load_backbone
 from edgepet.reports.screen import Screen
 from edgepet.reports.tables import Table, format_bytes, format_number, left, right
 from edgepet.spec import ImageSize

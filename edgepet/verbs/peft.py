@@ -97,7 +97,7 @@ def import_peft(
     made_cache()
     _require("import-peft")
     from edgepet.exporters.trace import keep_weights
-    from edgepet.networks.backbone import load_backbone
+    from edgepet.networks.loading import load_backbone
 
     adapter = read_adapter(folder)
     stage("load the backbone")

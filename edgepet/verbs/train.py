@@ -56,12 +56,16 @@ IMBALANCE = 3  # times as many images of one class as of another
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BackboneFacts:
-    """The backbone of a training; ``bytes`` are those of its tensors at the native image size."""
+    """The backbone of a training; ``bytes`` are those of its tensors at the native image size.
+
+    ``fused`` says that branches which only training needs were summed: it is timm's inference form.
+    """
 
     name: str
     fingerprint: str
     bytes: int
     description: str
+    fused: bool
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -212,6 +216,7 @@ def _report(output: Path, made: Made, seconds: float) -> TrainReport:
             fingerprint=backbone.fingerprint,
             bytes=backbone.native_bytes,
             description=backbone.description,
+            fused=backbone.fused,
         ),
     )
 
