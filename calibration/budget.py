@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from edgepet.device.onnxruntime import open_session
+from edgepet.device.onnxruntime import open_model
 from edgepet.errors import CheckError, InputError, option
 from edgepet.graphs.base import INPUT
 from edgepet.measuring.parity import INTERVAL_Z
@@ -79,7 +79,7 @@ def _log_softmax(logits: NpArray) -> NpArray:
 
 def answers(model: ModelProto, images: NpArray) -> NpArray:
     """Logits (n, C) of an ``onnx.ModelProto`` in ONNX Runtime, for preprocessed float32 ``images`` (n, 3, H, W)."""
-    session = open_session(model.SerializeToString())
+    session = open_model(model)
     parts = [session.run(None, {INPUT: images[i : i + BATCH]})[0] for i in range(0, len(images), BATCH)]
     logits: NpArray = np.concatenate(parts)
     return logits
