@@ -121,11 +121,13 @@ def _ranges(model: ModelProto, images: NpArray, where: str) -> dict[str, float]:
     names = [name for node in model.graph.node for name in node.output if name]
     session = open_model(watching(model, names))
     ranges: dict[str, float] = {}
+    padded = {node.output[0] for node in model.graph.node if node.op_type == "Pad"}  # with -inf before a maximum
     (entry,) = (value.name for value in model.graph.input)
     for start in range(0, len(images), _BATCH):
         for name, value in zip(names, session.run(names, {entry: images[start : start + _BATCH]}), strict=True):
             if value.dtype == np.float32:
-                largest = float(np.abs(value).max(initial=0.0))
+                seen = value[np.isfinite(value)] if name in padded else value
+                largest = float(np.abs(seen).max(initial=0.0))
                 if not np.isfinite(largest):
                     raise InputError(where, f"must stay finite in fp32 on the calibration images: {name}", got=largest)
                 ranges[name] = max(ranges.get(name, 0.0), largest)
@@ -155,6 +157,7 @@ def _overflows(
             yield f"overflow: {ranges[name]:.3g} on {images} images, beyond {LARGEST:.0f}"
     for name in node.input:
         magnitude = np.abs(weights.get(name, np.zeros(1, np.float32)))
+        magnitude = magnitude[np.isfinite(magnitude)]  # fp16 holds infinity too
         if magnitude.max(initial=0.0) > LARGEST:
             yield f"overflow: a weight of {magnitude.max():.3g}, beyond {LARGEST:.0f}"
         lost = np.count_nonzero((magnitude > 0) & (magnitude < SMALLEST))

@@ -165,6 +165,21 @@ def test_a_model_that_fp16_cannot_hold_is_refused_and_not_written_in_fp32() -> N
     )
 
 
+def test_a_border_of_minus_infinity_before_a_maximum_is_no_overflow() -> None:
+    model = mlp(up=1.0, down=1.0)
+    border = [np.array([0, 0, 1, 1, 0, 0, 1, 1]), np.array(-np.inf, np.float32)]
+    model.graph.initializer.extend(map(numpy_helper.from_array, border, ["sides", "border"]))
+    model.graph.node[0].input[0] = "largest"
+    model.graph.node.insert(0, helper.make_node("Pad", ["images", "sides", "border"], ["padded"]))
+    model.graph.node.insert(1, helper.make_node("MaxPool", ["padded"], ["largest"], kernel_shape=[3, 3]))
+    model.graph.node[1].attribute.append(helper.make_attribute("strides", [1, 1]))
+
+    half = to_half(model, PICTURES, where="planted")
+
+    assert half.kept == ()
+    assert close(run(half.model, PICTURES), run(model, PICTURES))
+
+
 def test_weights_that_would_become_zero_stay_fp32() -> None:
     model = deep(up=2.0**-30)  # fc1 near 1e-9
 
