@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from edgepet.device.onnxruntime import open_session
+from edgepet.device.onnxruntime import open_model
 from edgepet.errors import CheckError, InputError, option
 from edgepet.graphs.base import INPUT
 from edgepet.measuring.parity import INTERVAL_Z
@@ -84,7 +84,7 @@ def answers(model: ModelProto, images: NpArray) -> NpArray:
 
 def answers_of(model: ModelProto, batches: Iterable[NpArray]) -> NpArray:
     """``answers`` to images that come in batches, of which one is held at a time."""
-    session = open_session(model.SerializeToString())
+    session = open_model(model)
     logits: NpArray = np.concatenate([session.run(None, {INPUT: batch})[0] for batch in batches])
     return logits
 

@@ -9,15 +9,15 @@ numbers beyond ``LARGEST`` on the calibration images, or most of a weight would 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from edgepet.calibration.rewriting import folded
-from edgepet.calibration.writer import GraphWriter, copied, watching
-from edgepet.device.onnxruntime import open_session
+from edgepet.calibration.writer import GraphWriter, copied, require_valid, watching
+from edgepet.device.onnxruntime import open_model
 from edgepet.errors import CheckError, InputError, require
 from edgepet.spec import NpArray
 
@@ -73,22 +73,32 @@ def to_half(model: ModelProto, images: NpArray, *, where: str) -> Half:
         CheckError: less than half of the float bytes that it stores would be fp16.
         MissingError: onnx is not installed.
     """
-    onnx = require("onnx", extra="train", purpose="fp16")
+    require("onnx", extra="train", purpose="fp16")
     source = folded(model)
     if any(attribute.type == attribute.GRAPH for node in source.graph.node for attribute in node.attribute):
         raise InputError(where, "has control flow, which edgepet does not convert to fp16", fix="export it in fp32")
     ranges = _ranges(source, images, where)
     reasons = _reasons(source, ranges, len(images))
     half = _Rewriter(source, ranges, reasons).model()
-    onnx.checker.check_model(half, full_check=True)
+    require_valid(half)
     stored = stored_types(half)
     floats = {kind: stored.get(kind, {"bytes": 0})["bytes"] for kind in ("float32", "float16")}
-    if floats["float16"] < floats["float32"]:
-        got = f"{floats['float16']} of {sum(floats.values())} bytes"
-        what = "must store most of its weights in fp16"
-        raise CheckError(where, what, got=got, fix="export it in fp32: its numbers are beyond fp16's range")
     named = _layer_names(source)
-    return Half(half, tuple(Kept(name=named[i], op=source.graph.node[i].op_type, reason=r) for i, r in reasons.items()))
+    kept = tuple(Kept(name=named[i], op=source.graph.node[i].op_type, reason=r) for i, r in reasons.items())
+    if floats["float16"] < floats["float32"]:
+        got = f"{floats['float16']} of {sum(floats.values())} bytes; {_heaviest(source, list(reasons), kept)}"
+        raise CheckError(where, "must store most of its weights in fp16", got=got, fix="export it in fp32")
+    return Half(half, kept)
+
+
+def _heaviest(model: ModelProto, places: Sequence[int], kept: Sequence[Kept]) -> str:
+    """Of the nodes that stay fp32 the first with the largest tensor that no image changes, and why it does."""
+    sizes = Counter({tensor.name: int(np.prod(tensor.dims, dtype=np.int64)) for tensor in model.graph.initializer})
+    for node in model.graph.node:
+        if all(name in sizes for name in node.input if name):
+            sizes.update(dict.fromkeys(node.output, max((sizes[name] for name in node.input), default=0)))
+    worst = kept[max(range(len(kept)), key=lambda i: max(sizes[name] for name in model.graph.node[places[i]].input))]
+    return f"most in fp32 has {worst.name} ({worst.op}), {worst.reason}"
 
 
 def stored_types(model: ModelProto) -> dict[str, dict[str, int]]:
@@ -109,13 +119,15 @@ def stored_types(model: ModelProto) -> dict[str, dict[str, int]]:
 def _ranges(model: ModelProto, images: NpArray, where: str) -> dict[str, float]:
     """Largest magnitude of every float tensor that a node puts out, on all images; a tensor without one is no float."""
     names = [name for node in model.graph.node for name in node.output if name]
-    session = open_session(watching(model, names).SerializeToString())
+    session = open_model(watching(model, names))
     ranges: dict[str, float] = {}
+    padded = {node.output[0] for node in model.graph.node if node.op_type == "Pad"}  # with -inf before a maximum
     (entry,) = (value.name for value in model.graph.input)
     for start in range(0, len(images), _BATCH):
         for name, value in zip(names, session.run(names, {entry: images[start : start + _BATCH]}), strict=True):
             if value.dtype == np.float32:
-                largest = float(np.abs(value).max(initial=0.0))
+                seen = value[np.isfinite(value)] if name in padded else value
+                largest = float(np.abs(seen).max(initial=0.0))
                 if not np.isfinite(largest):
                     raise InputError(where, f"must stay finite in fp32 on the calibration images: {name}", got=largest)
                 ranges[name] = max(ranges.get(name, 0.0), largest)
@@ -145,6 +157,7 @@ def _overflows(
             yield f"overflow: {ranges[name]:.3g} on {images} images, beyond {LARGEST:.0f}"
     for name in node.input:
         magnitude = np.abs(weights.get(name, np.zeros(1, np.float32)))
+        magnitude = magnitude[np.isfinite(magnitude)]  # fp16 holds infinity too
         if magnitude.max(initial=0.0) > LARGEST:
             yield f"overflow: a weight of {magnitude.max():.3g}, beyond {LARGEST:.0f}"
         lost = np.count_nonzero((magnitude > 0) & (magnitude < SMALLEST))

@@ -17,9 +17,8 @@ import numpy as np
 from edgepet.calibration.layers import Graph, Layer
 from edgepet.calibration.observe import Activations, Seen
 from edgepet.calibration.ranges import Estimator, Histogram, threshold
-from edgepet.calibration.writer import GraphWriter, copied, settings_of
-from edgepet.deltas.codes import HIGH, LOW, Range, coded, per_channel, smoothing
-from edgepet.errors import require
+from edgepet.calibration.writer import GraphWriter, copied, require_valid, settings_of
+from edgepet.deltas.codes import HIGH, LOW, Range, bias_steps, coded, per_channel, smoothing
 from edgepet.spec import NpArray
 
 if TYPE_CHECKING:
@@ -133,7 +132,6 @@ class _Writer:
         self._coded = set[str]()
 
     def model(self) -> ModelProto:
-        onnx = require("onnx", extra="train", purpose="int8")
         for place, node in enumerate(self._graph.nodes):
             if place in self._ends:
                 self._layer(self._ends[place])
@@ -141,7 +139,7 @@ class _Writer:
                 self._writer.add(self._copy(node))
         read = self._writer.reads
         made = self._writer.model(t for t in self._graph.model.graph.initializer if t.name in read)
-        onnx.checker.check_model(made, full_check=True)
+        require_valid(made)
         return made
 
     def _copy(self, node: NodeProto) -> NodeProto:
@@ -191,7 +189,10 @@ class _Writer:
 
     def _weight(self, layer: Layer) -> tuple[str, NpArray]:
         """The name of the dequantised weight, and its values (out, ...) in float64."""
-        made = coded(self._graph.value(layer.weight), self._smooth.get(layer.reads), self._recipe.bits)
+        weight, of = self._graph.value(layer.weight), self._ranges[layer.reads]
+        dense = self._dense(layer).astype(np.float64)
+        least = bias_steps(dense, self._own_bias(layer, dense), of.scale)
+        made = coded(weight, self._smooth.get(layer.reads), self._recipe.bits, least=least)
         codes, axis = made.codes, 0
         rounded = codes * per_channel(made.scales.astype(np.float64), codes)
         if layer.kind == "linear":
@@ -210,11 +211,15 @@ class _Writer:
 
     def _bias(self, layer: Layer, rounded: NpArray) -> list[str]:
         """The bias with the shift of what the layer reads, if there is any."""
-        bias = np.zeros(len(rounded)) if layer.bias is None else self._graph.value(layer.bias).astype(np.float64)
-        bias = bias + self._ranges[layer.reads].shift * rounded.reshape(len(rounded), -1).sum(axis=1)
+        bias = self._own_bias(layer, rounded)
         if self._recipe.bias_correction:
             bias = bias + self._correction(layer, rounded)
         return [self._writer.tensor(f"{layer.name}.bias.int8", bias.astype(np.float32))] if bias.any() else []
+
+    def _own_bias(self, layer: Layer, weight: NpArray) -> NpArray:
+        bias = np.zeros(len(weight)) if layer.bias is None else self._graph.value(layer.bias).astype(np.float64)
+        shifted: NpArray = bias + self._ranges[layer.reads].shift * weight.reshape(len(weight), -1).sum(axis=1)
+        return shifted
 
     def _correction(self, layer: Layer, rounded: NpArray) -> NpArray:
         """What rounding moves each output by on the mean (Nagel et al. 2019, arXiv:1906.04721, section 4.2)."""

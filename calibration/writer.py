@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, TypeVar
 import numpy as np
 
 from edgepet.errors import require
+from edgepet.graphs.tensor_files import LEAST_OUTSIDE, hollow, stored_bytes
 from edgepet.spec import NpArray
 
 if TYPE_CHECKING:
@@ -58,13 +59,29 @@ class GraphWriter:
         Args:
             keep_types: leave what the source says of the types and shapes of tensors between its nodes.
         """
-        made = copied(self._source)
-        del made.graph.node[:], made.graph.initializer[:]
+        made = hollow(self._source)
+        del made.graph.node[:]
         if not keep_types:
             del made.graph.value_info[:]
         made.graph.node.extend(self._nodes)
         made.graph.initializer.extend([*tensors, *self._tensors.values()])
         return made
+
+
+def require_valid(model: ModelProto) -> None:
+    """Let onnx check what a pass has made, shapes and types too; large weights by these alone, so of any size.
+
+    Raises:
+        onnx.checker.ValidationError, onnx.shape_inference.InferenceError: a pass is at fault.
+    """
+    onnx = require("onnx", extra="train", purpose="ONNX")
+    light = hollow(model)
+    for tensor in model.graph.initializer:
+        if stored_bytes(tensor) < LEAST_OUTSIDE:
+            light.graph.initializer.add().CopyFrom(tensor)
+        else:
+            light.graph.input.append(onnx.helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims))
+    onnx.checker.check_model(light, full_check=True)
 
 
 def copied(proto: Proto) -> Proto:

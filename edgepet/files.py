@@ -13,7 +13,7 @@ import re
 import secrets
 import shutil
 import stat
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 
 from edgepet.errors import InputError
@@ -38,6 +38,11 @@ def refusing(where: Path, what: str) -> Iterator[None]:
 
 
 def write_file(path: Path, *parts: bytes | memoryview) -> None:
+    """Write ``parts`` as ``write_parts`` does, and raise as it does."""
+    write_parts(path, parts)
+
+
+def write_parts(path: Path, parts: Iterable[bytes | memoryview]) -> None:
     """Write ``parts`` one after another to ``path``, replacing it only when everything is on the disk.
 
     Raises:

@@ -21,6 +21,7 @@ class ExportOptions:
     ``precision`` "auto" is the fastest of the three that this machine can run within the budget. ``calib`` is a folder
     of labelled images: ranges are measured on ``calib_images`` of them; int8 needs it, fp16 takes what the export is
     compared on without. ``max_drop`` is how many points of top-1 int8 may lose; None only reports them.
+    ``opset`` is an older one for ONNX files, from 13, that older parsers read; None is that of traced graphs.
     """
 
     to: tuple[Format, ...] = ("onnx",)
@@ -31,6 +32,7 @@ class ExportOptions:
     calib: FilePath | None = None
     calib_images: int = 256
     max_drop: float | None = None
+    opset: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -9,18 +11,20 @@ import numpy as np
 
 from edgepet.canonical import canonical_json
 from edgepet.deltas.delta import Delta
-from edgepet.device.onnxruntime import open_session
+from edgepet.device.onnxruntime import open_model
 from edgepet.errors import CheckError, InputError, option, require
+from edgepet.exporters.constants import compute_constants
 from edgepet.exporters.exporter import ExportOptions, Written
-from edgepet.files import write_file
+from edgepet.exporters.portable import in_opset
+from edgepet.files import scratch_folder, write_file, write_parts
 from edgepet.graphs.base import FEATURES, INPUT, LOGITS, BaseGraph
-from edgepet.graphs.tensor_files import point_into, put_inside
+from edgepet.graphs.tensor_files import lightened, padding, put_inside, stored_bytes
 from edgepet.spec import NpArray, StoredPrecision, Tensors
 
 if TYPE_CHECKING:
-    from onnx import GraphProto, ModelProto, NodeProto
+    from onnx import ModelProto, TensorProto
 
-MODEL = "model.onnx"
+MODEL, DATA = "model.onnx", "model.onnx.data"
 MAX_SINGLE_FILE_BYTES = 1_900_000_000  # protobuf cannot hold 2 GiB
 _HEAD = ("head.weight", "head.bias")
 
@@ -54,51 +58,8 @@ def build_model(graph: BaseGraph, tensors: Tensors, delta: Delta) -> ModelProto:
     for key, fact in facts.items():
         text = fact if isinstance(fact, str) else canonical_json(fact).decode("utf-8")
         model.metadata_props.add(key=f"edgepet.{key}", value=text)
-    _compute_prompts(model, {name for branch in delta.branches if branch.kind == "prompts" for name in branch.named})
+    compute_constants(model, {name for branch in delta.branches if branch.kind == "prompts" for name in branch.named})
     return model
-
-
-def _compute_prompts(model: ModelProto, prompts: set[str]) -> None:
-    """Put the keys and values that deep prompts become, which depend on no image, in place of what computes them."""
-    graph = model.graph
-    known, source = {tensor.name for tensor in graph.initializer}, {name: name for name in prompts}
-    constant, gone = [], []
-    for node in graph.node if prompts else ():
-        if all(name in known for name in node.input if name):
-            constant.append(node)
-            known |= set(node.output)
-            if found := [source[name] for name in node.input if name in source]:
-                gone.append(node)
-                source |= dict.fromkeys(node.output, found[0])
-    for node in gone:
-        graph.node.remove(node)
-    read = {name for node in graph.node for name in node.input}
-    made = {name: f"{source[name]}.{i}" for i, name in enumerate(n for node in gone for n in node.output if n in read)}
-    _replace(graph, made, _evaluate(model, constant, list(made)) if made else [])
-    lost = {name for node in gone for name in node.input} - read
-    for tensor in [tensor for tensor in graph.initializer if tensor.name in lost]:
-        graph.initializer.remove(tensor)
-
-
-def _evaluate(model: ModelProto, nodes: list[NodeProto], wanted: list[str]) -> list[NpArray]:
-    """The values named ``wanted``, which ``nodes`` compute from initializers alone."""
-    onnx = require("onnx", extra="train", purpose="ONNX")
-    reads = {name for node in nodes for name in node.input}
-    outputs = [onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None) for name in wanted]
-    tensors = [tensor for tensor in model.graph.initializer if tensor.name in reads]
-    part = onnx.helper.make_graph(nodes, "constants", [], outputs, tensors)
-    alone = onnx.helper.make_model(part, opset_imports=model.opset_import, ir_version=model.ir_version)
-    values: list[NpArray] = open_session(serialize(alone)).run(wanted, {})
-    return values
-
-
-def _replace(graph: GraphProto, names: dict[str, str], values: list[NpArray]) -> None:
-    """Let nodes read initializers of the new ``names`` and ``values`` instead of the old names."""
-    onnx = require("onnx", extra="train", purpose="ONNX")
-    for node in graph.node:
-        for i, name in enumerate(node.input):
-            node.input[i] = names.get(name, name)
-    graph.initializer.extend(map(onnx.numpy_helper.from_array, values, names.values()))
 
 
 def serialize(model: ModelProto) -> bytes:
@@ -107,37 +68,81 @@ def serialize(model: ModelProto) -> bytes:
     return data
 
 
-def write_onnx(model: ModelProto, folder: Path, *, external: bool = False) -> list[str]:
+def fits_one_file(model: ModelProto) -> bool:
+    """Whether protobuf can make bytes of ``model``."""
+    return sum(stored_bytes(tensor) for tensor in model.graph.initializer) <= MAX_SINGLE_FILE_BYTES
+
+
+def write_onnx(
+    model: ModelProto, folder: Path, *, external: bool = False, opset: int | None = None, where: str = "ONNX model"
+) -> list[str]:
     """Write ``model.onnx``, with ``external`` its weights in ``model.onnx.data`` beside it; returns the file names.
 
     Weights that one file cannot hold lie beside it in any case. ``model`` is not touched.
 
+    Args:
+        opset: an older one than the model's, to say the same in.
+
     Raises:
-        InputError: ``folder`` cannot be written.
+        InputError: ``folder`` cannot be written, or ``opset`` has no words for an operator of ``where``.
     """
-    if not external and model.ByteSize() <= MAX_SINGLE_FILE_BYTES:
-        write_file(folder / MODEL, serialize(model))
-        return [MODEL]
-    light = type(model)()
-    light.CopyFrom(model)
-    blob, offset = [], 0
-    for tensor in light.graph.initializer:
-        data = tensor.raw_data
-        if len(data) < 1024:
-            continue
-        padding = -offset % 4096  # runtimes map the file: page by page
-        blob += [bytes(padding), data]
-        point_into(tensor, f"{MODEL}.data", offset + padding, len(data))
-        offset += padding + len(data)
-    write_file(folder / f"{MODEL}.data", *blob)
+    light, outside = lightened(model, DATA)
+    if opset is not None:
+        light = in_opset(light, opset, where=where)
+    names = [MODEL, DATA]
+    if external or not fits_one_file(model):
+        write_parts(folder / DATA, _paged(outside))
+    else:
+        names.remove(DATA)
+        pointing = (tensor for tensor in light.graph.initializer if tensor.data_location == tensor.EXTERNAL)
+        for tensor, source in zip(pointing, outside, strict=True):
+            tensor.CopyFrom(source)
     write_file(folder / MODEL, serialize(light))
-    return [MODEL, f"{MODEL}.data"]
+    if opset is not None:
+        _require_valid(folder / MODEL, opset, where)
+    return names
+
+
+def _require_valid(path: Path, opset: int, where: str) -> None:
+    """Refuse a model that is not what its opset says: ONNX Runtime is more lenient than the parsers it is made for."""
+    onnx = require("onnx", extra="train", purpose="ONNX")
+    try:
+        onnx.checker.check_model(str(path), full_check=True)
+    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
+        got = str(error).strip().splitlines()[0]
+        fix = f"a higher {option('opset')}"
+        raise InputError(where, f"cannot be written in opset {opset}", got=got, fix=fix) from error
+
+
+def _paged(tensors: Iterable[TensorProto]) -> Iterator[bytes]:
+    """What a file of ``tensors`` holds, in pieces: as many weights are in memory as the largest of them."""
+    offset = 0
+    for tensor in tensors:
+        yield bytes(padding(offset))
+        yield tensor.raw_data
+        offset += padding(offset) + stored_bytes(tensor)
+
+
+@contextlib.contextmanager
+def readable(model: ModelProto, folder: Path) -> Iterator[bytes | Path]:
+    """``model`` as other libraries read it: its bytes, or where one file cannot hold it a path, gone with the block.
+
+    Raises:
+        InputError: ``folder``, where it is then written for a while, cannot be.
+    """
+    if fits_one_file(model):
+        yield serialize(model)
+        return
+    with scratch_folder(folder / "onnx") as scratch:
+        write_onnx(model, scratch)
+        yield scratch / MODEL
 
 
 def export(model: ModelProto, precision: StoredPrecision, folder: Path, options: ExportOptions, task: str) -> Written:
     """Write ``model`` itself; see ``Exporter``, and ``write_onnx`` for what it raises."""
-    del precision, task
-    return Written(write_onnx(model, folder, external=options.external_data), "onnxruntime")
+    del precision
+    names = write_onnx(model, folder, external=options.external_data, opset=options.opset, where=task)
+    return Written(names, "onnxruntime")
 
 
 def simplified(model: ModelProto, images: NpArray, *, where: str) -> ModelProto:
@@ -148,15 +153,17 @@ def simplified(model: ModelProto, images: NpArray, *, where: str) -> ModelProto:
 
     Raises:
         MissingError: onnxsim is not installed.
-        InputError: onnxsim failed on this model.
+        InputError: onnxsim failed on this model, or it is too large for it.
         CheckError: the simplified model answers otherwise.
     """
     onnxsim = require("onnxsim", extra="onnxsim", purpose=option("simplify"))
+    if not fits_one_file(model):
+        raise InputError(where, "is larger than what onnxsim takes, 2 GiB", fix=f"leave out {option('simplify')}")
     simple: ModelProto
     simple, checked = onnxsim.simplify(model, check_n=0)
     if not checked:
         raise InputError(where, "could not be simplified by onnxsim", fix=f"leave out {option('simplify')}")
-    answers = [open_session(serialize(each)).run(None, {INPUT: images})[0] for each in (model, simple)]
+    answers = [open_model(each).run(None, {INPUT: images})[0] for each in (model, simple)]
     worst, limit = float(np.abs(answers[0] - answers[1]).max()), 1e-4 * float(np.abs(answers[0]).max())
     if not worst <= limit:
         raise CheckError(

@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from edgepet.device.openvino import core
+from edgepet.device.refusals import refusal
 from edgepet.errors import InputError, require
 from edgepet.exporters.exporter import ExportOptions, Written
-from edgepet.exporters.onnx import serialize
+from edgepet.exporters.onnx import readable
 from edgepet.files import sync_folder
 from edgepet.spec import StoredPrecision
 
@@ -21,8 +22,10 @@ MODEL = "model.xml"
 _MADE_UP = re.compile(r"[A-Za-z]+_\d+")
 
 
-def write_openvino(onnx_model: bytes, folder: Path, *, where: str) -> list[str]:
+def write_openvino(onnx_model: bytes | Path, folder: Path, *, where: str) -> list[str]:
     """Convert ``onnx_model`` and write ``model.xml`` and ``model.bin`` in its own precision; returns the file names.
+
+    It is bytes with the weights inside, or a path, beside which they may lie.
 
     Raises:
         InputError: OpenVINO cannot convert an operator, or the files cannot be written.
@@ -32,7 +35,8 @@ def write_openvino(onnx_model: bytes, folder: Path, *, where: str) -> list[str]:
     try:
         model = core().read_model(onnx_model)
     except RuntimeError as error:
-        raise InputError(where, "cannot be converted by OpenVINO", got=str(error).splitlines()[0]) from error
+        what = "cannot be converted by OpenVINO"
+        raise refusal(where, what, error, package="openvino", copied=False) from error
     for number, node in enumerate(model.get_ordered_ops()):
         # Names that OpenVINO made up count up over the life of the process: number them by place, for equal bytes.
         if _MADE_UP.fullmatch(node.get_friendly_name()):
@@ -53,4 +57,5 @@ def write_openvino(onnx_model: bytes, folder: Path, *, where: str) -> list[str]:
 def export(model: ModelProto, precision: StoredPrecision, folder: Path, options: ExportOptions, task: str) -> Written:
     """Write the IR; see ``Exporter``, and ``write_openvino`` for what it raises."""
     del precision, options
-    return Written(write_openvino(serialize(model), folder, where=task), "openvino")
+    with readable(model, folder) as source:
+        return Written(write_openvino(source, folder, where=task), "openvino")

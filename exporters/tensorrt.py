@@ -33,8 +33,8 @@ from edgepet.device.tensorrt import (
 )
 from edgepet.errors import CheckError, InputError, option, require
 from edgepet.exporters.exporter import ExportOptions, Written
-from edgepet.exporters.onnx import serialize
-from edgepet.files import write_file
+from edgepet.exporters.onnx import readable
+from edgepet.files import folder_sha256, write_file
 from edgepet.spec import StoredPrecision
 
 if TYPE_CHECKING:
@@ -74,7 +74,7 @@ class TensorrtBuild:
 
 
 def build_engines(
-    onnx_model: bytes,
+    onnx_model: bytes | Path,
     folder: Path,
     *,
     precision: StoredPrecision = "fp32",
@@ -85,8 +85,8 @@ def build_engines(
     """Write ``STEM.engine`` and ``STEM.engine.json`` to the existing ``folder``.
 
     Args:
-        onnx_model: in ``precision``, weights inside; takes "images" (batch, 3, H, W), only the batch free, and puts out
-            one (batch, C).
+        onnx_model: bytes, or the path of a file with its weights beside it; in ``precision``. It takes "images"
+            (batch, 3, H, W), only the batch free, and puts out one (batch, C).
         sms: compute capabilities, 86 for 8.6. Classic TensorRT builds for the GPU that is here and ignores them.
         max_batch: the largest batch of the engine's one profile, which is tuned for batch 1.
 
@@ -110,7 +110,7 @@ def build_engines(
         file=f"{stem}.engine",
         size_bytes=plan.nbytes,
         sha256=hashlib.sha256(plan).hexdigest(),
-        source_sha256=hashlib.sha256(onnx_model).hexdigest(),
+        source_sha256=_digest(onnx_model),
         input=takes,
         output=gives,
         max_batch=max_batch,
@@ -122,9 +122,17 @@ def build_engines(
 def export(model: ModelProto, precision: StoredPrecision, folder: Path, options: ExportOptions, task: str) -> Written:
     """Build and write an engine and its side-car; see ``Exporter``, and ``build_engines`` for what it raises."""
     del task
-    built = build_engines(serialize(model), folder, precision=precision, sms=options.sms)
+    with readable(model, folder) as source:
+        built = build_engines(source, folder, precision=precision, sms=options.sms)
     layers = {"layers_by_output_type": built.layers, "source": "the strongly typed network that was built"}
     return Written([*built.files, "model.engine.json"], built.engine, built.readback.reason, layers)
+
+
+def _digest(onnx_model: bytes | Path) -> str:
+    """Of the model's bytes, or of its file and of those beside it."""
+    if isinstance(onnx_model, Path):
+        return folder_sha256(onnx_model.parent)
+    return hashlib.sha256(onnx_model).hexdigest()
 
 
 def _write(
@@ -217,7 +225,13 @@ def _compute_capability() -> int:
 
 
 def _build(
-    trt: Trt, onnx_model: bytes, precision: StoredPrecision, max_batch: int, targets: Sequence[int], *, portable: bool
+    trt: Trt,
+    onnx_model: bytes | Path,
+    precision: StoredPrecision,
+    max_batch: int,
+    targets: Sequence[int],
+    *,
+    portable: bool,
 ) -> tuple[memoryview, TensorSpec, TensorSpec, Mapping[str, int]]:
     """The serialised engine, its input, output and layers; ``portable`` is what classic TensorRT cannot be."""
     log = message_log(trt)
@@ -245,12 +259,13 @@ def _build(
     return memoryview(plan), takes, gives, layers
 
 
-def _parse(trt: Trt, builder: Trt, onnx_model: bytes) -> tuple[Trt, Trt]:
+def _parse(trt: Trt, builder: Trt, onnx_model: bytes | Path) -> tuple[Trt, Trt]:
     """The network and the parser that owns its weights."""
     typed = getattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)  # where it is gone, nothing else is left
     network = builder.create_network(0 if typed is None else 1 << int(typed))
     parser = trt.OnnxParser(network, message_log(trt))
-    if not parser.parse(onnx_model):
+    read = parser.parse if isinstance(onnx_model, bytes) else parser.parse_from_file
+    if not read(onnx_model if isinstance(onnx_model, bytes) else str(onnx_model)):
         error = parser.get_error(0)
         operator, node = error.node_operator(), error.node_name()
         where = f"ONNX node {node!r}, operator {operator}" if operator else "ONNX model"

@@ -18,6 +18,7 @@ import safetensors.numpy
 from edgepet.deltas.branches import ATTENTION, Branch, named_tensors, structure_digest, structure_of
 from edgepet.device.onnxruntime import OnnxRuntime
 from edgepet.errors import CheckError, InputError, require
+from edgepet.exporters.portable import IR_VERSION, OPSET
 from edgepet.files import made_folder, write_file
 from edgepet.graphs.base import (
     FEATURES,
@@ -40,7 +41,6 @@ if TYPE_CHECKING:
     from torch.onnx import ONNXProgram
 
 _Ir: TypeAlias = Any  # onnx_ir's model or node, which torch and onnxscript hand on without types
-OPSET, IR_VERSION = 20, 10  # the newest that ONNX Runtime, OpenVINO and TensorRT all read, int8 included
 
 
 def base_graph(backbone: Backbone, branches: Sequence[Branch] = (), *, root: Path | None = None) -> BaseGraph:

@@ -17,9 +17,10 @@ from edgepet.calibration.observe import Activations, observe
 from edgepet.calibration.qdq import Int8, Int8Recipe, observed_smoothing, quantize
 from edgepet.calibration.rewriting import folded
 from edgepet.calibration.search import Calibration
-from edgepet.device.onnxruntime import OnnxRuntime
+from edgepet.device.onnxruntime import OnnxRuntime, open_session
 from edgepet.errors import InputError
-from edgepet.exporters.onnx import serialize
+from edgepet.exporters.onnx import serialize, write_onnx
+from edgepet.exporters.portable import make_plain
 from edgepet.exporters.tensorrt import build_engines
 from edgepet.measuring.parity import SAME_CODES
 from edgepet.spec import NpArray
@@ -128,6 +129,74 @@ def test_images_and_logits_stay_fp32_and_the_batch_stays_free(network: Observed)
     assert [t.elem_type for t in types] == [TensorProto.FLOAT, TensorProto.FLOAT]
     assert run(model, IMAGES[:5]).shape == (5, 5)
     assert np.allclose(run(model, IMAGES[:5])[:1], run(model, IMAGES[:1]), atol=1e-5)  # other kernels' order of sums
+
+
+def test_onnx_runtimes_own_preparation_takes_it_and_an_older_opset_says_it(network: Observed, tmp_path: Path) -> None:
+    from onnxruntime.quantization.shape_inference import quant_pre_process
+
+    made = network.int8().model
+    expected = run(made)
+
+    make_plain(made)
+    write_onnx(made, tmp_path)
+    quant_pre_process(str(tmp_path / "model.onnx"), str(tmp_path / "prepared.onnx"))
+    write_onnx(made, tmp_path, opset=13)
+
+    for name in ("model.onnx", "prepared.onnx"):
+        got = open_session(tmp_path / name).run(None, {"images": IMAGES})[0]
+        assert apart(got, expected) < NEAR[network.name]  # a value on the edge of two codes may fall either way
+
+
+# ----------------------------------------------------------------------------------------------- channels that are dead
+
+
+def bottleneck(kernel: NpArray, bias: NpArray, *, dead_input: bool = False) -> Any:
+    """images -> a ReLU, perhaps of nothing above zero -> a convolution -> its mean -> logits (n, 4)."""
+    made = helper.make_node
+    nodes = [
+        made("Mul", ["images", "sign"], ["signed"]),
+        made("Relu", ["signed"], ["positive"]),
+        made("Conv", ["positive", "conv.weight", "conv.bias"], ["found"]),
+        made("ReduceMean", ["found", "maps"], ["logits"], keepdims=0),
+    ]
+    tensors = {
+        "conv.weight": kernel, "conv.bias": bias, "maps": np.array([2, 3]), "sign": np.float32(0 if dead_input else 1),
+    }  # fmt: skip
+    ports = [
+        helper.make_tensor_value_info(name, TensorProto.FLOAT, shape)
+        for name, shape in (("images", ["batch", 3, 32, 32]), ("logits", ["batch", 4]))
+    ]
+    initializers = [numpy_helper.from_array(np.asarray(value), name) for name, value in tensors.items()]
+    graph = helper.make_graph(nodes, "bottleneck", ports[:1], ports[1:], initializers)
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
+
+
+@pytest.mark.parametrize("dead_input", [False, True])
+@pytest.mark.parametrize("least", [0.0, 1e-36, 1e-20, 1e-9])
+def test_a_channel_of_tiny_weights_keeps_its_bias(least: float, dead_input: bool) -> None:
+    """ONNX Runtime makes an int32 of the bias in steps of the input's times the weight's: 3 / 1e-30 holds none."""
+    rng = np.random.default_rng(4)
+    kernel = rng.normal(size=(4, 3, 3, 3)).astype(np.float32)
+    kernel[0] *= np.float32(least)
+    model = bottleneck(kernel, np.array([3, -3, 0, 1e-3], np.float32), dead_input=dead_input)
+
+    made = Observed.of("bottleneck", model, frozenset({"conv.weight"}), CALIBRATION).int8()
+
+    assert [layer.name for layer in made.layers] == ["conv"]
+    assert np.allclose(run(made.model), run(model), atol=0.02)
+    steps, given = tensors(made.model)["conv.weight.scale"], tensors(made.model)["positive.scale"]
+    assert np.all(np.abs([3, -3, 0, 1e-3]) / (steps.astype(np.float64) * given) <= 2**30 * (1 + 1e-6))
+
+
+def test_a_channel_of_zeros_has_the_widest_step_of_its_layer() -> None:
+    kernel = np.ones((4, 3, 3, 3), np.float32)
+    kernel[0], kernel[1] = 0, 2
+
+    made = Observed.of("b", bottleneck(kernel, np.zeros(4, np.float32)), frozenset({"conv.weight"}), CALIBRATION).int8()
+
+    steps = tensors(made.model)["conv.weight.scale"] * 127
+    assert steps.tolist() == [2, 2, 1, 1]
+    assert not tensors(made.model)["conv.weight.codes"][0].any()
 
 
 # ----------------------------------------------------------------------------------------------------------- the graph

@@ -18,6 +18,8 @@ SMOOTHING = 0.65  # SmoothQuant's strength on a backbone that is shared by tasks
 REACH = 3.0  # standard deviations of a normalised channel that count as its largest value
 CLIPS = np.arange(0.40, 1.01, 0.05)  # of a channel's largest weight, where codes are too few to hold it
 TINY = 1e-30  # the step of a channel of zeros
+MOST_BIAS = 2.0**30  # half of what an int32 holds
+LEAST_PRODUCT = 2.0**-100  # of two steps: float32 holds it with all of its digits
 TIE = 1e-6  # quotients shrink by this part: half a code goes towards zero, however float32 rounded it on its way
 
 
@@ -55,14 +57,18 @@ class CodedWeight:
         return dense
 
 
-def coded(weight: NpArray, divisors: NpArray | None = None, bits: int = 8) -> CodedWeight:
+def coded(
+    weight: NpArray, divisors: NpArray | None = None, bits: int = 8, *, least: NpArray | float = 0.0
+) -> CodedWeight:
     """The codes of ``weight`` (out, ...), its columns times ``divisors`` (in,), by the one recipe; computed in float64.
+
+    No step is below ``least``, a number or (out,).
 
     Weights that were published with few bits are often exactly half of their row's largest, and so half-way between two
     codes: scaled and rounded to float32 they must not fall on either side by chance.
     """
     smoothed = weight.astype(np.float64) if divisors is None else weight * divisors.astype(np.float64)
-    scales = weight_scales(smoothed, bits)
+    scales = np.maximum(weight_scales(smoothed, bits), least)
     codes = weight_codes(smoothed, scales, bits)
     return CodedWeight(codes=codes, scales=scales.astype(np.float32), divisors=divisors)
 
@@ -89,6 +95,18 @@ def weight_codes(weight: NpArray, scales: NpArray, bits: int = 8) -> NpArray:
     last = 2 ** (bits - 1) - 1
     codes: NpArray = np.clip(np.rint(weight * (1 - TIE) / per_channel(scales, weight)), -last, last).astype(np.int8)
     return codes
+
+
+def bias_steps(weight: NpArray, bias: NpArray, input_scale: float) -> NpArray:
+    """The least step of each output channel (out,) with which its ``bias`` (out,) is an int32 of sums of products.
+
+    ONNX Runtime makes it one, in steps of ``input_scale`` times the weight's, even where it computes in float
+    (microsoft/onnxruntime #22020). A channel of zeros has the widest step of ``weight`` (out, ...): any would do.
+    """
+    largest = np.abs(weight.reshape(len(weight), -1)).max(axis=1).astype(np.float64)
+    least: NpArray = np.maximum(np.abs(bias) / MOST_BIAS, LEAST_PRODUCT) / input_scale
+    widest = largest.max() / HIGH or 1.0
+    return np.where(largest > 0, least, np.maximum(least, widest))
 
 
 def per_channel(values: NpArray, weight: NpArray) -> NpArray:

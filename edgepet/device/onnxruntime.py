@@ -2,32 +2,42 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import tempfile
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 import onnxruntime
 
+from edgepet.device.refusals import refusal, require_images_alone
 from edgepet.device.runner import check_images, require_slots
-from edgepet.errors import InputError
 from edgepet.graphs.base import FEATURES, INPUT, BaseGraph
 from edgepet.graphs.int8 import Int8Graph
 from edgepet.graphs.slots import Slots
+from edgepet.graphs.tensor_files import lightened, value_of
 from edgepet.spec import NpArray, Precision
+
+if TYPE_CHECKING:
+    from onnx import ModelProto
 
 Session: TypeAlias = Any  # onnxruntime.InferenceSession: the library says no types of its own
 _Binding: TypeAlias = Any  # onnxruntime.IOBinding
 
 _STATE = vars(onnxruntime.capi.onnxruntime_pybind11_state).values()
-# Each code of a status is a class of its own, below Exception; words of it that are no UTF-8 are a ValueError.
+# Each code of a status is a class of its own, below Exception.
 _REFUSALS: tuple[type[Exception], ...] = (
-    *(kind for kind in _STATE if isinstance(kind, type) and issubclass(kind, Exception)), RuntimeError, ValueError,
+    *(kind for kind in _STATE if isinstance(kind, type) and issubclass(kind, Exception)), RuntimeError,
 )  # fmt: skip
+_UNREADABLE: tuple[type[Exception], ...] = (
+    *_REFUSALS,
+    ValueError,
+)  # words of a file that are no UTF-8 are a ValueError
+_PACKAGE = "onnxruntime"
 _SILENT = 4  # what ONNX Runtime would log comes back as an error; that nothing reads a tensor is no news
 _INT8 = frozenset(
     (
@@ -72,9 +82,42 @@ def open_session(
         options.add_external_initializers(list(tensors), values)
     try:  # without the library's fallback, which prints and tries the same provider again
         return onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"], enable_fallback=0)
+    except _UNREADABLE as error:
+        what, copied = "cannot be opened by ONNX Runtime", not isinstance(model, bytes)
+        raise refusal(where, what, error, package=_PACKAGE, copied=copied) from error
+
+
+@contextlib.contextmanager
+def _running(where: str) -> Iterator[None]:
+    try:
+        yield
     except _REFUSALS as error:
-        told = (str(error).splitlines() or [type(error).__name__])[0]
-        raise InputError(where, "cannot be opened by ONNX Runtime", got=told) from error
+        raise refusal(where, "cannot be run by ONNX Runtime", error, package=_PACKAGE) from error
+
+
+class ModelSession:
+    """A session on a model in memory, which reads the model's tensors where they lie."""
+
+    def __init__(self, session: Session, held: object) -> None:
+        self._session, self._held = session, held
+
+    def run(self, outputs: Sequence[str] | None, feed: Mapping[str, NpArray]) -> list[NpArray]:
+        """The values named ``outputs``, or all outputs of the model, for these inputs."""
+        with _running("ONNX model"):
+            values: list[NpArray] = self._session.run(outputs, feed)
+        return values
+
+
+def open_model(model: ModelProto) -> ModelSession:
+    """Open an ``onnx.ModelProto`` of any size: beyond 2 GiB protobuf makes no bytes of one.
+
+    Raises:
+        InputError: as ``open_session``.
+    """
+    read = {name for node in model.graph.node for name in node.input}  # it knows no others by name
+    light, outside = lightened(model, "memory", only=read)
+    tensors = {tensor.name: value_of(tensor) for tensor in outside}
+    return ModelSession(open_session(light.SerializeToString(), tensors=tensors), tensors)
 
 
 class OnnxRuntime:
@@ -88,6 +131,7 @@ class OnnxRuntime:
     def __init__(self, session: Session, *, where: str, path: Path | None = None, held: object = None) -> None:
         # ``held``: the session reads the arrays of replaced initializers where they lie, for as long as it lives.
         self._session, self._where, self._held = session, where, held
+        require_images_alone([entry.name for entry in session.get_inputs()], where=where)
         (entry,) = session.get_inputs()
         self._shape = tuple(side if isinstance(side, int) else None for side in entry.shape)
         self.executed: Precision = "fp32"
@@ -108,7 +152,7 @@ class OnnxRuntime:
         Raises:
             InputError: it is not a model that this ONNX Runtime reads.
         """
-        return cls(open_session(path, threads=threads), where=path.name, path=path)
+        return cls(open_session(path, threads=threads), where=str(path), path=path)
 
     @classmethod
     def of_graph(cls, graph: BaseGraph, tensors: Mapping[str, NpArray], *, threads: int | None = None) -> OnnxRuntime:
@@ -124,7 +168,8 @@ class OnnxRuntime:
 
     def __call__(self, images: NpArray) -> NpArray:
         check_images(images, self._shape, where=self._where)
-        output: NpArray = self._session.run(None, {INPUT: images})[0]
+        with _running(self._where):
+            output: NpArray = self._session.run(None, {INPUT: images})[0]
         return output
 
     def close(self) -> None:
@@ -198,7 +243,8 @@ class BoundOnnxRuntime:
         self._binding.bind_ortvalue_input(INPUT, value)
         self._binding.clear_binding_outputs()  # the last call's has its batch's shape
         self._binding.bind_output(FEATURES)
-        self._session.run_with_iobinding(self._binding)
+        with _running("int8 backbone"):
+            self._session.run_with_iobinding(self._binding)
         output: NpArray = self._binding.copy_outputs_to_cpu()[0]
         self._binding.bind_ortvalue_input(INPUT, self._nothing)  # or every task would keep its last images
         return output

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import cache
 from pathlib import Path
 from types import TracebackType
@@ -12,6 +13,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
+from edgepet.device.refusals import refusal, require_images_alone
 from edgepet.device.runner import check_images, require_slots
 from edgepet.errors import InputError, require
 from edgepet.graphs.base import INPUT, BaseGraph
@@ -22,6 +24,7 @@ from edgepet.spec import NpArray, Precision
 _OpenVino: TypeAlias = Any  # the module, or an object of it: it says no types
 _TYPES: dict[Precision, str] = {"fp32": "f32", "bf16": "bf16"}  # OpenVINO's own words
 _PRECISIONS: dict[str, Precision] = {"f32": "fp32", "bf16": "bf16", "f16": "fp16"}
+_NOT_RUN = "cannot be run by OpenVINO"
 _LAYERS = frozenset(("Convolution", "FullyConnected", "MatMul"))
 _ELEMENTWISE = frozenset(("Add", "Multiply", "Subtract", "Divide"))
 
@@ -32,7 +35,9 @@ class OpenVino:
     runtime = "openvino"
 
     def __init__(self, model: _OpenVino, *, where: str, threads: int | None, precision: Precision) -> None:
-        compiled = _compile(model, threads, precision)
+        takes = [INPUT if INPUT in port.names else min(port.names, default="a nameless one") for port in model.inputs]
+        require_images_alone(takes, where=where)
+        compiled = _compile(model, threads, precision, where=where)
         self._request, self._where = compiled.create_infer_request(), where
         self._shape = tuple(None if side.is_dynamic else side.get_length() for side in compiled.input(0).partial_shape)
         self._hint = compiled.get_property("INFERENCE_PRECISION_HINT").get_type_name()
@@ -52,7 +57,7 @@ class OpenVino:
             InputError: it is not a model that this OpenVINO reads.
             MissingError: OpenVINO is not installed.
         """
-        return cls(_read(path), where=path.name, threads=threads, precision=precision)
+        return cls(_read(path), where=str(path), threads=threads, precision=precision)
 
     @classmethod
     def of_graph(cls, graph: BaseGraph, tensors: Mapping[str, NpArray], *, threads: int | None = None,
@@ -68,7 +73,8 @@ class OpenVino:
 
     def __call__(self, images: NpArray) -> NpArray:
         check_images(images, self._shape, where=self._where)
-        output: NpArray = self._request.infer({INPUT: images})[0].copy()
+        with _refusing(self._where, _NOT_RUN):
+            output: NpArray = self._request.infer({INPUT: images})[0].copy()
         return output
 
     def close(self) -> None:
@@ -102,7 +108,7 @@ class SharedOpenVino:
     ) -> None:
         model = _with_constants(_read(graph.model_path(self.runtime)), codes or {}, graph.model_path(self.runtime))
         stateful, self._order = _stateful(model)
-        self._compiled = _compile(stateful, threads, "fp32")
+        self._compiled = _compile(stateful, threads, "fp32", where=str(graph.model_path(self.runtime)))
         self._graph, self._shape = graph, (None, *graph.preprocess.input_shape)
 
     @property
@@ -140,7 +146,8 @@ class BoundOpenVino:
 
     def __call__(self, images: NpArray) -> NpArray:
         check_images(images, self._shape, where="int8 backbone")
-        output: NpArray = self._request.infer({INPUT: images})[0].copy()
+        with _refusing("int8 backbone", _NOT_RUN):
+            output: NpArray = self._request.infer({INPUT: images})[0].copy()
         return output
 
     def close(self) -> None:
@@ -148,11 +155,12 @@ class BoundOpenVino:
         self._request = None
 
 
-def _compile(model: _OpenVino, threads: int | None, precision: Precision) -> _OpenVino:
+def _compile(model: _OpenVino, threads: int | None, precision: Precision, *, where: str) -> _OpenVino:
     config: dict[str, object] = {"INFERENCE_PRECISION_HINT": _TYPES[precision], "PERFORMANCE_HINT": "LATENCY"}
     if threads is not None:
         config["INFERENCE_NUM_THREADS"] = threads
-    return core().compile_model(model, "CPU", config)
+    with _refusing(where, "cannot be compiled by OpenVINO"):
+        return core().compile_model(model, "CPU", config)
 
 
 def _stateful(model: _OpenVino) -> tuple[_OpenVino, tuple[str, ...]]:
@@ -241,7 +249,13 @@ def _openvino() -> _OpenVino:
 
 
 def _read(path: Path) -> _OpenVino:
-    try:
+    with _refusing(str(path), "cannot be opened by OpenVINO"):
         return core().read_model(path)
+
+
+@contextlib.contextmanager
+def _refusing(where: str, what: str) -> Iterator[None]:
+    try:
+        yield
     except RuntimeError as error:
-        raise InputError(str(path), "cannot be opened by OpenVINO", got=str(error).splitlines()[0]) from error
+        raise refusal(where, what, error, package="openvino") from error

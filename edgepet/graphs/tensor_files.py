@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import math
 import mmap
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,8 +20,9 @@ from edgepet.spec import NpArray
 from edgepet.strict import ObjectReader
 
 if TYPE_CHECKING:
-    from onnx import TensorProto
+    from onnx import GraphProto, ModelProto, TensorProto
 
+PAGE, LEAST_OUTSIDE = 4096, 1024  # in bytes: runtimes map files page by page, and what is small lies in the model
 MOST_HEADER_BYTES = 100_000_000  # as safetensors' own readers have it
 _VALUES = ("raw_data", "float_data", "double_data", "int32_data", "int64_data", "uint64_data", "string_data")
 _DTYPES = {
@@ -34,6 +35,8 @@ _DTYPES = {
     "U8": "|u1",
     "BOOL": "|b1",
 }
+# onnx.TensorProto.data_type -> NumPy's type, of those whose values are their bytes.
+_ONNX_DTYPES = {1: "<f4", 2: "|u1", 3: "|i1", 5: "<i2", 6: "<i4", 7: "<i8", 9: "|b1", 10: "<f2", 11: "<f8"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,6 +123,68 @@ def put_inside(tensor: TensorProto, value: NpArray) -> None:
     del tensor.external_data[:]
     tensor.data_location = tensor.DEFAULT
     tensor.raw_data = np.ascontiguousarray(value, value.dtype.newbyteorder("<")).tobytes()
+
+
+def lightened(
+    model: ModelProto, file: str, *, only: Collection[str] | None = None
+) -> tuple[ModelProto, tuple[TensorProto, ...]]:
+    """A copy of an ``onnx.ModelProto`` whose tensors point into ``file``, one behind the other, page by page.
+
+    Small ones stay inside, and all but ``only`` these. ``model`` is not touched, and what points is not copied.
+
+    Returns:
+        The copy, and the tensors of ``model`` that point into the file, in their order there.
+    """
+    light = hollow(model)
+    outside, offset = [], 0
+    for tensor in model.graph.initializer:
+        made, size = light.graph.initializer.add(), stored_bytes(tensor)
+        if size < LEAST_OUTSIDE or (only is not None and tensor.name not in only):
+            made.CopyFrom(tensor)
+            continue
+        made.name, made.data_type = tensor.name, tensor.data_type
+        made.dims.extend(tensor.dims)
+        offset += padding(offset)
+        point_into(made, file, offset, size)
+        outside.append(tensor)
+        offset += size
+    return light, tuple(outside)
+
+
+def hollow(model: ModelProto) -> ModelProto:
+    """A copy of an ``onnx.ModelProto`` without initializers."""
+    made = type(model)()
+    _copy_fields(model, made, but="graph")
+    _copy_fields(model.graph, made.graph, but="initializer")
+    return made
+
+
+def padding(offset: int) -> int:
+    """Bytes between ``offset`` in a file and the tensor that lies behind it."""
+    return -offset % PAGE
+
+
+def stored_bytes(tensor: TensorProto) -> int:
+    """Bytes that an ``onnx.TensorProto`` keeps as raw data, told without a copy of them; 0 where it keeps none so."""
+    kind = _ONNX_DTYPES.get(tensor.data_type)
+    return math.prod(tensor.dims) * np.dtype(kind).itemsize if kind and tensor.HasField("raw_data") else 0
+
+
+def value_of(tensor: TensorProto) -> NpArray:
+    """The value of an ``onnx.TensorProto`` that keeps it as raw data."""
+    return np.frombuffer(tensor.raw_data, _ONNX_DTYPES[tensor.data_type]).reshape(tuple(tensor.dims))
+
+
+def _copy_fields(source: ModelProto | GraphProto, made: ModelProto | GraphProto, *, but: str) -> None:
+    for field, value in source.ListFields():
+        if field.name == but:
+            continue
+        if field.is_repeated:
+            getattr(made, field.name).extend(value)
+        elif field.message_type is not None:
+            getattr(made, field.name).CopyFrom(value)
+        else:
+            setattr(made, field.name, value)
 
 
 def mapped_tensors(folder: Path, files: list[str]) -> dict[str, NpArray]:

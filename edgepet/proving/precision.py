@@ -23,6 +23,7 @@ from edgepet.device.artifact import open_artifact, read_artifact
 from edgepet.errors import InputError, option
 from edgepet.exporters.exporter import ExportOptions
 from edgepet.exporters.onnx import build_model, simplified
+from edgepet.exporters.portable import make_plain
 from edgepet.files import folder_bytes
 from edgepet.graphs.base import BaseGraph
 from edgepet.graphs.int8 import Int8Graph
@@ -77,10 +78,12 @@ def in_precision(subject: Subject, precision: StoredPrecision, options: ExportOp
     if options.simplify:
         proto = simplified(proto, subject.images[0][:2], where=subject.delta.task)
     if precision == "fp32":
+        make_plain(proto)
         return Model(proto=proto, precision=precision, seconds=seconds)
     make = _in_half if precision == "fp16" else _in_int8
     began = time.perf_counter()
     made = make(subject, proto, options, stage)
+    make_plain(made.proto)
     return replace(made, seconds=seconds + time.perf_counter() - began)
 
 
@@ -173,6 +176,7 @@ def express(
     divisors = {layer.reads: dense[layer.weight].divisors for layer in codes.layers}
     calibration = _calibration(
         delta, graph, images, build_model(graph, task_tensors(rounded_base, delta), delta),
+        weights=frozenset(dense),  # a kernel that the backbone computes has no codes, and is a weight in the model
         smooth={name: value for name, value in divisors.items() if value is not None},
         against=build_model(graph, task_tensors(base, delta), delta),
     )  # fmt: skip
@@ -244,9 +248,10 @@ def calibration_of(
 
 def _calibration(
     delta: Delta, graph: BaseGraph, images: CalibrationImages, proto: ModelProto, *,
-    smooth: Mapping[str, NpArray] | None = None, against: ModelProto | None = None,
+    weights: frozenset[str] | None = None, smooth: Mapping[str, NpArray] | None = None,
+    against: ModelProto | None = None,
 ) -> Calibration:  # fmt: skip
     places = {class_name(label): index for index, label in enumerate(delta.labels)}
     order = np.array([places[name] for name in images.measured.classes])
-    weights = frozenset(graph.base.tensors)
+    weights = frozenset(graph.base.tensors) if weights is None else weights
     return Calibration(proto, weights, images, order, where=f"task {delta.task!r}", smooth=smooth, against=against)

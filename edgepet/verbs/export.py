@@ -15,6 +15,7 @@ from edgepet.device.runtimes import FORMATS, Format
 from edgepet.errors import InputError, MissingError, option, require
 from edgepet.exporters import EXPORTERS
 from edgepet.exporters.exporter import ExportOptions
+from edgepet.exporters.portable import OLDEST, OPSET, require_opset
 from edgepet.files import folder_bytes, move_folder, require_only, require_place
 from edgepet.jobs.job import MEASURED, Result
 from edgepet.measuring.machine import runtimes
@@ -79,6 +80,10 @@ def export(
     """
     _check_precision(options)
     at_least_one("jobs", jobs, most=MOST_JOBS)
+    if options.opset is not None:
+        if "onnx" not in options.to:
+            raise InputError(option("opset"), "is for ONNX files", got=option("to", ",".join(options.to)))
+        require_opset(options.opset)
     if jobs is not None and options.precision == "auto":
         what = "is not for several at the same time: it measures how fast they are"
         raise InputError(option("precision", "auto"), what, fix=f"leave out {option('jobs')}")
@@ -212,6 +217,8 @@ def _options(parser: Parser) -> None:
     add("--simplify", action="store_true", help=told)
     told = "ONNX weights in a file of their own (default: only where one file cannot hold them)"
     add("--external-data", action="store_true", help=told)
+    told = f"of ONNX files, from {OLDEST}: for parsers that read no newer one (default: {OPSET})"
+    add("--opset", type=int, metavar="N", help=told)
     data_option(parser)
     jobs_option(parser, None)
     output_option(parser, "DIR", "the folder that gets a folder for each model")
@@ -227,6 +234,7 @@ def _run(options: Options, progress: Progress) -> ExportReport:
         calib_images=options.calib_images,
         max_drop=options.max_drop,
         external_data=options.external_data,
+        opset=options.opset,
     )
     with progress.stages() as stage:
         return export(
