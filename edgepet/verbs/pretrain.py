@@ -16,7 +16,16 @@ from edgepet.reports.screen import Screen, lines, program
 from edgepet.reports.tables import format_number, format_percent, format_seconds
 from edgepet.spec import FilePath
 from edgepet.tuning.options import TrainOptions
-from edgepet.verbs.train import DEFAULTS, asked_options, keep_work, run_training, speaks, training_options, val_accuracy
+from edgepet.verbs.train import (
+    DEFAULTS,
+    asked_options,
+    ended_early,
+    keep_work,
+    run_training,
+    speaks,
+    training_options,
+    val_accuracy,
+)
 from edgepet.verbs.verb import Options, Parser, Verb, output_option
 
 if TYPE_CHECKING:
@@ -27,7 +36,8 @@ if TYPE_CHECKING:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PretrainReport:
     """What ``pretrain`` made: the work folder at ``path``, from which trainings start. ``max_abs_diff`` is the largest
-    difference of logits between tuned and lowered network in float64.
+    difference of logits between tuned and lowered network in float64. ``epochs_run`` is below ``epochs`` where the
+    training ended early.
     """
 
     path: Path
@@ -35,6 +45,7 @@ class PretrainReport:
     trainable_params: int
     classes: int
     epochs: int
+    epochs_run: int
     best_epoch: int
     seconds: float
     val: Accuracy
@@ -78,6 +89,7 @@ def pretrain(
         trainable_params=count(made.model.method, made.backbone.layers, made.backbone.tensors),
         classes=len(made.delta.labels),
         epochs=made.plan.epochs,
+        epochs_run=made.fitted.epochs,
         best_epoch=made.fitted.best_epoch,
         seconds=seconds,
         val=val_accuracy(made, made.delta),
@@ -104,7 +116,7 @@ def _screen(report: PretrainReport) -> Screen:
         f"{report.path}",
         f"  {format_number(report.trainable_params)} parameters of {report.method}, tuned on {report.classes} classes",
         f"  val {format_percent(report.val.top1)} of {report.val.n} images; epoch {report.best_epoch}"
-        f" of {report.epochs}; {format_seconds(report.seconds)} in all",
+        f" of {report.epochs}{ended_early(report.epochs_run, report.epochs)}; {format_seconds(report.seconds)} in all",
         f"  lowered equals tuned in float64: {report.max_abs_diff:.1e}",
         f"next: {program()} train DATA --method {report.method} --init {report.path} ...",
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,11 +17,13 @@ from edgepet.measuring.parity import Accuracy, accuracy
 from edgepet.methods import Method
 from edgepet.methods.method import count
 from edgepet.packs.pack import Codec, encode_pack, read_pack, write_pack
+from edgepet.reports.logs import LOGS, Place, logged
 from edgepet.reports.progress import Step
 from edgepet.reports.screen import Screen, lines, program
 from edgepet.reports.tables import format_bytes, format_number, format_percent, format_seconds
 from edgepet.spec import FilePath
-from edgepet.tuning.options import AUGMENTATIONS, BACKBONE_PRECISIONS, PRECISIONS, TrainOptions
+from edgepet.tuning.options import BACKBONE_PRECISIONS, PRECISIONS, TrainOptions
+from edgepet.tuning.recipes import AUGMENTATIONS, BALANCES
 from edgepet.tuning.work_folder import work_folder, write_work
 from edgepet.verbs.verb import (
     Options,
@@ -44,6 +46,7 @@ if TYPE_CHECKING:
     from edgepet.tuning.training import Made, Training
 
 DEFAULTS = TrainOptions()
+_UNTOLD = ("resume", "checkpoint_s", "log", "log_dir")  # options that decide nothing of what is made
 FEW_IMAGES = 100  # of a val set: one image is a point
 IMBALANCE = 3  # times as many images of one class as of another
 
@@ -63,6 +66,7 @@ class TrainReport:
     """What ``train`` made. ``val`` is of the pack as stored, in float32; ``trainable_params`` leaves the head out.
 
     ``algebra_max_abs`` is the largest difference of logits between tuned and merged network in float64.
+    ``epochs_run`` is below ``epochs`` where the training ended early. ``log_dir`` is where steps were logged to.
     ``images_per_class`` are the fewest and the most that a class was trained on. Where ``backbone_precision``
     is not fp32, ``val_rounded`` is of the network as it was tuned: its backbone rounded, all else float32.
     """
@@ -74,6 +78,7 @@ class TrainReport:
     head_params: int
     pack_bytes: int
     epochs: int
+    epochs_run: int
     best_epoch: int
     seconds: float
     images_per_second: float
@@ -85,6 +90,7 @@ class TrainReport:
     algebra_max_abs: float
     algebra_limit: float
     backbone: BackboneFacts
+    log_dir: Path | None
 
 
 def train(
@@ -127,7 +133,7 @@ def train(
         stage=stage,
     )  # fmt: skip
     made, seconds = run_training(training, lambda made: _write(output, made, codec))
-    return _report(output, made, seconds)
+    return _report(training, made, seconds)
 
 
 def run_training(training: Training, write: Callable[[Made], None]) -> tuple[Made, float]:
@@ -140,12 +146,39 @@ def run_training(training: Training, write: Callable[[Made], None]) -> tuple[Mad
     from edgepet.tuning.training import run
 
     began, processes = time.perf_counter(), launched()
-    made = run(training, processes)
+    training.options.check()
+    with logged(training.options.log if processes.leads else (), _place(training)) as log:
+
+        def say(step: Step) -> None:
+            log(step)
+            training.say(step)
+
+        made = run(replace(training, say=say), processes)
     if processes.leads:
         write(made)
         made.keeper.remove()
     processes.wait()
     return made, time.perf_counter() - began
+
+
+def log_dir(training: Training) -> Path | None:
+    """Where a training's steps are logged to, if anywhere."""
+    options = training.options
+    return Path(options.log_dir or training.output.parent / "logs") if options.log else None
+
+
+def _place(training: Training) -> Place:
+    options, backbone, method = training.options, training.backbone, training.method
+    asked = {name: value for name, value in asdict(options).items() if name not in _UNTOLD and value is not None}
+    named = {
+        "data": training.data,
+        "backbone": backbone if isinstance(backbone, str) else backbone.label,
+        "method": method if isinstance(method, str) else method.name,
+    }
+    settings = {
+        name: value if isinstance(value, int | float) else str(value) for name, value in (named | asked).items()
+    }
+    return Place(folder=log_dir(training) or Path(), task=training.output.stem, settings=settings)
 
 
 def keep_work(folder: Path, made: Made) -> None:
@@ -172,8 +205,8 @@ def _write(output: Path, made: Made, codec: Codec) -> None:
     keep_work(work_folder(output), made)
 
 
-def _report(output: Path, made: Made, seconds: float) -> TrainReport:
-    backbone, model, fitted = made.backbone, made.model, made.fitted
+def _report(training: Training, made: Made, seconds: float) -> TrainReport:
+    output, backbone, model, fitted = training.output, made.backbone, made.model, made.fitted
     counts = np.bincount(made.train.labels, minlength=len(made.delta.labels))
     return TrainReport(
         pack=output,
@@ -183,6 +216,7 @@ def _report(output: Path, made: Made, seconds: float) -> TrainReport:
         head_params=sum(p.numel() for p in model.linear.parameters()),
         pack_bytes=output.stat().st_size,
         epochs=made.plan.epochs,
+        epochs_run=fitted.epochs,
         best_epoch=fitted.best_epoch,
         seconds=seconds,
         images_per_second=fitted.images_per_second,
@@ -199,6 +233,7 @@ def _report(output: Path, made: Made, seconds: float) -> TrainReport:
             bytes=backbone.native_bytes,
             description=backbone.description,
         ),
+        log_dir=log_dir(training),
     )
 
 
@@ -234,8 +269,7 @@ def training_options(parser: Parser) -> None:
     add("--seed", type=natural, default=own.seed, metavar="N", help=told)
     told = "part of each class held out where DATA has no val/ (default: %(default)s)"
     add("--val-fraction", type=float, default=own.val_fraction, metavar="X", help=told)
-    told = f"{' and '.join(AUGMENTATIONS)}, with a comma between (default: none)"
-    add("--augment", type=names, default=own.augment, metavar=",".join(AUGMENTATIONS), help=told)
+    _recipe_options(parser)
     told = "what the training computes in; auto measures whether bf16 is faster here (default: %(default)s)"
     add("--train-precision", dest="precision", default=own.precision, choices=PRECISIONS, help=told)
     told = "round the backbone while tuning, so that the delta repairs that too (default: %(default)s)"
@@ -246,6 +280,27 @@ def training_options(parser: Parser) -> None:
     add("--resume", action="store_true", help="go on from TASK.checkpoint, if there is one (default: begin)")
     told = "seconds between two checkpoints within an epoch (default: %(default)s)"
     add("--checkpoint-every", dest="checkpoint_s", type=float, default=own.checkpoint_s, metavar="SECONDS", help=told)
+    told = f"write every step to {', '.join(LOGS)}, with a comma between (default: none)"
+    add("--log", type=names, default=own.log, metavar=",".join(LOGS), help=told)
+    add("--log-dir", metavar="DIR", help="the folder that logs go to (default: logs beside the output)")
+
+
+def _recipe_options(parser: Parser) -> None:
+    own, add = DEFAULTS, parser.add_argument
+    told = (
+        f"{', '.join(AUGMENTATIONS)}, with a comma between; also with strengths, as rand-m9-mstd0.5, augmix-m3,"
+        " erasing-p0.25, mixup-a0.8 or cutmix-a1 (default: none)"
+    )
+    add("--augment", type=names, default=own.augment, metavar="NAME,...", help=told)
+    told = "an optimiser of timm's, with settings as sgd,momentum=0.95,nesterov=true (default: %(default)s)"
+    add("--optimizer", default=own.optimizer, metavar="NAME", help=told)
+    told = "a schedule of timm's, with settings as step,decay_epochs=5,decay_rate=0.5 (default: %(default)s)"
+    add("--schedule", default=own.schedule, metavar="NAME", help=told)
+    add("--head-lr", type=float, metavar="X", help="largest learning rate of the head (default: the method's)")
+    add("--weight-decay", type=float, metavar="X", help="of the optimiser (default: the method's)")
+    told = "where classes are uneven: weigh their losses, or draw images of all alike often (default: neither)"
+    add("--balance", choices=BALANCES, help=told)
+    add("--patience", type=int, metavar="N", help="end after N epochs without a better one (default: never)")
 
 
 def asked_options(options: Options) -> TrainOptions:
@@ -255,7 +310,8 @@ def asked_options(options: Options) -> TrainOptions:
         InputError: a setting without a value.
     """
     given = {name: getattr(options, name) for name in TrainOptions.__dataclass_fields__}
-    return TrainOptions(**{**given, "settings": pairs(options.settings), "init": path(options.init)})
+    paths = {"init": path(options.init), "log_dir": path(options.log_dir)}
+    return TrainOptions(**{**given, "settings": pairs(options.settings), **paths})
 
 
 def speaks() -> bool:
@@ -288,7 +344,7 @@ def _screen(report: TrainReport) -> Screen:
         f" and a head of {format_number(report.head_params)}",
         f"  {report.backbone.description}",
         f"  val {format_percent(report.val.top1)} of {report.val.n} images, as stored;"
-        f" epoch {report.best_epoch} of {report.epochs}",
+        f" epoch {report.best_epoch} of {report.epochs}{ended_early(report.epochs_run, report.epochs)}",
         f"  95 % interval {format_percent(report.val.low)} to {format_percent(report.val.high)}",
         None
         if report.val_rounded is None
@@ -298,8 +354,14 @@ def _screen(report: TrainReport) -> Screen:
         f"  {format_number(report.images_per_second)} images/s in {report.precision},"
         f" {format_seconds(report.seconds)} in all",
         f"  merged equals tuned in float64: {report.algebra_max_abs:.1e}, limit {report.algebra_limit:.1e}",
+        None if report.log_dir is None else f"  logged to {report.log_dir}",
         f"next: {program()} export {report.pack} --to onnx,openvino -o exported",
     )
+
+
+def ended_early(run: int, asked: int) -> str:
+    """What is said of a training that went without all of its epochs."""
+    return f", ended after {run}" if run < asked else ""
 
 
 def _warnings(report: TrainReport) -> list[str]:
