@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -28,8 +27,9 @@ from edgepet.networks.backbone import Backbone
 from edgepet.networks.loading import load_backbone
 from edgepet.packs.pack import encode_pack, read_pack
 from edgepet.spec import NpArray, Preprocess
-from edgepet.tuning.fit import Plan, augmented
+from edgepet.tuning.augmenting import flipped_and_cropped
 from edgepet.tuning.model import TunedModel, algebra_error, extract, logits_of
+from edgepet.tuning.recipes import Augmentations
 from tests.flow import edgepet, has_openvino, needs_tensorrt_rtx, refused
 from tests.methods import stored_branches
 from tests.tiny import perturb, sites_of, tiny_vit
@@ -119,15 +119,14 @@ def test_images_where_clips_should_be_are_refused(clips: Path, tmp_path: Path) -
 def test_frames_of_a_clip_are_flipped_and_cropped_together() -> None:
     still = np.random.default_rng(1).integers(0, 255, (16, 1, 32, 32, 3), dtype=np.uint8)
     clips = torch.from_numpy(np.repeat(still, FRAMES, axis=1))
-    plan = Plan(epochs=1, lr=1e-3, head_lr=1e-3, augment=("flip", "crop"))
+    preprocess = Preprocess(image_size=(32, 32), frames=FRAMES)
     torch.manual_seed(0)
 
-    images = augmented(clips, Preprocess(image_size=(32, 32), frames=FRAMES), plan)
+    images = flipped_and_cropped(clips, preprocess, Augmentations(flip=True, crop=True))
 
     assert images.shape == (16, FRAMES, 3, 32, 32)
     assert torch.equal(images, images[:, :1].expand_as(images))
-    plain = augmented(clips, Preprocess(image_size=(32, 32), frames=FRAMES), replace(plan, augment=()))
-    assert not torch.equal(images, plain)
+    assert not torch.equal(images, flipped_and_cropped(clips, preprocess, Augmentations()))
 
 
 # -------------------------------------------------------------------------------------------------------- the network

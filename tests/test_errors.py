@@ -331,7 +331,14 @@ def test_a_package_that_is_there_is_given() -> None:
         (["train", "DATA", "--lr", "0"], "--lr: must be above 0 and finite, got 0.0\n"),
         (["train", "DATA", "--lr", "nan"], "--lr: must be above 0 and finite, got nan\n"),
         (["train", "DATA", "--set", "rank"], "--set: needs NAME=VALUE, got 'rank'\n"),
-        (["train", "DATA", "--augment", "blur"], "--augment: knows flip, crop, got 'blur'\n"),
+        (
+            ["train", "DATA", "--augment", "blur"],
+            "--augment: knows flip, crop, randaugment, erasing, mixup, cutmix and the like of rand-m9-n2, got 'blur'\n",
+        ),
+        (["train", "DATA", "--head-lr", "0"], "--head-lr: must be above 0 and finite, got 0.0\n"),
+        (["train", "DATA", "--weight-decay", "-1"], "--weight-decay: must be at least 0 and finite, got -1.0\n"),
+        (["train", "DATA", "--patience", "0"], "--patience: must be at least 1, got 0\n"),
+        (["train", "DATA", "--log", "paper"], "--log: knows csv, tensorboard, mlflow, wandb, got 'paper'\n"),
         (["export", "PACK", "-o", "OUT", "--to", "tflite"], "--to: knows onnx, openvino, tensorrt, got 'tflite'\n"),
         (["export", "PACK", "-o", "OUT", "--to", ""], "--to: knows onnx, openvino, tensorrt, got none of them\n"),
         (

@@ -363,11 +363,19 @@ def many_shapes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+# timm's own transforms, optimiser and schedule, in place of what ``command`` asks for.
+BY_TIMM = (
+    "--augment", "rand-m9-mstd0.5,flip,crop,erasing,mixup,cutmix", "--optimizer", "kron", "--schedule", "tanh",
+    "--balance", "sampling",
+)  # fmt: skip
+
+
 @pytest.mark.slow
+@pytest.mark.parametrize("more", [(), BY_TIMM], ids=["plain", "by timm"])
 def test_a_training_killed_at_ten_random_moments_ends_with_the_same_bits(
-    tasks: Tasks, many_shapes: Path, tmp_path: Path
+    more: tuple[str, ...], tasks: Tasks, many_shapes: Path, tmp_path: Path
 ) -> None:
-    longer = ("--epochs", 12, "--checkpoint-every", 0.2)
+    longer = ("--epochs", 12, "--checkpoint-every", 0.2, *more)
     whole = tmp_path / "whole" / "flowers.pet"
     whole.parent.mkdir()
     began = time.monotonic()

@@ -24,7 +24,8 @@ DRAW_EVERY_S = 0.1
 class Step:
     """Where a fit is: ``images`` of ``total_images``, which are those of all epochs.
 
-    ``loss`` is the last step's; ``val_top1``, a fraction of 1, is there when an epoch has ended.
+    ``step`` counts them over all epochs, from 1. ``loss`` is the last step's, ``lr`` its learning rate of the method's
+    tensors; ``val_top1``, a fraction of 1, and ``val_loss`` are there when an epoch has ended.
     """
 
     epoch: int
@@ -34,6 +35,9 @@ class Step:
     loss: float
     images_per_second: float
     val_top1: float | None = None
+    step: int = 0
+    lr: float | None = None
+    val_loss: float | None = None
 
 
 class Progress:

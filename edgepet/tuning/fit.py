@@ -6,7 +6,7 @@ import contextlib
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -20,10 +20,13 @@ from edgepet.images.preprocess import normalize
 from edgepet.networks.forms import explicit_attention
 from edgepet.reports.progress import Step
 from edgepet.spec import NpArray, Preprocess
+from edgepet.tuning.augmenting import Augmenter
+from edgepet.tuning.balance import class_weights, epoch_order
 from edgepet.tuning.checkpoint import Checkpoint, Keeper, no_whole
 from edgepet.tuning.model import TunedModel
-from edgepet.tuning.options import Augmentation
+from edgepet.tuning.optimizers import Schedule, optimizer_of, schedule_of, set_state, state_of
 from edgepet.tuning.processes import ALONE, Processes
+from edgepet.tuning.recipes import OWN_OPTIMIZER, OWN_SCHEDULE, Balance
 
 MANY_TOKENS = 512  # from here on a matrix of all pairs of tokens is too large to keep for the backward pass
 
@@ -34,8 +37,8 @@ class Plan:
 
     ``batch_size`` images make one step of the optimiser, however many processes share them and in however many parts
     (``accumulate``) a process goes through its own. Learning rates, ``lr`` of the method's tensors and ``head_lr`` of
-    the head, rise over ``warmup``, a fraction of all steps, and fall to zero in half a cosine. With ``autocast`` the
-    network computes in bf16. ``device`` is torch's name.
+    the head, rise over ``warmup``, a fraction of all steps, and fall as ``schedule`` says. With ``autocast`` the
+    network computes in bf16. ``device`` is torch's name. What is not told here is as in ``TrainOptions``.
     """
 
     epochs: int
@@ -46,7 +49,11 @@ class Plan:
     weight_decay: float = 1e-4
     warmup: float = 0.1
     label_smoothing: float = 0.1
-    augment: tuple[Augmentation, ...] = ()
+    augment: tuple[str, ...] = ()
+    optimizer: str = OWN_OPTIMIZER
+    schedule: str = OWN_SCHEDULE
+    balance: Balance | None = None
+    patience: int | None = None
     autocast: bool = False
     device: str = "cpu"
     seed: int = 0
@@ -65,7 +72,7 @@ class LabelledPixels:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Fit:
-    """What a fit reached: the epoch that was kept and how fast images went through.
+    """What a fit reached: the epoch that was kept, of ``epochs`` that there were, and how fast images went through.
 
     ``val`` is that epoch's. ``probe`` is what a linear probe reaches on the features that the fit began with; None
     where the fit is one itself, or was begun by a version that had none. ``images_per_second`` is of training steps
@@ -73,6 +80,7 @@ class Fit:
     """
 
     best_epoch: int
+    epochs: int
     val: Score
     probe: Score | None
     images_per_second: float
@@ -109,9 +117,8 @@ def fit(
 ) -> Fit:
     """Train ``model`` and leave it at its best epoch by val top-1, the lower loss deciding between equals.
 
-    It comes back on the CPU and in eval mode. The optimiser is torch's AdamW (Loshchilov & Hutter 2019,
-    arXiv:1711.05101), on gradients clipped to a norm of 1. The same seed, data, thread count and machine give the same
-    bits, also when ``keeper`` resumes it on the way.
+    It comes back on the CPU and in eval mode. Gradients are clipped to a norm of 1. The same seed, data, thread count
+    and machine give the same bits, also when ``keeper`` resumes it on the way.
 
     Args:
         judge: gives the two numbers of an epoch by which epochs are compared.
@@ -145,7 +152,12 @@ class _Run:
         )  # fmt: skip
         torch.manual_seed(plan.seed + processes.rank)
         self.order = torch.Generator().manual_seed(plan.seed)
+        self.labels = torch.from_numpy(train.labels)
         self.optimizer = _optimizer(model, plan)
+        self.schedule = _schedule(self.optimizer, plan, len(train))
+        self.augmenter = Augmenter(plan.augment, preprocess, batch_size=plan.batch_size, seed=plan.seed)
+        weights = class_weights(self.labels, model.linear.out_features, plan.balance)
+        self.weights = None if weights is None else weights.to(plan.device)
         self.probe = not model.sites and not plan.augment  # frozen features do not change: remember them
         self.seen = self.held = torch.empty(0)
         self.probed: float | None = None
@@ -167,11 +179,12 @@ class _Run:
                 self.restore(saved)
             except (KeyError, IndexError, TypeError, ValueError, RuntimeError) as error:  # torch's own for shapes
                 raise no_whole(keeper.path, str(error).splitlines()[0]) from error
-        while self.epoch <= self.plan.epochs:
+        while self.epoch <= self.plan.epochs and not self.is_stale:
             self.one_epoch(say, keeper)
         self.model.load_state_dict(self.kept, strict=False)
         return Fit(
             best_epoch=self.best_epoch,
+            epochs=self.epoch - 1,
             val=Score(top1=self.best[0], n=len(self.val)),
             probe=None if self.probed is None else Score(top1=self.probed, n=len(self.val)),
             images_per_second=self.done / self.busy,
@@ -180,7 +193,8 @@ class _Run:
 
     def top1_of_probe(self) -> float:
         """Best val top-1 of the head alone, on features as they are now; it and random numbers then begin again."""
-        run = _Run(self.model, self.train, self.val, self.preprocess, self.plan, ALONE, top1_and_loss)
+        plan = replace(self.plan, augment=())  # features are of the images as they are
+        run = _Run(self.model, self.train, self.val, self.preprocess, plan, ALONE, top1_and_loss)
         run.probe, run.seen, run.held = True, self.seen, self.held
         while run.epoch <= run.plan.epochs:
             run.one_epoch(lambda step: None, None)
@@ -188,10 +202,15 @@ class _Run:
         torch.manual_seed(self.plan.seed + self.processes.rank)
         return run.best[0]
 
+    @property
+    def is_stale(self) -> bool:
+        """Whether ``patience`` epochs have ended since the best one."""
+        return self.plan.patience is not None and self.epoch - 1 - self.best_epoch >= self.plan.patience
+
     def one_epoch(self, say: Say, keeper: Keeper | None) -> None:
         self.model.train()
         self.drawn = self.order.get_state()
-        batches = torch.split(torch.randperm(len(self.train), generator=self.order), self.plan.batch_size)
+        batches = torch.split(epoch_order(self.labels, self.plan.balance, self.order), self.plan.batch_size)
         for index in batches[self.position :]:
             start = time.perf_counter()
             self.loss = self.step(index)
@@ -211,25 +230,26 @@ class _Run:
         if (top1, -val_loss) > self.best:
             self.best, self.best_epoch = (top1, -val_loss), self.epoch
             self.kept = {name: value.clone() for name, value in self.own().items()}
-        say(self.said(top1))
+        say(self.said(top1, val_loss))
         self.epoch, self.position, self.drawn = self.epoch + 1, 0, self.order.get_state()
         if keeper:
             keeper.save(self.state())
 
-    def said(self, top1: float | None = None) -> Step:
-        total = self.plan.epochs * len(self.train)
+    def said(self, top1: float | None = None, val_loss: float | None = None) -> Step:
+        total, lr = self.plan.epochs * len(self.train), self.optimizer.param_groups[0]["lr"]
         return Step(epoch=self.epoch, epochs=self.plan.epochs, images=self.done, total_images=total, loss=self.loss,
-                    images_per_second=self.done / self.busy, val_top1=top1)  # fmt: skip
+                    images_per_second=self.done / self.busy, val_top1=top1, step=self.steps, lr=lr,
+                    val_loss=val_loss)  # fmt: skip
 
     def step(self, index: Tensor) -> float:
         """One step of the optimiser on the images ``index``: this process's share of them, in ``accumulate`` parts."""
-        for group in self.optimizer.param_groups:
-            group["lr"] = group["initial_lr"] * _factor(self.steps, self.plan, len(self.train))
+        self.schedule(self.steps)
         self.optimizer.zero_grad(set_to_none=True)
-        share, total = index[self.processes.rank :: self.processes.size], torch.zeros((), dtype=torch.float64)
+        places, total = torch.arange(len(index)), torch.zeros((), dtype=torch.float64)
+        share = places[self.processes.rank :: self.processes.size]
         for part in torch.tensor_split(share, min(self.plan.accumulate, max(1, len(share)))):
             if len(part):
-                total += self.backward(part, len(index))
+                total += self.backward(index, part)
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         self.processes.add_up(parameters)
         if self.model.fake_quant is not None:
@@ -239,32 +259,43 @@ class _Run:
         self.optimizer.step()
         return self.processes.total(float(total))
 
-    def backward(self, part: Tensor, whole: int) -> float:
-        """Gradients of the part's share of the mean loss over ``whole`` images."""
-        plan, labels = self.plan, torch.from_numpy(self.train.labels)[part].to(self.plan.device)
-        pixels = torch.from_numpy(self.train.pixels)
-        batch = self.seen[part] if self.probe else augmented(pixels[part], self.preprocess, plan)
+    def backward(self, index: Tensor, part: Tensor) -> float:
+        """Gradients of the share that the places ``part`` have in the mean loss over the images ``index``."""
+        plan = self.plan
+        batch, targets, smoothing = self.batch(index, part)
+        batch, targets = batch.to(plan.device), targets.to(plan.device)
         with _autocast(plan):
             logits = self.model.classify(batch) if self.probe else self.model(batch)
-        summed = functional.cross_entropy(logits.float(), labels, label_smoothing=plan.label_smoothing, reduction="sum")
-        loss = summed / whole
+        summed = functional.cross_entropy(
+            logits.float(), targets, weight=self.weights, label_smoothing=smoothing, reduction="sum"
+        )
+        loss = summed / len(index)
         torch.autograd.backward(loss)
         return loss.item()
+
+    def batch(self, index: Tensor, part: Tensor) -> tuple[Tensor, Tensor, float]:
+        """Images or features, labels or probabilities, and by how much those are still to be smoothed."""
+        if self.probe:
+            return self.seen[index[part]], self.labels[index[part]], self.plan.label_smoothing
+        at, smoothing = (self.epoch, self.position), self.plan.label_smoothing
+        if self.augmenter.mixes:
+            classes = self.model.linear.out_features
+            return *self.augmenter.mixed(self.take, index, part, at, self.labels, classes, smoothing), 0.0
+        return self.augmenter.images(self.take, index, part, at), self.labels[index[part]], smoothing
+
+    def take(self, chosen: Tensor) -> Tensor:
+        """Pixels of the training images ``chosen``."""
+        return torch.from_numpy(self.train.pixels)[chosen]
 
     def own(self) -> dict[str, Tensor]:
         """Everything of the model but the backbone."""
         return {name: value for name, value in self.model.state_dict().items() if not name.startswith("backbone.")}
 
     def state(self) -> Checkpoint:
-        moments = {
-            f"optimizer/{number}/{name}": value
-            for number, entry in self.optimizer.state_dict()["state"].items()
-            for name, value in entry.items()
-        }
         tensors = {
             **{f"model/{name}": value for name, value in self.own().items()},
             **{f"kept/{name}": value for name, value in self.kept.items()},
-            **moments,
+            **{f"optimizer/{name}": value for name, value in state_of(self.optimizer).items()},
             "order": self.drawn,
         }
         progress = {
@@ -278,11 +309,7 @@ class _Run:
         tensors = {name: torch.from_numpy(np.array(value)) for name, value in saved.tensors.items()}
         self.model.load_state_dict(_under("model/", tensors), strict=False)
         self.kept = {name: value.to(self.plan.device) for name, value in _under("kept/", tensors).items()}
-        state = self.optimizer.state_dict()
-        for key, value in _under("optimizer/", tensors).items():
-            number, name = key.split("/")
-            state["state"].setdefault(int(number), {})[name] = value
-        self.optimizer.load_state_dict(state)
+        set_state(self.optimizer, _under("optimizer/", tensors))
         self.order.set_state(tensors["order"])
         progress: Any = saved.progress
         self.epoch, self.position, self.steps = progress["epoch"], progress["position"], progress["steps"]
@@ -332,34 +359,13 @@ def _optimizer(model: TunedModel, plan: Plan) -> torch.optim.Optimizer:
         {"params": list(model.tensors.parameters()), "initial_lr": plan.lr},
         {"params": list(model.linear.parameters()), "initial_lr": plan.head_lr},
     ]
-    return torch.optim.AdamW([group for group in groups if group["params"]], weight_decay=plan.weight_decay)
+    return optimizer_of([group for group in groups if group["params"]], plan.optimizer, plan.lr, plan.weight_decay)
 
 
-def _factor(step: int, plan: Plan, images: int) -> float:
-    """What the learning rate is multiplied with: a straight rise, then half a cosine down to zero."""
-    total = plan.epochs * math.ceil(images / plan.batch_size)
-    rising = max(1, round(plan.warmup * total))
-    if step < rising:
-        return (step + 1) / rising
-    return 0.5 * (1 + math.cos(math.pi * (step - rising) / max(1, total - rising)))
-
-
-def augmented(pixels: Tensor, preprocess: Preprocess, plan: Plan) -> Tensor:
-    """A batch of uint8 (n, ..., H, W, 3) as the network takes it, lightly augmented."""
-    images = torch.from_numpy(normalize(pixels.numpy(), preprocess))
-    if "flip" in plan.augment:
-        turned = torch.rand(len(images), *[1] * (images.ndim - 1)) < 0.5
-        images = torch.where(turned, images.flip(-1), images)
-    if "crop" in plan.augment:
-        shape, (height, width) = images.shape, images.shape[-2:]
-        tall, wide = max(1, height // 8), max(1, width // 8)
-        border = (wide, wide, tall, tall)
-        padded = functional.pad(images.reshape(len(images), -1, height, width), border, mode="reflect")
-        steps = 2 * max(tall, wide) + 1
-        corners = torch.randint(0, steps, (len(images), 2)) * torch.tensor([2 * tall + 1, 2 * wide + 1]) // steps
-        cut = [padded[i, :, y : y + height, x : x + width] for i, (y, x) in enumerate(corners.tolist())]
-        images = torch.stack(cut).reshape(shape)  # the frames of a clip together
-    return images.to(plan.device)
+def _schedule(optimizer: torch.optim.Optimizer, plan: Plan, images: int) -> Schedule:
+    updates = math.ceil(images / plan.batch_size)
+    rising = max(1, round(plan.warmup * plan.epochs * updates))
+    return schedule_of(optimizer, plan.schedule, epochs=plan.epochs, updates=updates, rising=rising)
 
 
 def _features(

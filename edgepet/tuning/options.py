@@ -5,13 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, TypeAlias
 
 from edgepet.errors import InputError, option
+from edgepet.reports.logs import require_known
 from edgepet.spec import FilePath, ImageSize
+from edgepet.tuning.recipes import BALANCES, OWN_OPTIMIZER, OWN_SCHEDULE, Balance, augmentations, named
 
-Augmentation: TypeAlias = Literal["flip", "crop"]
-AUGMENTATIONS: tuple[Augmentation, ...] = ("flip", "crop")
 PRECISIONS = ("auto", "fp32", "bf16")
 BACKBONE_PRECISIONS = ("fp32", "int8", "int4")
 CHECKPOINT_S = 30.0
@@ -31,7 +30,15 @@ class TrainOptions:
         shots: images of each class to train on, chosen by ``seed``; None is all.
         seed: of every random choice.
         val_fraction: the part of each class that is held out where there is no val/.
-        augment: "flip", half of the images left to right, and "crop", moved by up to an eighth of their sides.
+        augment: "flip", half of the images left to right, and "crop", moved by up to an eighth of their sides; timm's
+            "randaugment" or a text of its own such as "rand-m9-mstd0.5", "augmix-m3" or "3a"; "erasing", "mixup" and
+            "cutmix", with a strength as "erasing-p0.25", "mixup-a0.8" and "cutmix-a1".
+        optimizer: "adamw", or another name of timm's, with settings as "sgd,momentum=0.95,nesterov=true".
+        schedule: "cosine", or another of timm's, with settings as "step,decay_epochs=5,decay_rate=0.5".
+        head_lr, weight_decay: None is what the method's recipe says.
+        balance: for classes of unlike size: "weights" of each class's loss, or "sampling" of images, so that an epoch
+            sees all classes alike often, and some images many times.
+        patience: end when so many epochs have brought no better one; None is never.
         precision: "fp32", "bf16" (autocast) or "auto": bf16 where it is measured to be faster here.
         backbone_precision: "int8" or "int4" (weights; activations have 8 bits) rounds the backbone while tuning, so
             that the delta repairs that too; the pack fits the float backbone as ever.
@@ -42,6 +49,9 @@ class TrainOptions:
         checkpoint_s: seconds between two checkpoints within an epoch.
         memory: bytes that decoded images may take; more are kept in ``TASK.pixels`` beside the pack until it is there.
             None is half of what is free.
+        log: where every step is written to: "csv", "tensorboard", "mlflow" and "wandb", the last two on this machine
+            unless ``MLFLOW_TRACKING_URI`` or ``WANDB_MODE`` says otherwise.
+        log_dir: the folder of what they write; None is ``logs`` beside the output.
     """
 
     settings: Mapping[str, str] | None = None
@@ -55,6 +65,12 @@ class TrainOptions:
     seed: int = 0
     val_fraction: float = 0.2
     augment: Sequence[str] = ()
+    optimizer: str = OWN_OPTIMIZER
+    schedule: str = OWN_SCHEDULE
+    head_lr: float | None = None
+    weight_decay: float | None = None
+    balance: Balance | None = None
+    patience: int | None = None
     precision: str = "auto"
     backbone_precision: str = "fp32"
     device: str | None = None
@@ -62,6 +78,8 @@ class TrainOptions:
     resume: bool = False
     checkpoint_s: float = CHECKPOINT_S
     memory: int | None = None
+    log: Sequence[str] = ()
+    log_dir: FilePath | None = None
 
     def check(self) -> None:
         """Refuse what no training could be, before any work is done.
@@ -80,10 +98,11 @@ class TrainOptions:
         if not 1 <= self.accumulate <= self.batch_size:
             what = f"must be between 1 and the batch size, {self.batch_size}"
             raise InputError(option("accumulate"), what, got=self.accumulate)
-        if self.lr is not None and not 0 < self.lr < math.inf:
-            raise InputError(option("lr"), "must be above 0 and finite", got=self.lr)
-        if self.lr is not None and self.lr > MOST_LR:
-            raise InputError(option("lr"), f"must be at most {MOST_LR:g}", got=self.lr)
+        for field, rate in (("lr", self.lr), ("head_lr", self.head_lr)):
+            if rate is not None and not 0 < rate < math.inf:
+                raise InputError(option(field), "must be above 0 and finite", got=rate)
+            if rate is not None and rate > MOST_LR:
+                raise InputError(option(field), f"must be at most {MOST_LR:g}", got=rate)
         if not 0 <= self.seed < MOST_SEED:
             raise InputError(option("seed"), f"must be at least 0 and below {MOST_SEED}", got=self.seed)
         if self.shots is not None and self.shots < 1:
@@ -94,6 +113,16 @@ class TrainOptions:
             raise InputError(option("checkpoint_s"), "must be at least 0 and finite", got=self.checkpoint_s)
         if self.memory is not None and self.memory < 0:
             raise InputError(option("memory"), "must be at least 0 bytes", got=self.memory)
-        unknown = [name for name in self.augment if name not in AUGMENTATIONS]
-        if unknown:
-            raise InputError(option("augment"), f"knows {', '.join(AUGMENTATIONS)}", got=repr(unknown[0]))
+        self._check_recipe()
+
+    def _check_recipe(self) -> None:
+        if self.weight_decay is not None and not 0 <= self.weight_decay < math.inf:
+            raise InputError(option("weight_decay"), "must be at least 0 and finite", got=self.weight_decay)
+        if self.balance is not None and self.balance not in BALANCES:
+            raise InputError(option("balance"), f"is {' or '.join(BALANCES)}", got=repr(self.balance))
+        if self.patience is not None and self.patience < 1:
+            raise InputError(option("patience"), "must be at least 1", got=self.patience)
+        augmentations(self.augment)
+        named("optimizer", self.optimizer)
+        named("schedule", self.schedule)
+        require_known(self.log)

@@ -5,10 +5,9 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from importlib.metadata import version
 from pathlib import Path
-from typing import cast
 
 import numpy as np
 import torch
@@ -31,14 +30,17 @@ from edgepet.networks.backbone import Backbone
 from edgepet.networks.loading import load_backbone
 from edgepet.packs.pack import encode_pack, read_pack
 from edgepet.spec import FilePath, NpArray
+from edgepet.tuning.augmenting import require_augmentations
 from edgepet.tuning.checkpoint import Keeper, checkpoint_file, ends_when_asked, identity_of
 from edgepet.tuning.fake_quant import FakeQuant
 from edgepet.tuning.fit import Fit, LabelledPixels, Plan, Say, fast_bfloat16, fit
 from edgepet.tuning.model import TunedModel, algebra_error, extract
-from edgepet.tuning.options import Augmentation, TrainOptions
+from edgepet.tuning.optimizers import require_optimizer, require_schedule
+from edgepet.tuning.options import TrainOptions
 from edgepet.tuning.processes import Processes
 from edgepet.tuning.work_folder import FILES, HELD_OUT, Work, read_work, work_folder
 
+_LATER = ("optimizer", "schedule", "balance", "patience")  # of a plan: told where they are not what they always were
 ALGEBRA_IMAGES = 8  # float64 is slow, and one image already exercises every tensor
 
 
@@ -99,6 +101,7 @@ def run(training: Training, processes: Processes) -> Made:
         tell_of(training.data, {"train": train_set, "val": val_set}, training.tell, clips=_clips(training))
     device = _device(processes.device(options.device))
     backbone = _backbone(training)
+    require_augmentations(options.augment, backbone.preprocess)
     model = _attach(backbone, method, len(train_set.classes), options)
     began_with = {} if work is None else {"init": _start(model, backbone, work, str(options.init))}
     _rehearse(training, backbone, model, train_set.classes)
@@ -158,13 +161,17 @@ def _plan(training: Training, method: Method, device: str, processes: Processes)
     return Plan(
         epochs=options.epochs or recipe.epochs,
         lr=options.lr or recipe.lr,
-        head_lr=recipe.head_lr,
+        head_lr=options.head_lr or recipe.head_lr,
         batch_size=options.batch_size,
         accumulate=options.accumulate,
-        weight_decay=recipe.weight_decay,
+        weight_decay=recipe.weight_decay if options.weight_decay is None else options.weight_decay,
         warmup=recipe.warmup,
         label_smoothing=recipe.label_smoothing,
-        augment=cast(tuple[Augmentation, ...], tuple(options.augment)),
+        augment=tuple(options.augment),
+        optimizer=options.optimizer,
+        schedule=options.schedule,
+        balance=options.balance,
+        patience=options.patience,
         autocast=_autocast(options.precision, device, processes, checkpoint_file(training.output)),
         device=device,
         seed=options.seed,
@@ -241,6 +248,8 @@ def _check(training: Training) -> None:
     output, options = training.output, training.options
     require_place(checkpoint_file(output))
     options.check()
+    require_optimizer(options.optimizer)
+    require_schedule(options.schedule)
     require_only(work_folder(output), FILES)
     made_cache()
     path = checkpoint_file(output)
@@ -296,11 +305,18 @@ def _identity(
         "backbone_precision": model.backbone_precision,
         "method": model.method.name,
         **{f"--set {key}": value for key, value in stored(model.method).items()},
-        **{key: list(v) if isinstance(v, tuple) else v for key, v in asdict(plan).items()},
+        **{key: list(v) if isinstance(v, tuple) else v for key, v in asdict(plan).items() if key not in _LATER},
+        **_chosen(plan),
         "input": list(backbone.preprocess.input_shape),
         "images": digest.hexdigest(),
         "processes": processes.size,
     }
+
+
+def _chosen(plan: Plan) -> dict[str, object]:
+    """What of the plan is not as it is where nothing was asked for: trainings of before have no such keys."""
+    asked, usual = asdict(plan), {field.name: field.default for field in fields(Plan)}
+    return {key: asked[key] for key in _LATER if asked[key] != usual[key]}
 
 
 def _provenance(plan: Plan, model: TunedModel, fitted: Fit, images: int, shots: int | None) -> dict[str, object]:
@@ -312,8 +328,11 @@ def _provenance(plan: Plan, model: TunedModel, fitted: Fit, images: int, shots: 
         "batch_size": plan.batch_size,
         "without_shift": [site.name for site in model.sites if site.operates and not site.takes_shift],
         "lr": plan.lr,
+        **({} if plan.head_lr == model.method.recipe.head_lr else {"head_lr": plan.head_lr}),
         "weight_decay": plan.weight_decay,
         "augment": list(plan.augment),
+        **_chosen(plan),
+        **({} if plan.patience is None else {"epochs_run": fitted.epochs}),
         "precision": "bf16" if plan.autocast else "fp32",
         "device": plan.device,
         "seed": plan.seed,

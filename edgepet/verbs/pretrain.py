@@ -18,16 +18,8 @@ from edgepet.reports.screen import Screen, lines, program
 from edgepet.reports.tables import format_number, format_percent, format_seconds
 from edgepet.spec import FilePath
 from edgepet.tuning.options import TrainOptions
-from edgepet.verbs.train import (
-    DEFAULTS,
-    asked_options,
-    keep_work,
-    no_better,
-    run_training,
-    speaks,
-    training_options,
-    val_accuracy,
-)
+from edgepet.verbs.train import ended_early, keep_work, no_better, run_training, speaks, val_accuracy
+from edgepet.verbs.training import DEFAULTS, asked_options, training_options
 from edgepet.verbs.verb import Options, Parser, Verb, output_option, require_task_name
 
 if TYPE_CHECKING:
@@ -39,7 +31,7 @@ if TYPE_CHECKING:
 class PretrainReport:
     """What ``pretrain`` made: the work folder at ``path``, from which trainings start. ``max_abs_diff`` is the largest
     difference of logits between tuned and lowered network in float64, ``probe`` what a linear probe reaches, as it is
-    in the report of ``train``.
+    in the report of ``train``. ``epochs_run`` is below ``epochs`` where the training ended early.
     """
 
     path: Path
@@ -47,6 +39,7 @@ class PretrainReport:
     trainable_params: int
     classes: int
     epochs: int
+    epochs_run: int
     best_epoch: int
     seconds: float
     val: Accuracy
@@ -93,6 +86,7 @@ def pretrain(
         trainable_params=count(made.model.method, made.backbone.layers, made.backbone.tensors),
         classes=len(made.delta.labels),
         epochs=made.plan.epochs,
+        epochs_run=made.fitted.epochs,
         best_epoch=made.fitted.best_epoch,
         seconds=seconds,
         val=val_accuracy(made, made.delta),
@@ -120,7 +114,7 @@ def _screen(report: PretrainReport) -> Screen:
         f"{report.path}",
         f"  {format_number(report.trainable_params)} parameters of {report.method}, tuned on {report.classes} classes",
         f"  val {format_percent(report.val.top1)} of {report.val.n} images; epoch {report.best_epoch}"
-        f" of {report.epochs}; {format_seconds(report.seconds)} in all",
+        f" of {report.epochs}{ended_early(report.epochs_run, report.epochs)}; {format_seconds(report.seconds)} in all",
         *no_better(report.method, report.val, report.probe),
         f"  lowered equals tuned in float64: {report.max_abs_diff:.1e}",
         f"next: {program()} train DATA --method {report.method} --init {report.path} ...",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,27 +19,15 @@ from edgepet.measuring.parity import Accuracy, accuracy
 from edgepet.methods import Method
 from edgepet.methods.method import count
 from edgepet.packs.pack import Codec, encode_pack, read_pack, write_pack
+from edgepet.reports.logs import Place, logged
 from edgepet.reports.progress import Step
 from edgepet.reports.screen import Screen, lines, program
 from edgepet.reports.tables import format_bytes, format_number, format_percent, format_seconds
 from edgepet.spec import FilePath
-from edgepet.tuning.options import AUGMENTATIONS, BACKBONE_PRECISIONS, PRECISIONS, TrainOptions
+from edgepet.tuning.options import TrainOptions
 from edgepet.tuning.work_folder import HELD_OUT, work_folder, write_work
-from edgepet.verbs.verb import (
-    Options,
-    Parser,
-    Verb,
-    backbone_option,
-    image_size_option,
-    names,
-    natural,
-    output_option,
-    pairs,
-    path,
-    require_pack_place,
-    require_task_name,
-    size_bytes,
-)
+from edgepet.verbs.training import DEFAULTS, asked_options, training_options
+from edgepet.verbs.verb import Options, Parser, Verb, output_option, require_pack_place, require_task_name
 
 if TYPE_CHECKING:
     from edgepet.networks.backbone import Backbone
@@ -48,7 +36,7 @@ if TYPE_CHECKING:
     from edgepet.tuning.model import TunedModel
     from edgepet.tuning.training import Made, Training
 
-DEFAULTS = TrainOptions()
+_UNTOLD = ("resume", "checkpoint_s", "log", "log_dir", "memory")  # options that decide nothing of what is made
 FEW_IMAGES = 100  # of a val set: one image is a point
 JUDGED = 64  # val images at a time
 IMBALANCE = 3  # times as many images of one class as of another
@@ -73,6 +61,7 @@ class TrainReport:
     """What ``train`` made. ``val`` is of the pack as stored, in float32; ``trainable_params`` leaves the head out.
 
     ``algebra_max_abs`` is the largest difference of logits between tuned and merged network in float64.
+    ``epochs_run`` is below ``epochs`` where the training ended early. ``log_dir`` is where steps were logged to.
     ``images_per_class`` are the fewest and the most that a class was trained on. Where ``backbone_precision``
     is not fp32, ``val_rounded`` is of the network as it was tuned: its backbone rounded, all else float32.
     ``probe`` is what a linear probe of as many epochs reaches on the features that the training began with; None where
@@ -86,6 +75,7 @@ class TrainReport:
     head_params: int
     pack_bytes: int
     epochs: int
+    epochs_run: int
     best_epoch: int
     seconds: float
     images_per_second: float
@@ -98,6 +88,7 @@ class TrainReport:
     algebra_max_abs: float
     algebra_limit: float
     backbone: BackboneFacts
+    log_dir: Path | None
 
 
 def train(
@@ -142,7 +133,7 @@ def train(
         stage=stage, tell=tell,
     )  # fmt: skip
     made, seconds = run_training(training, lambda made: _write(output, made, codec))
-    return _report(output, made, seconds)
+    return _report(training, made, seconds)
 
 
 def run_training(training: Training, write: Callable[[Made], None]) -> tuple[Made, float]:
@@ -155,13 +146,40 @@ def run_training(training: Training, write: Callable[[Made], None]) -> tuple[Mad
     from edgepet.tuning.training import run
 
     began, processes = time.perf_counter(), launched()
-    made = run(training, processes)
+    training.options.check()
+    with logged(training.options.log if processes.leads else (), _place(training)) as log:
+
+        def say(step: Step) -> None:
+            log(step)
+            training.say(step)
+
+        made = run(replace(training, say=say), processes)
     if processes.leads:
         write(made)
         made.keeper.remove()
         forget(pixels_folder(training.output))
     processes.wait()
     return made, time.perf_counter() - began
+
+
+def log_dir(training: Training) -> Path | None:
+    """Where a training's steps are logged to, if anywhere."""
+    options = training.options
+    return Path(options.log_dir or training.output.parent / "logs") if options.log else None
+
+
+def _place(training: Training) -> Place:
+    options, backbone, method = training.options, training.backbone, training.method
+    asked = {name: value for name, value in asdict(options).items() if name not in _UNTOLD and value is not None}
+    named = {
+        "data": training.data,
+        "backbone": backbone if isinstance(backbone, str) else backbone.label,
+        "method": method if isinstance(method, str) else method.name,
+    }
+    settings = {
+        name: value if isinstance(value, int | float) else str(value) for name, value in (named | asked).items()
+    }
+    return Place(folder=log_dir(training) or Path(), task=training.output.stem, settings=settings)
 
 
 def keep_work(folder: Path, made: Made) -> None:
@@ -189,8 +207,8 @@ def _write(output: Path, made: Made, codec: Codec) -> None:
     keep_work(work_folder(output), made)
 
 
-def _report(output: Path, made: Made, seconds: float) -> TrainReport:
-    backbone, model, fitted = made.backbone, made.model, made.fitted
+def _report(training: Training, made: Made, seconds: float) -> TrainReport:
+    output, backbone, model, fitted = training.output, made.backbone, made.model, made.fitted
     counts = np.bincount(made.train.labels, minlength=len(made.delta.labels))
     return TrainReport(
         pack=output,
@@ -200,6 +218,7 @@ def _report(output: Path, made: Made, seconds: float) -> TrainReport:
         head_params=sum(p.numel() for p in model.linear.parameters()),
         pack_bytes=output.stat().st_size,
         epochs=made.plan.epochs,
+        epochs_run=fitted.epochs,
         best_epoch=fitted.best_epoch,
         seconds=seconds,
         images_per_second=fitted.images_per_second,
@@ -218,6 +237,7 @@ def _report(output: Path, made: Made, seconds: float) -> TrainReport:
             description=backbone.description,
             fused=backbone.fused,
         ),
+        log_dir=log_dir(training),
     )
 
 
@@ -230,54 +250,6 @@ def _rounded(model: TunedModel, backbone: Backbone, val: LabelledPixels) -> Accu
 
 
 # -------------------------------------------------------------------------------------------------- the command line
-
-
-def training_options(parser: Parser) -> None:
-    """The options that ``train`` and ``pretrain`` have, by the fields of ``TrainOptions``."""
-    own = DEFAULTS
-    add = parser.add_argument
-    add("data", metavar="DATA", help="a folder with train/ and val/, or of class folders")
-    backbone_option(parser, required=True)
-    add("--method", required=True, metavar="M", help="what is tuned: `edgepet methods` lists all")
-    told = "a setting of the method, as often as needed: --set rank=8 (default: the paper's for a ViT)"
-    add("--set", dest="settings", action="append", default=[], metavar="NAME=VALUE", help=told)
-    image_size_option(parser, "pixels of a square input, or HEIGHTxWIDTH (default: the backbone's)")
-    told = "frames to take of each clip: classes then hold a folder of frames each (default: %(default)s, images)"
-    add("--frames", type=int, default=own.frames, metavar="N", help=told)
-    add("--epochs", type=int, metavar="N", help="times that every image is seen (default: the method's)")
-    add("--batch-size", type=int, default=own.batch_size, metavar="N", help="images of one step (default: %(default)s)")
-    told = "go through a batch in N parts, for less memory (default: %(default)s)"
-    add("--accumulate", type=int, default=own.accumulate, metavar="N", help=told)
-    add("--lr", type=float, metavar="X", help="largest learning rate of the method's tensors (default: the method's)")
-    add("--shots", type=int, metavar="K", help="train on K images of each class (default: all)")
-    told = "of every random choice: equal seeds give equal packs (default: %(default)s)"
-    add("--seed", type=natural, default=own.seed, metavar="N", help=told)
-    told = "part of each class held out where DATA has no val/ (default: %(default)s)"
-    add("--val-fraction", type=float, default=own.val_fraction, metavar="X", help=told)
-    told = f"{' and '.join(AUGMENTATIONS)}, with a comma between (default: none)"
-    add("--augment", type=names, default=own.augment, metavar=",".join(AUGMENTATIONS), help=told)
-    told = "what the training computes in; auto measures whether bf16 is faster here (default: %(default)s)"
-    add("--train-precision", dest="precision", default=own.precision, choices=PRECISIONS, help=told)
-    told = "round the backbone while tuning, so that the delta repairs that too (default: %(default)s)"
-    add("--backbone-precision", default=own.backbone_precision, choices=BACKBONE_PRECISIONS, help=told)
-    add("--device", choices=["cpu", "cuda"], help="what trains (default: a GPU where torch finds one)")
-    told = "start from the tensors of pretrain's WORK, or of a TASK.pet (default: the method's own start)"
-    add("--init", metavar="WORK", help=told)
-    add("--resume", action="store_true", help="go on from TASK.checkpoint, if there is one (default: begin)")
-    told = "seconds between two checkpoints within an epoch (default: %(default)s)"
-    add("--checkpoint-every", dest="checkpoint_s", type=float, default=own.checkpoint_s, metavar="SECONDS", help=told)
-    told = "of decoded images, 2GB say; more lie in TASK.pixels until the pack is there (default: half of what is free)"
-    add("--memory", type=size_bytes, metavar="SIZE", help=told)
-
-
-def asked_options(options: Options) -> TrainOptions:
-    """The ``TrainOptions`` that a command line asks for.
-
-    Raises:
-        InputError: a setting without a value.
-    """
-    given = {name: getattr(options, name) for name in TrainOptions.__dataclass_fields__}
-    return TrainOptions(**{**given, "settings": pairs(options.settings), "init": path(options.init)})
 
 
 def speaks() -> bool:
@@ -311,7 +283,7 @@ def _screen(report: TrainReport) -> Screen:
         f" and a head of {format_number(report.head_params)}",
         f"  {report.backbone.description}",
         f"  val {format_percent(report.val.top1)} of {report.val.n} images, as stored;"
-        f" epoch {report.best_epoch} of {report.epochs}",
+        f" epoch {report.best_epoch} of {report.epochs}{ended_early(report.epochs_run, report.epochs)}",
         f"  95 % interval {format_percent(report.val.low)} to {format_percent(report.val.high)}",
         None
         if report.val_rounded is None
@@ -324,8 +296,14 @@ def _screen(report: TrainReport) -> Screen:
         f"  {format_number(report.images_per_second)} images/s in {report.precision},"
         f" {format_seconds(report.seconds)} in all",
         f"  merged equals tuned in float64: {report.algebra_max_abs:.1e}, limit {report.algebra_limit:.1e}",
+        None if report.log_dir is None else f"  logged to {report.log_dir}",
         f"next: {program()} export {report.pack} --to onnx,openvino -o exported",
     )
+
+
+def ended_early(run: int, asked: int) -> str:
+    """What is said of a training that went without all of its epochs."""
+    return f", ended after {run}" if run < asked else ""
 
 
 def _warnings(report: TrainReport) -> list[str]:
