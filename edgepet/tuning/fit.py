@@ -252,7 +252,7 @@ class _Run:
                 total += self.backward(index, part)
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         self.processes.add_up(parameters)
-        if self.model.fake_quant is not None:
+        if self.model.fake_quant is not None and not self.probe:  # remembered features move no ranges
             self.processes.average(self.model.fake_quant.ranges)
         if not math.isfinite(nn.utils.clip_grad_norm_(parameters, 1.0)):
             return math.nan  # a step now would put it into the weights, and a checkpoint would keep it
