@@ -81,12 +81,21 @@ def test_a_file_that_is_no_log_is_left_alone(tmp_path: Path) -> None:
     path.write_text("name,price\nrose,3\n")
 
     with pytest.raises(InputError) as refusal:
-        write(["csv"], tmp_path, WHOLE)
+        write(["csv"], tmp_path, [])  # before the first step, and so before all images are read
 
     assert str(refusal.value) == (
         f"{path}: is not the log of a training, and stays as it is\n  fix: name another folder with `log_dir`"
     )
     assert path.read_text() == "name,price\nrose,3\n"
+
+
+def test_a_file_in_place_of_the_folder_is_refused_at_once(tmp_path: Path) -> None:
+    (tmp_path / "logs").write_text("mine")
+
+    with pytest.raises(InputError) as refusal:
+        write(["csv"], tmp_path, [])
+
+    assert str(refusal.value) == f"`log_dir={tmp_path / 'logs'}`: needs a folder, or a name that is free, got a file"
 
 
 def test_nothing_is_written_before_the_first_step(tmp_path: Path) -> None:

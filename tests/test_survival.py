@@ -365,7 +365,7 @@ def many_shapes(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 # timm's own transforms, optimiser and schedule, in place of what ``command`` asks for.
 BY_TIMM = (
-    "--augment", "rand-m9-mstd0.5,flip,crop,erasing,mixup,cutmix", "--optimizer", "kron", "--schedule", "tanh",
+    "--augment", "rand-m9-mstd0.5,flip,crop,erasing,mixup,cutmix", "--optimizer", "adan", "--schedule", "tanh",
     "--balance", "sampling",
 )  # fmt: skip
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import csv
 import io
+import logging
 import os
 import re
 import secrets
@@ -72,6 +73,8 @@ def logged(names: Sequence[str], place: Place) -> Iterator[Say]:
         MissingError: a log's package is not installed.
     """
     require_known(names)
+    if names and place.folder.exists() and not place.folder.is_dir():
+        raise InputError(option("log_dir", place.folder), "needs a folder, or a name that is free", got="a file")
     logs = [LOGS[name](place) for name in dict.fromkeys(names)]
     begun = list[Log]()
 
@@ -116,6 +119,7 @@ class CsvLog:
     def __init__(self, place: Place) -> None:
         self._path = place.folder / f"{place.task}.csv"
         self._file: io.TextIOWrapper | None = None
+        self._rows()
 
     def begin(self, first: Step) -> None:
         """Keep the lines before ``first`` of an earlier process.
@@ -123,15 +127,9 @@ class CsvLog:
         Raises:
             InputError: the file cannot be written, or is somebody's own.
         """
-        kept = [list(_COLUMNS)]
-        if self._path.exists():
-            head, *rows = list(csv.reader(io.StringIO(read_file(self._path).decode(errors="replace")))) or [[]]
-            if head != kept[0]:
-                fix = f"name another folder with {option('log_dir')}"
-                raise InputError(str(self._path), "is not the log of a training, and stays as it is", fix=fix)
-            kept += [row for row in rows if _is_before(row, first)]
         text = io.StringIO()
-        csv.writer(text, lineterminator="\n").writerows(kept)
+        kept = [row for row in self._rows() if _is_before(row, first)]
+        csv.writer(text, lineterminator="\n").writerows([_COLUMNS, *kept])
         write_file(self._path, text.getvalue().encode())
         with refusing(self._path, "could not be written"):
             self._file = self._path.open("a", encoding="utf-8", newline="")
@@ -154,6 +152,16 @@ class CsvLog:
         if self._file is not None:
             with contextlib.suppress(OSError):
                 self._file.close()
+
+    def _rows(self) -> list[list[str]]:
+        """The lines of an earlier process."""
+        if not self._path.exists():
+            return []
+        head, *rows = list(csv.reader(io.StringIO(read_file(self._path).decode(errors="replace")))) or [[]]
+        if head != list(_COLUMNS):
+            fix = f"name another folder with {option('log_dir')}"
+            raise InputError(str(self._path), "is not the log of a training, and stays as it is", fix=fix)
+        return rows
 
 
 def _is_before(row: Sequence[str], first: Step) -> bool:
@@ -206,6 +214,7 @@ class MlflowLog:
             os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
             self._uri = f"sqlite:///{(place.folder / 'mlflow.db').absolute()}"
         self._mlflow = require("mlflow", extra="mlflow", purpose="log to MLflow")
+        logging.getLogger("mlflow").setLevel(logging.WARNING)  # it tells of every table that it makes
         self._client: Any = None
 
     def begin(self, first: Step) -> None:
