@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -31,7 +30,8 @@ from edgepet.networks.sizes import at_size
 from edgepet.packs.pack import write_pack
 from edgepet.proving.subject import Subject
 from edgepet.spec import Preprocess
-from edgepet.tuning.fit import Plan, augmented
+from edgepet.tuning.augmenting import flipped_and_cropped
+from edgepet.tuning.recipes import Augmentations
 from edgepet.verbs.calibrate import share
 from tests.architectures import (
     Network,
@@ -139,9 +139,10 @@ def test_weights_tuned_on_images_that_are_no_squares_are_taken_as_they_are(tmp_p
     assert torch.equal(tables_of(load_backbone(spec, image_size=(32, 80))), saved)
     with pytest.raises(InputError) as error:
         load_backbone(spec, image_size=64)
-    assert str(error.value).startswith(f"{tmp_path}/w.safetensors: does not fit VisionTransformer, got ")
+    assert str(error.value).startswith(f"{tmp_path}/w.safetensors: cannot be read as VisionTransformer, got ")
     assert str(error.value).endswith(
-        "\n  fix: where it was tuned at another image size, give that with `image_size=HEIGHTxWIDTH`"
+        "\n  fix: pass the architecture that the file is of,"
+        " and `image_size=HEIGHTxWIDTH` where it was tuned at another image size"
     )
 
 
@@ -248,23 +249,22 @@ def not_loaded(module: nn.Module) -> None:
 
 
 def test_a_network_that_answers_images_of_other_sizes_by_itself_is_left_as_it_is() -> None:
-    maker = SimpleNamespace(create_model=lambda name, **settings: Bare(lambda images: True))
     native = Bare(lambda images: images.shape[-2:] == (32, 64))
 
-    made = at_size(maker, "bare", native, (48, 48), (32, 64), not_loaded)  # type: ignore[arg-type]
+    made = at_size(lambda arguments: Bare(bool), native, (48, 48), (32, 64), {"global_pool": "avg"}, not_loaded)
 
-    assert made == (native, {"img_size": 48})
+    assert made == (native, {"global_pool": "avg", "img_size": 48})
 
 
 def test_a_network_that_cannot_be_built_for_a_size_is_refused_with_its_own_words() -> None:
-    def build(name: str, **settings: Any) -> nn.Module:
+    def build(arguments: Mapping[str, object]) -> nn.Module:
         raise AssertionError("Model only handles square inputs")
 
     with pytest.raises(InputError) as error:
-        at_size(SimpleNamespace(create_model=build), "bare", Bare(bool), (48, 48), (32, 64), not_loaded)  # type: ignore[arg-type]
+        at_size(build, Bare(bool), (48, 48), (32, 64), {}, not_loaded)
 
     assert str(error.value) == (
-        "`image_size`: bare cannot be built for images of 32x64 pixels, got Model only handles square inputs\n"
+        "`image_size`: Bare cannot be built for images of 32x64 pixels, got Model only handles square inputs\n"
         "  fix: use another image size"
     )
 
@@ -341,11 +341,11 @@ def test_patches_of_a_wide_image_form_a_wide_grid() -> None:
 
 def test_a_wide_image_is_moved_by_up_to_an_eighth_of_each_side() -> None:
     pixels = random_pixels(3, 1, (8, 160))
-    plan = Plan(epochs=1, lr=1e-3, head_lr=1e-3, batch_size=4, augment=("crop",))
     preprocess = Preprocess(image_size=(8, 160))
     torch.manual_seed(0)
 
-    moved = augmented(torch.from_numpy(np.repeat(pixels, 64, 0)), preprocess, plan).numpy()
+    many = torch.from_numpy(np.repeat(pixels, 64, 0))
+    moved = flipped_and_cropped(many, preprocess, Augmentations(crop=True)).numpy()
 
     plain, found = normalize(pixels, preprocess)[0], set()
     padded = np.pad(plain, ((0, 0), (1, 1), (20, 20)), mode="reflect")
