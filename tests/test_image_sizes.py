@@ -48,7 +48,8 @@ from tests.tiny import make_delta, random_images, random_pixels, seeded, tiny_vi
 def weights_of(architecture: str, file: Path, **settings: Any) -> str:
     """Seeded weights of a timm network in ``file``; returns how a backbone is written."""
     module = seeded(timm.create_model(architecture, pretrained=False, num_classes=0, **settings), 7)
-    safetensors.torch.save_file(module.state_dict(), file)
+    saved = {name: tensor.clone() for name, tensor in module.state_dict().items()}  # CoaT has twins in one memory
+    safetensors.torch.save_file(saved, file)
     return f"{architecture}@{file}"
 
 
@@ -183,6 +184,7 @@ TAKE_A_SIZE_TOO = [
 ]  # fmt: skip
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning:timm")  # torch's, of how timm resamples tables of distances
 @pytest.mark.parametrize(
     "architecture", [*TAKE_A_SIZE, *(pytest.param(name, marks=pytest.mark.slow) for name in TAKE_A_SIZE_TOO)]
 )
@@ -204,7 +206,7 @@ def test_a_network_that_timm_builds_for_a_size_answers_as_timm_builds_it(
     timms.load_state_dict(prepare(filtered, timms) if prepare else filtered, strict=True)
     with torch.no_grad():
         expected = timms.eval()(torch.from_numpy(random_images(1, 2, sides)))
-    assert torch.equal(answers(backbone), expected)
+    assert (answers(backbone) - expected).abs().max() <= 1e-5 * expected.abs().max()  # sums of other alignments
 
 
 def test_a_network_whose_tables_timm_leaves_is_refused_and_no_file_is_blamed(tmp_path: Path) -> None:
