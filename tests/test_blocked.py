@@ -87,9 +87,11 @@ def test_a_task_is_folded_and_written_to_onnx_without_torch_and_timm(
     pytest.importorskip("onnx", reason="needs the package onnx")
     code = block(("torch", "torchvision", "timm", "onnxscript")) + (
         "from pathlib import Path; from edgepet import read_pack; from edgepet.exporters.onnx import *;"
+        "from edgepet.exporters.portable import make_plain;"
         "from edgepet.deltas.merge import merge; from edgepet.graphs.base import open_graph;"
         "delta = read_pack(sys.argv[1]).delta; graph = open_graph(delta.fingerprint, delta.preprocess);"
-        "write_onnx(build_model(graph, merge(graph.base, delta), delta), Path(sys.argv[2]))"
+        "model = build_model(graph, merge(graph.base, delta), delta);"
+        "make_plain(model); write_onnx(model, Path(sys.argv[2]))"
     )
 
     done = python(code, tasks.tints, tmp_path)
