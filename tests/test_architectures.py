@@ -49,7 +49,8 @@ NETWORKS: dict[str, tuple[int, Callable[[], nn.Module] | None]] = {
     "ghostnetv2_100": (64, None),
     "test_vit4": (32, None),  # a register token, no class token, normalised queries and keys
 }
-SLOW = {"ghostnetv2_100"}  # twenty seconds
+# Ten seconds and more each: what they are made of is in others, small ones
+SLOW = {"ghostnet_050", "ghostnetv2_100", "mobilenetv3_small_050", "tf_efficientnet_lite0"}
 
 
 @pytest.fixture(

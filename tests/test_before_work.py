@@ -129,7 +129,8 @@ def test_a_class_whose_name_has_no_encoding_is_refused_before_images(backbone: B
 
     message = train(backbone, data, tmp_path / "a.pet")
 
-    assert message == "a: needs labels that UTF-8 can spell, got 'caf\\udce9'\n"
+    where, got = f"{data / 'train'}/caf\N{REPLACEMENT CHARACTER}", r"'caf\udce9'"
+    assert message == f"{where}: needs a class name in UTF-8, got {got}\n  fix: rename the folder\n"
 
 
 def test_a_method_that_finds_no_layer_is_refused_before_images(

@@ -22,8 +22,8 @@ OPTIONAL = (*DEVICE, "openvino", "onnxsim", "nncf", "peft", "tensorrt", "tensorr
 DEVICE_ROOMS = ("deltas", "device", "graphs", "images", "measuring", "packs")
 NEED_TORCH = {
     "edgepet.networks.graft", "edgepet.networks.merged", "edgepet.networks.sites",
-    "edgepet.tuning.augmenting", "edgepet.tuning.balance", "edgepet.tuning.fake_quant", "edgepet.tuning.fit",
-    "edgepet.tuning.model", "edgepet.tuning.optimizers", "edgepet.tuning.processes", "edgepet.tuning.training",
+    "edgepet.peft.renamed", "edgepet.tuning.augmenting", "edgepet.tuning.balance", "edgepet.tuning.fake_quant",
+    "edgepet.tuning.fit", "edgepet.tuning.model", "edgepet.tuning.optimizers", "edgepet.tuning.processes", "edgepet.tuning.training",
 }  # fmt: skip
 
 

@@ -77,6 +77,12 @@ EXAMPLES: dict[str, tuple[Method, str]] = {
     "pro-tuning, ConvNeXt": (ProTuning(reduction=2), "test_convnext"),
     "pro-tuning, ResNet": (ProTuning(reduction=2), "test_resnet"),
 }
+# Variations of others, ten seconds each: their graphs have the same branches at the same points.
+SLOW = {
+    "adapter behind layer scale", "prefix with norms", "vpt-shallow, pooled", "vpt-deep with norms",
+    "convpass, attention only", "conv-adapter, beside residuals", "conv-adapter, behind residuals",
+    "pro-tuning, ConvNeXt", "pro-tuning, ResNet",
+}  # fmt: skip
 IN_WINDOWS: dict[str, tuple[Method, int]] = {  # and how many places a Swin of two stages and three blocks has
     "adapter": (Adapter(rank=4), 3),
     "houlsby": (Houlsby(rank=4), 6),
@@ -109,7 +115,11 @@ class Tuned:
     images: NpArray
 
 
-@pytest.fixture(scope="module", params=EXAMPLES.values(), ids=EXAMPLES)
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param(row, marks=pytest.mark.slow if name in SLOW else ()) for name, row in EXAMPLES.items()],
+    ids=EXAMPLES,
+)
 def tuned(request: pytest.FixtureRequest, networks: Callable[[str], Backbone]) -> Tuned:
     method, architecture = request.param
     return tuned_on(networks(architecture), method)

@@ -56,6 +56,7 @@ NETWORKS: dict[str, type[nn.Module]] = {
     "revcol": RevCol,
     "hat-net": HatNet,
 }
+SLOW = {"internimage", "revcol"}  # ten seconds each
 # The layers and bare parameters that make a network special, by kind.
 SPECIAL: dict[str, dict[str, set[str]]] = {
     "hornet": {
@@ -84,7 +85,9 @@ def backbone_of(name: str, **changes: bool) -> Backbone:
     return Backbone.from_module(module, name=name, preprocess=Preprocess(image_size=(32, 32)))
 
 
-@pytest.fixture(scope="module", params=NETWORKS)
+@pytest.fixture(
+    scope="module", params=[pytest.param(name, marks=pytest.mark.slow if name in SLOW else ()) for name in NETWORKS]
+)
 def network(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Network:
     backbone = backbone_of(request.param)
     graph = base_graph(backbone, root=tmp_path_factory.mktemp(request.param))

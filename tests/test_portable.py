@@ -212,7 +212,10 @@ def test_what_an_opset_has_no_words_for_is_refused(example: Callable[[], Any], o
 
 
 def prepared(path: Path) -> NpArray:
-    """What ``path`` answers once ONNX Runtime has prepared it for quantisation, all of it on."""
+    """What ``path`` answers once ONNX Runtime has prepared it for quantisation, all of it on.
+
+    Folding its constants moves fp16's answers by some of its own steps, of 1e-3.
+    """
     from onnxruntime.quantization.shape_inference import quant_pre_process
 
     quant_pre_process(str(path), str(path.parent / "prepared.onnx"))
@@ -220,7 +223,8 @@ def prepared(path: Path) -> NpArray:
     first, second = (
         open_session(each).run(None, {"images": images})[0] for each in (path, path.with_name("prepared.onnx"))
     )
-    assert np.allclose(first, second, atol=1e-4 * np.abs(first).max())
+    limit = 1e-3 if "fp16" in str(path) else 1e-5
+    assert np.abs(first - second).max() <= limit * np.abs(first).max()
     return first
 
 
