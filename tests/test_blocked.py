@@ -23,7 +23,8 @@ DEVICE_ROOMS = ("deltas", "device", "graphs", "images", "measuring", "packs")
 NEED_TORCH = {
     "edgepet.networks.graft", "edgepet.networks.merged", "edgepet.networks.sites",
     "edgepet.peft.renamed", "edgepet.tuning.augmenting", "edgepet.tuning.balance", "edgepet.tuning.fake_quant",
-    "edgepet.tuning.fit", "edgepet.tuning.model", "edgepet.tuning.optimizers", "edgepet.tuning.processes", "edgepet.tuning.training",
+    "edgepet.tuning.fit", "edgepet.tuning.model", "edgepet.tuning.optimizers", "edgepet.tuning.processes",
+    "edgepet.tuning.training",
 }  # fmt: skip
 
 
