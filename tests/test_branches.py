@@ -77,11 +77,11 @@ EXAMPLES: dict[str, tuple[Method, str]] = {
     "pro-tuning, ConvNeXt": (ProTuning(reduction=2), "test_convnext"),
     "pro-tuning, ResNet": (ProTuning(reduction=2), "test_resnet"),
 }
-# Variations of others, ten seconds each: their graphs have the same branches at the same points.
+# Whose graphs have the branches of others at other points, ten seconds each to trace and to build for TensorRT.
 SLOW = {
-    "adapter behind layer scale", "prefix with norms", "vpt-shallow, pooled", "vpt-deep with norms",
-    "convpass, attention only", "conv-adapter, beside residuals", "conv-adapter, behind residuals",
-    "pro-tuning, ConvNeXt", "pro-tuning, ResNet",
+    "adapter behind layer scale", "houlsby", "parallel-adapter", "prefix with norms", "mam", "vpt-shallow, pooled",
+    "vpt-deep with norms", "convpass, attention only", "conv-adapter, EfficientNet", "conv-adapter, sequential",
+    "conv-adapter, beside residuals", "conv-adapter, behind residuals", "pro-tuning, ConvNeXt", "pro-tuning, ResNet",
 }  # fmt: skip
 IN_WINDOWS: dict[str, tuple[Method, int]] = {  # and how many places a Swin of two stages and three blocks has
     "adapter": (Adapter(rank=4), 3),
@@ -115,11 +115,7 @@ class Tuned:
     images: NpArray
 
 
-@pytest.fixture(
-    scope="module",
-    params=[pytest.param(row, marks=pytest.mark.slow if name in SLOW else ()) for name, row in EXAMPLES.items()],
-    ids=EXAMPLES,
-)
+@pytest.fixture(scope="module", params=EXAMPLES.values(), ids=EXAMPLES)
 def tuned(request: pytest.FixtureRequest, networks: Callable[[str], Backbone]) -> Tuned:
     method, architecture = request.param
     return tuned_on(networks(architecture), method)
@@ -162,9 +158,17 @@ def test_blocks_that_pool_or_widen_are_no_places_where_both_ends_differ() -> Non
     assert (len(bypassed), len(beside)) == (7, 7)  # of ten
 
 
-@pytest.fixture(scope="module")
-def graph(tuned: Tuned, tmp_path_factory: pytest.TempPathFactory) -> BaseGraph:
-    return base_graph(tuned.backbone, tuned.delta.branches, root=tmp_path_factory.mktemp("graph"))
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param(row, marks=pytest.mark.slow if name in SLOW else ()) for name, row in EXAMPLES.items()],
+    ids=EXAMPLES,
+)
+def traced(
+    request: pytest.FixtureRequest, networks: Callable[[str], Backbone], tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Tuned, BaseGraph]:
+    method, architecture = request.param
+    tuned = tuned_on(networks(architecture), method)
+    return tuned, base_graph(tuned.backbone, tuned.delta.branches, root=tmp_path_factory.mktemp("graph"))
 
 
 def test_every_method_with_branches_has_an_example() -> None:
@@ -235,25 +239,29 @@ def test_what_was_learnt_survives_the_pack(tuned: Tuned) -> None:
     assert tensors.keys() == tuned.backbone.tensors.keys() | named_tensors(read.branches).keys()
 
 
-def test_onnx_runtime_answers_as_the_tuned_network(tuned: Tuned, graph: BaseGraph) -> None:
+def test_onnx_runtime_answers_as_the_tuned_network(traced: tuple[Tuned, BaseGraph]) -> None:
+    tuned, graph = traced
     with open_task(graph, tuned.delta) as network:
         assert close(network(tuned.images), logits_of(tuned.model, tuned.images))
 
 
 @needs_openvino
-def test_openvino_answers_as_the_tuned_network(tuned: Tuned, graph: BaseGraph) -> None:
+def test_openvino_answers_as_the_tuned_network(traced: tuple[Tuned, BaseGraph]) -> None:
+    tuned, graph = traced
     with open_task(graph, tuned.delta, runtime="openvino") as network:
         assert close(network(tuned.images), logits_of(tuned.model, tuned.images))
 
 
 @needs_tensorrt_rtx
-def test_tensorrt_rtx_builds_the_network(tuned: Tuned, graph: BaseGraph, tmp_path: Path) -> None:
+def test_tensorrt_rtx_builds_the_network(traced: tuple[Tuned, BaseGraph], tmp_path: Path) -> None:
+    tuned, graph = traced
     model = build_model(graph, task_tensors(graph.base, tuned.delta), tuned.delta)
 
     assert build_engines(serialize(model), tmp_path).engine == "tensorrt-rtx"
 
 
-def test_the_graph_names_the_branches_and_holds_none_of_their_values(tuned: Tuned, graph: BaseGraph) -> None:
+def test_the_graph_names_the_branches_and_holds_none_of_their_values(traced: tuple[Tuned, BaseGraph]) -> None:
+    tuned, graph = traced
     import onnx
 
     model = onnx.load(graph.model_path, load_external_data=False)
@@ -286,7 +294,8 @@ def test_deep_prompts_are_exported_as_constant_rows_of_keys_and_values(networks:
     assert close(values, fused[2].numpy())
 
 
-def test_another_task_of_one_structure_shares_the_graph(tuned: Tuned, graph: BaseGraph) -> None:
+def test_another_task_of_one_structure_shares_the_graph(traced: tuple[Tuned, BaseGraph]) -> None:
+    tuned, graph = traced
     model = perturb(TunedModel(tuned.backbone, tuned.method, 7, seed=2), seed=9, by=0.1)
     other = extract(model, tuned.backbone, task="birds", labels=tuple("abcdefg"), val=Score(top1=1.0, n=3))
 
