@@ -61,6 +61,7 @@ def test_a_tensor_that_no_classifier_has_is_still_refused(tmp_path: Path) -> Non
     assert str(refused.value) == (
         f"{spec.partition('@')[2]}: does not hold exactly the tensors of EfficientVitMsra,"
         " got 0 missing (none), 1 unknown (head.bn.extra)"
+        "\n  fix: pass the architecture that the file is of"
     )
 
 
