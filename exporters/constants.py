@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from edgepet.device.onnxruntime import open_model
 from edgepet.errors import require
+from edgepet.exporters.portable import drop_unread, has_control_flow
 from edgepet.spec import NpArray
 
 if TYPE_CHECKING:
@@ -26,16 +27,17 @@ def compute_constants(model: ModelProto, prompts: Collection[str] = ()) -> None:
 
     A model with control flow stays as it is: what its branches read is not seen here.
     """
-    if any(attribute.HasField("g") or attribute.graphs for node in model.graph.node for attribute in node.attribute):
+    if has_control_flow(model.graph):
         return
     constant = _constant_nodes(model.graph)
+    maker = {name: node for node in constant for name in node.output}
     names = _prompted(model.graph, constant, prompts)
-    kernels = _kernels(model.graph, constant)
+    kernels = _kernels(model.graph, maker)
     if not names and not kernels:
         return
-    values = _evaluate(model, constant, [*names, *kernels])
-    names |= _parameters(model.graph, constant, {name: values[name] for name in kernels})
-    _replace(model.graph, constant, {names[name]: value for name, value in values.items()}, names)
+    values = _evaluate(model, maker, [*names, *kernels])
+    names |= _parameters(model.graph, maker, {name: values[name] for name in kernels})
+    _replace(model.graph, maker, {names[name]: value for name, value in values.items()}, names)
 
 
 def _constant_nodes(graph: GraphProto) -> list[NodeProto]:
@@ -61,9 +63,8 @@ def _prompted(graph: GraphProto, constant: Sequence[NodeProto], prompts: Collect
     return {name: f"{source[name]}.{i}" for i, name in enumerate(wanted)}
 
 
-def _kernels(graph: GraphProto, constant: Sequence[NodeProto]) -> list[str]:
+def _kernels(graph: GraphProto, maker: Mapping[str, NodeProto]) -> list[str]:
     """Weights of layers that are computed; one that is only turned is none, so a linear layer reads its parameter."""
-    maker = {name: node for node in constant for name in node.output}
     found = dict[str, None]()
     for node in graph.node:
         if node.op_type in _LAYERS and node.output[0] not in maker:
@@ -75,14 +76,17 @@ def _kernels(graph: GraphProto, constant: Sequence[NodeProto]) -> list[str]:
     return list(found)
 
 
-def _parameters(graph: GraphProto, constant: Sequence[NodeProto], kernels: Mapping[str, NpArray]) -> dict[str, str]:
-    """Kernels, and the parameter whose name each takes: one of its shape that nothing else reads; else its own."""
-    maker = {name: node for node in constant for name in node.output}
+def _parameters(graph: GraphProto, maker: Mapping[str, NodeProto], kernels: Mapping[str, NpArray]) -> dict[str, str]:
+    """Kernels, and the parameter whose name each takes: one of its shape that nothing else is computed from; else
+    its own.
+    """
     shapes = {tensor.name: tuple(tensor.dims) for tensor in graph.initializer}
     behind = {name: _behind(name, maker) for name in kernels}
     named = {}
     for name, value in kernels.items():
-        others = {read for node in graph.node if not behind[name].intersection(node.output) for read in node.input}
+        elsewhere = {read for node in graph.node if not behind[name].intersection(node.output) for read in node.input}
+        inside = {made: node for made, node in maker.items() if made != name}
+        others = {each for read in elsewhere for each in _behind(read, inside)}
         fitting = (each for each in sorted(behind[name] - others) if shapes.get(each) == value.shape)
         named[name] = next(fitting, name)
     return named
@@ -99,12 +103,11 @@ def _behind(name: str, maker: Mapping[str, NodeProto]) -> set[str]:
     return found
 
 
-def _evaluate(model: ModelProto, nodes: Sequence[NodeProto], wanted: Sequence[str]) -> dict[str, NpArray]:
-    """The values named ``wanted``, which ``nodes`` compute from initializers alone."""
+def _evaluate(model: ModelProto, maker: Mapping[str, NodeProto], wanted: Sequence[str]) -> dict[str, NpArray]:
+    """The values named ``wanted``, which the nodes of ``maker`` compute from initializers alone."""
     onnx = require("onnx", extra="train", purpose="ONNX")
-    maker = {name: node for node in nodes for name in node.output}
     reads = {each for name in wanted for each in _behind(name, maker)}
-    nodes = [node for node in nodes if reads.intersection(node.output)]
+    nodes = [node for node in model.graph.node if reads.intersection(node.output)]
     outputs = [onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None) for name in wanted]
     tensors = [tensor for tensor in model.graph.initializer if tensor.name in reads]
     part = onnx.helper.make_graph(nodes, "constants", [], outputs, tensors)
@@ -113,24 +116,21 @@ def _evaluate(model: ModelProto, nodes: Sequence[NodeProto], wanted: Sequence[st
 
 
 def _replace(
-    graph: GraphProto, constant: Sequence[NodeProto], tensors: Mapping[str, NpArray], names: Mapping[str, str]
+    graph: GraphProto, maker: Mapping[str, NodeProto], tensors: Mapping[str, NpArray], names: Mapping[str, str]
 ) -> None:
     """Let nodes read new ``tensors`` by their ``names`` instead of the old, and drop what nothing reads any more."""
     onnx = require("onnx", extra="train", purpose="ONNX")
-    maker = {name: node for node in constant for name in node.output}
     behind = {each for name in names for each in _behind(name, maker)}
     readers = Counter(name for node in graph.node for name in node.input if name not in names)
     kept = []
     for node in reversed(graph.node):
         if behind.intersection(node.output) and not any(readers[name] for name in node.output):
-            readers.subtract(node.input)
+            readers.subtract(name for name in node.input if name not in names)
         else:
             kept.append(node)
     del graph.node[:]
     graph.node.extend(reversed(kept))
-    for place, tensor in reversed(list(enumerate(graph.initializer))):
-        if tensor.name in behind and not readers[tensor.name]:
-            del graph.initializer[place]
+    drop_unread(graph, among=behind)
     for node in graph.node:
         for i, name in enumerate(node.input):
             node.input[i] = names.get(name, name)

@@ -12,13 +12,13 @@ import numpy as np
 from edgepet.canonical import canonical_json
 from edgepet.deltas.delta import Delta
 from edgepet.device.onnxruntime import open_model
-from edgepet.errors import CheckError, InputError, option, require
+from edgepet.errors import CheckError, InputError, first_line, option, require
 from edgepet.exporters.constants import compute_constants
 from edgepet.exporters.exporter import ExportOptions, Written
 from edgepet.exporters.portable import in_opset
 from edgepet.files import scratch_folder, write_file, write_parts
 from edgepet.graphs.base import FEATURES, INPUT, LOGITS, BaseGraph
-from edgepet.graphs.tensor_files import lightened, padding, put_inside, stored_bytes
+from edgepet.graphs.tensor_files import laid_out, lightened, put_inside, stored_bytes
 from edgepet.spec import NpArray, StoredPrecision, Tensors
 
 if TYPE_CHECKING:
@@ -86,21 +86,23 @@ def write_onnx(
     Raises:
         InputError: ``folder`` cannot be written, or ``opset`` has no words for an operator of ``where``.
     """
+    beside = external or not fits_one_file(model)
+    if opset is None and not beside:
+        write_file(folder / MODEL, serialize(model))
+        return [MODEL]
     light, outside = lightened(model, DATA)
     if opset is not None:
         light = in_opset(light, opset, where=where)
-    names = [MODEL, DATA]
-    if external or not fits_one_file(model):
+    if beside:
         write_parts(folder / DATA, _paged(outside))
     else:
-        names.remove(DATA)
         pointing = (tensor for tensor in light.graph.initializer if tensor.data_location == tensor.EXTERNAL)
         for tensor, source in zip(pointing, outside, strict=True):
             tensor.CopyFrom(source)
     write_file(folder / MODEL, serialize(light))
     if opset is not None:
         _require_valid(folder / MODEL, opset, where)
-    return names
+    return [MODEL, DATA] if beside else [MODEL]
 
 
 def _require_valid(path: Path, opset: int, where: str) -> None:
@@ -109,18 +111,17 @@ def _require_valid(path: Path, opset: int, where: str) -> None:
     try:
         onnx.checker.check_model(str(path), full_check=True)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
-        got = str(error).strip().splitlines()[0]
         fix = f"a higher {option('opset')}"
-        raise InputError(where, f"cannot be written in opset {opset}", got=got, fix=fix) from error
+        raise InputError(where, f"cannot be written in opset {opset}", got=first_line(error), fix=fix) from error
 
 
 def _paged(tensors: Iterable[TensorProto]) -> Iterator[bytes]:
     """What a file of ``tensors`` holds, in pieces: as many weights are in memory as the largest of them."""
-    offset = 0
-    for tensor in tensors:
-        yield bytes(padding(offset))
+    end = 0
+    for offset, tensor in laid_out(tensors):
+        yield bytes(offset - end)
         yield tensor.raw_data
-        offset += padding(offset) + stored_bytes(tensor)
+        end = offset + stored_bytes(tensor)
 
 
 @contextlib.contextmanager

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from edgepet.device.openvino import core
-from edgepet.device.refusals import refusal
-from edgepet.errors import InputError, require
+from edgepet.device.refusals import refusing_model
+from edgepet.errors import InputError, first_line, require
 from edgepet.exporters.exporter import ExportOptions, Written
 from edgepet.exporters.onnx import readable
 from edgepet.files import sync_folder
@@ -32,11 +32,8 @@ def write_openvino(onnx_model: bytes | Path, folder: Path, *, where: str) -> lis
         MissingError: OpenVINO is not installed.
     """
     openvino = require("openvino", extra="openvino", purpose="OpenVINO")
-    try:
+    with refusing_model(where, "cannot be converted by OpenVINO", RuntimeError, package="openvino", copied=False):
         model = core().read_model(onnx_model)
-    except RuntimeError as error:
-        what = "cannot be converted by OpenVINO"
-        raise refusal(where, what, error, package="openvino", copied=False) from error
     for number, node in enumerate(model.get_ordered_ops()):
         # Names that OpenVINO made up count up over the life of the process: number them by place, for equal bytes.
         if _MADE_UP.fullmatch(node.get_friendly_name()):
@@ -49,7 +46,7 @@ def write_openvino(onnx_model: bytes | Path, folder: Path, *, where: str) -> lis
                 os.fsync(file.fileno())
         sync_folder(folder)
     except (OSError, RuntimeError) as error:
-        got = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        got = getattr(error, "strerror", None) or first_line(error)
         raise InputError(str(folder / MODEL), "could not be written", got=got) from error
     return names
 

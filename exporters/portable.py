@@ -6,7 +6,7 @@ constants as tensors only, and parsers that are years old: an opset is the langu
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from typing import TYPE_CHECKING, TypeAlias, cast
 
 import numpy as np
@@ -48,16 +48,20 @@ def make_plain(model: ModelProto) -> None:
         nodes.append(node)
     del model.graph.node[:]
     model.graph.node.extend(nodes)
-    _drop_unread(model.graph)
+    if not has_control_flow(model.graph):  # what that reads is not seen here
+        drop_unread(model.graph)
 
 
-def _drop_unread(graph: GraphProto) -> None:
-    """Take out initializers that nothing reads: ONNX Runtime warns of each."""
-    if any(attribute.HasField("g") or attribute.graphs for node in graph.node for attribute in node.attribute):
-        return  # what control flow reads is not seen here
+def has_control_flow(graph: GraphProto) -> bool:
+    """Whether a node holds graphs of its own."""
+    return any(attribute.HasField("g") or attribute.graphs for node in graph.node for attribute in node.attribute)
+
+
+def drop_unread(graph: GraphProto, *, among: Container[str] | None = None) -> None:
+    """Take out initializers, all or those ``among`` these, that nothing reads: ONNX Runtime warns of each."""
     read = {name for node in graph.node for name in node.input} | {value.name for value in graph.output}
     for place, tensor in reversed(list(enumerate(graph.initializer))):
-        if tensor.name not in read:
+        if tensor.name not in read and (among is None or tensor.name in among):
             del graph.initializer[place]
 
 

@@ -5,9 +5,8 @@ from __future__ import annotations
 import contextlib
 import io
 import json
-import logging
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias, cast
@@ -33,6 +32,7 @@ from edgepet.graphs.base import (
 from edgepet.graphs.tensor_files import Place, point_into, safetensors_places
 from edgepet.networks.backbone import Backbone
 from edgepet.networks.forms import explicit_attention
+from edgepet.networks.sizes import quiet
 from edgepet.spec import NpArray
 
 if TYPE_CHECKING:
@@ -149,7 +149,9 @@ def _rename(model: _Ir, names: Mapping[str, str]) -> None:
 def _export(module: nn.Module, input_shape: tuple[int, ...]) -> ONNXProgram:
     import torch
 
-    with _quiet():
+    # It reports to stdout, warnings and a logger; what matters comes back as an error.
+    with quiet("torch.onnx"), contextlib.redirect_stdout(io.StringIO()):
+        warnings.simplefilter("ignore")
         program = torch.onnx.export(
             module,
             (torch.zeros(2, *input_shape),),
@@ -247,17 +249,3 @@ def _reason(error: BaseException) -> str:
         error = error.__cause__
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return json.dumps(lines[0][:160]) if lines else type(error).__name__
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """torch's exporter reports to stdout, warnings and a logger; what matters comes back as an error."""
-    logger = logging.getLogger("torch.onnx")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logger.setLevel(level)

@@ -107,6 +107,65 @@ def test_a_parameter_that_something_else_reads_too_stays_beside_its_kernel() -> 
     assert np.allclose(run(model), expected, atol=1e-5)
 
 
+def convolved(*nodes: Any) -> Any:
+    """Two convolutions one behind the other, of the kernels k1 and k2 that ``nodes`` compute from the parameter w."""
+    made = helper.make_node
+    model = standardised()
+    del model.graph.node[:]
+    model.graph.node.extend(nodes)
+    model.graph.node.extend(
+        [
+            made("Conv", ["images", "k1"], ["first"], kernel_shape=[1, 1]),
+            made("Conv", ["first", "k2"], ["second"], kernel_shape=[1, 1]),
+            made("ReduceMean", ["second", "maps"], ["logits"], keepdims=0),
+        ]
+    )
+    maps = next(tensor for tensor in model.graph.initializer if tensor.name == "maps")
+    tensors = [maps, numpy_helper.from_array(RNG.normal(1, 1, (3, 3, 1, 1)).astype(np.float32), "w")]
+    kept = [type(tensor).FromString(tensor.SerializeToString()) for tensor in tensors]
+    del model.graph.initializer[:]
+    model.graph.initializer.extend(kept)
+    model.graph.output[0].type.tensor_type.shape.dim[1].dim_value = 3
+    return model
+
+
+@pytest.mark.parametrize(
+    ("nodes", "tensors"),
+    [
+        ([("Tanh", "w", "m"), ("Sin", "m", "k1"), ("Cos", "m", "k2")], {"maps", "k1", "k2"}),
+        ([("Tanh", "w", "k1"), ("Sin", "k1", "k2")], {"maps", "w", "k2"}),
+        ([("Tanh", "w", "m"), ("Sin", "m", "k1"), ("Cos", "w", "k2")], {"maps", "k1", "k2"}),
+    ],
+    ids=["of one sum", "of one another", "of one parameter"],
+)
+def test_two_kernels_that_are_computed_from_one_parameter_are_two_tensors(
+    nodes: list[tuple[str, str, str]], tensors: set[str]
+) -> None:
+    model = convolved(*(helper.make_node(kind, [reads], [gives]) for kind, reads, gives in nodes))
+    expected = run(model)
+
+    compute_constants(model)
+
+    assert operators(model) == ["Conv", "Conv", "ReduceMean"]
+    assert values(model).keys() == tensors
+    assert np.allclose(run(model), expected, atol=1e-5)
+
+
+def test_what_an_image_meets_on_the_way_to_a_kernel_stays_beside_it() -> None:
+    made = helper.make_node
+    nodes = [made("Tanh", ["w"], ["m"]), made("Sin", ["m"], ["k1"]), made("Cos", ["m"], ["k2"])]
+    model = convolved(*nodes)
+    model.graph.node.insert(5, made("ReduceSum", ["m"], ["total"], keepdims=0))
+    model.graph.node[-1].input[0] = "scaled"
+    model.graph.node.insert(6, made("Mul", ["second", "total"], ["scaled"]))
+    expected = run(model)
+
+    compute_constants(model)
+
+    assert values(model).keys() == {"maps", "w", "k1", "k2"}
+    assert np.allclose(run(model), expected, atol=1e-4)
+
+
 def test_what_is_no_layers_weight_stays_as_it_is() -> None:
     """A position table that is put together from parameters may be far larger than they are."""
     model = standardised()

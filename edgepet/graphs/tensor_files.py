@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import math
 import mmap
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -136,19 +136,28 @@ def lightened(
         The copy, and the tensors of ``model`` that point into the file, in their order there.
     """
     light = hollow(model)
-    outside, offset = [], 0
+    pointing, outside = [], []
     for tensor in model.graph.initializer:
-        made, size = light.graph.initializer.add(), stored_bytes(tensor)
-        if size < LEAST_OUTSIDE or (only is not None and tensor.name not in only):
+        made = light.graph.initializer.add()
+        if stored_bytes(tensor) < LEAST_OUTSIDE or (only is not None and tensor.name not in only):
             made.CopyFrom(tensor)
             continue
         made.name, made.data_type = tensor.name, tensor.data_type
         made.dims.extend(tensor.dims)
-        offset += padding(offset)
-        point_into(made, file, offset, size)
+        pointing.append(made)
         outside.append(tensor)
-        offset += size
+    for made, (offset, tensor) in zip(pointing, laid_out(outside), strict=True):
+        point_into(made, file, offset, stored_bytes(tensor))
     return light, tuple(outside)
+
+
+def laid_out(tensors: Iterable[TensorProto]) -> Iterator[tuple[int, TensorProto]]:
+    """Tensors with their offsets in a file of them, one behind the other, each where a page begins."""
+    end = 0
+    for tensor in tensors:
+        offset = end + padding(end)
+        yield offset, tensor
+        end = offset + stored_bytes(tensor)
 
 
 def hollow(model: ModelProto) -> ModelProto:

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
-from edgepet.errors import InputError, option, require
+from edgepet.errors import InputError, first_line, option, require
 from edgepet.spec import ImageSize, spelled_size
 
 if TYPE_CHECKING:
@@ -47,11 +47,6 @@ def sides_of(image_size: ImageSize | None) -> Sides | None:
     return given
 
 
-def first_line(error: BaseException) -> str:
-    """What an error of a library says first, or its kind where it says nothing."""
-    return str(error).strip().partition("\n")[0] or type(error).__name__
-
-
 def takes_one_size(module: nn.Module) -> bool:
     """Whether timm builds the network for images of one size, which it is told as ``img_size``."""
     fixed = cast(Mapping[str, Any], module.pretrained_cfg).get("fixed_input_size")
@@ -59,14 +54,17 @@ def takes_one_size(module: nn.Module) -> bool:
 
 
 def native_module(
-    build: Build, state: Mapping[str, Tensor], asked: Sides | None, arguments: Mapping[str, object]
+    module: nn.Module,
+    build: Build,
+    state: Mapping[str, Tensor],
+    asked: Sides | None,
+    arguments: Mapping[str, object],
 ) -> tuple[nn.Module, Sides]:
-    """A network without its weights, at the image size that the tables in ``state`` are for, and that size.
+    """``module``, without its weights, at the image size that the tables in ``state`` are for, and that size.
 
     It is the architecture's own where they fit it, else what was ``asked`` for, else a square found by the length of
     a table. Where nothing fits the architecture's own is left, and timm's own reading of ``state`` has the word.
     """
-    module = build(arguments)
     own = own_sides(module)
     if not takes_one_size(module) or not _unlike(module, state):
         return module, own
@@ -198,9 +196,9 @@ def _squares(module: nn.Module, own: Sides, state: Mapping[str, Tensor]) -> Iter
 
 
 @contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """timm logs what it loads; edgepet says it in its own words."""
-    logger = logging.getLogger("timm")
+def quiet(library: str = "timm") -> Iterator[None]:
+    """Keep a library from logging what edgepet says in its own words, and timm from warning."""
+    logger = logging.getLogger(library)
     level = logger.level
     logger.setLevel(logging.ERROR)
     try:
