@@ -119,7 +119,10 @@ def read_result(job: Job, folder: Path) -> Result | None:
         report, files, made = table.raw("report"), table.nested("files"), table.nested("made")
         listed = {name: files.text(name) for name in files.names()}
         seconds, versions = made.number("seconds"), made.nested("versions")
-        told, measured = {name: versions.text(name) for name in versions.names()}, made.raw(MEASURED)
+        told, measured = (
+            {name: versions.text(name) for name in versions.names()},
+            made.raw(MEASURED) if made.has(MEASURED) else {},
+        )
     except (InputError, ValueError):
         return None
     wanted = {"function": job.function, "specification": job.specification}

@@ -69,23 +69,25 @@ def run_jobs(
     with refusing(folder, "could not be written"):
         folder.mkdir(parents=True, exist_ok=True)
     with held_alone(folder / LOCK, "is being filled by another run of jobs"):
-        missing = {job.digest: job for job in jobs if read_result(job, folder) is None}
+        asked = {job.digest: job for job in jobs}
+        found = {digest: result for digest, job in asked.items() if (result := read_result(job, folder)) is not None}
+        missing = {digest: job for digest, job in asked.items() if digest not in found}
         _remove_leftovers(folder, missing)
-        errors = _run(list(missing.values()), folder, processes, per_process, tell)
+        made, errors = _run(list(missing.values()), folder, processes, per_process, tell)
         if errors:
             raise errors[min(errors, key=list(missing).index)]
-        made = tuple(read_result(job, folder) for job in jobs)
-    lost = [job.label for job, result in zip(jobs, made, strict=True) if result is None]
+    results = found | made
+    lost = [job.label for digest, job in asked.items() if digest not in results]
     if lost:
         raise InputError(str(folder), "lost a result while jobs were running", got=", ".join(lost))
-    return tuple(result for result in made if result is not None)
+    return tuple(results[job.digest] for job in jobs)
 
 
 def _run(
     waiting: list[Job], folder: Path, processes: int, per_process: int, tell: Callable[[str], None]
-) -> dict[str, EdgepetError | RuntimeError]:
-    """Run all of ``waiting``; returns the errors by the digests of their jobs."""
-    errors: dict[str, EdgepetError | RuntimeError] = {}
+) -> tuple[dict[str, Result], dict[str, EdgepetError | RuntimeError]]:
+    """Run all of ``waiting``; returns the results and the errors, by the digests of their jobs."""
+    made, errors = dict[str, Result](), dict[str, EdgepetError | RuntimeError]()
     total, workers, left = len(waiting), list[_Worker](), waiting[::-1]
     try:
         while left or workers:
@@ -97,15 +99,18 @@ def _run(
                 if not (alive and _goes_on(worker, left)):
                     workers.remove(worker)
                 number = f"{total - len(left) - len(workers)}/{total} {job.label}"
-                result = None if error else read_result(job, folder)
-                if error:
-                    errors[job.digest] = error
-                tell(f"{number}  {error or ('lost' if result is None else format_seconds(result.seconds))}")
+                if error is not None:
+                    errors[job.digest], ended_with = error, str(error)
+                elif (result := read_result(job, folder)) is not None:
+                    made[job.digest], ended_with = result, format_seconds(result.seconds)
+                else:
+                    ended_with = "lost"
+                tell(f"{number}  {ended_with}")
     finally:
         for worker in workers:
             worker.process.kill()
             worker.process.join()
-    return errors
+    return made, errors
 
 
 def _started(job: Job, folder: Path, per_process: int) -> _Worker:

@@ -35,7 +35,7 @@ from edgepet.reports.screen import Screen, lines
 from edgepet.reports.tables import Table, format_bytes, format_ms, left, right
 from edgepet.spec import FilePath, NpArray
 from edgepet.verbs.export import lost, recipe
-from edgepet.verbs.many import JOBS, MOST_JOBS, begin, finish, folder_of, jobs_option, run_packs, tasks_of
+from edgepet.verbs.many import JOBS, MOST_JOBS, begin, finish, folder_of, jobs_option, make_graphs, run_packs, tasks_of
 from edgepet.verbs.verb import (
     Options,
     Parser,
@@ -228,12 +228,7 @@ def calibrate_all(
         for pack in tasks:
             require_pack_place(out / pack.name)
             require_other(out / pack.name, *tasks)
-    for pack in tasks:  # the graph that they share is traced here, once
-        subject = Subject(pack, backbone, data)
-        subject.check_backbone()
-        stage(f"graph of {subject.delta.backbone}")
-        _ = subject.graph if out is None else int8_graph(subject.graph)
-    stage(f"{len(tasks)} packs, {jobs} at the same time")
+    make_graphs(tasks, backbone, stage, lambda graph: None if out is None else int8_graph(graph))
     settings = {"images": images, "max_drop": max_drop, "shared": out is not None}
     results = run_packs(
         "edgepet.verbs.calibrate:calibrate_job", tasks, out / JOBS if out else cache_folder() / "jobs",

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from edgepet.calibration.budget import Drop
-from edgepet.calibration.fp16 import Kept
 from edgepet.device.artifact import files_of, read_artifact
 from edgepet.device.runtimes import FORMATS, Format
 from edgepet.errors import InputError, MissingError, option, require
@@ -27,7 +26,18 @@ from edgepet.proving.subject import Subject
 from edgepet.reports.screen import Screen, lines
 from edgepet.reports.tables import Table, format_bytes, format_percent, left, right
 from edgepet.spec import FilePath
-from edgepet.verbs.many import JOBS, MOST_JOBS, begin, finish, folder_of, jobs_option, of_task, run_packs, tasks_of
+from edgepet.verbs.many import (
+    JOBS,
+    MOST_JOBS,
+    begin,
+    finish,
+    folder_of,
+    jobs_option,
+    make_graphs,
+    of_task,
+    run_packs,
+    tasks_of,
+)
 from edgepet.verbs.verb import (
     Options,
     Parser,
@@ -141,14 +151,9 @@ def _export_in_jobs(
     tasks: Mapping[Path, str], folder: Path, backbone: AnyBackbone, data: FilePath | None, options: ExportOptions,
     processes: int, stage: Callable[[str], None],
 ) -> ExportReport:  # fmt: skip
-    """Every pack in a job of its own; the graphs that they share are traced here, once."""
-    for pack in tasks:
-        subject = Subject(pack, backbone, data)
-        subject.check_backbone()
-        stage(f"graph of {subject.delta.backbone}")
-        _ = subject.graph
+    """Every pack in a job of its own."""
+    make_graphs(tasks, backbone, stage)
     settings = {name: value for name, value in asdict(options).items() if name != "calib"}
-    stage(f"{len(tasks)} packs, {processes} at the same time")
     results = run_packs(
         "edgepet.verbs.export:export_job", tasks, folder / JOBS, backbone=backbone,
         images={"data": data, "calib": options.calib}, settings=settings, processes=processes, tell=stage,
@@ -166,15 +171,7 @@ def export_job(specification: Mapping[str, Any], folder: Path) -> dict[str, obje
         [path], folder, backbone=specification["backbone"], data=folder_of(specification, "data"), options=options
     )
     return {
-        "artifacts": [
-            {
-                "folder": made.path.name,
-                "kept_fp32": [asdict(kept) for kept in made.kept_fp32],
-                "drop": made.drop and asdict(made.drop),
-                "warning": made.warning,
-            }
-            for made in report.artifacts
-        ],
+        "artifacts": [{"folder": made.path.name, "warning": made.warning} for made in report.artifacts],
         MEASURED: {
             made.path.name: {"seconds": made.seconds, "verify_seconds": made.verify_seconds}
             for made in report.artifacts
@@ -184,14 +181,12 @@ def export_job(specification: Mapping[str, Any], folder: Path) -> dict[str, obje
 
 def _moved(result: Result, folder: Path, told: Mapping[str, Any]) -> Exported:
     """An artefact that a job made, in its place below ``folder``."""
-    path, drop = folder / told["folder"], told["drop"]
+    path = folder / told["folder"]
     move_folder(result.folder / told["folder"], path, only=files_of(path))
     return Exported(
         artifact=read_artifact(path),
         path=path,
         size_bytes=folder_bytes(path),
-        kept_fp32=tuple(Kept(**kept) for kept in told["kept_fp32"]),
-        drop=drop and Drop(**drop),
         warning=told["warning"],
         **result.measured[told["folder"]],
     )

@@ -11,15 +11,17 @@ from pathlib import Path
 from typing import Any
 
 from edgepet.errors import EdgepetError, InputError, option
-from edgepet.files import folder_sha256, sha256_file
-from edgepet.jobs.job import Job, Result, read_result
+from edgepet.files import folder_sha256, held_alone, sha256_file
+from edgepet.graphs.base import BaseGraph
+from edgepet.jobs.job import Job, Result
 from edgepet.jobs.running import LOCK, run_jobs
 from edgepet.measuring.machine import environment
 from edgepet.networks.backbone import AnyBackbone
 from edgepet.packs.pack import read_pack
+from edgepet.proving.subject import Subject
 from edgepet.spec import FilePath
 from edgepet.tuning.work_folder import work_folder
-from edgepet.verbs.verb import Parser, at_least_one
+from edgepet.verbs.verb import Parser
 
 _RESULT = re.compile(r"[0-9a-f]{64}|\.[0-9a-f]{64}\.[0-9a-f]{8}\.part")
 JOBS = ".jobs"  # below what is written, until all of it is there
@@ -58,6 +60,28 @@ def of_task(folder: FilePath | None, task: str | None) -> Path | None:
     return own if own.is_dir() else Path(folder)
 
 
+def make_graphs(
+    tasks: Mapping[Path, str],
+    backbone: AnyBackbone,
+    stage: Callable[[str], None],
+    use: Callable[[BaseGraph], object] = lambda graph: None,
+) -> None:
+    """Trace the graphs that packs share and the cache lacks, and let ``use`` have each: once, and not in every job.
+
+    Raises:
+        InputError: the backbone is no name.
+        EdgepetError: as ``Subject.check_backbone`` and ``Subject.graph``.
+    """
+    if backbone is not None and not isinstance(backbone, str):
+        what = "need a backbone by its name: each runs in a process of its own"
+        raise InputError(option("jobs"), what, got=type(backbone).__name__)
+    for pack in tasks:
+        subject = Subject(pack, backbone, None)
+        subject.check_backbone()
+        stage(f"graph of {subject.delta.backbone}")
+        use(subject.graph)
+
+
 def run_packs(
     function: str,
     tasks: Mapping[Path, str],
@@ -79,12 +103,8 @@ def run_packs(
 
     Raises:
         EdgepetError: of the first pack that failed, when all others are done.
-        InputError: the backbone is no name, or the number of processes is none.
     """
-    at_least_one("jobs", processes, most=MOST_JOBS)
-    if backbone is not None and not isinstance(backbone, str):
-        what = "need a backbone by its name: each runs in a process of its own"
-        raise InputError(option("jobs"), what, got=type(backbone).__name__)
+    tell(f"{len(tasks)} packs, {processes} at the same time")
     here, digest = environment(), lru_cache(maxsize=None)(folder_sha256)
     threads = max(1, here.cores // min(processes, len(tasks)))
 
@@ -109,7 +129,7 @@ def run_packs(
     try:
         return run_jobs(jobs, place, processes=processes, per_process=len(jobs), tell=lambda line: tell(_first(line)))
     except EdgepetError as error:
-        done = sum(read_result(job, place) is not None for job in jobs)
+        done = sum((place / job.digest).is_dir() for job in jobs)  # results are whole, or not there
         kept = f"{done} of {len(jobs)} packs are done and kept in {place}: the same command goes on from there"
         fix = kept if error.fix is None else f"{error.fix}; {kept}"
         raise type(error)(error.where, error.what, got=error.got, fix=fix) from error
@@ -138,7 +158,9 @@ def finish(results: Sequence[Result]) -> None:
     for result in results:
         shutil.rmtree(result.folder, ignore_errors=True)
     for place in {result.folder.parent for result in results}:
-        if place.name == JOBS:
+        if place.name != JOBS:
+            continue
+        with contextlib.suppress(InputError), held_alone(place / LOCK, "is being filled by another run of jobs"):
             for item in place.iterdir():  # results of jobs that nobody asks for any more
                 if _RESULT.fullmatch(item.name):
                     shutil.rmtree(item, ignore_errors=True)
