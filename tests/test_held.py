@@ -124,6 +124,29 @@ def test_a_folder_with_other_files_and_a_disk_without_room_are_refused(
     assert str(refusal.value) == f"{tmp_path}: {needed}\n  fix: make room, or name another place"
 
 
+def test_decoded_images_that_lie_with_others_files_stay(sets: Mapping[str, ImageSet], tmp_path: Path) -> None:
+    folder = tmp_path / "t.pixels"
+    load_held(sets, PREPROCESS, folder, budget_bytes=0)
+    (folder / "song.wav").touch()
+
+    forget(folder)
+
+    assert {path.name for path in folder.iterdir()} == {MANIFEST, "train.npy", "val.npy", "song.wav"}
+
+
+def test_where_they_do_not_fit_one_process_all_map_them(sets: Mapping[str, ImageSet], tmp_path: Path) -> None:
+    asked = list[bool]()
+
+    def anywhere(here: bool) -> bool:
+        asked.append(here)
+        return True
+
+    loaded = load_held(sets, PREPROCESS, tmp_path / "t.pixels", budget_bytes=SIZE, anywhere=anywhere)
+
+    assert asked == [False]
+    assert isinstance(loaded["val"][0], np.memmap)
+
+
 def test_a_process_that_does_not_write_waits_for_the_one_that_does(
     sets: Mapping[str, ImageSet], tmp_path: Path
 ) -> None:

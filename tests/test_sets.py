@@ -11,8 +11,9 @@ import pytest
 from PIL import Image
 
 from edgepet.errors import InputError
+from edgepet.images.folders import SPLITS
 from edgepet.images.preprocess import load_pixels, normalize
-from edgepet.images.sets import SPLITS, ImageSet, Split, batches, few_shots, load_set, load_sets, open_split
+from edgepet.images.sets import ImageSet, Split, batches, few_shots, load_set, load_sets, open_split
 from edgepet.spec import Preprocess
 
 UNEVEN = ImageSet(("ant", "bee"), (Path("1.png"), Path("2.png"), Path("3.png")), (0, 0, 1))

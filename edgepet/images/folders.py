@@ -117,7 +117,8 @@ def list_classes(folder: Path, *, least: int = 2, clips: bool = False, sparse: b
         few = {1: "a class folder", 2: "two class folders"}[least]
         fix = "make one folder a class"
         raise InputError(str(folder), f"needs at least {few}", got=len(class_folders), fix=fix)
-    passed = [_passed(item, "in no class folder") for item in _all(folder) if item not in class_folders]
+    known = set(class_folders)
+    passed = [_passed(item, "in no class folder") for item in _all(folder) if item not in known]
     dangling = [item for item in _entries(folder) if item.is_symlink() and not item.exists()]
     by_class: dict[str, Sequence[Path]] = {}
     for name, item in _named(class_folders):
@@ -139,6 +140,11 @@ def folders_in(folder: Path) -> list[Path]:
 def class_name(text: str) -> str:
     """A class's name in the one spelling that is compared: systems spell an accented letter as one sign or as two."""
     return unicodedata.normalize("NFC", text)
+
+
+def class_places(labels: Sequence[str]) -> dict[str, int]:
+    """Where each of a model's ``labels`` is, by the name that folders have for it."""
+    return {class_name(label): index for index, label in enumerate(labels)}
 
 
 def _named(class_folders: Sequence[Path]) -> list[tuple[str, Path]]:
@@ -176,7 +182,8 @@ def _images(folder: Path) -> tuple[list[Path], list[PassedOver]]:
 
 def _clips(folder: Path) -> tuple[list[Path], list[PassedOver]]:
     used = folders_in(folder)
-    return used, [_passed(item, "in no clip's folder") for item in _all(folder) if item not in used]
+    known = set(used)
+    return used, [_passed(item, "in no clip's folder") for item in _all(folder) if item not in known]
 
 
 def _images_below(folder: Path) -> Iterator[Path]:

@@ -27,6 +27,8 @@ def tell_of(folder: Path, sets: Mapping[Split, ImageSet], tell: Tell, *, clips: 
     Raises:
         InputError: ``folder`` cannot be read any more.
     """
+    if tell is tell_nobody:
+        return
     found = split_folders(folder, clips=clips)
     passed = dict.fromkeys(each for images in sets.values() for each in images.passed_over)
     counts = (f"{len(images)} {split}{_called(split, found)}" for split, images in sets.items())

@@ -23,7 +23,6 @@ from PIL import Image, UnidentifiedImageError
 from edgepet.errors import InputError
 from edgepet.files import refusing
 from edgepet.images.formats import FORMATS, is_image, plugged_formats
-from edgepet.images.formats import SUFFIXES as SUFFIXES
 from edgepet.spec import Preprocess
 
 Pixels: TypeAlias = NDArray[np.uint8]  # (..., height, width, 3), RGB
@@ -85,7 +84,7 @@ def load_pixels(path: Path, preprocess: Preprocess) -> Pixels:
             got=f"{image.width} x {image.height} resized to {width} x {height}",
             fix="crop the image or remove it",
         )
-    return to_pixels(image, preprocess)
+    return _fitted(image, preprocess)
 
 
 def _require_size(path: Path, file: Image.Image) -> None:
@@ -128,7 +127,11 @@ def to_pixels(image: Image.Image, preprocess: Preprocess) -> Pixels:
     if image.mode in _WIDE:
         told = f"{_WIDE[image.mode]} values, which would be cut off at 255"
         raise InputError("image", "must have 8 bits a channel", got=told, fix="scale it to 8 bits a channel")
-    image = _rgb(image, preprocess)
+    return _fitted(_rgb(image, preprocess), preprocess)
+
+
+def _fitted(image: Image.Image, preprocess: Preprocess) -> Pixels:
+    """An upright RGB image, resized and cropped."""
     height, width = _resized(image.height, image.width, preprocess)
     image = image.resize((width, height), _RESAMPLING[preprocess.interpolation])
     crop_height, crop_width = preprocess.image_size
@@ -158,7 +161,7 @@ def _opened(path: Path) -> Image.Image:
 
 
 def _rgb(image: Image.Image, preprocess: Preprocess) -> Image.Image:
-    """A new RGB image, turned where ``preprocess`` says so, that does not say how it is to be turned."""
+    """A new RGB image, turned where ``preprocess`` says so."""
     image.load()  # a TIFF is turned by Pillow itself then, and a PNG may say its orientation behind its pixels
     turn = _TURNS.get(_orientation(image)) if preprocess.orientation == "exif" else None
     if isinstance(image.info.get("transparency"), bytes):
@@ -166,7 +169,6 @@ def _rgb(image: Image.Image, preprocess: Preprocess) -> Image.Image:
         image = image.copy()
         del image.info["transparency"]
     image = image.convert("RGB")
-    image.info = {}
     return image if turn is None else image.transpose(turn)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -15,7 +15,6 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from edgepet.errors import InputError
-from edgepet.images.folders import SPLITS as SPLITS
 from edgepet.images.folders import (
     Listing,
     PassedOver,
@@ -45,6 +44,12 @@ class ImageSet:
 
     def __len__(self) -> int:
         return len(self.paths)
+
+    def at(self, indices: Iterable[int]) -> ImageSet:
+        """Those of its images that ``indices`` name, in their order."""
+        chosen = tuple(indices)
+        paths = tuple(self.paths[index] for index in chosen)
+        return replace(self, paths=paths, labels=tuple(self.labels[index] for index in chosen))
 
 
 def open_split(
@@ -104,9 +109,7 @@ def few_shots(images: ImageSet, shots: int, seed: int) -> ImageSet:
     rng = np.random.default_rng(seed)
     # Whole permutations, so that what one class draws does not depend on ``shots``.
     drawn = [rng.permutation(np.flatnonzero(labels == label))[:shots] for label in range(len(images.classes))]
-    chosen = sorted(int(index) for indices in drawn for index in indices)
-    paths = tuple(images.paths[index] for index in chosen)
-    return ImageSet(images.classes, paths, tuple(images.labels[index] for index in chosen), images.passed_over)
+    return images.at(sorted(int(index) for indices in drawn for index in indices))
 
 
 def load_set(
@@ -158,8 +161,7 @@ def load_batches(images: ImageSet, preprocess: Preprocess, batch_size: int) -> I
     """
     bad = list[InputError]()
     for start in range(0, len(images), batch_size):
-        stop = start + batch_size
-        part = ImageSet(images.classes, images.paths[start:stop], images.labels[start:stop])
+        part = images.at(range(start, min(start + batch_size, len(images))))
         pixels = _empty(part, preprocess)
         bad += _decode([part], preprocess, [pixels], None)
         if not bad:
@@ -168,9 +170,14 @@ def load_batches(images: ImageSet, preprocess: Preprocess, batch_size: int) -> I
         raise unreadable(bad, len(images))
 
 
+def pixels_shape(images: ImageSet, preprocess: Preprocess) -> tuple[int, ...]:
+    """(n, H, W, 3) of the decoded images, of clips (n, frames, H, W, 3)."""
+    *frames, channels, height, width = preprocess.input_shape
+    return (len(images), *frames, height, width, channels)
+
+
 def _empty(images: ImageSet, preprocess: Preprocess) -> Pixels:
-    *frames, _, height, width = preprocess.input_shape
-    return np.empty((len(images), *frames, height, width, 3), dtype=np.uint8)
+    return np.empty(pixels_shape(images, preprocess), dtype=np.uint8)
 
 
 def _decode(
