@@ -52,7 +52,7 @@ from edgepet.exporters.tensorrt import build_engines
 from edgepet.graphs.int8 import Int8Graph
 from edgepet.graphs.slots import task_slots
 from edgepet.images.preprocess import normalize
-from edgepet.images.sets import ImageSet, load_set, open_split
+from edgepet.images.sets import load_set, open_split
 from edgepet.packs.pack import write_pack
 from edgepet.proving.precision import calibration_of, express
 from edgepet.proving.subject import Subject
@@ -198,8 +198,7 @@ def test_images(pack: Path, data: Path, count: int) -> tuple[NpArray, NpArray]:
     """The test split, thinned evenly to ``count`` images, and its labels in the pack's order."""
     delta, test = read_pack(pack).delta, open_split(data, "test")
     index = np.unique(np.linspace(0, len(test) - 1, count).round().astype(int))
-    thin = ImageSet(test.classes, tuple(test.paths[i] for i in index), tuple(test.labels[i] for i in index))
-    pixels, labels = load_set(thin, delta.preprocess)
+    pixels, labels = load_set(test.at(index.tolist()), delta.preprocess)
     order = np.array([delta.labels.index(name) for name in test.classes])
     return normalize(pixels, delta.preprocess), order[labels]
 

@@ -26,8 +26,9 @@ from edgepet.measuring.latency import Ratio, ratio_of_runs
 from edgepet.methods import LoRA
 from edgepet.networks.backbone import Backbone
 from edgepet.networks.loading import load_backbone
-from edgepet.tuning.fit import LabelledPixels, Plan, fast_bfloat16, fit
+from edgepet.tuning.fit import LabelledPixels, Plan, fit
 from edgepet.tuning.model import TunedModel
+from edgepet.tuning.training import fast_bfloat16
 
 BACKBONE = "vit-small"
 BATCH, IMAGES, ROUNDS = 32, 128, 7

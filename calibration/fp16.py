@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from edgepet.calibration.rewriting import folded
-from edgepet.calibration.writer import GraphWriter, copied, require_valid, watching
+from edgepet.calibration.writer import GraphWriter, copied, require_valid
 from edgepet.device.onnxruntime import open_model
 from edgepet.errors import CheckError, InputError, require
 from edgepet.spec import NpArray
@@ -119,7 +119,7 @@ def stored_types(model: ModelProto) -> dict[str, dict[str, int]]:
 def _ranges(model: ModelProto, images: NpArray, where: str) -> dict[str, float]:
     """Largest magnitude of every float tensor that a node puts out, on all images; a tensor without one is no float."""
     names = [name for node in model.graph.node for name in node.output if name]
-    session = open_model(watching(model, names))
+    session = open_model(model, names)
     ranges: dict[str, float] = {}
     padded = {node.output[0] for node in model.graph.node if node.op_type == "Pad"}  # with -inf before a maximum
     (entry,) = (value.name for value in model.graph.input)

@@ -17,7 +17,7 @@ import numpy as np
 
 from edgepet.errors import InputError
 from edgepet.files import sha256_file
-from edgepet.images.folders import class_name, folders_in, split_folders, split_of
+from edgepet.images.folders import class_places, folders_in, split_folders, split_of
 from edgepet.images.formats import is_image
 from edgepet.images.notes import passed_over
 from edgepet.images.preprocess import Pixels, normalize
@@ -121,11 +121,12 @@ def calibration_images(
     """
     folder = Path(folder)
     clips = preprocess.frames > 1
-    judged = _joined([open_split(folder, part, clips=clips) for part in ("train", "val")])
-    if judged.classes != tuple(sorted(map(class_name, classes))):
-        unlike = format_names(sorted(set(judged.classes) ^ set(map(class_name, classes)))[:5])
+    train, val = (open_split(folder, part, clips=clips) for part in ("train", "val"))
+    judged, known = _joined([train, val]), class_places(classes)
+    if judged.classes != tuple(sorted(known)):
+        unlike = format_names(sorted(known.keys() ^ set(judged.classes))[:5])
         raise InputError(str(folder), f"needs the {len(classes)} classes of the task", got=f"a difference in {unlike}")
-    source = open_split(folder, "train", clips=clips) if "train" in split_folders(folder, clips=clips) else judged
+    source = train if "train" in split_folders(folder, clips=clips) else judged
     chosen = list(_distinct(source, _in_turn(source, seed), count))
     if len(chosen) < LEAST:
         what = f"needs at least {LEAST} different images to calibrate on"
@@ -137,8 +138,8 @@ def calibration_images(
     return CalibrationImages(
         folder=folder,
         preprocess=preprocess,
-        measured=_part(source, indices[held:]),
-        held_out=_part(source, indices[:held]),
+        measured=source.at(sorted(indices[held:])),
+        held_out=source.at(sorted(indices[:held])),
         judged=judged,
         digests=dict(sorted(digests.items())),
         seed=seed,
@@ -226,8 +227,3 @@ def _joined(sets: Sequence[ImageSet]) -> ImageSet:
         tuple(label for images in sets for label in images.labels),
         tuple(each for images in sets for each in images.passed_over),
     )
-
-
-def _part(images: ImageSet, indices: Sequence[int]) -> ImageSet:
-    ordered = sorted(indices)
-    return ImageSet(images.classes, tuple(images.paths[i] for i in ordered), tuple(images.labels[i] for i in ordered))

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, TypeAlias
 import numpy as np
 
 from edgepet.calibration.layers import Layer
-from edgepet.calibration.writer import watching
 from edgepet.device.onnxruntime import open_model
 from edgepet.errors import InputError, option
 from edgepet.graphs.base import INPUT
@@ -51,7 +50,7 @@ def observe(model: ModelProto, layers: Sequence[Layer], images: NpArray, *, wher
     axes = {layer.reads: layer.channel_axis for layer in layers}
     around = dict.fromkeys(name for layer in layers for name in (layer.reads, layer.puts_out))
     names = [name for name in around if name != INPUT]
-    session = open_model(watching(model, names))
+    session = open_model(model, names)
     gathered: dict[str, list[Activations]] = {}
     rng = np.random.default_rng(0)
     for start in range(0, len(images), _BATCH):

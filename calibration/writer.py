@@ -95,16 +95,3 @@ def settings_of(node: NodeProto) -> Mapping[str, object]:
     """The attributes of a node, as ``GraphWriter.node`` takes them."""
     onnx = require("onnx", extra="train", purpose="ONNX")
     return {attribute.name: onnx.helper.get_attribute_value(attribute) for attribute in node.attribute}
-
-
-def watching(model: ModelProto, names: Iterable[str]) -> ModelProto:
-    """A copy of ``model`` that puts out ``names``, tensors inside of it, and nothing else.
-
-    Raises:
-        MissingError: onnx is not installed.
-    """
-    onnx = require("onnx", extra="train", purpose="ONNX")
-    made = copied(model)
-    del made.graph.output[:]
-    made.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names)
-    return made

@@ -71,6 +71,11 @@ def option(field: str, value: object = None) -> str:
     return f"`{field}`" if value is None else f"`{field}={value}`"
 
 
+def first_line(error: BaseException) -> str:
+    """What an error of a library says first, or its kind where it says nothing."""
+    return str(error).strip().partition("\n")[0] or type(error).__name__
+
+
 def require(module: str, *, extra: str, purpose: str) -> ModuleType:
     """Import ``module`` or say which extra brings it.
 

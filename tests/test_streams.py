@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from edgepet.cli.main import main
-from edgepet.cli.streams import json_line, take_any_text
 from edgepet.packs.pack import write_pack
+from edgepet.reports.streams import json_line, take_any_text
 from tests.tiny import make_delta
 
 LABELS = ("épicéa", "木", "a–b")

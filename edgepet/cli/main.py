@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING
 
 from edgepet import __version__
 from edgepet.cli.options import Parser, ends_by_sigterm, flags_of, harmless, spelled
-from edgepet.cli.streams import forget, json_line, take_any_text, tell
 from edgepet.errors import EdgepetError, InputError
+from edgepet.reports.streams import forget, json_line, take_any_text, tell
 
 if TYPE_CHECKING:
     from argparse import ArgumentParser, Namespace

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import tempfile
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import numpy as np
 import onnxruntime
 
-from edgepet.device.refusals import refusal, require_images_alone
+from edgepet.device.refusals import refusing_model, require_images_alone
 from edgepet.device.runner import check_images, require_slots
 from edgepet.graphs.base import FEATURES, INPUT, BaseGraph
 from edgepet.graphs.int8 import Int8Graph
@@ -80,19 +80,14 @@ def open_session(
     if tensors:
         values = [onnxruntime.OrtValue.ortvalue_from_numpy(tensor) for tensor in tensors.values()]
         options.add_external_initializers(list(tensors), values)
-    try:  # without the library's fallback, which prints and tries the same provider again
+    what, copied = "cannot be opened by ONNX Runtime", not isinstance(model, bytes)
+    with refusing_model(where, what, _UNREADABLE, package=_PACKAGE, copied=copied):
+        # without the library's fallback, which prints and tries the same provider again
         return onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"], enable_fallback=0)
-    except _UNREADABLE as error:
-        what, copied = "cannot be opened by ONNX Runtime", not isinstance(model, bytes)
-        raise refusal(where, what, error, package=_PACKAGE, copied=copied) from error
 
 
-@contextlib.contextmanager
-def _running(where: str) -> Iterator[None]:
-    try:
-        yield
-    except _REFUSALS as error:
-        raise refusal(where, "cannot be run by ONNX Runtime", error, package=_PACKAGE) from error
+def _running(where: str) -> AbstractContextManager[None]:
+    return refusing_model(where, "cannot be run by ONNX Runtime", _REFUSALS, package=_PACKAGE)
 
 
 class ModelSession:
@@ -108,14 +103,21 @@ class ModelSession:
         return values
 
 
-def open_model(model: ModelProto) -> ModelSession:
+def open_model(model: ModelProto, puts_out: Iterable[str] | None = None) -> ModelSession:
     """Open an ``onnx.ModelProto`` of any size: beyond 2 GiB protobuf makes no bytes of one.
+
+    Args:
+        puts_out: names of tensors inside of it, which it puts out in place of its own outputs.
 
     Raises:
         InputError: as ``open_session``.
     """
     read = {name for node in model.graph.node for name in node.input}  # it knows no others by name
     light, outside = lightened(model, "memory", only=read)
+    if puts_out is not None:
+        del light.graph.output[:]
+        for name in puts_out:
+            light.graph.output.add(name=name)
     tensors = {tensor.name: value_of(tensor) for tensor in outside}
     return ModelSession(open_session(light.SerializeToString(), tensors=tensors), tensors)
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from functools import cache
 from pathlib import Path
 from types import TracebackType
@@ -13,7 +13,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from edgepet.device.refusals import refusal, require_images_alone
+from edgepet.device.refusals import refusing_model, require_images_alone
 from edgepet.device.runner import check_images, require_slots
 from edgepet.errors import InputError, require
 from edgepet.graphs.base import INPUT, BaseGraph
@@ -253,9 +253,5 @@ def _read(path: Path) -> _OpenVino:
         return core().read_model(path)
 
 
-@contextlib.contextmanager
-def _refusing(where: str, what: str) -> Iterator[None]:
-    try:
-        yield
-    except RuntimeError as error:
-        raise refusal(where, what, error, package="openvino") from error
+def _refusing(where: str, what: str) -> AbstractContextManager[None]:
+    return refusing_model(where, what, RuntimeError, package="openvino")

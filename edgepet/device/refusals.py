@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from edgepet.errors import InputError, option
 from edgepet.graphs.base import INPUT
@@ -12,18 +13,30 @@ _CODE = re.compile(r"Exception from \S+:\d+:|Check '.*' failed at \S+:\d+:")  # 
 _LATER = r"opset|IR[_ ]version|No Op registered|operation with type"
 _OUTSIDE = r"external data|file_length|weights data in bin|weights in bin"
 _ABSENT = r"NO_SUCHFILE|could not open"
+_AGAIN = "copy all files of the model again, or export it again"
 _OLDER = {"onnxruntime": f"with an older {option('opset')}", "openvino": "with this version"}
 
 
-def refusal(where: str, what: str, error: Exception, *, package: str, copied: bool = True) -> InputError:
-    """The error of a model that ``package`` refuses to open or to run; ``what`` it is, in words.
+@contextlib.contextmanager
+def refusing_model(
+    where: str, what: str, kinds: type[Exception] | tuple[type[Exception], ...], *, package: str, copied: bool = True
+) -> Iterator[None]:
+    """Tell errors of these ``kinds`` in the block as those of a model that ``package`` refuses to open or to run.
 
     Args:
+        what: it is, in words.
         copied: whether its files may have come from elsewhere; else no cure is known.
+
+    Raises:
+        InputError: there was one.
     """
-    told = [line.strip() for line in str(error).splitlines()]
-    told = [line for line in told if line and _CODE.fullmatch(line) is None] or [type(error).__name__]
-    return InputError(where, what, got=told[-1], fix=_cure("\n".join(told), package) if copied else None)
+    try:
+        yield
+    except kinds as error:
+        told = [line.strip() for line in str(error).splitlines()]
+        told = [line for line in told if line and _CODE.fullmatch(line) is None] or [type(error).__name__]
+        fix = _cure("\n".join(told), package) if copied else None
+        raise InputError(where, what, got=told[-1], fix=fix) from error
 
 
 def _cure(told: str, package: str) -> str:
@@ -33,7 +46,7 @@ def _cure(told: str, package: str) -> str:
         (_ABSENT, "name the folder of an exported model, with all of its files"),
     )
     found = (cure for words, cure in cures if re.search(words, told, re.IGNORECASE))
-    return next(found, "copy all files of the model again, or export it again")
+    return next(found, _AGAIN)
 
 
 def require_images_alone(names: Sequence[str], *, where: str) -> None:
@@ -44,5 +57,4 @@ def require_images_alone(names: Sequence[str], *, where: str) -> None:
     """
     if list(names) != [INPUT]:
         got = ", ".join(names) or "no input"
-        fix = "copy all files of the model again, or export it again"
-        raise InputError(where, f"must take one input, {INPUT}", got=got, fix=fix)
+        raise InputError(where, f"must take one input, {INPUT}", got=got, fix=_AGAIN)

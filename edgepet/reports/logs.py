@@ -18,17 +18,15 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, TypeAlias
+from typing import Any, Protocol
 
-from edgepet.errors import InputError, option, require
-from edgepet.files import made_folder, read_file, refusing, write_file
-from edgepet.reports.progress import Step
+from edgepet.errors import InputError, first_line, option, require
+from edgepet.files import made_folder, read_file, refusing, require_place, write_file
+from edgepet.reports.progress import Say, Step
 
 EXPERIMENT = "edgepet"  # MLflow's experiment, and the project of Weights & Biases
 _COLUMNS = ("step", "epoch", "images", "loss", "lr", "images_per_second", "val_top1", "val_loss")
 _RUN = re.compile(rb"[0-9a-z]{8,64}")
-
-Say: TypeAlias = Callable[[Step], None]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,6 +73,8 @@ def logged(names: Sequence[str], place: Place) -> Iterator[Say]:
     require_known(names)
     if names and place.folder.exists() and not place.folder.is_dir():
         raise InputError(option("log_dir", place.folder), "needs a folder, or a name that is free", got="a file")
+    if names:
+        require_place(place.folder / place.task, makes_parents=True)  # before images are read, not after
     logs = [LOGS[name](place) for name in dict.fromkeys(names)]
     begun = list[Log]()
 
@@ -258,7 +258,7 @@ class MlflowLog:
         try:
             yield
         except self._mlflow.exceptions.MlflowException as error:
-            raise InputError(str(self._uri), "MLflow could not log there", got=str(error).splitlines()[0]) from error
+            raise InputError(str(self._uri), "MLflow could not log there", got=first_line(error)) from error
 
 
 class WandbLog:
@@ -300,7 +300,7 @@ class WandbLog:
         try:
             yield
         except self._wandb.Error as error:
-            raise InputError(option("log", "wandb"), "wandb could not log", got=str(error).splitlines()[0]) from error
+            raise InputError(option("log", "wandb"), "wandb could not log", got=first_line(error)) from error
 
 
 def _earlier_run(place: Place, kind: str, first: Step) -> str | None:

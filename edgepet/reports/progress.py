@@ -7,6 +7,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from time import monotonic
 from types import TracebackType
+from typing import TypeAlias
 
 from rich import progress
 from rich.console import Console
@@ -38,6 +39,9 @@ class Step:
     step: int = 0
     lr: float | None = None
     val_loss: float | None = None
+
+
+Say: TypeAlias = Callable[[Step], None]
 
 
 class Progress:

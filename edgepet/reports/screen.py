@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import shutil
 import sys
@@ -17,6 +16,7 @@ from rich.console import Console
 from rich.measure import Measurement
 from rich.text import Text
 
+from edgepet.reports.streams import forget
 from edgepet.reports.tables import Table, printable
 
 PLAIN_WIDTH = 120  # columns, where there is no terminal
@@ -91,8 +91,7 @@ class _Terminal(Console):
         if not self.stderr:
             raise
         self.quiet = True
-        with contextlib.suppress(OSError, ValueError):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
+        forget(sys.stderr)
 
 
 def terminal(*, stderr: bool) -> Console:
