@@ -23,6 +23,16 @@ def require_rank(name: str, rank: int) -> None:
         raise InputError(name, "needs a rank of at least 1", got=rank)
 
 
+def require_length(name: str, length: int) -> None:
+    """Refuse a number of tokens that is none; ``name`` is the method's.
+
+    Raises:
+        InputError: ``length`` is below 1.
+    """
+    if length < 1:
+        raise InputError(name, "needs a length of at least 1", got=length)
+
+
 def start_bottleneck(
     width: int, rank: int, rng: np.random.Generator, *, how: Literal["near zero", "as LoRA"], prefix: str = ""
 ) -> dict[str, NpArray]:

@@ -14,8 +14,7 @@ from typing import ClassVar
 import numpy as np
 
 from edgepet.deltas.branches import Branch
-from edgepet.errors import InputError
-from edgepet.methods.bottleneck import require_rank
+from edgepet.methods.bottleneck import require_length, require_rank
 from edgepet.methods.method import BranchesOnly, Recipe, Start
 from edgepet.methods.parallel_adapter import ParallelAdapter
 from edgepet.methods.places import blocks_with
@@ -43,8 +42,7 @@ class Prefix(BranchesOnly):
     starts_as_identity: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        if self.length < 1:
-            raise InputError(self.name, "needs a length of at least 1", got=self.length)
+        require_length(self.name, self.length)
 
     def sites(self, layers: Sequence[Site]) -> tuple[Site, ...]:
         """Blocks whose attention takes further keys and values."""
@@ -94,8 +92,7 @@ class MAM(BranchesOnly):
     starts_as_identity: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        if self.length < 1:
-            raise InputError(self.name, "needs a length of at least 1", got=self.length)
+        require_length(self.name, self.length)
         require_rank(self.name, self.rank)
 
     @property

@@ -13,7 +13,7 @@ from typing import ClassVar
 import numpy as np
 
 from edgepet.deltas.branches import Branch
-from edgepet.errors import InputError
+from edgepet.methods.bottleneck import require_length
 from edgepet.methods.method import BranchesOnly, Recipe, Start
 from edgepet.methods.prefix import attending
 from edgepet.methods.starts import uniform
@@ -36,7 +36,7 @@ class VPTShallow(BranchesOnly):
     starts_as_identity: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        _require_length(self.name, self.length)
+        require_length(self.name, self.length)
 
     def sites(self, layers: Sequence[Site]) -> tuple[Site, ...]:
         """The first and the last block whose attention takes further keys and values."""
@@ -81,7 +81,7 @@ class VPTDeep(BranchesOnly):
     starts_as_identity: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        _require_length(self.name, self.length)
+        require_length(self.name, self.length)
 
     def sites(self, layers: Sequence[Site]) -> tuple[Site, ...]:
         """Blocks whose attention takes further keys and values."""
@@ -108,11 +108,6 @@ class VPTDeep(BranchesOnly):
             for site in sites
             if isinstance(site, Block)
         )
-
-
-def _require_length(name: str, length: int) -> None:
-    if length < 1:
-        raise InputError(name, "needs a length of at least 1", got=length)
 
 
 def _prompt(site: Site, length: int, rng: np.random.Generator) -> NpArray:

@@ -12,10 +12,10 @@ import numpy as np
 
 from edgepet.canonical import backbone_fingerprint
 from edgepet.deltas.delta import Head
-from edgepet.errors import InputError, require
+from edgepet.errors import InputError, first_line, require
 from edgepet.networks.classifier import Classifier, find_linear, headed, spelled
 from edgepet.networks.forms import over_frames
-from edgepet.networks.sizes import REFUSALS, first_line
+from edgepet.networks.sizes import REFUSALS
 from edgepet.networks.weights_file import require_finite
 from edgepet.spec import Base, NpArray, Preprocess, Site, Tensors
 
@@ -173,6 +173,16 @@ class Backbone:
         if self.spec.startswith(OWN):
             return None
         return find_linear(self.name, self.module, self.create_args, width=self.width, fused=self.fused)
+
+    @property
+    def classifier_layers(self) -> tuple[str, ...]:
+        """The layers of ``with_head``'s network that put out logits, where it is timm's."""
+        return self.classifiers if self._classifier is None else self._classifier.layers
+
+    @property
+    def classifier_norms(self) -> tuple[str, ...]:
+        """Batch norms in front of these layers."""
+        return () if self._classifier is None else self._classifier.norms
 
     @property
     def head_args(self) -> dict[str, object]:

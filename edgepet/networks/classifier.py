@@ -44,8 +44,7 @@ class Classifier:
 
     def takes(self, width: int) -> bool:
         """Whether it can compute what a linear layer on ``width`` features does."""
-        wanted = [(f"{layer}.weight", width) for layer in self.layers]
-        wide = all(int(np.prod(self.shapes[name][1:])) == columns for name, columns in wanted)
+        wide = all(int(np.prod(self.shapes[f"{layer}.weight"][1:])) == width for layer in self.layers)
         return bool(self.layers) and wide and not self.rest and all(f"{x}.bias" in self.shapes for x in self.layers)
 
     def tensors(self, head: Head) -> dict[str, NpArray]:

@@ -51,20 +51,22 @@ def without_branches(module: nn.Module, where: str) -> nn.Module | None:
     Raises:
         CheckError: the two forms put out other features, in float64.
     """
-    fused = inference_form(module) if _may_fuse(module) else module
-    if _names(fused) == _names(module):
+    if not _may_fuse(module):
+        return None
+    exact = _in_float64(module)
+    if _names(exact) == _names(module):
         return None
     deployed = any(hasattr(part, "switch_to_deploy") for part in module.modules())  # a RepGhost's branch is a norm
-    if not deployed and _kernels(fused) == _kernels(module):
+    if not deployed and _kernels(exact) == _kernels(module):
         return None
-    _require_same(module, fused, where)
-    return fused
+    _require_same(module, exact, where)
+    return exact.float()
 
 
-def _require_same(module: nn.Module, fused: nn.Module, where: str) -> None:
+def _require_same(module: nn.Module, exact: nn.Module, where: str) -> None:
     import torch
 
-    double = [copy.deepcopy(module).eval().double(), _in_float64(module)]
+    double = [copy.deepcopy(module).eval().double(), exact]
     size = cast(Mapping[str, tuple[int, ...]], module.pretrained_cfg)["input_size"]
     images = torch.randn(1, *size, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():

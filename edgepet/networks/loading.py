@@ -10,14 +10,13 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, cast
 
-from edgepet.errors import InputError, option, require
+from edgepet.errors import InputError, first_line, option, require
 from edgepet.networks.backbone import OWN, Backbone
 from edgepet.networks.classifier import headed, without_classifier
 from edgepet.networks.forms import inference_form_for, over_frames, without_branches
 from edgepet.networks.sizes import (
     Sides,
     at_size,
-    first_line,
     native_module,
     own_sides,
     quiet,
@@ -90,10 +89,11 @@ def load_backbone(
         known = f"for example {', '.join(close)}" if close else None
         raise InputError(spec, "is no timm architecture", got=repr(name), fix=known)
     with quiet():
-        native = _published(timm, name, spec) if file is None else _of_file(timm, name, file, asked, checkpoint_size)
+        native = _published(timm, name, spec) if file is None else _of_file(name, file, asked, checkpoint_size)
+        require_finite(native.module, str(file or spec))
         if not native.fused and not keep_branches and (summed := without_branches(native.module, spec)) is not None:
             native = replace(native, module=summed, fused=True)
-    require_finite(native.module, str(file or spec))
+            require_finite(summed, str(file or spec))
     return _at(asked or native.held, native, spec=spec, name=name, frames=frames)
 
 
@@ -103,7 +103,7 @@ def _at(size: Sides, native: _Native, *, spec: str, name: str, frames: int) -> B
     if size != native.held:
         require_patches(native.module, size, spec)
     state = native.module.state_dict()
-    build = partial(_bare, name, fused=native.fused)
+    build = partial(headed, name, 0, fused=native.fused)
     with quiet():
         module, create_args = at_size(
             build, native.module, native.held, size, native.arguments,
@@ -140,11 +140,6 @@ def _parse(spec: str) -> tuple[str, Path | None]:
     return name, file
 
 
-def _bare(name: str, arguments: Mapping[str, object], *, fused: bool = False) -> nn.Module:
-    """timm's network without a classifier and without weights."""
-    return headed(name, 0, arguments, fused=fused)
-
-
 def _published(timm: ModuleType, name: str, spec: str) -> _Native:
     """The network with the weights of timm's hub."""
     try:
@@ -159,16 +154,18 @@ def _published(timm: ModuleType, name: str, spec: str) -> _Native:
     return _Native(module=module, held=own_sides(module), arguments={}, fused=False)
 
 
-def _of_file(timm: ModuleType, name: str, file: Path, asked: Sides | None, checkpoint_size: bool) -> _Native:
+def _of_file(name: str, file: Path, asked: Sides | None, checkpoint_size: bool) -> _Native:
     """The network with the weights of a file."""
-    bare: nn.Module = timm.create_model(name, pretrained=False, num_classes=0)
+    build = partial(headed, name, 0, fused=False)
+    bare = build({})
     names = bare.state_dict().keys()
     state = read_weights(file, names)
     if (form := inference_form_for(state, bare)) is not None:
         _load(form, state, str(file), fused=True)
         return _Native(module=form, held=own_sides(form), arguments={}, fused=True)
     arguments = pooling_of(state, names)
-    module, held = native_module(partial(_bare, name), state if checkpoint_size else {}, asked, arguments)
+    own = build(arguments) if arguments else bare
+    module, held = native_module(own, build, state if checkpoint_size else {}, asked, arguments)
     _load(module, state, str(file))
     return _Native(module=module, held=held, arguments=arguments, fused=False)
 

@@ -30,7 +30,7 @@ def unwrapped(state: Mapping[str, T], names: Set[str], where: str) -> dict[str, 
         InputError: several prefixes have the network, and none or several are averages.
     """
     plain = {_INSIDE.sub("", name): value for name, value in state.items()}
-    counts = Counter(prefix for name in plain for prefix in _prefixes(name, names))
+    counts = Counter(prefix for name in plain for prefix in prefixes(name, names))
     most = max(counts.values(), default=0)
     best = [prefix for prefix, count in counts.items() if count == most]
     if "" in best or most < _ENOUGH * len(names):
@@ -52,7 +52,7 @@ def _without_decoder(state: dict[str, T], names: Set[str]) -> dict[str, T]:
     return {name: value for name, value in state.items() if not name.startswith(("decoder", "mask_token"))}
 
 
-def _prefixes(name: str, names: Collection[str]) -> Iterable[str]:
+def prefixes(name: str, names: Collection[str]) -> Iterable[str]:
     """What may stand before one of ``names`` in ``name``, dot included."""
     ends = [0, *(at.end() for at in re.finditer(r"\.", name))]
     return [name[:end] for end in ends if name[end:] in names]

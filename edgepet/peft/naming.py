@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 from edgepet.deltas.updates import Targeted
 from edgepet.errors import InputError, option
-from edgepet.networks.weight_names import Part, transformers_names
+from edgepet.networks.weight_names import Part, prefixes, transformers_names
 from edgepet.peft.reading import Adapter, Lowered, by_module
 from edgepet.spec import NpArray, Site, Tensors
 
@@ -81,8 +81,7 @@ def _prefix(modules: Mapping[str, object], ours: set[str]) -> str | None:
     """What stands before a layer's name in all ``modules``; "" where it is nothing, None where there is no such."""
     common: set[str] | None = None
     for module in modules:
-        ends = [0, *(dot.end() for dot in re.finditer(r"\.", module))]
-        found = {module[:end] for end in ends if module[end:] in ours}
+        found = set(prefixes(module, ours))
         common = found if common is None else common & found
     return min(common, key=len) if common else None
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar, cast
+from typing import Any, ClassVar, cast
 
 from edgepet.calibration.budget import Drop
 from edgepet.calibration.fp16 import Kept
@@ -19,8 +19,8 @@ from edgepet.spec import StoredPrecision
 class Exported:
     """An artefact, where it lies and what it took: ``seconds`` to fold and write, ``verify_seconds`` to compare.
 
-    ``kept_fp32`` is what an fp16 or int8 model computes in fp32, ``drop`` what int8 costs. ``why`` says why "auto"
-    chose this precision. What its manifest says is read from there; JSON has the names in ``shown``.
+    ``why`` says why "auto" chose this precision. What its manifest says is read from there; JSON has the names in
+    ``shown``.
     """
 
     artifact: Artifact
@@ -28,8 +28,6 @@ class Exported:
     size_bytes: int
     seconds: float
     verify_seconds: float
-    kept_fp32: tuple[Kept, ...]
-    drop: Drop | None
     warning: str | None
     why: str | None = None
 
@@ -92,6 +90,17 @@ class Exported:
     def int8(self) -> Mapping[str, object] | None:
         """The recipe of int8, and what it costs."""
         return self._evidence("int8")
+
+    @property
+    def kept_fp32(self) -> tuple[Kept, ...]:
+        """What an fp16 or int8 model computes in fp32."""
+        kept = cast("Sequence[Mapping[str, str]]", self.artifact.evidence.get("kept_fp32", ()))
+        return tuple(Kept(**node) for node in kept)
+
+    @property
+    def drop(self) -> Drop | None:
+        """What int8 costs."""
+        return Drop(**cast("Mapping[str, Any]", self.int8["drop"])) if self.int8 else None
 
     def _evidence(self, name: str) -> Mapping[str, object] | None:
         return cast("Mapping[str, object] | None", self.artifact.evidence.get(name))

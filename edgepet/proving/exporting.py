@@ -139,8 +139,6 @@ def _export_one(subject: Subject, model: Model, name: Format, folder: Path, opti
         size_bytes=folder_bytes(path),
         seconds=seconds,
         verify_seconds=verify_seconds,
-        kept_fp32=model.kept,
-        drop=model.drop,
         warning=model.warning,
     )
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from edgepet.calibration.budget import Drop, answers
+from edgepet.calibration.budget import answers
 from edgepet.calibration.fp16 import Kept, to_half
 from edgepet.calibration.images import CalibrationImages, calibration_images
 from edgepet.calibration.qdq import Int8Recipe
@@ -27,7 +27,7 @@ from edgepet.exporters.portable import make_plain
 from edgepet.files import folder_bytes
 from edgepet.graphs.base import BaseGraph
 from edgepet.graphs.int8 import Int8Graph
-from edgepet.images.folders import class_name
+from edgepet.images.folders import class_places
 from edgepet.measuring.latency import Candidate, measure
 from edgepet.measuring.machine import environment
 from edgepet.proving.subject import Subject, sample_images
@@ -55,7 +55,6 @@ class Model:
     kept: tuple[Kept, ...] = ()
     calibration: Mapping[str, object] | None = None
     int8: Mapping[str, object] | None = None
-    drop: Drop | None = None
     warning: str | None = None
 
     def logits(self, images: NpArray) -> NpArray:
@@ -77,12 +76,11 @@ def in_precision(subject: Subject, precision: StoredPrecision, options: ExportOp
     seconds = time.perf_counter() - began
     if options.simplify:
         proto = simplified(proto, subject.images[0][:2], where=subject.delta.task)
-    if precision == "fp32":
-        make_plain(proto)
-        return Model(proto=proto, precision=precision, seconds=seconds)
-    make = _in_half if precision == "fp16" else _in_int8
     began = time.perf_counter()
-    made = make(subject, proto, options, stage)
+    if precision == "fp32":
+        made = Model(proto=proto, precision=precision)
+    else:
+        made = (_in_half if precision == "fp16" else _in_int8)(subject, proto, options, stage)
     make_plain(made.proto)
     return replace(made, seconds=seconds + time.perf_counter() - began)
 
@@ -108,7 +106,6 @@ def _in_int8(subject: Subject, proto: ModelProto, options: ExportOptions, stage:
         kept=_kept(made),
         calibration={"inputs": "calib", "n": len(images.measured), **images.facts},
         int8=made.facts,
-        drop=made.drop,
         warning=images.warning,
     )
 
@@ -251,7 +248,7 @@ def _calibration(
     weights: frozenset[str] | None = None, smooth: Mapping[str, NpArray] | None = None,
     against: ModelProto | None = None,
 ) -> Calibration:  # fmt: skip
-    places = {class_name(label): index for index, label in enumerate(delta.labels)}
+    places = class_places(delta.labels)
     order = np.array([places[name] for name in images.measured.classes])
     weights = frozenset(graph.base.tensors) if weights is None else weights
     return Calibration(proto, weights, images, order, where=f"task {delta.task!r}", smooth=smooth, against=against)

@@ -263,9 +263,12 @@ def _loaded(spec: str, fingerprint: str, image_size: ImageSize, frames: int) -> 
     # As packs of before ADR-0020 and ADR-0021 are bound to it: with branches, at the architecture's size, or both.
     branches = (False, True) if backbone.fused else (False,)
     sizes = (True, False) if "@" in spec else (True,)
-    for keep_branches, checkpoint_size in itertools.product(branches, sizes):
-        older = load_backbone(spec, image_size=image_size, frames=frames, keep_branches=keep_branches,
-                              checkpoint_size=checkpoint_size)  # fmt: skip
+    for keep_branches, checkpoint_size in itertools.islice(itertools.product(branches, sizes), 1, None):
+        try:
+            older = load_backbone(spec, image_size=image_size, frames=frames, keep_branches=keep_branches,
+                                  checkpoint_size=checkpoint_size)  # fmt: skip
+        except InputError:  # it never was so
+            continue
         if older.fingerprint == fingerprint:
             return older
     return backbone
@@ -324,4 +327,4 @@ def synthetic_images(preprocess: Preprocess, count: int = 8) -> NpArray:
 def _sample(images: ImageSet, count: int = HELD_OUT) -> ImageSet:
     """``count`` images spread evenly over a set that comes class by class."""
     index = np.unique(np.linspace(0, len(images) - 1, min(count, len(images))).round().astype(int))
-    return ImageSet(images.classes, tuple(images.paths[i] for i in index), tuple(images.labels[i] for i in index))
+    return images.at(index.tolist())

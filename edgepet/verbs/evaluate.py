@@ -10,7 +10,7 @@ import numpy as np
 
 from edgepet.device.runtimes import RUNTIMES
 from edgepet.errors import InputError, option
-from edgepet.images.folders import SPLITS, class_name
+from edgepet.images.folders import SPLITS, class_places
 from edgepet.images.notes import Tell, tell_nobody, tell_of
 from edgepet.images.preprocess import normalize
 from edgepet.images.sets import ImageSet, load_batches, open_split
@@ -123,7 +123,7 @@ def _order(images: ImageSet, labels: tuple[str, ...], data: FilePath, model: Fil
     Raises:
         InputError: it is not among them.
     """
-    places = {class_name(label): index for index, label in enumerate(labels)}
+    places = class_places(labels)
     if not places.keys() >= set(images.classes):
         unlike = sorted(places.keys() ^ set(images.classes))
         what = f"needs the {len(labels)} classes of {Path(model).name}"

@@ -17,7 +17,7 @@ import numpy as np
 from edgepet.deltas.delta import Delta, Head, Score
 from edgepet.deltas.merge import fold_all, require_foldable
 from edgepet.errors import CheckError, InputError, require
-from edgepet.files import folder_bytes, made_cache, new_folder, refusing, require_only, require_place
+from edgepet.files import folder_bytes, made_cache, new_folder, read_file, require_only, require_place
 from edgepet.measuring.parity import STORED, Inputs
 from edgepet.networks.backbone import AnyBackbone
 from edgepet.packs.pack import Codec, encode_pack, read_pack, write_pack
@@ -103,7 +103,10 @@ def import_peft(
     stage("load the backbone")
     loaded = load_backbone(backbone, image_size=image_size) if isinstance(backbone, str) else backbone
     _require_timm(loaded)
-    naming = naming_of(adapter, loaded.tensors, loaded.layers, loaded.classifiers)
+    if loaded.classifier_norms:
+        what = "has a batch norm in front of its classifier, of which PEFT keeps no values"
+        raise InputError(loaded.label, what, got=", ".join(loaded.classifier_norms), fix="train it with edgepet")
+    naming = naming_of(adapter, loaded.tensors, loaded.layers, loaded.classifier_layers)
     lowered = naming.moved(lower(adapter, naming.tensors, naming.layers, naming.classifiers))
     _require_width(lowered.head, loaded, f"{folder}: {naming.classifiers[0]}")
     made_with = f"peft {adapter.config.get('peft_version') or ''}".strip()
@@ -322,8 +325,7 @@ def _labels(text: str | None) -> list[str] | None:
     """
     if text is None or not os.path.isfile(text):  # noqa: PTH113  ``Path.is_file`` raises on a long list of names
         return None if text is None else names(text)
-    with refusing(Path(text), "could not be read"):
-        data = Path(text).read_bytes()
+    data = read_file(Path(text))
     try:
         told = data.decode(_MARKS.get(data[:2], "utf-8-sig"))
     except UnicodeDecodeError as error:
