@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from edgepet.deltas.delta import Score
-from edgepet.errors import InputError, option
-from edgepet.images.preprocess import normalize
+from edgepet.errors import InputError, first_line, option
+from edgepet.images.sets import batches
 from edgepet.networks.forms import explicit_attention
-from edgepet.reports.progress import Step
+from edgepet.reports.progress import Say, Step
 from edgepet.spec import NpArray, Preprocess
 from edgepet.tuning.augmenting import Augmenter
 from edgepet.tuning.balance import class_weights, epoch_order
@@ -87,7 +87,6 @@ class Fit:
     seconds: float
 
 
-Say: TypeAlias = Callable[[Step], None]
 Judge: TypeAlias = Callable[[TunedModel, LabelledPixels, Preprocess, Plan, Tensor | None], tuple[float, float]]
 
 
@@ -159,7 +158,8 @@ class _Run:
         weights = class_weights(self.labels, model.linear.out_features, plan.balance)
         self.weights = None if weights is None else weights.to(plan.device)
         self.probe = not model.sites and not plan.augment  # frozen features do not change: remember them
-        self.seen = self.held = torch.empty(0)
+        self.seen = torch.empty(0)  # features, where they do not change
+        self.held: Tensor | None = None
         self.probed: float | None = None
         self.kept = dict[str, Tensor]()
         self.best, self.best_epoch = (-1.0, 0.0), 0
@@ -169,17 +169,20 @@ class _Run:
     def fit(self, say: Say, keeper: Keeper | None) -> Fit:
         began, saved = time.perf_counter(), keeper.load() if keeper else None
         if saved is None or self.probe:
-            self.seen = _features(self.model, self.train.pixels, self.preprocess, self.plan, follow=True)
-            self.model.standardize(self.seen)
-            self.held = _features(self.model, self.val.pixels, self.preprocess, self.plan)
-        if saved is None and self.model.sites:
-            self.probed = self.top1_of_probe()
+            seen = _features(self.model, self.train.pixels, self.preprocess, self.plan, follow=True)
+            self.model.standardize(seen)
+            if self.probe or self.model.sites:
+                held = _features(self.model, self.val.pixels, self.preprocess, self.plan)
+                if self.probe:
+                    self.seen, self.held = seen, held
+                else:
+                    self.probed = self.top1_of_probe(seen, held)
         if saved is not None and keeper is not None:
             try:
                 self.restore(saved)
             except (KeyError, IndexError, TypeError, ValueError, RuntimeError) as error:  # torch's own for shapes
-                raise no_whole(keeper.path, str(error).splitlines()[0]) from error
-        while self.epoch <= self.plan.epochs and not self.is_stale:
+                raise no_whole(keeper.path, first_line(error)) from error
+        while self.epoch <= self.plan.epochs and not self.processes.any(self.is_stale):
             self.one_epoch(say, keeper)
         self.model.load_state_dict(self.kept, strict=False)
         return Fit(
@@ -191,16 +194,19 @@ class _Run:
             seconds=time.perf_counter() - began,
         )
 
-    def top1_of_probe(self) -> float:
-        """Best val top-1 of the head alone, on features as they are now; it and random numbers then begin again."""
+    def top1_of_probe(self, seen: Tensor, held: Tensor) -> float:
+        """Best val top-1 of the head alone, on features of train and val; it and random numbers then begin again."""
         plan = replace(self.plan, augment=())  # features are of the images as they are
         run = _Run(self.model, self.train, self.val, self.preprocess, plan, ALONE, top1_and_loss)
-        run.probe, run.seen, run.held = True, self.seen, self.held
-        while run.epoch <= run.plan.epochs:
-            run.one_epoch(lambda step: None, None)
+        run.probe, run.seen, run.held = True, seen, held
+        best = 0.0
+        for run.epoch in range(1, plan.epochs + 1):
+            run.position = 0
+            run.all_steps(lambda step: None, None)
+            best = max(best, run.judged(None)[0])
         self.model.reset_head()
         torch.manual_seed(self.plan.seed + self.processes.rank)
-        return run.best[0]
+        return best
 
     @property
     def is_stale(self) -> bool:
@@ -208,10 +214,28 @@ class _Run:
         return self.plan.patience is not None and self.epoch - 1 - self.best_epoch >= self.plan.patience
 
     def one_epoch(self, say: Say, keeper: Keeper | None) -> None:
+        self.all_steps(say, keeper)
+        top1, val_loss = self.judged(keeper)
+        if (top1, -val_loss) > self.best:
+            self.best, self.best_epoch = (top1, -val_loss), self.epoch
+            self.kept = {name: value.clone() for name, value in self.own().items()}
+        say(self.said(top1, val_loss))
+        self.epoch, self.position, self.drawn = self.epoch + 1, 0, self.order.get_state()
+        if keeper:
+            keeper.save(self.state())
+
+    def judged(self, keeper: Keeper | None) -> tuple[float, float]:
+        """Top-1 and mean loss on val."""
+        top1, val_loss = self.judge(self.model, self.val, self.preprocess, self.plan, self.held)
+        _require_finite(val_loss, self.epoch, self.plan, keeper)
+        return top1, val_loss
+
+    def all_steps(self, say: Say, keeper: Keeper | None) -> None:
+        """Those of an epoch that are left."""
         self.model.train()
         self.drawn = self.order.get_state()
-        batches = torch.split(epoch_order(self.labels, self.plan.balance, self.order), self.plan.batch_size)
-        for index in batches[self.position :]:
+        parts = torch.split(epoch_order(self.labels, self.plan.balance, self.order), self.plan.batch_size)
+        for index in parts[self.position :]:
             start = time.perf_counter()
             self.loss = self.step(index)
             _require_finite(self.loss, self.epoch, self.plan, keeper)
@@ -224,16 +248,6 @@ class _Run:
                 raise KeyboardInterrupt(told)
             if keeper and self.processes.any(keeper.due):
                 keeper.save(self.state())
-        held = self.held if self.probe else None
-        top1, val_loss = self.judge(self.model, self.val, self.preprocess, self.plan, held)
-        _require_finite(val_loss, self.epoch, self.plan, keeper)
-        if (top1, -val_loss) > self.best:
-            self.best, self.best_epoch = (top1, -val_loss), self.epoch
-            self.kept = {name: value.clone() for name, value in self.own().items()}
-        say(self.said(top1, val_loss))
-        self.epoch, self.position, self.drawn = self.epoch + 1, 0, self.order.get_state()
-        if keeper:
-            keeper.save(self.state())
 
     def said(self, top1: float | None = None, val_loss: float | None = None) -> Step:
         total, lr = self.plan.epochs * len(self.train), self.optimizer.param_groups[0]["lr"]
@@ -323,22 +337,6 @@ def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
 
 
-def fast_bfloat16(device: str = "cpu") -> bool:
-    """Whether bfloat16 makes this machine's matrix products at least 1.2 times as fast: measured, not assumed."""
-    left, right = torch.randn(1024, 384, device=device), torch.randn(1536, 384, device=device)
-
-    def seconds(dtype: torch.dtype) -> float:
-        a, b = left.to(dtype), right.to(dtype)
-        times = []
-        for _ in range(7):
-            start = time.perf_counter()
-            functional.linear(a, b).sum().item()  # the number must be there, also on a device that works ahead
-            times.append(time.perf_counter() - start)
-        return min(times[2:])
-
-    return seconds(torch.float32) >= 1.2 * seconds(torch.bfloat16)
-
-
 @contextlib.contextmanager
 def _explicit_attention(model: TunedModel, plan: Plan) -> Iterator[None]:
     """Attention as two products and a softmax while training in bf16 on a CPU: torch's fused form has a slow backward
@@ -376,13 +374,8 @@ def _features(
     if model.fake_quant is not None:
         model.fake_quant.train(follow)
     with torch.no_grad(), _autocast(plan):
-        return torch.cat([model.features(part.to(plan.device)).float() for part in _batches(pixels, preprocess)])
-
-
-def _batches(pixels: NpArray, preprocess: Preprocess, size: int = 64) -> Iterator[Tensor]:
-    size = max(1, size // preprocess.frames)
-    for start in range(0, len(pixels), size):
-        yield torch.from_numpy(normalize(pixels[start : start + size], preprocess))
+        parts = map(torch.from_numpy, batches(pixels, preprocess, max(1, 64 // preprocess.frames)))
+        return torch.cat([model.features(part.to(plan.device)).float() for part in parts])
 
 
 def _require_finite(loss: float, epoch: int, plan: Plan, keeper: Keeper | None) -> None:

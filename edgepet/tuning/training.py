@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields
 from importlib.metadata import version
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch.nn import functional
 
 from edgepet.canonical import canonical_json
 from edgepet.deltas.delta import Delta, Score
@@ -29,11 +31,12 @@ from edgepet.methods.settings import stored
 from edgepet.networks.backbone import Backbone
 from edgepet.networks.loading import load_backbone
 from edgepet.packs.pack import encode_pack, read_pack
+from edgepet.reports.progress import Say
 from edgepet.spec import FilePath, NpArray
 from edgepet.tuning.augmenting import require_augmentations
 from edgepet.tuning.checkpoint import Keeper, checkpoint_file, ends_when_asked, identity_of
 from edgepet.tuning.fake_quant import FakeQuant
-from edgepet.tuning.fit import Fit, LabelledPixels, Plan, Say, fast_bfloat16, fit
+from edgepet.tuning.fit import Fit, LabelledPixels, Plan, fit
 from edgepet.tuning.model import TunedModel, algebra_error, extract
 from edgepet.tuning.optimizers import require_optimizer, require_schedule
 from edgepet.tuning.options import TrainOptions
@@ -108,8 +111,8 @@ def run(training: Training, processes: Processes) -> Made:
     stage("read images")
     held = load_held(
         {"train": train_set, "val": val_set}, backbone.preprocess, pixels_folder(training.output),
-        budget_bytes=free_memory_bytes() // 2 if options.memory is None else options.memory,
-        makes=processes.leads, wait=processes.wait, stage=stage,
+        budget_bytes=free_memory_bytes() // (2 * processes.size) if options.memory is None else options.memory,
+        anywhere=processes.any, makes=processes.leads, wait=processes.wait, stage=stage,
     )  # fmt: skip
     train_images, val_images = (LabelledPixels(*held[name]) for name in ("train", "val"))
     plan = _plan(training, method, device, processes)
@@ -221,6 +224,22 @@ def _autocast(precision: str, device: str, processes: Processes, checkpoint: Pat
         return precision == "bf16"
     before = identity_of(checkpoint).get("autocast")
     return bool(before) if before is not None else processes.any(fast_bfloat16(device))
+
+
+def fast_bfloat16(device: str = "cpu") -> bool:
+    """Whether bfloat16 makes this machine's matrix products at least 1.2 times as fast: measured, not assumed."""
+    left, right = torch.randn(1024, 384, device=device), torch.randn(1536, 384, device=device)
+
+    def seconds(dtype: torch.dtype) -> float:
+        a, b = left.to(dtype), right.to(dtype)
+        times = []
+        for _ in range(7):
+            start = time.perf_counter()
+            functional.linear(a, b).sum().item()  # the number must be there, also on a device that works ahead
+            times.append(time.perf_counter() - start)
+        return min(times[2:])
+
+    return seconds(torch.float32) >= 1.2 * seconds(torch.bfloat16)
 
 
 def _device(name: str | None) -> str:
