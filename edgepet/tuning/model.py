@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from edgepet.deltas.branches import ATTENTION, Branch
 from edgepet.deltas.delta import Delta, Head, Score
-from edgepet.deltas.merge import fold_all
-from edgepet.deltas.updates import fold, keeps_codes
+from edgepet.deltas.merge import fold_all, fold_each
+from edgepet.deltas.updates import apart, keeps_codes
 from edgepet.methods import ActivationPath, Branching, Method
 from edgepet.methods.method import flatten, unflatten
 from edgepet.methods.settings import stored
@@ -124,16 +124,14 @@ class TunedModel(nn.Module):
     def _folded(self, tuned: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
         """The tensors that are rounded, and those that the method changes at the sites without a hook."""
         frozen = self.backbone.state_dict(keep_vars=True) if self._folding else {}
-        coded, moved = {} if self.fake_quant is None else self.fake_quant.weights, set[str]()
-        state = dict(coded)
-        for targeted in self.method.lower(frozen, self._folding, tuned):
-            name = targeted.target.tensor
-            state[name] = fold(targeted, state.get(name, frozen[name]))
-            if name in coded and not keeps_codes(targeted):
-                moved.add(name)
+        coded = {} if self.fake_quant is None else self.fake_quant.weights
+        first, last = apart(self.method.lower(frozen, self._folding, tuned))
+        frozen = {**frozen, **coded}  # what is pushed is of what the codes stand for
+        state = fold_each(first, frozen, coded)
         if self.fake_quant is not None:
+            moved = {t.target.tensor for t in first if not keeps_codes(t)} & coded.keys()
             state |= {name: self.fake_quant.recoded(name, state[name]) for name in moved}
-        return state
+        return fold_each(last, frozen, state)
 
     def _reading(self) -> contextlib.AbstractContextManager[None]:
         return contextlib.nullcontext() if self.fake_quant is None else self.fake_quant.reading(self.backbone)
