@@ -39,8 +39,8 @@ class TrainOptions:
         balance: for classes of unlike size: "weights" of each class's loss, or "sampling" of images, so that an epoch
             sees all classes alike often, and some images many times.
         patience: end when so many epochs have brought no better one; None is never.
-        precision: "fp32", "bf16" (autocast) or "auto": bf16 where a CPU is measured to be faster in it, and on every GPU
-            that computes in it.
+        precision: "fp32", "bf16" (autocast) or "auto": bf16 where a CPU is measured to be faster in it, and on a GPU
+            that has it.
         backbone_precision: "int8" or "int4" (weights; activations have 8 bits) rounds the backbone while tuning, so
             that the delta repairs that too; the pack fits the float backbone as ever.
         device: torch's name of what trains, "cpu" or "cuda"; None is a GPU where torch finds one.
