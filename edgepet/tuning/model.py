@@ -21,6 +21,7 @@ from edgepet.networks.backbone import Backbone
 from edgepet.networks.graft import grafted, in_torch
 from edgepet.spec import NpArray, Site, Tuned
 from edgepet.tuning.fake_quant import FakeQuant
+from edgepet.tuning.front import Front
 from edgepet.tuning.noise import HEAD, Disturbed, Noise, layers_of
 
 LEAST_SCALE = 0.3  # of the root mean square of all features' deviations
@@ -44,6 +45,7 @@ class TunedModel(nn.Module):
     ) -> None:
         super().__init__()
         self.fake_quant: FakeQuant | None = fake_quant
+        self.front: Front | None = None
         self.method, self.sites = method, method.sites(backbone.layers)
         on_activations = method.activation_kinds if isinstance(method, ActivationPath) else ()
         self._hooked = tuple(site for site in self.sites if site.exposed and site.kind in on_activations)
@@ -89,6 +91,15 @@ class TunedModel(nn.Module):
         """Logits (n, C) of pooled features (n, d)."""
         return cast(Tensor, self.linear((features - self.mean) / self.std))
 
+    @contextlib.contextmanager
+    def beginning(self, front: Front | None) -> Iterator[None]:
+        """While the block runs, ``forward`` and ``features`` take rows of ``front``, where there is one, for images."""
+        self.front = front
+        try:
+            yield
+        finally:
+            self.front = None
+
     def features(self, images: Tensor, noise: Noise | None = None) -> Tensor:
         """Pooled features (n, d) of the tuned network, of images as ``forward`` takes them."""
         tuned = self.tuned()
@@ -105,8 +116,9 @@ class TunedModel(nn.Module):
         disturbed = contextlib.nullcontext() if noise is None else Disturbed(noise, pairs, self._layer_of)
         try:
             # The hooks that round come last, so that branches read what was there before.
-            with grafted(self.backbone, self.branches(tuned)), self._reading(), disturbed:
-                return cast(Tensor, torch.func.functional_call(self.backbone, folded, (images,)))
+            reading, beginning = self._reading(), self._begun(images)
+            with grafted(self.backbone, self.branches(tuned)), reading, beginning as given, disturbed:
+                return cast(Tensor, torch.func.functional_call(self.backbone, folded, (given,)))
         finally:
             for hook in hooks:
                 hook.remove()
@@ -146,6 +158,9 @@ class TunedModel(nn.Module):
             state |= {name: self.fake_quant.recoded(name, state[name]) for name in moved}
         names = {targeted.target.tensor for targeted in (*first, *last)}
         return fold_each(last, frozen, state), {name: frozen[name] for name in names}
+
+    def _begun(self, images: Tensor) -> contextlib.AbstractContextManager[Tensor]:
+        return contextlib.nullcontext(images) if self.front is None else self.front.begun(self.backbone, images)
 
     def _reading(self) -> contextlib.AbstractContextManager[None]:
         return contextlib.nullcontext() if self.fake_quant is None else self.fake_quant.reading(self.backbone)

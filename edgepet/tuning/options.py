@@ -61,8 +61,8 @@ class TrainOptions:
             pack where the work folder lies beside it; the head starts anew.
         resume: go on from the checkpoint of an interrupted training, or begin where there is none.
         checkpoint_s: seconds between two checkpoints within an epoch.
-        memory: bytes that decoded images may take; more are kept in ``TASK.pixels`` beside the pack until it is there.
-            None is half of what is free.
+        memory: bytes that decoded images may take, and what enters the first tuned block of them; more are kept in
+            ``TASK.pixels`` and ``TASK.features`` beside the pack until it is there. None is half of what is free.
         log: where every step is written to: "csv", "tensorboard", "mlflow" and "wandb", the last two on this machine
             unless ``MLFLOW_TRACKING_URI`` or ``WANDB_MODE`` says otherwise.
         log_dir: the folder of what they write; None is ``logs`` beside the output.

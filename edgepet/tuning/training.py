@@ -20,7 +20,7 @@ from edgepet.errors import CheckError, InputError, option
 from edgepet.exporters.trace import base_graph
 from edgepet.files import cache_folder, made_cache, require_only, require_place, require_space
 from edgepet.graphs.base import WEIGHTS, graph_folder
-from edgepet.images.held import load_held, pixels_folder
+from edgepet.images.held import Turn, features_folder, load_held, pixels_folder
 from edgepet.images.notes import Tell, tell_nobody, tell_of
 from edgepet.images.preprocess import normalize
 from edgepet.images.sets import ImageSet, few_shots, open_split
@@ -43,6 +43,7 @@ from edgepet.tuning.optimizers import require_optimizer, require_schedule
 from edgepet.tuning.options import TrainOptions
 from edgepet.tuning.processes import Processes
 from edgepet.tuning.recipes import consistency
+from edgepet.tuning.remembered import Place, remember
 from edgepet.tuning.work_folder import FILES, HELD_OUT, Work, read_work, work_folder
 
 # Of a plan: told where they are not what they always were.
@@ -113,20 +114,26 @@ def run(training: Training, processes: Processes) -> Made:
     began_with = {} if work is None else {"init": _start(model, backbone, work, str(options.init))}
     _rehearse(training, backbone, model, train_set)
     stage("read images")
+    budget_bytes = free_memory_bytes() // (2 * processes.size) if options.memory is None else options.memory
+    turn = Turn(anywhere=processes.any, makes=processes.leads, wait=processes.wait)
     held = load_held(
         {"train": train_set, "val": val_set}, backbone.preprocess, pixels_folder(training.output),
-        budget_bytes=free_memory_bytes() // (2 * processes.size) if options.memory is None else options.memory,
-        anywhere=processes.any, makes=processes.leads, wait=processes.wait, stage=stage,
+        budget_bytes=budget_bytes, turn=turn, stage=stage,
     )  # fmt: skip
     train_images, val_images = (LabelledPixels(*held[name]) for name in ("train", "val"))
     plan = _plan(training, method, device, processes)
     identity = _identity(backbone, model, plan, processes, train_set.classes, train_images, val_images) | began_with
     keeper = Keeper(path=checkpoint_file(training.output), identity=identity, every_s=options.checkpoint_s,
                     writes=processes.leads)  # fmt: skip
+    place = Place(
+        folder=features_folder(training.output), budget_bytes=budget_bytes - _in_memory(train_images, val_images),
+        identity=identity, turn=turn, tell=training.tell if processes.leads else tell_nobody, stage=stage,
+    )  # fmt: skip
+    known = remember(model, backbone, train_images, val_images, plan, place)
     stage("tune")
-    with ends_when_asked(keeper):
-        fitted = fit(model, train_images, val_images, backbone.preprocess, plan, say, keeper=keeper,
-                     processes=processes)  # fmt: skip
+    given = (train_images, val_images) if known is None else (known.train, known.val)
+    with ends_when_asked(keeper), model.beginning(None if known is None else known.front):
+        fitted = fit(model, *given, backbone.preprocess, plan, say, keeper=keeper, processes=processes)
     stage("prove, pack and score")
     proof = _prove(model, backbone, val_images.pixels)
     facts = _provenance(plan, model, fitted, len(train_images), options.shots) | began_with
@@ -135,6 +142,10 @@ def run(training: Training, processes: Processes) -> Made:
     )
     return Made(backbone=backbone, model=model, plan=plan, train=train_images, val=val_images, fitted=fitted,
                 proof=proof, delta=delta, keeper=keeper)  # fmt: skip
+
+
+def _in_memory(*sets: LabelledPixels) -> int:
+    return sum(images.pixels.nbytes for images in sets if not isinstance(images.pixels, np.memmap))
 
 
 def _image_sets(training: Training) -> tuple[ImageSet, ImageSet]:
