@@ -311,9 +311,10 @@ def table(result: dict[str, Any]) -> str:
         for name in ("torch", "timm", "onnxruntime", "openvino", "tensorrt-rtx")
         if name in here["versions"]
     )
-    return (
-        f"{markdown(Table('', columns, rows))}\n`{result['command']}` on {here['cpu']}, {versions}, {here['date']}.\n"
-    )
+    before = sum("fp32" not in row and "refused" not in row for row in result["rows"])
+    older = f" {before} rows without fp16 and int8 are of an earlier run." if before else ""
+    made = f"`{result['command']}` on {here['cpu']}, {versions}, {here['date']}.{older}"
+    return f"{markdown(Table('', columns, rows))}\n{made}\n"
 
 
 def relative(row: dict[str, Any], precision: str) -> str:
