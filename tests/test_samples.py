@@ -449,7 +449,9 @@ def test_an_unknown_task_lists_the_known(tmp_path: Path) -> None:
     with pytest.raises(InputError) as refused:
         build_task("flowers", tmp_path / "t")
 
-    assert str(refused.value) == "demo:flowers: sample tasks are one of digits, landcover, fashion, elpv, got 'flowers'"
+    assert str(refused.value) == (
+        "demo:flowers: sample tasks are one of digits, landcover, fashion, elpv, cards, materials, emoji, got 'flowers'"
+    )
 
 
 def test_a_cap_below_one_image_a_class_is_refused(tmp_path: Path) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shutil
+import subprocess
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -77,6 +79,41 @@ class DebianFile:
         if digest != self.digest:
             what = f"needs {path} of {self.package} {self.version}, sha256:{self.digest}"
             raise InputError(purpose, what, got=f"sha256:{digest}", fix=f"apt-get install {self.requirement}")
+        return content
+
+
+@dataclass(frozen=True, slots=True)
+class NpmFile:
+    """A file of a globally installed npm package; ``path`` in its folder, ``digest`` as of a ``PackageFile``."""
+
+    package: str
+    version: str
+    path: str
+    digest: str
+    registry: ClassVar[str] = "npm"
+
+    @property
+    def requirement(self) -> str:
+        """The release, as npm is asked for it."""
+        return f"{self.package}@{self.version}"
+
+    def read(self, *, purpose: str) -> bytes:
+        """The installed bytes; MissingError without npm or the package, InputError where they are not this release's.
+
+        The folder is asked of npm: the user's own settings, ``NPM_CONFIG_PREFIX`` and others, decide where it is.
+        """
+        missing, fix = f"needs the npm package {self.package!r}", f"npm install -g {self.requirement}"
+        if (npm := shutil.which("npm")) is None:
+            raise MissingError(purpose, missing, got="no npm", fix=f"install Node.js, then {fix}")
+        asked = subprocess.run([npm, "root", "-g"], capture_output=True, text=True, check=False)
+        path = Path(asked.stdout.strip(), self.package, self.path)
+        if not path.is_file():
+            raise MissingError(purpose, missing, got=f"no {path}", fix=fix)
+        content = read_file(path)
+        digest = _digest(content)
+        if digest != self.digest:
+            what = f"needs {path} of {self.package} {self.version}, sha256:{self.digest}"
+            raise InputError(purpose, what, got=f"sha256:{digest}", fix=fix)
         return content
 
 

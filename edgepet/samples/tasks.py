@@ -1,6 +1,7 @@
 """Labelled images that ordinary packages carry, as folders of PNGs: for the extra ``demo``, tests and benchmarks.
 
-Files are read out of installed packages; nothing is downloaded and no code of those packages is imported or run.
+Files are read out of installed packages; nothing is downloaded, and no code of those packages is imported or run
+but librsvg, which draws cards.
 """
 
 from __future__ import annotations
@@ -19,8 +20,10 @@ import numpy as np
 from edgepet.canonical import parse_json
 from edgepet.errors import InputError
 from edgepet.files import new_folder, read_file, refusing, write_file
+from edgepet.samples.collect_drawings import CARDS, EMOJI
 from edgepet.samples.collect_maps import LANDCOVER
 from edgepet.samples.collect_scans import DIGITS, ELPV, FASHION
+from edgepet.samples.collect_textures import MATERIALS
 from edgepet.samples.pools import LabelledImage, Pools, Task
 from edgepet.strict import ObjectReader
 
@@ -137,7 +140,10 @@ def _write(splits: Mapping[str, list[LabelledImage]], classes: Sequence[str], fo
 TASKS: dict[str, Task] = {
     "digits": DIGITS,
     "landcover": LANDCOVER,
-    # Those below are for benchmarks: they need more than the extra ``demo``.
+    # Those below are for benchmarks: they need more than the extra ``demo`` (see CONTRIBUTING.md).
     "fashion": FASHION,
     "elpv": ELPV,
+    "cards": CARDS,
+    "materials": MATERIALS,
+    "emoji": EMOJI,
 }
