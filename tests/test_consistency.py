@@ -769,7 +769,10 @@ STOPPED = {
 }
 
 
-@pytest.mark.parametrize(("plan", "method"), STOPPED.values(), ids=STOPPED)
+@pytest.mark.parametrize(
+    ("plan", "method"),
+    [pytest.param(*case, id=name, marks=pytest.mark.slow if "parts" in name else ()) for name, case in STOPPED.items()],
+)
 def test_a_fit_that_was_stopped_ends_with_the_same_bits(
     plan: Plan, method: Method, backbone: Backbone, tmp_path: Path
 ) -> None:
@@ -782,6 +785,7 @@ def test_a_fit_that_was_stopped_ends_with_the_same_bits(
     assert not same_bits(tensors_of(backbone, method, replace(plan, consistency=None)), expected)
 
 
+@pytest.mark.slow
 def test_a_fit_on_a_rounded_backbone_goes_on_as_well(backbone: Backbone, tmp_path: Path) -> None:
     def run(plan: Plan, folder: Path | None = None, after: int | None = None) -> dict[str, NpArray]:
         model = TunedModel(backbone, SSF(), 3, seed=1, fake_quant=FakeQuant(base_graph(backbone), "int4"))
