@@ -150,6 +150,7 @@ def test_a_push_that_does_not_fit_the_int8_backbone_is_refused(
 # ------------------------------------------------------------------------------------------------------------- tuning
 
 
+@pytest.mark.slow
 def test_a_network_that_is_tuned_on_codes_pushes_what_they_stand_for(backbone: Backbone) -> None:
     method = RepAdapter(on=("fc1",))
     quant = FakeQuant(base_graph(backbone), "int8")

