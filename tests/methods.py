@@ -11,6 +11,8 @@ import torch
 from edgepet.deltas.delta import Score
 from edgepet.deltas.merge import merge
 from edgepet.methods import (
+    ARC,
+    HTA,
     IA3,
     METHODS,
     SSF,
@@ -30,6 +32,8 @@ from edgepet.methods import (
     Method,
     NormTuning,
     RepAdapter,
+    UniLoRA,
+    VeRA,
 )
 from edgepet.methods.settings import restored
 from edgepet.networks.backbone import Backbone
@@ -57,6 +61,9 @@ EXAMPLES: dict[str, Method] = {
     "ia3": IA3(),
     "dora": DoRA(rank=2),
     "dora on whole layers": DoRA(rank=2, alpha=6.0, on=("attn.proj", "fc1")),
+    "hta": HTA(),
+    "hta on whole layers": HTA(rank=2, on=("fc1", "fc2", "patch_embed.proj", "proj")),
+    "hta without factors": HTA(rank=0),
     "fact-tt": FacTTT(rank=4),
     "fact-tk": FacTTK(rank=6, scale=2.0),
     "kadaptation": KAdaptation(terms=8),
@@ -66,7 +73,13 @@ EXAMPLES: dict[str, Method] = {
     "lokr, whole": LoKr(rank=8, factor=4),
     "repadapter": RepAdapter(scale=0.5),
     "repadapter, four groups": RepAdapter(rank=4, groups=4, on=("attn.proj", "fc2")),
+    "arc": ARC(rank=6),
+    "arc, elsewhere": ARC(rank=3, on=("attn.proj", "fc2")),
     "bi-lora": BiLoRA(rank=4),
+    "vera": VeRA(rank=8),
+    "vera on whole layers": VeRA(rank=5, d_initial=0.5, seed=7, on=("attn.proj", "fc1", "patch_embed.proj", "proj")),
+    "uni-lora": UniLoRA(d=50, rank=2),
+    "uni-lora on whole layers": UniLoRA(d=7, rank=3, seed=1, on=("fc1", "fc2", "patch_embed.proj", "proj")),
     "consolidator": Consolidator(groups=(16,)),
     "consolidator, nested": Consolidator(groups=(8, 16, 32)),
     "consolidator, not nested": Consolidator(groups=(8, 64, 4)),

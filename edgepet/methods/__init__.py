@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from edgepet.methods.adapter import Adapter, Houlsby
 from edgepet.methods.adaptformer import AdaptFormer
+from edgepet.methods.arc import ARC
 from edgepet.methods.baselines import Full, LinearProbe
 from edgepet.methods.bi_lora import BiLoRA
 from edgepet.methods.bitfit import BitFit
@@ -12,6 +13,7 @@ from edgepet.methods.conv_adapter import ConvAdapter
 from edgepet.methods.convpass import Convpass
 from edgepet.methods.dora import DoRA
 from edgepet.methods.fact import FacTTK, FacTTT
+from edgepet.methods.hta import HTA
 from edgepet.methods.ia3 import IA3
 from edgepet.methods.kadaptation import KAdaptation
 from edgepet.methods.krona import KronA, LoKr
@@ -26,9 +28,13 @@ from edgepet.methods.settings import configure
 from edgepet.methods.ssf import SSF
 from edgepet.methods.st_adapter import STAdapter
 from edgepet.methods.table import METHODS
+from edgepet.methods.uni_lora import UniLoRA
+from edgepet.methods.vera import VeRA
 from edgepet.methods.vpt import VPTDeep, VPTShallow
 
 __all__ = [
+    "ARC",
+    "HTA",
     "IA3",
     "MAM",
     "METHODS",
@@ -60,7 +66,9 @@ __all__ = [
     "Recipe",
     "RepAdapter",
     "STAdapter",
+    "UniLoRA",
     "VPTDeep",
     "VPTShallow",
+    "VeRA",
     "configure",
 ]

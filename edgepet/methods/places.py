@@ -38,9 +38,9 @@ def attention(
     return found or dense
 
 
-def attended(layers: Sequence[Site], on: Sequence[str]) -> tuple[Site, ...]:
-    """The layers that ``on`` names, or those of queries and values where it is empty, else all dense ones."""
-    chosen = attention(layers, on or QUERY_AND_VALUE, otherwise_dense=not on)
+def attended(layers: Sequence[Site], on: Sequence[str], default: Sequence[str] = QUERY_AND_VALUE) -> tuple[Site, ...]:
+    """The layers that ``on`` names, or those that ``default`` does where it is empty, else all dense ones."""
+    chosen = attention(layers, on or default, otherwise_dense=not on)
     return tuple(site for site in layers if site.name in chosen and site.kind in ("linear", "conv"))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from edgepet.methods.adapter import Adapter, Houlsby
 from edgepet.methods.adaptformer import AdaptFormer
+from edgepet.methods.arc import ARC
 from edgepet.methods.baselines import Full, LinearProbe
 from edgepet.methods.bi_lora import BiLoRA
 from edgepet.methods.bitfit import BitFit
@@ -12,6 +13,7 @@ from edgepet.methods.conv_adapter import ConvAdapter
 from edgepet.methods.convpass import Convpass
 from edgepet.methods.dora import DoRA
 from edgepet.methods.fact import FacTTK, FacTTT
+from edgepet.methods.hta import HTA
 from edgepet.methods.ia3 import IA3
 from edgepet.methods.kadaptation import KAdaptation
 from edgepet.methods.krona import KronA, LoKr
@@ -24,6 +26,8 @@ from edgepet.methods.pro_tuning import ProTuning
 from edgepet.methods.repadapter import RepAdapter
 from edgepet.methods.ssf import SSF
 from edgepet.methods.st_adapter import STAdapter
+from edgepet.methods.uni_lora import UniLoRA
+from edgepet.methods.vera import VeRA
 from edgepet.methods.vpt import VPTDeep, VPTShallow
 
 METHODS: dict[str, type[Method]] = {
@@ -35,6 +39,7 @@ METHODS: dict[str, type[Method]] = {
     "ia3": IA3,
     "lora": LoRA,
     "dora": DoRA,
+    "hta": HTA,
     "consolidator": Consolidator,
     "fact-tt": FacTTT,
     "fact-tk": FacTTK,
@@ -42,7 +47,10 @@ METHODS: dict[str, type[Method]] = {
     "krona": KronA,
     "lokr": LoKr,
     "repadapter": RepAdapter,
+    "arc": ARC,
     "bi-lora": BiLoRA,
+    "vera": VeRA,
+    "uni-lora": UniLoRA,
     "adapter": Adapter,
     "houlsby": Houlsby,
     "adaptformer": AdaptFormer,
