@@ -26,7 +26,7 @@ from edgepet.methods import IA3, SSF, AdaptFormer, DoRA, FacTTT, KronA, LinearPr
 from edgepet.networks.backbone import Backbone
 from edgepet.networks.merged import merged_logits
 from edgepet.packs.pack import read_pack, write_pack
-from edgepet.peft.reading import CONFIG, PREFIX, WEIGHTS
+from edgepet.peft.adapter import CONFIG, PREFIX, WEIGHTS
 from edgepet.spec import NpArray, Preprocess, Target
 from edgepet.tuning.model import TunedModel, extract
 from edgepet.verbs import peft as peft_verbs

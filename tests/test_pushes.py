@@ -21,7 +21,7 @@ from edgepet.graphs.int8 import CODE, Int8Graph, Int8Layer
 from edgepet.graphs.slots import Slots, task_slots
 from edgepet.methods import RepAdapter
 from edgepet.networks.backbone import Backbone
-from edgepet.peft.reading import Adapter
+from edgepet.peft.adapter import Adapter
 from edgepet.peft.writing import unlower
 from edgepet.spec import NpArray, Target
 from edgepet.tuning.fake_quant import FakeQuant

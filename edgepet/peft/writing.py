@@ -23,7 +23,7 @@ from edgepet.deltas.updates import Kronecker, LowRank, Push, Scale, Targeted, fo
 from edgepet.errors import InputError
 from edgepet.files import write_file
 from edgepet.methods.krona import two_factors
-from edgepet.peft.reading import CONFIG, PREFIX, WEIGHTS, Adapter
+from edgepet.peft.adapter import CONFIG, PREFIX, WEIGHTS, Adapter
 from edgepet.spec import NpArray, Site, Target, Tensors
 
 Number = TypeVar("Number", int, float)
