@@ -13,17 +13,21 @@ from edgepet.methods.conv_adapter import ConvAdapter
 from edgepet.methods.convpass import Convpass
 from edgepet.methods.dora import DoRA
 from edgepet.methods.fact import FacTTK, FacTTT
+from edgepet.methods.glora import GLoRA
+from edgepet.methods.hira import HiRA
 from edgepet.methods.hta import HTA
 from edgepet.methods.ia3 import IA3
 from edgepet.methods.kadaptation import KAdaptation
 from edgepet.methods.krona import KronA, LoKr
 from edgepet.methods.lora import LoRA
+from edgepet.methods.lora_mul import LoRAMul
 from edgepet.methods.method import ActivationPath, Branching, Method, Recipe
 from edgepet.methods.norm_tuning import NormTuning
 from edgepet.methods.parallel_adapter import ParallelAdapter
 from edgepet.methods.prefix import MAM, Prefix
 from edgepet.methods.pro_tuning import ProTuning
 from edgepet.methods.repadapter import RepAdapter
+from edgepet.methods.rlrr import RLRR
 from edgepet.methods.settings import configure
 from edgepet.methods.ssf import SSF
 from edgepet.methods.st_adapter import STAdapter
@@ -38,6 +42,7 @@ __all__ = [
     "IA3",
     "MAM",
     "METHODS",
+    "RLRR",
     "SSF",
     "ActivationPath",
     "AdaptFormer",
@@ -52,12 +57,15 @@ __all__ = [
     "FacTTK",
     "FacTTT",
     "Full",
+    "GLoRA",
+    "HiRA",
     "Houlsby",
     "KAdaptation",
     "KronA",
     "LinearProbe",
     "LoKr",
     "LoRA",
+    "LoRAMul",
     "Method",
     "NormTuning",
     "ParallelAdapter",
