@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
@@ -22,7 +22,8 @@ from edgepet.spec import NpArray, Tensors
 from edgepet.strict import ObjectReader
 
 CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
-PREFIX = "base_model.model."  # of every tensor: PeftModel.base_model is the tuner, its .model the network
+TUNER = "base_model."  # PeftModel's tuner, which has what all modules share: VeRA's A and B
+PREFIX = f"{TUNER}model."  # of every other tensor: the tuner's .model is the network
 
 _DTYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2", "I64": "<i8"}
 _EVERY = (
@@ -40,8 +41,11 @@ _KNOWN: dict[str, tuple[str, ...]] = {  # keys by type; any other key must be em
         "decompose_both", "decompose_factor", "init_weights",
     ),
     "IA3": (*_EVERY, "feedforward_modules", "init_ia3_weights"),
+    "VERA": (*_EVERY, "vera_dropout", "d_initial", "save_projection", "projection_prng_key", "bias", "init_weights"),
 }  # fmt: skip
 _HARMLESS_STARTS = (True, False, "gaussian", "eva", "orthogonal", "mica")  # they leave the base weights alone
+_SHARED = ("vera_A", "vera_B")
+_ELSEWHERE = {"UNILORA": "shuffles its values with NumPy's generator, whose order a pack does not repeat"}
 _PATTERNS = (
     *("target_modules", "exclude_modules", "modules_to_save", "layers_pattern", "feedforward_modules"),
     *("rank_pattern", "alpha_pattern"),
@@ -74,12 +78,14 @@ def compiled(pattern: str, where: str, whole: str | None = None) -> re.Pattern[s
 class Adapter:
     """A PEFT folder; ``tensors`` are under PEFT's names without ``PREFIX``, floating-point ones in float32 or wider.
 
-    ``where`` is the place that messages name, ``config`` what ``adapter_config.json`` holds.
+    ``shared`` are those of all modules together, without ``TUNER``. ``where`` is the place that messages name,
+    ``config`` what ``adapter_config.json`` holds.
     """
 
     where: str
     config: Mapping[str, Any]
     tensors: Tensors
+    shared: Tensors = field(default_factory=dict)
 
     def number(self, key: str, otherwise: float) -> float:
         """A number of the configuration, ``otherwise`` where it has none.
@@ -124,8 +130,8 @@ def read_adapter(folder: Path) -> Adapter:
     """Read a PEFT folder and refuse what is not known to fold.
 
     Raises:
-        InputError: a file is missing or damaged, or the configuration asks for something else than LoRA, DoRA, LoKr or
-            IA3 on unchanged base weights.
+        InputError: a file is missing or damaged, or the configuration asks for something else than LoRA, DoRA, LoKr,
+            IA3 or VeRA on unchanged base weights.
     """
     if not (folder / CONFIG).is_file():
         inside = sorted(path.parent.name for path in folder.glob(f"*/{CONFIG}"))
@@ -144,7 +150,9 @@ def read_adapter(folder: Path) -> Adapter:
         raise InputError(str(folder / CONFIG), "is no readable JSON", got=error) from error
     if not isinstance(config, dict):
         raise InputError(str(folder / CONFIG), "needs an object", got=type(config).__name__)
-    adapter = Adapter(where=str(folder), config=config, tensors=_read_tensors(folder / WEIGHTS))
+    tensors = _read_tensors(folder / WEIGHTS)
+    shared = {name: tensors.pop(name) for name in _SHARED if name in tensors}
+    adapter = Adapter(where=str(folder), config=config, tensors=tensors, shared=shared)
     _check_config(adapter)
     return adapter
 
@@ -159,7 +167,7 @@ def _read_tensors(path: Path) -> dict[str, NpArray]:
         where = f"{path}: {name}"
         if facts["dtype"] not in _DTYPES:
             raise InputError(where, f"needs one of {', '.join(_DTYPES)}", got=facts["dtype"])
-        if not name.startswith(PREFIX):
+        if not name.startswith(PREFIX) and name.removeprefix(TUNER) not in _SHARED:
             raise InputError(where, f"needs a name that begins with {PREFIX}")
         array = np.frombuffer(facts["data"], _DTYPES[facts["dtype"]])
         if facts["dtype"] == "BF16":  # the upper half of a float32
@@ -167,16 +175,16 @@ def _read_tensors(path: Path) -> dict[str, NpArray]:
         array = (array.astype(np.float32) if facts["dtype"] == "F16" else array).reshape(facts["shape"])
         if array.dtype.kind == "f" and not np.isfinite(array).all():
             raise InputError(where, "needs finite values")
-        tensors[name.removeprefix(PREFIX)] = array
+        tensors[name.removeprefix(PREFIX if name.startswith(PREFIX) else TUNER)] = array
     return tensors
 
 
 def _check_config(adapter: Adapter) -> None:
     config = adapter.config
     kind = config.get("peft_type")
-    if kind not in _KNOWN:
+    if not isinstance(kind, str) or kind not in _KNOWN:
         fix = "merge it in PEFT with merge_and_unload(): NAME@FILE takes the state dict as a backbone"
-        raise adapter.refusal("peft_type", f"is one of {', '.join(_KNOWN)}", fix)
+        raise adapter.refusal("peft_type", _ELSEWHERE.get(str(kind), f"is one of {', '.join(_KNOWN)}"), fix)
     for key, value in config.items():
         if key not in _KNOWN[kind] and value:
             raise adapter.refusal(key, "must be off: it does not fold, or is not known here", f"tune without {key}")
@@ -186,6 +194,7 @@ def _check_config(adapter: Adapter) -> None:
     for key in ("rank_pattern", "alpha_pattern"):
         if not isinstance(config.get(key) or {}, dict):
             raise adapter.refusal(key, "needs an object")
+    _check_shared(adapter)
     inner = config.get("feedforward_modules") or []
     if not isinstance(inner, str) and not (isinstance(inner, list) and all(isinstance(name, str) for name in inner)):
         raise adapter.refusal("feedforward_modules", "needs names or a pattern")
@@ -193,3 +202,17 @@ def _check_config(adapter: Adapter) -> None:
         given = config.get(key) or ()
         for pattern in (given,) if isinstance(given, str) else given if isinstance(given, list | dict) else ():
             compiled(str(pattern), f"{adapter.where}/{CONFIG}: {key}")
+
+
+def _check_shared(adapter: Adapter) -> None:
+    """VeRA's A and B are there, and nothing of the kind where the configuration is another's."""
+    wanted, got = (_SHARED if adapter.config["peft_type"] == "VERA" else ()), tuple(adapter.shared)
+    if wanted and not adapter.config.get("save_projection", True):
+        what = "must be true: else A and B come from torch's generator, whose numbers are not promised"
+        raise adapter.refusal("save_projection", what, "tune with save_projection=True, as PEFT does by itself")
+    if got != wanted:
+        what = f"needs {' and '.join(wanted)} beside its modules" if wanted else "is not VeRA, and has no place for it"
+        raise InputError(f"{adapter.where}/{WEIGHTS}", what, got=", ".join(got) or "none")
+    for name, matrix in adapter.shared.items():
+        if matrix.ndim != 2:
+            raise InputError(f"{adapter.where}/{WEIGHTS}: {name}", "needs a matrix", got=matrix.shape)

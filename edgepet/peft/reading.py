@@ -1,6 +1,6 @@
 """PEFT adapters as updates of a backbone's tensors.
 
-What PEFT computes is in its ``tuners/lora``, ``tuners/lokr`` and ``tuners/ia3``; each function here names its formula.
+What PEFT computes is in its ``tuners``: ``lora``, ``lokr``, ``ia3`` and ``vera``; each function here names its formula.
 Whatever is not known to fold is refused by the tensor that asks for it.
 """
 
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from edgepet.deltas.delta import Head
-from edgepet.deltas.expressions import Factor, Product
+from edgepet.deltas.expressions import Factor, Product, Scaled
 from edgepet.deltas.updates import Kronecker, LowRank, Replace, Scale, Targeted, check, fold, in_precision_of
 from edgepet.errors import InputError, option
 from edgepet.methods.dora import rescaled
@@ -21,11 +21,11 @@ from edgepet.methods.method import shift
 from edgepet.peft.adapter import CONFIG, Adapter, compiled
 from edgepet.spec import NpArray, Site, Target, Tensors
 
-_METHODS = {"LORA": "lora", "LOKR": "lokr", "IA3": "ia3"}
-_SETTINGS = ("r", "lora_alpha", "alpha", "use_rslora", "rank_pattern", "alpha_pattern", "target_modules")
+_METHODS = {"LORA": "lora", "LOKR": "lokr", "IA3": "ia3", "VERA": "vera"}
+_SETTINGS = ("r", "lora_alpha", "alpha", "use_rslora", "rank_pattern", "alpha_pattern", "d_initial", "target_modules")
 _ENDINGS = re.compile(
     r"(?P<module>.+)\.(?P<part>lora_[AB]\.(?:weight|bias)|lora_magnitude_vector(?:\.weight)?"
-    r"|lokr_(?:w[12](?:_[ab])?|t2)|ia3_l)"
+    r"|lokr_(?:w[12](?:_[ab])?|t2)|ia3_l|vera_lambda_[bd])"
 )
 
 
@@ -61,7 +61,7 @@ def lower(adapter: Adapter, base: Tensors, layers: Sequence[Site], classifiers: 
     updates = _replaced(adapter, saved, base)
     moved = dict(base) | {targeted.target.tensor: fold(targeted, base[targeted.target.tensor]) for targeted in updates}
     sites = {site.name: site for site in layers if site.kind in ("linear", "conv")}
-    for name, given in modules.items():
+    for name, given in _with_shared(adapter, modules, sites).items():
         updates += _adapted(adapter, name, sites.get(name), given, moved)
     for targeted in updates:
         check(
@@ -106,6 +106,25 @@ def by_module(adapter: Adapter) -> tuple[dict[str, dict[str, NpArray]], dict[str
             plain = name.replace(".base_layer.", ".").replace(".modules_to_save.", ".")
             saved[plain] = adapter.tensors.get(plain, tensor)
     return modules, saved
+
+
+def _with_shared(
+    adapter: Adapter, modules: Mapping[str, dict[str, NpArray]], sites: Mapping[str, Site]
+) -> dict[str, dict[str, NpArray]]:
+    """``modules`` with the first columns of A and the first rows of B that each has: equal ones are one array."""
+    cuts: dict[tuple[str, int], NpArray] = {}
+    known = {name: sites[name] for name in modules if name in sites and adapter.shared}
+    for site in known.values():
+        columns, rows = site.in_features, site.out_features
+        if ("vera_A", columns) not in cuts:
+            cuts["vera_A", columns] = _float32(adapter.shared["vera_A"][:, :columns])
+        if ("vera_B", rows) not in cuts:
+            cuts["vera_B", rows] = _float32(adapter.shared["vera_B"][:rows])
+    shares = {
+        name: {"vera_A": cuts["vera_A", site.in_features], "vera_B": cuts["vera_B", site.out_features]}
+        for name, site in known.items()
+    }
+    return {name: given | shares.get(name, {}) for name, given in modules.items()}
 
 
 def _head(adapter: Adapter, saved: dict[str, NpArray], classifiers: Sequence[str]) -> Head:
@@ -208,10 +227,19 @@ def _ia3(adapter: Adapter, site: Site, given: dict[str, NpArray], base: Tensors)
     return [Targeted(Target(tensor), Scale(scale)) for tensor in tensors]
 
 
+def _vera(adapter: Adapter, site: Site, given: dict[str, NpArray], base: Tensors) -> list[Targeted]:
+    """W + diag(b) B diag(d) A, of whose A and B the layer has its share."""
+    del adapter, base
+    b, d = _float32(given.pop("vera_lambda_b")), _float32(given.pop("vera_lambda_d"))
+    low_rank = LowRank(left=Scaled(b, given.pop("vera_B")), right=Scaled(d, given.pop("vera_A")))
+    return [Targeted(Target(site.weight), low_rank)]
+
+
 _LOWERING: dict[str, Callable[[Adapter, Site, dict[str, NpArray], Tensors], list[Targeted]]] = {
     "LORA": _lora,
     "LOKR": _lokr,
     "IA3": _ia3,
+    "VERA": _vera,
 }
 
 
