@@ -66,12 +66,13 @@ NETWORKS = {
 _NO_BLOCKS = "its place is in a transformer's block, beside attention or the MLP"
 _NO_QUERIES = "its rows are extra keys and values, and there is no attention"
 _NO_TOKENS = "it learns tokens, and a ConvNet has none"
-REASONS = {  # why a method finds no place on ConvNets; RepAdapter and Conv-Adapter have their own below
+_NO_NORM_BEFORE = "it goes in front of dense 1 x 1 layers behind a norm; here every norm is behind its convolution"
+REASONS = {  # why a method finds no place on ConvNets; Conv-Adapter has its own below
     **dict.fromkeys(("adapter", "houlsby", "adaptformer", "parallel-adapter", "convpass"), _NO_BLOCKS),
     **dict.fromkeys(("prefix", "mam"), _NO_QUERIES),
     **dict.fromkeys(("vpt-shallow", "vpt-deep"), _NO_TOKENS),
     "st-adapter": "its place is on the patches of a transformer's residual stream",
-    "repadapter": "it goes in front of dense 1 x 1 layers behind a norm; here every norm is behind its convolution",
+    **dict.fromkeys(("repadapter", "arc"), _NO_NORM_BEFORE),
     "conv-adapter": "it repeats a convolution's kernel and stride, and a ViT has none in its blocks",
 }
 

@@ -22,12 +22,12 @@ import torch
 from edgepet.deltas.delta import Score
 from edgepet.deltas.updates import Add, LowRank, Scale, Targeted
 from edgepet.errors import CheckError, InputError, MissingError
-from edgepet.methods import IA3, SSF, AdaptFormer, DoRA, FacTTT, KronA, LinearProbe, LoKr, LoRA, Method
+from edgepet.methods import IA3, SSF, AdaptFormer, DoRA, FacTTT, KronA, LinearProbe, LoKr, LoRA, Method, UniLoRA, VeRA
 from edgepet.methods.depth import in_blocks
 from edgepet.networks.backbone import Backbone
 from edgepet.networks.merged import merged_logits
 from edgepet.packs.pack import read_pack, write_pack
-from edgepet.peft.reading import CONFIG, PREFIX, WEIGHTS
+from edgepet.peft.adapter import CONFIG, PREFIX, WEIGHTS
 from edgepet.spec import NpArray, Preprocess, Target
 from edgepet.tuning.model import TunedModel, extract
 from edgepet.verbs import peft as peft_verbs
@@ -143,6 +143,10 @@ def lokr(**settings: Any) -> Any:
     return peft.LoKrConfig(**{"r": 2, "modules_to_save": ["head"], **settings})
 
 
+def vera(**settings: Any) -> Any:
+    return peft.VeraConfig(**{"r": 6, "modules_to_save": ["head"], **settings})
+
+
 CONVS: dict[str, Any] = {"target_modules": r"layer\d\.0\.conv[12]", "modules_to_save": ["fc"]}
 PATTERNS: dict[str, Any] = {
     "rank_pattern": {r"blocks\.[01]\.attn\.qkv": 3, "fc1": 2},
@@ -172,6 +176,9 @@ ADAPTERS: dict[str, tuple[str, Any, str]] = {
     "lokr on convolutions": ("test_resnet", lokr(**CONVS), "lokr"),
     "lokr on convolutions, whole": ("test_resnet", lokr(**CONVS | {"r": 60}), "lokr"),
     "lokr, a Tucker core": ("test_resnet", lokr(use_effective_conv2d=True, decompose_both=True, **CONVS), "lokr"),
+    "vera": ("test_vit", vera(target_modules=["qkv", "fc1", "fc2"]), "vera"),
+    "vera, all biases": ("test_vit", vera(target_modules=["qkv"], bias="all", d_initial=0.3), "vera"),
+    "vera, its layers' biases": ("test_vit", vera(target_modules=["qkv", "fc1"], bias="vera_only"), "vera"),
     "lokr on groups": ("test_convnext", lokr(target_modules=["conv_dw"], modules_to_save=["head.fc"]), "lokr"),
 }  # fmt: skip
 
@@ -221,6 +228,10 @@ TRAINED: dict[str, tuple[str, Method, str]] = {
     "ia3 on convolutions": ("test_resnet", IA3(), "IA3"),
     "lokr on layers": ("test_vit", LoKr(rank=2, on=("attn.proj", "fc1")), "LOKR"),
     "lokr on q and v, which PEFT cannot cut": ("test_vit", LoKr(), "LOKR"),
+    "vera on q and v": ("test_vit", VeRA(rank=5), "VERA"),
+    "vera on blocks and layers": ("test_vit", VeRA(rank=3, on=("q", "k", "v", "fc1", "fc2")), "VERA"),
+    "vera on convolutions": ("test_resnet", VeRA(rank=3, on=("conv1", "conv2")), "LORA"),
+    "uni-lora on q and v": ("test_vit", UniLoRA(d=40), "LORA"),
     "krona on layers": ("test_vit", KronA(scale=0.5, on=("attn.proj", "fc1")), "LOKR"),
 }
 
@@ -312,6 +323,22 @@ def test_blocks_of_a_fused_weight_are_rows_of_one_adapter(backbone: Backbone, tm
     assert b[:64, 3:].count_nonzero() == b[128:, :3].count_nonzero() == 0
 
 
+def test_layers_of_vera_share_two_matrices_in_the_folder_and_in_the_pack(backbone: Backbone, tmp_path: Path) -> None:
+    pack = packed(backbone, VeRA(rank=5), tmp_path / "flowers.pet")
+    export_peft(pack, tmp_path / "adapter", backbone=backbone)
+    import_peft(tmp_path / "adapter", tmp_path / "again.pet", backbone=backbone)
+
+    tensors = tensors_of(tmp_path / "adapter")
+    a, b = (tensors[f"base_model.vera_{name}"].numpy() for name in "AB")
+    assert (a.shape, b.shape) == ((10, 64), (192, 10))  # of q and of v, one below and one beside the other
+    assert np.array_equal(a[:5], a[5:])
+    assert np.array_equal(b[:64, :5], b[128:, 5:])
+    assert not b[64:128].any()
+    vectors = {name.rpartition(".")[2] for name in tensors if ".blocks." in name}
+    assert vectors == {"vera_lambda_b", "vera_lambda_d"}
+    assert read_pack(tmp_path / "again.pet").delta.stored_values == a.size + b.size + 6 * (192 + 10)
+
+
 # Adapters of other networks than timm's own
 
 
@@ -366,6 +393,7 @@ OTHERS: dict[str, tuple[Any, Any]] = {  # the network, and the configuration
         as_own, lora(target_modules=["v_proj"], lora_bias=True, modules_to_save=["classifier", "layernorm_after"])
     ),
     "ViT, ia3": (as_own, ia3(target_modules=["k_proj", "v_proj", "fc2"], feedforward_modules=["fc2"], **OWN)),
+    "ViT, vera": (as_own, vera(target_modules=["q_proj", "v_proj", "fc1"], **OWN)),
     "ViT, lokr": (as_own, lokr(target_modules=["q_proj", "fc1"], **OWN)),
 }  # fmt: skip
 
@@ -479,8 +507,14 @@ def refusal(folder: Path, backbone: Backbone) -> str:
 
 
 CONFIGURED = {
-    "another type": ({"peft_type": "LOHA"}, ": peft_type: is one of LORA, LOKR, IA3, got 'LOHA'"),
-    "no type": ({"peft_type": None}, ": peft_type: is one of LORA, LOKR, IA3, got None"),
+    "another type": ({"peft_type": "LOHA"}, ": peft_type: is one of LORA, LOKR, IA3, VERA, got 'LOHA'"),
+    "no type": ({"peft_type": None}, ": peft_type: is one of LORA, LOKR, IA3, VERA, got None"),
+    "a type that is none": ({"peft_type": [1]}, ": peft_type: is one of LORA, LOKR, IA3, VERA, got [1]"),
+    "NumPy's order": (
+        {"peft_type": "UNILORA"},
+        ": peft_type: shuffles its values with NumPy's generator, whose order a pack does not repeat, got 'UNILORA'\n"
+        "  fix: merge it in PEFT with merge_and_unload()",
+    ),
     "transposed": (
         {"fan_in_fan_out": True},
         ": fan_in_fan_out: must be off: it does not fold, or is not known here, got True",
@@ -514,6 +548,35 @@ def test_a_configuration_that_does_not_fold(
     changes: dict[str, object], message: str, folder: Path, backbone: Backbone
 ) -> None:
     assert refusal(reconfigured(folder, **changes), backbone).startswith(f"DIR/{CONFIG}{message}")
+
+
+@pytest.mark.filterwarnings("ignore:Specified to not save vera_A:UserWarning")
+def test_projections_of_vera_that_are_not_in_the_folder(backbone: Backbone, tmp_path: Path) -> None:
+    folder = tmp_path / "adapter"
+    tuned(backbone, vera(target_modules=["qkv"], save_projection=False), folder)
+    assert refusal(folder, backbone) == (
+        f"DIR/{CONFIG}: save_projection: must be true: else A and B come from torch's generator, whose numbers are not"
+        " promised, got False\n  fix: tune with save_projection=True, as PEFT does by itself"
+    )
+    reconfigured(folder, save_projection=True)
+    assert refusal(folder, backbone) == f"DIR/{WEIGHTS}: needs vera_A and vera_B beside its modules, got none"
+    tensors = tensors_of(folder)
+    one = {"base_model.vera_A": torch.ones(6, 64)}
+    assert refusal(with_tensors(folder, tensors | one), backbone) == (
+        f"DIR/{WEIGHTS}: needs vera_A and vera_B beside its modules, got vera_A"
+    )
+    both = one | {"base_model.vera_B": torch.ones(6)}
+    assert refusal(with_tensors(folder, tensors | both), backbone) == f"DIR/{WEIGHTS}: vera_B: needs a matrix, got (6,)"
+    both = one | {"base_model.vera_B": torch.ones(190, 6)}
+    what = "attn.qkv.weight: LowRank needs c (p,) and a base of p rows, got (192,) and (190, 6)\n"
+    assert what in refusal(with_tensors(folder, tensors | both), backbone)
+
+
+def test_projections_of_vera_beside_another_adapter(folder: Path, backbone: Backbone) -> None:
+    shared = {"base_model.vera_A": torch.ones(6, 64), "base_model.vera_B": torch.ones(192, 6)}
+    assert refusal(with_tensors(folder, tensors_of(folder) | shared), backbone) == (
+        f"DIR/{WEIGHTS}: is not VeRA, and has no place for it, got vera_A, vera_B"
+    )
 
 
 def test_a_refused_key_is_named_with_its_value_and_a_way_out(folder: Path, backbone: Backbone, tmp_path: Path) -> None:
@@ -783,10 +846,10 @@ def test_a_module_of_ones_own(folder: Path, backbone: Backbone, tmp_path: Path) 
 
 ROW = np.ones(64, np.float32)
 UNFIT = {
-    "ssf": (SSF(), "patch_embed.proj.bias: Add is nothing that PEFT's LoRA, DoRA, LoKr or IA3 does"),
+    "ssf": (SSF(), "patch_embed.proj.bias: Add is nothing that PEFT's LoRA, DoRA, LoKr, IA3 or VeRA does"),
     "a linear probe": (
         LinearProbe(),
-        "needs updates of one of PEFT's methods: LoRA, DoRA, LoKr or IA3, got no updates of layers' weights",
+        "needs updates of one of PEFT's methods: LoRA, DoRA, LoKr, IA3 or VeRA, got no updates of layers' weights",
     ),
     "branches": (AdaptFormer(), "adaptformer has 6 branches, which stay in the graph and cannot be folded"),
 }
@@ -827,7 +890,7 @@ MIXED = {
     "an unknown tensor": ([(f"{PROJ}.weight", LOW), ("nosuch", Scale(ROW))], "Scale is of no tensor of the backbone"),
     "a dense weight": (
         [(f"{PROJ}.weight", Add(np.ones((64, 64), np.float32)))],
-        "needs updates of one of PEFT's methods: LoRA, DoRA, LoKr or IA3, got add",
+        "needs updates of one of PEFT's methods: LoRA, DoRA, LoKr, IA3 or VeRA, got add",
     ),
 }
 

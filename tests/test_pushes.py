@@ -21,7 +21,7 @@ from edgepet.graphs.int8 import CODE, Int8Graph, Int8Layer
 from edgepet.graphs.slots import Slots, task_slots
 from edgepet.methods import RepAdapter
 from edgepet.networks.backbone import Backbone
-from edgepet.peft.reading import Adapter
+from edgepet.peft.adapter import Adapter
 from edgepet.peft.writing import unlower
 from edgepet.spec import NpArray, Target
 from edgepet.tuning.fake_quant import FakeQuant
@@ -218,7 +218,7 @@ def test_peft_keeps_a_bias_that_was_pushed_into(of: Of, backbone: Backbone) -> N
 UNKEPT: dict[str, tuple[list[Targeted], str]] = {
     "a change that PEFT's LoRA is not": (
         [at(f"{PROJ}.weight", Modulate(drawn(64, 1), drawn(1, 64)))],
-        "flowers: needs updates of one of PEFT's methods: LoRA, DoRA, LoKr or IA3, got modulate"),
+        "flowers: needs updates of one of PEFT's methods: LoRA, DoRA, LoKr, IA3 or VeRA, got modulate"),
     "a push of what is not there": (
         [at(f"{PROJ}.weight", LowRank(drawn(64, 1), drawn(1, 64))),
          at(f"{PROJ}.bias", Push(drawn(64), Target("nosuch")))],
@@ -226,7 +226,7 @@ UNKEPT: dict[str, tuple[list[Targeted], str]] = {
     "a push into the bias of a layer that IA3 scales": (
         [at(f"{PROJ}.weight", Scale(drawn(64))), at(f"{PROJ}.bias", Scale(drawn(64))),
          at(f"{PROJ}.bias", Push(drawn(64), Target(f"{PROJ}.weight")))],
-        f"flowers: {PROJ}.bias: Push is nothing that PEFT's LoRA, DoRA, LoKr or IA3 does"),
+        f"flowers: {PROJ}.bias: Push is nothing that PEFT's LoRA, DoRA, LoKr, IA3 or VeRA does"),
 }  # fmt: skip
 
 

@@ -16,23 +16,32 @@ from edgepet.deltas.expressions import Binary
 from edgepet.deltas.merge import fold_all
 from edgepet.deltas.updates import fold
 from edgepet.methods import (
+    ARC,
+    HTA,
     IA3,
+    RLRR,
     BiLoRA,
     BitFit,
     DoRA,
     FacTTK,
     FacTTT,
+    GLoRA,
+    HiRA,
     KAdaptation,
     KronA,
     LoKr,
     LoRA,
+    LoRAMul,
     Method,
     NormTuning,
     RepAdapter,
+    UniLoRA,
+    VeRA,
 )
 from edgepet.methods.krona import two_factors
 from edgepet.methods.method import SHARED
 from edgepet.spec import NpArray, Site
+from tests import splitmix
 from tests.tiny import ones, sites_of
 
 D, RANK = 12, 5
@@ -142,6 +151,11 @@ def by_parts(site: Site, y: Tensor, change: Callable[[str, tuple[int, int]], Ten
     return out
 
 
+def every_part(site: Site) -> list[tuple[str, tuple[int, int]]]:
+    """Row blocks of a fused layer as tensors are called after them, or the whole layer."""
+    return [(f"{part}.", rows) for part, rows in site.blocks] or [("", (0, site.out_features))]
+
+
 def test_kadaptation_is_its_sum_of_kronecker_products() -> None:
     def reference(values: Values, site: Site, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         shared, own = torched(values[SHARED]), torched(values[site.name])
@@ -237,6 +251,201 @@ def test_repadapter_is_two_convolutions_in_front_of_a_layer() -> None:
     check(RepAdapter(rank=4, groups=2, scale=0.5), reference)
 
 
+def test_rlrr_is_the_frozen_weight_and_a_rescaled_one_beside_it() -> None:
+    """The official layer: (weight * columns * rows) + weight, one pair for queries, keys and values each."""
+
+    def reference(values: Values, site: Site, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        own = torched(values[site.name])
+        parts = [f"{part}." for part, _ in site.blocks] or [""]
+        each = [
+            functional.linear(x, w) + functional.linear(x * own[f"{part}r"], w) * own[f"{part}l"].T
+            for part, w in zip(parts, weight.chunk(len(parts)), strict=True)
+        ]
+        return torch.cat(each, dim=-1) + bias + own["f"]
+
+    check(RLRR(), reference)
+
+
+def test_rlrr_scales_and_shifts_norms_and_what_reads_an_image() -> None:
+    stem = Site(name="stem", kind="conv", weight="stem.weight", bias="stem.bias", in_features=3, out_features=D, taps=4)
+    norm = Site(name="n", kind="norm", weight="n.weight", bias="n.bias", in_features=D, out_features=D)
+    base = dense((stem,)) | {"n.weight": np.full(D, 2.0), "n.bias": np.arange(D) / 7}
+    values = drawn(RLRR(), (stem, norm), base)
+
+    folded = fold_all(base, RLRR().lower(base, (stem, norm), values))
+
+    for site in (stem, norm):
+        gamma, beta = values[site.name]["gamma"], values[site.name]["beta"]
+        weight = base[site.weight]
+        assert np.abs(folded[site.weight] - gamma.reshape(-1, *[1] * (weight.ndim - 1)) * weight).max() <= ROUNDING
+        assert np.abs(folded[str(site.bias)] - (gamma * base[str(site.bias)] + beta)).max() <= ROUNDING
+
+
+def test_hira_multiplies_a_weight_element_by_element() -> None:
+    def reference(values: Values, site: Site, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        own, y = torched(values[site.name]), functional.linear(x, weight, bias)
+
+        def change(part: str, rows: tuple[int, int]) -> Tensor:
+            a, b = own[f"{part}a"], own[f"{part}b"]
+            # one product of low rank at a time: diag(b_k) W diag(a_k)
+            terms = [functional.linear(x * a[k], weight[rows[0] : rows[1]]) * b[:, k] for k in range(len(a))]
+            return torch.stack(terms).sum(0)
+
+        return by_parts(site, y, change)
+
+    check(HiRA(rank=3), reference)
+
+
+def test_lora_mul_reads_what_a_prompt_was_added_to() -> None:
+    def reference(values: Values, site: Site, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        own = torched(values[site.name])
+        changed = weight * (1 + own["b"] @ own["a"])
+        return functional.linear(x + own["c"], changed, bias * (1 + own["d"]))
+
+    check(LoRAMul(rank=2), reference)
+
+
+@pytest.mark.parametrize("method", [GLoRA(), GLoRA(mode="low-rank", rank=2)], ids=repr)
+def test_glora_is_the_released_forward_pass(method: Any) -> None:
+    """The bias and the prompt are of the frozen layer, whatever becomes of its weight."""
+
+    def reference(values: Values, site: Site, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        own = torched(values[site.name])
+        if "a" in own:
+            changed = weight + weight * own["a"][:, None]
+        else:
+            changed = weight + weight * (own["a.down"] @ own["a.up"]) + own["b.down"] @ own["b.up"]
+        moved = bias + bias * own["d"] + own["e"]
+        return functional.linear(x, changed, moved + (weight @ own["c"][:, None])[:, 0])
+
+    check(method, reference)
+
+
+PADDED = Site(name="conv", kind="conv", weight="conv.weight", bias=None, in_features=8, out_features=6, taps=9,
+              mean="bn.running_mean")  # fmt: skip
+POINTWISE = Site(
+    name="pw", kind="conv", weight="pw.weight", bias=None, in_features=8, out_features=6, mean="n.running_mean"
+)
+ALONE = Site(name="fc", kind="linear", weight="fc.weight", bias=None, in_features=8, out_features=6)
+
+
+@pytest.mark.parametrize("method", [LoRAMul(rank=1), GLoRA()], ids=repr)
+def test_a_prompt_is_there_where_it_can_be_written_and_nothing_is_padded(method: Any) -> None:
+    layers = (PADDED, POINTWISE, ALONE)
+    start = {site.name: method.start((site,), {}, np.random.default_rng(0))[site.name] for site in layers}
+
+    assert {name for name, tensors in start.items() if "c" in tensors} == {"pw"}
+    assert {name for name, tensors in start.items() if "d" in tensors} == set()
+    assert {name for name, tensors in start.items() if "e" in tensors} == (
+        {"conv", "pw"} if method.name == "glora" else set()
+    )
+
+
+@pytest.mark.parametrize("method", [LoRAMul(rank=1), GLoRA()], ids=repr)
+def test_a_bias_less_convolutions_prompt_is_taken_off_its_batch_norms_mean(method: Any) -> None:
+    rng = np.random.default_rng(0)
+    base = {"pw.weight": rng.standard_normal((6, 8, 1, 1)), "n.running_mean": rng.standard_normal(6)}
+    values = drawn(method, (POINTWISE,), base)
+    own = values["pw"]
+
+    folded = fold_all(base, method.lower(base, (POINTWISE,), values))
+
+    weight = base["pw.weight"].reshape(6, 8)
+    read = weight if method.name == "glora" else weight * (1 + own["b"] @ own["a"])
+    expected = base["n.running_mean"] - read @ own["c"] - own.get("e", 0)
+    assert np.abs(folded["n.running_mean"] - expected).max() <= ROUNDING
+
+
+@pytest.mark.parametrize("rank", [0, 1, 3])
+def test_hta_is_a_diagonal_between_two_reflections_and_a_low_rank_addition(rank: int) -> None:
+    """Token by token: each Householder matrix takes v (v . x) off what it reads; none of them is ever made."""
+
+    def reflect(x: Tensor, v: Tensor) -> Tensor:
+        return x - (x * v).sum(-1, keepdim=True) * v
+
+    def reference(values: Values, site: Site, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        own, y = torched(values[site.name]), functional.linear(x, weight, bias)
+        for part, (first, last) in every_part(site):
+            left, d, right = (own[f"{part}{name}"] for name in "ldr")
+            scaled = reflect(x, right)[..., : len(d)] * d
+            scaled = functional.pad(scaled, (0, last - first - len(d)))  # D is rectangular on fc1 and fc2
+            y[..., first:last] += reflect(scaled, left)
+            if rank:
+                y[..., first:last] += x @ own[f"{part}a"].T @ own[f"{part}b"].T
+        return y
+
+    check(HTA(rank=rank, on=("q", "k", "v", "proj", "fc1", "fc2")), reference)
+
+
+def test_arc_is_its_official_adapter_in_front_of_attention_and_mlp() -> None:
+    """The official forward pass: (x (P * c)) P^T + bias + x, with one P for all attentions and one for all MLPs."""
+
+    def reference(values: Values, site: Site, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        own, shared = torched(values[site.name]), torched(values[SHARED])
+        down = shared[f"{site.name}.{D}.p"]
+        adapted = torch.matmul(torch.matmul(x, down * own["c"][None]), down.t()) + own["b"] + x
+        return functional.linear(adapted, weight, bias)
+
+    check(ARC(rank=RANK), reference)
+
+
+def test_layers_of_arc_share_a_projection_by_name_and_width() -> None:
+    layers = sites_of("swin_tiny_patch4_window7_224")
+    start = ARC(rank=4).start(ARC().sites(layers), {}, np.random.default_rng(0))
+    widths = (96, 192, 384, 768)
+
+    expected = {f"{kind}.{width}.p": (width, 4) for kind in ("qkv", "fc1") for width in widths}
+    assert {name: array.shape for name, array in start[SHARED].items()} == expected
+
+
+def drawn_matrix(seed: int, first: int, rows: int, columns: int, fan: int) -> Tensor:
+    """Kaiming uniform, sqrt(6 / fan), of the pack's generator, row by row from output ``first`` on."""
+    values = [splitmix.uniform(seed, first + i) for i in range(rows * columns)]
+    return (6 / fan) ** 0.5 * torch.tensor(values, dtype=torch.float64).reshape(rows, columns)
+
+
+def test_vera_scales_what_one_pair_of_random_matrices_puts_out() -> None:
+    """Each layer has the first columns of one A and the first rows of one B, which begins behind 2^22 values."""
+    rank = 3
+
+    def reference(values: Values, site: Site, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        own, y = torched(values[site.name]), functional.linear(x, weight, bias)
+        a = drawn_matrix(5, 0, 4 * D, rank, site.in_features)[: site.in_features].T
+        b = drawn_matrix(5, 2**22, 4 * D, rank, rank)
+        for part, (first, last) in every_part(site):
+            if part != "k.":
+                inner = own[f"{part}d"] * functional.linear(x, a)
+                y[..., first:last] += own[f"{part}b"] * functional.linear(inner, b[: last - first])
+        return y
+
+    check(VeRA(rank=rank, seed=5, on=("q", "v", "proj", "fc1", "fc2")), reference)
+
+
+def test_uni_lora_multiplies_one_vector_by_a_matrix_of_orthonormal_columns() -> None:
+    """theta_D = P theta_d with P written out, and theta_D cut into A and B, part by part."""
+    d, rank = 50, 2
+    total = 2 * 2 * rank * D + rank * (D + 4 * D)  # of q, v and fc1
+
+    index = splitmix.balanced(9, total, d)
+    p = torch.zeros(total, d, dtype=torch.float64)
+    p[torch.arange(total), torch.tensor(index)] = 1
+    p = p / p.sum(0).sqrt()
+    assert (p.T @ p - torch.eye(d)).abs().max() < 1e-14
+
+    def reference(values: Values, site: Site, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        factors, y = p @ torched(values[SHARED])["theta"], functional.linear(x, weight, bias)
+        shapes = [(rank, D), (D, rank), (rank, D), (D, rank), (rank, D), (4 * D, rank)]
+        cut = torch.split(factors, [rows * columns for rows, columns in shapes])
+        a_q, b_q, a_v, b_v, a, b = (flat.reshape(shape) for flat, shape in zip(cut, shapes, strict=True))
+        if site is FC1:
+            return y + x @ a.T @ b.T
+        y[..., :D] += x @ a_q.T @ b_q.T
+        y[..., 2 * D :] += x @ a_v.T @ b_v.T
+        return y
+
+    check(UniLoRA(d=d, rank=rank, seed=9, on=("q", "v", "fc1")), reference)
+
+
 def test_bitfit_and_norm_tuning_add_to_vectors() -> None:
     norm = Site(name="n", kind="norm", weight="n.weight", bias="n.bias", in_features=D, out_features=D)
     rng = np.random.default_rng(0)
@@ -315,9 +524,28 @@ STARTS: list[tuple[Method, str, float, float]] = [
     (DoRA(), "a", 0, 384**-0.5),
     (DoRA(), "b", 0, 0),
     (DoRA(), "m", 384**0.5, 0),  # rows of ones
+    (RLRR(), "l", 0, 6**0.5),
+    (RLRR(), "f", 0, 0),
+    (HiRA(), "a", 0, 384**-0.5),
+    (HiRA(), "b", 0, 0),
+    (LoRAMul(), "b", 0, 0),
+    (LoRAMul(), "c", 0, 0),
+    (LoRAMul(), "d", 0, 0),
+    (GLoRA(), "a", 0, 0),
+    (GLoRA(mode="low-rank"), "down", 0, 0),
     (RepAdapter(), "down", 0, (6 / 392) ** 0.5),
     (RepAdapter(), "up", 0, 0),
     (BiLoRA(), "a", 0, 384**-0.5),
+    (HTA(), "l", 0, (6 / 384) ** 0.5),
+    (HTA(), "r", 0, (6 / 384) ** 0.5),
+    (HTA(), "d", 0, 0),
+    (HTA(), "a", 0, 384**-0.5),
+    (HTA(), "b", 0, 0),
+    (ARC(), "p", 0, (6 / 434) ** 0.5),
+    (ARC(), "b", 0, 0),
+    (VeRA(), "d", 0.1, 0),
+    (VeRA(), "b", 0, 0),
+    (UniLoRA(), "theta", 0, 0.02),
 ]
 
 
@@ -344,6 +572,45 @@ def test_a_method_starts_as_its_paper_or_code_says(method: Method, name: str, mi
     assert 0.98 * bound < np.abs(values).max() <= bound * (1 + 1e-6)
     # 5 standard errors of the second moment of evenly spread values: their variance is bound^4 * 4 / 45
     assert abs((values**2).mean() - bound**2 / 3) < 5 * bound**2 * np.sqrt(4 / 45 / values.size)
+
+
+BOUNDS: list[tuple[Method, str, Callable[[int], float]]] = [  # by how many columns a layer has
+    (RLRR(), "r", lambda columns: (6 / columns) ** 0.5),
+    (LoRAMul(rank=10), "a", lambda columns: (6 / (10 + columns)) ** 0.5),
+    (GLoRA(mode="low-rank", rank=4), "a.up", lambda columns: (6 / (4 + columns)) ** 0.5),
+    (GLoRA(mode="low-rank", rank=4), "b.up", lambda columns: (6 / (4 + columns)) ** 0.5),
+]
+
+
+@pytest.mark.parametrize(("method", "name", "bound"), BOUNDS, ids=[f"{m.name} {n}" for m, n, *_ in BOUNDS])
+def test_what_is_drawn_by_a_layers_width_has_its_bound(
+    method: Method, name: str, bound: Callable[[int], float]
+) -> None:
+    sites = method.sites(sites_of(SMALL))
+    start = method.start(sites, {}, np.random.default_rng(0))
+    drawn_at = {384: list[NpArray](), 1536: list[NpArray]()}
+    for site in sites:
+        found = [array for key, array in start[site.name].items() if key.endswith(name)]
+        drawn_at.setdefault(site.columns, []).extend(found)
+
+    for columns in (384, 1536):
+        values = np.concatenate([array.reshape(-1) for array in drawn_at[columns]]).astype(np.float64)
+        limit = bound(columns)
+        assert 0.99 * limit < np.abs(values).max() <= limit * (1 + 1e-6)
+        # 5 standard errors of the second moment of evenly spread values
+        assert abs((values**2).mean() - limit**2 / 3) < 5 * limit**2 * np.sqrt(4 / 45 / values.size)
+
+
+def test_arc_starts_with_coefficients_in_front_of_the_mlp_alone() -> None:
+    layers = sites_of(SMALL)
+    start = ARC().start(ARC().sites(layers), {}, np.random.default_rng(0))
+    attention, mlp = (
+        np.concatenate([own["c"] for name, own in start.items() if name.endswith(end)]) for end in ("qkv", "fc1")
+    )
+
+    assert attention.tolist() == [0] * 12 * 50
+    bound = (6 / 51) ** 0.5
+    assert 0.98 * bound < np.abs(mlp).max() <= bound * (1 + 1e-6)
 
 
 def test_fact_cores_start_as_linear_layers_of_their_inputs() -> None:

@@ -26,6 +26,7 @@ from edgepet.calibration.slot_graphs import coded_backbone, int8_graph
 from edgepet.deltas.codes import Range, coded
 from edgepet.deltas.delta import Delta, Int8Ranges
 from edgepet.deltas.merge import merge
+from edgepet.deltas.updates import keeps_codes
 from edgepet.device.openvino import SharedOpenVino
 from edgepet.device.runtime import SharedInt8, TaskNetwork
 from edgepet.device.store import Store
@@ -37,7 +38,7 @@ from edgepet.graphs.int8 import CODE, CODES, Int8Graph, open_int8
 from edgepet.graphs.slots import task_slots
 from edgepet.images.sets import ImageSet
 from edgepet.measuring.parity import SAME_CODES
-from edgepet.methods import IA3, SSF, BitFit, LoRA, Method, NormTuning
+from edgepet.methods import IA3, SSF, BitFit, GLoRA, LoRA, Method, NormTuning
 from edgepet.proving.precision import express
 from edgepet.spec import NpArray
 from tests.flow import RUNTIMES, Artifacts, Network, needs_openvino
@@ -45,7 +46,7 @@ from tests.interpreters import DEVICE, block, python, verb
 from tests.tiny import random_images
 
 ARCHITECTURES = ["test_vit", "test_efficientnet", "test_resnet"]
-METHODS: dict[str, Method] = {m.name: m for m in (SSF(), BitFit(), NormTuning(), IA3(), LoRA())}
+METHODS: dict[str, Method] = {m.name: m for m in (SSF(), BitFit(), NormTuning(), GLoRA(), IA3(), LoRA())}
 CALIBRATION, IMAGES = random_images(4, 32), random_images(9, 16)
 FIX = "\n  fix: run `edgepet calibrate TASK.pet --calib DIR -o OUT.pet`"
 
@@ -191,9 +192,13 @@ def test_codes_are_those_of_the_weights_by_the_one_recipe(shared: Shared) -> Non
         assert (error.reshape(len(weight), -1).max(axis=1) <= 0.501 * stored.scales).all()  # half a step
 
 
-@pytest.mark.parametrize("method", ["ssf", "bitfit", "norm-tuning"])
+@pytest.mark.parametrize("method", ["ssf", "bitfit", "norm-tuning", "glora"])
 def test_tasks_that_scale_and_shift_have_no_codes_of_their_own(shared: Shared, method: str) -> None:
-    slots = task_slots(shared.graph, shared.task(method).delta)
+    delta = shared.task(method).delta
+    assert all(map(keeps_codes, delta.updates))
+    assert any(targeted.update.kind == "push" for targeted in delta.updates) is (method == "glora")
+
+    slots = task_slots(shared.graph, delta)
 
     assert dict(slots.codes) == {}
     assert slots.own_bytes < 0.2 * shared.graph.weights_bytes  # vectors, of a backbone of width 64
@@ -205,6 +210,7 @@ def test_lora_has_codes_of_its_own_for_the_weights_that_it_changes(shared: Share
     slots = task_slots(shared.graph, delta)
 
     assert set(slots.codes) == {name + CODE for name in delta.targets}
+    assert not any(map(keeps_codes, delta.updates))
     assert len(slots.codes) == {"test_vit": 6}.get(shared.network.backbone.name, 15)
     for name, codes in slots.codes.items():
         assert (codes.dtype, codes.shape) == (np.int8, shared.graph.tensors[name].shape)

@@ -22,6 +22,11 @@ def parts(site: Site, on: Sequence[str]) -> dict[str, tuple[int, int]]:
     return blocks or ({_WHOLE: (0, site.out_features)} if _named(site, on) else {})
 
 
+def all_parts(site: Site) -> dict[str, tuple[int, int]]:
+    """Every row block of a fused layer as ``parts`` names them, or the whole layer."""
+    return {f"{name}.": rows for name, rows in site.blocks} or {_WHOLE: (0, site.out_features)}
+
+
 def block(site: Site, part: str, rows: tuple[int, int]) -> Target:
     """The target of a part of a layer's weight: its rows ``rows``, or the weight itself for a whole layer."""
     return Target(site.weight, None if part == _WHOLE else rows)
@@ -38,10 +43,23 @@ def attention(
     return found or dense
 
 
-def attended(layers: Sequence[Site], on: Sequence[str]) -> tuple[Site, ...]:
-    """The layers that ``on`` names, or those of queries and values where it is empty, else all dense ones."""
-    chosen = attention(layers, on or QUERY_AND_VALUE, otherwise_dense=not on)
+def attended(layers: Sequence[Site], on: Sequence[str], default: Sequence[str] = QUERY_AND_VALUE) -> tuple[Site, ...]:
+    """The layers that ``on`` names, or those that ``default`` does where it is empty, else all dense ones."""
+    chosen = attention(layers, on or default, otherwise_dense=not on)
     return tuple(site for site in layers if site.name in chosen and site.kind in ("linear", "conv"))
+
+
+def linears(layers: Sequence[Site]) -> tuple[Site, ...]:
+    """Every linear layer; where there are none, as in a ResNet, every dense one."""
+    return tuple(site for site in layers if site.kind == "linear") or tuple(site for site in layers if site.dense)
+
+
+def takes_prompt(site: Site) -> bool:
+    """Whether a constant added to the layer's input is one of its output, and there is a tensor to write that into.
+
+    A kernel of several taps may pad what it reads with zeros, and those would not be shifted.
+    """
+    return site.takes_shift and site.taps == 1
 
 
 def ending(site: Site, by_name: Mapping[str, T], otherwise: T) -> T:

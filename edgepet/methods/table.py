@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from edgepet.methods.adapter import Adapter, Houlsby
 from edgepet.methods.adaptformer import AdaptFormer
+from edgepet.methods.arc import ARC
 from edgepet.methods.baselines import Full, LinearProbe
 from edgepet.methods.bi_lora import BiLoRA
 from edgepet.methods.bitfit import BitFit
@@ -12,18 +13,25 @@ from edgepet.methods.conv_adapter import ConvAdapter
 from edgepet.methods.convpass import Convpass
 from edgepet.methods.dora import DoRA
 from edgepet.methods.fact import FacTTK, FacTTT
+from edgepet.methods.glora import GLoRA
+from edgepet.methods.hira import HiRA
+from edgepet.methods.hta import HTA
 from edgepet.methods.ia3 import IA3
 from edgepet.methods.kadaptation import KAdaptation
 from edgepet.methods.krona import KronA, LoKr
 from edgepet.methods.lora import LoRA
+from edgepet.methods.lora_mul import LoRAMul
 from edgepet.methods.method import Method
 from edgepet.methods.norm_tuning import NormTuning
 from edgepet.methods.parallel_adapter import ParallelAdapter
 from edgepet.methods.prefix import MAM, Prefix
 from edgepet.methods.pro_tuning import ProTuning
 from edgepet.methods.repadapter import RepAdapter
+from edgepet.methods.rlrr import RLRR
 from edgepet.methods.ssf import SSF
 from edgepet.methods.st_adapter import STAdapter
+from edgepet.methods.uni_lora import UniLoRA
+from edgepet.methods.vera import VeRA
 from edgepet.methods.vpt import VPTDeep, VPTShallow
 
 METHODS: dict[str, type[Method]] = {
@@ -35,6 +43,11 @@ METHODS: dict[str, type[Method]] = {
     "ia3": IA3,
     "lora": LoRA,
     "dora": DoRA,
+    "rlrr": RLRR,
+    "hira": HiRA,
+    "lora-mul": LoRAMul,
+    "glora": GLoRA,
+    "hta": HTA,
     "consolidator": Consolidator,
     "fact-tt": FacTTT,
     "fact-tk": FacTTK,
@@ -42,7 +55,10 @@ METHODS: dict[str, type[Method]] = {
     "krona": KronA,
     "lokr": LoKr,
     "repadapter": RepAdapter,
+    "arc": ARC,
     "bi-lora": BiLoRA,
+    "vera": VeRA,
+    "uni-lora": UniLoRA,
     "adapter": Adapter,
     "houlsby": Houlsby,
     "adaptformer": AdaptFormer,

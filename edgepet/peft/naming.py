@@ -13,7 +13,8 @@ from dataclasses import dataclass, replace
 from edgepet.deltas.updates import Targeted
 from edgepet.errors import InputError, option
 from edgepet.networks.weight_names import Part, prefixes, transformers_names
-from edgepet.peft.reading import Adapter, Lowered, by_module
+from edgepet.peft.adapter import Adapter
+from edgepet.peft.reading import Lowered, by_module
 from edgepet.spec import NpArray, Site, Tensors
 
 _THIRDS = 3  # of a fused weight: query, key and value

@@ -1,7 +1,7 @@
-"""PEFT adapter folders, ``adapter_config.json`` and ``adapter_model.safetensors``, as updates of a backbone's tensors.
+"""PEFT adapters as updates of a backbone's tensors.
 
-What PEFT computes is in its ``tuners/lora``, ``tuners/lokr`` and ``tuners/ia3``; each function here names its formula.
-Whatever is not known to fold is refused by the key of the configuration or the tensor that asks for it.
+What PEFT computes is in its ``tuners``: ``lora``, ``lokr``, ``ia3`` and ``vera``; each function here names its formula.
+Whatever is not known to fold is refused by the tensor that asks for it.
 """
 
 from __future__ import annotations
@@ -9,127 +9,24 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, cast
 
 import numpy as np
-import safetensors
-from safetensors import SafetensorError
 
-from edgepet.canonical import parse_json
 from edgepet.deltas.delta import Head
-from edgepet.deltas.expressions import Factor, Product
+from edgepet.deltas.expressions import Factor, Product, Scaled
 from edgepet.deltas.updates import Kronecker, LowRank, Replace, Scale, Targeted, check, fold, in_precision_of
 from edgepet.errors import InputError, option
-from edgepet.files import read_file
 from edgepet.methods.dora import rescaled
 from edgepet.methods.method import shift
+from edgepet.peft.adapter import CONFIG, Adapter, compiled
 from edgepet.spec import NpArray, Site, Target, Tensors
-from edgepet.strict import ObjectReader
 
-CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
-PREFIX = "base_model.model."  # of every tensor: PeftModel.base_model is the tuner, its .model the network
-
-_DTYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2", "I64": "<i8"}
-_EVERY = (
-    "peft_type", "task_type", "auto_mapping", "base_model_name_or_path", "revision", "peft_version", "inference_mode",
-    "target_modules", "exclude_modules", "modules_to_save", "layers_to_transform", "layers_pattern", "rank_pattern",
-    "alpha_pattern", "r",
-)  # fmt: skip
-_KNOWN: dict[str, tuple[str, ...]] = {  # keys by type; any other key must be empty or false
-    "LORA": (
-        *_EVERY, "lora_alpha", "lora_dropout", "bias", "use_rslora", "use_dora", "lora_bias", "init_lora_weights",
-        "eva_config", "loftq_config", "megatron_core", "qalora_group_size",
-    ),
-    "LOKR": (
-        *_EVERY, "alpha", "rank_dropout", "module_dropout", "rank_dropout_scale", "use_effective_conv2d",
-        "decompose_both", "decompose_factor", "init_weights",
-    ),
-    "IA3": (*_EVERY, "feedforward_modules", "init_ia3_weights"),
-}  # fmt: skip
-_METHODS = {"LORA": "lora", "LOKR": "lokr", "IA3": "ia3"}
-_SETTINGS = ("r", "lora_alpha", "alpha", "use_rslora", "rank_pattern", "alpha_pattern", "target_modules")
-_HARMLESS_STARTS = (True, False, "gaussian", "eva", "orthogonal", "mica")  # they leave the base weights alone
-_PATTERNS = (
-    *("target_modules", "exclude_modules", "modules_to_save", "layers_pattern", "feedforward_modules"),
-    *("rank_pattern", "alpha_pattern"),
-)
-MOST_PATTERN, MOST_REPEATS = 100_000, 4  # characters; * + and {m,n} of one pattern
-_REPEATED_GROUP = re.compile(r"\)[*+?{]")
-_REPEATS = re.compile(r"(?<!\\)[*+{]")
+_METHODS = {"LORA": "lora", "LOKR": "lokr", "IA3": "ia3", "VERA": "vera"}
+_SETTINGS = ("r", "lora_alpha", "alpha", "use_rslora", "rank_pattern", "alpha_pattern", "d_initial", "target_modules")
 _ENDINGS = re.compile(
     r"(?P<module>.+)\.(?P<part>lora_[AB]\.(?:weight|bias)|lora_magnitude_vector(?:\.weight)?"
-    r"|lokr_(?:w[12](?:_[ab])?|t2)|ia3_l)"
+    r"|lokr_(?:w[12](?:_[ab])?|t2)|ia3_l|vera_lambda_[bd])"
 )
-
-
-def compiled(pattern: str, where: str, whole: str | None = None) -> re.Pattern[str]:
-    r"""``pattern`` of a configuration, or the expression ``whole`` that PEFT makes of it, ready to match.
-
-    It comes from outside, and Python's matcher tries every way to read a name: a repetition of a group, or many
-    repetitions, would take for ever. Names, ``|``, ``.*``, ``\d+`` and the like are all that adapters need.
-
-    Raises:
-        InputError: it is no pattern, or one that could take long.
-    """
-    repeats = len(_REPEATS.findall(pattern))
-    if len(pattern) > MOST_PATTERN or _REPEATED_GROUP.search(pattern) or repeats > MOST_REPEATS:
-        what = f"must be a plain pattern: no repeated group, at most {MOST_REPEATS} repetitions"
-        raise InputError(where, what, got=repr(pattern[:80]), fix="name the layers one by one, with | between")
-    try:
-        return re.compile(pattern if whole is None else whole)
-    except re.error as error:
-        raise InputError(where, f"is no pattern: {error}", got=repr(pattern[:80])) from error
-
-
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Adapter:
-    """A PEFT folder; ``tensors`` are under PEFT's names without ``PREFIX``, floating-point ones in float32 or wider.
-
-    ``where`` is the place that messages name, ``config`` what ``adapter_config.json`` holds.
-    """
-
-    where: str
-    config: Mapping[str, Any]
-    tensors: Tensors
-
-    def number(self, key: str, otherwise: float) -> float:
-        """A number of the configuration, ``otherwise`` where it has none.
-
-        Raises:
-            InputError: it is no finite number.
-        """
-        table = ObjectReader(self.config, f"{self.where}/{CONFIG}", error=InputError)
-        return table.number(key) if table.has(key) else otherwise
-
-    def rank(self, module: str) -> int:
-        """The rank of a module's adapter, 8 where the configuration says nothing.
-
-        Raises:
-            InputError: it is no whole number of at least 1.
-        """
-        rank = self.pattern("rank_pattern", module, self.number("r", 8))
-        if rank < 1 or rank % 1:
-            raise InputError(f"{self.where}: {module}", "needs a whole rank of at least 1", got=rank)
-        return int(rank)
-
-    def pattern(self, key: str, module: str, otherwise: float) -> float:
-        """The value for ``module`` as PEFT finds it (``get_pattern_key`` in ``utils/other.py``): the first match.
-
-        Raises:
-            InputError: a pattern is no regular expression, or the value no finite number.
-        """
-        for pattern, value in (self.config.get(key) or {}).items():
-            if compiled(pattern, f"{self.where}/{CONFIG}: {key}", rf"(.*\.)?({pattern})$").match(module):
-                return Adapter(where=self.where, config={key: value}, tensors={}).number(key, otherwise)
-        return otherwise
-
-    def refusal(self, key: str, what: str, fix: str | None = None) -> InputError:
-        """An error that names a key of the configuration and its value."""
-        text = repr(self.config.get(key))
-        return InputError(
-            f"{self.where}/{CONFIG}: {key}", what, got=text if len(text) <= 80 else f"{text[:77]}...", fix=fix
-        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -140,84 +37,6 @@ class Lowered:
     head: Head
     method: str
     settings: Mapping[str, object]
-
-
-def read_adapter(folder: Path) -> Adapter:
-    """Read a PEFT folder and refuse what is not known to fold.
-
-    Raises:
-        InputError: a file is missing or damaged, or the configuration asks for something else than LoRA, DoRA, LoKr or
-            IA3 on unchanged base weights.
-    """
-    if not (folder / CONFIG).is_file():
-        inside = sorted(path.parent.name for path in folder.glob(f"*/{CONFIG}"))
-        fix = f"pass one adapter: {folder / inside[0]}" if inside else "pass what PeftModel.save_pretrained wrote"
-        raise InputError(str(folder), f"holds no {CONFIG}", fix=fix)
-    if not (folder / WEIGHTS).is_file():
-        fix = "save it with safetensors: model.save_pretrained(DIR, safe_serialization=True)"
-        pickled = (folder / PICKLE).is_file()
-        what = (
-            f"holds its weights only as a pickle, {PICKLE}, which is not opened" if pickled else f"holds no {WEIGHTS}"
-        )
-        raise InputError(str(folder), what, fix=fix)
-    try:
-        config = parse_json(read_file(folder / CONFIG))
-    except (ValueError, RecursionError) as error:
-        raise InputError(str(folder / CONFIG), "is no readable JSON", got=error) from error
-    if not isinstance(config, dict):
-        raise InputError(str(folder / CONFIG), "needs an object", got=type(config).__name__)
-    adapter = Adapter(where=str(folder), config=config, tensors=_read_tensors(folder / WEIGHTS))
-    _check_config(adapter)
-    return adapter
-
-
-def _read_tensors(path: Path) -> dict[str, NpArray]:
-    tensors: dict[str, NpArray] = {}
-    try:
-        stored = cast(Any, safetensors).deserialize(read_file(path))
-    except SafetensorError as error:
-        raise InputError(str(path), "is no whole safetensors file", got=error, fix="copy it again, whole") from error
-    for name, facts in stored:
-        where = f"{path}: {name}"
-        if facts["dtype"] not in _DTYPES:
-            raise InputError(where, f"needs one of {', '.join(_DTYPES)}", got=facts["dtype"])
-        if not name.startswith(PREFIX):
-            raise InputError(where, f"needs a name that begins with {PREFIX}")
-        array = np.frombuffer(facts["data"], _DTYPES[facts["dtype"]])
-        if facts["dtype"] == "BF16":  # the upper half of a float32
-            array = (array.astype(np.uint32) << 16).view(np.float32)
-        array = (array.astype(np.float32) if facts["dtype"] == "F16" else array).reshape(facts["shape"])
-        if array.dtype.kind == "f" and not np.isfinite(array).all():
-            raise InputError(where, "needs finite values")
-        tensors[name.removeprefix(PREFIX)] = array
-    return tensors
-
-
-def _check_config(adapter: Adapter) -> None:
-    config = adapter.config
-    kind = config.get("peft_type")
-    if kind not in _KNOWN:
-        fix = "merge it in PEFT with merge_and_unload(): NAME@FILE takes the state dict as a backbone"
-        raise adapter.refusal("peft_type", f"is one of {', '.join(_KNOWN)}", fix)
-    for key, value in config.items():
-        if key not in _KNOWN[kind] and value:
-            raise adapter.refusal(key, "must be off: it does not fold, or is not known here", f"tune without {key}")
-    if kind == "LORA" and config.get("init_lora_weights", True) not in _HARMLESS_STARTS:
-        fix = "convert it with save_pretrained(path_initial_model_for_weight_conversion=...); add the classifier again"
-        raise adapter.refusal("init_lora_weights", "changes the base weights, which the folder does not hold", fix)
-    for key in ("rank_pattern", "alpha_pattern"):
-        if not isinstance(config.get(key) or {}, dict):
-            raise adapter.refusal(key, "needs an object")
-    inner = config.get("feedforward_modules") or []
-    if not isinstance(inner, str) and not (isinstance(inner, list) and all(isinstance(name, str) for name in inner)):
-        raise adapter.refusal("feedforward_modules", "needs names or a pattern")
-    for key in _PATTERNS:  # PEFT matches them too, when its answers are compared
-        given = config.get(key) or ()
-        for pattern in (given,) if isinstance(given, str) else given if isinstance(given, list | dict) else ():
-            compiled(str(pattern), f"{adapter.where}/{CONFIG}: {key}")
-
-
-# -------------------------------------------------------------------------------------------------------- lowering
 
 
 def lower(adapter: Adapter, base: Tensors, layers: Sequence[Site], classifiers: Sequence[str]) -> Lowered:
@@ -242,7 +61,7 @@ def lower(adapter: Adapter, base: Tensors, layers: Sequence[Site], classifiers: 
     updates = _replaced(adapter, saved, base)
     moved = dict(base) | {targeted.target.tensor: fold(targeted, base[targeted.target.tensor]) for targeted in updates}
     sites = {site.name: site for site in layers if site.kind in ("linear", "conv")}
-    for name, given in modules.items():
+    for name, given in _with_shared(adapter, modules, sites).items():
         updates += _adapted(adapter, name, sites.get(name), given, moved)
     for targeted in updates:
         check(
@@ -287,6 +106,25 @@ def by_module(adapter: Adapter) -> tuple[dict[str, dict[str, NpArray]], dict[str
             plain = name.replace(".base_layer.", ".").replace(".modules_to_save.", ".")
             saved[plain] = adapter.tensors.get(plain, tensor)
     return modules, saved
+
+
+def _with_shared(
+    adapter: Adapter, modules: Mapping[str, dict[str, NpArray]], sites: Mapping[str, Site]
+) -> dict[str, dict[str, NpArray]]:
+    """``modules`` with the first columns of A and the first rows of B that each has: equal ones are one array."""
+    cuts: dict[tuple[str, int], NpArray] = {}
+    known = {name: sites[name] for name in modules if name in sites and adapter.shared}
+    for site in known.values():
+        columns, rows = site.in_features, site.out_features
+        if ("vera_A", columns) not in cuts:
+            cuts["vera_A", columns] = _float32(adapter.shared["vera_A"][:, :columns])
+        if ("vera_B", rows) not in cuts:
+            cuts["vera_B", rows] = _float32(adapter.shared["vera_B"][:rows])
+    shares = {
+        name: {"vera_A": cuts["vera_A", site.in_features], "vera_B": cuts["vera_B", site.out_features]}
+        for name, site in known.items()
+    }
+    return {name: given | shares.get(name, {}) for name, given in modules.items()}
 
 
 def _head(adapter: Adapter, saved: dict[str, NpArray], classifiers: Sequence[str]) -> Head:
@@ -389,10 +227,19 @@ def _ia3(adapter: Adapter, site: Site, given: dict[str, NpArray], base: Tensors)
     return [Targeted(Target(tensor), Scale(scale)) for tensor in tensors]
 
 
+def _vera(adapter: Adapter, site: Site, given: dict[str, NpArray], base: Tensors) -> list[Targeted]:
+    """W + diag(b) B diag(d) A, of whose A and B the layer has its share."""
+    del adapter, base
+    b, d = _float32(given.pop("vera_lambda_b")), _float32(given.pop("vera_lambda_d"))
+    low_rank = LowRank(left=Scaled(b, given.pop("vera_B")), right=Scaled(d, given.pop("vera_A")))
+    return [Targeted(Target(site.weight), low_rank)]
+
+
 _LOWERING: dict[str, Callable[[Adapter, Site, dict[str, NpArray], Tensors], list[Targeted]]] = {
     "LORA": _lora,
     "LOKR": _lokr,
     "IA3": _ia3,
+    "VERA": _vera,
 }
 
 

@@ -23,12 +23,14 @@ from edgepet.deltas.updates import Kronecker, LowRank, Push, Scale, Targeted, fo
 from edgepet.errors import InputError
 from edgepet.files import write_file
 from edgepet.methods.krona import two_factors
-from edgepet.peft.reading import CONFIG, PREFIX, WEIGHTS, Adapter
+from edgepet.peft.adapter import CONFIG, PREFIX, TUNER, WEIGHTS, Adapter
 from edgepet.peft.targets import exactly, targets
+from edgepet.peft.vera import projected
 from edgepet.spec import NpArray, Site, Target, Tensors
 
 Number = TypeVar("Number", int, float)
 _MERGE = "edgepet merge writes dense weights of any pack"
+_BIASES = {"LORA": "lora_only", "VERA": "vera_only"}  # for those of the adapted layers
 _DOUBLE = np.empty(0)  # factors of a product are not multiplied in a pack's fp16
 
 
@@ -56,7 +58,8 @@ def write_adapter(folder: Path, adapter: Adapter) -> None:
         InputError: it cannot be written.
     """
     tensors = {f"{PREFIX}{name}": _stored(tensor) for name, tensor in adapter.tensors.items()}
-    write_file(folder / WEIGHTS, safetensors.numpy.save(tensors, metadata={"format": "pt"}))
+    shared = {f"{TUNER}{name}": _stored(tensor) for name, tensor in adapter.shared.items()}
+    write_file(folder / WEIGHTS, safetensors.numpy.save(tensors | shared, metadata={"format": "pt"}))
     write_file(folder / CONFIG, canonical_json(adapter.config))
 
 
@@ -86,31 +89,36 @@ def unlower(
     updates = [Targeted(t.target, in_precision_of(t.update, _DOUBLE)) for t in updates]
     found = _by_layer(updates, layers)
     kinds = {targeted.update.kind for layer in found for targeted in layer.weight}
+    shared: Tensors = {}
     if kinds == {"scale"}:
         config, tensors = _ia3(found, base, where)
     elif kinds == {"kronecker"}:
         config, tensors = _lokr(found, base)
+    elif kinds == {"low-rank"} and (vera := projected([(layer.site, layer.weight) for layer in found])) is not None:
+        config, tensors, shared = vera
     elif kinds in ({"low-rank"}, {"low-rank", "scale"}):
         config, tensors = _lora(found, base, where, dora="scale" in kinds)
     else:
         got = ", ".join(sorted(kinds)) or "no updates of layers' weights"
-        raise InputError(where, "needs updates of one of PEFT's methods: LoRA, DoRA, LoKr or IA3", got=got, fix=_MERGE)
+        raise InputError(
+            where, "needs updates of one of PEFT's methods: LoRA, DoRA, LoKr, IA3 or VeRA", got=got, fix=_MERGE
+        )
     adapted = {id(targeted) for layer in found for targeted in layer.weight}
     adapted |= {id(targeted) for layer in found for targeted in layer.bias if kinds == {"scale"}}
     rest = [targeted for targeted in updates if id(targeted) not in adapted]
     changed = _changed(rest, updates, base, where)
-    saved, modules = _saved(rest, changed, found, base, where, biases=config["peft_type"] == "LORA")
+    saved, modules = _saved(rest, changed, found, base, where, biases=config["peft_type"] in _BIASES)
     alone = [name for name in saved if _module(name) not in modules]
     if alone:
-        config["bias"] = "lora_only" if all(".base_layer." in name for name in alone) else "all"
-    shared = {
+        config["bias"] = _BIASES[str(config["peft_type"])] if all(".base_layer." in name for name in alone) else "all"
+    every = {
         "task_type": None,
         "base_model_name_or_path": None,
         "inference_mode": True,
         **targets([layer.site.name for layer in found], layers, numbered=numbered and kinds != {"scale"}),
         "modules_to_save": sorted({*map(_module, head), *modules}),
     }
-    return Adapter(where=where, config={**shared, **config}, tensors={**tensors, **saved, **head})
+    return Adapter(where=where, config={**every, **config}, tensors={**tensors, **saved, **head}, shared=shared)
 
 
 def _module(name: str) -> str:
@@ -135,7 +143,7 @@ def _saved(
 ) -> tuple[dict[str, NpArray], set[str]]:
     """Tensors that take the place of the network's own, and the modules of which PEFT keeps all tensors.
 
-    With ``biases`` a bias is kept by itself: of PEFT's configurations LoRA's alone has a word for that.
+    With ``biases`` a bias is kept by itself: of PEFT's configurations those of ``_BIASES`` have a word for that.
     """
     adapted = [layer.site.name for layer in found]
     tensors: dict[str, NpArray] = {}
@@ -147,7 +155,7 @@ def _saved(
             continue
         kept = {_module(other) for other in base if _module(other).endswith(module)}  # as PEFT matches names
         if not module or any(f"{layer}.".startswith(f"{each}.") for layer in adapted for each in kept):
-            raise _refused(where, targeted, "is nothing that PEFT's LoRA, DoRA, LoKr or IA3 does")
+            raise _refused(where, targeted, "is nothing that PEFT's LoRA, DoRA, LoKr, IA3 or VeRA does")
         modules |= kept
         tensors |= {other: changed.get(other, base[other]) for other in base if _module(other) in kept}
     return tensors, modules

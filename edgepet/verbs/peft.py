@@ -21,8 +21,9 @@ from edgepet.files import folder_bytes, made_cache, new_folder, read_file, requi
 from edgepet.measuring.parity import STORED, Inputs
 from edgepet.networks.backbone import AnyBackbone
 from edgepet.packs.pack import Codec, encode_pack, read_pack, write_pack
+from edgepet.peft.adapter import CONFIG, WEIGHTS, read_adapter
 from edgepet.peft.naming import Naming, naming_of
-from edgepet.peft.reading import CONFIG, WEIGHTS, Lowered, lower, read_adapter
+from edgepet.peft.reading import Lowered, lower
 from edgepet.peft.writing import unlower, write_adapter
 from edgepet.proving.subject import Subject, sample_images, synthetic_images
 from edgepet.reports.screen import Screen, lines
