@@ -16,7 +16,7 @@ from PIL import Image
 
 import edgepet
 from edgepet.errors import InputError
-from edgepet.images.held import MANIFEST, forget, load_held, pixels_folder
+from edgepet.images.held import Turn, forget, load_held, pixels_folder
 from edgepet.images.sets import ImageSet, load_batches, load_set, open_split
 from edgepet.measuring import machine
 from edgepet.measuring.machine import free_memory_bytes
@@ -64,7 +64,7 @@ def test_what_does_not_fit_is_mapped_with_the_same_pixels_and_decoded_once(
 
     assert told == [f"decode 36 images into {folder}, 0.0 GB"]
     assert of_state(folder / "train.npy") == made
-    assert {path.name for path in folder.iterdir()} == {MANIFEST, "train.npy", "val.npy"}
+    assert {path.name for path in folder.iterdir()} == {"pixels.json", "train.npy", "val.npy"}
     for loaded in (first, again):
         for name, (pixels, labels) in loaded.items():
             assert isinstance(pixels, np.memmap)
@@ -86,7 +86,7 @@ def test_other_images_are_decoded_anew(change: str, sets: Mapping[str, ImageSet]
         case "an image less":
             now["train"] = ImageSet(CLASSES, sets["train"].paths[1:], sets["train"].labels[1:])
         case _:
-            (folder / MANIFEST).write_bytes((folder / MANIFEST).read_bytes()[:-9])
+            (folder / "pixels.json").write_bytes((folder / "pixels.json").read_bytes()[:-9])
 
     loaded = load_held(now, preprocess, folder, budget_bytes=0)
 
@@ -131,7 +131,7 @@ def test_decoded_images_that_lie_with_others_files_stay(sets: Mapping[str, Image
 
     forget(folder)
 
-    assert {path.name for path in folder.iterdir()} == {MANIFEST, "train.npy", "val.npy", "song.wav"}
+    assert {path.name for path in folder.iterdir()} == {"pixels.json", "train.npy", "val.npy", "song.wav"}
 
 
 def test_where_they_do_not_fit_one_process_all_map_them(sets: Mapping[str, ImageSet], tmp_path: Path) -> None:
@@ -141,7 +141,7 @@ def test_where_they_do_not_fit_one_process_all_map_them(sets: Mapping[str, Image
         asked.append(here)
         return True
 
-    loaded = load_held(sets, PREPROCESS, tmp_path / "t.pixels", budget_bytes=SIZE, anywhere=anywhere)
+    loaded = load_held(sets, PREPROCESS, tmp_path / "t.pixels", budget_bytes=SIZE, turn=Turn(anywhere=anywhere))
 
     assert asked == [False]
     assert isinstance(loaded["val"][0], np.memmap)
@@ -155,7 +155,7 @@ def test_a_process_that_does_not_write_waits_for_the_one_that_does(
     def wait() -> None:
         load_held(sets, PREPROCESS, folder, budget_bytes=0)
 
-    loaded = load_held(sets, PREPROCESS, folder, budget_bytes=0, makes=False, wait=wait)
+    loaded = load_held(sets, PREPROCESS, folder, budget_bytes=0, turn=Turn(makes=False, wait=wait))
 
     assert isinstance(loaded["val"][0], np.memmap)
 

@@ -390,11 +390,11 @@ def test_settings_are_read_as_people_type_them() -> None:
 
 BAD_SETTINGS: list[tuple[str, Mapping[str, str], str]] = [
     ("prune", {}, f"`method`: is one of {', '.join(METHODS)}, got 'prune'"),
-    ("ssf", {"rank": "4"}, "`settings` rank: ssf has no settings, got 'rank'"),
+    ("ssf", {"rank": "4"}, "`settings` rank: ssf has the setting blocks, got 'rank'"),
     (
         "lora",
         {"rang": "4"},
-        "`settings` rang: lora has the settings alpha, alphas, on, rank, ranks, rslora, got 'rang'",
+        "`settings` rang: lora has the settings alpha, alphas, blocks, on, rank, ranks, rslora, got 'rang'",
     ),
     ("lora", {"ranks": "4"}, "`settings` ranks: needs NAME:whole number with commas between, got '4'"),
     ("lora", {"ranks": "fc1:x"}, "`settings` ranks: needs NAME:whole number with commas between, got 'fc1:x'"),
@@ -402,7 +402,7 @@ BAD_SETTINGS: list[tuple[str, Mapping[str, str], str]] = [
     (
         "lora",
         {"name": "x"},
-        "`settings` name: lora has the settings alpha, alphas, on, rank, ranks, rslora, got 'name'",
+        "`settings` name: lora has the settings alpha, alphas, blocks, on, rank, ranks, rslora, got 'name'",
     ),
     ("lora", {"rank": "four"}, "`settings` rank: needs a whole number, got 'four'"),
     ("lora", {"rank": "4.0"}, "`settings` rank: needs a whole number, got '4.0'"),

@@ -23,6 +23,7 @@ from edgepet.deltas.delta import Score
 from edgepet.deltas.updates import Add, LowRank, Scale, Targeted
 from edgepet.errors import CheckError, InputError, MissingError
 from edgepet.methods import IA3, SSF, AdaptFormer, DoRA, FacTTT, KronA, LinearProbe, LoKr, LoRA, Method
+from edgepet.methods.depth import in_blocks
 from edgepet.networks.backbone import Backbone
 from edgepet.networks.merged import merged_logits
 from edgepet.packs.pack import read_pack, write_pack
@@ -236,6 +237,67 @@ def test_a_trained_pack_is_an_adapter(
     assert report.max_abs_diff <= report.limit
     assert apart(merged(pack, backbone), loaded(backbone, tmp_path / "adapter")) <= LIMIT
     assert json.loads((tmp_path / "adapter" / CONFIG).read_text())["peft_type"] == kind
+
+
+NUMBERED: dict[str, tuple[str, Method, str, dict[str, object]]] = {  # and what PEFT is told of them
+    "lora on the last blocks": (
+        "test_vit", LoRA(rank=2), "3-5",
+        {"target_modules": ["attn.qkv"], "layers_to_transform": [3, 4, 5], "layers_pattern": ["blocks"]},
+    ),
+    "dora on one": (
+        "test_vit", DoRA(rank=2, on=("attn.proj", "fc1")), "2",
+        {"target_modules": ["attn.proj", "mlp.fc1"], "layers_to_transform": [2], "layers_pattern": ["blocks"]},
+    ),
+    "lokr on a part of a stage": (
+        "test_convnext", LoKr(rank=2), "4-5",
+        {"target_modules": ["mlp.fc1", "mlp.fc2"], "layers_to_transform": [1, 2],
+         "layers_pattern": [r"stages\.2\.blocks"]},
+    ),
+    "on all blocks": (
+        "test_vit", LoRA(rank=2), "0-5", {"target_modules": "|".join(rf"blocks\.{i}\.attn\.qkv" for i in range(6))}
+    ),
+    "from one stage into the next": (
+        "test_convnext", LoRA(rank=2), "6-7",
+        {"target_modules": r"stages\.2\.blocks\.3\.mlp\.fc1|stages\.2\.blocks\.3\.mlp\.fc2|stages\.3\.downsample\.1"
+                           r"|stages\.3\.blocks\.0\.mlp\.fc1|stages\.3\.blocks\.0\.mlp\.fc2"},
+    ),
+    "ia3, for which PEFT has no word": (
+        "test_vit", IA3(on=("v",), inner=()), "5", {"target_modules": r"blocks\.5\.attn\.qkv"}
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("network", "method", "blocks", "told"), NUMBERED.values(), ids=NUMBERED)
+def test_blocks_are_chosen_by_their_numbers(
+    network: str, method: Method, blocks: str, told: dict[str, object], networks: dict[str, Backbone], tmp_path: Path
+) -> None:
+    backbone = networks[network]
+    pack = packed(backbone, in_blocks(method, blocks), tmp_path / "flowers.pet")
+
+    export_peft(pack, tmp_path / "adapter", backbone=backbone)
+
+    config = json.loads((tmp_path / "adapter" / CONFIG).read_text())
+    keys = ("target_modules", "layers_to_transform", "layers_pattern")
+    assert {key: config[key] for key in keys if key in config} == told
+    assert apart(merged(pack, backbone), loaded(backbone, tmp_path / "adapter")) <= LIMIT
+
+
+def test_a_peft_that_finds_no_blocks_at_the_root_gets_a_pattern(
+    backbone: Backbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pack = packed(backbone, in_blocks(LoRA(rank=2), "4"), tmp_path / "flowers.pet")
+    tuners = peft.tuners.tuners_utils
+    finds = tuners.check_target_module_exists
+
+    def older(config: Any, key: str) -> Any:
+        return not config.layers_to_transform and finds(config, key)
+
+    monkeypatch.setattr(tuners, "check_target_module_exists", older)
+
+    export_peft(pack, tmp_path / "adapter", backbone=backbone)
+
+    config = json.loads((tmp_path / "adapter" / CONFIG).read_text())
+    assert (config["target_modules"], config.get("layers_to_transform")) == (r"blocks\.4\.attn\.qkv", None)
 
 
 def test_blocks_of_a_fused_weight_are_rows_of_one_adapter(backbone: Backbone, tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from dataclasses import asdict, fields
 from typing import Any, cast
 
 from edgepet.errors import InputError, option
+from edgepet.methods.depth import BLOCKS, limited
 from edgepet.methods.method import Method
 from edgepet.methods.table import METHODS
 
@@ -17,18 +18,21 @@ from edgepet.methods.table import METHODS
 def configure(name: str, settings: Mapping[str, str] = types.MappingProxyType({})) -> Method:
     """The method called ``name`` with settings as people type them: ``rank=4``, ``on=q,k,v``, ``shuffle=true``.
 
+    Every method takes ``blocks=6-11`` beside its own: it is then one that is kept to them (``depth.limited``).
+
     Raises:
         InputError: no such method or setting, a value of another type, or one that the method refuses.
     """
-    kind: Any = METHODS.get(name)
-    if kind is None:
+    plain: Any = METHODS.get(name)
+    if plain is None:
         raise InputError(option("method"), f"is one of {', '.join(METHODS)}", got=repr(name))
+    kind: Any = limited(plain)
     known = {field.name for field in fields(kind)}
     types_of = typing.get_type_hints(kind)
     values: dict[str, Any] = {}
     for key, text in settings.items():
         if key not in known:
-            has = f"has the settings {', '.join(sorted(known))}" if known else "has no settings"
+            has = f"has the setting{'s' if len(known) > 1 else ''} {', '.join(sorted(known))}"
             raise InputError(f"{option('settings')} {key}", f"{name} {has}", got=repr(key))
         try:
             values[key] = _parse(text, types_of[key])
@@ -36,7 +40,7 @@ def configure(name: str, settings: Mapping[str, str] = types.MappingProxyType({}
             raise InputError(
                 f"{option('settings')} {key}", f"needs {_spelled(types_of[key])}", got=repr(text)
             ) from error
-    method: Method = kind(**values)
+    method: Method = (kind if BLOCKS in values else plain)(**values)
     return method
 
 

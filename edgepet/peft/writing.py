@@ -24,6 +24,7 @@ from edgepet.errors import InputError
 from edgepet.files import write_file
 from edgepet.methods.krona import two_factors
 from edgepet.peft.reading import CONFIG, PREFIX, WEIGHTS, Adapter
+from edgepet.peft.targets import exactly, targets
 from edgepet.spec import NpArray, Site, Target, Tensors
 
 Number = TypeVar("Number", int, float)
@@ -64,13 +65,20 @@ def _stored(tensor: NpArray) -> NpArray:
 
 
 def unlower(
-    updates: Iterable[Targeted], base: Tensors, layers: Sequence[Site], head: Tensors, *, where: str
+    updates: Iterable[Targeted],
+    base: Tensors,
+    layers: Sequence[Site],
+    head: Tensors,
+    *,
+    where: str,
+    numbered: bool = True,
 ) -> Adapter:
     """An adapter that does to the tensors ``base`` what ``updates`` do; nothing is modified.
 
     Args:
         layers: of the backbone, as ``Backbone.layers``.
         head: the classifier's tensors under the network's names.
+        numbered: some blocks of all are chosen by their numbers, where PEFT's configuration has a word for it.
 
     Raises:
         InputError: PEFT has no adapter that does this.
@@ -99,7 +107,7 @@ def unlower(
         "task_type": None,
         "base_model_name_or_path": None,
         "inference_mode": True,
-        "target_modules": _exactly(layer.site.name for layer in found),
+        **targets([layer.site.name for layer in found], layers, numbered=numbered and kinds != {"scale"}),
         "modules_to_save": sorted({*map(_module, head), *modules}),
     }
     return Adapter(where=where, config={**shared, **config}, tensors={**tensors, **saved, **head})
@@ -158,11 +166,6 @@ def _by_layer(updates: Sequence[Targeted], layers: Sequence[Site]) -> list[_Laye
         elif name in biases and isinstance(targeted.update, Scale):
             biases[name].bias.append(targeted)
     return found
-
-
-def _exactly(names: Iterable[str]) -> str:
-    """A pattern for these layers and no others: PEFT takes a plain name for every name that ends with it."""
-    return "|".join(re.escape(name) for name in names)
 
 
 def _patterns(values: Mapping[str, Number]) -> tuple[Number, dict[str, Number]]:
@@ -314,7 +317,7 @@ def _ia3(found: Sequence[_Layer], base: Tensors, where: str) -> tuple[dict[str, 
             raise _refused(where, layer.weight[0], "scales a weight and not its bias, which PEFT's IA3 does together")
         tensors[f"{site.name}.ia3_l"] = scale.reshape((1, -1, *axes) if axes else (-1, 1))
     config: dict[str, object] = {
-        "peft_type": "IA3", "feedforward_modules": _exactly(layer.site.name for layer in inner) or [],
+        "peft_type": "IA3", "feedforward_modules": exactly(layer.site.name for layer in inner) or [],
         "fan_in_fan_out": False, "init_ia3_weights": True,
     }  # fmt: skip
     return config, tensors

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
@@ -16,19 +15,17 @@ from torch.nn import functional
 
 from edgepet.deltas.delta import Score
 from edgepet.errors import InputError, first_line, option
-from edgepet.images.sets import batches
-from edgepet.networks.forms import explicit_attention
 from edgepet.reports.progress import Say, Step
 from edgepet.spec import NpArray, Preprocess
 from edgepet.tuning.augmenting import Augmenter
 from edgepet.tuning.balance import class_weights, epoch_order
 from edgepet.tuning.checkpoint import Checkpoint, Keeper, no_whole
+from edgepet.tuning.computing import autocast, computing, features_of
+from edgepet.tuning.consistency import pace_of
 from edgepet.tuning.model import TunedModel
 from edgepet.tuning.optimizers import Schedule, optimizer_of, schedule_of, set_state, state_of
 from edgepet.tuning.processes import ALONE, Processes
 from edgepet.tuning.recipes import OWN_OPTIMIZER, OWN_SCHEDULE, Balance
-
-MANY_TOKENS = 512  # from here on a matrix of all pairs of tokens is too large to keep for the backward pass
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,6 +50,7 @@ class Plan:
     optimizer: str = OWN_OPTIMIZER
     schedule: str = OWN_SCHEDULE
     balance: Balance | None = None
+    consistency: str | None = None
     patience: int | None = None
     autocast: bool = False
     device: str = "cpu"
@@ -61,7 +59,10 @@ class Plan:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class LabelledPixels:
-    """Decoded images, uint8 (n, H, W, 3), or clips (n, frames, H, W, 3), and their labels, int64 (n,)."""
+    """Decoded images, uint8 (n, H, W, 3), or clips (n, frames, H, W, 3), and their labels, int64 (n,).
+
+    For a model that begins at a block ``pixels`` are kept rows of its ``Front``.
+    """
 
     pixels: NpArray
     labels: NpArray
@@ -95,7 +96,7 @@ def top1_and_loss(
 ) -> tuple[float, float]:
     """Top-1 and mean loss of ``model`` on ``val``; ``held`` are its features, where they do not change."""
     model.eval()
-    features = _features(model, val.pixels, preprocess, plan) if held is None else held
+    features = features_of(model, val.pixels, preprocess, plan) if held is None else held
     labels = torch.from_numpy(val.labels).to(plan.device)
     with torch.no_grad():
         logits = model.classify(features)
@@ -127,8 +128,8 @@ def fit(
         KeyboardInterrupt: ``keeper`` was told to stop; a checkpoint was written.
     """
     try:
-        with _explicit_attention(model, plan):
-            return _Run(model.to(plan.device), train, val, preprocess, plan, processes, judge).fit(say, keeper)
+        with computing(model, plan, learning=True):
+            return _Run(model, train, val, preprocess, plan, processes, judge).fit(say, keeper)
     finally:
         model.to("cpu").eval()
 
@@ -157,6 +158,7 @@ class _Run:
         self.augmenter = Augmenter(plan.augment, preprocess, batch_size=plan.batch_size, seed=plan.seed)
         weights = class_weights(self.labels, model.linear.out_features, plan.balance)
         self.weights = None if weights is None else weights.to(plan.device)
+        self.pace = pace_of(plan.consistency, model, len(train), plan.seed, plan.device)
         self.probe = not model.sites and not plan.augment  # frozen features do not change: remember them
         self.seen = torch.empty(0)  # features, where they do not change
         self.held: Tensor | None = None
@@ -169,10 +171,10 @@ class _Run:
     def fit(self, say: Say, keeper: Keeper | None) -> Fit:
         began, saved = time.perf_counter(), keeper.load() if keeper else None
         if saved is None or self.probe:
-            seen = _features(self.model, self.train.pixels, self.preprocess, self.plan, follow=True)
+            seen = features_of(self.model, self.train.pixels, self.preprocess, self.plan, follow=True)
             self.model.standardize(seen)
             if self.probe or self.model.sites:
-                held = _features(self.model, self.val.pixels, self.preprocess, self.plan)
+                held = features_of(self.model, self.val.pixels, self.preprocess, self.plan)
                 if self.probe:
                     self.seen, self.held = seen, held
                 else:
@@ -196,7 +198,7 @@ class _Run:
 
     def top1_of_probe(self, seen: Tensor, held: Tensor) -> float:
         """Best val top-1 of the head alone, on features of train and val; it and random numbers then begin again."""
-        plan = replace(self.plan, augment=())  # features are of the images as they are
+        plan = replace(self.plan, augment=(), consistency=None)  # features are of the images as they are
         run = _Run(self.model, self.train, self.val, self.preprocess, plan, ALONE, top1_and_loss)
         run.probe, run.seen, run.held = True, seen, held
         best = 0.0
@@ -271,6 +273,8 @@ class _Run:
         if not math.isfinite(nn.utils.clip_grad_norm_(parameters, 1.0)):
             return math.nan  # a step now would put it into the weights, and a checkpoint would keep it
         self.optimizer.step()
+        if self.pace is not None:
+            self.pace.remember(index, self.processes)
         return self.processes.total(float(total))
 
     def backward(self, index: Tensor, part: Tensor) -> float:
@@ -278,12 +282,15 @@ class _Run:
         plan = self.plan
         batch, targets, smoothing = self.batch(index, part)
         batch, targets = batch.to(plan.device), targets.to(plan.device)
-        with _autocast(plan):
-            logits = self.model.classify(batch) if self.probe else self.model(batch)
+        with autocast(plan):
+            if self.pace is None:
+                logits, apart = self.model.classify(batch) if self.probe else self.model(batch), None
+            else:
+                logits, apart = self.pace.answers(batch, index, part, (self.epoch, self.position))
         summed = functional.cross_entropy(
             logits.float(), targets, weight=self.weights, label_smoothing=smoothing, reduction="sum"
         )
-        loss = summed / len(index)
+        loss = (summed if apart is None else summed + apart) / len(index)
         torch.autograd.backward(loss)
         return loss.item()
 
@@ -292,6 +299,8 @@ class _Run:
         if self.probe:
             return self.seen[index[part]], self.labels[index[part]], self.plan.label_smoothing
         at, smoothing = (self.epoch, self.position), self.plan.label_smoothing
+        if self.model.front is not None:
+            return self.model.front.rows(self.take(index[part])), self.labels[index[part]], smoothing
         if self.augmenter.mixes:
             classes = self.model.linear.out_features
             return *self.augmenter.mixed(self.take, index, part, at, self.labels, classes, smoothing), 0.0
@@ -311,6 +320,7 @@ class _Run:
             **{f"kept/{name}": value for name, value in self.kept.items()},
             **{f"optimizer/{name}": value for name, value in state_of(self.optimizer).items()},
             "order": self.drawn,
+            **({} if self.pace is None else self.pace.state()),
         }
         progress = {
             "epoch": self.epoch, "position": self.position, "steps": self.steps, "done": self.done, "busy": self.busy,
@@ -325,6 +335,8 @@ class _Run:
         self.kept = {name: value.to(self.plan.device) for name, value in _under("kept/", tensors).items()}
         set_state(self.optimizer, _under("optimizer/", tensors))
         self.order.set_state(tensors["order"])
+        if self.pace is not None:
+            self.pace.restore(tensors)
         progress: Any = saved.progress
         self.epoch, self.position, self.steps = progress["epoch"], progress["position"], progress["steps"]
         self.done, self.busy, self.loss = progress["done"], progress["busy"], progress["loss"]
@@ -335,21 +347,6 @@ class _Run:
 
 def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
-
-
-@contextlib.contextmanager
-def _explicit_attention(model: TunedModel, plan: Plan) -> Iterator[None]:
-    """Attention as two products and a softmax while training in bf16 on a CPU: torch's fused form has a slow backward
-    there, a third of a step at 65 tokens. Long sequences keep it, for its memory.
-    """
-    tokens = getattr(getattr(model.backbone, "patch_embed", None), "num_patches", MANY_TOKENS)
-    slow = plan.autocast and plan.device == "cpu" and tokens < MANY_TOKENS and not model.extends_attention
-    with explicit_attention(model.backbone) if slow else contextlib.nullcontext():
-        yield
-
-
-def _autocast(plan: Plan) -> torch.autocast:
-    return torch.autocast(plan.device.partition(":")[0], dtype=torch.bfloat16, enabled=plan.autocast)
 
 
 def _optimizer(model: TunedModel, plan: Plan) -> torch.optim.Optimizer:
@@ -364,18 +361,6 @@ def _schedule(optimizer: torch.optim.Optimizer, plan: Plan, images: int) -> Sche
     updates = math.ceil(images / plan.batch_size)
     rising = max(1, round(plan.warmup * plan.epochs * updates))
     return schedule_of(optimizer, plan.schedule, epochs=plan.epochs, updates=updates, rising=rising)
-
-
-def _features(
-    model: TunedModel, pixels: NpArray, preprocess: Preprocess, plan: Plan, *, follow: bool = False
-) -> Tensor:
-    """Of all images, as float32 (n, d); with ``follow`` the ranges of a backbone that is rounded take them in."""
-    model.eval()
-    if model.fake_quant is not None:
-        model.fake_quant.train(follow)
-    with torch.no_grad(), _autocast(plan):
-        parts = map(torch.from_numpy, batches(pixels, preprocess, max(1, 64 // preprocess.frames)))
-        return torch.cat([model.features(part.to(plan.device)).float() for part in parts])
 
 
 def _require_finite(loss: float, epoch: int, plan: Plan, keeper: Keeper | None) -> None:

@@ -150,7 +150,8 @@ def export_peft(
     loaded = subject.backbone
     _require_timm(loaded)
     head = loaded.named_weights({}, delta.head)
-    adapter = unlower(delta.updates, loaded.tensors, loaded.layers, head, where=subject.path.name)
+    where, numbered = subject.path.name, _finds_blocks_at_the_root()
+    adapter = unlower(delta.updates, loaded.tensors, loaded.layers, head, where=where, numbered=numbered)
     images, inputs = subject.images
     with new_folder(folder, only=(CONFIG, WEIGHTS)) as scratch:
         write_adapter(scratch, adapter)
@@ -256,6 +257,13 @@ def _images(backbone: Backbone, data: FilePath | None) -> tuple[NpArray, Inputs]
     if data is not None:
         return sample_images(Path(data), backbone.preprocess), "data"
     return synthetic_images(backbone.preprocess), "synthetic"
+
+
+def _finds_blocks_at_the_root() -> bool:
+    """Whether this PEFT finds blocks by their numbers in a list that is the network's own, as timm's ``blocks`` is."""
+    peft = require("peft", extra="peft", purpose="export-peft")
+    config = peft.LoraConfig(target_modules=["fc1"], layers_to_transform=[0], layers_pattern=["blocks"])
+    return bool(peft.tuners.tuners_utils.check_target_module_exists(config, "blocks.0.mlp.fc1"))
 
 
 def _require(verb: str) -> None:

@@ -12,7 +12,7 @@ import numpy as np
 
 from edgepet.deltas.delta import Delta, Score
 from edgepet.errors import require
-from edgepet.images.held import forget, pixels_folder
+from edgepet.images.held import features_folder, forget, pixels_folder
 from edgepet.images.notes import Tell, tell_nobody
 from edgepet.images.sets import batches
 from edgepet.measuring.parity import Accuracy, accuracy
@@ -157,7 +157,8 @@ def run_training(training: Training, write: Callable[[Made], None]) -> tuple[Mad
     if processes.leads:
         write(made)
         made.keeper.remove()
-        forget(pixels_folder(training.output))
+        for kept in (pixels_folder, features_folder):
+            forget(kept(training.output))
     processes.wait()
     return made, time.perf_counter() - began
 

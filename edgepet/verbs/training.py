@@ -27,7 +27,10 @@ def training_options(parser: Parser) -> None:
     add("data", metavar="DATA", help="a folder with train/ and val/, or of class folders")
     backbone_option(parser, required=True)
     add("--method", required=True, metavar="M", help="what is tuned: `edgepet methods` lists all")
-    told = "a setting of the method, as often as needed: --set rank=8 (default: the paper's for a ViT)"
+    told = (
+        "a setting of the method, as often as needed: --set rank=8, --set blocks=6-11 for these blocks only (default:"
+        " the paper's for a ViT, on all blocks)"
+    )
     add("--set", dest="settings", action="append", default=[], metavar="NAME=VALUE", help=told)
     image_size_option(parser, "pixels of a square input, or HEIGHTxWIDTH (default: the backbone's)")
     told = "frames to take of each clip: classes then hold a folder of frames each (default: %(default)s, images)"
@@ -75,6 +78,11 @@ def _recipe_options(parser: Parser) -> None:
     add("--weight-decay", type=float, metavar="X", help="of the optimiser (default: the method's)")
     told = "where classes are uneven: weigh their losses, or draw images of all alike often (default: neither)"
     add("--balance", choices=BALANCES, help=told)
+    told = (
+        "PACE: full, or full,sigma=1.2,weight=1: two passes under noise that shall agree; or cheap,sigma=X,weight=X:"
+        " one pass that shall agree with the epoch before (default: none)"
+    )
+    add("--consistency", metavar="FORM,...", help=told)
     add("--patience", type=int, metavar="N", help="end after N epochs without a better one (default: never)")
 
 

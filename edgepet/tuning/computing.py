@@ -1,0 +1,72 @@
+"""How a tuned model computes in a fit: where, in which precision, and what it makes of a whole set of images.
+
+Needs the ``train`` extra.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from edgepet.images.sets import batches
+from edgepet.networks.forms import explicit_attention
+from edgepet.spec import NpArray, Preprocess
+from edgepet.tuning.model import TunedModel
+
+if TYPE_CHECKING:
+    from edgepet.tuning.fit import Plan
+
+AT_ONCE = 64  # images that go through the network where nothing is learnt
+MANY_TOKENS = 512  # from here on a matrix of all pairs of tokens is too large to keep for the backward pass
+
+
+@contextlib.contextmanager
+def computing(model: TunedModel, plan: Plan, *, learning: bool = False) -> Iterator[None]:
+    """While the block runs ``model`` lies where ``plan`` says and computes as its fit does.
+
+    If it is not ``learning`` it is in eval mode, in the precision of ``plan`` and without gradients.
+    """
+    model.to(plan.device)
+    with _explicit_attention(model, plan), contextlib.ExitStack() as stack:
+        if not learning:
+            model.eval()
+            stack.enter_context(torch.no_grad())
+            stack.enter_context(autocast(plan))
+        yield
+
+
+@contextlib.contextmanager
+def _explicit_attention(model: TunedModel, plan: Plan) -> Iterator[None]:
+    """Attention as two products and a softmax while training in bf16 on a CPU: torch's fused form has a slow backward
+    there, a third of a step at 65 tokens. Long sequences keep it, for its memory.
+    """
+    tokens = getattr(getattr(model.backbone, "patch_embed", None), "num_patches", MANY_TOKENS)
+    slow = plan.autocast and plan.device == "cpu" and tokens < MANY_TOKENS and not model.extends_attention
+    with explicit_attention(model.backbone) if slow else contextlib.nullcontext():
+        yield
+
+
+def autocast(plan: Plan) -> torch.autocast:
+    """Under it the network computes in the precision of ``plan``."""
+    return torch.autocast(plan.device.partition(":")[0], dtype=torch.bfloat16, enabled=plan.autocast)
+
+
+def features_of(
+    model: TunedModel, pixels: NpArray, preprocess: Preprocess, plan: Plan, *, follow: bool = False
+) -> Tensor:
+    """Of all images, as float32 (n, d); with ``follow`` the ranges of a backbone that is rounded take them in."""
+    model.eval()
+    if model.fake_quant is not None:
+        model.fake_quant.train(follow)
+    step = max(1, AT_ONCE // preprocess.frames)
+    with torch.no_grad(), autocast(plan):
+        if model.front is None:
+            parts = map(torch.from_numpy, batches(pixels, preprocess, step))
+        else:
+            parts = map(model.front.rows, np.split(pixels, range(step, len(pixels), step)))
+        return torch.cat([model.features(part.to(plan.device)).float() for part in parts])
