@@ -78,7 +78,7 @@ class Noise:
         if layer not in self.sigmas:
             return tuned
         self._last[layer] = z = self._z(layer, tuned, channel_axis)
-        return frozen + z * (tuned - frozen)
+        return torch.lerp(frozen.to(tuned.dtype), tuned, z)  # one pass over the activations, which keeps none of them
 
     def shift(self, layer: str, output: Tensor, moved: Tensor) -> Tensor:
         """What the layer's last ``output`` (n, out, ...) is moved by behind it, (out, 1, ...), times the z that it had.
