@@ -106,7 +106,7 @@ class ConvAdapter(BranchesOnly):
             "conv.bias": uniform(rng, bound, inner),
             "point.weight": uniform(rng, inner**-0.5, place.gives, inner, 1, 1),
             "point.bias": uniform(rng, inner**-0.5, place.gives),
-            "factor": np.ones(place.gives, np.float32),
+            "factor": np.zeros(place.gives, np.float32),
         }
 
     def branches(self, sites: Sequence[Site], tuned: Tuned) -> tuple[Branch, ...]:
