@@ -13,7 +13,7 @@ import shlex
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -129,7 +129,8 @@ SWEEP = Marks("<!-- sweep: made by benchmarks/timm_sweep.py -->", "<!-- end of s
 class Training:
     """A pack of a demo task on a demo backbone. ``scored`` judges it on the test split as well.
 
-    ``few`` is how many images of each class are left in each split, None is all.
+    ``few`` is how many images of each class are left in each split, None is all. ``settings`` are the method's,
+    ``options`` further ones of ``train``.
     """
 
     task: str
@@ -139,17 +140,18 @@ class Training:
     epochs: int | None = None
     shots: int | None = None
     backbone_precision: str = "fp32"
-    consistency: str | None = None
     test_cap: int = TEST_CAP
     few: int | None = None
     scored: bool = False
+    seed: int = 0
+    settings: Mapping[str, object] = field(default_factory=dict)
+    options: Mapping[str, object] = field(default_factory=dict)
 
     @property
     def pack_name(self) -> str:
         """Of the file; the task of a pack is called so as well."""
         rounded = "" if self.backbone_precision == "fp32" else f"-{self.backbone_precision}"
-        pace = "" if self.consistency is None else f"-{self.consistency.partition(',')[0]}"
-        return f"{self.task}-{self.method}{rounded}{pace}.pet"
+        return f"{self.task}-{self.method}{rounded}.pet"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -249,14 +251,14 @@ def _training_job(training: Training, images: Result) -> Job:
                 "image_size": training.image_size,
             },
             "method": training.method,
-            "settings": {},
+            "settings": dict(training.settings),
             "options": {
                 "epochs": training.epochs,
                 "shots": training.shots,
-                "seed": 0,
+                "seed": training.seed,
                 "precision": "bf16" if NATIVE_BF16 & set(here.cpu_features) else "fp32",  # not measured: a job is pure
                 "backbone_precision": training.backbone_precision,
-                **({} if training.consistency is None else {"consistency": training.consistency}),
+                **training.options,
             },
             "pack": training.pack_name,
             "scored": training.scored,

@@ -63,6 +63,18 @@ class Branching(Protocol):
         ...
 
 
+@runtime_checkable
+class InUnits(Protocol):
+    """A method some of whose tensors are learnt in other units than they act in, so that one rate suits all of them."""
+
+    def units(self, sites: Sequence[Site], base: Tensors) -> Start:
+        """By site and name what 1 of a learnt value is, powers of two in float32 of the tensor's shape; others are 1.
+
+        Powers of two, so that what is learnt and what acts are the same number in every precision.
+        """
+        ...
+
+
 class BranchesOnly:
     """The lowering of a method without any update."""
 
@@ -118,6 +130,16 @@ def pushed(
     if site.bias is not None:
         return Targeted(Target(site.bias, rows), Push(c, reads, of, scale))
     return Targeted(Target(str(site.mean), rows), Push(c, reads, of, -scale))
+
+
+def norm_deviation(site: Site, base: Tensors) -> NpArray:
+    """What the batch norm that alone reads a layer divides by, as the nearest powers of two, float32 (out,).
+
+    ``Site.mean`` names that norm. Its epsilon is taken for 1e-5, torch's own: where it is larger a variance below it is
+    learnt more slowly.
+    """
+    variance = np.maximum(base[str(site.mean).removesuffix("mean") + "var"], 0)
+    return np.exp2(np.round(np.log2(variance + 1e-5) / 2)).astype(np.float32)
 
 
 def count(method: Method, layers: Sequence[Site], base: Tensors) -> int:

@@ -13,7 +13,7 @@ from typing import ClassVar
 import numpy as np
 
 from edgepet.deltas.updates import Scale, Targeted
-from edgepet.methods.method import Recipe, Start, shift
+from edgepet.methods.method import Recipe, Start, norm_deviation, shift
 from edgepet.spec import Array, NpArray, Site, Target, Tensors, Tuned
 
 
@@ -40,14 +40,19 @@ class SSF:
 
         Both have a deviation of 0.02.
         """
-        del base
-        return {site.name: self._start(site, rng) for site in sites}
+        units = self.units(sites, base)
+        return {site.name: self._start(site, rng, units.get(site.name, {})) for site in sites}
 
-    def _start(self, site: Site, rng: np.random.Generator) -> Mapping[str, NpArray]:
+    def _start(self, site: Site, rng: np.random.Generator, units: Mapping[str, NpArray]) -> Mapping[str, NpArray]:
         gamma = rng.normal(1.0, 0.02, site.out_features).astype(np.float32)
         if not site.takes_shift:
             return {"gamma": gamma}
-        return {"gamma": gamma, "beta": rng.normal(0.0, 0.02, site.out_features).astype(np.float32)}
+        beta = rng.normal(0.0, 0.02, site.out_features).astype(np.float32)
+        return {"gamma": gamma, "beta": beta * units.get("beta", np.float32(1))}
+
+    def units(self, sites: Sequence[Site], base: Tensors) -> Start:
+        """A shift in front of a batch norm is learnt in that norm's deviations, which may be a thousandth of others."""
+        return {site.name: {"beta": norm_deviation(site, base)} for site in sites if site.mean is not None}
 
     def lower(self, base: Mapping[str, Array], sites: Sequence[Site], tuned: Tuned) -> tuple[Targeted, ...]:
         """gamma as ``Scale`` of the weight's rows and of the bias, then beta as ``Add`` where a shift goes."""

@@ -15,7 +15,7 @@ from edgepet.deltas.delta import Delta, Head, Score
 from edgepet.deltas.merge import fold_all, fold_each
 from edgepet.deltas.updates import apart, keeps_codes
 from edgepet.methods import ActivationPath, Branching, Method
-from edgepet.methods.method import flatten, unflatten
+from edgepet.methods.method import InUnits, flatten, unflatten
 from edgepet.methods.settings import stored
 from edgepet.networks.backbone import Backbone
 from edgepet.networks.graft import grafted, in_torch
@@ -54,8 +54,13 @@ class TunedModel(nn.Module):
         self._layer_of = layers_of(backbone.layers)
         rng = np.random.default_rng(seed)
         starts = flatten(method.start(self.sites, backbone.tensors, rng))
+        units = flatten(method.units(self.sites, backbone.tensors)) if isinstance(method, InUnits) else {}
         self._names = list(starts)
-        self.tensors = nn.ParameterList([torch.from_numpy(np.array(start)) for start in starts.values()])
+        self.tensors = nn.ParameterList([nn.Parameter(torch.empty(start.shape)) for start in starts.values()])
+        for number, name in enumerate(self._names):
+            unit = torch.from_numpy(np.array(units[name])) if name in units else None
+            self.register_buffer(f"unit{number}", unit, persistent=False)
+        self.take(starts)
         self.linear = nn.Linear(backbone.width, classes)
         self.reset_head()
         self.mean: Tensor
@@ -186,12 +191,20 @@ class TunedModel(nn.Module):
         return self
 
     def tuned(self) -> dict[str, dict[str, Tensor]]:
-        """The method's parameters themselves, by site and name."""
-        return unflatten(dict(zip(self._names, self.tensors, strict=True)), self.sites)
+        """The method's tensors as they act, by site and name: parameters, times their units where they have some."""
+        acting = {name: p if unit is None else p * unit for name, p, unit in self._learnt()}
+        return unflatten(acting, self.sites)
 
     def arrays(self) -> dict[str, NpArray]:
-        """The method's parameters as ``site/name`` -> float32 array, copied."""
-        return {name: p.detach().float().numpy().copy() for name, p in zip(self._names, self.tensors, strict=True)}
+        """The method's tensors as they act, ``site/name`` -> float32 array, copied."""
+        with torch.no_grad():
+            acting = {name: p if unit is None else p * unit for name, p, unit in self._learnt()}
+            return {name: tensor.float().numpy().copy() for name, tensor in acting.items()}
+
+    def _learnt(self) -> Iterator[tuple[str, nn.Parameter, Tensor | None]]:
+        """Names, parameters, and what 1 of each is (``InUnits``); None where it is 1."""
+        for number, (name, parameter) in enumerate(zip(self._names, self.tensors, strict=True)):
+            yield name, cast(nn.Parameter, parameter), cast("Tensor | None", getattr(self, f"unit{number}"))
 
     def head(self) -> Head:
         """The head on raw features, float32 (C, d) and (C,): the standardisation is folded into it, in float64."""
@@ -209,8 +222,9 @@ class TunedModel(nn.Module):
     def take(self, arrays: Mapping[str, NpArray]) -> None:
         """Copy in the method's trained values, named and shaped as ``arrays`` gives them; the head stays."""
         with torch.no_grad():
-            for name, parameter in zip(self._names, self.tensors, strict=True):
-                parameter.copy_(torch.from_numpy(np.array(arrays[name])))
+            for name, parameter, unit in self._learnt():
+                value = torch.from_numpy(np.array(arrays[name]))
+                parameter.copy_(value if unit is None else value / unit)
 
     def load(self, arrays: Mapping[str, NpArray], head: Head) -> None:
         """Copy in trained values as ``take`` does, with a head (C, d) on raw features."""
