@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import shlex
+import shutil
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -35,6 +37,7 @@ SMALLER = {"vit-small": 112, "efficientnet-lite0": 128}  # where every method is
 SETTLE_S = {"torch": 0.002, "onnxruntime": 0.05, "openvino": 0.002}
 TEST_CAP, FEW = 2000, 4  # test images of a task at most; images of a class in each split of a quick run
 WARMUP = 20  # untimed rounds, but no more than timed ones
+MODULES = "modules.work"  # what a pretraining leaves
 NATIVE_BF16 = {"amx_bf16", "avx512_bf16", "bf16"}
 
 
@@ -126,11 +129,23 @@ SWEEP = Marks("<!-- sweep: made by benchmarks/timm_sweep.py -->", "<!-- end of s
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Pretraining:
+    """A method's tensors, tuned on the classes of several demo tasks together; all else as in ``Training``."""
+
+    tasks: tuple[str, ...]
+    backbone: str
+    method: str
+    image_size: int
+    epochs: int | None = None
+    few: int | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Training:
     """A pack of a demo task on a demo backbone. ``scored`` judges it on the test split as well.
 
-    ``few`` is how many images of each class are left in each split, None is all. ``settings`` are the method's,
-    ``options`` further ones of ``train``.
+    ``few`` is how many images of each class are left in each split, None is all. ``settings`` are the method's, as
+    text, ``options`` further ones of ``train``, and ``init`` is what the method's tensors start from.
     """
 
     task: str
@@ -144,8 +159,9 @@ class Training:
     few: int | None = None
     scored: bool = False
     seed: int = 0
-    settings: Mapping[str, object] = field(default_factory=dict)
-    options: Mapping[str, object] = field(default_factory=dict)
+    settings: Mapping[str, str] = field(default_factory=dict)
+    options: Mapping[str, Any] = field(default_factory=dict)
+    init: Pretraining | None = None
 
     @property
     def pack_name(self) -> str:
@@ -188,7 +204,11 @@ def trained(run: Asked, trainings: Sequence[Training]) -> tuple[Trained, ...]:
     """Train those that are not trained yet."""
     pools = [_images_job(each.task, each.test_cap, each.few) for each in trainings]
     images = dict(zip((pool.digest for pool in pools), finished(run, pools), strict=True))
-    jobs = [_training_job(each, images[pool.digest]) for each, pool in zip(trainings, pools, strict=True)]
+    begun = {each.init: _pretrained(run, each.init) for each in trainings if each.init is not None}
+    jobs = [
+        _training_job(each, images[pool.digest], None if each.init is None else begun[each.init])
+        for each, pool in zip(trainings, pools, strict=True)
+    ]
     return tuple(
         Trained(training=each, result=result, data=images[pool.digest].folder / each.task)
         for each, pool, result in zip(trainings, pools, finished(run, jobs), strict=True)
@@ -239,32 +259,54 @@ def _images_job(task: str, test_cap: int, few: int | None) -> Job:
     return Job(function="harness:draw_images", specification={"task": task, "test_cap": test_cap, "few": few})
 
 
-def _training_job(training: Training, images: Result) -> Job:
-    here = environment()
+def _pretrained(run: Asked, asked: Pretraining) -> Result:
+    pools = finished(run, [_images_job(task, TEST_CAP, asked.few) for task in asked.tasks])
+    specification = {
+        "data": [_named(task, pool) for task, pool in zip(asked.tasks, pools, strict=True)],
+        "backbone": _network(asked.backbone, asked.image_size),
+        "method": asked.method,
+        "options": {"epochs": asked.epochs, "precision": _precision()},
+        "threads": environment().cores,
+    }
+    (made,) = finished(run, [Job(function="harness:pretrain_modules", specification=specification)])
+    return made
+
+
+def _training_job(training: Training, images: Result, init: Result | None) -> Job:
     return Job(
         function="harness:train_pack",
         specification={
-            "data": {"job": images.job.digest, "task": training.task, "pixel_sha256": images.report["pixel_sha256"]},
-            "backbone": {
-                "name": f"demo:{training.backbone}",
-                "sha256": WEIGHTS[training.backbone].sha256,
-                "image_size": training.image_size,
-            },
+            "data": _named(training.task, images),
+            "backbone": _network(training.backbone, training.image_size),
             "method": training.method,
             "settings": dict(training.settings),
             "options": {
                 "epochs": training.epochs,
                 "shots": training.shots,
                 "seed": training.seed,
-                "precision": "bf16" if NATIVE_BF16 & set(here.cpu_features) else "fp32",  # not measured: a job is pure
+                "precision": _precision(),
                 "backbone_precision": training.backbone_precision,
                 **training.options,
             },
+            "init": None if init is None else init.job.digest,
             "pack": training.pack_name,
             "scored": training.scored,
-            "threads": here.cores,
+            "threads": environment().cores,
         },
     )
+
+
+def _named(task: str, images: Result) -> dict[str, object]:
+    return {"job": images.job.digest, "task": task, "pixel_sha256": images.report["pixel_sha256"]}
+
+
+def _network(name: str, image_size: int) -> dict[str, object]:
+    return {"name": f"demo:{name}", "sha256": WEIGHTS[name].sha256, "image_size": image_size}
+
+
+def _precision() -> str:
+    """What this machine trains fastest in, not measured: a job is pure."""
+    return "bf16" if NATIVE_BF16 & set(environment().cpu_features) else "fp32"
 
 
 def draw_images(specification: Mapping[str, Any], folder: Path) -> dict[str, object]:
@@ -278,6 +320,28 @@ def draw_images(specification: Mapping[str, Any], folder: Path) -> dict[str, obj
     return {"pixel_sha256": summary.pixel_sha256, "counts": summary.counts, "source": summary.source}
 
 
+def pretrain_modules(specification: Mapping[str, Any], folder: Path) -> dict[str, object]:
+    """``folder/modules.work``: what further trainings of the method start from; classes are called TASK-CLASS."""
+    import torch
+
+    from edgepet import pretrain
+    from edgepet.networks.loading import load_backbone
+
+    torch.set_num_threads(specification["threads"])
+    network, data = specification["backbone"], folder / "data"
+    for named in specification["data"]:
+        drawn = images_of({"data": named}, folder)
+        for held in (each for split in ("train", "val") for each in sorted((drawn / split).iterdir())):
+            shutil.copytree(held, data / held.parent.name / f"{named['task']}-{held.name}", copy_function=os.link)
+    with Progress() as progress, progress.training(f"{network['name']} {specification['method']}") as say:
+        report = pretrain(
+            data, load_backbone(network["name"], image_size=network["image_size"]), specification["method"],
+            folder / MODULES, say=say, **specification["options"],
+        )  # fmt: skip
+    shutil.rmtree(data)
+    return {"classes": report.classes, "val_top1": report.val.top1, "val_n": report.val.n}
+
+
 def train_pack(specification: Mapping[str, Any], folder: Path) -> dict[str, object]:
     """A pack and its work folder, from images that another job drew."""
     import torch
@@ -289,9 +353,10 @@ def train_pack(specification: Mapping[str, Any], folder: Path) -> dict[str, obje
     torch.set_num_threads(specification["threads"])
     data, network = images_of(specification, folder), specification["backbone"]
     backbone, pack = load_backbone(network["name"], image_size=network["image_size"]), folder / specification["pack"]
+    init = None if specification["init"] is None else folder.parent / specification["init"] / MODULES
     with Progress() as progress, progress.training(f"{network['name']} {pack.stem}") as say:
-        report = train(data, backbone, specification["method"], pack, settings=specification["settings"], say=say,
-                       **specification["options"])  # fmt: skip
+        report = train(data, backbone, specification["method"], pack, settings=specification["settings"], init=init,
+                       say=say, **specification["options"])  # fmt: skip
     delta = read_pack(pack).delta
     found: dict[str, object] = {
         "backbone": backbone.label,
@@ -302,6 +367,7 @@ def train_pack(specification: Mapping[str, Any], folder: Path) -> dict[str, obje
         "precision": report.precision,
         "val_top1": delta.val.top1,
         "val_n": delta.val.n,
+        "measured": {"images_per_second": report.images_per_second},
     }
     if not specification["scored"]:
         return found
