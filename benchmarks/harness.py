@@ -103,6 +103,15 @@ def earlier(run: Asked, name: str) -> dict[str, Any]:
     return result
 
 
+def source(result: Mapping[str, Any]) -> str:
+    """The command that found a result, where and when."""
+    here = result["environment"]
+    versions = ", ".join(
+        f"{name} {here['versions'][name]}" for name in ("torch", "onnxruntime", "openvino") if name in here["versions"]
+    )
+    return f"`{result['command']}` on {here['cpu']} ({here['cores']} cores), {versions}, {here['date']}."
+
+
 # -------------------------------------------------------------------------------------------------------------- pages
 
 

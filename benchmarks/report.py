@@ -10,7 +10,8 @@ import argparse
 import json
 from typing import Any
 
-from harness import HERE, RESULTS, TABLES, asked, parser_of
+from harness import HERE, RESULTS, TABLES, asked, parser_of, source
+from trials import trial_tables
 
 from edgepet.reports.tables import Column, Table, format_bytes, format_number, format_percent, markdown
 
@@ -58,7 +59,7 @@ def method_tables() -> str:
     result = results["methods"]
     parts = [network(title, result) for title in result["cells"]]
     parts.append(f"{source(result)} ConvNeXt and ResNet have seeded weights: no package carries trained ones.\n")
-    return "\n".join([*parts, every(results["accuracy-every"]), branches(results["branches"])])
+    return "\n".join([*parts, every(results["accuracy-every"]), branches(results["branches"]), trial_tables(results)])
 
 
 def network(title: str, result: dict[str, Any]) -> str:
@@ -309,14 +310,6 @@ def speed(training: dict[str, Any], export: dict[str, Any]) -> str:
         f" {format_bytes(export['size_bytes'])}; tracing the backbone took {export['trace_seconds']:.1f} s, once"
     )
     return "\n".join(["**Speed**", "", *lines, "", f"{source(training)} {source(export)}", ""])
-
-
-def source(result: dict[str, Any]) -> str:
-    here = result["environment"]
-    versions = ", ".join(
-        f"{name} {here['versions'][name]}" for name in ("torch", "onnxruntime", "openvino") if name in here["versions"]
-    )
-    return f"`{result['command']}` on {here['cpu']} ({here['cores']} cores), {versions}, {here['date']}."
 
 
 if __name__ == "__main__":
