@@ -4,13 +4,16 @@
     python benchmarks/accuracy.py --dir DIR --backbone efficientnet-lite0
     python benchmarks/accuracy.py --dir DIR --every                       # every method, on fewer images, an hour
 
-Writes ``accuracy-BACKBONE.json``, or ``accuracy-every.json``. The numbers compare methods on one backbone: vit-small is
-a saliency-tuned descendant of DINOv2-S/14 and not DINOv2-S, so they say nothing about that network.
+Writes ``accuracy-BACKBONE.json``, or ``accuracy-every.json``, to which a run of some ``--methods`` adds. The numbers
+compare methods on one backbone: vit-small is a saliency-tuned descendant of DINOv2-S/14 and not DINOv2-S, so they say
+nothing about that network.
 """
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Mapping
+from typing import Any
 
 from harness import (
     FEW,
@@ -20,6 +23,7 @@ from harness import (
     Trained,
     Training,
     asked,
+    earlier,
     parser_of,
     trained,
     write_result,
@@ -47,6 +51,7 @@ def parser() -> argparse.ArgumentParser:
     made = parser_of(__doc__)
     made.add_argument("--backbone", choices=CHOSEN, default="vit-small", help="a demo backbone (%(default)s)")
     made.add_argument("--every", action="store_true", help="every method, each on a backbone that it suits")
+    made.add_argument("--methods", default="", help="with --every: names with commas between (default: all)")
     return made
 
 
@@ -54,14 +59,22 @@ def main() -> None:
     """Train and score what is asked for."""
     options = parser().parse_args()
     run, every = asked(options), bool(options.every)
-    rows = [row(each) for each in trained(run, trainings(options.backbone, every=every, quick=run.quick))]
+    some = set(options.methods.split(",")) if options.methods else set(METHODS)
+    plan = trainings(options.backbone, every=every, quick=run.quick)
+    rows = [row(each) for each in trained(run, [each for each in plan if each.method in some])]
     if every:
-        write_result(run, "accuracy-every", {"rows": rows})
+        kept = [each for each in earlier(run, "accuracy-every").get("rows", ()) if each["method"] not in some]
+        write_result(run, "accuracy-every", {"rows": sorted([*kept, *rows], key=place)})
         return
     backbone = load_backbone(f"demo:{options.backbone}", image_size=IMAGE_SIZES[options.backbone])
     facts = {"name": backbone.label, "fingerprint": backbone.fingerprint, "description": backbone.description}
     found = {"rows": rows, "backbone": facts, "image_size": IMAGE_SIZES[options.backbone]}
     write_result(run, f"accuracy-{options.backbone}", found)
+
+
+def place(made: Mapping[str, Any]) -> tuple[bool, str, int]:
+    """Where a row of every method goes: by backbone, task and method."""
+    return made["backbone"] != "demo:vit-small", made["task"], list(METHODS).index(made["method"])
 
 
 def trainings(backbone: str, *, every: bool, quick: bool) -> list[Training]:
