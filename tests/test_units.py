@@ -11,7 +11,7 @@ import timm
 import torch
 
 from edgepet.images.preprocess import normalize
-from edgepet.methods import SSF
+from edgepet.methods import RLRR, SSF, Consolidator, GLoRA
 from edgepet.methods.method import flatten
 from edgepet.networks.backbone import Backbone
 from edgepet.networks.loading import load_backbone
@@ -81,15 +81,19 @@ def test_a_unit_is_the_power_of_two_nearest_to_the_deviation(tmp_path: Path) -> 
         assert (np.abs(np.log2(unit / deviation)) <= 0.5 + 1e-6).all()
 
 
-def test_what_is_learnt_times_its_unit_is_what_acts_to_the_bit(tmp_path: Path) -> None:
+@pytest.mark.parametrize("method", [SSF(), RLRR(), GLoRA(), Consolidator(groups=(4, 8))], ids=lambda each: each.name)
+def test_what_is_learnt_times_its_unit_is_what_acts_to_the_bit(
+    method: SSF | RLRR | GLoRA | Consolidator, tmp_path: Path
+) -> None:
     backbone = resnet(tmp_path, scaled=SMALLER)
-    model = TunedModel(backbone, SSF(), 2)
-    start = flatten(SSF().start(model.sites, backbone.tensors, np.random.default_rng(0)))
-    units = flatten(SSF().units(model.sites, backbone.tensors))
+    model = TunedModel(backbone, method, 2)
+    start = flatten(method.start(model.sites, backbone.tensors, np.random.default_rng(0)))
+    units = {name: unit for name, unit in flatten(method.units(model.sites, backbone.tensors)).items() if name in start}
 
     learnt = dict(zip(start, (p.detach().numpy() for p in model.tensors), strict=True))
 
-    assert units.keys() < {name for name in start if name.endswith("beta")}
+    assert len(units) > 4
+    assert all(unit.shape == start[name].shape and unit.max() < 1 for name, unit in units.items())
     for name, array in model.arrays().items():
         np.testing.assert_array_equal(array, start[name])
         np.testing.assert_array_equal(learnt[name] * units.get(name, np.float32(1)), start[name])

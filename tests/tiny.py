@@ -108,8 +108,11 @@ def sites_of(architecture: str) -> tuple[Site, ...]:
 
 
 def ones(layers: tuple[Site, ...]) -> dict[str, NpArray]:
-    """Weights of the shapes of ``layers`` that take no memory: methods look at shapes, and at lengths of rows."""
-    return {site.weight: np.broadcast_to(np.float32(1), (site.out_features, site.columns)) for site in layers}
+    """Weights of the shapes of ``layers`` that take no memory: methods look at shapes, lengths of rows and variances."""
+    one = np.float32(1)
+    weights = {site.weight: np.broadcast_to(one, (site.out_features, site.columns)) for site in layers}
+    means = [(site.mean, site.out_features) for site in layers if site.mean is not None]
+    return weights | {f"{mean.removesuffix('mean')}var": np.broadcast_to(one, rows) for mean, rows in means}
 
 
 def mlp(up: float, down: float) -> Any:

@@ -17,7 +17,7 @@ import numpy as np
 
 from edgepet.deltas.updates import Grouped, Targeted
 from edgepet.errors import InputError
-from edgepet.methods.method import Recipe, Start, shift
+from edgepet.methods.method import Recipe, Start, shift, shift_units
 from edgepet.spec import Array, NpArray, Site, Target, Tensors, Tuned
 
 FEWEST_GROUPS = 8  # fewer would be nearly dense; images of three channels, for example
@@ -60,19 +60,25 @@ class Consolidator:
     def start(self, sites: Sequence[Site], base: Tensors, rng: np.random.Generator) -> Start:
         """For a branch of g groups, 384 for example, "384.weight" (g, out / g, in * kh * kw / g) and "384.bias" (out,).
 
-        Both are drawn evenly from -1e-3 to 1e-3; where the layer takes no shift there is no bias.
+        Both are drawn evenly from -1e-3 to 1e-3, a bias in front of a batch norm in that norm's deviations; where the
+        layer takes no shift there is no bias.
         """
-        del base
-        return {site.name: self._start(site, rng) for site in sites}
+        units = self.units(sites, base)
+        return {site.name: self._start(site, rng, units.get(site.name, {})) for site in sites}
 
-    def _start(self, site: Site, rng: np.random.Generator) -> Mapping[str, NpArray]:
+    def _start(self, site: Site, rng: np.random.Generator, units: Mapping[str, NpArray]) -> Mapping[str, NpArray]:
         tensors: dict[str, NpArray] = {}
         for g in self._fitting(site):
             shape = (g, site.out_features // g, site.columns // g)
             tensors[f"{g}.weight"] = rng.uniform(-1e-3, 1e-3, shape).astype(np.float32)
             if site.takes_shift:
-                tensors[f"{g}.bias"] = rng.uniform(-1e-3, 1e-3, site.out_features).astype(np.float32)
+                bias = rng.uniform(-1e-3, 1e-3, site.out_features).astype(np.float32)
+                tensors[f"{g}.bias"] = bias * units.get(f"{g}.bias", np.float32(1))
         return tensors
+
+    def units(self, sites: Sequence[Site], base: Tensors) -> Start:
+        """Biases in front of a batch norm are learnt in that norm's deviations."""
+        return shift_units(sites, base, *(f"{g}.bias" for g in self.groups))
 
     def lower(self, base: Mapping[str, Array], sites: Sequence[Site], tuned: Tuned) -> tuple[Targeted, ...]:
         """W[:, order_i] + T_i as ``Grouped`` for each branch, and the sum of all c_i as ``Add`` where a shift goes.

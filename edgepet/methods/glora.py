@@ -15,7 +15,7 @@ import numpy as np
 
 from edgepet.deltas.updates import LowRank, Modulate, Scale, Targeted
 from edgepet.errors import InputError
-from edgepet.methods.method import Recipe, Start, pushed, shift
+from edgepet.methods.method import Recipe, Start, pushed, shift, shift_units
 from edgepet.methods.places import linears, takes_prompt
 from edgepet.methods.starts import uniform
 from edgepet.spec import Array, NpArray, Site, Target, Tensors, Tuned
@@ -78,6 +78,10 @@ class GLoRA:
         if site.takes_shift:
             tensors["e"] = np.zeros(site.out_features, np.float32)
         return tensors
+
+    def units(self, sites: Sequence[Site], base: Tensors) -> Start:
+        """E in front of a batch norm is learnt in that norm's deviations."""
+        return shift_units(sites, base, "e")
 
     def lower(self, base: Mapping[str, Array], sites: Sequence[Site], tuned: Tuned) -> tuple[Targeted, ...]:
         """A as ``Scale`` of rows or ``Modulate``, B as ``LowRank``; D as ``Scale``, E as ``Add``, W C as ``Push``."""

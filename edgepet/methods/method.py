@@ -132,13 +132,20 @@ def pushed(
     return Targeted(Target(str(site.mean), rows), Push(c, reads, of, -scale))
 
 
-def norm_deviation(site: Site, base: Tensors) -> NpArray:
-    """What the batch norm that alone reads a layer divides by, as the nearest powers of two, float32 (out,).
+def shift_units(sites: Sequence[Site], base: Tensors, *names: str) -> dict[str, dict[str, NpArray]]:
+    """``InUnits.units`` of shifts called ``names``: in front of a batch norm, that norm's deviations, float32 (out,).
 
-    ``Site.mean`` names that norm. Its epsilon is taken for 1e-5, torch's own: where it is larger a variance below it is
-    learnt more slowly.
+    A norm may divide by a thousandth of what others divide by, and a start or a rate that suits these drowns its layer.
     """
-    variance = np.maximum(base[str(site.mean).removesuffix("mean") + "var"], 0)
+    return {site.name: dict.fromkeys(names, _deviation(site.mean, base)) for site in sites if site.mean is not None}
+
+
+def _deviation(mean: str, base: Tensors) -> NpArray:
+    """What the batch norm with this running mean divides by, as the nearest powers of two.
+
+    Its epsilon is taken for 1e-5, torch's own: where it is larger a variance below it is learnt more slowly.
+    """
+    variance = np.maximum(base[f"{mean.removesuffix('mean')}var"], 0)
     return np.exp2(np.round(np.log2(variance + 1e-5) / 2)).astype(np.float32)
 
 

@@ -14,7 +14,7 @@ from typing import ClassVar
 import numpy as np
 
 from edgepet.deltas.updates import Modulate, Scale, Targeted
-from edgepet.methods.method import Recipe, Start, shift
+from edgepet.methods.method import Recipe, Start, shift, shift_units
 from edgepet.methods.places import all_parts, block
 from edgepet.methods.starts import uniform
 from edgepet.spec import Array, NpArray, Site, Target, Tensors, Tuned
@@ -42,17 +42,19 @@ class RLRR:
         """For each part of a rescaled layer ``l`` (out, 1) and ``r`` (1, in * kh * kw), those of a block as "q.l".
 
         Both are Kaiming uniform, that is up to the square root of 6 and of 6 / columns; ``f`` (out,) is zero. Elsewhere
-        ``gamma`` (out,) is normal around 1 and ``beta`` (out,) around 0, with a deviation of 0.02.
+        ``gamma`` (out,) is normal around 1 and ``beta`` (out,) around 0, with a deviation of 0.02, ``beta`` in front of
+        a batch norm of 0.02 of that norm's own.
         """
-        del base
-        return {site.name: self._start(site, rng) for site in sites}
+        units = self.units(sites, base)
+        return {site.name: self._start(site, rng, units.get(site.name, {})) for site in sites}
 
-    def _start(self, site: Site, rng: np.random.Generator) -> Mapping[str, NpArray]:
+    def _start(self, site: Site, rng: np.random.Generator, units: Mapping[str, NpArray]) -> Mapping[str, NpArray]:
         tensors: dict[str, NpArray] = {}
         if not _rescaled(site):
             tensors["gamma"] = rng.normal(1.0, 0.02, site.out_features).astype(np.float32)
             if site.takes_shift:
-                tensors["beta"] = rng.normal(0.0, 0.02, site.out_features).astype(np.float32)
+                beta = rng.normal(0.0, 0.02, site.out_features).astype(np.float32)
+                tensors["beta"] = beta * units.get("beta", np.float32(1))
             return tensors
         for part, (first, last) in all_parts(site).items():
             tensors[f"{part}l"] = uniform(rng, 6**0.5, last - first, 1)
@@ -60,6 +62,10 @@ class RLRR:
         if site.takes_shift:
             tensors["f"] = np.zeros(site.out_features, np.float32)
         return tensors
+
+    def units(self, sites: Sequence[Site], base: Tensors) -> Start:
+        """f and beta in front of a batch norm are learnt in that norm's deviations."""
+        return shift_units(sites, base, "f", "beta")
 
     def lower(self, base: Mapping[str, Array], sites: Sequence[Site], tuned: Tuned) -> tuple[Targeted, ...]:
         """W * (1 + l r^T) as ``Modulate`` on each part's rows, gamma as ``Scale``, f or beta as ``Add``."""

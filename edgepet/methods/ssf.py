@@ -13,7 +13,7 @@ from typing import ClassVar
 import numpy as np
 
 from edgepet.deltas.updates import Scale, Targeted
-from edgepet.methods.method import Recipe, Start, norm_deviation, shift
+from edgepet.methods.method import Recipe, Start, shift, shift_units
 from edgepet.spec import Array, NpArray, Site, Target, Tensors, Tuned
 
 
@@ -38,7 +38,7 @@ class SSF:
     def start(self, sites: Sequence[Site], base: Tensors, rng: np.random.Generator) -> Start:
         """``gamma`` (out,) normal around 1 and, where the layer takes a shift, ``beta`` (out,) around 0.
 
-        Both have a deviation of 0.02.
+        Both have a deviation of 0.02, ``beta`` in front of a batch norm of 0.02 of that norm's own.
         """
         units = self.units(sites, base)
         return {site.name: self._start(site, rng, units.get(site.name, {})) for site in sites}
@@ -51,8 +51,8 @@ class SSF:
         return {"gamma": gamma, "beta": beta * units.get("beta", np.float32(1))}
 
     def units(self, sites: Sequence[Site], base: Tensors) -> Start:
-        """A shift in front of a batch norm is learnt in that norm's deviations, which may be a thousandth of others."""
-        return {site.name: {"beta": norm_deviation(site, base)} for site in sites if site.mean is not None}
+        """A shift in front of a batch norm is learnt in that norm's deviations."""
+        return shift_units(sites, base, "beta")
 
     def lower(self, base: Mapping[str, Array], sites: Sequence[Site], tuned: Tuned) -> tuple[Targeted, ...]:
         """gamma as ``Scale`` of the weight's rows and of the bias, then beta as ``Add`` where a shift goes."""
