@@ -108,7 +108,7 @@ def sites_of(architecture: str) -> tuple[Site, ...]:
 
 
 def ones(layers: tuple[Site, ...]) -> dict[str, NpArray]:
-    """Weights of the shapes of ``layers`` that take no memory: methods look at shapes, lengths of rows and variances."""
+    """Weights of the shapes of ``layers`` that take no memory: methods look at shapes, rows and variances alone."""
     one = np.float32(1)
     weights = {site.weight: np.broadcast_to(one, (site.out_features, site.columns)) for site in layers}
     means = [(site.mean, site.out_features) for site in layers if site.mean is not None]
