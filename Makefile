@@ -9,7 +9,7 @@ TEST_EXTRAS := $(DEMO_EXTRAS),onnxsim,accelerate,peft,dev
 TESTS = $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 FAST_TESTS = $(TESTS) -m "not slow" --cov --cov-report=term
 
-.PHONY: demo test slow check fix bench bench-methods clean
+.PHONY: demo test slow check fix bench bench-methods bench-trials clean
 
 demo: $(VENV)/.demo
 	$(BIN)/edgepet demo --dir demo
@@ -32,7 +32,7 @@ fix: $(VENV)/.test
 	$(BIN)/ruff format edgepet exporters calibration tests benchmarks
 
 # ARGS=--quick goes through all of both, with as little of everything as goes the whole way, and keeps no result.
-bench: $(VENV)/.bench $(if $(findstring --quick,$(ARGS)),bench-methods)
+bench: $(VENV)/.bench $(if $(findstring --quick,$(ARGS)),bench-methods bench-trials)
 	$(BIN)/python benchmarks/latency.py $(ARGS)
 	$(BIN)/python benchmarks/export.py $(ARGS)
 	$(BIN)/python benchmarks/training.py $(ARGS)
@@ -49,6 +49,10 @@ bench-methods: $(VENV)/.bench
 	$(BIN)/python benchmarks/methods.py $(ARGS)
 	$(BIN)/python benchmarks/branches.py $(ARGS)
 	$(BIN)/python benchmarks/accuracy.py --every $(ARGS)
+	$(BIN)/python benchmarks/report.py $(ARGS)
+
+bench-trials: $(VENV)/.bench
+	$(BIN)/python benchmarks/trials.py $(ARGS)
 	$(BIN)/python benchmarks/report.py $(ARGS)
 
 clean:

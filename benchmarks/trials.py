@@ -127,17 +127,13 @@ def main() -> None:
     if options.only in (None, SPEED):
         write_result(run, "trials-speed", speed(run))
     for table in TABLES if options.only is None else {options.only} - {SPEED}:
-        trainings = _quick(TABLES[table]()) if run.quick else list(TABLES[table]())
+        trainings = list(TABLES[table]())
+        if run.quick:
+            trainings = [_smallest(trainings[-1])]
         rows = list[dict[str, object]]()
         for each in trainings:
             rows.append(row(*trained(run, [each])))
             write_result(run, f"trials-{table}", {"trainings": len(trainings), "rows": rows})
-
-
-def _quick(trainings: Iterator[Training]) -> list[Training]:
-    """The first training, and the last, which is the one most unlike it."""
-    first, *_, last = trainings
-    return [_smallest(first), _smallest(last)]
 
 
 def speed(run: Asked) -> dict[str, object]:
