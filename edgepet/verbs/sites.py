@@ -1,0 +1,331 @@
+"""``sites``: how few numbers suffice to tune each submodule of a backbone on a task, and where a method should go."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from edgepet.canonical import canonical_json, parse_json
+from edgepet.errors import InputError, option, require
+from edgepet.files import cache_folder, made_cache, read_file, refusing, write_file
+from edgepet.images.notes import Tell, tell_nobody, tell_of
+from edgepet.images.sets import ImageSet, Split, load_sets, open_split
+from edgepet.measuring.machine import environment
+from edgepet.methods.method import fp16_bytes
+from edgepet.reports.screen import Screen, lines, program
+from edgepet.reports.tables import (
+    NONE,
+    Table,
+    format_bytes,
+    format_number,
+    format_percent,
+    format_seconds,
+    left,
+    right,
+)
+from edgepet.spec import FilePath, ImageSize
+from edgepet.verbs.verb import (
+    Options,
+    Parser,
+    Verb,
+    at_least_one,
+    backbone_option,
+    image_size_option,
+    natural,
+    pairs,
+)
+
+if TYPE_CHECKING:
+    from edgepet.networks.backbone import Backbone
+    from edgepet.reports.progress import Progress
+    from edgepet.tuning.intrinsic import Ground, Reached
+    from edgepet.tuning.subspaces import Submodule
+
+IMAGES, METHOD = 200, "lora"  # of train, and of val: a fit of a ViT-S at 112 px then takes seconds
+MOST_BUDGET = 1e9  # kilobytes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SiteRow:
+    """A submodule: layers of the kind ``on`` in ``blocks``, with ``parameters`` weights and biases.
+
+    ``dimension`` is of the smallest random subspace in which tuning takes 90 % of ``gain`` off the loss on held-out
+    images, which is what tuning the whole submodule takes off it; None where that is not above ``error``, its standard
+    error, and ``parameters`` where no subspace that was tried reached it. ``top1`` is that of the whole submodule;
+    ``tried`` are all fits, the whole submodule's first.
+    """
+
+    name: str
+    on: str
+    blocks: str
+    parameters: int
+    dimension: int | None
+    gain: float
+    error: float
+    top1: float
+    tried: tuple[Reached, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SitesReport:
+    """``on`` and ``blocks`` are the settings that ``method`` would be given within ``budget_bytes``.
+
+    There it stores ``fp16_bytes`` in an fp16 pack, head and manifest left out. ``probe_top1`` is what the head alone
+    reaches. ``estimate_seconds`` is what was said before; None where all was known from a run before.
+    """
+
+    backbone: str
+    sites: tuple[SiteRow, ...]
+    method: str
+    settings: Mapping[str, str]
+    on: tuple[str, ...]
+    blocks: str
+    fp16_bytes: int
+    budget_bytes: int
+    probe_top1: float
+    images: Mapping[str, int]
+    estimate_seconds: float | None
+    seconds: float
+
+
+def sites(
+    data: FilePath,
+    backbone: str | Backbone,
+    *,
+    budget: float | None = None,
+    method: str = METHOD,
+    settings: Mapping[str, str] | None = None,
+    image_size: ImageSize | None = None,
+    images: int = IMAGES,
+    seed: int = 0,
+    val_fraction: float = 0.2,
+    stage: Callable[[str], None] = lambda name: None,
+    tell: Tell = tell_nobody,
+) -> SitesReport:
+    """Measure the local intrinsic dimension of every submodule of ``backbone`` on ``data``, and choose among them.
+
+    What was measured is kept in the cache: a run that was killed goes on, and another budget or method takes seconds.
+
+    Args:
+        data: a folder as ``train`` takes it; test/ is not looked at.
+        budget: kilobytes, of 1000 bytes, that the method may store in an fp16 pack, head and manifest left out; None
+            is what it takes where it goes by itself.
+        method: what would be tuned there, one that has the setting ``on``. It decides nothing of what is measured.
+        settings: of the method, but for ``on`` and ``blocks``.
+        images: as many of train are tuned on, and of val judged on, at most; drawn by ``seed``, as everything is.
+
+    Raises:
+        InputError: data, backbone or method at fault, a budget that holds nothing, or no submodule that gains anything.
+        MissingError: torch or timm is not installed.
+    """
+    require("torch", extra="train", purpose="sites")
+    began, settings = time.perf_counter(), dict(settings or {})
+    at_least_one("images", images)
+    if budget is not None and not 0 < budget <= MOST_BUDGET:
+        raise InputError(option("budget"), f"must be above 0 kilobytes, and at most {MOST_BUDGET:g}", got=budget)
+    made_cache()
+    from edgepet.networks.loading import load_backbone
+    from edgepet.tuning.intrinsic import dimension_of, prepare
+    from edgepet.tuning.placing import Measured, choose, placed_method
+    from edgepet.tuning.subspaces import submodules
+
+    chosen = placed_method(method, settings)
+    sets = {split: _some(Path(data), split, val_fraction, images, seed) for split in _SPLITS}
+    tell_of(Path(data), sets, tell)
+    stage("load the backbone")
+    loaded = load_backbone(backbone, image_size=image_size) if isinstance(backbone, str) else backbone
+    found = submodules(loaded.layers, loaded.tensors)
+    if not found:
+        raise InputError(loaded.label, "has no numbered blocks with linear layers or convolutions in them")
+    stage("read images, and train the head alone")
+    from edgepet.tuning.fit import LabelledPixels
+
+    train, val = (LabelledPixels(*loaded_set) for loaded_set in load_sets(list(sets.values()), loaded.preprocess))
+    ground = prepare(loaded, train, val, classes=len(sets["train"].classes), seed=seed)
+    tried, estimate = _tried(ground, found, stage, tell)
+    rows = [
+        SiteRow(
+            name=each.name,
+            on=each.on,
+            blocks=each.blocks,
+            parameters=each.parameters,
+            dimension=dimension_of(tried[each], each.parameters),
+            gain=tried[each][0].gain,
+            error=tried[each][0].error,
+            top1=tried[each][0].top1,
+            tried=tried[each],
+        )
+        for each in found
+    ]
+    own_bytes = fp16_bytes(chosen, loaded.layers, loaded.tensors)
+    budget_bytes = own_bytes if budget is None else round(1000 * budget)
+    measured = [
+        Measured(submodule=each, gain=row.gain, dimension=row.dimension) for each, row in zip(found, rows, strict=True)
+    ]
+    choice = choose(measured, loaded, method, settings, budget_bytes)
+    return SitesReport(
+        backbone=loaded.label,
+        sites=tuple(rows),
+        method=method,
+        settings=settings,
+        on=choice.on,
+        blocks=choice.blocks,
+        fp16_bytes=choice.fp16_bytes,
+        budget_bytes=budget_bytes,
+        probe_top1=ground.top1,
+        images={split: len(each) for split, each in sets.items()},
+        estimate_seconds=estimate,
+        seconds=time.perf_counter() - began,
+    )
+
+
+_SPLITS: tuple[Split, ...] = ("train", "val")
+
+
+def _some(data: Path, split: Split, val_fraction: float, images: int, seed: int) -> ImageSet:
+    """Up to so many images of a split, each as likely as any other."""
+    found = open_split(data, split, val_fraction=val_fraction, seed=seed)
+    return found.at(sorted(np.random.default_rng(seed).permutation(len(found))[:images].tolist()))
+
+
+def _tried(
+    ground: Ground, found: Sequence[Submodule], stage: Callable[[str], None], tell: Tell
+) -> tuple[dict[Submodule, tuple[Reached, ...]], float | None]:
+    """All fits of every submodule, those that the cache lacks made now; and how long these were to take."""
+    from edgepet.images.held import Turn
+    from edgepet.tuning.intrinsic import DIMENSIONS, Group, most_seconds
+    from edgepet.tuning.remembered import Place
+
+    asked = _asked(ground)
+    files = {each: _file({**asked, "on": each.on, "blocks": each.blocks}) for each in found}
+    known = {each: kept for each, file in files.items() if (kept := _read(file)) is not None}
+    missing = [each for each in found if each not in known]
+    if not missing:
+        return known, None
+    estimate = most_seconds(ground, missing)
+    kept = f", and {len(known)} are known from before" if known else ""
+    told = f"{len(missing)} submodules{kept}, up to {1 + len(DIMENSIONS)} short fits each"
+    tell(f"{told}: at most {format_seconds(estimate)} at the speed of now", ())
+    room = sum(images.pixels.nbytes for images in (ground.train, ground.val))
+    place = Place(
+        folder=cache_folder() / "sites.features", budget_bytes=1000 * room, identity={}, turn=Turn(), tell=tell,
+        stage=lambda name: None,
+    )  # fmt: skip
+    group: tuple[str, Group] | None = None
+    for number, each in enumerate(missing, start=1):
+        stage(f"{each.name}, {number} of {len(missing)}")
+        if group is None or group[0] != each.blocks:
+            group = each.blocks, Group(ground, each, place)
+        known[each] = group[1].measured(each)
+        with refusing(files[each].parent, "could not be written"):
+            files[each].parent.mkdir(exist_ok=True)
+        write_file(files[each], canonical_json([asdict(one) for one in known[each]]))
+    return known, estimate
+
+
+def _asked(ground: Ground) -> dict[str, object]:
+    """All that decides what is measured, but for the submodule."""
+    import torch
+
+    from edgepet.tuning import intrinsic
+
+    digest = hashlib.sha256()
+    for images in (ground.train, ground.val):
+        for array in (images.pixels, images.labels):
+            digest.update(np.ascontiguousarray(array).data)
+    return {
+        "format": "edgepet-sites",
+        "version": 1,
+        "backbone": ground.backbone.fingerprint,
+        "preprocess": ground.backbone.preprocess.as_json(),
+        "classes": ground.probe.linear.out_features,
+        "images": digest.hexdigest(),
+        "seed": ground.seed,
+        "fits": intrinsic.SETTINGS,
+        "threads": torch.get_num_threads(),
+        "versions": {name: environment().versions.get(name) for name in ("edgepet", "torch", "timm")},
+    }
+
+
+def _file(asked: Mapping[str, object]) -> Path:
+    return cache_folder() / "sites" / f"{hashlib.sha256(canonical_json(asked)).hexdigest()}.json"
+
+
+def _read(file: Path) -> tuple[Reached, ...] | None:
+    """What an earlier run measured; None where there is nothing, or nothing whole."""
+    from edgepet.tuning.intrinsic import Reached
+
+    try:
+        told: Any = parse_json(read_file(file))
+        return tuple(Reached(**one) for one in told)
+    except (InputError, ValueError, TypeError):
+        return None
+
+
+# -------------------------------------------------------------------------------------------------- the command line
+
+
+def _options(parser: Parser) -> None:
+    add = parser.add_argument
+    add("data", metavar="DATA", help="a folder with train/ and val/, or of class folders")
+    backbone_option(parser, required=True)
+    told = "kilobytes that the method may store in an fp16 pack beside the head (default: what it takes by itself)"
+    add("--budget", type=float, metavar="KB", help=told)
+    told = "what would be tuned: one that has the setting `on` (default: %(default)s)"
+    add("--method", default=METHOD, metavar="M", help=told)
+    told = "a setting of the method, as often as needed: --set rank=4 (default: the paper's for a ViT)"
+    add("--set", dest="settings", action="append", default=[], metavar="NAME=VALUE", help=told)
+    image_size_option(parser, "pixels of a square input, or HEIGHTxWIDTH (default: the backbone's)")
+    told = "images to tune on, and to judge on, at most (default: %(default)s of each)"
+    add("--images", type=natural, default=IMAGES, metavar="N", help=told)
+    told = "of every random choice: equal seeds measure the same (default: %(default)s)"
+    add("--seed", type=natural, default=0, metavar="N", help=told)
+    told = "part of each class held out where DATA has no val/ (default: %(default)s)"
+    add("--val-fraction", type=float, default=0.2, metavar="X", help=told)
+
+
+def _run(options: Options, progress: Progress) -> SitesReport:
+    with progress.stages() as stage:
+        return sites(
+            Path(options.data), options.backbone, budget=options.budget, method=options.method,
+            settings=pairs(options.settings), image_size=options.image_size, images=options.images, seed=options.seed,
+            val_fraction=options.val_fraction, stage=stage, tell=progress.tell,
+        )  # fmt: skip
+
+
+def _screen(report: SitesReport) -> Screen:
+    rows = [
+        (row.on, row.blocks, format_number(row.parameters), _dimension(row), _gain(row), format_percent(row.top1))
+        for row in report.sites
+    ]
+    columns = (*left("submodule", "blocks"), *right("weights", "dimension", "off the loss", "top-1"))
+    yield Table(f"where {report.backbone} wants to be tuned", columns, rows)
+    asked = "".join(f" --set {key}={value}" for key, value in report.settings.items())
+    choice = f"--set on={','.join(report.on)} --set blocks={report.blocks}"
+    yield lines(
+        f"  of {report.images['val']} held-out images; the head alone has {format_percent(report.probe_top1)}",
+        f"  within {format_bytes(report.budget_bytes)} of {report.method}{asked}: {choice},"
+        f" {format_bytes(report.fp16_bytes)}",
+        f"  {format_seconds(report.seconds)} in all",
+        f"next: {program()} train DATA --backbone {report.backbone} --method {report.method}{asked} {choice} -o TASK.pet",
+    )
+
+
+def _dimension(row: SiteRow) -> str:
+    if row.dimension is None:
+        return NONE
+    largest = max(each.dimension for each in row.tried)
+    return f"above {format_number(largest)}" if row.dimension == row.parameters else format_number(row.dimension)
+
+
+def _gain(row: SiteRow) -> str:
+    return f"{row.gain:.4f} ± {row.error:.4f}"
+
+
+VERB = Verb(options=_options, run=_run, screen=_screen)
