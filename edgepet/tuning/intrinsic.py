@@ -32,7 +32,7 @@ from edgepet.tuning.subspaces import InSubspace, Submodule
 SHARE = 0.9
 DIMENSIONS = (16, 128, 1024, 8192, 65536)
 EPOCHS, BATCH, SMOOTHING = 2, 8, 0.1
-HEAD_LR, STEP = 1e-3, 0.5  # of the head; of how far the first gradient reaches, the first step of the submodule
+HEAD_LR, STEP = 1e-3, 1.0  # of the head; of how far the first gradient reaches, the first step of the submodule
 PROBE_EPOCHS = 60
 LOOKED_AT, MOST_TRIED, FACTOR, FIRST = (
     32,
@@ -138,41 +138,53 @@ class Group:
         return Reached(dimension=dimension, gain=float(gains.mean()), error=error, top1=top1)
 
 
-def dimension_of(tried: Sequence[Reached], parameters: int) -> int | None:
-    """The dimension at 90 % of what the first of ``tried``, the whole submodule of so many ``parameters``, gains.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Measured:
+    """A submodule, and all fits of it, the whole submodule's first."""
 
-    Between the last subspace that did not reach it and the first that did it is read off on a logarithmic scale. None
-    where the whole gains nothing beyond its standard error, ``parameters`` where no subspace reached it.
-    """
-    whole, *subspaces = tried
-    if whole.gain <= whole.error:
-        return None
-    enough, before = SHARE * whole.gain, None
-    for each in subspaces:
-        if each.gain >= enough:
-            if before is None:
-                return each.dimension
-            share = (enough - before.gain) / (each.gain - before.gain)
-            return round(before.dimension * math.pow(each.dimension / before.dimension, share))
-        before = each
-    return parameters
+    submodule: Submodule
+    tried: tuple[Reached, ...]
+
+    @property
+    def gain(self) -> float:
+        """What tuning the whole submodule takes off the loss, where that is above its standard error; else 0."""
+        whole = self.tried[0]
+        return whole.gain if whole.gain > whole.error else 0.0
+
+    @property
+    def dimension(self) -> int | None:
+        """The dimension at 90 % of ``gain``; between the last subspace below it and the first above, by logarithms.
+
+        None where there is no gain, and all parameters where no subspace reached it.
+        """
+        if not self.gain:
+            return None
+        enough, before = SHARE * self.gain, None
+        for each in self.tried[1:]:
+            if each.gain >= enough:
+                if before is None:
+                    return each.dimension
+                share = (enough - before.gain) / (each.gain - before.gain)
+                return round(before.dimension * math.pow(each.dimension / before.dimension, share))
+            before = each
+        return self.submodule.parameters
 
 
 def most_seconds(ground: Ground, missing: Sequence[Submodule]) -> float:
-    """How long the fits of ``missing`` submodules take if all subspaces are tried, by the speed of two steps now."""
+    """How long the fits of ``missing`` submodules take if all subspaces are tried, by the speed of a step now."""
     backbone, blocks = ground.backbone, len(blocks_in_order(ground.backbone.layers))
     model = ground.model(in_blocks(InSubspace((missing[0].on,)), missing[0].blocks))
     index = torch.arange(min(BATCH, len(ground.train)))
     labels = torch.from_numpy(ground.train.labels)[index]
     images = inputs_of(model, ground.train.pixels[: len(index)], backbone.preprocess)
-    seconds = list[tuple[float, float]]()
-    for _ in range(2):  # the first is slower
+    there, back = math.inf, math.inf
+    for _ in range(3):  # the first is slower, and others may be busy
         began = time.perf_counter()
         loss = _losses(model(images), labels).mean()
         between = time.perf_counter()
         torch.autograd.backward(loss)
-        seconds.append((between - began, time.perf_counter() - between))
-    there, back = (value / len(index) for value in seconds[-1])
+        there, back = min(there, between - began), min(back, time.perf_counter() - between)
+    there, back = there / len(index), back / len(index)
     behind = (blocks - int(missing[0].blocks.partition("-")[0])) / blocks
     total = 0.0
     for each in missing:

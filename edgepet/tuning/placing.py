@@ -12,22 +12,9 @@ from edgepet.errors import InputError, option
 from edgepet.methods import METHODS, Method, configure
 from edgepet.methods.method import count, fp16_bytes
 from edgepet.networks.backbone import Backbone
-from edgepet.tuning.subspaces import Submodule
+from edgepet.tuning.intrinsic import Measured
 
 MOST_KINDS = 10  # that are combined, those that gain most: all sets of more would take minutes
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Measured:
-    """A submodule, and what was measured of it.
-
-    ``gain`` is what tuning all of it takes off the loss on held-out images, ``dimension`` how few numbers reach 90 % of
-    that: None where there is no gain.
-    """
-
-    submodule: Submodule
-    gain: float
-    dimension: int | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,7 +67,7 @@ def choose(
     for each in measured:
         place = each.submodule.on, each.submodule.blocks
         values, sizes[place] = _cost(backbone, name, settings, (place[0],), place[1])
-        worth[place] = max(each.gain, 0.0) * min(1.0, values / each.dimension) if each.dimension and values else 0.0
+        worth[place] = each.gain * min(1.0, values / each.dimension) if each.dimension and values else 0.0
     best: Choice | None = None
     for first, last in itertools.combinations_with_replacement(range(len(groups)), 2):
         inside = groups[first : last + 1]

@@ -14,9 +14,11 @@ import numpy as np
 from edgepet.canonical import canonical_json, parse_json
 from edgepet.errors import InputError, option, require
 from edgepet.files import cache_folder, made_cache, read_file, refusing, write_file
+from edgepet.images.folders import Split
+from edgepet.images.held import ALONE, forget
 from edgepet.images.notes import Tell, tell_nobody, tell_of
-from edgepet.images.sets import ImageSet, Split, load_sets, open_split
-from edgepet.measuring.machine import environment
+from edgepet.images.sets import ImageSet, load_sets, open_split
+from edgepet.measuring.machine import environment, free_memory_bytes
 from edgepet.methods.method import fp16_bytes
 from edgepet.reports.screen import Screen, lines, program
 from edgepet.reports.tables import (
@@ -44,8 +46,7 @@ from edgepet.verbs.verb import (
 if TYPE_CHECKING:
     from edgepet.networks.backbone import Backbone
     from edgepet.reports.progress import Progress
-    from edgepet.tuning.intrinsic import Ground, Reached
-    from edgepet.tuning.subspaces import Submodule
+    from edgepet.tuning.intrinsic import Ground, Measured, Reached
 
 IMAGES, METHOD = 200, "lora"  # of train, and of val: a fit of a ViT-S at 112 px then takes seconds
 MOST_BUDGET = 1e9  # kilobytes
@@ -125,53 +126,27 @@ def sites(
         MissingError: torch or timm is not installed.
     """
     require("torch", extra="train", purpose="sites")
-    began, settings = time.perf_counter(), dict(settings or {})
+    began, settings, folder = time.perf_counter(), dict(settings or {}), Path(data)
     at_least_one("images", images)
     if budget is not None and not 0 < budget <= MOST_BUDGET:
         raise InputError(option("budget"), f"must be above 0 kilobytes, and at most {MOST_BUDGET:g}", got=budget)
     made_cache()
-    from edgepet.networks.loading import load_backbone
-    from edgepet.tuning.intrinsic import dimension_of, prepare
-    from edgepet.tuning.placing import Measured, choose, placed_method
-    from edgepet.tuning.subspaces import submodules
+    from edgepet.tuning.placing import choose, placed_method
 
     chosen = placed_method(method, settings)
-    sets = {split: _some(Path(data), split, val_fraction, images, seed) for split in _SPLITS}
-    tell_of(Path(data), sets, tell)
+    sets = {split: _some(folder, split, val_fraction, images, seed) for split in _SPLITS}
+    tell_of(folder, sets, tell)
     stage("load the backbone")
-    loaded = load_backbone(backbone, image_size=image_size) if isinstance(backbone, str) else backbone
-    found = submodules(loaded.layers, loaded.tensors)
-    if not found:
-        raise InputError(loaded.label, "has no numbered blocks with linear layers or convolutions in them")
+    loaded = _loaded(backbone, image_size)
     stage("read images, and train the head alone")
-    from edgepet.tuning.fit import LabelledPixels
-
-    train, val = (LabelledPixels(*loaded_set) for loaded_set in load_sets(list(sets.values()), loaded.preprocess))
-    ground = prepare(loaded, train, val, classes=len(sets["train"].classes), seed=seed)
-    tried, estimate = _tried(ground, found, stage, tell)
-    rows = [
-        SiteRow(
-            name=each.name,
-            on=each.on,
-            blocks=each.blocks,
-            parameters=each.parameters,
-            dimension=dimension_of(tried[each], each.parameters),
-            gain=tried[each][0].gain,
-            error=tried[each][0].error,
-            top1=tried[each][0].top1,
-            tried=tried[each],
-        )
-        for each in found
-    ]
-    own_bytes = fp16_bytes(chosen, loaded.layers, loaded.tensors)
-    budget_bytes = own_bytes if budget is None else round(1000 * budget)
-    measured = [
-        Measured(submodule=each, gain=row.gain, dimension=row.dimension) for each, row in zip(found, rows, strict=True)
-    ]
+    ground = _ground(loaded, sets, seed)
+    measured, estimate = _measured(ground, stage, tell)
+    by_itself = fp16_bytes(chosen, loaded.layers, loaded.tensors)
+    budget_bytes = by_itself if budget is None else round(1000 * budget)
     choice = choose(measured, loaded, method, settings, budget_bytes)
     return SitesReport(
         backbone=loaded.label,
-        sites=tuple(rows),
+        sites=tuple(map(_row, measured)),
         method=method,
         settings=settings,
         on=choice.on,
@@ -194,39 +169,66 @@ def _some(data: Path, split: Split, val_fraction: float, images: int, seed: int)
     return found.at(sorted(np.random.default_rng(seed).permutation(len(found))[:images].tolist()))
 
 
-def _tried(
-    ground: Ground, found: Sequence[Submodule], stage: Callable[[str], None], tell: Tell
-) -> tuple[dict[Submodule, tuple[Reached, ...]], float | None]:
-    """All fits of every submodule, those that the cache lacks made now; and how long these were to take."""
-    from edgepet.images.held import Turn
-    from edgepet.tuning.intrinsic import DIMENSIONS, Group, most_seconds
-    from edgepet.tuning.remembered import Place
+def _loaded(backbone: str | Backbone, image_size: ImageSize | None) -> Backbone:
+    from edgepet.networks.loading import load_backbone
 
-    asked = _asked(ground)
+    return load_backbone(backbone, image_size=image_size) if isinstance(backbone, str) else backbone
+
+
+def _ground(backbone: Backbone, sets: Mapping[Split, ImageSet], seed: int) -> Ground:
+    from edgepet.tuning.fit import LabelledPixels
+    from edgepet.tuning.intrinsic import prepare
+
+    train, val = (LabelledPixels(*loaded) for loaded in load_sets(list(sets.values()), backbone.preprocess))
+    return prepare(backbone, train, val, classes=len(sets["train"].classes), seed=seed)
+
+
+def _row(measured: Measured) -> SiteRow:
+    each, whole = measured.submodule, measured.tried[0]
+    return SiteRow(
+        name=each.name,
+        on=each.on,
+        blocks=each.blocks,
+        parameters=each.parameters,
+        dimension=measured.dimension,
+        gain=whole.gain,
+        error=whole.error,
+        top1=whole.top1,
+        tried=measured.tried,
+    )
+
+
+def _measured(ground: Ground, stage: Callable[[str], None], tell: Tell) -> tuple[tuple[Measured, ...], float | None]:
+    """Every submodule, those that the cache lacks measured now; and how long these were to take."""
+    from edgepet.tuning.intrinsic import DIMENSIONS, Group, Measured, most_seconds
+    from edgepet.tuning.remembered import Place
+    from edgepet.tuning.subspaces import submodules
+
+    backbone, asked = ground.backbone, _asked(ground)
+    found = submodules(backbone.layers, backbone.tensors)
+    if not found:
+        raise InputError(backbone.label, "has no numbered blocks with linear layers or convolutions in them")
     files = {each: _file({**asked, "on": each.on, "blocks": each.blocks}) for each in found}
     known = {each: kept for each, file in files.items() if (kept := _read(file)) is not None}
-    missing = [each for each in found if each not in known]
-    if not missing:
-        return known, None
-    estimate = most_seconds(ground, missing)
-    kept = f", and {len(known)} are known from before" if known else ""
-    told = f"{len(missing)} submodules{kept}, up to {1 + len(DIMENSIONS)} short fits each"
-    tell(f"{told}: at most {format_seconds(estimate)} at the speed of now", ())
-    room = sum(images.pixels.nbytes for images in (ground.train, ground.val))
+    missing, estimate = [each for each in found if each not in known], None
+    if missing:
+        estimate = most_seconds(ground, missing)
+        before = f", {len(known)} are known from before" if known else ""
+        told = f"{len(missing)} submodules{before}: up to {1 + len(DIMENSIONS)} short fits each"
+        tell(f"{told}, at most {format_seconds(estimate)} at the speed of now", ())
     place = Place(
-        folder=cache_folder() / "sites.features", budget_bytes=1000 * room, identity={}, turn=Turn(), tell=tell,
-        stage=lambda name: None,
+        folder=cache_folder() / "sites.features", budget_bytes=free_memory_bytes() // 2, identity=asked, turn=ALONE,
+        tell=tell, stage=lambda name: None,
     )  # fmt: skip
-    group: tuple[str, Group] | None = None
+    blocks, group = "", None
     for number, each in enumerate(missing, start=1):
         stage(f"{each.name}, {number} of {len(missing)}")
-        if group is None or group[0] != each.blocks:
-            group = each.blocks, Group(ground, each, place)
-        known[each] = group[1].measured(each)
-        with refusing(files[each].parent, "could not be written"):
-            files[each].parent.mkdir(exist_ok=True)
-        write_file(files[each], canonical_json([asdict(one) for one in known[each]]))
-    return known, estimate
+        if group is None or blocks != each.blocks:
+            blocks, group = each.blocks, Group(ground, each, place)
+        known[each] = group.measured(each)
+        _keep(files[each], known[each])
+    forget(place.folder)
+    return tuple(Measured(submodule=each, tried=known[each]) for each in found), estimate
 
 
 def _asked(ground: Ground) -> dict[str, object]:
@@ -263,9 +265,15 @@ def _read(file: Path) -> tuple[Reached, ...] | None:
 
     try:
         told: Any = parse_json(read_file(file))
-        return tuple(Reached(**one) for one in told)
+        return tuple(Reached(**one) for one in told) or None
     except (InputError, ValueError, TypeError):
         return None
+
+
+def _keep(file: Path, tried: Sequence[Reached]) -> None:
+    with refusing(file.parent, "could not be written"):
+        file.parent.mkdir(exist_ok=True)
+    write_file(file, canonical_json([asdict(one) for one in tried]))
 
 
 # -------------------------------------------------------------------------------------------------- the command line
@@ -313,7 +321,7 @@ def _screen(report: SitesReport) -> Screen:
         f"  within {format_bytes(report.budget_bytes)} of {report.method}{asked}: {choice},"
         f" {format_bytes(report.fp16_bytes)}",
         f"  {format_seconds(report.seconds)} in all",
-        f"next: {program()} train DATA --backbone {report.backbone} --method {report.method}{asked} {choice} -o TASK.pet",
+        f"next: {program()} train DATA --backbone {report.backbone} --method {report.method}{asked} {choice} -o T.pet",
     )
 
 
