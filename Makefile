@@ -6,7 +6,8 @@ DEMO_EXTRAS := train,openvino,tensorrt-rtx,demo
 TEST_EXTRAS := $(DEMO_EXTRAS),onnxsim,accelerate,peft,dev
 
 # Two processes, a file of tests in each: most of a test's time is tracing, on one thread.
-FAST_TESTS = $(BIN)/python -m pytest -m "not slow" --numprocesses 2 --dist loadfile --cov --cov-report=term
+TESTS = $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+FAST_TESTS = $(TESTS) -m "not slow" --cov --cov-report=term
 
 .PHONY: demo test slow check fix bench bench-methods clean
 
@@ -17,7 +18,7 @@ test: $(VENV)/.test
 	$(FAST_TESTS)
 
 slow: $(VENV)/.test
-	$(BIN)/python -m pytest -m slow
+	$(TESTS) -m slow
 
 check: $(VENV)/.test
 	$(BIN)/ruff format --check edgepet exporters calibration tests benchmarks

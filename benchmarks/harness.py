@@ -139,6 +139,7 @@ class Training:
     epochs: int | None = None
     shots: int | None = None
     backbone_precision: str = "fp32"
+    consistency: str | None = None
     test_cap: int = TEST_CAP
     few: int | None = None
     scored: bool = False
@@ -147,7 +148,8 @@ class Training:
     def pack_name(self) -> str:
         """Of the file; the task of a pack is called so as well."""
         rounded = "" if self.backbone_precision == "fp32" else f"-{self.backbone_precision}"
-        return f"{self.task}-{self.method}{rounded}.pet"
+        pace = "" if self.consistency is None else f"-{self.consistency.partition(',')[0]}"
+        return f"{self.task}-{self.method}{rounded}{pace}.pet"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -254,6 +256,7 @@ def _training_job(training: Training, images: Result) -> Job:
                 "seed": 0,
                 "precision": "bf16" if NATIVE_BF16 & set(here.cpu_features) else "fp32",  # not measured: a job is pure
                 "backbone_precision": training.backbone_precision,
+                **({} if training.consistency is None else {"consistency": training.consistency}),
             },
             "pack": training.pack_name,
             "scored": training.scored,

@@ -126,3 +126,23 @@ def test_tables_go_between_the_marks_of_a_page_or_of_its_copy(tmp_path: Path) ->
     shown = "before\n<!-- made -->\n\n{}\n\n<!-- end -->\nafter\n"
     assert page.read_text() == shown.format("new")
     assert (tmp_path / "copies" / "page.md").read_text() == shown.format("copied")
+
+
+def test_the_sweeps_table_says_how_far_each_precision_is_and_who_refuses_what() -> None:
+    def proven(max_abs: float, limit: float | None) -> dict[str, float | None]:
+        return {"max_abs": max_abs, "limit": limit, "top1_agreement": 1.0, "n": 10}
+
+    sweep: Any = imported("timm_sweep")
+    row = {
+        "family": "resnet",
+        "onnxruntime": 1e-7,
+        "openvino": 3e-3,
+        "fp32": {"onnxruntime": proven(1e-6, 2e-4), "tensorrt-rtx": {"built": True}},
+        "fp16": {"onnxruntime": proven(4e-3, 4e-2), "openvino": {"refused": "x: is not finite"}},
+        "int8": {"onnxruntime": proven(0.06, None), "openvino": proven(0.1, None)},
+    }
+
+    assert sweep.relative(row, "fp16") == "2e-03/–"
+    assert sweep.relative(row, "int8") == "3e-02/5e-02"
+    assert sweep.relative({"family": "coat", "refused": "coat_tiny: cannot be exported"}, "int8") == ""
+    assert sweep.reason(row) == "openvino: beyond the limit; fp16, openvino: x: is not finite"

@@ -21,10 +21,11 @@ OPTIONAL = (*DEVICE, "openvino", "onnxsim", "nncf", "peft", "tensorrt", "tensorr
 # The rooms of a device, and the modules that need torch when they are imported (ADR-0017).
 DEVICE_ROOMS = ("deltas", "device", "graphs", "images", "measuring", "packs")
 NEED_TORCH = {
-    "edgepet.networks.graft", "edgepet.networks.merged", "edgepet.networks.sites",
-    "edgepet.peft.renamed", "edgepet.tuning.augmenting", "edgepet.tuning.balance", "edgepet.tuning.fake_quant",
-    "edgepet.tuning.fit", "edgepet.tuning.model", "edgepet.tuning.optimizers", "edgepet.tuning.processes",
-    "edgepet.tuning.training",
+    "edgepet.networks.graft", "edgepet.networks.merged", "edgepet.networks.sites", "edgepet.networks.split",
+    "edgepet.peft.renamed", "edgepet.tuning.augmenting", "edgepet.tuning.balance", "edgepet.tuning.computing",
+    "edgepet.tuning.consistency", "edgepet.tuning.fake_quant", "edgepet.tuning.fit", "edgepet.tuning.front",
+    "edgepet.tuning.model", "edgepet.tuning.noise", "edgepet.tuning.optimizers", "edgepet.tuning.processes",
+    "edgepet.tuning.remembered", "edgepet.tuning.training",
 }  # fmt: skip
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -74,8 +75,10 @@ def test_branches_are_summed_exactly_and_the_backbone_says_so(
         f"timm {files[0]}, whose branches for training are summed into one kernel each (timm's reparameterize_model)"
     )
     images = random_images(4, 2, 64)
-    expected = logits_of(trained.module, images)
-    assert np.abs(logits_of(backbone.module, images) - expected).max() <= 1e-4 * np.abs(expected).max()  # float32
+    exact = logits_of(copy.deepcopy(trained.module).double(), images.astype(np.float64))
+    apart, rounded = (np.abs(logits_of(each.module, images) - exact).max() for each in (backbone, trained))
+    # Seeded weights let a GhostNet answer 1e10 in float32, and as much apart from itself in float64.
+    assert apart <= max(1e-4 * np.abs(exact).max(), 2 * rounded)
 
 
 def test_weights_of_the_inference_form_are_taken_with_their_classifier(

@@ -18,7 +18,8 @@ import safetensors.numpy
 from edgepet import Device, read_pack, verify
 from edgepet.calibration.slot_graphs import int8_graph
 from edgepet.deltas.delta import Delta, Score
-from edgepet.deltas.merge import merge
+from edgepet.deltas.merge import fold_all, merge
+from edgepet.deltas.updates import Targeted, attributes, factors, generated
 from edgepet.device.artifact import read_artifact, write_artifact
 from edgepet.device.runtime import SharedInt8, open_task
 from edgepet.exporters.onnx import build_model, serialize
@@ -32,7 +33,7 @@ from edgepet.spec import NpArray
 from edgepet.tuning.checkpoint import Keeper, identity_of
 from edgepet.tuning.work_folder import read_work, write_work
 from tests.flow import RUNTIMES, Artifacts, Tasks, edgepet, has_openvino
-from tests.golden.make import CLASSES, draw, every_branch, every_update, train
+from tests.golden.make import CLASSES, closing_base, closing_updates, draw, every_branch, every_update, train
 
 GOLDEN = Path(__file__).parent / "golden"
 TASKS = GOLDEN / "tasks"
@@ -54,14 +55,33 @@ def test_a_pack_is_read_and_written_with_equal_bytes(path: Path) -> None:
     assert encode_pack(pack.delta, codec=pack.codec) == path.read_bytes()
 
 
+def told(targeted: Targeted) -> str:
+    """Everything about an update but the values of its arrays."""
+    update = targeted.update
+    shapes = {name: array.shape for name, array in factors(update).items()}
+    reads = getattr(update, "reads", None)
+    return f"{targeted.target} {update.kind} {attributes(update)} {generated(update)} {shapes} {reads}"
+
+
+def test_what_closed_the_vocabulary_folds_as_it_did() -> None:
+    """The values of a pack, folded in float64, and the ones that were folded when the vocabulary was closed."""
+    expected = safetensors.numpy.load_file(GOLDEN / "packs" / "closing-folded.safetensors")
+
+    folded = fold_all(closing_base(), read_pack(GOLDEN / "packs" / "closing-fp32.pet").delta.updates)
+
+    assert folded.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert np.abs(folded[name] - tensor).max() <= 1e-14  # sums of a few products of at most one half
+        assert np.abs(closing_base()[name] - tensor).max() > 1e-3 or name.endswith(("stem.weight", "conv.weight"))
+
+
 def test_the_packs_hold_every_update_and_branch_as_it_was() -> None:
     """Else equal bytes might come from reading nothing and writing nothing."""
-    updates = read_pack(GOLDEN / "packs" / "updates-fp32.pet").delta.updates
     branches = read_pack(GOLDEN / "packs" / "branches.pet").delta.branches
 
-    assert sorted(str(t.target) + t.update.kind for t in updates) == sorted(
-        str(t.target) + t.update.kind for t in every_update()
-    )
+    for name, made in (("updates-fp32", every_update()), ("closing-fp32", closing_updates())):
+        updates = read_pack(GOLDEN / "packs" / f"{name}.pet").delta.updates
+        assert sorted(map(told, updates)) == sorted(map(told, made))
     for read, made in zip(branches, every_branch(), strict=True):
         assert (read.kind, read.tap, read.into, dict(read.settings)) == (
             made.kind, made.tap, made.into, dict(made.settings),

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from edgepet.deltas.merge import merge
-from edgepet.deltas.updates import Add, Kronecker, LowRank, Replace, Scale, Targeted
+from edgepet.deltas.updates import Add, Kronecker, LowRank, Modulate, Push, Replace, Scale, Targeted
 from edgepet.errors import BackboneError, InputError
 from edgepet.spec import Base, NpArray, Target
 from tests.tiny import FINGERPRINT, make_delta, same_bits
@@ -141,3 +141,79 @@ def test_every_update_is_checked_before_the_first_is_folded(monkeypatch: pytest.
         merge(base_of(), make_delta([good, good, bad]))
 
     assert folded == []
+
+
+# --------------------------------------------------------------------------------------------------- pushes and order
+
+
+def pushes(of: str) -> list[Targeted]:
+    """A push in front of the updates of the weight that it reads, between two of its own vector."""
+    rows, c = np.array([1, 2, 3, 4], np.float32), np.arange(6, dtype=np.float32)
+    reads = Target("a.weight")
+    return [
+        on("a.bias", Scale(rows)),
+        on("a.bias", Push(c, reads, of, scale=-2.0)),  # type: ignore[arg-type]
+        on("a.weight", Modulate(np.ones((4, 1), np.float32), np.full((1, 6), 0.5, np.float32))),
+        on("a.bias", Add(rows)),
+        on("a.weight", Scale(rows)),
+    ]
+
+
+@pytest.mark.parametrize("of", ["frozen", "updated"])
+def test_a_push_reads_the_backbones_weight_or_what_all_updates_leave_of_it(of: str) -> None:
+    base = base_of(np.float64)
+    weight, bias = base.tensors["a.weight"], base.tensors["a.bias"]
+    rows = np.array([1.0, 2, 3, 4])
+
+    merged = merge(base, make_delta(pushes(of)))
+
+    changed = rows[:, None] * weight * 1.5
+    read = weight if of == "frozen" else changed
+    expected = rows * bias - 2 * np.array([sum(row[i] * i for i in range(6)) for row in read]) + rows
+    # float64, sums of six products of about one
+    assert np.abs(merged["a.bias"] - expected).max() <= 1e-13
+    assert np.abs(merged["a.weight"] - changed).max() <= 1e-14
+
+
+def test_where_a_push_stands_in_the_list_decides_nothing() -> None:
+    base, updates = base_of(), pushes("updated")
+    weights = [targeted for targeted in updates if targeted.target.tensor == "a.weight"]
+    vectors = [targeted for targeted in updates if targeted.target.tensor == "a.bias"]
+
+    merged = [merge(base, make_delta(order)) for order in (updates, weights + vectors, vectors + weights)]
+
+    assert same_bits(merged[0], merged[1])
+    assert same_bits(merged[0], merged[2])
+
+
+def test_a_kernels_taps_share_what_is_pushed_into_their_channel() -> None:
+    base = base_of(np.float64)
+    c = np.array([1.0, -2.0, 0.5])
+
+    merged = merge(base, make_delta([on("norm.weight", Push(c, Target("conv.weight")))]))
+
+    kernel = base.tensors["conv.weight"]
+    expected = base.tensors["norm.weight"] + np.einsum("oikl,i->o", kernel, c)
+    assert np.abs(merged["norm.weight"] - expected).max() <= 1e-14
+
+
+def test_a_push_of_a_tensor_that_is_not_there_is_refused() -> None:
+    with pytest.raises(InputError) as refused:
+        merge(base_of(), make_delta([on("a.bias", Push(np.ones(6), Target("b.weight")))]))
+
+    assert str(refused.value) == (
+        "flowers: a.bias: Push reads b.weight, which is not there\n"
+        f"  fix: use the backbone it was trained on, {FINGERPRINT}"
+    )
+
+
+@pytest.mark.parametrize("of", ["frozen", "updated"])
+def test_pushes_that_go_round_in_circles_are_refused(of: str) -> None:
+    one, two = (Push(np.ones(4), Target(name), of) for name in ("b.bias", "a.bias"))  # type: ignore[arg-type]
+
+    with pytest.raises(InputError) as refused:
+        make_delta([on("a.bias", one), on("b.bias", two)])
+
+    assert str(refused.value) == "flowers: a.bias: Push reads b.bias, which a push changes"
+    with pytest.raises(InputError, match=r"^flowers: a\.bias: Push reads a\.bias, which a push changes$"):
+        make_delta([on("a.bias", two)])

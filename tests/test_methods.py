@@ -185,13 +185,16 @@ def test_bytes_are_those_of_the_packs_planes(backbone: Backbone) -> None:
         assert fp16_bytes(method, backbone.layers, backbone.tensors) == planes, method
 
 
-def test_repadapter_stores_what_its_shift_becomes_behind_the_layer() -> None:
-    for architecture, d, values in (("vit_small_patch14_dinov2", 384, 120_000), ("vit_base_patch16_224", 768, 239_808)):
+def test_repadapter_stores_what_it_adds_to_a_layers_input() -> None:
+    for architecture, trained_values, values in (
+        ("vit_small_patch14_dinov2", 120_000, 119_808),
+        ("vit_base_patch16_224", 239_808, 239_616),
+    ):
         layers, method = sites_of(architecture), RepAdapter(rank=8, groups=2)
 
-        assert count(method, layers, {}) == values
-        # Both factors, and W (B a + b) of three and four times the width for two vectors of rank and width.
-        assert stored(method, layers) == values - 12 * 2 * (8 + d) + 12 * (3 + 4) * d
+        assert count(method, layers, {}) == trained_values
+        # Both factors, and the one vector B a + b for two of rank and width: 8 fewer on each of 24 layers.
+        assert stored(method, layers) == values == trained_values - 24 * 8
 
 
 def test_nested_branches_of_a_consolidator_are_stored_once() -> None:

@@ -21,8 +21,19 @@ from edgepet.canonical import canonical_json
 from edgepet.deltas.branches import BRANCHES, Branch
 from edgepet.deltas.codes import Range
 from edgepet.deltas.delta import Delta, Head, Int8Ranges, Score
-from edgepet.deltas.expressions import Binary, Mix
-from edgepet.deltas.updates import Add, Grouped, LowRank, Scale, Targeted, attributes, factors
+from edgepet.deltas.expressions import Binary, Gather, Mix, Scaled, Seeded, Window
+from edgepet.deltas.updates import (
+    Add,
+    Grouped,
+    LowRank,
+    Precompose,
+    Push,
+    Scale,
+    Targeted,
+    attributes,
+    factors,
+    generated,
+)
 from edgepet.errors import InputError, PackError
 from edgepet.methods import SSF, Consolidator, LoRA, Method
 from edgepet.packs.layout import MAX_UPDATES
@@ -63,7 +74,8 @@ def by_tensor(delta: Delta, dtype: type | None = None) -> dict[str, list[object]
             name: (array.astype(dtype if dtype and array.dtype.kind == "f" else array.dtype).tolist(), array.shape)
             for name, array in factors(targeted.update).items()
         }
-        one = (str(targeted.target), targeted.update.kind, attributes(targeted.update), arrays)
+        made = (attributes(targeted.update), generated(targeted.update), str(getattr(targeted.update, "reads", "")))
+        one = (str(targeted.target), targeted.update.kind, made, arrays)
         seen.setdefault(targeted.target.tensor, []).append(one)
     return seen
 
@@ -428,6 +440,32 @@ def expressed(change: Callable[[dict[str, Any], dict[str, NpArray]], object] = l
     return safetensors.numpy.save(tensors, metadata={"edgepet": canonical_json(manifest).decode()})
 
 
+def seeded() -> Delta:
+    """Uni-LoRA's factors, VeRA's, ARC's and a push: what is generated, nested, tied and read."""
+    theta, base = floats(5), floats(4, 2)
+    index = [Window(8 * i, (4, 2)) for i in range(4)]
+    return make_delta(
+        [
+            *(on(f"blocks.{i}.q", LowRank(Gather(theta, 9, 64, index[i]), Gather(theta, 9, 64, Window(32 + 8 * i, (2, 4)))))
+              for i in range(2)),
+            *(on(f"blocks.{i}.v", LowRank(Scaled(floats(4, start=i), Seeded(7, 0.5, Window(0, (4, 3)))),
+                                          Scaled(floats(3, start=i), Seeded(7, 0.25, Window(12, (3, 4))))))
+              for i in range(2)),
+            *(on(f"blocks.{i}.k", Precompose(base, Scaled(floats(2, start=i), base, transposed=True))) for i in range(2)),
+            *(on(f"blocks.{i}.bias", Push(floats(4, start=i), Target(f"blocks.{i}.k"), "updated", -1.0)) for i in range(2)),
+        ]
+    )  # fmt: skip
+
+
+def generating(change: Callable[[list[Any], dict[str, NpArray]], object] = lambda groups, tensors: None) -> bytes:
+    """``seeded`` as a pack, its groups changed."""
+    data = encode_pack(seeded(), codec="fp32")
+    tensors = {name: tensor.copy() for name, tensor in safetensors.numpy.load(data).items()}
+    manifest = manifest_of(data)
+    change(manifest["updates"], tensors)
+    return safetensors.numpy.save(tensors, metadata={"edgepet": canonical_json(manifest).decode()})
+
+
 def branched(change: Callable[[dict[str, Any], dict[str, NpArray]], object] = lambda group, tensors: None) -> bytes:
     """A pack of two bottlenecks, its group changed."""
     shapes = {"down.weight": (2, 4), "down.bias": (2,), "up.weight": (4, 2), "up.bias": (4,)}
@@ -503,6 +541,34 @@ def test_the_manifest_says_how_a_factor_is_computed() -> None:
             "core.cube": [0, 0, 3, 3, 2], "core.weights": [0, 0, 2, 2],
         }],
     }  # fmt: skip
+
+
+def test_the_manifest_says_what_is_generated_tied_and_read() -> None:
+    data = generating()
+
+    assert manifest_of(data)["updates"] == [
+        {"kind": "low-rank", "scale": 1.0,
+         "left": {"kind": "gather", "seed": 9, "total": 64}, "right": {"kind": "gather", "seed": 9, "total": 64},
+         "on": [{"target": "blocks.{0..1}.q", "left.values": [0, 0, 5], "right.values": "left.values",
+                 "left.index": [0, 8, 4, 2], "right.index": [32, 8, 2, 4]}]},
+        {"kind": "low-rank", "scale": 1.0,
+         "left": {"kind": "scaled", "transposed": False, "base": {"kind": "seeded", "seed": 7, "bound": 0.5}},
+         "right": {"kind": "scaled", "transposed": False, "base": {"kind": "seeded", "seed": 7, "bound": 0.25}},
+         "on": [{"target": "blocks.{0..1}.v", "left.c": [0, 4, 4], "right.c": [0, 3, 3],
+                 "left.base.draws": [0, 0, 4, 3], "right.base.draws": [12, 0, 3, 4]}]},
+        {"kind": "precompose", "scale": 1.0, "right": {"kind": "scaled", "transposed": True},
+         "on": [{"target": "blocks.{0..1}.k", "left": [0, 0, 4, 2], "right.c": [0, 2, 2], "right.base": "left"}]},
+        {"kind": "push", "of": "updated", "scale": -1.0,
+         "on": [{"target": "blocks.{0..1}.bias", "reads": "blocks.{0..1}.k", "c": [0, 4, 4]}]},
+    ]  # fmt: skip
+    read = read_pack(data)
+    assert by_tensor(read.delta) == by_tensor(seeded(), np.float32)
+    assert {name: size // 4 for name, size in read.bytes_by_kind.items() if not name.startswith("head")} == {
+        "low-rank.left.values": 5, "low-rank.left.c": 8, "low-rank.right.c": 6, "precompose.left": 8,
+        "precompose.right.c": 4, "push.c": 8,
+    }  # fmt: skip
+    assert read.delta.stored_values == seeded().stored_values == 39
+    assert encode_pack(read.delta, codec="fp32") == data
 
 
 NEWER = "\n  fix: update edgepet if a newer version wrote this file"
@@ -623,7 +689,7 @@ MALFORMED: dict[str, tuple[bytes, str]] = {
     "an axis where the kind has none": (key_to("out", "updates", 0, "axis"), f"pack.updates[0]: knows no key 'axis'{NEWER}"),
     "an unknown kind of update": (
         key_to("prune", "updates", 1, "kind"),
-        "pack.updates[1].kind: needs one of scale, add, low-rank, grouped, kronecker, precompose, replace, got 'prune'"),
+        "pack.updates[1].kind: needs one of scale, add, low-rank, grouped, kronecker, precompose, replace, modulate, push, diagonal, got 'prune'"),
     "an unknown axis": (key_to("both", "updates", 1, "axis"), "pack.updates[1].axis: needs one of out, in, got 'both'"),
     "a bool for a scale": (key_to(True, "updates", 0, "scale"), "pack.updates[0].scale: needs a finite number, got True"),
     "a scale beyond floats": (rewritten(scale_huge), f"pack.updates[0].scale: needs a finite number, got 1{'0' * 76}..."),
@@ -680,7 +746,7 @@ MALFORMED: dict[str, tuple[bytes, str]] = {
     # factors that are computed
     "an unknown expression": (
         expressed(lambda g, t: g.update(left={"kind": "sum"})),
-        "pack.updates[0].left.kind: needs one of product, mix, binary, got 'sum'"),
+        "pack.updates[0].left.kind: needs one of product, mix, binary, scaled, householder, seeded, gather, got 'sum'"),
     "an expression with a setting of another": (
         expressed(lambda g, t: g["left"].update(part=0)), f"pack.updates[0].left: knows no key 'part'{NEWER}"),
     "a mix without a part": (expressed(lambda g, t: g["core"].pop("part")), "pack.updates[0].core: needs the key 'part'"),
@@ -698,6 +764,69 @@ MALFORMED: dict[str, tuple[bytes, str]] = {
         f"{FIRST}.left.bits: reaches outside low-rank.left.bits of 2 values, got [0, 0, 17]"),
     "bits as floats": (
         expressed(lambda g, t: t.update({"low-rank.left.bits": floats(2)})), "pack: low-rank.left.bits: needs uint8, got float32"),
+    # what is generated, tied and read
+    "an expression within one that holds none": (
+        generating(lambda g, t: g[0]["left"].update(values={"kind": "binary"})),
+        f"pack.updates[0].left: knows no key 'values'{NEWER}"),
+    "a scaled factor of a scaled one": (
+        generating(lambda g, t: g[1]["left"].update(base={"kind": "scaled", "transposed": False})),
+        "pack.updates[1].left.base.kind: needs one of product, mix, binary, householder, seeded, gather, got 'scaled'"),
+    "a seed beyond what JSON readers hold": (
+        generating(lambda g, t: g[0]["left"].update(seed=2**53)),
+        f"pack.updates[0].left.seed: needs an integer of at most {2**53 - 1}, got {2**53}"),
+    "a negative seed": (
+        generating(lambda g, t: g[0]["left"].update(seed=-1)), "pack.updates[0].left.seed: needs an integer of at least 0, got -1"),
+    "a seed that is a float": (
+        generating(lambda g, t: g[0]["left"].update(seed=9.0)), "pack.updates[0].left.seed: needs an integer of at least 0, got 9.0"),
+    "a bound that is a bool": (
+        generating(lambda g, t: g[1]["left"]["base"].update(bound=True)), "pack.updates[1].left.base.bound: needs a finite number, got True"),
+    "a shuffle of nothing": (
+        generating(lambda g, t: g[0]["left"].update(total=0)), "pack.updates[0].left.total: needs an integer of at least 1, got 0"),
+    "a shuffle that would take minutes": (
+        generating(lambda g, t: g[0]["left"].update(total=2**40)),
+        f"pack.updates[0].left.total: needs an integer of at most 4194304, got {2**40}"),
+    "factors behind the end of the shuffle": (
+        generating(lambda g, t: g[0]["on"][0].update({"right.index": [56, 8, 2, 4]})),
+        f"{FIRST}.right.index: needs 1 to 4194304 values of 64, got [56, 8, 2, 4]"),
+    "a window of no values": (
+        generating(lambda g, t: g[1]["on"][0].update({"left.base.draws": [0, 0, 4, 0]})),
+        f"{SECOND}.left.base.draws: needs 1 to 4194304 values of {2**53}, got [0, 0, 4, 0]"),
+    "a window that fills the memory": (
+        generating(lambda g, t: g[1]["on"][0].update({"left.base.draws": [0, 0, 4, 2**30]})),
+        f"{SECOND}.left.base.draws: needs 1 to 4194304 values of {2**53}, got [0, 0, 4, {2**30}]"),
+    "a window without its step": (
+        generating(lambda g, t: g[0]["on"][0].update({"left.index": [0]})), f"{FIRST}.left.index: needs [start, step, axes...], got [0]"),
+    "a window that is missing": (
+        generating(lambda g, t: g[1]["on"][0].pop("left.base.draws")), f"{SECOND}: needs the key 'left.base.draws'"),
+    "a tie to itself": (
+        generating(lambda g, t: g[2]["on"][0].update({"right.base": "right.base"})),
+        f"{THIRD}.right.base: needs one of left, right.c, got 'right.base'"),
+    "a tie to what no row names": (
+        generating(lambda g, t: g[2]["on"][0].update({"right.base": "core"})), f"{THIRD}.right.base: needs one of left, right.c, got 'core'"),
+    "a tie to a window": (
+        generating(lambda g, t: g[0]["on"][0].update({"right.values": "left.index"})),
+        f"{FIRST}.right.values: needs one of left.values, got 'left.index'"),
+    "a window that is tied": (
+        generating(lambda g, t: g[0]["on"][0].update({"right.index": "left.index"})),
+        f"{FIRST}.right.index: needs an array, got 'left.index'"),
+    "bits that are tied": (
+        expressed(lambda g, t: g["on"][0].update({"left.bits": "right"})), f"{FIRST}.left.bits: needs an array, got 'right'"),
+    "a push that reads nothing": (
+        generating(lambda g, t: g[3]["on"][0].pop("reads")), "pack.updates[3].on[0]: needs the key 'reads'"),
+    "a push that reads a path": (
+        generating(lambda g, t: g[3]["on"][0].update(reads="../{0..1}")),
+        "pack: pack.updates[3].on[0]: a target is NAME, NAME[a:b] or NAME[a:b, c:d], got '../0'"),
+    "a push that reads fewer than it changes": (
+        generating(lambda g, t: g[3]["on"][0].update(reads="blocks.0.k")),
+        "pack.updates[3].on[0]: repeats target and reads equally often, got 2 and 1"),
+    "a push of what is not there yet": (
+        generating(lambda g, t: g[3].update(of="next")), "pack.updates[3].of: needs one of frozen, updated, got 'next'"),
+    "a push that does not say of what": (
+        generating(lambda g, t: g[3].pop("of")), "pack.updates[3]: needs the key 'of'"),
+    "pushes in a circle": (
+        generating(lambda g, t: g[3]["on"][0].update(reads="blocks.{0..1}.bias")),
+        "pack: flowers: blocks.0.bias: Push reads blocks.0.bias, which a push changes"),
+    "a scale that reads": (row(1, reads="w"), f"{SECOND}: knows no key 'reads'{NEWER}"),
     # the tensors
     "a tensor that no row names": (tensor_to("add.d", floats(1)), "pack: knows no tensor 'add.d'"),
     "a tensor whose name is a path": (tensor_to("../../etc/x", floats(1)), "pack: knows no tensor '../../etc/x'"),

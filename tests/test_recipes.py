@@ -27,6 +27,7 @@ from edgepet.tuning.fit import Fit, Judge, LabelledPixels, Plan, fit, top1_and_l
 from edgepet.tuning.model import TunedModel
 from edgepet.tuning.optimizers import optimizer_of, schedule_of, set_state, state_of
 from edgepet.tuning.recipes import Augmentations, augmentations, named
+from edgepet.tuning.training import fast_bfloat16
 from edgepet.verbs.train import TrainReport
 from tests.fits import StopError, keeper, stepping
 from tests.flow import Tasks, edgepet
@@ -428,3 +429,20 @@ def test_uneven_classes_are_trained_otherwise_when_they_are_weighed(backbone: Ba
         found.append(model.linear.bias.detach().clone())
     assert found[0].argmax() == 0  # the frequent class
     assert found[1][0] < found[0][0]
+
+
+@pytest.mark.parametrize("computes", [True, False])
+def test_a_gpu_trains_in_bfloat16_where_it_has_it_not_where_a_race_says_so(
+    computes: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On an H200 two runs of one command were timed apart, and ended in different packs."""
+    asked = list[bool]()
+
+    def supported(*, including_emulation: bool) -> bool:
+        asked.append(including_emulation)
+        return computes
+
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", supported)
+
+    assert fast_bfloat16("cuda:1") is computes
+    assert asked == [False]

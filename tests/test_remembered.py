@@ -87,7 +87,9 @@ class Calls:
 # ------------------------------------------------------------------------------------------------------ the same bits
 
 
-@pytest.mark.parametrize("autocast", [False, True], ids=["fp32", "bf16"])
+@pytest.mark.parametrize(
+    "autocast", [pytest.param(False, id="fp32"), pytest.param(True, id="bf16", marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize("name", ["ssf", "lora", "full", "bi-lora", "adaptformer", "vpt-shallow", "prefix", "convpass"])
 def test_a_fit_on_what_is_remembered_ends_with_the_same_bits(
     name: str, autocast: bool, backbone: Backbone, tmp_path: Path

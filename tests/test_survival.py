@@ -348,7 +348,7 @@ def spawn(arguments: list[object], *launcher: str) -> subprocess.Popen[str]:
 
 def finished(arguments: list[object], *launcher: str) -> None:
     process = spawn(arguments, *launcher)
-    _, err = process.communicate(timeout=300)
+    _, err = process.communicate(timeout=900)  # of a busy machine
     assert process.returncode == 0, err
 
 
@@ -375,7 +375,7 @@ BY_TIMM = (
 def test_a_training_killed_at_ten_random_moments_ends_with_the_same_bits(
     more: tuple[str, ...], tasks: Tasks, many_shapes: Path, tmp_path: Path
 ) -> None:
-    longer = ("--epochs", 12, "--checkpoint-every", 0.2, *more)
+    longer = ("--epochs", 5, "--checkpoint-every", 0.2, *more)
     whole = tmp_path / "whole" / "flowers.pet"
     whole.parent.mkdir()
     began = time.monotonic()

@@ -12,15 +12,18 @@ import pytest
 import torch
 from hypothesis import given, settings
 
-from edgepet.deltas.expressions import Binary, Mix, Product
+from edgepet.deltas.expressions import Binary, Gather, Householder, Mix, Product, Scaled, Seeded, Window
 from edgepet.deltas.updates import (
     FACTORS,
     UPDATES,
     Add,
+    Diagonal,
     Grouped,
     Kronecker,
     LowRank,
+    Modulate,
     Precompose,
+    Push,
     Replace,
     Scale,
     Targeted,
@@ -30,10 +33,12 @@ from edgepet.deltas.updates import (
     factors,
     fold,
     in_precision_of,
+    keeps_codes,
     with_arrays,
 )
 from edgepet.errors import InputError
 from edgepet.spec import NpArray, Target
+from tests import splitmix
 from tests.tiny import SETTINGS, Case, block_diagonal, cases
 
 
@@ -46,6 +51,8 @@ def dense(case: Case) -> NpArray:
     first, last = target.rows or (0, len(flat))
     if tensor.ndim == 1:
         part = tensor[first:last]
+        if isinstance(update, Push):
+            return np.concatenate([tensor[:first], part + pushed(update, case.weight), tensor[last:]])
         new = {"scale": lambda: part * update.s, "add": lambda: part + update.d, "replace": lambda: update.value}
         return np.concatenate([tensor[:first], new[update.kind](), tensor[last:]])
     left, right = target.cols or (0, flat.shape[1])
@@ -53,6 +60,18 @@ def dense(case: Case) -> NpArray:
         [flat[first:last, :left], dense_matrix(update, flat[first:last, left:right]), flat[first:last, right:]]
     )
     return np.vstack([flat[:first], middle, flat[last:]]).reshape(tensor.shape)
+
+
+def pushed(update: Push, weight: Any) -> NpArray:
+    """scale W c, by a loop over rows, channels and taps."""
+    rows = weight.reshape(len(weight), -1)
+    first, last = update.reads.rows or (0, len(rows))
+    left, right = update.reads.cols or (0, rows.shape[1])
+    taps = (right - left) // len(update.c)
+    into = np.zeros(last - first)
+    for row in range(last - first):
+        into[row] = update.scale * sum(rows[first + row, left + i] * update.c[i // taps] for i in range(right - left))
+    return into
 
 
 def plain(update: Any) -> Any:
@@ -73,6 +92,20 @@ def written_out(factor: Any) -> Any:
                 flat = part * r + j  # a column of the mixed cube (r, r, m) read as (r, r m)
                 square[i, j] = sum(cube[i, flat // m, k] * weights[k, flat % m] for k in range(len(weights)))
             return square.T if transposed else square
+        case Scaled(c=c, base=base, transposed=transposed):
+            return np.diag(c) @ (written_out(base).T if transposed else written_out(base))
+        case Householder(left=left, d=d, right=right):
+            diagonal = np.zeros((len(left), len(right)))
+            for i, each in enumerate(d):
+                diagonal[i, i] = each
+            return (np.eye(len(left)) - np.outer(left, left)) @ diagonal @ (np.eye(len(right)) - np.outer(right, right))
+        case Seeded(seed=seed, bound=bound, draws=draws):
+            values = [bound * splitmix.uniform(seed, draws.start + i) for i in range(draws.size)]
+            return np.array(values).reshape(draws.shape)
+        case Gather(values=values, seed=seed, total=total, index=index):
+            order = splitmix.balanced(seed, total, len(values))
+            taken = order[index.start : index.start + index.size]
+            return np.array([values[i] / np.sqrt(order.count(i)) for i in taken]).reshape(index.shape)
     return factor
 
 
@@ -100,9 +133,16 @@ def dense_matrix(update: Any, w: NpArray) -> NpArray:
         case Kronecker(left=left, right=right, scale=scale):
             return w + scale * sum(np.kron(a, b) for a, b in zip(left, right, strict=True))
         case Precompose(left=left, right=right, scale=scale):
+            left = left if left.ndim == 3 else left[None]
             return w @ (np.eye(width) + scale * block_diagonal(left) @ right)
         case Replace(value=value):
             return value
+        case Modulate(left=left, right=right, scale=scale):
+            return np.array(
+                [[w[o, i] * (1 + scale * (left[o] @ right[:, i])) for i in range(width)] for o in range(out)]
+            )
+        case Diagonal(d=d):
+            return np.array([[w[o, i] + (d[o] if o == i else 0) for i in range(width)] for o in range(out)])
     raise AssertionError(out)
 
 
@@ -122,10 +162,11 @@ def test_fold_is_the_dense_definition(kind: str) -> None:
     @given(case=cases((kind,)))
     @SETTINGS
     def holds(case: Case) -> None:
-        check(case.targeted, case.tensor.shape, where="test")
+        weight = None if case.weight is None else case.weight.shape
+        check(case.targeted, case.tensor.shape, where="test", weight=weight)
         before = case.tensor.copy()
 
-        folded = fold(case.targeted, case.tensor)
+        folded = fold(case.targeted, case.tensor, case.weight)
 
         close(folded, dense(case))
         assert folded.dtype == np.float64
@@ -139,17 +180,18 @@ def test_fold_is_the_dense_definition(kind: str) -> None:
 @SETTINGS
 def test_torch_folds_as_numpy_does(case: Case) -> None:
     tensor = torch.from_numpy(case.tensor.copy())
+    weight = None if case.weight is None else torch.from_numpy(case.weight.copy())
 
-    folded = fold(in_torch(case.targeted), tensor)
+    folded = fold(in_torch(case.targeted), tensor, weight)
 
-    close(folded.numpy(), fold(case.targeted, case.tensor))
+    close(folded.numpy(), fold(case.targeted, case.tensor, case.weight))
     assert tensor.numpy().tobytes() == case.tensor.tobytes()
 
 
 @given(case=cases())
 @SETTINGS
 def test_fold_gives_a_new_tensor_even_where_it_replaces_the_old_one(case: Case) -> None:
-    folded = fold(case.targeted, case.tensor)
+    folded = fold(case.targeted, case.tensor, case.weight)
 
     assert not any(np.shares_memory(folded, array) for array in factors(case.targeted.update).values())
 
@@ -157,9 +199,10 @@ def test_fold_gives_a_new_tensor_even_where_it_replaces_the_old_one(case: Case) 
 @given(case=cases())
 @SETTINGS
 def test_float32_factors_and_weights_give_a_float32_weight(case: Case) -> None:
-    weight = case.tensor.astype(np.float32)
+    tensor = case.tensor.astype(np.float32)
+    weight = None if case.weight is None else case.weight.astype(np.float32)
 
-    folded = fold(Targeted(case.targeted.target, in_precision_of(case.targeted.update, weight)), weight)
+    folded = fold(Targeted(case.targeted.target, in_precision_of(case.targeted.update, tensor)), tensor, weight)
 
     assert folded.dtype == np.float32
 
@@ -168,26 +211,30 @@ def test_float32_factors_and_weights_give_a_float32_weight(case: Case) -> None:
 @SETTINGS
 def test_a_tensor_that_does_not_lie_in_c_order_folds_alike(case: Case) -> None:
     strange = np.asfortranarray(case.tensor)
+    weight = None if case.weight is None else np.asfortranarray(case.weight)
 
-    close(fold(case.targeted, strange), fold(case.targeted, case.tensor))
+    close(fold(case.targeted, strange, weight), fold(case.targeted, case.tensor, case.weight))
 
 
-@given(case=cases(("scale", "add", "low-rank", "grouped", "kronecker", "precompose")))
+@given(case=cases(tuple(kind for kind in UPDATES if kind != "replace")))
 @settings(SETTINGS, max_examples=40)
 def test_the_gradient_of_every_factor_flows_through_torch(case: Case) -> None:
     named = {n: torch.from_numpy(np.array(a)) for n, a in factors(case.targeted.update).items() if a.dtype.kind == "f"}
     rest = {n: a for n, a in factors(case.targeted.update).items() if n not in named}  # permutations and bits
-    weight = torch.from_numpy(case.tensor.copy())
+    tensor = torch.from_numpy(case.tensor.copy())
+    weight = None if case.weight is None else torch.from_numpy(case.weight.copy())
 
     def run(*values: torch.Tensor) -> torch.Tensor:
         update = with_arrays(case.targeted.update, {**rest, **dict(zip(named, values, strict=True))})
-        return fold(Targeted(case.targeted.target, update), weight)
+        return fold(Targeted(case.targeted.target, update), tensor, weight)
 
-    assert torch.autograd.gradcheck(run, tuple(value.requires_grad_() for value in named.values()))
+    if named:  # a factor that a seed stands for has none
+        assert torch.autograd.gradcheck(run, tuple(value.requires_grad_() for value in named.values()))
 
 
 def test_every_update_says_which_arrays_it_stores() -> None:
-    assert {kind.kind: kind for kind in (Scale, Add, LowRank, Grouped, Kronecker, Precompose, Replace)} == UPDATES
+    kinds = (Scale, Add, LowRank, Grouped, Kronecker, Precompose, Replace, Modulate, Push, Diagonal)
+    assert {kind.kind: kind for kind in kinds} == UPDATES
     assert set(FACTORS) == set(UPDATES)
 
 
@@ -250,6 +297,31 @@ MISFITS: list[tuple[str, Update, tuple[int, ...], str]] = [
     ("w", LowRank(z(4, 2), z(2, 6), Mix(z(2, 2, 4), z(4, 2), part=2)), (4, 6), "w: LowRank needs a part below 2, got 2"),
     ("w", LowRank(z(4, 2), Binary(z(2, 6) > 0, z(3))), (4, 6), "w: LowRank needs two levels for its bits, got (3,)"),
     ("w[0:2]", LowRank(z(4, 2), z(2, 6)), (4, 6), "w[0:2]: LowRank needs left (2, 2), got (4, 2)"),
+    ("w", Precompose(z(5, 2), z(2, 6)), (4, 6), "w: Precompose needs left (6, 2), got (5, 2)"),
+    ("w", Precompose(z(6, 2), z(3, 6)), (4, 6), "w: Precompose needs right (2, 6), got (3, 6)"),
+    ("b", Modulate(z(4, 1), z(1, 4)), (4,), "b: Modulate needs a matrix or a kernel, got a vector"),
+    ("w", Modulate(z(4), z(1, 6)), (4, 6), "w: Modulate needs left and right with two axes"),
+    ("w", Modulate(z(5, 2), z(2, 6)), (4, 6), "w: Modulate needs left (4, 2), got (5, 2)"),
+    ("w", Modulate(z(4, 2), z(3, 6)), (4, 6), "w: Modulate needs right (2, 6), got (3, 6)"),
+    ("b", Diagonal(z(4)), (4,), "b: Diagonal needs a matrix or a kernel, got a vector"),
+    ("w", Diagonal(z(6)), (4, 6), "w: Diagonal needs d (4,), got (6,)"),
+    ("w[:, 0:3]", Diagonal(z(4)), (4, 6), "w[:, 0:3]: Diagonal needs d (3,), got (4,)"),
+    ("w", LowRank(Scaled(z(4), z(3, 2)), z(2, 6)), (4, 6), "w: LowRank needs c (p,) and a base of p rows, got (4,) and (3, 2)"),
+    ("w", LowRank(Scaled(z(2), z(4, 2)), z(2, 6)), (4, 6), "w: LowRank needs c (p,) and a base of p rows, got (2,) and (4, 2)"),
+    ("w", LowRank(Scaled(z(4), z(4)), z(2, 6)), (4, 6), "w: LowRank needs c (p,) and a base of p rows, got (4,) and (4,)"),
+    ("w", LowRank(Scaled(z(4), Scaled(z(4), z(4, 2))), z(2, 6)), (4, 6), "w: LowRank needs a base that is not scaled itself"),
+    ("w", LowRank(Scaled(z(4), Product(z(4, 1), z(2, 2))), z(2, 6)), (4, 6), "w: LowRank needs a product of (..., p, r) and (..., r, q), got (4, 1) and (2, 2)"),
+    ("w", LowRank(Scaled(z(2), z(4, 2), transposed=True), z(4, 6)), (4, 6), "w: LowRank needs left (4, 4), got (2, 4)"),
+    ("w[0:4]", Add(Householder(z(4), z(6), z(6))), (4, 6), "w[0:4]: Add needs left (p,), d (min(p, q),) and right (q,), got (4,), (6,) and (6,)"),
+    ("w[0:4]", Add(Householder(z(4), z(4), z(5))), (4, 6), "w[0:4]: Add needs d (4, 6), got (4, 5)"),
+    ("w", LowRank(Seeded(2**53, 1.0, Window(0, (4, 2))), z(2, 6)), (4, 6), f"w: LowRank needs a seed from 0 to below 2^53, got {2**53}"),
+    ("w", LowRank(Seeded(-1, 1.0, Window(0, (4, 2))), z(2, 6)), (4, 6), "w: LowRank needs a seed from 0 to below 2^53, got -1"),
+    ("w", LowRank(Seeded(0, 1.0, Window(0, (4, 2**40))), z(2, 6)), (4, 6), f"w: LowRank needs 1 to 4194304 of {2**53} values, got (4, {2**40}) from 0"),
+    ("w", LowRank(Seeded(0, 1.0, Window(2**53, (4, 2))), z(2, 6)), (4, 6), f"w: LowRank needs 1 to 4194304 of {2**53} values, got (4, 2) from {2**53}"),
+    ("w", LowRank(Gather(z(3), 0, 8, Window(1, (4, 2))), z(2, 6)), (4, 6), "w: LowRank needs 1 to 4194304 of 8 values, got (4, 2) from 1"),
+    ("w", LowRank(Gather(z(9), 0, 8, Window(0, (4, 2))), z(2, 6)), (4, 6), "w: LowRank needs values (d,) for d to 4194304 factors, got (9,) for 8"),
+    ("w", LowRank(Gather(z(3), 0, 2**40, Window(0, (4, 2))), z(2, 6)), (4, 6), f"w: LowRank needs values (d,) for d to 4194304 factors, got (3,) for {2**40}"),
+    ("w", LowRank(Gather(z(3, 1), 0, 8, Window(0, (4, 2))), z(2, 6)), (4, 6), "w: LowRank needs values (d,) for d to 4194304 factors, got (3, 1) for 8"),
 ]  # fmt: skip
 
 
@@ -261,6 +333,68 @@ def test_an_update_that_does_not_fit_is_refused(
         check(Targeted(Target.parse(target, where="test"), update), shape, where="flowers", fix="another backbone")
 
     assert str(refused.value) == f"flowers: {message}\n  fix: another backbone"
+
+
+def push(target: str, c: NpArray, reads: str) -> Targeted:
+    return Targeted(Target.parse(target, where="test"), Push(c, Target.parse(reads, where="test")))
+
+
+UNREAD: list[tuple[Targeted, tuple[int, ...], tuple[int, ...] | None, str]] = [
+    (push("b", z(6), "w"), (4,), None, "b: Push reads w, which is not there"),
+    (push("w", z(6), "v"), (4, 6), (4, 6), "w: Push needs a vector to push into"),
+    (push("b", z(6), "c"), (4,), (4,), "b: Push reads a matrix or a kernel, got c of (4,)"),
+    (push("b", z(6), "w"), (4,), (5, 6), "b: Push needs 4 rows of w, got 5"),
+    (push("b", z(6), "w[0:3]"), (4,), (5, 6), "b: Push needs 4 rows of w[0:3], got 3"),
+    (push("b[0:3]", z(6), "w"), (4,), (4, 6), "b[0:3]: Push needs 3 rows of w, got 4"),
+    (push("b", z(5), "w"), (4,), (4, 6), "b: Push needs c (6,), got (5,)"),
+    (push("b", z(4), "w[:, 0:6]"), (4,), (4, 8), "b: Push needs c (6,), got (4,)"),
+    (push("b", z(0), "w"), (4,), (4, 6), "b: Push needs c (6,), got (0,)"),
+    (push("b", z(6, 1), "w"), (4,), (4, 6), "b: Push needs c (6,), got (6, 1)"),
+    (push("b", z(6), "w[0:5]"), (5,), (4, 6), "b: Push reads w[0:5] and needs a block inside (4, 6)"),
+    (push("b", z(6), "c[:, 0:2]"), (4,), (4,), "b: Push reads c[:, 0:2] and needs a matrix for its block, got (4,)"),
+    (push("b[0:5]", z(6), "w"), (4,), (4, 6), "b[0:5]: Push needs a block inside (4,)"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("targeted", "shape", "weight", "message"), UNREAD, ids=[row[-1] for row in UNREAD])
+def test_a_push_that_does_not_fit_what_it_reads_is_refused(
+    targeted: Targeted, shape: tuple[int, ...], weight: tuple[int, ...] | None, message: str
+) -> None:
+    with pytest.raises(InputError) as refused:
+        check(targeted, shape, where="flowers", weight=weight)
+
+    assert str(refused.value) == f"flowers: {message}"
+
+
+KEEPING: list[tuple[str, Update, bool]] = [
+    ("w", Scale(z(4)), True),
+    ("w[0:2]", Scale(z(2)), True),
+    ("w[:, 0:2]", Scale(z(4)), False),
+    ("w", Scale(z(6), "in"), False),
+    ("b", Add(z(4)), True),
+    ("w", Add(z(4, 6)), False),
+    ("w[0:4]", Add(Householder(z(4), z(4), z(6))), False),
+    ("b", Replace(z(4)), True),
+    ("w", Replace(z(4, 6)), False),
+    ("w", LowRank(z(4, 1), z(1, 6)), False),
+    ("w", Grouped(z(2, 2, 3)), False),
+    ("w", Kronecker(z(1, 2, 2), z(1, 2, 3)), False),
+    ("w", Precompose(z(6, 1), z(1, 6)), False),
+    ("w", Modulate(z(4, 1), z(1, 6)), False),
+    ("w", Diagonal(z(4)), False),
+    ("b", Push(z(6), Target("w")), True),
+]
+
+
+@pytest.mark.parametrize(("target", "update", "keeps"), KEEPING, ids=[f"{row[0]} {row[1].kind}" for row in KEEPING])
+def test_codes_are_kept_where_rows_are_scaled_and_where_vectors_change(
+    target: str, update: Update, keeps: bool
+) -> None:
+    assert keeps_codes(Targeted(Target.parse(target, where="test"), update)) is keeps
+
+
+def test_every_kind_is_among_those_that_may_keep_codes_or_not() -> None:
+    assert {update.kind for _, update, _ in KEEPING} == set(UPDATES)
 
 
 WRITTEN = ["norm.weight", "a.0.b_1", "w[0:4]", "w[10:384]", "w[:, 384:768]", "blocks.0.attn.qkv.weight[0:4, 1:2]"]

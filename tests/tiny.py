@@ -19,8 +19,21 @@ from onnx import TensorProto, helper, numpy_helper
 from torch import nn
 
 from edgepet.deltas.delta import Delta, Head, Score
-from edgepet.deltas.expressions import Binary, Mix, Product
-from edgepet.deltas.updates import UPDATES, Add, Grouped, Kronecker, LowRank, Precompose, Replace, Scale, Targeted
+from edgepet.deltas.expressions import Binary, Gather, Householder, Mix, Product, Scaled, Seeded, Window
+from edgepet.deltas.updates import (
+    UPDATES,
+    Add,
+    Diagonal,
+    Grouped,
+    Kronecker,
+    LowRank,
+    Modulate,
+    Precompose,
+    Push,
+    Replace,
+    Scale,
+    Targeted,
+)
 from edgepet.networks.backbone import Backbone
 from edgepet.networks.loading import load_backbone
 from edgepet.networks.sites import watch
@@ -157,10 +170,11 @@ def same_bits(left: Mapping[str, NpArray], right: Mapping[str, NpArray]) -> bool
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """One update and a tensor that it fits, all float64."""
+    """One update and a tensor that it fits, and the weight that a push reads, all float64."""
 
     targeted: Targeted
     tensor: NpArray
+    weight: NpArray | None = None
 
 
 @st.composite
@@ -169,6 +183,8 @@ def cases(draw: st.DrawFn, kinds: Sequence[str] = tuple(UPDATES), name: str = "b
     kind = draw(st.sampled_from(kinds))
     rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
     g, rows, channels = (draw(st.integers(1, 3)) for _ in range(3))
+    if kind == "push":
+        return _push_case(draw, rng, name, g * rows)
     if kind in ("scale", "add", "replace") and draw(st.booleans()):
         return _vector_case(draw, kind, rng, name, g * rows)
     kernel = draw(st.sampled_from([(), (1, 1), (2, 2), (3, 1)]))
@@ -186,29 +202,82 @@ def cases(draw: st.DrawFn, kinds: Sequence[str] = tuple(UPDATES), name: str = "b
     shape = (whole[0], whole[1] // taps, *kernel)
     seen = (out, width) if blocked else shape
     update = _update(draw, kind, rng, g, out, width, taps, seen)
-    if kind in EXPRESSED and draw(st.booleans()):
+    if kind in EXPRESSED and (kind != "add" or len(seen) == 2) and draw(st.booleans()):
         update = _expressed(draw, update, rng)
     return Case(Targeted(target, update), rng.standard_normal(shape))
 
 
-EXPRESSED = {"low-rank": ("left", "right", "core"), "kronecker": ("left", "right"), "precompose": ("left", "right")}
+EXPRESSED = {
+    "low-rank": ("left", "right", "core"),
+    "kronecker": ("left", "right"),
+    "precompose": ("left", "right"),
+    "modulate": ("left", "right"),
+    "add": ("d",),
+}
 
 
 def _expressed(draw: st.DrawFn, update: Any, rng: np.random.Generator) -> Any:
-    """``update`` with one of its factors computed from smaller tensors."""
+    """``update`` with one of its factors computed from smaller tensors, or two of one."""
     name = draw(st.sampled_from([n for n in EXPRESSED[update.kind] if getattr(update, n) is not None]))
-    shape, inner = getattr(update, name).shape, draw(st.integers(1, 3))
-    normal = rng.standard_normal
-    kind = draw(st.sampled_from(["product", "binary"]))
-    if name == "core" and shape[0] == shape[1] and draw(st.booleans()):
-        parts = draw(st.integers(1, 3))
-        cube, weights = normal((shape[0], shape[0], inner)), normal((inner, parts))
-        made: Any = Mix(cube, weights, draw(st.integers(0, parts - 1)), draw(st.booleans()))
-    elif kind == "product":
-        made = Product(normal((*shape[:-1], inner)), normal((*shape[:-2], inner, shape[-1])))
-    else:
-        made = Binary(rng.random(shape) < 0.5, normal(2))
+    shape = tuple(getattr(update, name).shape)
+    made = draw(expressions(shape, rng))
+    if update.kind == "low-rank" and name == "left" and update.core is None and draw(st.booleans()):
+        made, square = update.left, Scaled(rng.standard_normal(shape[1]), update.left, transposed=True)
+        tied = shape[0] == update.right.shape[1]  # left diag(c) left^T: the base is stored once
+        return replace(update, right=square) if tied else replace(update, left=made)
     return replace(update, **{name: made})
+
+
+@st.composite
+def expressions(draw: st.DrawFn, shape: tuple[int, ...], rng: np.random.Generator, nested: bool = False) -> Any:
+    """Any expression of a value of ``shape``."""
+    inner, normal = draw(st.integers(1, 3)), rng.standard_normal
+    kinds = ["binary", "seeded", "gather", *(["product"] if len(shape) > 1 else [])]
+    kinds += ["householder", *(["mix"] if shape[0] == shape[-1] else [])] if len(shape) == 2 else []
+    kinds += ["scaled"] if len(shape) == 2 and not nested else []
+    match draw(st.sampled_from(kinds)):
+        case "product":
+            return Product(normal((*shape[:-1], inner)), normal((*shape[:-2], inner, shape[-1])))
+        case "binary":
+            return Binary(rng.random(shape) < 0.5, normal(2))
+        case "mix":
+            parts = draw(st.integers(1, 3))
+            cube, weights = normal((shape[0], shape[0], inner)), normal((inner, parts))
+            return Mix(cube, weights, draw(st.integers(0, parts - 1)), draw(st.booleans()))
+        case "householder":
+            return Householder(normal(shape[0]), normal(min(shape)), normal(shape[1]))
+        case "seeded":
+            start = draw(st.integers(0, 9))
+            return Seeded(draw(st.integers(0, 2**53 - 1)), draw(st.sampled_from([1.0, 0.25])), Window(start, shape))
+        case "gather":
+            window = Window(draw(st.integers(0, 5)), shape)
+            total = window.start + window.size + draw(st.integers(0, 5))
+            return Gather(normal(draw(st.integers(1, total))), draw(st.integers(0, 99)), total, window)
+        case _:
+            turned = draw(st.booleans())
+            sides = shape[::-1] if turned else shape
+            base = draw(expressions(sides, rng, nested=True)) if draw(st.booleans()) else normal(sides)
+            return Scaled(normal(shape[0]), base, turned)
+
+
+def _push_case(draw: st.DrawFn, rng: np.random.Generator, name: str, size: int) -> Case:
+    """A push of a matrix or kernel, whole or a block of it, into a vector or a part of one."""
+    first, more = draw(st.integers(0, 2)), draw(st.integers(0, 2))
+    target = Target(name, (first, first + size) if first or more else None)
+    kernel, channels = draw(st.sampled_from([(), (1, 1), (2, 3)])), draw(st.integers(1, 4))
+    taps = int(np.prod(kernel, dtype=int))
+    above, left = draw(st.integers(0, 2)), draw(st.integers(0, 2))
+    shape = (above + size, left + channels, *kernel)
+    reads = Target(
+        f"{name}_read",
+        (above, above + size) if above else None,
+        (left * taps, (left + channels) * taps) if left else None,
+    )
+    c: Any = rng.standard_normal(draw(st.sampled_from([channels, channels * taps])))
+    if draw(st.booleans()):
+        c = draw(expressions(c.shape, rng))
+    update = Push(c, reads, draw(st.sampled_from(["frozen", "updated"])), draw(st.sampled_from([1.0, -0.5])))
+    return Case(Targeted(target, update), rng.standard_normal(first + size + more), rng.standard_normal(shape))
 
 
 def _vector_case(draw: st.DrawFn, kind: str, rng: np.random.Generator, name: str, size: int) -> Case:
@@ -234,12 +303,18 @@ def _update(
         if draw(st.booleans()):
             return LowRank(normal((out, rank)), normal((rank, width)), scale=scale)
         return LowRank(normal((out, rank)), normal((inner, width)), normal((rank, inner)), scale)
+    if kind == "modulate":
+        return Modulate(normal((out, rank)), normal((rank, width)), scale)
+    if kind == "diagonal":
+        return Diagonal(normal(min(out, width)))
     if kind == "grouped":
         columns = draw(st.sampled_from([0, width, width // taps]))
         return Grouped(normal((g, out // g, width // g)), rng.permutation(columns) if columns else None)
     if kind == "kronecker":
         p, q = draw(st.sampled_from([(g, g), (1, width // taps), (out, 1)]))
         return Kronecker(normal((terms, p, q)), normal((terms, out // p, width // q)), scale)
+    if g == 1 and draw(st.booleans()):
+        return Precompose(normal((width, rank)), normal((rank, width)), scale)
     return Precompose(normal((g, width // g, rank)), normal((g * rank, width)), scale)
 
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from edgepet.deltas.branches import Branch, arrays_of, require_distinct, structure_digest, structure_of
 from edgepet.deltas.codes import Range
-from edgepet.deltas.updates import Targeted, factors
+from edgepet.deltas.updates import Targeted, factors, require_readable
 from edgepet.errors import InputError
 from edgepet.reports.tables import format_names
 from edgepet.spec import NpArray, Preprocess
@@ -72,13 +72,14 @@ class Int8Ranges:
 class Delta:
     """One task, ready for the backbone that it names.
 
-    ``updates`` are folded into it, those of one target in order; ``branches`` stay beside it. ``method`` and
+    ``updates`` are folded into it, those of one tensor in order; ``branches`` stay beside it. ``method`` and
     ``training`` are provenance: nothing that applies a delta reads them. ``int8`` is there where the task was
     calibrated on the int8 backbone.
 
     Raises:
         InputError: a name or fingerprint that is not spelled as one, a top-1 outside of 0 to 1, a wrong branch, two of
-            one kind that add to one point, or a head without a bias and a label of its own for each class.
+            one kind that add to one point, a push that reads what a push changes, or a head without a bias and a label
+            of its own for each class.
     """
 
     task: str
@@ -107,6 +108,7 @@ class Delta:
         for branch in self.branches:
             branch.check(self.task)
         require_distinct(self.branches, self.task)
+        require_readable(self.updates, self.task)
         classes, width = self.head.weight.shape
         if classes == 0 or self.head.bias.shape != (classes,) or len(self.labels) != classes:
             raise InputError(

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import numpy as np
 
 from edgepet.deltas.branches import named_tensors
 from edgepet.deltas.delta import Delta
-from edgepet.deltas.updates import Targeted, check, fold, in_precision_of
+from edgepet.deltas.updates import Targeted, apart, check, fold, in_precision_of, read_by, shape_read_by
 from edgepet.errors import BackboneError, InputError, option
-from edgepet.spec import Base, NpArray, Tensors
+from edgepet.spec import Array, Base, NpArray, Tensors
 
 
 def merge(base: Base, delta: Delta) -> dict[str, NpArray]:
@@ -46,11 +46,13 @@ def task_tensors(base: Base, delta: Delta) -> dict[str, NpArray]:
         BackboneError, InputError: as ``merge``, branches apart.
     """
     require_backbone(base, delta)
+    shapes = {name: tensor.shape for name, tensor in base.tensors.items()}
+    fix = f"use the backbone it was trained on, {delta.fingerprint}"
     for targeted in delta.updates:
-        tensor = base.tensors.get(targeted.target.tensor)
-        if tensor is None:
+        shape = shapes.get(targeted.target.tensor)
+        if shape is None:
             raise InputError(f"{delta.task}: {targeted.target}", f"is no tensor of {base.name}")
-        check(targeted, tensor.shape, where=delta.task, fix=f"use the backbone it was trained on, {delta.fingerprint}")
+        check(targeted, shape, where=delta.task, fix=fix, weight=shape_read_by(targeted, shapes))
     branches = {name: tensor.astype(np.float32) for name, tensor in named_tensors(delta.branches).items()}
     with np.errstate(over="ignore", invalid="ignore"):  # said below
         tensors = fold_all(base.tensors, delta.updates) | branches
@@ -61,13 +63,29 @@ def task_tensors(base: Base, delta: Delta) -> dict[str, NpArray]:
 
 
 def fold_all(tensors: Tensors, updates: Iterable[Targeted]) -> dict[str, NpArray]:
-    """``tensors`` with ``updates`` folded in, in order and in each tensor's own precision; nothing is checked here."""
-    merged = dict(tensors)
+    """``tensors`` with ``updates`` folded in, in order and in each tensor's own precision; nothing is checked here.
+
+    Vectors that pushes change come last: a push may read what all updates of a weight leave of it.
+    """
+    first, last = apart(updates)
+    return dict(tensors) | fold_each(last, tensors, fold_each(first, tensors, {}))
+
+
+def fold_each(
+    updates: Iterable[Targeted], frozen: Mapping[str, Array], changed: Mapping[str, Array]
+) -> dict[str, Array]:
+    """``changed`` with ``updates`` folded into its tensors, and into those of ``frozen`` that it lacks.
+
+    All are of one library; neither is modified. A push reads ``frozen``, or what is there by then (``read_by``): its
+    weight must be done.
+    """
+    made = dict(changed)
     for targeted in updates:
-        tensor = merged[targeted.target.tensor]
-        update = in_precision_of(targeted.update, tensor)
-        merged[targeted.target.tensor] = fold(Targeted(targeted.target, update), tensor)
-    return merged
+        name = targeted.target.tensor
+        tensor = made[name] if name in made else frozen[name]
+        precise = Targeted(targeted.target, in_precision_of(targeted.update, tensor))
+        made[name] = fold(precise, tensor, read_by(targeted, frozen, made))
+    return made
 
 
 def require_backbone(base: Base, delta: Delta) -> None:

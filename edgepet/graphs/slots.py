@@ -10,10 +10,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from edgepet.deltas.codes import CodedWeight, Range, coded
+from edgepet.deltas.codes import CodedWeight, Range, coded, per_channel
 from edgepet.deltas.delta import Delta
-from edgepet.deltas.merge import fold_all, require_fingerprint
-from edgepet.deltas.updates import Targeted, check, keeps_codes
+from edgepet.deltas.merge import fold_all, fold_each, require_fingerprint
+from edgepet.deltas.updates import Push, Targeted, apart, check, keeps_codes, shape_read_by
 from edgepet.errors import InputError
 from edgepet.graphs.int8 import CODE, SUM, Int8Graph, Int8Layer, SlotForm
 from edgepet.spec import NpArray
@@ -90,36 +90,50 @@ def task_ranges(graph: Int8Graph, delta: Delta) -> dict[str, Range]:
 
 
 def _folded(graph: Int8Graph, delta: Delta) -> tuple[dict[str, NpArray], dict[str, CodedWeight]]:
-    """Tensors that the delta changes; of a weight whose codes stay it is the factor of each row. And new codes."""
+    """Tensors that the delta changes; of a weight whose codes stay it is the factor of each row. And new codes.
+
+    A push reads what codes stand for: those of the backbone, or the task's, with its factors.
+    """
     if delta.branches:
         raise InputError(f"task {delta.task!r}", "has branches, which the int8 backbone does not take yet")
-    weights = {layer.weight: layer for layer in graph.layers}
-    foldable = {*graph.vectors, *(layer.bias for layer in graph.layers)}
-    foldable |= {name for layer in graph.layers for name in layer.batch_norm or ()}
+    weights = {layer.weight: graph.coded(layer) for layer in graph.layers}
+    _require_fitting(graph, delta, weights)
+    first, last = apart(delta.updates)
     by_tensor: dict[str, list[Targeted]] = {}
-    for targeted in delta.updates:
+    for targeted in first:
         by_tensor.setdefault(targeted.target.tensor, []).append(targeted)
     folded, codes = dict[str, NpArray](), dict[str, CodedWeight]()
     for name, updates in by_tensor.items():
-        if name in weights:
-            made = graph.coded(weights[name])
-            rows = all(keeps_codes(targeted) for targeted in updates)
-            tensor = np.ones(len(made.scales), np.float32) if rows else made.dense
-        elif name in graph.tensors:
-            tensor = graph.tensors[name]
+        made = weights.get(name)
+        if made is None:
+            folded[name] = fold_all({name: graph.tensors[name]}, updates)[name]
+        elif all(map(keeps_codes, updates)):
+            folded[name] = fold_all({name: np.ones(len(made.scales), np.float32)}, updates)[name]
         else:
+            codes[name] = coded(fold_all({name: made.dense}, updates)[name], made.divisors)
+    read = {targeted.update.reads.tensor for targeted in last if isinstance(targeted.update, Push)} & weights.keys()
+    frozen = {**graph.tensors, **{name: weights[name].dense for name in read}}
+    stand = {name: codes[name].dense for name in read & codes.keys()}
+    stand |= {name: frozen[name] * per_channel(folded[name], frozen[name]) for name in read & folded.keys()}
+    pushed = fold_each(last, frozen, folded | stand)
+    folded |= {targeted.target.tensor: pushed[targeted.target.tensor] for targeted in last}
+    return folded, codes
+
+
+def _require_fitting(graph: Int8Graph, delta: Delta, weights: Mapping[str, CodedWeight]) -> None:
+    """Refuse updates that do not fit, or that change what is a constant of the graph."""
+    foldable = {*graph.vectors, *weights, *(layer.bias for layer in graph.layers)}
+    foldable |= {name for layer in graph.layers for name in layer.batch_norm or ()}
+    shapes = {name: tensor.shape for name, tensor in graph.tensors.items()}
+    shapes |= {name: made.codes.shape for name, made in weights.items()}
+    for targeted in delta.updates:
+        name = targeted.target.tensor
+        if name not in shapes:
             raise InputError(f"{delta.task}: {name}", f"is no tensor of {graph.backbone}")
-        for targeted in updates:
-            check(targeted, tensor.shape, where=delta.task)
-        changed = fold_all({name: tensor}, updates)[name]
-        if name in weights and not rows:
-            codes[name] = coded(changed, made.divisors)
-        elif name in weights or name in foldable:
-            folded[name] = changed
-        else:
+        check(targeted, shapes[name], where=delta.task, weight=shape_read_by(targeted, shapes))
+        if name not in foldable:
             what = "is a constant of the int8 graph and cannot change"
             raise InputError(f"{delta.task}: {name}", what, fix="run this task in fp32")
-    return folded, codes
 
 
 def _layer_slots(

@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Protocol, TypeAlias, runtime_checkable
+from typing import ClassVar, Literal, Protocol, TypeAlias, runtime_checkable
 
 import numpy as np
 
 from edgepet.deltas.branches import Branch, arrays_of
-from edgepet.deltas.updates import Add, Targeted, factors
+from edgepet.deltas.updates import Add, Push, Targeted, factors
 from edgepet.spec import Array, NpArray, Site, Target, Tensors, Tuned
 
 Start: TypeAlias = Mapping[str, Mapping[str, NpArray]]
@@ -99,6 +99,25 @@ def shift(site: Site, beta: Array) -> Targeted:
     if site.bias is not None:
         return Targeted(Target(site.bias), Add(beta))
     return Targeted(Target(str(site.mean)), Add(-beta))
+
+
+def pushed(
+    site: Site,
+    c: Array,
+    of: Literal["frozen", "updated"] = "frozen",
+    *,
+    rows: tuple[int, int] | None = None,
+    scale: float = 1.0,
+) -> Targeted:
+    """``scale`` W ``c``, what ``c`` (in,) at a layer's input adds to its output, where ``shift`` puts a constant.
+
+    ``of`` says which W: the backbone's, or the one that all of its updates leave. ``rows`` of it alone are pushed into
+    the same rows of the bias. The site must take a shift, and must not pad its input, with ``c`` in it, by zeros.
+    """
+    reads = Target(site.weight, rows)
+    if site.bias is not None:
+        return Targeted(Target(site.bias, rows), Push(c, reads, of, scale))
+    return Targeted(Target(str(site.mean), rows), Push(c, reads, of, -scale))
 
 
 def count(method: Method, layers: Sequence[Site], base: Tensors) -> int:

@@ -14,7 +14,7 @@ import numpy as np
 
 from edgepet.deltas.updates import Precompose, Targeted
 from edgepet.errors import InputError
-from edgepet.methods.method import Recipe, Start, shift
+from edgepet.methods.method import Recipe, Start, pushed
 from edgepet.methods.places import parts
 from edgepet.methods.starts import uniform
 from edgepet.spec import Array, NpArray, Site, Target, Tensors, Tuned
@@ -69,17 +69,17 @@ class RepAdapter:
         return tensors
 
     def lower(self, base: Mapping[str, Array], sites: Sequence[Site], tuned: Tuned) -> tuple[Targeted, ...]:
-        """W (I + scale B A) as ``Precompose`` and scale W (B a + b) as ``Add`` where a shift goes.
+        """W (I + scale B A) as ``Precompose`` and scale W (B a + b) as ``Push`` where a shift goes.
 
-        A is ``down``, B block-diagonal of ``up``, a and b are their biases, and W is that of ``base``.
+        A is ``down``, B block-diagonal of ``up``, a and b are their biases, which are stored as the one vector B a + b.
         """
+        del base
         updates = []
         for site in sites:
             up, down = tuned[site.name]["up"], tuned[site.name]["down"]
             updates.append(Targeted(Target(site.weight), Precompose(left=up, right=down, scale=self.scale)))
             if site.takes_shift:
                 a, b = tuned[site.name]["down.bias"], tuned[site.name]["up.bias"]
-                moved = self.scale * ((up @ a.reshape(self.groups, -1, 1)).reshape(-1) + b)
-                weight = base[site.weight]
-                updates.append(shift(site, weight.reshape(weight.shape[0], -1) @ moved))
+                moved = (up @ a.reshape(self.groups, -1, 1)).reshape(-1) + b
+                updates.append(pushed(site, moved, scale=self.scale))
         return tuple(updates)

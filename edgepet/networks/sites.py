@@ -22,7 +22,7 @@ from torch.overrides import TorchFunctionMode
 from edgepet.spec import Block, Site
 
 _CONV = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
-_ARGUMENTS: dict[str, tuple[str, ...]] = {  # of the operators that are layers, in torch's order
+ARGUMENTS: dict[str, tuple[str, ...]] = {  # of the operators that are layers, in torch's order
     "linear": ("input", "weight", "bias"),
     "conv1d": _CONV,
     "conv2d": _CONV,
@@ -32,11 +32,11 @@ _ARGUMENTS: dict[str, tuple[str, ...]] = {  # of the operators that are layers, 
     "group_norm": ("input", "num_groups", "weight", "bias"),
     "batch_norm": ("input", "running_mean", "running_var", "weight", "bias"),
 }
-_KINDS: dict[str, Literal["linear", "conv", "norm"]] = {"linear": "linear", **dict.fromkeys(_ARGUMENTS, "norm")}
+_KINDS: dict[str, Literal["linear", "conv", "norm"]] = {"linear": "linear", **dict.fromkeys(ARGUMENTS, "norm")}
 _KINDS |= {"linear": "linear", "conv1d": "conv", "conv2d": "conv", "conv3d": "conv"}
 _Torch: TypeAlias = Any  # what torch hands to its modes: any operator, and anything that it takes or gives
 _IN_PLACE = re.compile(r"(?!requires_grad).*[^_]_|__setitem__")
-_CHANNELS_FIRST = frozenset({"conv1d", "conv2d", "conv3d", "group_norm", "batch_norm"})
+CHANNELS_FIRST = frozenset({"conv1d", "conv2d", "conv3d", "group_norm", "batch_norm"})
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -84,8 +84,8 @@ class _Watch(TorchFunctionMode):
             for tensor in _tensors((*args, *(kwargs or {}).values())):
                 if id(tensor) in self._outputs or id(tensor) in self.names:
                     self.readers[id(tensor)].append((name, args))
-        if name in _ARGUMENTS:
-            given = dict(zip(_ARGUMENTS[name], args, strict=False)) | dict(kwargs or {})
+        if name in ARGUMENTS:
+            given = dict(zip(ARGUMENTS[name], args, strict=False)) | dict(kwargs or {})
             names = {key: self.names[id(v)] for key, v in given.items() if id(v) in self.names}
             self.calls.append(_Call(name, given, names, output))
             self._outputs.add(id(output))
@@ -233,7 +233,7 @@ def _site(call: _Call, watcher: _Watch, put_out: Mapping[str, Tensor]) -> Site:
         stride=_first(call.given.get("stride", 1)),
         dilation=_first(call.given.get("dilation", 1)),
         groups=int(call.given.get("groups", 1)) if call.operator.startswith("conv") else 1,
-        channel_axis=1 if call.operator in _CHANNELS_FIRST else -1,
+        channel_axis=1 if call.operator in CHANNELS_FIRST else -1,
         blocks=_thirds(call, watcher) if call.operator == "linear" and name.endswith("qkv") else (),
         scalable=not own_bias or "bias" in call.names,
         exposed=alone and put_out.get(name) is call.output,

@@ -1,25 +1,24 @@
-"""The rows and planes of a pack: every kind of factor in one long tensor, and where in it each target's lies.
+"""The rows and planes of a pack that is read: where in one long tensor the factors of each target lie.
 
-docs/spec/pack-v1.md, "Groups, rows and patterns", in code. A pack is small by form: one row of the manifest names the
-factors of all blocks of a network.
+docs/spec/pack-v1.md, "Groups, rows and patterns", in code. ``planes`` writes them.
 """
 
 from __future__ import annotations
 
-import itertools
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import cast
 
 import numpy as np
 
-from edgepet.canonical import canonical_json
 from edgepet.deltas.branches import BRANCHES, Branch
-from edgepet.deltas.expressions import EXPRESSIONS, SETTINGS
-from edgepet.deltas.updates import FACTORS, UPDATES, Targeted, Update, attributes, factors
-from edgepet.errors import InputError, PackError, option
+from edgepet.deltas.expressions import EXPRESSIONS, LIMITS, NESTED, SETTINGS, WINDOWS, Factor, Window
+from edgepet.deltas.generator import MOST_VALUES, SEEDS
+from edgepet.deltas.updates import ATTRIBUTES, FACTORS, NAMES, UPDATES, Targeted, Update
+from edgepet.errors import PackError
+from edgepet.packs.planes import Leaf
 from edgepet.spec import NpArray, Target
 from edgepet.strict import ObjectReader
 
@@ -27,160 +26,8 @@ MAX_REPEAT = 4096  # targets that one pattern may name
 MAX_UPDATES = 1 << 16  # targets of one pack: a megabyte of patterns could name millions
 
 _INTEGERS: dict[str, np.dtype[np.generic]] = {"order": np.dtype(np.int32), "bits": np.dtype(np.uint8)}
-_NUMBER = re.compile(r"(?<=\.)(0|[1-9][0-9]*)(?=[.:])")
 _REPEAT = re.compile(r"\{(0|[1-9][0-9]*)\.\.(0|[1-9][0-9]*)\}")
-
-
-# --------------------------------------------------------------------------------------------------------- writing
-
-
-class Planes:
-    """Planes being filled; an array that several updates share is stored once."""
-
-    def __init__(self, task: str, dtype: type[np.floating]) -> None:
-        self._task, self._dtype = task, dtype
-        self._parts: dict[str, list[NpArray]] = {}
-        self._ends: dict[str, int] = {}
-        self._seen: dict[tuple[str, int], int] = {}
-
-    def place(self, plane: str, array: NpArray) -> int:
-        """Where ``array`` starts in ``plane``, in values, or bytes of bits; a new one is put behind the others.
-
-        Raises:
-            InputError: as ``cast``.
-        """
-        key = (plane, id(array))
-        if key not in self._seen:
-            self._seen[key] = self._ends.get(plane, 0)
-            part = self.cast(array, plane).reshape(-1)
-            self._parts.setdefault(plane, []).append(part)
-            self._ends[plane] = self._seen[key] + part.size
-        return self._seen[key]
-
-    def cast(self, array: NpArray, name: str) -> NpArray:
-        """A new array as it is stored: floats in the codec's dtype, bits packed into bytes, integers as int32.
-
-        Raises:
-            InputError: a value that is not finite, or beyond the codec; ``name`` is for the message.
-        """
-        if array.dtype.kind == "b":
-            return np.packbits(array, axis=None, bitorder="little")
-        if array.dtype.kind != "f":
-            return array.astype(np.int32, order="C")
-        with np.errstate(over="ignore"):
-            stored = array.astype(self._dtype, order="C")  # safetensors writes memory as it lies, and no strides
-        if not np.isfinite(stored).all():
-            raise InputError(
-                f"{self._task}: {name}",
-                f"holds a value that {np.dtype(self._dtype).name} cannot",
-                got=f"largest magnitude {np.abs(array).max():.3g}",
-                fix=f"store it with {option('codec', 'fp32')},"
-                " or train with a smaller learning rate if it is not finite",
-            )
-        return stored
-
-    def tensors(self) -> dict[str, NpArray]:
-        """Every plane by name, as one vector."""
-        return {plane: np.concatenate(parts) for plane, parts in self._parts.items()}
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Entry:
-    """What one row, or one of its repeats, says: texts such as its target, and the arrays that it names."""
-
-    texts: Mapping[str, str]
-    arrays: Mapping[str, NpArray]
-
-
-def write_updates(updates: Iterable[Targeted], planes: Planes) -> list[dict[str, object]]:
-    """Groups of one kind and attributes, in such an order that the updates of one tensor keep theirs.
-
-    Raises:
-        InputError: as ``Planes.cast``.
-    """
-    depth: dict[str, int] = {}
-    groups: dict[tuple[int, str, bytes], list[Targeted]] = {}
-    for targeted in updates:
-        name = targeted.target.tensor
-        level = depth.get(name, 0)
-        depth[name] = level + 1
-        key = (level, targeted.update.kind, canonical_json(attributes(targeted.update)))
-        groups.setdefault(key, []).append(targeted)
-    return [_write_updates(groups[key], planes) for key in sorted(groups, key=lambda key: key[0])]
-
-
-def _write_updates(group: list[Targeted], planes: Planes) -> dict[str, object]:
-    first = group[0].update
-    entries = [Entry({"target": str(targeted.target)}, factors(targeted.update)) for targeted in group]
-    return {"kind": first.kind, **attributes(first), "on": list(_rows(entries, first.kind, planes))}
-
-
-def write_branches(branches: Iterable[Branch], planes: Planes) -> list[dict[str, object]]:
-    """Groups of one kind and settings.
-
-    Raises:
-        InputError: as ``Planes.cast``.
-    """
-    groups: dict[tuple[str, bytes], list[Branch]] = {}
-    for branch in branches:
-        groups.setdefault((branch.kind, canonical_json(dict(branch.settings))), []).append(branch)
-    written: list[dict[str, object]] = []
-    for (kind, _), group in groups.items():
-        entries = [Entry({"tap": branch.tap, "into": branch.into}, branch.tensors) for branch in group]
-        rows = list(_rows(entries, kind, planes))
-        written.append({"kind": kind, "settings": dict(group[0].settings), "on": rows})
-    return written
-
-
-def _rows(entries: Iterable[Entry], kind: str, planes: Planes) -> Iterator[dict[str, object]]:
-    families: dict[tuple[tuple[tuple[str, str], ...], object], list[tuple[int, Entry]]] = {}
-    for entry in entries:
-        templates, number = _templates(entry.texts)
-        shapes = tuple((name, array.shape) for name, array in entry.arrays.items())
-        families.setdefault((templates, shapes), []).append((number, entry))
-    for (templates, _), members in families.items():
-        for run in _runs(members):
-            yield from _write_run(templates, run, kind, planes)
-
-
-def _templates(texts: Mapping[str, str]) -> tuple[tuple[tuple[str, str], ...], int]:
-    """``blocks.3.norm.weight`` as "blocks.{}.norm.weight" and 3, by its last number, the same in all texts; else -1."""
-    made, numbers = [], set[int]()
-    for key, text in texts.items():
-        found = list(_NUMBER.finditer(text))
-        if not found:
-            return tuple(texts.items()), -1
-        start, stop = found[-1].span()
-        made.append((key, f"{text[:start]}{{}}{text[stop:]}"))
-        numbers.add(int(found[-1].group()))
-    return (tuple(made), numbers.pop()) if len(numbers) == 1 else (tuple(texts.items()), -1)
-
-
-def _runs(members: list[tuple[int, Entry]]) -> Iterator[list[tuple[int, Entry]]]:
-    """Members whose numbers follow one another."""
-    ordered = sorted(members, key=lambda member: member[0])
-    for _, run in itertools.groupby(enumerate(ordered), key=lambda pair: pair[1][0] - pair[0]):
-        yield [member for _, member in run]
-
-
-def _write_run(
-    templates: tuple[tuple[str, str], ...], run: list[tuple[int, Entry]], kind: str, planes: Planes
-) -> Iterator[dict[str, object]]:
-    places = [{name: planes.place(f"{kind}.{name}", array) for name, array in entry.arrays.items()} for _, entry in run]
-    steps = {name: {b[name] - a[name] for a, b in itertools.pairwise(places)} for name in places[0]}
-    if len(run) > 1 and any(len(step) > 1 or min(step) < 0 for step in steps.values()):
-        for member in run:  # arrays shared in no regular step: a row for each target
-            yield from _write_run(templates, [member], kind, planes)
-        return
-    first, last = run[0][0], run[-1][0]
-    span = "" if first < 0 else str(first) if first == last else f"{{{first}..{last}}}"
-    row: dict[str, object] = {key: template.replace("{}", span) for key, template in templates}
-    for name, array in run[0][1].arrays.items():
-        row[name] = [places[0][name], *(steps[name] or [0]), *array.shape]
-    yield row
-
-
-# --------------------------------------------------------------------------------------------------------- reading
+_OPTIONAL = {"core", "order"}
 
 
 class Reader:
@@ -242,52 +89,64 @@ class Reader:
             InputError: a target that is not NAME, NAME[a:b] or NAME[a:b, c:d].
         """
         kind = table.text("kind", choices=list(UPDATES))
-        settings: dict[str, object] = {}
-        if kind == "scale":
-            settings["axis"] = table.text("axis", choices=["out", "in"])
-        if kind in ("low-rank", "kronecker", "precompose"):
-            settings["scale"] = table.number("scale")
-        expressions = {
-            name: _expression(table.nested(name)) for name in FACTORS[kind] if name != "order" and table.has(name)
+        attributes: dict[str, object] = {
+            name: table.number(name) if wanted is float else table.text(name, choices=cast(tuple[str, ...], wanted))
+            for name, wanted in ATTRIBUTES.get(kind, {}).items()
         }
-        names = [leaf for name in FACTORS[kind] for leaf in _leaves(name, expressions)]
+        made = {name: _expressed(table.nested(name)) for name in FACTORS[kind] if name != "order" and table.has(name)}
         rows = table.nested_list("on")
         table.end()
         for row in rows:
-            texts = _expand(row.text("target"), f"{row.where}.target")
-            targets = [Target.parse(text, where=row.where) for text in texts]
+            targets = [
+                Target.parse(text, where=row.where) for text in _expand(row.text("target"), f"{row.where}.target")
+            ]
             self._count(len(targets), row.where)
-            each = {name: self._series(kind, name, row, len(targets)) for name in names if row.has(name)}
+            named = {name: self._named(name, row, len(targets)) for name in NAMES.get(kind, ())}
+            each = self._factors(kind, made, row, len(targets))
             row.end()
             for i, target in enumerate(targets):
-                arrays = {name: series[i] for name, series in each.items()}
-                yield Targeted(target, self._build(kind, arrays, expressions, settings, row.where))
+                leaves = {name: series[i] for name, series in each.items()}
+                given: dict[str, object] = {name: others[i] for name, others in named.items()}
+                given |= {
+                    name: _factor(name, made.get(name), leaves)
+                    for name in FACTORS[kind]
+                    if name in made or name in leaves
+                }
+                yield Targeted(target, cast(Update, cast(type, UPDATES[kind])(**given, **attributes)))
 
-    def _build(
-        self,
-        kind: str,
-        arrays: dict[str, NpArray],
-        expressions: Mapping[str, Mapping[str, object]],
-        settings: dict[str, object],
-        where: str,
-    ) -> Update:
-        optional = {"core", "order"} - set(expressions)
-        leaves = [leaf for name in FACTORS[kind] if name not in optional for leaf in _leaves(name, expressions)]
-        missing = [leaf for leaf in leaves if leaf not in arrays]
+    def _named(self, name: str, row: ObjectReader, count: int) -> list[Target]:
+        """Other tensors that a row names, as many as it has targets."""
+        found = [Target.parse(text, where=row.where) for text in _expand(row.text(name), f"{row.where}.{name}")]
+        if len(found) != count:
+            raise PackError(row.where, f"repeats target and {name} equally often", got=f"{count} and {len(found)}")
+        return found
+
+    def _factors(
+        self, kind: str, made: Mapping[str, _Expressed], row: ObjectReader, count: int
+    ) -> dict[str, Sequence[Leaf]]:
+        """Everything that a row has a place for, or another's name, as often as it has targets."""
+        names = [leaf for name in FACTORS[kind] for leaf in _leaves(name, made.get(name))]
+        ends = {leaf: end for name in FACTORS[kind] for leaf, end in _windows(name, made.get(name))}
+        needed = [name for name in (*names, *ends) if name not in _OPTIONAL]
+        missing = [name for name in needed if not row.has(name)]
         if missing:
-            raise PackError(where, f"needs the key {missing[0]!r}")
-        factors: dict[str, object] = {name: array for name, array in arrays.items() if "." not in name}
-        for name, made in expressions.items():
-            parts = {leaf.removeprefix(f"{name}."): arrays[leaf] for leaf in _leaves(name, expressions)}
-            rest = {key: value for key, value in made.items() if key != "kind"}
-            factors[name] = cast(type, EXPRESSIONS[str(made["kind"])])(**parts, **rest)
-        return cast(Update, cast(type, UPDATES[kind])(**factors, **settings))
+            raise PackError(row.where, f"needs the key {missing[0]!r}")
+        each: dict[str, Sequence[Leaf]] = {}
+        tied = [name for name in names if row.has(name) and isinstance(row.raw(name), str)]
+        for name in names:
+            if row.has(name) and name not in tied:
+                each[name] = self._series(kind, name, row, count)
+        stored = {name for name in each if name.rpartition(".")[2] not in _INTEGERS}
+        for name in tied:
+            if name.rpartition(".")[2] in _INTEGERS:
+                raise row.refusal(name, "needs an array", repr(row.raw(name)))
+            each[name] = each[row.text(name, choices=sorted(stored))]
+        for name, end in ends.items():
+            each[name] = _window_series(name, row, count, end)
+        return each
 
     def _series(self, kind: str, name: str, row: ObjectReader, count: int) -> list[NpArray]:
-        place = row.integers(name)
-        if len(place) < 2:
-            raise PackError(f"{row.where}.{name}", "needs [start, step, axes...]", got=list(place))
-        start, step, *shape = place
+        start, step, *shape = place = _place(row, name)
         plane = f"{kind}.{name}"
         bits = name.endswith(".bits")
         tensor = self._plane(plane, _INTEGERS.get(name.rpartition(".")[2], self._dtype))
@@ -342,20 +201,80 @@ class Reader:
                 )
 
 
-def _expression(table: ObjectReader) -> dict[str, object]:
-    """The kind and the settings of a factor that is computed."""
-    made: dict[str, object] = {"kind": table.text("kind", choices=list(EXPRESSIONS))}
-    for name, kind in SETTINGS.get(str(made["kind"]), {}).items():
-        made[name] = table.boolean(name) if kind is bool else table.integer(name)
+@dataclass(frozen=True, slots=True)
+class _Expressed:
+    """How a group says that a factor is computed: the kind, its settings, and which of its tensors are computed."""
+
+    kind: str
+    settings: Mapping[str, object]
+    within: Mapping[str, _Expressed]
+
+
+def _expressed(table: ObjectReader, kinds: Sequence[str] = tuple(EXPRESSIONS)) -> _Expressed:
+    """Read one of ``kinds``; those within it are of the kinds that hold none."""
+    kind = table.text("kind", choices=kinds)
+    settings: dict[str, object] = {}
+    for name, wanted in SETTINGS.get(kind, {}).items():
+        settings[name] = (
+            table.boolean(name) if wanted is bool else table.number(name) if wanted is float else _integer(table, name)
+        )
+    inner = [kind for kind in EXPRESSIONS if kind not in NESTED]
+    within = {part: _expressed(table.nested(part), inner) for part in NESTED.get(kind, ()) if table.has(part)}
     table.end()
-    return made
+    return _Expressed(kind, settings, within)
 
 
-def _leaves(name: str, expressions: Mapping[str, Mapping[str, object]]) -> list[str]:
-    """What a row names for a factor: the factor itself, or the tensors that it is computed from."""
-    if name not in expressions:
-        return [name]
-    return [f"{name}.{part}" for part in EXPRESSIONS[str(expressions[name]["kind"])].tensors]
+def _integer(table: ObjectReader, name: str) -> int:
+    least, most = LIMITS.get(name, (0, None))
+    value = table.integer(name, least=least)
+    if most is not None and value > most:
+        raise table.refusal(name, f"needs an integer of at most {most}", value)
+    return value
+
+
+def _leaves(name: str, made: _Expressed | None) -> Iterator[str]:
+    """What a row has places of stored values for: the factor itself, or the tensors that it is computed from."""
+    if made is None:
+        yield name
+        return
+    for part in EXPRESSIONS[made.kind].tensors:
+        yield from _leaves(f"{name}.{part}", made.within.get(part))
+
+
+def _windows(name: str, made: _Expressed | None) -> Iterator[tuple[str, int]]:
+    """What a row has places of generated values for, and how many there are."""
+    if made is None:
+        return
+    for part in WINDOWS.get(made.kind, ()):
+        yield f"{name}.{part}", cast(int, made.settings.get("total", SEEDS))
+    for part, inner in made.within.items():
+        yield from _windows(f"{name}.{part}", inner)
+
+
+def _factor(name: str, made: _Expressed | None, leaves: Mapping[str, Leaf]) -> Factor:
+    """A factor of the ``leaves`` that are called after it."""
+    if made is None:
+        return leaves[name]
+    kind = EXPRESSIONS[made.kind]
+    parts = {part: _factor(f"{name}.{part}", made.within.get(part), leaves) for part in kind.tensors}
+    windows = {part: leaves[f"{name}.{part}"] for part in WINDOWS.get(made.kind, ())}
+    return cast(type, kind)(**parts, **windows, **made.settings)
+
+
+def _window_series(name: str, row: ObjectReader, count: int, end: int) -> list[Window]:
+    start, step, *shape = _place(row, name)
+    size = math.prod(shape)
+    if not 0 < size <= MOST_VALUES or start + step * (count - 1) + size > end:
+        what = f"needs 1 to {MOST_VALUES} values of {end}"
+        raise PackError(f"{row.where}.{name}", what, got=[start, step, *shape])
+    return [Window(start + i * step, tuple(shape)) for i in range(count)]
+
+
+def _place(row: ObjectReader, name: str) -> tuple[int, ...]:
+    place = row.integers(name)
+    if len(place) < 2:
+        raise PackError(f"{row.where}.{name}", "needs [start, step, axes...]", got=list(place))
+    return place
 
 
 def _unpacked(packed: NpArray, shape: list[int], where: str) -> NpArray:

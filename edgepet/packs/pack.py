@@ -1,6 +1,6 @@
 """The ``.pet`` file, format version 1: one delta as strict safetensors with one canonical manifest.
 
-The format is docs/spec/pack-v1.md; this file and ``layout`` are that page in code.
+The format is docs/spec/pack-v1.md; this file, ``planes`` and ``layout`` are that page in code.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ from edgepet.deltas.codes import Range
 from edgepet.deltas.delta import Delta, Head, Int8Ranges, Score
 from edgepet.errors import InputError, PackError
 from edgepet.files import read_file, write_file
-from edgepet.packs.layout import Planes, Reader, write_branches, write_updates
+from edgepet.packs.layout import Reader
+from edgepet.packs.planes import Planes, write_branches, write_updates
 from edgepet.spec import FilePath, NpArray, read_preprocess
 from edgepet.strict import ObjectReader
 

@@ -19,7 +19,7 @@ import safetensors.numpy
 from edgepet.canonical import canonical_json
 from edgepet.deltas.expressions import Product, value
 from edgepet.deltas.merge import fold_all
-from edgepet.deltas.updates import Kronecker, LowRank, Scale, Targeted, fold, in_precision_of
+from edgepet.deltas.updates import Kronecker, LowRank, Push, Scale, Targeted, fold, in_precision_of
 from edgepet.errors import InputError
 from edgepet.files import write_file
 from edgepet.methods.krona import two_factors
@@ -29,6 +29,7 @@ from edgepet.spec import NpArray, Site, Target, Tensors
 
 Number = TypeVar("Number", int, float)
 _MERGE = "edgepet merge writes dense weights of any pack"
+_DOUBLE = np.empty(0)  # factors of a product are not multiplied in a pack's fp16
 
 
 @dataclass(slots=True, eq=False)
@@ -82,7 +83,8 @@ def unlower(
     Raises:
         InputError: PEFT has no adapter that does this.
     """
-    found, rest = _by_layer(updates, layers)
+    updates = [Targeted(t.target, in_precision_of(t.update, _DOUBLE)) for t in updates]
+    found = _by_layer(updates, layers)
     kinds = {targeted.update.kind for layer in found for targeted in layer.weight}
     if kinds == {"scale"}:
         config, tensors = _ia3(found, base, where)
@@ -93,8 +95,11 @@ def unlower(
     else:
         got = ", ".join(sorted(kinds)) or "no updates of layers' weights"
         raise InputError(where, "needs updates of one of PEFT's methods: LoRA, DoRA, LoKr or IA3", got=got, fix=_MERGE)
-    rest += [targeted for layer in found for targeted in layer.bias if kinds != {"scale"}]
-    saved, modules = _saved(rest, found, base, where, biases=config["peft_type"] == "LORA")
+    adapted = {id(targeted) for layer in found for targeted in layer.weight}
+    adapted |= {id(targeted) for layer in found for targeted in layer.bias if kinds == {"scale"}}
+    rest = [targeted for targeted in updates if id(targeted) not in adapted]
+    changed = _changed(rest, updates, base, where)
+    saved, modules = _saved(rest, changed, found, base, where, biases=config["peft_type"] == "LORA")
     alone = [name for name in saved if _module(name) not in modules]
     if alone:
         config["bias"] = "lora_only" if all(".base_layer." in name for name in alone) else "all"
@@ -112,18 +117,27 @@ def _module(name: str) -> str:
     return name.rpartition(".")[0]
 
 
+def _changed(rest: Sequence[Targeted], updates: Sequence[Targeted], base: Tensors, where: str) -> dict[str, NpArray]:
+    """The tensors that ``rest`` changes, with all of it folded in; what a push reads is folded as well."""
+    for targeted in rest:
+        if targeted.target.tensor not in base:
+            raise _refused(where, targeted, "is of no tensor of the backbone")
+        if isinstance(targeted.update, Push) and targeted.update.reads.tensor not in base:
+            raise _refused(where, targeted, "reads no tensor of the backbone")
+    names = {targeted.target.tensor for targeted in rest}
+    names |= {targeted.update.reads.tensor for targeted in rest if isinstance(targeted.update, Push)}
+    needed = [targeted for targeted in updates if targeted.target.tensor in names]
+    return fold_all({name: base[name] * 1.0 for name in names}, needed)
+
+
 def _saved(
-    rest: Sequence[Targeted], found: Sequence[_Layer], base: Tensors, where: str, *, biases: bool
+    rest: Sequence[Targeted], changed: Tensors, found: Sequence[_Layer], base: Tensors, where: str, *, biases: bool
 ) -> tuple[dict[str, NpArray], set[str]]:
     """Tensors that take the place of the network's own, and the modules of which PEFT keeps all tensors.
 
     With ``biases`` a bias is kept by itself: of PEFT's configurations LoRA's alone has a word for that.
     """
     adapted = [layer.site.name for layer in found]
-    for targeted in rest:
-        if targeted.target.tensor not in base:
-            raise _refused(where, targeted, "is of no tensor of the backbone")
-    changed = fold_all({targeted.target.tensor: base[targeted.target.tensor] * 1.0 for targeted in rest}, rest)
     tensors: dict[str, NpArray] = {}
     modules = set[str]()
     for targeted in rest:
@@ -139,24 +153,19 @@ def _saved(
     return tensors, modules
 
 
-def _by_layer(updates: Iterable[Targeted], layers: Sequence[Site]) -> tuple[list[_Layer], list[Targeted]]:
-    """The layers whose weights change, with the scales of their biases, and the updates of all other tensors."""
-    double = np.empty(0)  # factors of a product are not multiplied in a pack's fp16
-    updates = [Targeted(t.target, in_precision_of(t.update, double)) for t in updates]
+def _by_layer(updates: Sequence[Targeted], layers: Sequence[Site]) -> list[_Layer]:
+    """The layers whose weights change, with the scales of their biases."""
     changed = {targeted.target.tensor for targeted in updates}
     found = [_Layer(site) for site in layers if site.kind in ("linear", "conv") and site.weight in changed]
     weights = {layer.site.weight: layer for layer in found}
     biases = {layer.site.bias: layer for layer in found if layer.site.bias}
-    rest = []
     for targeted in updates:
         name = targeted.target.tensor
         if name in weights:
             weights[name].weight.append(targeted)
         elif name in biases and isinstance(targeted.update, Scale):
             biases[name].bias.append(targeted)
-        else:
-            rest.append(targeted)
-    return found, rest
+    return found
 
 
 def _patterns(values: Mapping[str, Number]) -> tuple[Number, dict[str, Number]]:
@@ -207,10 +216,10 @@ def _joined(layer: _Layer, where: str) -> tuple[NpArray, NpArray, float, NpArray
             rows[first:last] *= update.s
         elif isinstance(update, LowRank) and (rows[first:last] == 1).all():
             begin, end = targeted.target.cols or (0, columns)
-            up = value(update.left).astype(np.float64)
-            up = up if update.core is None else up @ value(update.core).astype(np.float64)
+            up = value(update.left, _DOUBLE)
+            up = up if update.core is None else up @ value(update.core, _DOUBLE)
             left, right = np.zeros((out, up.shape[1])), np.zeros((up.shape[1], columns))
-            left[first:last], right[:, begin:end] = up, value(update.right)
+            left[first:last], right[:, begin:end] = up, value(update.right, _DOUBLE)
             lefts.append(left)
             rights.append(right)
             scales.append(float(update.scale))
@@ -238,7 +247,7 @@ def _lokr(found: Sequence[_Layer], base: Tensors) -> tuple[dict[str, object], di
         if factor is None:
             left, right, scale = np.ones((1, 1)), _sum(layer), 1.0
         else:
-            left, right, scale = value(update.left)[0], update.right, float(update.scale)
+            left, right, scale = value(update.left, _DOUBLE)[0], update.right, float(update.scale)
         most = max(out // left.shape[0], width // left.shape[1]) / 2
         tensors[f"{name}.lokr_w1"] = left
         if isinstance(right, Product) and right.left.shape[-1] < most:
@@ -247,7 +256,7 @@ def _lokr(found: Sequence[_Layer], base: Tensors) -> tuple[dict[str, object], di
         else:
             rank = math.ceil(most)  # from here on PEFT does not cut the right factor
             shape = (out // left.shape[0], width // left.shape[1], *base[layer.site.weight].shape[2:])
-            tensors[f"{name}.lokr_w2"] = value(right).reshape(shape)
+            tensors[f"{name}.lokr_w2"] = value(right, _DOUBLE).reshape(shape)
         ranks[name], alphas[name] = rank, scale * rank
     rank, rank_pattern = _patterns(ranks)
     alpha, alpha_pattern = _patterns(alphas)
@@ -265,9 +274,9 @@ def _factor(found: Sequence[_Layer]) -> int | None:
     for layer in found:
         update = cast(Kronecker, layer.weight[0].update)
         target = layer.weight[0].target
-        if len(layer.weight) > 1 or target.rows or target.cols or len(value(update.left)) > 1:
+        if len(layer.weight) > 1 or target.rows or target.cols or update.left.shape[0] > 1:
             return None
-        cuts += zip((layer.site.out_features, layer.site.in_features), value(update.left).shape[1:], strict=True)
+        cuts += zip((layer.site.out_features, layer.site.in_features), update.left.shape[1:], strict=True)
     fitting = (
         f for f in (-1, *sorted({small for _, small in cuts})) if all(_cut(side, f) == small for side, small in cuts)
     )

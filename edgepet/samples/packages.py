@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import os
+import shutil
+import subprocess
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
+from typing import ClassVar
 
 from edgepet.errors import InputError, MissingError
 from edgepet.files import read_file
@@ -13,46 +17,105 @@ from edgepet.files import read_file
 
 @dataclass(frozen=True, slots=True)
 class PackageFile:
-    """``path`` as the wheel's RECORD has it; ``digest`` is 16 hex digits of its sha256, to know another release by."""
+    """``path`` as the wheel's RECORD has it; ``digest`` is 16 hex digits of its sha256, to know another release by.
+
+    ``extra`` is the one of edgepet that installs the package.
+    """
 
     package: str
     version: str
     path: str
     digest: str
+    extra: str = "demo"
+    registry: ClassVar[str] = "pypi"
+
+    @property
+    def requirement(self) -> str:
+        """The release, as pip is asked for it."""
+        return f"{self.package}=={self.version}"
 
     def read(self, *, purpose: str) -> bytes:
         """The installed bytes; MissingError without the package, InputError where they are not this release's."""
         try:
             found = metadata.distribution(self.package)
         except metadata.PackageNotFoundError as error:
-            fix = "pip install 'edgepet[demo]'"
+            fix = f"pip install 'edgepet[{self.extra}]'"
             raise MissingError(purpose, f"needs the package {self.package!r}", got=str(error), fix=fix) from error
         content = read_file(Path(str(found.locate_file(self.path))))
-        digest = hashlib.sha256(content).hexdigest()[:16]
+        digest = _digest(content)
         if digest != self.digest:
             what = f"needs {self.path} of {self.package} {self.version}, sha256:{self.digest}"
-            fix = f"pip install --force-reinstall '{self.package}=={self.version}'"
+            fix = f"pip install --force-reinstall '{self.requirement}'"
             raise InputError(purpose, what, got=f"sha256:{digest} of {found.version}", fix=fix)
         return content
 
 
 @dataclass(frozen=True, slots=True)
 class DebianFile:
-    """A file of an installed Debian package; ``digest`` as of a ``PackageFile``."""
+    """A file of an installed Debian package; ``digest`` as of a ``PackageFile``.
+
+    ``DPKG_ROOT`` names another root than ``/``, as it does to dpkg: a folder that packages were unpacked into.
+    """
 
     package: str
     version: str
     path: str
     digest: str
+    registry: ClassVar[str] = "deb"
+
+    @property
+    def requirement(self) -> str:
+        """The release, as apt-get is asked for it."""
+        return f"{self.package}={self.version}"
 
     def read(self, *, purpose: str) -> bytes:
         """The installed bytes; MissingError without the package, InputError where they are not this release's."""
-        path, fix = Path(self.path), f"apt-get install {self.package}"
+        path = Path(os.environ.get("DPKG_ROOT") or "/", self.path.lstrip("/"))
+        fix = f"apt-get install {self.package}"
         if not path.is_file():
             raise MissingError(purpose, f"needs the Debian package {self.package!r}", got=f"no {path}", fix=fix)
         content = read_file(path)
-        digest = hashlib.sha256(content).hexdigest()[:16]
+        digest = _digest(content)
         if digest != self.digest:
             what = f"needs {path} of {self.package} {self.version}, sha256:{self.digest}"
-            raise InputError(purpose, what, got=f"sha256:{digest}", fix=f"{fix}={self.version}")
+            raise InputError(purpose, what, got=f"sha256:{digest}", fix=f"apt-get install {self.requirement}")
         return content
+
+
+@dataclass(frozen=True, slots=True)
+class NpmFile:
+    """A file of a globally installed npm package; ``path`` in its folder, ``digest`` as of a ``PackageFile``."""
+
+    package: str
+    version: str
+    path: str
+    digest: str
+    registry: ClassVar[str] = "npm"
+
+    @property
+    def requirement(self) -> str:
+        """The release, as npm is asked for it."""
+        return f"{self.package}@{self.version}"
+
+    def read(self, *, purpose: str) -> bytes:
+        """The installed bytes; MissingError without npm or the package, InputError where they are not this release's.
+
+        The folder is asked of npm: the user's own settings, ``NPM_CONFIG_PREFIX`` and others, decide where it is.
+        """
+        missing, fix = f"needs the npm package {self.package!r}", f"npm install -g {self.requirement}"
+        if (npm := shutil.which("npm")) is None:
+            raise MissingError(purpose, missing, got="no npm", fix=f"install Node.js, then {fix}")
+        asked = subprocess.run([npm, "root", "-g"], capture_output=True, text=True, check=False)
+        path = Path(asked.stdout.strip(), self.package, self.path)
+        if not path.is_file():
+            raise MissingError(purpose, missing, got=f"no {path}", fix=fix)
+        content = read_file(path)
+        digest = _digest(content)
+        if digest != self.digest:
+            what = f"needs {path} of {self.package} {self.version}, sha256:{self.digest}"
+            raise InputError(purpose, what, got=f"sha256:{digest}", fix=fix)
+        return content
+
+
+def _digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()[:16]

@@ -21,6 +21,7 @@ from edgepet.tuning.augmenting import Augmenter
 from edgepet.tuning.balance import class_weights, epoch_order
 from edgepet.tuning.checkpoint import Checkpoint, Keeper, no_whole
 from edgepet.tuning.computing import autocast, computing, features_of
+from edgepet.tuning.consistency import pace_of
 from edgepet.tuning.model import TunedModel
 from edgepet.tuning.optimizers import Schedule, optimizer_of, schedule_of, set_state, state_of
 from edgepet.tuning.processes import ALONE, Processes
@@ -49,6 +50,7 @@ class Plan:
     optimizer: str = OWN_OPTIMIZER
     schedule: str = OWN_SCHEDULE
     balance: Balance | None = None
+    consistency: str | None = None
     patience: int | None = None
     autocast: bool = False
     device: str = "cpu"
@@ -156,6 +158,7 @@ class _Run:
         self.augmenter = Augmenter(plan.augment, preprocess, batch_size=plan.batch_size, seed=plan.seed)
         weights = class_weights(self.labels, model.linear.out_features, plan.balance)
         self.weights = None if weights is None else weights.to(plan.device)
+        self.pace = pace_of(plan.consistency, model, len(train), plan.seed, plan.device)
         self.probe = not model.sites and not plan.augment  # frozen features do not change: remember them
         self.seen = torch.empty(0)  # features, where they do not change
         self.held: Tensor | None = None
@@ -195,7 +198,7 @@ class _Run:
 
     def top1_of_probe(self, seen: Tensor, held: Tensor) -> float:
         """Best val top-1 of the head alone, on features of train and val; it and random numbers then begin again."""
-        plan = replace(self.plan, augment=())  # features are of the images as they are
+        plan = replace(self.plan, augment=(), consistency=None)  # features are of the images as they are
         run = _Run(self.model, self.train, self.val, self.preprocess, plan, ALONE, top1_and_loss)
         run.probe, run.seen, run.held = True, seen, held
         best = 0.0
@@ -270,6 +273,8 @@ class _Run:
         if not math.isfinite(nn.utils.clip_grad_norm_(parameters, 1.0)):
             return math.nan  # a step now would put it into the weights, and a checkpoint would keep it
         self.optimizer.step()
+        if self.pace is not None:
+            self.pace.remember(index, self.processes)
         return self.processes.total(float(total))
 
     def backward(self, index: Tensor, part: Tensor) -> float:
@@ -278,11 +283,14 @@ class _Run:
         batch, targets, smoothing = self.batch(index, part)
         batch, targets = batch.to(plan.device), targets.to(plan.device)
         with autocast(plan):
-            logits = self.model.classify(batch) if self.probe else self.model(batch)
+            if self.pace is None:
+                logits, apart = self.model.classify(batch) if self.probe else self.model(batch), None
+            else:
+                logits, apart = self.pace.answers(batch, index, part, (self.epoch, self.position))
         summed = functional.cross_entropy(
             logits.float(), targets, weight=self.weights, label_smoothing=smoothing, reduction="sum"
         )
-        loss = summed / len(index)
+        loss = (summed if apart is None else summed + apart) / len(index)
         torch.autograd.backward(loss)
         return loss.item()
 
@@ -312,6 +320,7 @@ class _Run:
             **{f"kept/{name}": value for name, value in self.kept.items()},
             **{f"optimizer/{name}": value for name, value in state_of(self.optimizer).items()},
             "order": self.drawn,
+            **({} if self.pace is None else self.pace.state()),
         }
         progress = {
             "epoch": self.epoch, "position": self.position, "steps": self.steps, "done": self.done, "busy": self.busy,
@@ -326,6 +335,8 @@ class _Run:
         self.kept = {name: value.to(self.plan.device) for name, value in _under("kept/", tensors).items()}
         set_state(self.optimizer, _under("optimizer/", tensors))
         self.order.set_state(tensors["order"])
+        if self.pace is not None:
+            self.pace.restore(tensors)
         progress: Any = saved.progress
         self.epoch, self.position, self.steps = progress["epoch"], progress["position"], progress["steps"]
         self.done, self.busy, self.loss = progress["done"], progress["busy"], progress["loss"]

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from edgepet.deltas.branches import ATTENTION, Branch
 from edgepet.deltas.delta import Delta, Head, Score
-from edgepet.deltas.merge import fold_all
-from edgepet.deltas.updates import fold, keeps_codes
+from edgepet.deltas.merge import fold_all, fold_each
+from edgepet.deltas.updates import apart, keeps_codes
 from edgepet.methods import ActivationPath, Branching, Method
 from edgepet.methods.method import flatten, unflatten
 from edgepet.methods.settings import stored
@@ -22,6 +22,7 @@ from edgepet.networks.graft import grafted, in_torch
 from edgepet.spec import NpArray, Site, Tuned
 from edgepet.tuning.fake_quant import FakeQuant
 from edgepet.tuning.front import Front
+from edgepet.tuning.noise import HEAD, Disturbed, Noise, layers_of
 
 LEAST_SCALE = 0.3  # of the root mean square of all features' deviations
 _MEAN = ".running_mean"
@@ -49,7 +50,8 @@ class TunedModel(nn.Module):
         on_activations = method.activation_kinds if isinstance(method, ActivationPath) else ()
         self._hooked = tuple(site for site in self.sites if site.exposed and site.kind in on_activations)
         self._folding = tuple(site for site in self.sites if site not in self._hooked)
-        self.backbone = backbone.module
+        self.backbone, self.layers = backbone.module, backbone.layers
+        self._layer_of = layers_of(backbone.layers)
         rng = np.random.default_rng(seed)
         starts = flatten(method.start(self.sites, backbone.tensors, rng))
         self._names = list(starts)
@@ -77,9 +79,13 @@ class TunedModel(nn.Module):
         self.mean.copy_(features.mean(0))
         self.std.copy_(deviations.clamp_min(least or 1.0))  # where all are dead, there is no measure
 
-    def forward(self, images: Tensor) -> Tensor:
-        """Logits (n, C) of preprocessed images (n, 3, H, W), or clips (n, frames, 3, H, W)."""
-        return self.classify(self.features(images))
+    def forward(self, images: Tensor, noise: Noise | None = None) -> Tensor:
+        """Logits (n, C) of preprocessed images (n, 3, H, W), or clips (n, frames, 3, H, W).
+
+        Of the layers that ``noise`` names, and of the head, it disturbs what they are tuned by.
+        """
+        logits = self.classify(self.features(images, noise))
+        return logits if noise is None else noise.between(HEAD, torch.zeros_like(logits), logits, -1)
 
     def classify(self, features: Tensor) -> Tensor:
         """Logits (n, C) of pooled features (n, d)."""
@@ -94,20 +100,24 @@ class TunedModel(nn.Module):
         finally:
             self.front = None
 
-    def features(self, images: Tensor) -> Tensor:
+    def features(self, images: Tensor, noise: Noise | None = None) -> Tensor:
         """Pooled features (n, d) of the tuned network, of images as ``forward`` takes them."""
         tuned = self.tuned()
-        folded = self._folded(tuned)
+        folded, frozen = self._folded(tuned)
         hooks = [
-            self.backbone.get_submodule(site.name).register_forward_hook(self._hook(site, tuned[site.name]))
+            self.backbone.get_submodule(site.name).register_forward_hook(self._hook(site, tuned[site.name], noise))
             for site in self._hooked
         ]
         for name in [name for name in folded if name.endswith(_MEAN)]:
             norm = self.backbone.get_submodule(name.removesuffix(_MEAN))
-            hooks.append(norm.register_forward_pre_hook(_shifted(folded.pop(name) - norm.get_buffer(_MEAN[1:]))))
+            mean = folded.pop(name) - norm.get_buffer(_MEAN[1:])
+            hooks.append(norm.register_forward_pre_hook(_shifted(mean, self._layer_of.get(name, ""), noise)))
+        pairs = {name: (folded[name], value) for name, value in frozen.items() if name in folded}
+        disturbed = contextlib.nullcontext() if noise is None else Disturbed(noise, pairs, self._layer_of)
         try:
             # The hooks that round come last, so that branches read what was there before.
-            with grafted(self.backbone, self.branches(tuned)), self._reading(), self._begun(images) as given:
+            reading, beginning = self._reading(), self._begun(images)
+            with grafted(self.backbone, self.branches(tuned)), reading, beginning as given, disturbed:
                 return cast(Tensor, torch.func.functional_call(self.backbone, folded, (given,)))
         finally:
             for hook in hooks:
@@ -123,28 +133,31 @@ class TunedModel(nn.Module):
         with torch.no_grad():
             return any(branch.kind in ATTENTION for branch in self.branches(self.tuned()))
 
-    def _hook(self, site: Site, tuned: Mapping[str, Tensor]) -> Callable[..., Tensor]:
+    def _hook(self, site: Site, tuned: Mapping[str, Tensor], noise: Noise | None) -> Callable[..., Tensor]:
         method = cast(ActivationPath, self.method)
 
         def after(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
             del module
-            return cast(Tensor, method.forward(site, inputs[0], output, tuned, training=self.training))
+            y = cast(Tensor, method.forward(site, inputs[0], output, tuned, training=self.training))
+            return y if noise is None else noise.between(site.weight, output, y, site.channel_axis)
 
         return after
 
-    def _folded(self, tuned: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
-        """The tensors that are rounded, and those that the method changes at the sites without a hook."""
+    def _folded(self, tuned: Mapping[str, Mapping[str, Tensor]]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """The tensors that are rounded, and those that the method changes at the sites without a hook.
+
+        Also what the changed ones were without the method.
+        """
         frozen = self.backbone.state_dict(keep_vars=True) if self._folding else {}
-        coded, moved = {} if self.fake_quant is None else self.fake_quant.weights, set[str]()
-        state = dict(coded)
-        for targeted in self.method.lower(frozen, self._folding, tuned):
-            name = targeted.target.tensor
-            state[name] = fold(targeted, state.get(name, frozen[name]))
-            if name in coded and not keeps_codes(targeted):
-                moved.add(name)
+        coded = {} if self.fake_quant is None else self.fake_quant.weights
+        first, last = apart(self.method.lower(frozen, self._folding, tuned))
+        frozen = {**frozen, **coded}  # what is pushed is of what the codes stand for
+        state = fold_each(first, frozen, coded)
         if self.fake_quant is not None:
+            moved = {t.target.tensor for t in first if not keeps_codes(t)} & coded.keys()
             state |= {name: self.fake_quant.recoded(name, state[name]) for name in moved}
-        return state
+        names = {targeted.target.tensor for targeted in (*first, *last)}
+        return fold_each(last, frozen, state), {name: frozen[name] for name in names}
 
     def _begun(self, images: Tensor) -> contextlib.AbstractContextManager[Tensor]:
         return contextlib.nullcontext(images) if self.front is None else self.front.begun(self.backbone, images)
@@ -209,12 +222,16 @@ class TunedModel(nn.Module):
             self.std.fill_(1)
 
 
-def _shifted(mean: Tensor) -> Callable[..., tuple[Tensor, ...]]:
-    """A larger mean, as a smaller input: torch has no gradient of a batch norm by its statistics."""
+def _shifted(mean: Tensor, layer: str, noise: Noise | None) -> Callable[..., tuple[Tensor, ...]]:
+    """A larger mean, as a smaller input: torch has no gradient of a batch norm by its statistics.
+
+    It is what ``layer``, which the batch norm reads, is moved by.
+    """
 
     def before(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         del module
-        return (inputs[0] - mean.reshape(-1, *[1] * (inputs[0].ndim - 2)).to(inputs[0].dtype),)
+        moved = mean.reshape(-1, *[1] * (inputs[0].ndim - 2)).to(inputs[0].dtype)
+        return (inputs[0] - (moved if noise is None else noise.shift(layer, inputs[0], moved)),)
 
     return before
 

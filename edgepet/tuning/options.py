@@ -9,7 +9,17 @@ from dataclasses import dataclass
 from edgepet.errors import InputError, option
 from edgepet.reports.logs import require_known
 from edgepet.spec import FilePath, ImageSize
-from edgepet.tuning.recipes import BALANCES, OWN_OPTIMIZER, OWN_SCHEDULE, Balance, augmentations, named
+from edgepet.tuning.recipes import (
+    BALANCES,
+    CHEAP,
+    FULL,
+    OWN_OPTIMIZER,
+    OWN_SCHEDULE,
+    Balance,
+    augmentations,
+    consistency,
+    named,
+)
 
 PRECISIONS = ("auto", "fp32", "bf16")
 BACKBONE_PRECISIONS = ("fp32", "int8", "int4")
@@ -38,8 +48,12 @@ class TrainOptions:
         head_lr, weight_decay: None is what the method's recipe says.
         balance: for classes of unlike size: "weights" of each class's loss, or "sampling" of images, so that an epoch
             sees all classes alike often, and some images many times.
+        consistency: PACE: "full", noise on what each layer is tuned by, in two passes whose logits shall agree, or
+            "cheap,sigma=2,weight=0.5", one pass beside the logits of the epoch before. Deviation and weight of "full"
+            are its authors' 1.2 and 1 unless they follow as well; sigma=0 is plain training.
         patience: end when so many epochs have brought no better one; None is never.
-        precision: "fp32", "bf16" (autocast) or "auto": bf16 where it is measured to be faster here.
+        precision: "fp32", "bf16" (autocast) or "auto": bf16 where a CPU is measured to be faster in it, and on a GPU
+            that has it.
         backbone_precision: "int8" or "int4" (weights; activations have 8 bits) rounds the backbone while tuning, so
             that the delta repairs that too; the pack fits the float backbone as ever.
         device: torch's name of what trains, "cpu" or "cuda"; None is a GPU where torch finds one.
@@ -70,6 +84,7 @@ class TrainOptions:
     head_lr: float | None = None
     weight_decay: float | None = None
     balance: Balance | None = None
+    consistency: str | None = None
     patience: int | None = None
     precision: str = "auto"
     backbone_precision: str = "fp32"
@@ -123,6 +138,11 @@ class TrainOptions:
         if self.patience is not None and self.patience < 1:
             raise InputError(option("patience"), "must be at least 1", got=self.patience)
         augmentations(self.augment)
+        asked = consistency(self.consistency)
+        if asked is not None and asked.form == CHEAP and self.augment:
+            what = f"{CHEAP} compares an image with itself an epoch ago, so it must look the same"
+            fix = f"train without {option('augment')}, or with {FULL}, both passes of which see one image"
+            raise InputError(option("consistency"), what, got=option("augment", ",".join(self.augment)), fix=fix)
         named("optimizer", self.optimizer)
         named("schedule", self.schedule)
         require_known(self.log)

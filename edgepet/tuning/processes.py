@@ -62,6 +62,10 @@ class Processes:
             for tensor in tensors:
                 tensor.copy_(self.sum_of(tensor.clone()) / self.size)
 
+    def sum(self, tensor: Tensor) -> Tensor:
+        """The sum of every process's ``tensor``, or itself where there is one process."""
+        return tensor if self.state is None else self.sum_of(tensor)
+
     def total(self, value: float) -> float:
         """The sum of every process's ``value``."""
         return value if self.state is None else float(self.sum_of(torch.tensor([value], device=self.state.device)))

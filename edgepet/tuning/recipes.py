@@ -1,7 +1,8 @@
-"""What the texts of a recipe mean: augmentations, and an optimiser or a schedule by name with settings. No torch."""
+"""What the texts of a recipe mean: augmentations, an optimiser or a schedule by name with settings, PACE. No torch."""
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,9 +16,12 @@ Value: TypeAlias = bool | int | float | tuple[float, ...]
 AUGMENTATIONS = ("flip", "crop", "randaugment", "erasing", "mixup", "cutmix")
 BALANCES: tuple[Balance, ...] = ("weights", "sampling")
 OWN_OPTIMIZER, OWN_SCHEDULE = "adamw", "cosine"  # without settings; all else is timm's
+FULL, CHEAP = "full", "cheap"  # forms of PACE
 
 _RANDAUGMENT = "rand-m9-mstd0.5-inc1"  # with the strengths below, what timm's recipes for transformers have: DeiT's
 _ERASING, _MIXUP, _CUTMIX = 0.25, 0.8, 1.0
+
+_PACE = {FULL: {"sigma": 1.2, "weight": 1.0}, CHEAP: dict[str, float]()}  # the authors name none for the cheap form
 
 _FRACTION = r"\d{1,3}(?:\.\d{1,9})?"
 _POLICY = re.compile(
@@ -94,6 +98,50 @@ def named(field: str, text: str) -> tuple[str, Mapping[str, Value]]:
             raise InputError(option(field), "needs settings as KEY=NUMBER, with / between several", got=repr(part))
         settings[match[1]] = value
     return name, settings
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Consistency:
+    """PACE: what layers are tuned by is disturbed by noise of the deviation ``sigma``, and the squared distance of an
+    image's logits from others of its own counts ``weight`` in the loss.
+
+    Those others are, where ``form`` is FULL, of a second pass with noise of its own, and where it is CHEAP, of the
+    epoch before. ``str`` of it is the text that ``consistency`` reads.
+    """
+
+    form: str
+    sigma: float
+    weight: float
+
+    def __str__(self) -> str:
+        return f"{self.form},sigma={self.sigma!r},weight={self.weight!r}"
+
+
+def consistency(text: str | None) -> Consistency | None:
+    """What ``full,sigma=1.2,weight=1`` asks for; None where nothing does, or sigma is 0: that is plain training.
+
+    Raises:
+        InputError: no such form or setting, a number that is none, or one that the form does not know by itself.
+    """
+    if text is None:
+        return None
+    where = option("consistency")
+    form, given = named("consistency", text)
+    if form not in _PACE:
+        raise InputError(where, f"knows {FULL} and {CHEAP}", got=repr(form))
+    unknown = [key for key in given if key not in _PACE[FULL]]
+    if unknown:
+        raise InputError(where, f"knows the settings {', '.join(_PACE[FULL])}", got=repr(unknown[0]))
+    for key, value in given.items():
+        if isinstance(value, bool | tuple) or not 0 <= value < math.inf:
+            raise InputError(where, f"needs a {key} of at least 0 and finite", got=value)
+    settings = {**_PACE[form], **given}
+    if missing := [key for key in _PACE[FULL] if key not in settings]:
+        what = f"{form} needs a sigma and a weight of its own"
+        fix = f"begin with a larger sigma and a smaller weight than those of {FULL}, 1.2 and 1"
+        raise InputError(where, what, got=f"no {missing[0]}", fix=fix)
+    asked = Consistency(form=form, **{key: float(value) for key, value in settings.items()})  # type: ignore[arg-type]
+    return asked if asked.sigma else None
 
 
 def _value(text: str) -> Value | None:

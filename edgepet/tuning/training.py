@@ -35,16 +35,19 @@ from edgepet.reports.progress import Say
 from edgepet.spec import FilePath, NpArray
 from edgepet.tuning.augmenting import require_augmentations
 from edgepet.tuning.checkpoint import Keeper, checkpoint_file, ends_when_asked, identity_of
+from edgepet.tuning.consistency import require_differences, table_bytes
 from edgepet.tuning.fake_quant import FakeQuant
 from edgepet.tuning.fit import Fit, LabelledPixels, Plan, fit
 from edgepet.tuning.model import TunedModel, algebra_error, extract
 from edgepet.tuning.optimizers import require_optimizer, require_schedule
 from edgepet.tuning.options import TrainOptions
 from edgepet.tuning.processes import Processes
+from edgepet.tuning.recipes import consistency
 from edgepet.tuning.remembered import Place, remember
 from edgepet.tuning.work_folder import FILES, HELD_OUT, Work, read_work, work_folder
 
-_LATER = ("optimizer", "schedule", "balance", "patience")  # of a plan: told where they are not what they always were
+# Of a plan: told where they are not what they always were.
+_LATER = ("optimizer", "schedule", "balance", "consistency", "patience")
 ALGEBRA_IMAGES = 8  # float64 is slow, and one image already exercises every tensor
 
 
@@ -98,6 +101,7 @@ def run(training: Training, processes: Processes) -> Made:
     method = training.method
     method = configure(method, options.settings or {}) if isinstance(method, str) else method
     _check(training)
+    require_differences(options.consistency, method)
     work = _started_from(options.init)
     stage("load the backbone")
     train_set, val_set = _image_sets(training)
@@ -108,7 +112,7 @@ def run(training: Training, processes: Processes) -> Made:
     require_augmentations(options.augment, backbone.preprocess)
     model = _attach(backbone, method, len(train_set.classes), options)
     began_with = {} if work is None else {"init": _start(model, backbone, work, str(options.init))}
-    _rehearse(training, backbone, model, train_set.classes)
+    _rehearse(training, backbone, model, train_set)
     stage("read images")
     budget_bytes = free_memory_bytes() // (2 * processes.size) if options.memory is None else options.memory
     turn = Turn(anywhere=processes.any, makes=processes.leads, wait=processes.wait)
@@ -172,6 +176,7 @@ def _backbone(training: Training) -> Backbone:
 
 def _plan(training: Training, method: Method, device: str, processes: Processes) -> Plan:
     options, recipe = training.options, method.recipe
+    pace = consistency(options.consistency)
     return Plan(
         epochs=options.epochs or recipe.epochs,
         lr=options.lr or recipe.lr,
@@ -185,6 +190,7 @@ def _plan(training: Training, method: Method, device: str, processes: Processes)
         optimizer=options.optimizer,
         schedule=options.schedule,
         balance=options.balance,
+        consistency=None if pace is None else str(pace),
         patience=options.patience,
         autocast=_autocast(options.precision, device, processes, checkpoint_file(training.output)),
         device=device,
@@ -238,15 +244,21 @@ def _autocast(precision: str, device: str, processes: Processes, checkpoint: Pat
 
 
 def fast_bfloat16(device: str = "cpu") -> bool:
-    """Whether bfloat16 makes this machine's matrix products at least 1.2 times as fast: measured, not assumed."""
-    left, right = torch.randn(1024, 384, device=device), torch.randn(1536, 384, device=device)
+    """Whether bfloat16 makes a CPU's matrix products at least 1.2 times as fast: measured, not assumed.
+
+    A GPU is asked whether it computes in bfloat16: products as small as these measure how fast it is told of them.
+    """
+    if device.startswith("cuda"):
+        computes: bool = torch.cuda.is_bf16_supported(including_emulation=False)
+        return computes
+    left, right = torch.randn(1024, 384), torch.randn(1536, 384)
 
     def seconds(dtype: torch.dtype) -> float:
         a, b = left.to(dtype), right.to(dtype)
         times = []
         for _ in range(7):
             start = time.perf_counter()
-            functional.linear(a, b).sum().item()  # the number must be there, also on a device that works ahead
+            functional.linear(a, b)
             times.append(time.perf_counter() - start)
         return min(times[2:])
 
@@ -288,18 +300,19 @@ def _check(training: Training) -> None:
         raise InputError(str(path), "is left of a training that was interrupted", fix=fix)
 
 
-def _rehearse(training: Training, backbone: Backbone, model: TunedModel, classes: Sequence[str]) -> None:
+def _rehearse(training: Training, backbone: Backbone, model: TunedModel, images: ImageSet) -> None:
     """Pack what is not trained yet, into nothing: what could not be written then is refused now.
 
     Raises:
         InputError: a name or a size that packs cannot have, or too little room for what is to come.
     """
-    delta = extract(model, backbone, task=training.output.stem, labels=tuple(classes), val=Score(top1=0.0, n=0))
+    delta = extract(model, backbone, task=training.output.stem, labels=images.classes, val=Score(top1=0.0, n=0))
     data = encode_pack(delta, codec="fp32")
     read_pack(data)
-    images_bytes = HELD_OUT * math.prod(backbone.preprocess.input_shape)
+    further = HELD_OUT * math.prod(backbone.preprocess.input_shape)
+    further += 2 * table_bytes(training.options.consistency, len(images), len(images.classes))
     what = "its checkpoints, the pack and the work folder"  # a checkpoint has weights, the best ones, and two moments
-    require_space(training.output, 10 * len(data) + images_bytes, what)
+    require_space(training.output, 10 * len(data) + further, what)
     if not (graph_folder(backbone.fingerprint) / WEIGHTS).is_file():
         require_space(cache_folder(), backbone.native_bytes, "the backbone")
 

@@ -78,6 +78,11 @@ def _recipe_options(parser: Parser) -> None:
     add("--weight-decay", type=float, metavar="X", help="of the optimiser (default: the method's)")
     told = "where classes are uneven: weigh their losses, or draw images of all alike often (default: neither)"
     add("--balance", choices=BALANCES, help=told)
+    told = (
+        "PACE: full, or full,sigma=1.2,weight=1: two passes under noise that shall agree; or cheap,sigma=X,weight=X:"
+        " one pass that shall agree with the epoch before (default: none)"
+    )
+    add("--consistency", metavar="FORM,...", help=told)
     add("--patience", type=int, metavar="N", help="end after N epochs without a better one (default: never)")
 
 

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
+from safetensors.numpy import save_file
 from torch import nn
 
 import edgepet
@@ -26,8 +27,21 @@ from edgepet.calibration.slot_graphs import int8_graph
 from edgepet.deltas.branches import BRANCHES, Branch
 from edgepet.deltas.codes import Range
 from edgepet.deltas.delta import Delta, Head, Int8Ranges, Score
-from edgepet.deltas.expressions import Binary, Mix, Product
-from edgepet.deltas.updates import Add, Grouped, Kronecker, LowRank, Precompose, Replace, Scale, Targeted
+from edgepet.deltas.expressions import Binary, Gather, Householder, Mix, Product, Scaled, Seeded, Window
+from edgepet.deltas.merge import fold_all
+from edgepet.deltas.updates import (
+    Add,
+    Diagonal,
+    Grouped,
+    Kronecker,
+    LowRank,
+    Modulate,
+    Precompose,
+    Push,
+    Replace,
+    Scale,
+    Targeted,
+)
 from edgepet.device.store import Store
 from edgepet.exporters.exporter import ExportOptions
 from edgepet.exporters.trace import base_graph
@@ -131,6 +145,48 @@ def every_update() -> tuple[Targeted, ...]:
     return tuple(made)
 
 
+def closing_updates() -> tuple[Targeted, ...]:
+    """The updates and expressions with which version 1 was closed (ADR-0026), in each of their forms."""
+    theta, basis, kernel = values(6, seed=15), values(4, 2, seed=16), Target("stem.weight")
+    made: list[Targeted] = []
+    for block in range(3):
+        name = f"blocks.{block}"
+        gathered = [Gather(theta, 5, 48, Window(16 * block + at, shape)) for at, shape in ((0, (4, 2)), (8, (2, 4)))]
+        drawn = Seeded(2**53 - 1, 0.5, Window(0, (4, 2))), Seeded(0, 0.25, Window(100 + 8 * block, (2, 4)))
+        turned = Scaled(values(2, seed=30 + block), basis, transposed=True)
+        reflected = Householder(values(4, seed=50 + block), values(3, seed=60 + block), values(3, seed=70 + block))
+        made += [
+            Targeted(
+                Target(f"{name}.q.weight"), Modulate(values(4, 1, seed=block), values(1, 4, seed=10 + block), scale=0.5)
+            ),
+            Targeted(Target(f"{name}.q.bias"), Push(values(4, seed=20 + block), Target(f"{name}.q.weight"), "updated")),
+            Targeted(
+                Target(f"{name}.norm.running_mean", (0, 4)),
+                Push(values(2, seed=80 + block), Target(f"{name}.conv.weight", (0, 4), (0, 4)), "frozen", scale=-1.0),
+            ),
+            Targeted(Target(f"{name}.k.weight", (0, 4)), Diagonal(values(3, seed=40 + block))),
+            Targeted(Target(f"{name}.v.weight"), LowRank(*gathered, scale=2.0)),
+            Targeted(
+                Target(f"{name}.o.weight"),
+                LowRank(Scaled(values(4, seed=90 + block), drawn[0]), Scaled(values(2, seed=95 + block), drawn[1])),
+            ),
+            Targeted(Target(f"{name}.up.weight"), Precompose(basis, turned)),
+            Targeted(Target(f"{name}.down.weight", (0, 4)), Add(reflected)),
+        ]
+    return (*made, Targeted(Target("stem.bias"), Push(Seeded(3, 1.0, Window(7, (3,))), kernel)))
+
+
+def closing_base() -> dict[str, NpArray]:
+    """Float64 tensors that ``closing_updates`` fit."""
+    shapes = {"stem.weight": (5, 3, 2, 2), "stem.bias": (5,)}
+    for block in range(3):
+        shapes |= {f"blocks.{block}.{name}.weight": (4, 4) for name in ("q", "v", "o", "up")}
+        shapes |= {f"blocks.{block}.{name}.weight": (4, 3) for name in ("k", "down")}
+        shapes |= {f"blocks.{block}.conv.weight": (4, 4), f"blocks.{block}.q.bias": (4,)}
+        shapes |= {f"blocks.{block}.norm.running_mean": (4,)}
+    return {name: values(*shape, seed=i).astype(np.float64) for i, (name, shape) in enumerate(shapes.items())}
+
+
 def every_branch() -> tuple[Branch, ...]:
     """Two branches of each kind, at points of their own."""
     settings = {"activation": "gelu", "prefix": 1, "height": 2, "width": 3, "stride": 1, "padding": 1, "dilation": 1,
@@ -159,12 +215,15 @@ def packs(folder: Path) -> None:
     made: dict[str, tuple[Delta, Codec]] = {
         "updates-fp16": (delta(every_update()), "fp16"),
         "updates-fp32": (delta(every_update()), "fp32"),
+        "closing-fp16": (delta(closing_updates()), "fp16"),
+        "closing-fp32": (delta(closing_updates()), "fp32"),
         "branches": (delta(branches=every_branch()), "fp16"),
         "clips": (delta(preprocess=clips), "fp16"),
         "int8": (delta(int8=ranges, training={}, licences=()), "fp32"),
     }
     for name, (of, codec) in made.items():
         write_pack(folder / f"{name}.pet", of, codec=codec)
+    save_file(fold_all(closing_base(), closing_updates()), folder / "closing-folded.safetensors")
 
 
 # ----------------------------------------------------------------------------------------------- a task, end to end
