@@ -129,10 +129,19 @@ def count(method: Method, layers: Sequence[Site], base: Tensors) -> int:
 def fp16_bytes(method: Method, layers: Sequence[Site], base: Tensors) -> int:
     """Bytes that ``method`` stores in an fp16 pack, head and manifest left out: bits are bits, shared tensors once."""
     sites = method.sites(layers)
-    start = method.start(sites, base, np.random.default_rng(0))
-    arrays = [a for targeted in method.lower(base, sites, start) for a in factors(targeted.update).values()]
-    arrays += arrays_of(method.branches(sites, start)) if isinstance(method, Branching) else ()
-    return sum(math.ceil(a.size * _BITS[a.dtype.kind] / 8) for a in {id(a): a for a in arrays}.values())
+    return fp16_size(stored_arrays(method, sites, base, method.start(sites, base, np.random.default_rng(0))))
+
+
+def stored_arrays(method: Method, sites: Sequence[Site], base: Tensors, tuned: Tuned) -> dict[int, NpArray]:
+    """The arrays that a pack of ``method`` stores, by identity: one that several updates share is there once."""
+    arrays = [a for targeted in method.lower(base, sites, tuned) for a in factors(targeted.update).values()]
+    arrays += arrays_of(method.branches(sites, tuned)) if isinstance(method, Branching) else ()
+    return {id(a): a for a in arrays}
+
+
+def fp16_size(arrays: Mapping[int, NpArray]) -> int:
+    """Bytes of ``stored_arrays`` in an fp16 pack."""
+    return sum(math.ceil(a.size * _BITS[a.dtype.kind] / 8) for a in arrays.values())
 
 
 def flatten(tuned: Tuned) -> dict[str, Array]:

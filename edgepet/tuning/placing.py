@@ -2,26 +2,45 @@
 
 from __future__ import annotations
 
-import dataclasses
+import functools
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+
+import numpy as np
 
 from edgepet.errors import InputError, option
-from edgepet.methods import METHODS, Method, configure
-from edgepet.methods.method import count, fp16_bytes
+from edgepet.methods import Method, configure
+from edgepet.methods.depth import BLOCKS, ON
+from edgepet.methods.method import count, fp16_bytes, fp16_size, stored_arrays
 from edgepet.networks.backbone import Backbone
+from edgepet.spec import NpArray
 from edgepet.tuning.intrinsic import Measured
+from edgepet.tuning.subspaces import Submodule
 
 MOST_KINDS = 10  # that are combined, those that gain most: all sets of more would take minutes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Place:
+    """What a method trains, and what arrays it stores, in the kinds of layers ``on`` of one group of blocks.
+
+    ``on`` has one kind; none, and the place is the whole group, for a method that goes to no layers. What several kinds
+    share, such as factors, is one array in all their places; what groups that go to no layers share is not known here.
+    """
+
+    on: tuple[str, ...]
+    blocks: str
+    values: int
+    arrays: Mapping[int, NpArray]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Choice:
     """``on`` and ``blocks`` are settings of a method; of the gains added up they reach ``gain``.
 
-    ``fp16_bytes`` is what the method stores there in an fp16 pack, head and manifest left out.
+    ``on`` is empty for a method that goes to no layers. ``fp16_bytes`` is what the method stores there in an fp16 pack,
+    head and manifest left out.
     """
 
     on: tuple[str, ...]
@@ -30,82 +49,132 @@ class Choice:
     fp16_bytes: int
 
 
-def placed_method(name: str, settings: Mapping[str, str]) -> Method:
-    """The method ``name``, which must be one that is told where to go.
+def unplaced(name: str, settings: Mapping[str, str]) -> Method:
+    """The method ``name`` before it is told where to go.
 
     Raises:
-        InputError: it has no setting ``on``, or as ``configure``; or ``settings`` have ``on`` or ``blocks``.
+        InputError: as ``configure``, or ``settings`` have ``on`` or ``blocks``.
     """
-    method = configure(name, settings)
-    placed = [each for each, kind in METHODS.items() if _has_on(kind)]
-    if name not in placed:
-        raise InputError(option("method"), f"is told where to go, as {', '.join(placed)} are", got=repr(name))
-    for key in ("on", "blocks"):
+    for key in (ON, BLOCKS):
         if key in settings:
             what = "is what is asked for"
             raise InputError(f"{option('settings')} {key}", what, got=repr(settings[key]), fix="leave it out")
-    return method
+    return configure(name, settings)
 
 
-def _has_on(kind: Any) -> bool:
-    return "on" in {field.name for field in dataclasses.fields(kind)}
+def places(backbone: Backbone, name: str, settings: Mapping[str, str], found: Sequence[Submodule]) -> tuple[Place, ...]:
+    """Where the method can go: the submodules ``found``, or for one that goes to no layers the groups of their blocks.
+
+    Raises:
+        InputError: it can go nowhere.
+    """
+    layers, base = backbone.layers, backbone.tensors
+    kinds = list(dict.fromkeys(each.on for each in found))
+    for by_layer in (True, False):
+        everywhere = _at(name, settings, kinds if by_layer else (), "")
+        shared = everywhere.start(everywhere.sites(layers), base, np.random.default_rng(0))
+        spots = dict.fromkeys(((each.on,) if by_layer else (), each.blocks) for each in found)
+        there = []
+        for on, blocks in spots:
+            method = _at(name, settings, on, blocks)
+            if sites := method.sites(layers):
+                tuned = shared if by_layer else method.start(sites, base, np.random.default_rng(0))
+                arrays = stored_arrays(method, sites, base, tuned)
+                there.append(Place(on=on, blocks=blocks, values=count(method, layers, base), arrays=arrays))
+        if there:
+            return tuple(there)
+    raise InputError(option("method"), f"tunes nothing in the blocks of {backbone.label}", got=repr(name))
+
+
+def require_a_place(there: Sequence[Place], budget_bytes: int) -> None:
+    """Refuse a budget, before anything is measured.
+
+    Raises:
+        InputError: it holds not one of the places.
+    """
+    least = min(fp16_size(place.arrays) for place in there)
+    if least > budget_bytes:
+        what = f"must hold at least one submodule, and the smallest takes {least / 1000:g} kB"
+        raise InputError(option("budget"), what, got=f"{budget_bytes / 1000:g}")
 
 
 def choose(
-    measured: Sequence[Measured], backbone: Backbone, name: str, settings: Mapping[str, str], budget_bytes: int
+    measured: Sequence[Measured],
+    there: Sequence[Place],
+    budget_bytes: int,
+    exact: Callable[[tuple[str, ...], str], int],
 ) -> Choice:
     """The kinds and the range of blocks whose gains add up to most, in an fp16 pack of at most ``budget_bytes``.
 
-    A method with fewer values in a submodule than its dimension is taken to reach that part of its gain. Of equals the
-    smaller is taken.
+    A gain within its standard error is none. A method with fewer values in a submodule than its dimension is taken to
+    reach that part of its gain. Of equals the smaller is taken.
+
+    Args:
+        there: as ``places`` of the submodules ``measured``.
+        exact: bytes of the method at these kinds and blocks, as ``size_of`` has them: between groups of blocks there
+            may be layers that belong to none.
 
     Raises:
-        InputError: not one submodule of the method fits.
+        InputError: nothing gains, or nothing that does fits.
     """
-    groups = list(dict.fromkeys(each.submodule.blocks for each in measured))
-    worth, sizes = dict[tuple[str, str], float](), dict[tuple[str, str], int]()
-    for each in measured:
-        place = each.submodule.on, each.submodule.blocks
-        values, sizes[place] = _cost(backbone, name, settings, (place[0],), place[1])
-        worth[place] = each.gain * min(1.0, values / each.dimension) if each.dimension and values else 0.0
-    best: Choice | None = None
+    found = sorted(_candidates(_worths(measured, there), there), key=lambda each: (-each.gain, each.fp16_bytes))
+    if not found:
+        told = "nothing that the method could tune gained more than its standard error"
+        raise InputError("sites", told, fix=f"measure on more images: {option('images', 400)}")
+    for each in found:
+        if (each.fp16_bytes <= budget_bytes or not each.on) and (size := exact(each.on, each.blocks)) <= budget_bytes:
+            return Choice(on=each.on, blocks=each.blocks, gain=each.gain, fp16_bytes=size)
+    least = min(each.fp16_bytes for each in found)
+    what = f"must hold at least one submodule that gains, and the smallest takes {least / 1000:g} kB"
+    raise InputError(option("budget"), what, got=f"{budget_bytes / 1000:g}")
+
+
+def size_of(backbone: Backbone, name: str, settings: Mapping[str, str]) -> Callable[[tuple[str, ...], str], int]:
+    """Bytes of the method in an fp16 pack, by kinds of layers and range of blocks."""
+    return lambda on, blocks: fp16_bytes(_at(name, settings, on, blocks), backbone.layers, backbone.tensors)
+
+
+def _at(name: str, settings: Mapping[str, str], on: Sequence[str], blocks: str) -> Method:
+    given = {ON: ",".join(on), BLOCKS: blocks}
+    return configure(name, {**settings, **{key: value for key, value in given.items() if value}})
+
+
+def _worths(measured: Sequence[Measured], there: Sequence[Place]) -> dict[tuple[tuple[str, ...], str], float]:
+    """What each place would gain."""
+    worths = {}
+    for place in there:
+        own = [each for each in measured if each.submodule.blocks == place.blocks]
+        own = [each for each in own if not place.on or (each.submodule.on,) == place.on]
+        needs = sum(each.dimension or 0 for each in own)
+        share = min(1.0, place.values / needs) if needs else 0.0
+        worths[place.on, place.blocks] = share * sum(each.gain for each in own)
+    return worths
+
+
+def _candidates(worths: Mapping[tuple[tuple[str, ...], str], float], there: Sequence[Place]) -> Iterator[Choice]:
+    """Every set of kinds that gain in every range of groups that follow one another, with what its places store."""
+    groups = list(dict.fromkeys(place.blocks for place in there))
+    arrays = {(place.on, place.blocks): place.arrays for place in there}
+    kinds = list(dict.fromkeys(place.on for place in there))
     for first, last in itertools.combinations_with_replacement(range(len(groups)), 2):
         inside = groups[first : last + 1]
-        by_kind = {kind: sum(worth.get((kind, blocks), 0.0) for blocks in inside) for kind, _ in worth}
-        kinds = sorted((kind for kind in by_kind if by_kind[kind] > 0), key=by_kind.__getitem__)[-MOST_KINDS:]
-        for on in _sets([kind for kind in by_kind if kind in kinds]):
-            gain = sum(by_kind[kind] for kind in on)
-            size = sum(sizes.get((kind, blocks), 0) for kind in on for blocks in inside)
-            if size <= budget_bytes and (best is None or (gain, -size) > (best.gain, -best.fp16_bytes)):
-                best = Choice(on=on, blocks=_joined(inside), gain=gain, fp16_bytes=size)
-    if best is None:
-        least = min((size for place, size in sizes.items() if worth[place] > 0), default=None)
-        got = f"{budget_bytes / 1000:g}"
-        if least is None:
-            raise InputError("sites", f"found no submodule that {name} could tune for the better", fix=_MORE)
-        what = f"must hold at least one submodule: the smallest of {name} takes {least / 1000:g} kB"
-        raise InputError(option("budget"), what, got=got)
-    _, size = _cost(backbone, name, settings, best.on, best.blocks)
-    return dataclasses.replace(best, fp16_bytes=size)
+        gains = {kind: sum(worths.get((kind, blocks), 0.0) for blocks in inside) for kind in kinds}
+        most = sorted((kind for kind in kinds if gains[kind] > 0), key=gains.__getitem__)[-MOST_KINDS:]
+        stored = {
+            kind: functools.reduce(lambda all_, more: all_ | more, (dict(arrays.get((kind, b), {})) for b in inside))
+            for kind in most
+        }
+        for chosen in _sets([kind for kind in kinds if kind in most]):
+            union = {key: array for kind in chosen for key, array in stored[kind].items()}
+            yield Choice(
+                on=tuple(itertools.chain.from_iterable(chosen)),
+                blocks=_joined(inside),
+                gain=sum(gains[kind] for kind in chosen),
+                fp16_bytes=fp16_size(union),
+            )
 
 
-_MORE = f"measure on more images: {option('images', 400)}"
-
-
-def _cost(
-    backbone: Backbone, name: str, settings: Mapping[str, str], on: tuple[str, ...], blocks: str
-) -> tuple[int, int]:
-    """Trained values and fp16 bytes of the method there; both 0 where it has no place."""
-    method = configure(name, {**settings, "on": ",".join(on), "blocks": blocks})
-    if not method.sites(backbone.layers):
-        return 0, 0
-    return (
-        count(method, backbone.layers, backbone.tensors),
-        fp16_bytes(method, backbone.layers, backbone.tensors),
-    )
-
-
-def _sets(kinds: Sequence[str]) -> itertools.chain[tuple[str, ...]]:
+def _sets(kinds: Sequence[tuple[str, ...]]) -> Iterator[tuple[tuple[str, ...], ...]]:
     return itertools.chain.from_iterable(itertools.combinations(kinds, size) for size in range(1, len(kinds) + 1))
 
 

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
+import shlex
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from edgepet.canonical import canonical_json, parse_json
 from edgepet.errors import InputError, option, require
-from edgepet.files import cache_folder, made_cache, read_file, refusing, write_file
+from edgepet.files import cache_folder, made_cache, made_folder, read_file, write_file
 from edgepet.images.folders import Split
 from edgepet.images.held import ALONE, forget
 from edgepet.images.notes import Tell, tell_nobody, tell_of
@@ -31,12 +33,12 @@ from edgepet.reports.tables import (
     left,
     right,
 )
-from edgepet.spec import FilePath, ImageSize
+from edgepet.spec import FilePath, ImageSize, spelled_size
+from edgepet.strict import ObjectReader
 from edgepet.verbs.verb import (
     Options,
     Parser,
     Verb,
-    at_least_one,
     backbone_option,
     image_size_option,
     natural,
@@ -47,8 +49,10 @@ if TYPE_CHECKING:
     from edgepet.networks.backbone import Backbone
     from edgepet.reports.progress import Progress
     from edgepet.tuning.intrinsic import Ground, Measured, Reached
+    from edgepet.tuning.subspaces import Submodule
 
-IMAGES, METHOD = 200, "lora"  # of train, and of val: a fit of a ViT-S at 112 px then takes seconds
+METHOD, VAL_FRACTION = "lora", 0.2
+IMAGES = 200  # of train, and of val: a fit of a ViT-S at 112 px then takes seconds
 MOST_BUDGET = 1e9  # kilobytes
 
 
@@ -77,8 +81,9 @@ class SiteRow:
 class SitesReport:
     """``on`` and ``blocks`` are the settings that ``method`` would be given within ``budget_bytes``.
 
-    There it stores ``fp16_bytes`` in an fp16 pack, head and manifest left out. ``probe_top1`` is what the head alone
-    reaches. ``estimate_seconds`` is what was said before; None where all was known from a run before.
+    ``on`` is empty where the method goes to no layers. There it stores ``fp16_bytes`` in an fp16 pack, head and
+    manifest left out; ``train`` are the words behind ``edgepet`` that train it so, output aside. ``probe_top1`` is what
+    the head alone reaches. ``estimate_seconds`` is what was said before; None where all was known from a run before.
     """
 
     backbone: str
@@ -89,6 +94,7 @@ class SitesReport:
     blocks: str
     fp16_bytes: int
     budget_bytes: int
+    train: tuple[str, ...]
     probe_top1: float
     images: Mapping[str, int]
     estimate_seconds: float | None
@@ -105,7 +111,7 @@ def sites(
     image_size: ImageSize | None = None,
     images: int = IMAGES,
     seed: int = 0,
-    val_fraction: float = 0.2,
+    val_fraction: float = VAL_FRACTION,
     stage: Callable[[str], None] = lambda name: None,
     tell: Tell = tell_nobody,
 ) -> SitesReport:
@@ -117,33 +123,50 @@ def sites(
         data: a folder as ``train`` takes it; test/ is not looked at.
         budget: kilobytes, of 1000 bytes, that the method may store in an fp16 pack, head and manifest left out; None
             is what it takes where it goes by itself.
-        method: what would be tuned there, one that has the setting ``on``. It decides nothing of what is measured.
+        method: what would be tuned there. It decides nothing of what is measured.
         settings: of the method, but for ``on`` and ``blocks``.
         images: as many of train are tuned on, and of val judged on, at most; drawn by ``seed``, as everything is.
 
     Raises:
-        InputError: data, backbone or method at fault, a budget that holds nothing, or no submodule that gains anything.
+        InputError: data, backbone or method at fault, a budget that holds nothing, no submodule that gains anything, or
+            a loss that stopped being finite.
         MissingError: torch or timm is not installed.
     """
     require("torch", extra="train", purpose="sites")
     began, settings, folder = time.perf_counter(), dict(settings or {}), Path(data)
-    at_least_one("images", images)
+    if images < 2:
+        raise InputError(option("images"), "must be at least 2: one alone has no standard error", got=images)
     if budget is not None and not 0 < budget <= MOST_BUDGET:
         raise InputError(option("budget"), f"must be above 0 kilobytes, and at most {MOST_BUDGET:g}", got=budget)
     made_cache()
-    from edgepet.tuning.placing import choose, placed_method
+    from edgepet.tuning.placing import choose, places, require_a_place, size_of, unplaced
+    from edgepet.tuning.subspaces import submodules
 
-    chosen = placed_method(method, settings)
+    by_itself = unplaced(method, settings)
     sets = {split: _some(folder, split, val_fraction, images, seed) for split in _SPLITS}
+    if len(sets["val"]) < 2:
+        raise InputError(str(folder), "needs at least 2 images to judge on", got=len(sets["val"]))
     tell_of(folder, sets, tell)
     stage("load the backbone")
     loaded = _loaded(backbone, image_size)
+    found = submodules(loaded.layers, loaded.tensors)
+    if not found:
+        raise InputError(loaded.label, "has no numbered blocks with linear layers or convolutions in them")
+    there = places(loaded, method, settings, found)
+    default_bytes = fp16_bytes(by_itself, loaded.layers, loaded.tensors)
+    budget_bytes = default_bytes if budget is None else round(1000 * budget)
+    require_a_place(there, budget_bytes)
     stage("read images, and train the head alone")
     ground = _ground(loaded, sets, seed)
-    measured, estimate = _measured(ground, stage, tell)
-    by_itself = fp16_bytes(chosen, loaded.layers, loaded.tensors)
-    budget_bytes = by_itself if budget is None else round(1000 * budget)
-    choice = choose(measured, loaded, method, settings, budget_bytes)
+    measured, estimate = _measured(ground, found, stage, tell)
+    choice = choose(measured, there, budget_bytes, size_of(loaded, method, settings))
+    placed = settings | ({"on": ",".join(choice.on)} if choice.on else {}) | {"blocks": choice.blocks}
+    given = {"backbone": loaded.spec, "method": method}
+    given |= {} if image_size is None else {"img-size": spelled_size(loaded.preprocess.image_size)}
+    given |= {} if val_fraction == VAL_FRACTION else {"val-fraction": str(val_fraction)}
+    given |= {"seed": str(seed)} if seed else {}
+    flags = [(f"--{name}", value) for name, value in given.items()]
+    flags += [("--set", f"{name}={value}") for name, value in placed.items()]
     return SitesReport(
         backbone=loaded.label,
         sites=tuple(map(_row, measured)),
@@ -153,6 +176,7 @@ def sites(
         blocks=choice.blocks,
         fp16_bytes=choice.fp16_bytes,
         budget_bytes=budget_bytes,
+        train=("train", str(folder), *itertools.chain.from_iterable(flags)),
         probe_top1=ground.top1,
         images={split: len(each) for split, each in sets.items()},
         estimate_seconds=estimate,
@@ -198,26 +222,25 @@ def _row(measured: Measured) -> SiteRow:
     )
 
 
-def _measured(ground: Ground, stage: Callable[[str], None], tell: Tell) -> tuple[tuple[Measured, ...], float | None]:
+def _measured(
+    ground: Ground, found: Sequence[Submodule], stage: Callable[[str], None], tell: Tell
+) -> tuple[tuple[Measured, ...], float | None]:
     """Every submodule, those that the cache lacks measured now; and how long these were to take."""
     from edgepet.tuning.intrinsic import DIMENSIONS, Group, Measured, most_seconds
     from edgepet.tuning.remembered import Place
-    from edgepet.tuning.subspaces import submodules
 
-    backbone, asked = ground.backbone, _asked(ground)
-    found = submodules(backbone.layers, backbone.tensors)
-    if not found:
-        raise InputError(backbone.label, "has no numbered blocks with linear layers or convolutions in them")
+    asked = _asked(ground)
     files = {each: _file({**asked, "on": each.on, "blocks": each.blocks}) for each in found}
     known = {each: kept for each, file in files.items() if (kept := _read(file)) is not None}
     missing, estimate = [each for each in found if each not in known], None
     if missing:
+        made_folder(_file(asked).parent, "what is measured is kept there")
         estimate = most_seconds(ground, missing)
         before = f", {len(known)} are known from before" if known else ""
         told = f"{len(missing)} submodules{before}: up to {1 + len(DIMENSIONS)} short fits each"
         tell(f"{told}, at most {format_seconds(estimate)} at the speed of now", ())
     place = Place(
-        folder=cache_folder() / "sites.features", budget_bytes=free_memory_bytes() // 2, identity=asked, turn=ALONE,
+        folder=_file(asked).with_suffix(".features"), budget_bytes=free_memory_bytes() // 2, identity=asked, turn=ALONE,
         tell=tell, stage=lambda name: None,
     )  # fmt: skip
     blocks, group = "", None
@@ -264,16 +287,23 @@ def _read(file: Path) -> tuple[Reached, ...] | None:
     from edgepet.tuning.intrinsic import Reached
 
     try:
-        told: Any = parse_json(read_file(file))
-        return tuple(Reached(**one) for one in told) or None
-    except (InputError, ValueError, TypeError):
+        told = [ObjectReader(one, str(file), error=InputError) for one in parse_json(read_file(file))["tried"]]
+        tried = tuple(
+            Reached(
+                dimension=one.integer("dimension"),
+                gain=one.number("gain"),
+                error=one.number("error"),
+                top1=one.number("top1"),
+            )
+            for one in told
+        )
+    except (InputError, ValueError, TypeError, KeyError):
         return None
+    return tried or None
 
 
 def _keep(file: Path, tried: Sequence[Reached]) -> None:
-    with refusing(file.parent, "could not be written"):
-        file.parent.mkdir(exist_ok=True)
-    write_file(file, canonical_json([asdict(one) for one in tried]))
+    write_file(file, canonical_json({"tried": [asdict(one) for one in tried]}))
 
 
 # -------------------------------------------------------------------------------------------------- the command line
@@ -285,8 +315,7 @@ def _options(parser: Parser) -> None:
     backbone_option(parser, required=True)
     told = "kilobytes that the method may store in an fp16 pack beside the head (default: what it takes by itself)"
     add("--budget", type=float, metavar="KB", help=told)
-    told = "what would be tuned: one that has the setting `on` (default: %(default)s)"
-    add("--method", default=METHOD, metavar="M", help=told)
+    add("--method", default=METHOD, metavar="M", help="what would be tuned (default: %(default)s)")
     told = "a setting of the method, as often as needed: --set rank=4 (default: the paper's for a ViT)"
     add("--set", dest="settings", action="append", default=[], metavar="NAME=VALUE", help=told)
     image_size_option(parser, "pixels of a square input, or HEIGHTxWIDTH (default: the backbone's)")
@@ -295,7 +324,7 @@ def _options(parser: Parser) -> None:
     told = "of every random choice: equal seeds measure the same (default: %(default)s)"
     add("--seed", type=natural, default=0, metavar="N", help=told)
     told = "part of each class held out where DATA has no val/ (default: %(default)s)"
-    add("--val-fraction", type=float, default=0.2, metavar="X", help=told)
+    add("--val-fraction", type=float, default=VAL_FRACTION, metavar="X", help=told)
 
 
 def _run(options: Options, progress: Progress) -> SitesReport:
@@ -314,14 +343,14 @@ def _screen(report: SitesReport) -> Screen:
     ]
     columns = (*left("submodule", "blocks"), *right("weights", "dimension", "off the loss", "top-1"))
     yield Table(f"where {report.backbone} wants to be tuned", columns, rows)
-    asked = "".join(f" --set {key}={value}" for key, value in report.settings.items())
-    choice = f"--set on={','.join(report.on)} --set blocks={report.blocks}"
+    settings = "".join(f" {key}={value}" for key, value in report.settings.items())
+    choice = f"--set on={','.join(report.on)} " if report.on else ""
     yield lines(
         f"  of {report.images['val']} held-out images; the head alone has {format_percent(report.probe_top1)}",
-        f"  within {format_bytes(report.budget_bytes)} of {report.method}{asked}: {choice},"
-        f" {format_bytes(report.fp16_bytes)}",
+        f"  within {format_bytes(report.budget_bytes)} of {report.method}{settings}:"
+        f" {choice}--set blocks={report.blocks}, {format_bytes(report.fp16_bytes)}",
         f"  {format_seconds(report.seconds)} in all",
-        f"next: {program()} train DATA --backbone {report.backbone} --method {report.method}{asked} {choice} -o T.pet",
+        f"next: {program()} {shlex.join(report.train)} -o task.pet",
     )
 
 
