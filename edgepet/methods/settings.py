@@ -34,8 +34,8 @@ def configure(name: str, settings: Mapping[str, str] = types.MappingProxyType({}
     values: dict[str, Any] = {}
     for key, text in settings.items():
         if key not in known:
-            has = f"has the setting{'s' if len(known) > 1 else ''} {', '.join(sorted(known))}"
-            raise InputError(f"{option('settings')} {key}", f"{name} {has}", got=repr(key))
+            has = f"{name} has the settings {', '.join(sorted(known))}"
+            raise InputError(f"{option('settings')} {key}", has, got=repr(key))
         try:
             values[key] = _parse(text, types_of[key])
         except ValueError as error:

@@ -37,6 +37,7 @@ HEAD_LR, STEP = 1e-3, 1.0  # of the head; of how far the first gradient reaches,
 PROBE_EPOCHS = 60
 LOOKED_AT, MOST_TRIED = 32, 8  # images, and steps that are tried on them
 FACTOR, FIRST = 3.0, 1e-4  # from one such step to the next; the first, of a weight
+LEAST_GAIN = 1e-5  # less is what float32 rounds
 OVERHEAD = 1.3  # of a fit over its passes: Adam, the projection, the blocks before; 1.2 to 1.35 measured on a ViT-S
 SETTINGS = {  # what decides the fits, for those who keep what was measured
     "share": SHARE, "dimensions": list(DIMENSIONS), "epochs": EPOCHS, "batch": BATCH, "smoothing": SMOOTHING,
@@ -59,6 +60,11 @@ class Reached:
     gain: float
     error: float
     top1: float
+
+    @property
+    def counts(self) -> bool:
+        """Whether the gain is more than its standard error, and than rounding."""
+        return self.gain > max(self.error, LEAST_GAIN)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -112,7 +118,7 @@ class Group:
     def measured(self, submodule: Submodule) -> tuple[Reached, ...]:
         """The whole submodule, then growing subspaces until one reaches enough; none where the whole gains nothing."""
         tried = [self.reached(submodule, 0)]
-        if tried[0].gain > tried[0].error:
+        if tried[0].counts:
             for dimension in DIMENSIONS:
                 if dimension < submodule.parameters and (len(tried) < 2 or tried[-1].gain < SHARE * tried[0].gain):
                     tried.append(self.reached(submodule, dimension))
@@ -152,8 +158,7 @@ class Measured:
     @property
     def gain(self) -> float:
         """What tuning the whole submodule takes off the loss, where that is above its standard error; else 0."""
-        whole = self.tried[0]
-        return whole.gain if whole.gain > whole.error else 0.0
+        return self.tried[0].gain if self.tried[0].counts else 0.0
 
     @property
     def dimension(self) -> int | None:
@@ -193,8 +198,9 @@ def most_seconds(ground: Ground, missing: Sequence[Submodule]) -> float:
     total = 0.0
     for each in missing:
         share = (blocks - int(each.blocks.partition("-")[0])) / blocks
-        learnt = EPOCHS * len(ground.train) + LOOKED_AT
-        looked_at = len(ground.val) + MOST_TRIED * LOOKED_AT
+        one_batch = min(LOOKED_AT, len(ground.train))
+        learnt = EPOCHS * len(ground.train) + one_batch
+        looked_at = len(ground.val) + MOST_TRIED * one_batch
         total += share * ((learnt + looked_at) * there + learnt * back / behind)
     return OVERHEAD * total * (1 + len(DIMENSIONS))
 

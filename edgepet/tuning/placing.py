@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -98,35 +98,30 @@ def require_a_place(there: Sequence[Place], budget_bytes: int) -> None:
         raise InputError(option("budget"), what, got=f"{budget_bytes / 1000:g}")
 
 
-def choose(
-    measured: Sequence[Measured],
-    there: Sequence[Place],
-    budget_bytes: int,
-    exact: Callable[[tuple[str, ...], str], int],
-) -> Choice:
-    """The kinds and the range of blocks whose gains add up to most, in an fp16 pack of at most ``budget_bytes``.
+def ranked(measured: Sequence[Measured], there: Sequence[Place]) -> tuple[Choice, ...]:
+    """Every set of kinds in every range of blocks that gains anything, by its gains added up; of equals the smaller.
 
     A gain within its standard error is none. A method with fewer values in a submodule than its dimension is taken to
-    reach that part of its gain. Of equals the smaller is taken.
+    reach that part of its gain.
 
     Args:
         there: as ``places`` of the submodules ``measured``.
+    """
+    found = _candidates(_worths(measured, there), there)
+    return tuple(sorted(found, key=lambda each: (-each.gain, each.fp16_bytes)))
+
+
+def choose(found: Sequence[Choice], budget_bytes: int, exact: Callable[[tuple[str, ...], str], int]) -> Choice | None:
+    """The first of ``found``, as ``ranked``, that takes at most ``budget_bytes`` in an fp16 pack; None where none does.
+
+    Args:
         exact: bytes of the method at these kinds and blocks, as ``size_of`` has them: between groups of blocks there
             may be layers that belong to none.
-
-    Raises:
-        InputError: nothing gains, or nothing that does fits.
     """
-    found = sorted(_candidates(_worths(measured, there), there), key=lambda each: (-each.gain, each.fp16_bytes))
-    if not found:
-        told = "nothing that the method could tune gained more than its standard error"
-        raise InputError("sites", told, fix=f"measure on more images: {option('images', 400)}")
     for each in found:
         if (each.fp16_bytes <= budget_bytes or not each.on) and (size := exact(each.on, each.blocks)) <= budget_bytes:
-            return Choice(on=each.on, blocks=each.blocks, gain=each.gain, fp16_bytes=size)
-    least = min(each.fp16_bytes for each in found)
-    what = f"must hold at least one submodule that gains, and the smallest takes {least / 1000:g} kB"
-    raise InputError(option("budget"), what, got=f"{budget_bytes / 1000:g}")
+            return replace(each, fp16_bytes=size)
+    return None
 
 
 def size_of(backbone: Backbone, name: str, settings: Mapping[str, str]) -> Callable[[tuple[str, ...], str], int]:

@@ -49,6 +49,7 @@ if TYPE_CHECKING:
     from edgepet.networks.backbone import Backbone
     from edgepet.reports.progress import Progress
     from edgepet.tuning.intrinsic import Ground, Measured, Reached
+    from edgepet.tuning.placing import Choice
     from edgepet.tuning.subspaces import Submodule
 
 METHOD, VAL_FRACTION = "lora", 0.2
@@ -79,11 +80,13 @@ class SiteRow:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SitesReport:
-    """``on`` and ``blocks`` are the settings that ``method`` would be given within ``budget_bytes``.
+    """``on`` and ``blocks`` are the settings that ``method`` should have within ``budget_bytes``.
 
-    ``on`` is empty where the method goes to no layers. There it stores ``fp16_bytes`` in an fp16 pack, head and
-    manifest left out; ``train`` are the words behind ``edgepet`` that train it so, output aside. ``probe_top1`` is what
-    the head alone reaches. ``estimate_seconds`` is what was said before; None where all was known from a run before.
+    ``on`` is empty where the method goes to no layers; ``blocks`` is None, and so is ``fp16_bytes``, where nothing
+    gains, or nothing that fits. ``fp16_bytes`` is what the method stores there in an fp16 pack, head and manifest left
+    out; ``least_bytes`` what it stores in the smallest place that gains, None where none does. ``train`` are the words
+    behind ``edgepet`` that train it so, output aside. ``probe_top1`` is what the head alone reaches.
+    ``estimate_seconds`` is what was said before; None where all was known from a run before.
     """
 
     backbone: str
@@ -91,8 +94,9 @@ class SitesReport:
     method: str
     settings: Mapping[str, str]
     on: tuple[str, ...]
-    blocks: str
-    fp16_bytes: int
+    blocks: str | None
+    fp16_bytes: int | None
+    least_bytes: int | None
     budget_bytes: int
     train: tuple[str, ...]
     probe_top1: float
@@ -128,8 +132,8 @@ def sites(
         images: as many of train are tuned on, and of val judged on, at most; drawn by ``seed``, as everything is.
 
     Raises:
-        InputError: data, backbone or method at fault, a budget that holds nothing, no submodule that gains anything, or
-            a loss that stopped being finite.
+        InputError: data, backbone or method at fault, a budget that holds nothing, or a loss that stopped being
+            finite.
         MissingError: torch or timm is not installed.
     """
     require("torch", extra="train", purpose="sites")
@@ -139,7 +143,7 @@ def sites(
     if budget is not None and not 0 < budget <= MOST_BUDGET:
         raise InputError(option("budget"), f"must be above 0 kilobytes, and at most {MOST_BUDGET:g}", got=budget)
     made_cache()
-    from edgepet.tuning.placing import choose, places, require_a_place, size_of, unplaced
+    from edgepet.tuning.placing import choose, places, ranked, require_a_place, size_of, unplaced
     from edgepet.tuning.subspaces import submodules
 
     by_itself = unplaced(method, settings)
@@ -149,39 +153,45 @@ def sites(
     tell_of(folder, sets, tell)
     stage("load the backbone")
     loaded = _loaded(backbone, image_size)
-    found = submodules(loaded.layers, loaded.tensors)
-    if not found:
+    parts = submodules(loaded.layers, loaded.tensors)
+    if not parts:
         raise InputError(loaded.label, "has no numbered blocks with linear layers or convolutions in them")
-    there = places(loaded, method, settings, found)
+    there = places(loaded, method, settings, parts)
     default_bytes = fp16_bytes(by_itself, loaded.layers, loaded.tensors)
     budget_bytes = default_bytes if budget is None else round(1000 * budget)
     require_a_place(there, budget_bytes)
     stage("read images, and train the head alone")
     ground = _ground(loaded, sets, seed)
-    measured, estimate = _measured(ground, found, stage, tell)
-    choice = choose(measured, there, budget_bytes, size_of(loaded, method, settings))
-    placed = settings | ({"on": ",".join(choice.on)} if choice.on else {}) | {"blocks": choice.blocks}
+    measured, estimate = _measured(ground, parts, stage, tell)
+    found = ranked(measured, there)
+    choice = choose(found, budget_bytes, size_of(loaded, method, settings))
     given = {"backbone": loaded.spec, "method": method}
     given |= {} if image_size is None else {"img-size": spelled_size(loaded.preprocess.image_size)}
     given |= {} if val_fraction == VAL_FRACTION else {"val-fraction": str(val_fraction)}
     given |= {"seed": str(seed)} if seed else {}
-    flags = [(f"--{name}", value) for name, value in given.items()]
-    flags += [("--set", f"{name}={value}") for name, value in placed.items()]
     return SitesReport(
         backbone=loaded.label,
         sites=tuple(map(_row, measured)),
         method=method,
         settings=settings,
-        on=choice.on,
-        blocks=choice.blocks,
-        fp16_bytes=choice.fp16_bytes,
+        on=choice.on if choice else (),
+        blocks=choice.blocks if choice else None,
+        fp16_bytes=choice.fp16_bytes if choice else None,
+        least_bytes=min((each.fp16_bytes for each in found), default=None),
         budget_bytes=budget_bytes,
-        train=("train", str(folder), *itertools.chain.from_iterable(flags)),
+        train=_command(choice, folder, given, settings) if choice else (),
         probe_top1=ground.top1,
         images={split: len(each) for split, each in sets.items()},
         estimate_seconds=estimate,
         seconds=time.perf_counter() - began,
     )
+
+
+def _command(choice: Choice, data: Path, given: Mapping[str, str], settings: Mapping[str, str]) -> tuple[str, ...]:
+    placed = dict(settings) | ({"on": ",".join(choice.on)} if choice.on else {}) | {"blocks": choice.blocks}
+    flags = [(f"--{name}", value) for name, value in given.items()]
+    flags += [("--set", f"{name}={value}") for name, value in placed.items()]
+    return ("train", str(data), *itertools.chain.from_iterable(flags))
 
 
 _SPLITS: tuple[Split, ...] = ("train", "val")
@@ -343,15 +353,23 @@ def _screen(report: SitesReport) -> Screen:
     ]
     columns = (*left("submodule", "blocks"), *right("weights", "dimension", "off the loss", "top-1"))
     yield Table(f"where {report.backbone} wants to be tuned", columns, rows)
-    settings = "".join(f" {key}={value}" for key, value in report.settings.items())
-    choice = f"--set on={','.join(report.on)} " if report.on else ""
     yield lines(
         f"  of {report.images['val']} held-out images; the head alone has {format_percent(report.probe_top1)}",
-        f"  within {format_bytes(report.budget_bytes)} of {report.method}{settings}:"
-        f" {choice}--set blocks={report.blocks}, {format_bytes(report.fp16_bytes)}",
+        *_chosen(report),
         f"  {format_seconds(report.seconds)} in all",
-        f"next: {program()} {shlex.join(report.train)} -o task.pet",
+        f"next: {program()} {shlex.join(report.train)} -o task.pet" if report.train else None,
     )
+
+
+def _chosen(report: SitesReport) -> list[str]:
+    settings = "".join(f" {key}={value}" for key, value in report.settings.items())
+    within = f"  within {format_bytes(report.budget_bytes)} of {report.method}{settings}:"
+    if report.fp16_bytes is not None:
+        on = f"--set on={','.join(report.on)} " if report.on else ""
+        return [f"{within} {on}--set blocks={report.blocks}, {format_bytes(report.fp16_bytes)}"]
+    if report.least_bytes is None:
+        return ["  nothing gains more than its standard error: try more --images"]
+    return [f"{within} nothing; the smallest place that gains takes {format_bytes(report.least_bytes)}"]
 
 
 def _dimension(row: SiteRow) -> str:
