@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -32,7 +31,7 @@ class Place:
     on: tuple[str, ...]
     blocks: str
     values: int
-    arrays: Mapping[int, NpArray]
+    arrays: tuple[NpArray, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,16 +69,18 @@ def places(backbone: Backbone, name: str, settings: Mapping[str, str], found: Se
     """
     layers, base = backbone.layers, backbone.tensors
     kinds = list(dict.fromkeys(each.on for each in found))
+    rng = np.random.default_rng(0)
     for by_layer in (True, False):
         everywhere = _at(name, settings, kinds if by_layer else (), "")
-        shared = everywhere.start(everywhere.sites(layers), base, np.random.default_rng(0))
-        spots = dict.fromkeys(((each.on,) if by_layer else (), each.blocks) for each in found)
+        sites = everywhere.sites(layers)
+        whole = stored_arrays(everywhere, sites, base, everywhere.start(sites, base, rng)) if by_layer else []
         there = []
-        for on, blocks in spots:
+        for on, blocks in dict.fromkeys(((each.on,) if by_layer else (), each.blocks) for each in found):
             method = _at(name, settings, on, blocks)
             if sites := method.sites(layers):
-                tuned = shared if by_layer else method.start(sites, base, np.random.default_rng(0))
-                arrays = stored_arrays(method, sites, base, tuned)
+                own = stored_arrays(method, sites, base, method.start(sites, base, rng))
+                moved = {what for what, _ in own}
+                arrays = tuple(array for what, array in whole or own if what in moved)
                 there.append(Place(on=on, blocks=blocks, values=count(method, layers, base), arrays=arrays))
         if there:
             return tuple(there)
@@ -155,17 +156,13 @@ def _candidates(worths: Mapping[tuple[tuple[str, ...], str], float], there: Sequ
         inside = groups[first : last + 1]
         gains = {kind: sum(worths.get((kind, blocks), 0.0) for blocks in inside) for kind in kinds}
         most = sorted((kind for kind in kinds if gains[kind] > 0), key=gains.__getitem__)[-MOST_KINDS:]
-        stored = {
-            kind: functools.reduce(lambda all_, more: all_ | more, (dict(arrays.get((kind, b), {})) for b in inside))
-            for kind in most
-        }
+        stored = {kind: [a for blocks in inside for a in arrays.get((kind, blocks), ())] for kind in most}
         for chosen in _sets([kind for kind in kinds if kind in most]):
-            union = {key: array for kind in chosen for key, array in stored[kind].items()}
             yield Choice(
                 on=tuple(itertools.chain.from_iterable(chosen)),
                 blocks=_joined(inside),
                 gain=sum(gains[kind] for kind in chosen),
-                fp16_bytes=fp16_size(union),
+                fp16_bytes=fp16_size(itertools.chain.from_iterable(stored[kind] for kind in chosen)),
             )
 
 
