@@ -4,29 +4,21 @@ from __future__ import annotations
 
 import itertools
 import math
-import re
-import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
-import edgepet
 from edgepet.deltas.updates import Add, Targeted
 from edgepet.errors import InputError
-from edgepet.files import cache_folder
 from edgepet.images.held import ALONE
 from edgepet.methods import METHODS
 from edgepet.methods.depth import in_blocks
 from edgepet.methods.method import fp16_size
 from edgepet.networks.backbone import Backbone
-from edgepet.packs.pack import read_pack
 from edgepet.spec import NpArray, Preprocess
 from edgepet.tuning import intrinsic
 from edgepet.tuning.fit import LabelledPixels
@@ -34,9 +26,7 @@ from edgepet.tuning.intrinsic import Group, Measured, Reached, most_seconds, pre
 from edgepet.tuning.placing import Choice, Place, choose, places, ranked, size_of
 from edgepet.tuning.remembered import Place as Remembering
 from edgepet.tuning.subspaces import InSubspace, Submodule, _projection, submodules
-from tests.flow import Tasks, draw_shapes, refused
-from tests.flow import edgepet as command
-from tests.tiny import random_images, seeded, tiny_vit
+from tests.tiny import tiny_vit
 
 # ------------------------------------------------------------------------------------------------------- the subspace
 
@@ -299,8 +289,9 @@ def test_noise_and_harm_are_not_paid_for_and_of_equals_the_smaller_is_taken() ->
         told("q", "3-5", -0.2),
         told("v", "3-5", 2e-6, error=0),
     ]
-    there = [Place(on=(m.submodule.on,), blocks=m.submodule.blocks, values=99, arrays=Arrays().of(**{m.submodule.name: 99}))
-             for m in measured]  # fmt: skip
+    there = [
+        Place(on=(m.submodule.on,), blocks=m.submodule.blocks, values=99, arrays=Arrays().of(own=99)) for m in measured
+    ]
 
     best = ranked(measured, there)[0]
 

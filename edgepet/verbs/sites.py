@@ -148,8 +148,6 @@ def sites(
 
     by_itself = unplaced(method, settings)
     sets = {split: _some(folder, split, val_fraction, images, seed) for split in _SPLITS}
-    if len(sets["val"]) < 2:
-        raise InputError(str(folder), "needs at least 2 images to judge on", got=len(sets["val"]))
     tell_of(folder, sets, tell)
     stage("load the backbone")
     loaded = _loaded(backbone, image_size)
