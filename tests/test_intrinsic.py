@@ -171,6 +171,20 @@ def pictures(seed: int, n: int) -> LabelledPixels:
     return LabelledPixels(pixels.astype(np.uint8), labels)
 
 
+@pytest.mark.parametrize("blocks", ["0-2", "3-5"])
+def test_a_fit_that_moves_nothing_gains_nothing(
+    blocks: str, backbone: Backbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    part = Submodule(on="v", blocks=blocks, parameters=12480)
+    ground = prepare(backbone, pictures(1, 24), pictures(2, 12), classes=3, seed=0)
+    monkeypatch.setattr(intrinsic, "STEP", 0.0)
+
+    reached = Group(ground, part, remembering(tmp_path)).reached(part, 0)
+
+    assert abs(reached.gain) < 1e-5  # float32: features of 8 images, and of all at once
+    assert reached.top1 == ground.top1
+
+
 @pytest.mark.parametrize(
     ("gains", "tried", "dimension"),
     [

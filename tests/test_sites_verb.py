@@ -118,8 +118,8 @@ def test_the_screen_says_what_to_do_and_the_command_runs_as_printed(
     line = out.splitlines()[-1]
     assert line.endswith(f" {shlex.join(train)} -o task.pet")
     monkeypatch.chdir(tmp_path)
-    assert command(*shlex.split(line.partition(" train ")[2] and "train " + line.partition(" train ")[2]),
-                   "--epochs", 1, "--quiet").code == 0  # fmt: skip
+    printed = shlex.split(f"train {line.partition(' train ')[2]}")
+    assert command(*printed, "--epochs", 1, "--quiet").code == 0
     settings = read_pack(tmp_path / "task.pet").delta.settings
     assert (settings["rank"], settings["on"], settings["blocks"]) == (2, ["v", "mlp.fc1"], "3-5")
 
