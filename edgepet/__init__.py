@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from edgepet.verbs.peft import export_peft as export_peft
     from edgepet.verbs.peft import import_peft as import_peft
     from edgepet.verbs.pretrain import pretrain as pretrain
+    from edgepet.verbs.sites import sites as sites
     from edgepet.verbs.storage import storage as storage
     from edgepet.verbs.train import train as train
     from edgepet.verbs.verify import verify as verify
@@ -64,6 +65,7 @@ _HOME = {
     "pretrain": "edgepet.verbs.pretrain",
     "read_pack": "edgepet.packs.pack",
     "share": "edgepet.verbs.calibrate",
+    "sites": "edgepet.verbs.sites",
     "storage": "edgepet.verbs.storage",
     "train": "edgepet.verbs.train",
     "verify": "edgepet.verbs.verify",

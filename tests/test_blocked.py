@@ -24,8 +24,9 @@ NEED_TORCH = {
     "edgepet.networks.graft", "edgepet.networks.merged", "edgepet.networks.sites", "edgepet.networks.split",
     "edgepet.peft.renamed", "edgepet.tuning.augmenting", "edgepet.tuning.balance", "edgepet.tuning.computing",
     "edgepet.tuning.consistency", "edgepet.tuning.fake_quant", "edgepet.tuning.fit", "edgepet.tuning.front",
-    "edgepet.tuning.model", "edgepet.tuning.noise", "edgepet.tuning.optimizers", "edgepet.tuning.processes",
-    "edgepet.tuning.remembered", "edgepet.tuning.training",
+    "edgepet.tuning.intrinsic", "edgepet.tuning.model", "edgepet.tuning.noise", "edgepet.tuning.optimizers",
+    "edgepet.tuning.placing", "edgepet.tuning.processes", "edgepet.tuning.remembered", "edgepet.tuning.subspaces",
+    "edgepet.tuning.training",
 }  # fmt: skip
 
 

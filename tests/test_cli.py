@@ -66,6 +66,7 @@ PROMISED: dict[str, Any] = {
         "task": str, "method": str, "backbone": dict, "updates": list, "branches": list, "classes": [str],
         "bytes_by_kind": dict, "signed_by": (str, NoneType),
     },
+    "sites": {"sites": [{"name": str, "parameters": int, "dimension": (int, NoneType)}], "on": [str]},
     "pretrain": {"path": str, "max_abs_diff": float},
     "import-peft": {"path": str, "max_abs_diff": float},
     "export-peft": {"path": str, "max_abs_diff": float},
@@ -75,6 +76,7 @@ PROMISED: dict[str, Any] = {
 OPTIONS = {
     "doctor": [],
     "methods": ["--backbone"],
+    "sites": ["--backbone", "--budget"],
     "train": [
         "--backbone", "--method", "--set", "--img-size", "--epochs", "--batch-size", "--lr", "--shots", "--seed",
         "--init", "--resume", "--val-fraction", "-o",
@@ -132,6 +134,7 @@ def commands(tasks: Tasks, artifacts: Artifacts, adapter: Path, tmp_path: Path) 
         "bench": ["bench", shapes, artifacts.of("shapes", "onnx"), "--rounds", 3, "--runtime", "onnxruntime,torch"],
         "storage": ["storage", shapes, tasks.tints, "--devices", 10],
         "inspect": ["inspect", shapes],
+        "sites": ["sites", tasks.data, "--backbone", tasks.spec, "--img-size", 32, "--images", 4],
         "pretrain": ["pretrain", *train_arguments(tasks.spec, tasks.data, "ssf", tmp_path / "broad.work")[1:]],
         "import-peft": [
             "import-peft", adapter, "--backbone", tasks.spec, "--img-size", 32, "-o", tmp_path / "again.pet"
@@ -279,6 +282,7 @@ def test_the_progress_of_training_is_on_stderr(tasks: Tasks, tmp_path: Path) -> 
     [
         ("doctor", ["onnxruntime", "torch", "Python 3."]),
         ("methods", ["ssf", "lora", "arXiv:2106.09685", "7,936", "12,288"]),
+        ("sites", ["submodule", "attn.proj", "0-2", "of 4 held-out images; the head alone has "]),
         ("eval", ["top-1 ", " of 12 images, 3 classes (onnxruntime, fp32)"]),
         ("merge", ["m.safetensors", "img_size=32", "from the tuned network on 12 images (work)"]),
         ("export", ["shapes", "onnxruntime", "fp32", "yes", "shapes-onnx-fp32"]),

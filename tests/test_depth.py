@@ -180,6 +180,20 @@ def test_blocks_are_a_setting_as_any_other() -> None:
         configure("lora", {"rank": "0", "blocks": "6-11"})
 
 
+@pytest.mark.parametrize("name", ["ssf", "bitfit", "consolidator", "fact-tt", "full"])
+def test_a_method_without_on_is_kept_to_the_layers_that_it_names(name: str, backbone: Backbone) -> None:
+    method = configure(name, {"on": "v,mlp.fc2", "blocks": "1-2"})
+
+    layers = {f"blocks.{block}.{layer}" for block in (1, 2) for layer in ("attn.qkv", "mlp.fc2")}
+    assert {place.rpartition(".")[0] for place in touched(method, backbone)} == layers
+    assert stored(method) == {**stored(configure(name)), "on": ["v", "mlp.fc2"], "blocks": "1-2"}
+    assert restored(name, stored(method)) == method
+    assert configure(name, {"on": "mlp.fc2"}).sites(backbone.layers)
+    assert configure(name, {"on": "nothing"}).sites(backbone.layers) == ()
+    check_merged(method, backbone)
+    check_pack(method, backbone)
+
+
 @pytest.mark.parametrize(
     ("method", "first"),
     [(SSF(), None), (in_blocks(SSF(), "0-5"), None), (in_blocks(SSF(), "2-3"), "blocks.2"), (LoRA(), None)],

@@ -402,7 +402,7 @@ def test_settings_are_read_as_people_type_them() -> None:
 
 BAD_SETTINGS: list[tuple[str, Mapping[str, str], str]] = [
     ("prune", {}, f"`method`: is one of {', '.join(METHODS)}, got 'prune'"),
-    ("ssf", {"rank": "4"}, "`settings` rank: ssf has the setting blocks, got 'rank'"),
+    ("ssf", {"rank": "4"}, "`settings` rank: ssf has the settings blocks, on, got 'rank'"),
     (
         "lora",
         {"rang": "4"},

@@ -27,6 +27,7 @@ DONE, REFUSED, CHECK_SAID_NO, STOPPED = 0, 3, 4, 130  # the other exit codes are
 VERBS: dict[str, tuple[str, str]] = {  # verb -> where its ``Verb`` is, below ``edgepet.verbs``; what it does
     "doctor": ("doctor:VERB", "what is installed, what each missing runtime needs, CPU features"),
     "methods": ("methods:VERB", "every method: paper, and its parameters and kilobytes on a backbone"),
+    "sites": ("sites:VERB", "how few numbers each part of a backbone is tuned by, and where a method should go"),
     "train": ("train:VERB", "tune a method on images, fold it to updates, and write a pack"),
     "eval": ("evaluate:VERB", "top-1 of a pack or an exported model"),
     "merge": ("merge:VERB", "write dense weights that plain timm loads strictly"),

@@ -1,7 +1,8 @@
-"""Depth: any method on some of a network's blocks, and the rest of the network left as it is.
+"""Any method on some of a network's blocks or layers, and the rest of the network left as it is.
 
-Every method has the setting ``blocks`` by what is here, and none knows of it: only the layers that a method is shown
-are fewer. A method that is given no ``blocks`` is its plain self, and a pack of it has no such setting.
+Every method has the setting ``blocks`` by what is here, and ``on`` where it has none of its own; none knows of it: only
+the layers that a method is shown are fewer. A method that is given neither is its plain self, and a pack of it has no
+such setting.
 """
 
 from __future__ import annotations
@@ -9,14 +10,15 @@ from __future__ import annotations
 import dataclasses
 import functools
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar, cast
 
 from edgepet.errors import InputError, option
 from edgepet.methods.method import Method
+from edgepet.methods.places import named
 from edgepet.spec import Block, Site
 
-BLOCKS = "blocks"
+BLOCKS, ON = "blocks", "on"
 M = TypeVar("M", bound=Method)
 _RANGE = re.compile(r"(\d{1,6})(?:-(\d{1,6}))?", re.ASCII)
 
@@ -24,14 +26,31 @@ _RANGE = re.compile(r"(\d{1,6})(?:-(\d{1,6}))?", re.ASCII)
 @functools.cache
 def limited(kind: type[M]) -> type[M]:
     """``kind`` with one setting more: ``blocks``, a range "6-11" or a number "9", as ``within`` reads it."""
+    return _shown(kind, BLOCKS, str, within)
 
+
+@functools.cache
+def placed(kind: type[M]) -> type[M]:
+    """``kind``, which has no setting ``on``, with it: names of layers or of row blocks, as ``places.named`` reads them.
+
+    A method of branches beside blocks finds nothing among layers.
+    """
+    return _shown(kind, ON, tuple[str, ...], named)
+
+
+def takes_on(kind: type[Method]) -> bool:
+    """Whether ``kind`` has a setting ``on`` of its own."""
+    return ON in {field.name for field in dataclasses.fields(cast(Any, kind))}
+
+
+def _shown(kind: type[M], setting: str, of: Any, fewer: Callable[[Sequence[Site], Any], tuple[Site, ...]]) -> type[M]:
     def sites(self: Any, layers: Sequence[Site]) -> tuple[Site, ...]:
-        return kind.sites(self, within(layers, getattr(self, BLOCKS)))
+        return kind.sites(self, fewer(layers, getattr(self, setting)))
 
-    blocks = (BLOCKS, str, dataclasses.field(kw_only=True))
+    field = (setting, of, dataclasses.field(kw_only=True))
     namespace = {"sites": sites, "__doc__": kind.__doc__, "__module__": kind.__module__}
     made = dataclasses.make_dataclass(
-        kind.__name__, [blocks], bases=(kind,), namespace=namespace, frozen=True, slots=True
+        kind.__name__, [field], bases=(kind,), namespace=namespace, frozen=True, slots=True
     )
     return cast(type[M], made)
 

@@ -158,9 +158,24 @@ def count(method: Method, layers: Sequence[Site], base: Tensors) -> int:
 def fp16_bytes(method: Method, layers: Sequence[Site], base: Tensors) -> int:
     """Bytes that ``method`` stores in an fp16 pack, head and manifest left out: bits are bits, shared tensors once."""
     sites = method.sites(layers)
-    start = method.start(sites, base, np.random.default_rng(0))
-    arrays = [a for targeted in method.lower(base, sites, start) for a in factors(targeted.update).values()]
-    arrays += arrays_of(method.branches(sites, start)) if isinstance(method, Branching) else ()
+    return fp16_size(
+        a for _, a in stored_arrays(method, sites, base, method.start(sites, base, np.random.default_rng(0)))
+    )
+
+
+def stored_arrays(method: Method, sites: Sequence[Site], base: Tensors, tuned: Tuned) -> list[tuple[str, NpArray]]:
+    """The arrays that a pack of ``method`` stores, each with what it is for: the target of an update, or a branch.
+
+    One that several share is there for each of them.
+    """
+    updates = method.lower(base, sites, tuned)
+    branches = method.branches(sites, tuned) if isinstance(method, Branching) else ()
+    found = [(str(each.target), a) for each in updates for a in factors(each.update).values()]
+    return found + [(f"{each.tap} {each.into}", a) for each in branches for a in arrays_of((each,))]
+
+
+def fp16_size(arrays: Iterable[NpArray]) -> int:
+    """Bytes of arrays in an fp16 pack, where one that is given twice is stored once."""
     return sum(math.ceil(a.size * _BITS[a.dtype.kind] / 8) for a in {id(a): a for a in arrays}.values())
 
 

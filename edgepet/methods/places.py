@@ -43,6 +43,12 @@ def attention(
     return found or dense
 
 
+def named(layers: Sequence[Site], on: Sequence[str]) -> tuple[Site, ...]:
+    """The layers that ``on`` names, with their bare parameters; one of which it names a row block is there whole."""
+    chosen = {site.name for site in layers if site.operates and parts(site, on)}
+    return tuple(site for site in layers if (site.name if site.operates else site.name.rpartition(".")[0]) in chosen)
+
+
 def attended(layers: Sequence[Site], on: Sequence[str], default: Sequence[str] = QUERY_AND_VALUE) -> tuple[Site, ...]:
     """The layers that ``on`` names, or those that ``default`` does where it is empty, else all dense ones."""
     chosen = attention(layers, on or default, otherwise_dense=not on)

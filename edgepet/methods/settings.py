@@ -10,7 +10,7 @@ from dataclasses import asdict, fields
 from typing import Any, cast
 
 from edgepet.errors import InputError, option
-from edgepet.methods.depth import BLOCKS, limited
+from edgepet.methods.depth import BLOCKS, ON, limited, placed, takes_on
 from edgepet.methods.method import Method
 from edgepet.methods.table import METHODS
 
@@ -18,7 +18,8 @@ from edgepet.methods.table import METHODS
 def configure(name: str, settings: Mapping[str, str] = types.MappingProxyType({})) -> Method:
     """The method called ``name`` with settings as people type them: ``rank=4``, ``on=q,k,v``, ``shuffle=true``.
 
-    Every method takes ``blocks=6-11`` beside its own: it is then one that is kept to them (``depth.limited``).
+    Every method takes ``blocks=6-11`` beside its own, and ``on=q,fc1``: it is then one that is kept to blocks
+    (``depth.limited``), and to layers (``depth.placed``) where it has no ``on`` of its own.
 
     Raises:
         InputError: no such method or setting, a value of another type, or one that the method refuses.
@@ -26,21 +27,23 @@ def configure(name: str, settings: Mapping[str, str] = types.MappingProxyType({}
     plain: Any = METHODS.get(name)
     if plain is None:
         raise InputError(option("method"), f"is one of {', '.join(METHODS)}", got=repr(name))
-    kind: Any = limited(plain)
+    on: Any = plain if takes_on(plain) else placed(plain)
+    kind: Any = limited(on)
     known = {field.name for field in fields(kind)}
     types_of = typing.get_type_hints(kind)
     values: dict[str, Any] = {}
     for key, text in settings.items():
         if key not in known:
-            has = f"has the setting{'s' if len(known) > 1 else ''} {', '.join(sorted(known))}"
-            raise InputError(f"{option('settings')} {key}", f"{name} {has}", got=repr(key))
+            has = f"{name} has the settings {', '.join(sorted(known))}"
+            raise InputError(f"{option('settings')} {key}", has, got=repr(key))
         try:
             values[key] = _parse(text, types_of[key])
         except ValueError as error:
             raise InputError(
                 f"{option('settings')} {key}", f"needs {_spelled(types_of[key])}", got=repr(text)
             ) from error
-    method: Method = (kind if BLOCKS in values else plain)(**values)
+    chosen: Any = on if ON in values else plain
+    method: Method = (limited(chosen) if BLOCKS in values else chosen)(**values)
     return method
 
 

@@ -9,11 +9,10 @@ import contextlib
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from edgepet.images.sets import batches
+from edgepet.images.preprocess import normalize
 from edgepet.networks.forms import explicit_attention
 from edgepet.spec import NpArray, Preprocess
 from edgepet.tuning.model import TunedModel
@@ -56,6 +55,11 @@ def autocast(plan: Plan) -> torch.autocast:
     return torch.autocast(plan.device.partition(":")[0], dtype=torch.bfloat16, enabled=plan.autocast)
 
 
+def inputs_of(model: TunedModel, pixels: NpArray, preprocess: Preprocess) -> Tensor:
+    """One batch of pixels, or of kept rows where ``model`` begins at a block, as it takes them."""
+    return torch.from_numpy(normalize(pixels, preprocess)) if model.front is None else model.front.rows(pixels)
+
+
 def features_of(
     model: TunedModel, pixels: NpArray, preprocess: Preprocess, plan: Plan, *, follow: bool = False
 ) -> Tensor:
@@ -65,8 +69,5 @@ def features_of(
         model.fake_quant.train(follow)
     step = max(1, AT_ONCE // preprocess.frames)
     with torch.no_grad(), autocast(plan):
-        if model.front is None:
-            parts = map(torch.from_numpy, batches(pixels, preprocess, step))
-        else:
-            parts = map(model.front.rows, np.split(pixels, range(step, len(pixels), step)))
+        parts = (inputs_of(model, pixels[at : at + step], preprocess) for at in range(0, len(pixels), step))
         return torch.cat([model.features(part.to(plan.device)).float() for part in parts])
