@@ -133,6 +133,7 @@ def test_a_part_that_nobody_reads_has_no_dimension_and_one_that_hides_the_answer
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(intrinsic, "DIMENSIONS", (1, 2, 4, 8))
+    monkeypatch.setattr(intrinsic, "STEP", 1.0)  # twelve weights cannot learn their images by heart
     network = Backbone.from_module(Colours(), name="colours", preprocess=Preprocess(image_size=(4, 4)))
     ground = prepare(network, coloured(1, 160), coloured(2, 120), classes=2, seed=0)
 
@@ -144,7 +145,7 @@ def test_a_part_that_nobody_reads_has_no_dimension_and_one_that_hides_the_answer
     assert (dead.gain, dead.dimension, len(dead.tried)) == (0.0, None, 1)
     whole, *subspaces = live.tried
     assert live.gain == whole.gain > 0.1
-    assert whole.top1 == 1 > ground.top1
+    assert whole.top1 > 0.9 > ground.top1
     assert [each.dimension for each in subspaces] == [1, 2, 4, 8]
     assert subspaces[0].gain < 0.5 * live.gain < subspaces[-1].gain
     assert live.dimension is not None

@@ -33,7 +33,7 @@ from edgepet.tuning.subspaces import InSubspace, Submodule
 SHARE = 0.9
 DIMENSIONS = (16, 128, 1024, 8192, 65536)
 EPOCHS, BATCH, SMOOTHING = 2, 8, 0.1
-HEAD_LR, STEP = 1e-3, 1.0  # of the head; of how far the first gradient reaches, the first step of the submodule
+HEAD_LR, STEP = 1e-3, 0.3  # of the head; of how far the first gradient reaches, the first step of the submodule
 PROBE_EPOCHS = 60
 LOOKED_AT, MOST_TRIED = 32, 8  # images, and steps that are tried on them
 FACTOR, FIRST = 3.0, 1e-4  # from one such step to the next; the first, of a weight
