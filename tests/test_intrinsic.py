@@ -25,7 +25,7 @@ from edgepet.tuning.fit import LabelledPixels
 from edgepet.tuning.intrinsic import Group, Measured, Reached, most_seconds, prepare
 from edgepet.tuning.placing import Choice, Place, choose, places, ranked, size_of
 from edgepet.tuning.remembered import Place as Remembering
-from edgepet.tuning.subspaces import InSubspace, Submodule, _projection, submodules
+from edgepet.tuning.subspaces import InSubspace, Submodule, projection, submodules
 from tests.tiny import tiny_vit
 
 # ------------------------------------------------------------------------------------------------------- the subspace
@@ -33,7 +33,7 @@ from tests.tiny import tiny_vit
 
 @pytest.mark.parametrize(("total", "dimension"), [(10, 3), (1000, 16), (64, 64)])
 def test_a_projection_has_orthonormal_columns_that_all_weights_share_evenly(total: int, dimension: int) -> None:
-    places_of, signs = _projection(total, dimension, 5)
+    places_of, signs = projection(total, dimension, 5)
     dense = np.zeros((total, dimension))
     dense[np.arange(total), places_of.numpy()] = signs.numpy()
 
@@ -46,7 +46,7 @@ def test_a_projection_has_orthonormal_columns_that_all_weights_share_evenly(tota
 @pytest.mark.parametrize("dimension", [4, 9, 10, 40])
 def test_lis_toy_problem_has_the_dimension_that_it_is_made_of(dimension: int) -> None:
     """Li et al. 2018, section 2: 1000 numbers in ten groups, each of which must add up to its own sum: ten suffice."""
-    places_of, signs = _projection(1000, dimension, 0)
+    places_of, signs = projection(1000, dimension, 0)
     sums = np.zeros((10, dimension))
     np.add.at(sums, (np.arange(1000) // 100, places_of.numpy()), signs.numpy().astype(np.float64))
 
@@ -69,7 +69,7 @@ def test_what_is_moved_is_the_projection_of_z_cut_to_weights_and_biases_row_bloc
         "blocks.1.mlp.fc2.weight", "blocks.1.mlp.fc2.bias",
     ]  # fmt: skip
     flat = torch.cat([added(each).reshape(-1) for each in moved])
-    places_of, signs = _projection(len(flat), 7, 3)
+    places_of, signs = projection(len(flat), 7, 3)
     assert torch.equal(flat, z[places_of] * signs)
     assert math.isclose(float(flat.norm()), float(z.norm()), rel_tol=1e-5)
 
@@ -331,7 +331,7 @@ ON_TOKENS = [name for name in METHODS if name not in ("conv-adapter", "st-adapte
 @pytest.mark.parametrize("name", ON_TOKENS)
 def test_every_method_can_take_an_answer_of_the_size_that_was_said(name: str, backbone: Backbone) -> None:
     parts = submodules(backbone.layers, backbone.tensors)
-    settings = {"terms": "8"} if name == "kadaptation" else {}
+    settings = {"kadaptation": {"terms": "8"}, "uni-lora": {"d": "500"}}.get(name, {})
     there, exact = places(backbone, name, settings, parts), size_of(backbone, name, settings)
     measured = [told(part.on, part.blocks, 0.1 + 0.01 * place) for place, part in enumerate(parts)]
     found = ranked(measured, there)

@@ -13,7 +13,7 @@ from edgepet.methods import Method, configure
 from edgepet.methods.depth import BLOCKS, ON
 from edgepet.methods.method import count, fp16_bytes, fp16_size, stored_arrays
 from edgepet.networks.backbone import Backbone
-from edgepet.spec import NpArray
+from edgepet.spec import NpArray, Site, Tensors
 from edgepet.tuning.intrinsic import Measured
 from edgepet.tuning.subspaces import Submodule
 
@@ -77,14 +77,23 @@ def places(backbone: Backbone, name: str, settings: Mapping[str, str], found: Se
         there = []
         for on, blocks in dict.fromkeys(((each.on,) if by_layer else (), each.blocks) for each in found):
             method = _at(name, settings, on, blocks)
-            if sites := method.sites(layers):
-                own = stored_arrays(method, sites, base, method.start(sites, base, rng))
+            if (sites := method.sites(layers)) and (own := _stored(method, sites, base, rng)):
                 moved = {what for what, _ in own}
                 arrays = tuple(array for what, array in whole or own if what in moved)
                 there.append(Place(on=on, blocks=blocks, values=count(method, layers, base), arrays=arrays))
         if there:
             return tuple(there)
     raise InputError(option("method"), f"tunes nothing in the blocks of {backbone.label}", got=repr(name))
+
+
+def _stored(
+    method: Method, sites: Sequence[Site], base: Tensors, rng: np.random.Generator
+) -> list[tuple[str, NpArray]]:
+    """What the method stores there; nothing where there is too little for it, as for more values than layers have."""
+    try:
+        return stored_arrays(method, sites, base, method.start(sites, base, rng))
+    except InputError:
+        return []
 
 
 def require_a_place(there: Sequence[Place], budget_bytes: int) -> None:

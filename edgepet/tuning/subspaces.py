@@ -76,7 +76,7 @@ class InSubspace:
         sizes = [math.prod(shape) for shape in shapes]
         z = cast(Tensor, tuned[SHARED]["z"])
         if self.dimension:
-            places, signs = _projection(sum(sizes), self.dimension, self.seed)
+            places, signs = projection(sum(sizes), self.dimension, self.seed)
             z = z.index_select(0, places) * signs
         moved = torch.split(z, sizes)
         return tuple(
@@ -103,7 +103,7 @@ def _shape(target: Target, shape: tuple[int, ...]) -> tuple[int, ...]:
 
 
 @functools.lru_cache(maxsize=2)
-def _projection(total: int, dimension: int, seed: int) -> tuple[Tensor, Tensor]:
+def projection(total: int, dimension: int, seed: int) -> tuple[Tensor, Tensor]:
     """P as the column of each row, int64 (D,), and the number there, float32 (D,)."""
     rng = np.random.default_rng((seed, total, dimension))
     places = rng.permutation(total) % dimension

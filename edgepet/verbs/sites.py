@@ -49,7 +49,7 @@ if TYPE_CHECKING:
     from edgepet.networks.backbone import Backbone
     from edgepet.reports.progress import Progress
     from edgepet.tuning.intrinsic import Ground, Measured, Reached
-    from edgepet.tuning.placing import Choice
+    from edgepet.tuning.placing import Choice, Place
     from edgepet.tuning.subspaces import Submodule
 
 METHOD, VAL_FRACTION = "lora", 0.2
@@ -138,56 +138,67 @@ def sites(
     """
     require("torch", extra="train", purpose="sites")
     began, settings, folder = time.perf_counter(), dict(settings or {}), Path(data)
-    if images < 2:
-        raise InputError(option("images"), "must be at least 2: one alone has no standard error", got=images)
-    if budget is not None and not 0 < budget <= MOST_BUDGET:
-        raise InputError(option("budget"), f"must be above 0 kilobytes, and at most {MOST_BUDGET:g}", got=budget)
     made_cache()
-    from edgepet.tuning.placing import choose, places, ranked, require_a_place, size_of, unplaced
-    from edgepet.tuning.subspaces import submodules
+    from edgepet.tuning.placing import choose, ranked, size_of
 
-    by_itself = unplaced(method, settings)
+    _require(images, budget, method, settings)
     sets = {split: _some(folder, split, val_fraction, images, seed) for split in _SPLITS}
     tell_of(folder, sets, tell)
     stage("load the backbone")
     loaded = _loaded(backbone, image_size)
-    parts = submodules(loaded.layers, loaded.tensors)
-    if not parts:
-        raise InputError(loaded.label, "has no numbered blocks with linear layers or convolutions in them")
-    there = places(loaded, method, settings, parts)
-    default_bytes = fp16_bytes(by_itself, loaded.layers, loaded.tensors)
-    budget_bytes = default_bytes if budget is None else round(1000 * budget)
-    require_a_place(there, budget_bytes)
+    parts, there, budget_bytes = _places(loaded, method, settings, budget)
     stage("read images, and train the head alone")
     ground = _ground(loaded, sets, seed)
     measured, estimate = _measured(ground, parts, stage, tell)
     found = ranked(measured, there)
     choice = choose(found, budget_bytes, size_of(loaded, method, settings))
-    given = {"backbone": loaded.spec, "method": method}
-    given |= {} if image_size is None else {"img-size": spelled_size(loaded.preprocess.image_size)}
-    given |= {} if val_fraction == VAL_FRACTION else {"val-fraction": str(val_fraction)}
-    given |= {"seed": str(seed)} if seed else {}
+    flags = {"backbone": loaded.spec, "method": method, "seed": str(seed) if seed else None,
+             "img-size": None if image_size is None else spelled_size(loaded.preprocess.image_size),
+             "val-fraction": None if val_fraction == VAL_FRACTION else str(val_fraction)}  # fmt: skip
     return SitesReport(
-        backbone=loaded.label,
-        sites=tuple(map(_row, measured)),
-        method=method,
-        settings=settings,
-        on=choice.on if choice else (),
-        blocks=choice.blocks if choice else None,
-        fp16_bytes=choice.fp16_bytes if choice else None,
+        backbone=loaded.label, sites=tuple(map(_row, measured)), method=method, settings=settings,
+        on=choice.on if choice else (), blocks=choice.blocks if choice else None,
+        fp16_bytes=choice.fp16_bytes if choice else None, budget_bytes=budget_bytes,
         least_bytes=min((each.fp16_bytes for each in found), default=None),
-        budget_bytes=budget_bytes,
-        train=_command(choice, folder, given, settings) if choice else (),
-        probe_top1=ground.top1,
-        images={split: len(each) for split, each in sets.items()},
-        estimate_seconds=estimate,
+        train=_command(choice, folder, flags, settings) if choice else (), probe_top1=ground.top1,
+        images={split: len(each) for split, each in sets.items()}, estimate_seconds=estimate,
         seconds=time.perf_counter() - began,
-    )
+    )  # fmt: skip
 
 
-def _command(choice: Choice, data: Path, given: Mapping[str, str], settings: Mapping[str, str]) -> tuple[str, ...]:
+def _require(images: int, budget: float | None, method: str, settings: Mapping[str, str]) -> None:
+    """Refuse what needs neither data nor backbone to be seen."""
+    from edgepet.tuning.placing import unplaced
+
+    if images < 2:
+        raise InputError(option("images"), "must be at least 2: one alone has no standard error", got=images)
+    if budget is not None and not 0 < budget <= MOST_BUDGET:
+        raise InputError(option("budget"), f"must be above 0 kilobytes, and at most {MOST_BUDGET:g}", got=budget)
+    unplaced(method, settings)
+
+
+def _places(
+    backbone: Backbone, method: str, settings: Mapping[str, str], budget: float | None
+) -> tuple[tuple[Submodule, ...], tuple[Place, ...], int]:
+    """The submodules of ``backbone``, where among them the method can go, and the bytes that it may store there."""
+    from edgepet.tuning.placing import places, require_a_place, unplaced
+    from edgepet.tuning.subspaces import submodules
+
+    parts = submodules(backbone.layers, backbone.tensors)
+    if not parts:
+        raise InputError(backbone.label, "has no numbered blocks with linear layers or convolutions in them")
+    there = places(backbone, method, settings, parts)
+    own_bytes = fp16_bytes(unplaced(method, settings), backbone.layers, backbone.tensors)
+    budget_bytes = own_bytes if budget is None else round(1000 * budget)
+    require_a_place(there, budget_bytes)
+    return parts, there, budget_bytes
+
+
+def _command(
+    choice: Choice, data: Path, given: Mapping[str, str | None], settings: Mapping[str, str]
+) -> tuple[str, ...]:
     placed = dict(settings) | ({"on": ",".join(choice.on)} if choice.on else {}) | {"blocks": choice.blocks}
-    flags = [(f"--{name}", value) for name, value in given.items()]
+    flags = [(f"--{name}", value) for name, value in given.items() if value is not None]
     flags += [("--set", f"{name}={value}") for name, value in placed.items()]
     return ("train", str(data), *itertools.chain.from_iterable(flags))
 
@@ -235,7 +246,7 @@ def _measured(
 ) -> tuple[tuple[Measured, ...], float | None]:
     """Every submodule, those that the cache lacks measured now; and how long these were to take."""
     from edgepet.tuning.intrinsic import DIMENSIONS, Group, Measured, most_seconds
-    from edgepet.tuning.remembered import Place
+    from edgepet.tuning.remembered import Place as Remembering
 
     asked = _asked(ground)
     files = {each: _file({**asked, "on": each.on, "blocks": each.blocks}) for each in found}
@@ -247,7 +258,7 @@ def _measured(
         before = f", {len(known)} are known from before" if known else ""
         told = f"{len(missing)} submodules{before}: up to {1 + len(DIMENSIONS)} short fits each"
         tell(f"{told}, at most {format_seconds(estimate)} at the speed of now", ())
-    place = Place(
+    place = Remembering(
         folder=_file(asked).with_suffix(".features"), budget_bytes=free_memory_bytes() // 2, identity=asked, turn=ALONE,
         tell=tell, stage=lambda name: None,
     )  # fmt: skip
