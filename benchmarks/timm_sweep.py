@@ -266,13 +266,10 @@ def faults(backbone: Any, delta: Any, images: Any, features: Any) -> None:
 
     from edgepet.deltas.merge import merge
     from edgepet.errors import CheckError
-    from edgepet.methods import METHODS, configure
-    from edgepet.methods.method import count, fp16_bytes
     from edgepet.tuning.model import logits_of
+    from edgepet.verbs.methods import methods
 
-    for method in map(configure, METHODS):
-        count(method, backbone.layers, backbone.tensors)
-        fp16_bytes(method, backbone.layers, backbone.tensors)
+    methods(backbone)
     network = backbone.with_head(delta.head)
     weights = backbone.named_weights(merge(backbone.base, delta), delta.head)
     network.load_state_dict({name: torch.from_numpy(np.array(tensor)) for name, tensor in weights.items()}, strict=True)

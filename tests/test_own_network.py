@@ -15,7 +15,9 @@ from edgepet import Backbone, ExportOptions, Preprocess
 from edgepet.errors import InputError
 from edgepet.graphs.base import open_graph
 from edgepet.proving.subject import Subject, plain_network
+from edgepet.reports.screen import lines
 from edgepet.tuning.model import logits_of
+from edgepet.verbs.methods import VERB, methods
 from tests.flow import Tasks, has_openvino
 from tests.tiny import seeded
 
@@ -103,3 +105,13 @@ def test_what_needs_the_network_says_how_to_give_it(pack: Path, tmp_path: Path) 
         "module:two-paths: is a module of its user's own and cannot be built from its name\n"
         "  fix: in Python pass backbone=Backbone.from_module(...)"
     )
+
+
+def test_a_method_whose_defaults_do_not_suit_a_network_is_listed_with_the_reason(network: Backbone) -> None:
+    report = methods(network)
+
+    (row,) = (each for each in report.methods if each.name == "uni-lora")
+    needs = "uni-lora: needs factors of 2000 (d) to 4194304 values in all, got 1184"
+    assert (row.trainable_params, row.fp16_bytes, row.reason) == (0, 0, needs)
+    assert all(each.reason is None for each in report.methods if each.name != "uni-lora")
+    assert lines(f"  {needs}") in tuple(VERB.screen(report))

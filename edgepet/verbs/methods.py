@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from edgepet.errors import InputError
 from edgepet.methods import METHODS, Branching, configure
 from edgepet.methods.method import count, fp16_bytes
 from edgepet.networks.backbone import Backbone
 from edgepet.networks.loading import load_backbone
-from edgepet.reports.screen import Screen
+from edgepet.reports.screen import Screen, lines
 from edgepet.reports.tables import Table, format_bytes, format_number, left, right
 from edgepet.spec import ImageSize
 from edgepet.verbs.verb import Options, Parser, Verb, image_size_option
@@ -20,13 +21,17 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MethodRow:
-    """``fp16_bytes`` is what a pack stores in fp16, head and manifest left out; 0 where there is no place for it."""
+    """``fp16_bytes`` is what a pack stores in fp16, head and manifest left out; 0 where there is no place for it.
+
+    ``reason`` is why its defaults do not suit the backbone, as more values than its layers have: both are 0 then.
+    """
 
     name: str
     paper: str
     foldable: bool
     trainable_params: int | None
     fp16_bytes: int | None
+    reason: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,19 +49,24 @@ def methods(backbone: str | Backbone | None = None, *, image_size: ImageSize | N
         MissingError: a backbone is given, and torch or timm is not installed.
     """
     loaded = load_backbone(backbone, image_size=image_size) if isinstance(backbone, str) else backbone
-    rows = []
-    for name in METHODS:
-        method = configure(name)
-        rows.append(
-            MethodRow(
-                name=name,
-                paper=method.paper,
-                foldable=not isinstance(method, Branching),
-                trainable_params=count(method, loaded.layers, loaded.tensors) if loaded else None,
-                fp16_bytes=fp16_bytes(method, loaded.layers, loaded.tensors) if loaded else None,
-            )
+    return MethodList(methods=tuple(_row(name, loaded) for name in METHODS))
+
+
+def _row(name: str, backbone: Backbone | None) -> MethodRow:
+    method = configure(name)
+    row = MethodRow(
+        name=name, paper=method.paper, foldable=not isinstance(method, Branching), trainable_params=None,
+        fp16_bytes=None,
+    )  # fmt: skip
+    if backbone is None:
+        return row
+    layers, tensors = backbone.layers, backbone.tensors
+    try:
+        return replace(
+            row, trainable_params=count(method, layers, tensors), fp16_bytes=fp16_bytes(method, layers, tensors)
         )
-    return MethodList(methods=tuple(rows))
+    except InputError as refusal:
+        return replace(row, trainable_params=0, fp16_bytes=0, reason=str(refusal).partition("\n")[0])
 
 
 def _options(parser: Parser) -> None:
@@ -72,6 +82,7 @@ def _run(options: Options, progress: Progress) -> MethodList:
 def _screen(report: MethodList) -> Screen:
     rows = [(m.name, m.paper, "folds" if m.foldable else "branch", *_size(m)) for m in report.methods]
     yield Table("methods", (*left("method", "paper", ""), *right("parameters", "fp16")), rows)
+    yield lines(*(f"  {row.reason}" for row in report.methods if row.reason))
 
 
 def _size(row: MethodRow) -> tuple[str, str]:
