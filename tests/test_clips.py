@@ -266,6 +266,7 @@ def moves(clips: Path, still: Backbone, tmp_path_factory: pytest.TempPathFactory
     return pack
 
 
+@pytest.mark.slow
 def test_it_learns_what_no_single_frame_shows(moves: Path, clips: Path, still: Backbone, tmp_path: Path) -> None:
     probe = tmp_path / "probe.pet"
     said = edgepet(

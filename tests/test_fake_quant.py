@@ -393,6 +393,7 @@ def test_processes_go_on_with_the_mean_of_their_ranges(backbone: Backbone, monke
     assert batches == [1 + step for step in range(1, 10)]
 
 
+@pytest.mark.slow
 def test_a_delta_tuned_on_int4_is_better_there_than_one_tuned_in_float(backbone: Backbone) -> None:
     plan, labels = replace(PLAN, epochs=12, batch_size=12), np.arange(24, dtype=np.int64) % 3
 
