@@ -20,9 +20,25 @@ import timm
 import torch
 
 from edgepet.deltas.delta import Score
-from edgepet.deltas.updates import Add, LowRank, Scale, Targeted
+from edgepet.deltas.updates import Add, LowRank, Modulate, Push, Replace, Scale, Targeted
 from edgepet.errors import CheckError, InputError, MissingError
-from edgepet.methods import IA3, SSF, AdaptFormer, DoRA, FacTTT, KronA, LinearProbe, LoKr, LoRA, Method, UniLoRA, VeRA
+from edgepet.methods import (
+    IA3,
+    SSF,
+    AdaptFormer,
+    DoRA,
+    FacTTT,
+    GLoRA,
+    HiRA,
+    KronA,
+    LinearProbe,
+    LoKr,
+    LoRA,
+    LoRAMul,
+    Method,
+    UniLoRA,
+    VeRA,
+)
 from edgepet.methods.depth import in_blocks
 from edgepet.networks.backbone import Backbone
 from edgepet.networks.merged import merged_logits
@@ -54,7 +70,10 @@ pytestmark = [
 @pytest.fixture(scope="module")
 def networks(tmp_path_factory: pytest.TempPathFactory, backbone: Backbone) -> dict[str, Backbone]:
     folder = tmp_path_factory.mktemp("networks")
-    others = {name: tiny_vit(folder, seed=7, architecture=name) for name in ("test_resnet", "test_convnext")}
+    others = {
+        name: tiny_vit(folder, seed=7, architecture=name)
+        for name in ("test_resnet", "test_convnext", "test_vit_relpos")
+    }
     return {"test_vit": backbone, **others}
 
 
@@ -147,6 +166,16 @@ def vera(**settings: Any) -> Any:
     return peft.VeraConfig(**{"r": 6, "modules_to_save": ["head"], **settings})
 
 
+def hira(**settings: Any) -> Any:
+    return peft.HiraConfig(**{"r": 3, "modules_to_save": ["head"], **settings})
+
+
+def glora(a_b: str, c: str, d_e: str, **settings: Any) -> Any:
+    """Of these forms of A and B, of C, and of D and E."""
+    paths = {"config_A_B": a_b, "config_C": c, "config_D_E": d_e}
+    return peft.GloraConfig(**{"r": 3, "modules_to_save": ["head"], **paths, **settings})
+
+
 CONVS: dict[str, Any] = {"target_modules": r"layer\d\.0\.conv[12]", "modules_to_save": ["fc"]}
 PATTERNS: dict[str, Any] = {
     "rank_pattern": {r"blocks\.[01]\.attn\.qkv": 3, "fc1": 2},
@@ -179,6 +208,29 @@ ADAPTERS: dict[str, tuple[str, Any, str]] = {
     "vera": ("test_vit", vera(target_modules=["qkv", "fc1", "fc2"]), "vera"),
     "vera, all biases": ("test_vit", vera(target_modules=["qkv"], bias="all", d_initial=0.3), "vera"),
     "vera, its layers' biases": ("test_vit", vera(target_modules=["qkv", "fc1"], bias="vera_only"), "vera"),
+    "hira": ("test_vit", hira(target_modules=["qkv", "fc1"], hira_dropout=0.2), "hira"),
+    "hira, PEFT's own rank, and patterns that it does not look at": (
+        "test_vit", hira(r=32, target_modules=["qkv", "fc2"], rank_pattern={"fc2": 5}), "hira"
+    ),
+    "hira, a layer beside it": (
+        "test_vit", hira(target_modules=["fc2"], init_weights="gaussian", modules_to_save=["head", "norm"]), "hira"
+    ),
+    "hira on convolutions": ("test_resnet", hira(**CONVS), "hira"),
+    "hira on convolutions of one tap": (
+        "test_resnet", hira(**CONVS | {"target_modules": r"layer3\.0\.(conv[13]|downsample\.1)"}), "hira"
+    ),
+    "glora": ("test_vit", glora("lora", "lora", "constant", target_modules=["qkv", "fc1"]), "glora"),
+    "glora, vectors": ("test_vit", glora("vector", "vector", "vector", target_modules=["qkv", "fc2"]), "glora"),
+    "glora, numbers": ("test_vit", glora("constant", "none", "constant", target_modules=["fc1", "fc2"]), "glora"),
+    "glora, weights alone": ("test_vit", glora("lora", "none", "none", target_modules=["qkv"]), "glora"),
+    "glora, biases alone": ("test_vit", glora("none", "lora", "vector", target_modules=["qkv"]), "glora"),
+    "glora, all biases": ("test_vit", glora("lora", "vector", "vector", target_modules=["qkv"], bias="all"), "glora"),
+    "glora, its layers' biases": (
+        "test_vit", glora("vector", "lora", "constant", target_modules=["qkv", "fc1"], bias="glora_only"), "glora"
+    ),
+    "glora, layers without biases": (
+        "test_vit_relpos", glora("lora", "lora", "vector", target_modules=[r"attn.qkv", "attn.proj"]), "glora"
+    ),
     "lokr on groups": ("test_convnext", lokr(target_modules=["conv_dw"], modules_to_save=["head.fc"]), "lokr"),
 }  # fmt: skip
 
@@ -232,6 +284,11 @@ TRAINED: dict[str, tuple[str, Method, str]] = {
     "vera on blocks and layers": ("test_vit", VeRA(rank=3, on=("q", "k", "v", "fc1", "fc2")), "VERA"),
     "vera on convolutions": ("test_resnet", VeRA(rank=3, on=("conv1", "conv2")), "LORA"),
     "uni-lora on q and v": ("test_vit", UniLoRA(d=40), "LORA"),
+    "hira on q and v": ("test_vit", HiRA(rank=3), "HIRA"),
+    "hira on convolutions": ("test_resnet", HiRA(rank=2, on=("conv1", "conv2")), "HIRA"),
+    "glora, vectors": ("test_vit", GLoRA(), "GLORA"),
+    "glora of low rank": ("test_vit", GLoRA(mode="low-rank", rank=2), "GLORA"),
+    "a product and a prompt": ("test_vit", LoRAMul(rank=2), "GLORA"),
     "krona on layers": ("test_vit", KronA(scale=0.5, on=("attn.proj", "fc1")), "LOKR"),
 }
 
@@ -251,6 +308,14 @@ def test_a_trained_pack_is_an_adapter(
 
 
 NUMBERED: dict[str, tuple[str, Method, str, dict[str, object]]] = {  # and what PEFT is told of them
+    "hira on two": (
+        "test_vit", HiRA(rank=2, on=("q", "fc1")), "1-2",
+        {"target_modules": ["attn.qkv", "mlp.fc1"], "layers_to_transform": [1, 2], "layers_pattern": ["blocks"]},
+    ),
+    "glora, for which PEFT has no word": (
+        "test_vit", GLoRA(), "1", {"target_modules": "|".join(
+            rf"blocks\.1\.{layer}" for layer in (r"attn\.qkv", r"attn\.proj", r"mlp\.fc1", r"mlp\.fc2"))}
+    ),
     "lora on the last blocks": (
         "test_vit", LoRA(rank=2), "3-5",
         {"target_modules": ["attn.qkv"], "layers_to_transform": [3, 4, 5], "layers_pattern": ["blocks"]},
@@ -339,6 +404,73 @@ def test_layers_of_vera_share_two_matrices_in_the_folder_and_in_the_pack(backbon
     assert read_pack(tmp_path / "again.pet").delta.stored_values == a.size + b.size + 6 * (192 + 10)
 
 
+def test_blocks_that_are_multiplied_are_rows_of_one_adapter_of_one_rank(backbone: Backbone, tmp_path: Path) -> None:
+    pack = packed(backbone, HiRA(rank=3, on=("q", "v", "fc1")), tmp_path / "flowers.pet")
+
+    export_peft(pack, tmp_path / "adapter", backbone=backbone)
+
+    config, tensors = json.loads((tmp_path / "adapter" / CONFIG).read_text()), tensors_of(tmp_path / "adapter")
+    assert (config["r"], config["rank_pattern"]) == (6, {})  # PEFT 0.21.2 would not look at a pattern
+    a, b = (tensors[f"{PREFIX}blocks.0.attn.qkv.hira_{letter}"] for letter in "AB")
+    assert (a.shape, b.shape) == ((6, 64), (192, 6))
+    assert b[64:128].count_nonzero() == 0
+    assert b[:64, 3:].count_nonzero() == b[128:, :3].count_nonzero() == 0
+    a, b = (tensors[f"{PREFIX}blocks.0.mlp.fc1.hira_{letter}"] for letter in "AB")
+    assert (a.shape, b.shape) == ((6, 64), (192, 6))
+    assert a[3:].count_nonzero() == b[:, 3:].count_nonzero() == 0
+
+
+def test_a_vector_of_glora_is_added_to_all_columns_by_ones_that_are_stored_once(
+    backbone: Backbone, tmp_path: Path
+) -> None:
+    tuned(backbone, glora("vector", "vector", "constant", target_modules=["qkv", "fc1"]), tmp_path / "adapter")
+
+    import_peft(tmp_path / "adapter", tmp_path / "flowers.pet", backbone=backbone)
+
+    delta = read_pack(tmp_path / "flowers.pet").delta
+    own = 4 * 192 + 64  # A, B, D, E and C
+    assert delta.stored_values == 2 * 6 * own + 64
+    kinds = [[t.update.kind for t in delta.updates if str(t.target) == f"{QKV}.{end}"] for end in ("weight", "bias")]
+    assert kinds == [["scale", "low-rank"], ["scale", "add", "push"]]
+
+
+GENERALISED: dict[str, tuple[GLoRA, tuple[object, ...], dict[str, tuple[int, ...]]]] = {  # PEFT's r and A_B, of fc1
+    "vectors": (GLoRA(), (1, "vector"), {"A.X": (192, 1), "B.X": (192, 1)}),
+    "low rank": (
+        GLoRA(mode="low-rank", rank=2), (2, "lora"),
+        {"A.Xd": (192, 2), "A.Xu": (2, 96), "B.Xd": (192, 2), "B.Xu": (2, 96)},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("method", "told", "shapes"), GENERALISED.values(), ids=GENERALISED)
+def test_all_of_glora_is_in_the_folder(
+    method: GLoRA, told: tuple[object, ...], shapes: dict[str, tuple[int, ...]], networks: dict[str, Backbone],
+    tmp_path: Path,
+) -> None:  # fmt: skip
+    backbone = networks["test_vit_relpos"]
+    pack = packed(backbone, method, tmp_path / "flowers.pet", "fp32")
+
+    export_peft(pack, tmp_path / "adapter", backbone=backbone)
+
+    config, tensors = json.loads((tmp_path / "adapter" / CONFIG).read_text()), tensors_of(tmp_path / "adapter")
+    keys = ("r", "config_A_B", "config_C", "config_D_E", "bias", "modules_to_save")
+    assert tuple(config[key] for key in keys) == (*told, "vector", "vector", "none", ["head"])
+    fc1, qkv = f"{PREFIX}blocks.0.mlp.fc1.glora_", f"{PREFIX}blocks.0.attn.qkv.glora_"
+    found = {name.removeprefix(fc1): tuple(tensor.shape) for name, tensor in tensors.items() if name.startswith(fc1)}
+    assert found == shapes | {"C.X": (96, 1), "D.X": (192,), "E.X": (192,)}
+    assert all(tensors[f"{fc1}{letter}.X"].count_nonzero() > 60 for letter in "CDE")
+    empty = {name: (tuple(tensor.shape), tensor.any().item()) for name, tensor in tensors.items() if "zeros" in name}
+    blocks = range(9)  # whose qkv have no bias
+    assert empty == {
+        f"{qkv}{letter}.zeros".replace("blocks.0", f"blocks.{block}"): (shape, False)
+        for block in blocks for letter, shape in {"C": (96, 1), "D": (288,), "E": (288,)}.items()
+    }  # fmt: skip
+    updates = read_pack(pack).delta.updates
+    (pushed,) = [t.update.c for t in updates if t.target.tensor == "blocks.0.mlp.fc1.bias" and t.update.kind == "push"]
+    assert np.array_equal(tensors[f"{fc1}C.X"].numpy()[:, 0], pushed)
+
+
 # Adapters of other networks than timm's own
 
 
@@ -394,6 +526,9 @@ OTHERS: dict[str, tuple[Any, Any]] = {  # the network, and the configuration
     ),
     "ViT, ia3": (as_own, ia3(target_modules=["k_proj", "v_proj", "fc2"], feedforward_modules=["fc2"], **OWN)),
     "ViT, vera": (as_own, vera(target_modules=["q_proj", "v_proj", "fc1"], **OWN)),
+    "ViT, hira": (as_own, hira(target_modules=["q_proj", "v_proj", "fc2"], **OWN)),
+    "ViT, glora": (as_own, glora("lora", "vector", "vector", target_modules=["q_proj", "v_proj", "fc1"], **OWN)),
+    "TimmWrapper, glora": (as_wrapped, glora("vector", "lora", "constant", target_modules=["qkv"])),
     "ViT, lokr": (as_own, lokr(target_modules=["q_proj", "fc1"], **OWN)),
 }  # fmt: skip
 
@@ -507,9 +642,9 @@ def refusal(folder: Path, backbone: Backbone) -> str:
 
 
 CONFIGURED = {
-    "another type": ({"peft_type": "LOHA"}, ": peft_type: is one of LORA, LOKR, IA3, VERA, got 'LOHA'"),
-    "no type": ({"peft_type": None}, ": peft_type: is one of LORA, LOKR, IA3, VERA, got None"),
-    "a type that is none": ({"peft_type": [1]}, ": peft_type: is one of LORA, LOKR, IA3, VERA, got [1]"),
+    "another type": ({"peft_type": "LOHA"}, ": peft_type: is one of LORA, LOKR, IA3, VERA, HIRA, GLORA, got 'LOHA'"),
+    "no type": ({"peft_type": None}, ": peft_type: is one of LORA, LOKR, IA3, VERA, HIRA, GLORA, got None"),
+    "a type that is none": ({"peft_type": [1]}, ": peft_type: is one of LORA, LOKR, IA3, VERA, HIRA, GLORA, got [1]"),
     "NumPy's order": (
         {"peft_type": "UNILORA"},
         ": peft_type: shuffles its values with NumPy's generator, whose order a pack does not repeat, got 'UNILORA'\n"
@@ -610,6 +745,91 @@ def test_pissa_that_was_converted_is_plain_lora(backbone: Backbone, tmp_path: Pa
     import_peft(folder, tmp_path / "flowers.pet", backbone=backbone)
 
     assert apart(logits(model), merged(tmp_path / "flowers.pet", backbone)) <= LIMIT
+
+
+PATHS = {
+    "a form that A has not": (
+        {"config_A_B": "matrix"}, {},
+        f"DIR/{CONFIG}: config_A_B: is one of lora, vector, constant, none, got 'matrix'",
+    ),
+    "a form that C has not": (
+        {"config_C": "constant"}, {}, f"DIR/{CONFIG}: config_C: is one of lora, vector, none, got 'constant'"
+    ),
+    "a form that D has not": (
+        {"config_D_E": "lora"}, {}, f"DIR/{CONFIG}: config_D_E: is one of constant, vector, none, got 'lora'"
+    ),
+    "a form of other tensors": (
+        {"config_A_B": "vector"}, {},
+        "DIR: blocks.0.attn.qkv: needs the tensor 'glora_A.X', got glora_A.Xd, glora_A.Xu, glora_B.Xd, glora_B.Xu,"
+        " glora_C.zeros, glora_D.X, glora_E.X",
+    ),
+    "something where there should be nothing": (
+        {}, {"glora_C.zeros": torch.ones(64, 1)},
+        "DIR: blocks.0.attn.qkv: needs zeros in 'glora_C.zeros', of which its configuration has none",
+    ),
+    "factors that do not meet": (
+        {}, {"glora_B.Xu": torch.ones(2, 64)},
+        "DIR: blocks.0.attn.qkv: needs a product of glora_B's Xd and Xu, got (192, 3) and (2, 64)",
+    ),
+    "another height": (
+        {}, {"glora_A.Xd": torch.ones(191, 3)},
+        "DIR: blocks.0.attn.qkv.weight: Modulate needs left (192, 3), got (191, 3)\n"
+        "  fix: pass the backbone it was tuned on",
+    ),
+    "another rank than PEFT makes": (
+        {"r": 4}, {},
+        "DIR: cannot be loaded by PEFT on test_vit, got RuntimeError: Error(s) in loading state_dict for"
+        " PeftModel:",
+    ),
+    "trained in groups": (
+        {"target_parameters": ["x"]}, {},
+        f"DIR/{CONFIG}: target_parameters: must be off: it does not fold, or is not known here, got ['x']\n"
+        "  fix: tune without target_parameters",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("changes", "tensors", "message"), PATHS.values(), ids=PATHS)
+def test_a_glora_that_does_not_fold(
+    changes: dict[str, object], tensors: dict[str, Any], message: str, backbone: Backbone, tmp_path: Path
+) -> None:
+    folder = tmp_path / "adapter"
+    tuned(backbone, glora("lora", "none", "constant", target_modules=["blocks.0.attn.qkv"]), folder)
+    spoilt = {f"{PREFIX}blocks.0.attn.qkv.{name}": tensor for name, tensor in tensors.items()}
+    with_tensors(reconfigured(folder, **changes), {**tensors_of(folder), **spoilt})
+
+    assert refusal(folder, backbone) == message
+
+
+def test_a_glora_of_a_convolution(backbone: Backbone, tmp_path: Path) -> None:
+    folder = tmp_path / "adapter"
+    tuned(backbone, glora("vector", "none", "none", target_modules=["qkv"]), folder)
+    tensors = {f"{PREFIX}patch_embed.proj.glora_{letter}.X": torch.ones(64, 1) for letter in "AB"}
+
+    assert refusal(with_tensors(folder, {**tensors_of(folder), **tensors}), backbone) == (
+        "DIR: patch_embed.proj: is a convolution, which PEFT's GLoRA does not adapt\n"
+        "  fix: leave it out of target_modules"
+    )
+
+
+def test_a_hira_of_half_a_product_or_of_groups(networks: dict[str, Backbone], tmp_path: Path) -> None:
+    folder, backbone = tmp_path / "adapter", networks["test_convnext"]
+    tuned(backbone, hira(target_modules=["fc1"]), folder)
+    grouped = "stages.0.blocks.0.conv_dw"
+    tensors = {
+        f"{PREFIX}{grouped}.hira_A": torch.ones(3, 1, 7, 7),
+        f"{PREFIX}{grouped}.hira_B": torch.ones(24, 3, 1, 1),
+    }
+    whole = tensors_of(folder)
+
+    assert refusal(with_tensors(folder, {**whole, **tensors}), backbone) == (
+        f"DIR: {grouped}: is a convolution of 24 groups, which PEFT's HiRA does not adapt\n"
+        "  fix: leave it out of target_modules"
+    )
+    half = {name: tensor for name, tensor in whole.items() if not name.endswith("stages.0.blocks.0.mlp.fc1.hira_B")}
+    assert refusal(with_tensors(folder, half), backbone) == (
+        "DIR: stages.0.blocks.0.mlp.fc1: needs the tensor 'hira_B', got hira_A"
+    )
 
 
 def test_a_folder_without_its_files(folder: Path, backbone: Backbone, tmp_path: Path) -> None:
@@ -846,10 +1066,11 @@ def test_a_module_of_ones_own(folder: Path, backbone: Backbone, tmp_path: Path) 
 
 ROW = np.ones(64, np.float32)
 UNFIT = {
-    "ssf": (SSF(), "patch_embed.proj.bias: Add is nothing that PEFT's LoRA, DoRA, LoKr, IA3 or VeRA does"),
+    "ssf": (SSF(), "patch_embed.proj.bias: Add is nothing that PEFT's LoRA, DoRA, LoKr, IA3, VeRA, HiRA or GLoRA does"),
     "a linear probe": (
         LinearProbe(),
-        "needs updates of one of PEFT's methods: LoRA, DoRA, LoKr, IA3 or VeRA, got no updates of layers' weights",
+        "needs updates of one of PEFT's methods: LoRA, DoRA, LoKr, IA3, VeRA, HiRA or GLoRA, got no updates of layers'"
+        " weights",
     ),
     "branches": (AdaptFormer(), "adaptformer has 6 branches, which stay in the graph and cannot be folded"),
 }
@@ -867,11 +1088,39 @@ def test_a_pack_that_peft_has_no_adapter_for(method: Method, message: str, backb
 
 
 LOW = LowRank(np.ones((64, 1), np.float32), np.ones((1, 64), np.float32))
+TIMES = Modulate(np.ones((64, 1), np.float32), np.ones((1, 64), np.float32))
 PROJ, FC2 = "blocks.0.attn.proj", "blocks.0.mlp.fc2"
 MIXED = {
-    "an addition behind a scale": (
-        [(f"{PROJ}.weight", Scale(2 * ROW)), (f"{PROJ}.weight", LOW)],
+    "an addition behind lengths": (
+        [(f"{PROJ}.weight", LOW), (f"{PROJ}.weight", Scale(2 * ROW)), (f"{PROJ}.weight", LOW)],
         "LowRank comes where PEFT's LoRA and DoRA have no place for it",
+    ),
+    "a scale on both sides of an addition": (
+        [(f"{PROJ}.weight", Scale(2 * ROW)), (f"{PROJ}.weight", LOW), (f"{PROJ}.weight", Scale(2 * ROW))],
+        "Scale comes where PEFT's GLoRA has no place for it",
+    ),
+    "a scale of inputs in front of an addition": (
+        [(f"{PROJ}.weight", Scale(ROW, "in")), (f"{PROJ}.weight", LOW)],
+        "Scale comes where PEFT's GLoRA has no place for it",
+    ),
+    "two products": (
+        [(f"{PROJ}.weight", TIMES), (f"{PROJ}.weight[0:9]", Modulate(ROW[:9, None], ROW[None]))],
+        f"{PROJ}.weight[0:9]: Modulate comes where PEFT's HiRA has no place for it",
+    ),
+    "a product and a dense weight": (
+        [(f"{PROJ}.weight", TIMES), (f"{PROJ}.weight", Add(np.ones((64, 64), np.float32)))],
+        "needs updates of one of PEFT's methods: LoRA, DoRA, LoKr, IA3, VeRA, HiRA or GLoRA, got add, modulate",
+    ),
+    "a product and a bare parameter": (
+        [(f"{PROJ}.weight", TIMES), ("cls_token", Add(np.ones((1, 1, 64), np.float32)))],
+        "cls_token: Add is nothing that PEFT's LoRA, DoRA, LoKr, IA3, VeRA, HiRA or GLoRA does",
+    ),
+    "a product of a kernel and its bias": (
+        [
+            ("patch_embed.proj.weight", Modulate(ROW[:, None], np.ones((1, 768), np.float32))),
+            ("patch_embed.proj.bias", Add(ROW)),
+        ],
+        "patch_embed.proj.weight: Modulate is of a convolution, and PEFT's GLoRA adapts linear layers alone",
     ),
     "a scale of inputs behind an addition": (
         [(f"{PROJ}.weight", LOW), (f"{PROJ}.weight", Scale(ROW, "in"))],
@@ -890,7 +1139,7 @@ MIXED = {
     "an unknown tensor": ([(f"{PROJ}.weight", LOW), ("nosuch", Scale(ROW))], "Scale is of no tensor of the backbone"),
     "a dense weight": (
         [(f"{PROJ}.weight", Add(np.ones((64, 64), np.float32)))],
-        "needs updates of one of PEFT's methods: LoRA, DoRA, LoKr, IA3 or VeRA, got add",
+        "needs updates of one of PEFT's methods: LoRA, DoRA, LoKr, IA3, VeRA, HiRA or GLoRA, got add",
     ),
 }
 
@@ -933,4 +1182,31 @@ def test_additions_of_different_scales_and_a_layer_of_lengths_alone(backbone: Ba
     export_peft(tmp_path / "flowers.pet", tmp_path / "adapter", backbone=backbone)
 
     assert json.loads((tmp_path / "adapter" / CONFIG).read_text())["use_dora"] is True
+    assert apart(merged(tmp_path / "flowers.pet", backbone), loaded(backbone, tmp_path / "adapter")) <= LIMIT
+
+
+BIASES: dict[str, tuple[list[Any], bool]] = {  # what happens to a bias, and whether GLoRA has a word for all of it
+    "in GLoRA's order": ([Scale(2 * ROW), Add(ROW), Push(ROW, Target(f"{PROJ}.weight"))], True),
+    "of two numbers": ([Add(ROW), Scale(2 * ROW), Push(ROW[:2], Target(f"{PROJ}.weight"), scale=3.0)], True),
+    "a scale of what was pushed": ([Push(ROW, Target(f"{PROJ}.weight")), Scale(2 * ROW)], False),
+    "of what updates leave": ([Push(ROW, Target(f"{PROJ}.weight"), "updated"), Scale(2 * ROW)], False),
+    "of another layer": ([Push(ROW, Target("blocks.1.attn.proj.weight"))], False),
+    "into some": ([Replace(ROW), Push(ROW, Target("blocks.0.attn.qkv.weight", (0, 64)))], False),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("changes", "kept"), BIASES.values(), ids=BIASES)
+def test_what_happens_to_a_bias_is_gloras(changes: list[Any], kept: bool, backbone: Backbone, tmp_path: Path) -> None:
+    delta = read_pack(packed(backbone, LinearProbe(), tmp_path / "flowers.pet", "fp32")).delta
+    half = Modulate(ROW[:32, None], np.linspace(-0.3, 0.3, 64, dtype=np.float32)[None], scale=0.5)
+    weights = [(f"{PROJ}.weight[0:32]", half), (f"{FC2}.weight", Scale(1.5 * ROW)), (f"{PROJ}.weight", LOW)]
+    updates = [*weights, *((f"{PROJ}.bias", change) for change in changes), ("norm.bias", Add(ROW))]
+    targeted = tuple(Targeted(Target.parse(name, where="test"), update) for name, update in updates)
+    write_pack(tmp_path / "flowers.pet", replace(delta, updates=targeted), codec="fp32")
+
+    export_peft(tmp_path / "flowers.pet", tmp_path / "adapter", backbone=backbone)
+
+    config, tensors = json.loads((tmp_path / "adapter" / CONFIG).read_text()), tensors_of(tmp_path / "adapter")
+    assert (config["peft_type"], config["config_A_B"], config["bias"]) == ("GLORA", "lora", "all")
+    assert bool(tensors[f"{PREFIX}{PROJ}.glora_C.X"].any()) is kept
     assert apart(merged(tmp_path / "flowers.pet", backbone), loaded(backbone, tmp_path / "adapter")) <= LIMIT

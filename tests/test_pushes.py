@@ -13,7 +13,7 @@ import torch
 from edgepet.calibration.slot_graphs import coded_backbone, int8_graph
 from edgepet.deltas.codes import Range, coded
 from edgepet.deltas.delta import Delta, Int8Ranges
-from edgepet.deltas.updates import Add, LowRank, Modulate, Push, Scale, Targeted
+from edgepet.deltas.updates import Add, Diagonal, LowRank, Modulate, Push, Scale, Targeted
 from edgepet.errors import InputError
 from edgepet.exporters.trace import base_graph
 from edgepet.files import sha256_file
@@ -217,16 +217,22 @@ def test_peft_keeps_a_bias_that_was_pushed_into(of: Of, backbone: Backbone) -> N
 
 UNKEPT: dict[str, tuple[list[Targeted], str]] = {
     "a change that PEFT's LoRA is not": (
-        [at(f"{PROJ}.weight", Modulate(drawn(64, 1), drawn(1, 64)))],
-        "flowers: needs updates of one of PEFT's methods: LoRA, DoRA, LoKr, IA3 or VeRA, got modulate"),
+        [at(f"{PROJ}.weight", Diagonal(drawn(64)))],
+        "flowers: needs updates of one of PEFT's methods: LoRA, DoRA, LoKr, IA3, VeRA, HiRA or GLoRA, got diagonal"),
     "a push of what is not there": (
         [at(f"{PROJ}.weight", LowRank(drawn(64, 1), drawn(1, 64))),
          at(f"{PROJ}.bias", Push(drawn(64), Target("nosuch")))],
         f"flowers: {PROJ}.bias: Push reads no tensor of the backbone"),
-    "a push into the bias of a layer that IA3 scales": (
-        [at(f"{PROJ}.weight", Scale(drawn(64))), at(f"{PROJ}.bias", Scale(drawn(64))),
-         at(f"{PROJ}.bias", Push(drawn(64), Target(f"{PROJ}.weight")))],
-        f"flowers: {PROJ}.bias: Push is nothing that PEFT's LoRA, DoRA, LoKr, IA3 or VeRA does"),
+    "a push of what is not there into the bias of a layer that is scaled": (
+        [at(f"{PROJ}.weight", Scale(drawn(64))), at(f"{PROJ}.bias", Push(drawn(64), Target("nosuch")))],
+        f"flowers: {PROJ}.bias: Push reads no tensor of the backbone"),
+    "a push into the bias of a convolution that is scaled": (
+        [at("patch_embed.proj.weight", Scale(drawn(64))),
+         at("patch_embed.proj.bias", Push(drawn(3), Target("patch_embed.proj.weight")))],
+        "flowers: patch_embed.proj.weight: Scale is of a convolution, and PEFT's GLoRA adapts linear layers alone"),
+    "a push into the bias of a convolution alone": (
+        [at("patch_embed.proj.bias", Push(drawn(3), Target("patch_embed.proj.weight")))],
+        "flowers: patch_embed.proj.bias: Push is of a convolution, and PEFT's GLoRA adapts linear layers alone"),
 }  # fmt: skip
 
 

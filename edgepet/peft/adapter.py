@@ -42,6 +42,8 @@ _KNOWN: dict[str, tuple[str, ...]] = {  # keys by type; any other key must be em
     ),
     "IA3": (*_EVERY, "feedforward_modules", "init_ia3_weights"),
     "VERA": (*_EVERY, "vera_dropout", "d_initial", "save_projection", "projection_prng_key", "bias", "init_weights"),
+    "HIRA": (*_EVERY, "hira_dropout", "init_weights"),
+    "GLORA": (*_EVERY, "bias", "config_A_B", "config_C", "config_D_E", "init_weights"),
 }  # fmt: skip
 _HARMLESS_STARTS = (True, False, "gaussian", "eva", "orthogonal", "mica")  # they leave the base weights alone
 _SHARED = ("vera_A", "vera_B")
@@ -131,7 +133,7 @@ def read_adapter(folder: Path) -> Adapter:
 
     Raises:
         InputError: a file is missing or damaged, or the configuration asks for something else than LoRA, DoRA, LoKr,
-            IA3 or VeRA on unchanged base weights.
+            IA3, VeRA, HiRA or GLoRA on unchanged base weights.
     """
     if not (folder / CONFIG).is_file():
         inside = sorted(path.parent.name for path in folder.glob(f"*/{CONFIG}"))

@@ -10,12 +10,12 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from edgepet.deltas.updates import Targeted
+from edgepet.deltas.updates import Push, Targeted
 from edgepet.errors import InputError, option
 from edgepet.networks.weight_names import Part, prefixes, transformers_names
 from edgepet.peft.adapter import Adapter
 from edgepet.peft.reading import Lowered, by_module
-from edgepet.spec import NpArray, Site, Tensors
+from edgepet.spec import NpArray, Site, Target, Tensors
 
 _THIRDS = 3  # of a fused weight: query, key and value
 _FOREIGN = re.compile(r"(?:^|\.)(?:encoder\.)?layers?\.\d+\.|(?:^|\.)(?:query|key|value|[qkvo]_proj)$")
@@ -40,13 +40,19 @@ class Naming:
         return replace(lowered, updates=tuple(self._moved(targeted) for targeted in lowered.updates))
 
     def _moved(self, targeted: Targeted) -> Targeted:
-        target, part = targeted.target, self.parts[targeted.target.tensor]
+        update = targeted.update
+        if isinstance(update, Push):
+            update = replace(update, reads=self._place(update.reads))
+        return Targeted(self._place(targeted.target), update)
+
+    def _place(self, target: Target) -> Target:
+        part = self.parts[target.tensor]
         if part.part is None:
-            return Targeted(replace(target, tensor=part.name), targeted.update)
+            return replace(target, tensor=part.name)
         rows = len(self.tensors[target.tensor])
         first, last = target.rows or (0, rows)
         begin = part.part * rows
-        return Targeted(replace(target, tensor=part.name, rows=(begin + first, begin + last)), targeted.update)
+        return replace(target, tensor=part.name, rows=(begin + first, begin + last))
 
 
 def naming_of(adapter: Adapter, base: Tensors, layers: Sequence[Site], classifiers: Sequence[str]) -> Naming:

@@ -1,7 +1,7 @@
 """PEFT adapters as updates of a backbone's tensors.
 
-What PEFT computes is in its ``tuners``: ``lora``, ``lokr``, ``ia3`` and ``vera``; each function here names its formula.
-Whatever is not known to fold is refused by the tensor that asks for it.
+What PEFT computes is in its ``tuners``: ``lora``, ``lokr``, ``ia3``, ``vera``, ``hira`` and ``glora``; each function
+here names its formula. Whatever is not known to fold is refused by the tensor that asks for it.
 """
 
 from __future__ import annotations
@@ -9,23 +9,43 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 
 from edgepet.deltas.delta import Head
 from edgepet.deltas.expressions import Factor, Product, Scaled
-from edgepet.deltas.updates import Kronecker, LowRank, Replace, Scale, Targeted, check, fold, in_precision_of
+from edgepet.deltas.updates import (
+    Kronecker,
+    LowRank,
+    Modulate,
+    Replace,
+    Scale,
+    Targeted,
+    check,
+    fold,
+    in_precision_of,
+    shape_read_by,
+)
 from edgepet.errors import InputError, option
 from edgepet.methods.dora import rescaled
-from edgepet.methods.method import shift
+from edgepet.methods.method import pushed, shift
 from edgepet.peft.adapter import CONFIG, Adapter, compiled
 from edgepet.spec import NpArray, Site, Target, Tensors
 
-_METHODS = {"LORA": "lora", "LOKR": "lokr", "IA3": "ia3", "VERA": "vera"}
-_SETTINGS = ("r", "lora_alpha", "alpha", "use_rslora", "rank_pattern", "alpha_pattern", "d_initial", "target_modules")
+_METHODS = {"LORA": "lora", "LOKR": "lokr", "IA3": "ia3", "VERA": "vera", "HIRA": "hira", "GLORA": "glora"}
+_FORMS = {  # of GLoRA's paths: what PEFT takes each for where its configuration says nothing, and what it may be
+    "config_A_B": ("lora", "vector", "constant", "none"),
+    "config_C": ("lora", "vector", "none"),
+    "config_D_E": ("constant", "vector", "none"),
+}
+_SETTINGS = (
+    *("r", "lora_alpha", "alpha", "use_rslora", "rank_pattern", "alpha_pattern", "d_initial", *_FORMS),
+    "target_modules",
+)
 _ENDINGS = re.compile(
     r"(?P<module>.+)\.(?P<part>lora_[AB]\.(?:weight|bias)|lora_magnitude_vector(?:\.weight)?"
-    r"|lokr_(?:w[12](?:_[ab])?|t2)|ia3_l|vera_lambda_[bd])"
+    r"|lokr_(?:w[12](?:_[ab])?|t2)|ia3_l|vera_lambda_[bd]|hira_[AB]|glora_[A-E]\.(?:X[du]?|zeros))"
 )
 
 
@@ -63,10 +83,10 @@ def lower(adapter: Adapter, base: Tensors, layers: Sequence[Site], classifiers: 
     sites = {site.name: site for site in layers if site.kind in ("linear", "conv")}
     for name, given in _with_shared(adapter, modules, sites).items():
         updates += _adapted(adapter, name, sites.get(name), given, moved)
+    shapes = {name: tensor.shape for name, tensor in base.items()}
     for targeted in updates:
-        check(
-            targeted, base[targeted.target.tensor].shape, where=adapter.where, fix="pass the backbone it was tuned on"
-        )
+        shape, read = shapes[targeted.target.tensor], shape_read_by(targeted, shapes)
+        check(targeted, shape, where=adapter.where, fix="pass the backbone it was tuned on", weight=read)
     if not updates:
         raise InputError(adapter.where, "holds no adapter")
     method = "dora" if adapter.config.get("use_dora") else _METHODS[adapter.config["peft_type"]]
@@ -235,11 +255,78 @@ def _vera(adapter: Adapter, site: Site, given: dict[str, NpArray], base: Tensors
     return [Targeted(Target(site.weight), low_rank)]
 
 
+def _hira(adapter: Adapter, site: Site, given: dict[str, NpArray], base: Tensors) -> list[Targeted]:
+    """W + W * (B A); the rank is what the tensors have: PEFT 0.21.2 reads ``rank_pattern`` and does not look at it."""
+    del base
+    if not site.dense:
+        what = f"is a convolution of {site.groups} groups, which PEFT's HiRA does not adapt"
+        raise InputError(f"{adapter.where}: {site.name}", what, fix="leave it out of target_modules")
+    a, b = _float32(given.pop("hira_A")), _float32(given.pop("hira_B"))
+    return [Targeted(Target(site.weight), Modulate(left=b.reshape(len(b), -1), right=a.reshape(len(a), -1)))]
+
+
+def _glora(adapter: Adapter, site: Site, given: dict[str, NpArray], base: Tensors) -> list[Targeted]:
+    """W + W * A + B and b + b * D + E + W C, of the backbone's W and the trained b; A, D before what is added."""
+    del base
+    if site.kind != "linear":
+        what = "is a convolution, which PEFT's GLoRA does not adapt"
+        raise InputError(f"{adapter.where}: {site.name}", what, fix="leave it out of target_modules")
+    a, b = (_path(adapter, site, given, f"glora_{letter}", "config_A_B") for letter in "AB")
+    weight, updates = Target(site.weight), list[Targeted]()
+    if isinstance(a, tuple):
+        updates.append(Targeted(weight, Modulate(*a)))
+    elif a is not None:
+        updates.append(Targeted(weight, Scale(1 + a)))
+    if b is not None:
+        low_rank = LowRank(*b) if isinstance(b, tuple) else LowRank(b[:, None], _alike(site.in_features))
+        updates.append(Targeted(weight, low_rank))
+    c = _path(adapter, site, given, "glora_C", "config_C")
+    d, e = (_path(adapter, site, given, f"glora_{letter}", "config_D_E") for letter in "DE")
+    if isinstance(d, np.ndarray) and site.bias is not None:
+        updates.append(Targeted(Target(site.bias), Scale(1 + d)))
+    if isinstance(e, np.ndarray):
+        updates.append(shift(site, e))
+    if isinstance(c, tuple):
+        c = _float32((c[0].astype(np.float64) @ c[1]).reshape(-1))
+    return updates if c is None else [*updates, pushed(site, c)]
+
+
+@cache
+def _alike(columns: int) -> NpArray:
+    """Ones (1, columns), one array for all layers: a pack stores it once."""
+    ones = np.ones((1, columns), np.float32)
+    ones.setflags(write=False)
+    return ones
+
+
+def _path(
+    adapter: Adapter, site: Site, given: dict[str, NpArray], name: str, key: str
+) -> tuple[NpArray, NpArray] | NpArray | None:
+    """One of GLoRA's five: left (., r) and right (r, .), a vector, or None; only A and B of a layer without a bias."""
+    where, forms = f"{adapter.where}: {site.name}", _FORMS[key]
+    form = adapter.config.get(key, forms[0])
+    if form not in forms:
+        raise adapter.refusal(key, f"is one of {', '.join(forms)}")
+    if form == "none" or (site.bias is None and key != "config_A_B"):
+        if given.pop(f"{name}.zeros", np.zeros(1)).any():  # PEFT would add what it reads there
+            raise InputError(where, f"needs zeros in '{name}.zeros', of which its configuration has none")
+        return None
+    if form == "lora":
+        left, right = _float32(given.pop(f"{name}.Xd")), _float32(given.pop(f"{name}.Xu"))
+        if left.ndim != 2 or right.ndim != 2 or left.shape[1] != len(right):
+            raise InputError(where, f"needs a product of {name}'s Xd and Xu", got=f"{left.shape} and {right.shape}")
+        return left, right
+    vector = _float32(given.pop(f"{name}.X").reshape(-1))
+    return np.full(site.out_features, vector[0]) if form == "constant" and len(vector) == 1 else vector
+
+
 _LOWERING: dict[str, Callable[[Adapter, Site, dict[str, NpArray], Tensors], list[Targeted]]] = {
     "LORA": _lora,
     "LOKR": _lokr,
     "IA3": _ia3,
     "VERA": _vera,
+    "HIRA": _hira,
+    "GLORA": _glora,
 }
 
 

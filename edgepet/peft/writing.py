@@ -9,7 +9,6 @@ import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar, cast
 
@@ -23,32 +22,17 @@ from edgepet.deltas.updates import Kronecker, LowRank, Push, Scale, Targeted, fo
 from edgepet.errors import InputError
 from edgepet.files import write_file
 from edgepet.methods.krona import two_factors
+from edgepet.peft import hadamard
 from edgepet.peft.adapter import CONFIG, PREFIX, TUNER, WEIGHTS, Adapter
+from edgepet.peft.layers import FORMATS, MERGE, Layer, by_layer, refused
 from edgepet.peft.targets import exactly, targets
 from edgepet.peft.vera import projected
 from edgepet.spec import NpArray, Site, Target, Tensors
 
 Number = TypeVar("Number", int, float)
-_MERGE = "edgepet merge writes dense weights of any pack"
-_BIASES = {"LORA": "lora_only", "VERA": "vera_only"}  # for those of the adapted layers
+_BIASES = {"LORA": "lora_only", "VERA": "vera_only", "GLORA": "glora_only"}  # for those of the adapted layers
+_UNNUMBERED = ("IA3", "GLORA")  # their configurations have no layers_to_transform
 _DOUBLE = np.empty(0)  # factors of a product are not multiplied in a pack's fp16
-
-
-@dataclass(slots=True, eq=False)
-class _Layer:
-    """One layer's updates in order: of its weight and of its bias."""
-
-    site: Site
-    weight: list[Targeted] = field(default_factory=list)
-    bias: list[Targeted] = field(default_factory=list)
-
-    def shape(self, rows: int, base: Tensors) -> tuple[int, ...]:
-        """Of a factor with ``rows`` that reads what the layer reads."""
-        return (rows, *base[self.site.weight].shape[1:])
-
-    def ones(self, base: Tensors) -> tuple[int, ...]:
-        """Axes of a kernel's taps, all 1; of a linear layer none."""
-        return (1,) * (base[self.site.weight].ndim - 2)
 
 
 def write_adapter(folder: Path, adapter: Adapter) -> None:
@@ -87,10 +71,15 @@ def unlower(
         InputError: PEFT has no adapter that does this.
     """
     updates = [Targeted(t.target, in_precision_of(t.update, _DOUBLE)) for t in updates]
-    found = _by_layer(updates, layers)
+    found = by_layer(updates, layers)
     kinds = {targeted.update.kind for layer in found for targeted in layer.weight}
     shared: Tensors = {}
-    if kinds == {"scale"}:
+    if found and hadamard.generalised(found, kinds):
+        biases = [targeted for layer in found for targeted in layer.bias]
+        config, tensors = hadamard.glora(found, base, where, _changed(biases, updates, base, where))
+    elif kinds == {"modulate"}:
+        config, tensors = hadamard.hira(found, base, where)
+    elif kinds == {"scale"}:
         config, tensors = _ia3(found, base, where)
     elif kinds == {"kronecker"}:
         config, tensors = _lokr(found, base)
@@ -100,11 +89,12 @@ def unlower(
         config, tensors = _lora(found, base, where, dora="scale" in kinds)
     else:
         got = ", ".join(sorted(kinds)) or "no updates of layers' weights"
-        raise InputError(
-            where, "needs updates of one of PEFT's methods: LoRA, DoRA, LoKr, IA3 or VeRA", got=got, fix=_MERGE
-        )
+        raise InputError(where, f"needs updates of one of PEFT's methods: {FORMATS}", got=got, fix=MERGE)
     adapted = {id(targeted) for layer in found for targeted in layer.weight}
-    adapted |= {id(targeted) for layer in found for targeted in layer.bias if kinds == {"scale"}}
+    if config["peft_type"] == "GLORA":
+        adapted |= {id(targeted) for layer in found for targeted in layer.bias}
+    elif config["peft_type"] == "IA3":
+        adapted |= {id(targeted) for layer in found for targeted in layer.scales}
     rest = [targeted for targeted in updates if id(targeted) not in adapted]
     changed = _changed(rest, updates, base, where)
     saved, modules = _saved(rest, changed, found, base, where, biases=config["peft_type"] in _BIASES)
@@ -115,7 +105,9 @@ def unlower(
         "task_type": None,
         "base_model_name_or_path": None,
         "inference_mode": True,
-        **targets([layer.site.name for layer in found], layers, numbered=numbered and kinds != {"scale"}),
+        **targets(
+            [layer.site.name for layer in found], layers, numbered=numbered and config["peft_type"] not in _UNNUMBERED
+        ),
         "modules_to_save": sorted({*map(_module, head), *modules}),
     }
     return Adapter(where=where, config={**every, **config}, tensors={**tensors, **saved, **head}, shared=shared)
@@ -129,9 +121,9 @@ def _changed(rest: Sequence[Targeted], updates: Sequence[Targeted], base: Tensor
     """The tensors that ``rest`` changes, with all of it folded in; what a push reads is folded as well."""
     for targeted in rest:
         if targeted.target.tensor not in base:
-            raise _refused(where, targeted, "is of no tensor of the backbone")
+            raise refused(where, targeted, "is of no tensor of the backbone")
         if isinstance(targeted.update, Push) and targeted.update.reads.tensor not in base:
-            raise _refused(where, targeted, "reads no tensor of the backbone")
+            raise refused(where, targeted, "reads no tensor of the backbone")
     names = {targeted.target.tensor for targeted in rest}
     names |= {targeted.update.reads.tensor for targeted in rest if isinstance(targeted.update, Push)}
     needed = [targeted for targeted in updates if targeted.target.tensor in names]
@@ -139,7 +131,7 @@ def _changed(rest: Sequence[Targeted], updates: Sequence[Targeted], base: Tensor
 
 
 def _saved(
-    rest: Sequence[Targeted], changed: Tensors, found: Sequence[_Layer], base: Tensors, where: str, *, biases: bool
+    rest: Sequence[Targeted], changed: Tensors, found: Sequence[Layer], base: Tensors, where: str, *, biases: bool
 ) -> tuple[dict[str, NpArray], set[str]]:
     """Tensors that take the place of the network's own, and the modules of which PEFT keeps all tensors.
 
@@ -155,25 +147,10 @@ def _saved(
             continue
         kept = {_module(other) for other in base if _module(other).endswith(module)}  # as PEFT matches names
         if not module or any(f"{layer}.".startswith(f"{each}.") for layer in adapted for each in kept):
-            raise _refused(where, targeted, "is nothing that PEFT's LoRA, DoRA, LoKr, IA3 or VeRA does")
+            raise refused(where, targeted, f"is nothing that PEFT's {FORMATS} does")
         modules |= kept
         tensors |= {other: changed.get(other, base[other]) for other in base if _module(other) in kept}
     return tensors, modules
-
-
-def _by_layer(updates: Sequence[Targeted], layers: Sequence[Site]) -> list[_Layer]:
-    """The layers whose weights change, with the scales of their biases."""
-    changed = {targeted.target.tensor for targeted in updates}
-    found = [_Layer(site) for site in layers if site.kind in ("linear", "conv") and site.weight in changed]
-    weights = {layer.site.weight: layer for layer in found}
-    biases = {layer.site.bias: layer for layer in found if layer.site.bias}
-    for targeted in updates:
-        name = targeted.target.tensor
-        if name in weights:
-            weights[name].weight.append(targeted)
-        elif name in biases and isinstance(targeted.update, Scale):
-            biases[name].bias.append(targeted)
-    return found
 
 
 def _patterns(values: Mapping[str, Number]) -> tuple[Number, dict[str, Number]]:
@@ -186,7 +163,7 @@ def _patterns(values: Mapping[str, Number]) -> tuple[Number, dict[str, Number]]:
 
 
 def _lora(
-    found: Sequence[_Layer], base: Tensors, where: str, *, dora: bool
+    found: Sequence[Layer], base: Tensors, where: str, *, dora: bool
 ) -> tuple[dict[str, object], dict[str, NpArray]]:
     """All low-rank additions of a layer as one, and for DoRA the lengths of the rows that its scales leave."""
     tensors: dict[str, NpArray] = {}
@@ -194,7 +171,7 @@ def _lora(
     for layer in found:
         site, name = layer.site, layer.site.name
         if not site.dense:
-            raise _refused(where, layer.weight[0], f"is of {site.groups} groups, which PEFT's LoRA does not keep apart")
+            raise refused(where, layer.weight[0], f"is of {site.groups} groups, which PEFT's LoRA does not keep apart")
         left, right, scale, rows = _joined(layer, where)
         ranks[name], alphas[name] = len(right), scale * len(right)
         tensors[f"{name}.lora_A.weight"] = right.reshape(layer.shape(len(right), base))
@@ -214,7 +191,7 @@ def _lora(
     return config, tensors
 
 
-def _joined(layer: _Layer, where: str) -> tuple[NpArray, NpArray, float, NpArray]:
+def _joined(layer: Layer, where: str) -> tuple[NpArray, NpArray, float, NpArray]:
     """left (out, r), right (r, in) and scale of all additions in float64, and the scale of every row behind them."""
     out, columns = layer.site.out_features, layer.site.columns
     lefts, rights, scales, rows = [np.zeros((out, 0))], [np.zeros((0, columns))], list[float](), np.ones(out)
@@ -232,7 +209,7 @@ def _joined(layer: _Layer, where: str) -> tuple[NpArray, NpArray, float, NpArray
             rights.append(right)
             scales.append(float(update.scale))
         else:
-            raise _refused(where, targeted, "comes where PEFT's LoRA and DoRA have no place for it")
+            raise refused(where, targeted, "comes where PEFT's LoRA and DoRA have no place for it")
     same = len(set(scales)) == 1
     if not same:
         lefts = [lefts[0], *(left * scale for left, scale in zip(lefts[1:], scales, strict=True))]
@@ -244,7 +221,7 @@ def _joined(layer: _Layer, where: str) -> tuple[NpArray, NpArray, float, NpArray
 # ---------------------------------------------------------------------------------------------------------- LoKr
 
 
-def _lokr(found: Sequence[_Layer], base: Tensors) -> tuple[dict[str, object], dict[str, NpArray]]:
+def _lokr(found: Sequence[Layer], base: Tensors) -> tuple[dict[str, object], dict[str, NpArray]]:
     """Each layer's Kronecker product; where PEFT's one factor does not give the cuts, all sums of them as they are."""
     factor = _factor(found)
     tensors: dict[str, NpArray] = {}
@@ -276,7 +253,7 @@ def _lokr(found: Sequence[_Layer], base: Tensors) -> tuple[dict[str, object], di
     return config, tensors
 
 
-def _factor(found: Sequence[_Layer]) -> int | None:
+def _factor(found: Sequence[Layer]) -> int | None:
     """The ``decompose_factor`` with which PEFT cuts every layer as its one Kronecker product does, if there is one."""
     cuts = list[tuple[int, int]]()
     for layer in found:
@@ -296,7 +273,7 @@ def _cut(side: int, factor: int) -> int:
     return factor if factor > 0 and side % factor == 0 else two_factors(side, factor)[0]
 
 
-def _sum(layer: _Layer) -> NpArray:
+def _sum(layer: Layer) -> NpArray:
     whole: NpArray = np.zeros((layer.site.out_features, layer.site.columns))
     for targeted in layer.weight:
         whole = fold(targeted, whole)
@@ -306,7 +283,7 @@ def _sum(layer: _Layer) -> NpArray:
 # ----------------------------------------------------------------------------------------------------------- IA3
 
 
-def _ia3(found: Sequence[_Layer], base: Tensors, where: str) -> tuple[dict[str, object], dict[str, NpArray]]:
+def _ia3(found: Sequence[Layer], base: Tensors, where: str) -> tuple[dict[str, object], dict[str, NpArray]]:
     """One vector for what a layer puts out, with its bias, or for what it reads."""
     inner = [layer for layer in found if any(_reads(targeted) for targeted in layer.weight)]
     tensors: dict[str, NpArray] = {}
@@ -316,13 +293,13 @@ def _ia3(found: Sequence[_Layer], base: Tensors, where: str) -> tuple[dict[str, 
             targeted = layer.weight[0]
             given = cast(Scale, targeted.update)
             fits = targeted.target == Target(site.weight) and len(given.s) == site.in_features
-            if len(layer.weight) > 1 or layer.bias or not fits or site.groups > 1:
-                raise _refused(where, targeted, "scales inputs in a way that PEFT's IA3 does not")
+            if len(layer.weight) > 1 or layer.scales or not fits or site.groups > 1:
+                raise refused(where, targeted, "scales inputs in a way that PEFT's IA3 does not")
             tensors[f"{site.name}.ia3_l"] = given.s.reshape(1, -1, *axes)
             continue
         scale = _rows(layer.weight, site, where)
-        if site.bias is not None and not np.array_equal(scale, _rows(layer.bias, site, where)):
-            raise _refused(where, layer.weight[0], "scales a weight and not its bias, which PEFT's IA3 does together")
+        if site.bias is not None and not np.array_equal(scale, _rows(layer.scales, site, where)):
+            raise refused(where, layer.weight[0], "scales a weight and not its bias, which PEFT's IA3 does together")
         tensors[f"{site.name}.ia3_l"] = scale.reshape((1, -1, *axes) if axes else (-1, 1))
     config: dict[str, object] = {
         "peft_type": "IA3", "feedforward_modules": exactly(layer.site.name for layer in inner) or [],
@@ -340,12 +317,8 @@ def _rows(scales: Sequence[Targeted], site: Site, where: str) -> NpArray:
     rows = np.ones(site.out_features)
     for targeted in scales:
         if targeted.target.cols is not None:
-            raise _refused(where, targeted, "scales a part of each row, which PEFT's IA3 does not")
+            raise refused(where, targeted, "scales a part of each row, which PEFT's IA3 does not")
         first, last = targeted.target.rows or (0, site.out_features)
         given = cast(Scale, targeted.update)
         rows[first:last] *= given.s
     return rows
-
-
-def _refused(where: str, targeted: Targeted, what: str) -> InputError:
-    return InputError(f"{where}: {targeted.target}", f"{type(targeted.update).__name__} {what}", fix=_MERGE)
