@@ -13,7 +13,7 @@ from PIL import Image
 from edgepet.errors import InputError
 from edgepet.images.folders import SPLITS
 from edgepet.images.preprocess import load_pixels, normalize
-from edgepet.images.sets import ImageSet, Split, batches, few_shots, load_set, load_sets, open_split
+from edgepet.images.sets import ImageSet, Split, batches, draw, few_shots, load_set, load_sets, open_split
 from edgepet.spec import Preprocess
 
 UNEVEN = ImageSet(("ant", "bee"), (Path("1.png"), Path("2.png"), Path("3.png")), (0, 0, 1))
@@ -144,6 +144,23 @@ def test_a_missing_folder_a_file_and_splits_without_train_are_refused(tmp_path: 
             f"{path}: is not a readable folder, got {got}\n"
             "  fix: pass a folder with train/ and val/, or a folder of class folders"
         )
+
+
+@pytest.mark.parametrize(("judged", "of_train"), [(3, 0), (4, 0), (9, 5), (50, 11)])
+def test_what_is_judged_on_is_val_and_then_what_is_left_of_train(tmp_path: Path, judged: int, of_train: int) -> None:
+    folder = flat(tmp_path / "flowers")  # 10 images in each of two classes, of which 2 each are val
+    train, val = (set(open_split(folder, split).paths) for split in ("train", "val"))
+
+    drawn = draw(folder, 5, judged)
+
+    tuned, others = set(drawn["train"].paths), set(drawn["val"].paths)
+    assert (len(train), len(val), len(tuned), len(others)) == (16, 4, 5, min(judged, 15))
+    assert tuned < train
+    assert not tuned & others
+    assert len(others & train) == of_train
+    assert drawn["val"].labels == tuple(int(path.parent.name == "bee") for path in drawn["val"].paths)
+    assert draw(folder, 5, judged) == drawn
+    assert draw(folder, 5, judged, seed=1) != drawn
 
 
 def test_few_shots_takes_as_many_of_each_class_and_more_include_the_fewer(tmp_path: Path) -> None:

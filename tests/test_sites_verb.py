@@ -17,7 +17,7 @@ from edgepet.verbs.sites import SitesReport
 from tests.flow import Tasks, refused
 from tests.flow import edgepet as command
 
-IMAGES = 9
+IMAGES, HELD = 9, 27  # 12 of val, and 15 of train's others
 ESTIMATE = "12 submodules: up to 6 short fits each, at most "
 
 
@@ -38,7 +38,7 @@ def test_every_submodule_has_a_row_with_what_was_tried(report: SitesReport) -> N
         assert [each.dimension for each in row.tried] == [0, 16, 128, 1024, 8192][: len(row.tried)]
         assert (row.gain, row.error, row.top1) == (row.tried[0].gain, row.tried[0].error, row.tried[0].top1)
         assert (row.dimension is None) is (len(row.tried) == 1)
-    assert report.images == {"train": IMAGES, "val": IMAGES}
+    assert report.images == {"train": IMAGES, "val": HELD}
     assert report.estimate_seconds is None or report.estimate_seconds > 0
     assert report.budget_bytes == 2 * 12288  # LoRA by itself: fp16 of q and v in six blocks
 
@@ -51,7 +51,7 @@ def test_what_was_measured_is_kept_and_another_budget_measures_nothing(tasks: Ta
     )
 
     assert (again.sites, again.estimate_seconds, again.budget_bytes) == (report.sites, None, 500_000)
-    assert told == [f"{tasks.data}: {IMAGES} train and {IMAGES} val images"]
+    assert told == [f"{tasks.data}: {IMAGES} train and {HELD} val images"]
 
 
 def test_a_run_that_was_ended_goes_on_and_what_is_not_whole_is_measured_again(

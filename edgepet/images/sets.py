@@ -91,6 +91,24 @@ def open_split(
     return _image_set(replace(listing, by_class=parts), beside)
 
 
+def draw(folder: Path, count: int, judged: int, *, val_fraction: float = 0.2, seed: int = 0) -> dict[Split, ImageSet]:
+    """Up to ``count`` images of train, each as likely as any other, and as val up to ``judged`` others.
+
+    These are val's, and where there are too few of them what is left of train: a small gain shows on many images.
+
+    Raises:
+        InputError: as ``open_split``.
+    """
+    train = open_split(folder, "train", val_fraction=val_fraction, seed=seed)
+    val = open_split(folder, "val", val_fraction=val_fraction, seed=seed)
+    rng = np.random.default_rng(seed)
+    order = rng.permutation(len(train)).tolist()
+    left = train.at(order[count:])
+    others = replace(val, paths=val.paths + left.paths, labels=val.labels + left.labels)
+    places = [*rng.permutation(len(val)).tolist(), *range(len(val), len(others))][:judged]
+    return {"train": train.at(sorted(order[:count])), "val": others.at(sorted(places))}
+
+
 def few_shots(images: ImageSet, shots: int, seed: int) -> ImageSet:
     """``shots`` images of each class, in the order of ``images``; with one seed, more shots include the fewer.
 

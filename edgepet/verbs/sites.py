@@ -19,7 +19,7 @@ from edgepet.files import cache_folder, made_cache, made_folder, read_file, writ
 from edgepet.images.folders import Split
 from edgepet.images.held import ALONE, forget
 from edgepet.images.notes import Tell, tell_nobody, tell_of
-from edgepet.images.sets import ImageSet, load_sets, open_split
+from edgepet.images.sets import ImageSet, draw, load_sets
 from edgepet.measuring.machine import environment, free_memory_bytes
 from edgepet.methods.method import fp16_bytes
 from edgepet.reports.screen import Screen, lines, program
@@ -53,7 +53,7 @@ if TYPE_CHECKING:
     from edgepet.tuning.subspaces import Submodule
 
 METHOD, VAL_FRACTION = "lora", 0.2
-IMAGES = 200  # of train, and of val: a fit of a ViT-S at 112 px then takes seconds
+IMAGES, JUDGED = 200, 3  # to tune on, and as many times that to judge on: a fit of a ViT-S at 112 px takes seconds
 MOST_BUDGET = 1e9  # kilobytes
 
 
@@ -129,7 +129,8 @@ def sites(
             is what it takes where it goes by itself.
         method: what would be tuned there. It decides nothing of what is measured.
         settings: of the method, but for ``on`` and ``blocks``.
-        images: as many of train are tuned on, and of val judged on, at most; drawn by ``seed``, as everything is.
+        images: as many of train are tuned on, at most, and on up to three times as many of val, and of train's others,
+            they are judged; drawn by ``seed``, as everything is.
 
     Raises:
         InputError: data, backbone or method at fault, a budget that holds nothing, or a loss that stopped being
@@ -142,7 +143,7 @@ def sites(
     from edgepet.tuning.placing import choose, ranked, size_of
 
     _require(images, budget, method, settings)
-    sets = {split: _some(folder, split, val_fraction, images, seed) for split in _SPLITS}
+    sets = draw(folder, images, JUDGED * images, val_fraction=val_fraction, seed=seed)
     tell_of(folder, sets, tell)
     stage("load the backbone")
     loaded = _loaded(backbone, image_size)
@@ -201,15 +202,6 @@ def _command(
     flags = [(f"--{name}", value) for name, value in given.items() if value is not None]
     flags += [("--set", f"{name}={value}") for name, value in placed.items()]
     return ("train", str(data), *itertools.chain.from_iterable(flags))
-
-
-_SPLITS: tuple[Split, ...] = ("train", "val")
-
-
-def _some(data: Path, split: Split, val_fraction: float, images: int, seed: int) -> ImageSet:
-    """Up to so many images of a split, each as likely as any other."""
-    found = open_split(data, split, val_fraction=val_fraction, seed=seed)
-    return found.at(sorted(np.random.default_rng(seed).permutation(len(found))[:images].tolist()))
 
 
 def _loaded(backbone: str | Backbone, image_size: ImageSize | None) -> Backbone:
@@ -338,7 +330,7 @@ def _options(parser: Parser) -> None:
     told = "a setting of the method, as often as needed: --set rank=4 (default: the paper's for a ViT)"
     add("--set", dest="settings", action="append", default=[], metavar="NAME=VALUE", help=told)
     image_size_option(parser, "pixels of a square input, or HEIGHTxWIDTH (default: the backbone's)")
-    told = "images to tune on, and to judge on, at most (default: %(default)s of each)"
+    told = "images to tune on, at most; up to three times as many judge (default: %(default)s)"
     add("--images", type=natural, default=IMAGES, metavar="N", help=told)
     told = "of every random choice: equal seeds measure the same (default: %(default)s)"
     add("--seed", type=natural, default=0, metavar="N", help=told)
