@@ -282,7 +282,7 @@ def test_the_progress_of_training_is_on_stderr(tasks: Tasks, tmp_path: Path) -> 
     [
         ("doctor", ["onnxruntime", "torch", "Python 3."]),
         ("methods", ["ssf", "lora", "arXiv:2106.09685", "7,936", "12,288"]),
-        ("sites", ["submodule", "attn.proj", "0-2", "of 4 held-out images; the head alone has "]),
+        ("sites", ["submodule", "attn.proj", "0-2", "of 12 held-out images; the head alone has "]),
         ("eval", ["top-1 ", " of 12 images, 3 classes (onnxruntime, fp32)"]),
         ("merge", ["m.safetensors", "img_size=32", "from the tuned network on 12 images (work)"]),
         ("export", ["shapes", "onnxruntime", "fp32", "yes", "shapes-onnx-fp32"]),
