@@ -238,6 +238,7 @@ def finished(folder: Path) -> set[int]:
     return {n for n, job in enumerate(spelling(10, seconds=0.1)) if read_result(job, folder) is not None}
 
 
+@pytest.mark.slow
 def test_jobs_killed_at_ten_random_moments_end_as_if_they_had_not_been(tmp_path: Path) -> None:
     rng = random.Random(20261126)
     assert running(tmp_path / "whole", tmp_path / "whole.txt").wait(timeout=60) == 0

@@ -71,6 +71,7 @@ def content(folder: Path) -> dict[str, bytes]:
 # ------------------------------------------------------------------------------------------------------------- export
 
 
+@pytest.mark.slow
 def test_packs_at_the_same_time_become_what_they_become_in_turn(
     fleet: Fleet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -94,6 +95,7 @@ def test_packs_at_the_same_time_become_what_they_become_in_turn(
         assert row["parity"]["inputs"] == "data"
 
 
+@pytest.mark.slow
 def test_what_is_done_when_another_pack_fails_is_not_made_again(fleet: Fleet, tmp_path: Path) -> None:
     out, work = tmp_path / "out", fleet.packs[1].with_suffix(".work")
     asked = ("export", *fleet.packs, "--data", fleet.images, "--jobs", 2, "-o", out)

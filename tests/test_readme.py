@@ -41,6 +41,7 @@ def walk_through() -> list[str]:
     return [line for line in block.splitlines() if line.startswith("edgepet ")]
 
 
+@pytest.mark.slow
 def test_every_command_of_the_walk_through_ends_well(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

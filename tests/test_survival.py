@@ -399,6 +399,7 @@ def test_a_training_killed_at_ten_random_moments_ends_with_the_same_bits(
     assert any(left)  # else nothing was resumed
 
 
+@pytest.mark.slow
 def test_a_training_that_is_terminated_ends_with_130_and_goes_on(
     tasks: Tasks, many_shapes: Path, tmp_path: Path
 ) -> None:

@@ -11,7 +11,7 @@ import timm
 import torch
 
 from edgepet.images.preprocess import normalize
-from edgepet.methods import RLRR, SSF, Consolidator, GLoRA
+from edgepet.methods import RLRR, SSF, BitFit, Consolidator, GLoRA
 from edgepet.methods.method import flatten
 from edgepet.networks.backbone import Backbone
 from edgepet.networks.loading import load_backbone
@@ -114,3 +114,8 @@ def test_a_step_moves_a_shift_by_its_rate_times_the_unit(tmp_path: Path) -> None
         np.testing.assert_allclose(
             moved, np.broadcast_to(0.125 * units.get(name, np.float32(1)), moved.shape), rtol=1e-4
         )
+
+
+@pytest.mark.parametrize(("method", "told"), [(SSF(), True), (BitFit(), False)], ids=lambda each: str(each)[:6])
+def test_a_training_says_whether_its_checkpoint_is_in_units(method: SSF | BitFit, told: bool, tmp_path: Path) -> None:
+    assert TunedModel(resnet(tmp_path, scaled=SMALLER), method, 2).in_units is told

@@ -27,7 +27,7 @@ from edgepet.spec import NpArray, Tensors
 from edgepet.strict import ObjectReader
 from edgepet.tuning.options import CHECKPOINT_S
 
-FORMAT, VERSION = "edgepet-checkpoint", 2
+FORMAT, VERSION = "edgepet-checkpoint", 1
 _FACTS = "facts"
 _BEGIN_AGAIN = "delete it to begin again"
 

@@ -37,12 +37,14 @@ class TunedModel(nn.Module):
     tensors as ``seed`` draws them.
 
     With ``fake_quant`` the backbone's layers compute with their codes, and the updates, which are lowered from the
-    float weights as those of a pack are, act on what the codes stand for.
+    float weights as those of a pack are, act on what the codes stand for. Without ``in_units`` what is learnt is what
+    acts, whatever the method says: so trainings went before there were units.
     """
 
     def __init__(
-        self, backbone: Backbone, method: Method, classes: int, *, seed: int = 0, fake_quant: FakeQuant | None = None
-    ) -> None:
+        self, backbone: Backbone, method: Method, classes: int, *, seed: int = 0, fake_quant: FakeQuant | None = None,
+        in_units: bool = True,
+    ) -> None:  # fmt: skip
         super().__init__()
         self.fake_quant: FakeQuant | None = fake_quant
         self.front: Front | None = None
@@ -54,7 +56,8 @@ class TunedModel(nn.Module):
         self._layer_of = layers_of(backbone.layers)
         rng = np.random.default_rng(seed)
         starts = flatten(method.start(self.sites, backbone.tensors, rng))
-        units = flatten(method.units(self.sites, backbone.tensors)) if isinstance(method, InUnits) else {}
+        has_units = in_units and isinstance(method, InUnits)
+        units = flatten(cast(InUnits, method).units(self.sites, backbone.tensors)) if has_units else {}
         self._names = list(starts)
         self.tensors = nn.ParameterList([nn.Parameter(torch.empty(start.shape)) for start in starts.values()])
         for number, name in enumerate(self._names):
@@ -200,6 +203,11 @@ class TunedModel(nn.Module):
         with torch.no_grad():
             acting = {name: p if unit is None else p * unit for name, p, unit in self._learnt()}
             return {name: tensor.float().numpy().copy() for name, tensor in acting.items()}
+
+    @property
+    def in_units(self) -> bool:
+        """Whether what is learnt and what acts are not the same numbers."""
+        return any(unit is not None for _, _, unit in self._learnt())
 
     def _learnt(self) -> Iterator[tuple[str, nn.Parameter, Tensor | None]]:
         """Names, parameters, and what 1 of each is (``InUnits``); None where it is 1."""

@@ -110,7 +110,7 @@ def run(training: Training, processes: Processes) -> Made:
     device = _device(processes.device(options.device))
     backbone = _backbone(training)
     require_augmentations(options.augment, backbone.preprocess)
-    model = _attach(backbone, method, len(train_set.classes), options)
+    model = _attach(backbone, method, len(train_set.classes), options, checkpoint_file(training.output))
     began_with = {} if work is None else {"init": _start(model, backbone, work, str(options.init))}
     _rehearse(training, backbone, model, train_set)
     stage("read images")
@@ -273,13 +273,15 @@ def _device(name: str | None) -> str:
     return name or ("cuda" if here else "cpu")
 
 
-def _attach(backbone: Backbone, method: Method, classes: int, options: TrainOptions) -> TunedModel:
+def _attach(backbone: Backbone, method: Method, classes: int, options: TrainOptions, checkpoint: Path) -> TunedModel:
     where, precision = option("method", method.name), options.backbone_precision
     if isinstance(method, STAdapter) and backbone.preprocess.frames < 2:
         fix = f"train on a folder of clips with {option('frames', 8)}"
         raise InputError(where, "needs clips of at least 2 frames", got="images", fix=fix)
     fake_quant = None if precision == "fp32" else FakeQuant(base_graph(backbone), precision)
-    model = TunedModel(backbone, method, classes, seed=options.seed, fake_quant=fake_quant)
+    before = identity_of(checkpoint)  # one from before there were units goes on without
+    in_units = not before or bool(before.get("in_units"))
+    model = TunedModel(backbone, method, classes, seed=options.seed, fake_quant=fake_quant, in_units=in_units)
     if not model.sites and method.name != "linear-probe":
         what, fix = f"finds no layer of {backbone.label} to act on", f"change its {option('settings')} settings"
         raise InputError(where, what, fix=fix)
@@ -347,6 +349,7 @@ def _identity(
         "backbone": backbone.fingerprint,
         "backbone_precision": model.backbone_precision,
         "method": model.method.name,
+        **({"in_units": True} if model.in_units else {}),  # a checkpoint has what is learnt
         **{f"--set {key}": value for key, value in stored(model.method).items()},
         **{key: list(v) if isinstance(v, tuple) else v for key, v in asdict(plan).items() if key not in _LATER},
         **_chosen(plan),
