@@ -13,7 +13,8 @@ from typing import ClassVar
 import numpy as np
 
 from edgepet.deltas.branches import Branch
-from edgepet.methods.bottleneck import bottleneck, require_rank, start_bottleneck
+from edgepet.methods.bottleneck import bottleneck, start_bottleneck
+from edgepet.methods.limits import require_rank
 from edgepet.methods.method import BranchesOnly, Recipe, Start
 from edgepet.methods.places import token_blocks
 from edgepet.spec import Site, Tensors, Tuned

@@ -15,7 +15,7 @@ import numpy as np
 
 from edgepet.deltas.expressions import Scaled
 from edgepet.deltas.updates import Precompose, Targeted
-from edgepet.errors import InputError
+from edgepet.methods.limits import require_rank
 from edgepet.methods.method import SHARED, Recipe, Start, pushed
 from edgepet.methods.places import parts
 from edgepet.methods.starts import uniform
@@ -45,8 +45,7 @@ class ARC:
     starts_as_identity: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        if self.rank < 1:
-            raise InputError(self.name, "needs a rank of at least 1", got=self.rank)
+        require_rank(self.name, self.rank)
 
     def sites(self, layers: Sequence[Site]) -> tuple[Site, ...]:
         """Dense layers of one tap that ``on`` names."""

@@ -15,7 +15,7 @@ import numpy as np
 
 from edgepet.deltas.expressions import Binary, Factor
 from edgepet.deltas.updates import LowRank, Targeted
-from edgepet.errors import InputError
+from edgepet.methods.limits import require_rank
 from edgepet.methods.method import Recipe, Start
 from edgepet.methods.places import QUERY_AND_VALUE, attended, attention, block
 from edgepet.methods.starts import cut_normal, uniform
@@ -42,8 +42,7 @@ class BiLoRA:
     starts_as_identity: ClassVar[bool] = False  # zeros cannot be standardised
 
     def __post_init__(self) -> None:
-        if self.rank < 1:
-            raise InputError(self.name, "needs a rank of at least 1", got=self.rank)
+        require_rank(self.name, self.rank)
 
     def sites(self, layers: Sequence[Site]) -> tuple[Site, ...]:
         """Linear layers and convolutions that ``on`` names; if it is empty, those of q and v, else every dense one."""

@@ -8,29 +8,8 @@ from typing import Literal
 import numpy as np
 
 from edgepet.deltas.branches import Branch
-from edgepet.errors import InputError
 from edgepet.methods.starts import cut_normal, uniform
 from edgepet.spec import Array, NpArray
-
-
-def require_rank(name: str, rank: int) -> None:
-    """Refuse a rank that is none; ``name`` is the method's.
-
-    Raises:
-        InputError: ``rank`` is below 1.
-    """
-    if rank < 1:
-        raise InputError(name, "needs a rank of at least 1", got=rank)
-
-
-def require_length(name: str, length: int) -> None:
-    """Refuse a number of tokens that is none; ``name`` is the method's.
-
-    Raises:
-        InputError: ``length`` is below 1.
-    """
-    if length < 1:
-        raise InputError(name, "needs a length of at least 1", got=length)
 
 
 def start_bottleneck(

@@ -13,7 +13,7 @@ from typing import ClassVar
 import numpy as np
 
 from edgepet.deltas.updates import LowRank, Scale, Targeted, fold
-from edgepet.errors import InputError
+from edgepet.methods.limits import require_rank
 from edgepet.methods.method import Recipe, Start
 from edgepet.methods.places import QUERY_AND_VALUE, attended, attention, block
 from edgepet.methods.starts import uniform
@@ -41,8 +41,7 @@ class DoRA:
     starts_as_identity: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        if self.rank < 1:
-            raise InputError(self.name, "needs a rank of at least 1", got=self.rank)
+        require_rank(self.name, self.rank)
 
     def sites(self, layers: Sequence[Site]) -> tuple[Site, ...]:
         """Linear layers and convolutions that ``on`` names; if it is empty, those of q and v, else every dense one."""

@@ -16,7 +16,7 @@ import numpy as np
 
 from edgepet.deltas.expressions import Factor, Mix
 from edgepet.deltas.updates import LowRank, Targeted
-from edgepet.errors import InputError
+from edgepet.methods.limits import require_rank
 from edgepet.methods.method import SHARED, Recipe, Start
 from edgepet.methods.starts import uniform
 from edgepet.spec import Array, NpArray, Site, Target, Tensors, Tuned
@@ -41,7 +41,7 @@ class FacTTT:
     starts_as_identity: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        _require_rank(self.name, self.rank)
+        require_rank(self.name, self.rank)
 
     def sites(self, layers: Sequence[Site]) -> tuple[Site, ...]:
         """Dense layers of one tap, one side of which divides the other, and neither of which is below 4."""
@@ -91,7 +91,7 @@ class FacTTK:
     starts_as_identity: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        _require_rank(self.name, self.rank)
+        require_rank(self.name, self.rank)
 
     def sites(self, layers: Sequence[Site]) -> tuple[Site, ...]:
         """As ``FacTTT.sites``."""
@@ -128,11 +128,6 @@ class FacTTK:
                     core = Mix(cube, tuned[site.name]["weights"], part=i, transposed=widens)
                 updates.append(_tile(tile, site, tuned, core=core, scale=self.scale))
         return tuple(updates)
-
-
-def _require_rank(name: str, rank: int) -> None:
-    if rank < 1:
-        raise InputError(name, "needs a rank of at least 1", got=rank)
 
 
 def _weights(site: Site) -> dict[str, int]:

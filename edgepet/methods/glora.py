@@ -15,6 +15,7 @@ import numpy as np
 
 from edgepet.deltas.updates import LowRank, Modulate, Scale, Targeted
 from edgepet.errors import InputError
+from edgepet.methods.limits import require_rank
 from edgepet.methods.method import Recipe, Start, pushed, shift, shift_units
 from edgepet.methods.places import linears, takes_prompt
 from edgepet.methods.starts import uniform
@@ -44,8 +45,7 @@ class GLoRA:
     starts_as_identity: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        if self.rank < 1:
-            raise InputError(self.name, "needs a rank of at least 1", got=self.rank)
+        require_rank(self.name, self.rank)
         if self.mode not in MODES:
             raise InputError(self.name, f"needs a mode of {', '.join(MODES)}", got=repr(self.mode))
 

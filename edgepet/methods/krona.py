@@ -17,6 +17,7 @@ import numpy as np
 from edgepet.deltas.expressions import Product
 from edgepet.deltas.updates import Kronecker, Targeted
 from edgepet.errors import InputError
+from edgepet.methods.limits import require_rank
 from edgepet.methods.method import Recipe, Start
 from edgepet.methods.places import QUERY_AND_VALUE, attended, attention, block
 from edgepet.methods.starts import uniform
@@ -94,8 +95,7 @@ class LoKr:
     starts_as_identity: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        if self.rank < 1:
-            raise InputError(self.name, "needs a rank of at least 1", got=self.rank)
+        require_rank(self.name, self.rank)
         if self.factor != -1 and self.factor < 1:
             raise InputError(self.name, "needs a factor of at least 1, or -1", got=self.factor)
 

@@ -14,7 +14,7 @@ from typing import ClassVar
 import numpy as np
 
 from edgepet.deltas.updates import LowRank, Targeted
-from edgepet.errors import InputError
+from edgepet.methods.limits import require_rank
 from edgepet.methods.method import Recipe, Start
 from edgepet.methods.places import QUERY_AND_VALUE, attended, attention, block, ending
 from edgepet.methods.starts import uniform
@@ -50,9 +50,7 @@ class LoRA:
     activation_kinds: ClassVar[tuple[str, ...]] = ("linear",)  # a convolution's padding is not the hook's to repeat
 
     def __post_init__(self) -> None:
-        lowest = min((self.rank, *self.ranks.values()))
-        if lowest < 1:
-            raise InputError(self.name, "needs a rank of at least 1", got=lowest)
+        require_rank(self.name, min((self.rank, *self.ranks.values())))
 
     def sites(self, layers: Sequence[Site]) -> tuple[Site, ...]:
         """Linear layers and convolutions that ``on`` names; if it is empty, those of q and v, else every dense one."""

@@ -14,7 +14,7 @@ from typing import ClassVar
 import numpy as np
 
 from edgepet.deltas.updates import Modulate, Scale, Targeted
-from edgepet.errors import InputError
+from edgepet.methods.limits import require_rank
 from edgepet.methods.method import Recipe, Start, pushed
 from edgepet.methods.places import linears, takes_prompt
 from edgepet.methods.starts import uniform
@@ -39,8 +39,7 @@ class LoRAMul:
     starts_as_identity: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        if self.rank < 1:
-            raise InputError(self.name, "needs a rank of at least 1", got=self.rank)
+        require_rank(self.name, self.rank)
 
     def sites(self, layers: Sequence[Site]) -> tuple[Site, ...]:
         """Linear layers, or dense ones where there are none."""

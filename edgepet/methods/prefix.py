@@ -14,7 +14,7 @@ from typing import ClassVar
 import numpy as np
 
 from edgepet.deltas.branches import Branch
-from edgepet.methods.bottleneck import require_length, require_rank
+from edgepet.methods.limits import require_length, require_rank
 from edgepet.methods.method import BranchesOnly, Recipe, Start
 from edgepet.methods.parallel_adapter import ParallelAdapter
 from edgepet.methods.places import blocks_with

@@ -13,7 +13,7 @@ from typing import ClassVar
 import numpy as np
 
 from edgepet.deltas.branches import Branch
-from edgepet.methods.bottleneck import require_rank
+from edgepet.methods.limits import require_rank
 from edgepet.methods.method import BranchesOnly, Recipe, Start
 from edgepet.methods.places import blocks_with
 from edgepet.methods.starts import uniform

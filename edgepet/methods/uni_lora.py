@@ -14,9 +14,10 @@ from typing import ClassVar
 import numpy as np
 
 from edgepet.deltas.expressions import Gather, Window
-from edgepet.deltas.generator import MOST_VALUES, SEEDS
+from edgepet.deltas.generator import MOST_VALUES
 from edgepet.deltas.updates import LowRank, Targeted
 from edgepet.errors import InputError
+from edgepet.methods.limits import require_seed
 from edgepet.methods.method import SHARED, Recipe, Start
 from edgepet.methods.places import QUERY_AND_VALUE, attended, attention, block
 from edgepet.methods.starts import uniform
@@ -46,8 +47,7 @@ class UniLoRA:
     def __post_init__(self) -> None:
         if min(self.d, self.rank) < 1:
             raise InputError(self.name, "needs a d and a rank of at least 1", got=(self.d, self.rank))
-        if not 0 <= self.seed < SEEDS:
-            raise InputError(self.name, "needs a seed from 0 to below 2^53", got=self.seed)
+        require_seed(self.name, self.seed)
 
     def sites(self, layers: Sequence[Site]) -> tuple[Site, ...]:
         """Linear layers and convolutions that ``on`` names; if it is empty, those of q and v, else every dense one."""

@@ -13,9 +13,10 @@ from typing import ClassVar
 import numpy as np
 
 from edgepet.deltas.expressions import Scaled, Seeded, Window
-from edgepet.deltas.generator import MOST_VALUES, SEEDS
+from edgepet.deltas.generator import MOST_VALUES
 from edgepet.deltas.updates import LowRank, Targeted
 from edgepet.errors import InputError
+from edgepet.methods.limits import require_rank, require_seed
 from edgepet.methods.method import Recipe, Start
 from edgepet.methods.places import QUERY_AND_VALUE, attended, attention, block
 from edgepet.spec import Array, NpArray, Site, Tensors, Tuned
@@ -43,10 +44,8 @@ class VeRA:
     starts_as_identity: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        if self.rank < 1:
-            raise InputError(self.name, "needs a rank of at least 1", got=self.rank)
-        if not 0 <= self.seed < SEEDS:
-            raise InputError(self.name, "needs a seed from 0 to below 2^53", got=self.seed)
+        require_rank(self.name, self.rank)
+        require_seed(self.name, self.seed)
 
     def sites(self, layers: Sequence[Site]) -> tuple[Site, ...]:
         """Linear layers and convolutions that ``on`` names; if it is empty, those of q and v, else every dense one."""

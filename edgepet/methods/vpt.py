@@ -13,7 +13,7 @@ from typing import ClassVar
 import numpy as np
 
 from edgepet.deltas.branches import Branch
-from edgepet.methods.bottleneck import require_length
+from edgepet.methods.limits import require_length
 from edgepet.methods.method import BranchesOnly, Recipe, Start
 from edgepet.methods.prefix import attending
 from edgepet.methods.starts import uniform
