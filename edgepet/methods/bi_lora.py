@@ -17,7 +17,7 @@ from edgepet.deltas.expressions import Binary, Factor
 from edgepet.deltas.updates import LowRank, Targeted
 from edgepet.methods.limits import require_rank
 from edgepet.methods.method import Recipe, Start
-from edgepet.methods.places import QUERY_AND_VALUE, attended, attention, block
+from edgepet.methods.places import attended, attended_parts, block
 from edgepet.methods.starts import cut_normal, uniform
 from edgepet.spec import Array, NpArray, Site, Tensors, Tuned
 
@@ -57,7 +57,7 @@ class BiLoRA:
         starts: dict[str, dict[str, NpArray]] = {}
         for site in sites:
             tensors = starts[site.name] = {}
-            for part, (first, last) in self._parts(site).items():
+            for part, (first, last) in attended_parts(site, self.on).items():
                 tensors[f"{part}a"] = uniform(rng, 1 / np.sqrt(site.columns), self.rank, site.columns)
                 tensors[f"{part}b"] = cut_normal(rng, 1e-3, last - first, self.rank)
         return starts
@@ -70,13 +70,10 @@ class BiLoRA:
         del base
         updates = []
         for site in sites:
-            for part, rows in self._parts(site).items():
+            for part, rows in attended_parts(site, self.on).items():
                 a, b = (_binary(tuned[site.name][f"{part}{name}"]) for name in "ab")
                 updates.append(Targeted(block(site, part, rows), LowRank(left=b, right=a, scale=self.scale)))
         return tuple(updates)
-
-    def _parts(self, site: Site) -> dict[str, tuple[int, int]]:
-        return attention((site,), self.on or QUERY_AND_VALUE)[site.name]
 
 
 def _binary(latent: Array) -> Factor:

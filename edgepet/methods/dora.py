@@ -15,7 +15,7 @@ import numpy as np
 from edgepet.deltas.updates import LowRank, Scale, Targeted, fold
 from edgepet.methods.limits import require_rank
 from edgepet.methods.method import Recipe, Start
-from edgepet.methods.places import QUERY_AND_VALUE, attended, attention, block
+from edgepet.methods.places import attended, attended_parts, block
 from edgepet.methods.starts import uniform
 from edgepet.spec import Array, NpArray, Site, Tensors, Tuned
 
@@ -56,7 +56,7 @@ class DoRA:
 
     def _start(self, site: Site, base: Tensors, rng: np.random.Generator) -> dict[str, NpArray]:
         tensors: dict[str, NpArray] = {}
-        for part, (first, last) in self._parts(site).items():
+        for part, (first, last) in attended_parts(site, self.on).items():
             tensors[f"{part}a"] = uniform(rng, 1 / np.sqrt(site.columns), self.rank, site.columns)
             tensors[f"{part}b"] = np.zeros((last - first, self.rank), np.float32)
             rows = base[site.weight][first:last].astype(np.float64)
@@ -67,14 +67,11 @@ class DoRA:
         """For each part V = W + (alpha / rank) B A as ``LowRank``, then m / |V|, row by row, as ``Scale``."""
         updates = []
         for site in sites:
-            for part, rows in self._parts(site).items():
+            for part, rows in attended_parts(site, self.on).items():
                 a, b, m = (tuned[site.name][f"{part}{name}"] for name in "abm")
                 low_rank = Targeted(block(site, part, rows), LowRank(left=b, right=a, scale=self.alpha / self.rank))
                 updates += [low_rank, rescaled(low_rank, base[site.weight], m)]
         return tuple(updates)
-
-    def _parts(self, site: Site) -> dict[str, tuple[int, int]]:
-        return attention((site,), self.on or QUERY_AND_VALUE)[site.name]
 
 
 def rescaled(low_rank: Targeted, weight: Array, lengths: Array) -> Targeted:

@@ -15,7 +15,7 @@ import numpy as np
 from edgepet.deltas.updates import Modulate, Targeted
 from edgepet.methods.limits import require_rank
 from edgepet.methods.method import Recipe, Start
-from edgepet.methods.places import QUERY_AND_VALUE, attended, attention, block
+from edgepet.methods.places import attended, attended_parts, block
 from edgepet.methods.starts import uniform
 from edgepet.spec import Array, NpArray, Site, Tensors, Tuned
 
@@ -52,7 +52,7 @@ class HiRA:
         starts: dict[str, dict[str, NpArray]] = {}
         for site in sites:
             tensors = starts[site.name] = {}
-            for part, (first, last) in self._parts(site).items():
+            for part, (first, last) in attended_parts(site, self.on).items():
                 tensors[f"{part}a"] = uniform(rng, 1 / np.sqrt(site.columns), self.rank, site.columns)
                 tensors[f"{part}b"] = np.zeros((last - first, self.rank), np.float32)
         return starts
@@ -62,10 +62,7 @@ class HiRA:
         del base
         updates = []
         for site in sites:
-            for part, rows in self._parts(site).items():
+            for part, rows in attended_parts(site, self.on).items():
                 a, b = tuned[site.name][f"{part}a"], tuned[site.name][f"{part}b"]
                 updates.append(Targeted(block(site, part, rows), Modulate(left=b, right=a)))
         return tuple(updates)
-
-    def _parts(self, site: Site) -> dict[str, tuple[int, int]]:
-        return attention((site,), self.on or QUERY_AND_VALUE)[site.name]

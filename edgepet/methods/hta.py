@@ -17,7 +17,7 @@ from edgepet.deltas.expressions import Householder
 from edgepet.deltas.updates import Add, LowRank, Targeted
 from edgepet.errors import InputError
 from edgepet.methods.method import Recipe, Start
-from edgepet.methods.places import attended, attention
+from edgepet.methods.places import attended, attended_parts
 from edgepet.methods.starts import uniform
 from edgepet.spec import Array, NpArray, Site, Target, Tensors, Tuned
 
@@ -62,7 +62,7 @@ class HTA:
 
     def _start(self, site: Site, rng: np.random.Generator) -> dict[str, NpArray]:
         tensors: dict[str, NpArray] = {}
-        for part, (first, last) in self._parts(site).items():
+        for part, (first, last) in attended_parts(site, self.on, PROJECTIONS).items():
             rows, columns = last - first, site.columns
             tensors[f"{part}l"] = uniform(rng, (6 / rows) ** 0.5, rows)
             tensors[f"{part}d"] = np.zeros(min(rows, columns), np.float32)
@@ -78,13 +78,10 @@ class HTA:
         updates = []
         for site in sites:
             own = tuned[site.name]
-            for part, rows in self._parts(site).items():
+            for part, rows in attended_parts(site, self.on, PROJECTIONS).items():
                 target = Target(site.weight, rows)  # rows of a whole layer too: a kernel is then seen as a matrix
                 turned = Householder(left=own[f"{part}l"], d=own[f"{part}d"], right=own[f"{part}r"])
                 updates.append(Targeted(target, Add(turned)))
                 if self.rank:
                     updates.append(Targeted(target, LowRank(left=own[f"{part}b"], right=own[f"{part}a"])))
         return tuple(updates)
-
-    def _parts(self, site: Site) -> dict[str, tuple[int, int]]:
-        return attention((site,), self.on or PROJECTIONS)[site.name]

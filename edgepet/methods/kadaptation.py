@@ -18,7 +18,7 @@ from edgepet.deltas.expressions import Product
 from edgepet.deltas.updates import Add, Kronecker, Targeted
 from edgepet.errors import InputError
 from edgepet.methods.method import SHARED, Recipe, Start
-from edgepet.methods.places import QUERY_AND_VALUE, attended, attention, block
+from edgepet.methods.places import attended, attended_parts, block
 from edgepet.methods.starts import uniform
 from edgepet.spec import Array, NpArray, Site, Target, Tensors, Tuned
 
@@ -92,6 +92,6 @@ class KAdaptation:
 
     def _parts(self, site: Site) -> dict[str, tuple[int, int]]:
         """Parts that can be cut, all of one height: they share the bias."""
-        named = attention((site,), self.on or QUERY_AND_VALUE)[site.name]
+        named = attended_parts(site, self.on)
         fits = site.columns % self.terms == 0
         return {part: rows for part, rows in named.items() if fits and (rows[1] - rows[0]) % self.terms == 0}

@@ -19,7 +19,7 @@ from edgepet.deltas.updates import Kronecker, Targeted
 from edgepet.errors import InputError
 from edgepet.methods.limits import require_rank
 from edgepet.methods.method import Recipe, Start
-from edgepet.methods.places import QUERY_AND_VALUE, attended, attention, block
+from edgepet.methods.places import attended, attended_parts, block
 from edgepet.methods.starts import uniform
 from edgepet.spec import Array, NpArray, Site, Tensors, Tuned
 
@@ -53,7 +53,7 @@ class KronA:
         starts: dict[str, dict[str, NpArray]] = {}
         for site in sites:
             tensors = starts[site.name] = {}
-            for part, rows in self._parts(site).items():
+            for part, rows in attended_parts(site, self.on).items():
                 (p, q), (r, c) = _cut(site, rows, -1)
                 tensors[f"{part}a"] = np.zeros((1, p, q), np.float32)
                 tensors[f"{part}b"] = uniform(rng, 1 / np.sqrt(c), 1, r, c)
@@ -64,13 +64,10 @@ class KronA:
         del base
         updates = []
         for site in sites:
-            for part, rows in self._parts(site).items():
+            for part, rows in attended_parts(site, self.on).items():
                 left, right = tuned[site.name][f"{part}a"], tuned[site.name][f"{part}b"]
                 updates.append(Targeted(block(site, part, rows), Kronecker(left, right, self.scale)))
         return tuple(updates)
-
-    def _parts(self, site: Site) -> dict[str, tuple[int, int]]:
-        return attention((site,), self.on or QUERY_AND_VALUE)[site.name]
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,7 +110,7 @@ class LoKr:
         starts: dict[str, dict[str, NpArray]] = {}
         for site in sites:
             tensors = starts[site.name] = {}
-            for part, rows in self._parts(site).items():
+            for part, rows in attended_parts(site, self.on).items():
                 (p, q), (r, c) = _cut(site, rows, self.factor)
                 tensors[f"{part}a"] = np.zeros((1, p, q), np.float32)
                 if self.rank < max(r, c // site.taps) / 2:
@@ -129,15 +126,12 @@ class LoKr:
         updates = []
         for site in sites:
             tensors = tuned[site.name]
-            for part, rows in self._parts(site).items():
+            for part, rows in attended_parts(site, self.on).items():
                 low_rank = f"{part}c" in tensors
                 right = Product(tensors[f"{part}c"], tensors[f"{part}d"]) if low_rank else tensors[f"{part}b"]
                 update = Kronecker(tensors[f"{part}a"], right, self.alpha / self.rank)
                 updates.append(Targeted(block(site, part, rows), update))
         return tuple(updates)
-
-    def _parts(self, site: Site) -> dict[str, tuple[int, int]]:
-        return attention((site,), self.on or QUERY_AND_VALUE)[site.name]
 
 
 def _cut(site: Site, rows: tuple[int, int], factor: int) -> tuple[tuple[int, int], tuple[int, int]]:

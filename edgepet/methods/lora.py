@@ -16,7 +16,7 @@ import numpy as np
 from edgepet.deltas.updates import LowRank, Targeted
 from edgepet.methods.limits import require_rank
 from edgepet.methods.method import Recipe, Start
-from edgepet.methods.places import QUERY_AND_VALUE, attended, attention, block, ending
+from edgepet.methods.places import attended, attended_parts, block, ending
 from edgepet.methods.starts import uniform
 from edgepet.spec import Array, NpArray, Site, Tensors, Tuned
 
@@ -67,7 +67,7 @@ class LoRA:
     def _start(self, site: Site, rng: np.random.Generator) -> dict[str, NpArray]:
         bound = 1 / np.sqrt(site.columns)  # Kaiming uniform with a = sqrt(5), as a linear layer starts
         tensors: dict[str, NpArray] = {}
-        for part, (first, last) in self._parts(site).items():
+        for part, (first, last) in attended_parts(site, self.on).items():
             tensors[f"{part}a"] = uniform(rng, bound, self._rank(site), site.columns)
             tensors[f"{part}b"] = np.zeros((last - first, self._rank(site)), np.float32)
         return tensors
@@ -77,7 +77,7 @@ class LoRA:
         del base
         updates = []
         for site in sites:
-            for part, rows in self._parts(site).items():
+            for part, rows in attended_parts(site, self.on).items():
                 a, b = tuned[site.name][f"{part}a"], tuned[site.name][f"{part}b"]
                 updates.append(Targeted(block(site, part, rows), LowRank(left=b, right=a, scale=self.scale(site))))
         return tuple(updates)
@@ -88,7 +88,7 @@ class LoRA:
         from torch.nn.functional import linear, pad
 
         del training
-        parts = self._parts(site)
+        parts = attended_parts(site, self.on)
         down = torch.cat([tuned[f"{part}a"] for part in parts])
         # All blocks in two products: row blocks that carry nothing are zero rows of the second factor.
         columns = [
@@ -106,6 +106,3 @@ class LoRA:
 
     def _rank(self, site: Site) -> int:
         return ending(site, self.ranks, self.rank)
-
-    def _parts(self, site: Site) -> dict[str, tuple[int, int]]:
-        return attention((site,), self.on or QUERY_AND_VALUE)[site.name]

@@ -55,6 +55,13 @@ def attended(layers: Sequence[Site], on: Sequence[str], default: Sequence[str] =
     return tuple(site for site in layers if site.name in chosen and site.kind in ("linear", "conv"))
 
 
+def attended_parts(
+    site: Site, on: Sequence[str], default: Sequence[str] = QUERY_AND_VALUE
+) -> dict[str, tuple[int, int]]:
+    """The parts of a layer that ``attended`` chooses by the same names."""
+    return attention((site,), on or default)[site.name]
+
+
 def linears(layers: Sequence[Site]) -> tuple[Site, ...]:
     """Every linear layer; where there are none, as in a ResNet, every dense one."""
     return tuple(site for site in layers if site.kind == "linear") or tuple(site for site in layers if site.dense)

@@ -19,7 +19,7 @@ from edgepet.deltas.updates import LowRank, Targeted
 from edgepet.errors import InputError
 from edgepet.methods.limits import require_seed
 from edgepet.methods.method import SHARED, Recipe, Start
-from edgepet.methods.places import QUERY_AND_VALUE, attended, attention, block
+from edgepet.methods.places import attended, attended_parts, block
 from edgepet.methods.starts import uniform
 from edgepet.spec import Array, Site, Target, Tensors, Tuned
 
@@ -88,7 +88,7 @@ class UniLoRA:
 
     def _parts(self, sites: Sequence[Site]) -> Iterator[tuple[Target, int, int]]:
         for site in sites:
-            for part, (first, last) in attention((site,), self.on or QUERY_AND_VALUE)[site.name].items():
+            for part, (first, last) in attended_parts(site, self.on).items():
                 yield block(site, part, (first, last)), last - first, site.columns
 
     def _total(self, sites: Sequence[Site]) -> int:

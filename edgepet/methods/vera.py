@@ -18,7 +18,7 @@ from edgepet.deltas.updates import LowRank, Targeted
 from edgepet.errors import InputError
 from edgepet.methods.limits import require_rank, require_seed
 from edgepet.methods.method import Recipe, Start
-from edgepet.methods.places import QUERY_AND_VALUE, attended, attention, block
+from edgepet.methods.places import attended, attended_parts, block
 from edgepet.spec import Array, NpArray, Site, Tensors, Tuned
 
 
@@ -62,7 +62,7 @@ class VeRA:
 
     def _start(self, site: Site) -> dict[str, NpArray]:
         tensors: dict[str, NpArray] = {}
-        for part, (first, last) in self._parts(site).items():
+        for part, (first, last) in attended_parts(site, self.on).items():
             longest = max(last - first, site.columns)
             if longest * self.rank > MOST_VALUES:
                 what = f"needs a rank of at most {MOST_VALUES // longest} on {site.name}: a pack draws {MOST_VALUES}"
@@ -79,13 +79,10 @@ class VeRA:
         del base
         updates = []
         for site in sites:
-            for part, (first, last) in self._parts(site).items():
+            for part, (first, last) in attended_parts(site, self.on).items():
                 d, b = tuned[site.name][f"{part}d"], tuned[site.name][f"{part}b"]
                 a_drawn = Seeded(self.seed, (6 / site.columns) ** 0.5, Window(0, (site.columns, self.rank)))
                 b_drawn = Seeded(self.seed, (6 / self.rank) ** 0.5, Window(MOST_VALUES, (last - first, self.rank)))
                 low_rank = LowRank(left=Scaled(b, b_drawn), right=Scaled(d, a_drawn, transposed=True))
                 updates.append(Targeted(block(site, part, (first, last)), low_rank))
         return tuple(updates)
-
-    def _parts(self, site: Site) -> dict[str, tuple[int, int]]:
-        return attention((site,), self.on or QUERY_AND_VALUE)[site.name]
