@@ -13,12 +13,14 @@ from typing import ClassVar
 
 import numpy as np
 
-from edgepet.deltas.updates import Modulate, Scale, Targeted
+from edgepet.deltas.updates import Modulate, Targeted
 from edgepet.methods.method import Recipe, Start, shift, shift_units
 from edgepet.methods.places import all_parts, block
+from edgepet.methods.ssf import SSF
 from edgepet.methods.starts import uniform
-from edgepet.spec import Array, NpArray, Site, Target, Tensors, Tuned
+from edgepet.spec import Array, NpArray, Site, Tensors, Tuned
 
+_ELSEWHERE = SSF()
 CHANNELS = 3  # of an image: what reads one is an embedding of patches, or a stem
 
 
@@ -42,20 +44,14 @@ class RLRR:
         """For each part of a rescaled layer ``l`` (out, 1) and ``r`` (1, in * kh * kw), those of a block as "q.l".
 
         Both are Kaiming uniform, that is up to the square root of 6 and of 6 / columns; ``f`` (out,) is zero. Elsewhere
-        ``gamma`` (out,) is normal around 1 and ``beta`` (out,) around 0, with a deviation of 0.02, ``beta`` in front of
-        a batch norm of 0.02 of that norm's own.
+        SSF's ``gamma`` and ``beta``.
         """
-        units = self.units(sites, base)
-        return {site.name: self._start(site, rng, units.get(site.name, {})) for site in sites}
+        return {site.name: self._start(site, base, rng) for site in sites}
 
-    def _start(self, site: Site, rng: np.random.Generator, units: Mapping[str, NpArray]) -> Mapping[str, NpArray]:
-        tensors: dict[str, NpArray] = {}
+    def _start(self, site: Site, base: Tensors, rng: np.random.Generator) -> Mapping[str, NpArray]:
         if not _rescaled(site):
-            tensors["gamma"] = rng.normal(1.0, 0.02, site.out_features).astype(np.float32)
-            if site.takes_shift:
-                beta = rng.normal(0.0, 0.02, site.out_features).astype(np.float32)
-                tensors["beta"] = beta * units.get("beta", np.float32(1))
-            return tensors
+            return _ELSEWHERE.start((site,), base, rng)[site.name]
+        tensors: dict[str, NpArray] = {}
         for part, (first, last) in all_parts(site).items():
             tensors[f"{part}l"] = uniform(rng, 6**0.5, last - first, 1)
             tensors[f"{part}r"] = uniform(rng, (6 / site.columns) ** 0.5, 1, site.columns)
@@ -68,19 +64,17 @@ class RLRR:
         return shift_units(sites, base, "f", "beta")
 
     def lower(self, base: Mapping[str, Array], sites: Sequence[Site], tuned: Tuned) -> tuple[Targeted, ...]:
-        """W * (1 + l r^T) as ``Modulate`` on each part's rows, gamma as ``Scale``, f or beta as ``Add``."""
-        del base
-        updates = []
+        """W * (1 + l r^T) as ``Modulate`` on each part's rows, and f as ``Add``; elsewhere as SSF."""
+        updates = list[Targeted]()
         for site in sites:
+            if not _rescaled(site):
+                updates += _ELSEWHERE.lower(base, (site,), tuned)
+                continue
             own = tuned[site.name]
-            if _rescaled(site):
-                for part, rows in all_parts(site).items():
-                    updates.append(Targeted(block(site, part, rows), Modulate(own[f"{part}l"], own[f"{part}r"])))
-            else:
-                scale = Scale(own["gamma"])
-                updates += [Targeted(Target(name), scale) for name in (site.weight, site.bias) if name is not None]
+            for part, rows in all_parts(site).items():
+                updates.append(Targeted(block(site, part, rows), Modulate(own[f"{part}l"], own[f"{part}r"])))
             if site.takes_shift:
-                updates.append(shift(site, own["f" if _rescaled(site) else "beta"]))
+                updates.append(shift(site, own["f"]))
         return tuple(updates)
 
 
