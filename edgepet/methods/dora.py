@@ -16,7 +16,7 @@ from edgepet.deltas.updates import LowRank, Scale, Targeted, fold
 from edgepet.methods.limits import require_rank
 from edgepet.methods.method import Recipe, Start
 from edgepet.methods.places import attended, attended_parts, block
-from edgepet.methods.starts import uniform
+from edgepet.methods.starts import zero_product
 from edgepet.spec import Array, NpArray, Site, Tensors, Tuned
 
 
@@ -57,8 +57,8 @@ class DoRA:
     def _start(self, site: Site, base: Tensors, rng: np.random.Generator) -> dict[str, NpArray]:
         tensors: dict[str, NpArray] = {}
         for part, (first, last) in attended_parts(site, self.on).items():
-            tensors[f"{part}a"] = uniform(rng, 1 / np.sqrt(site.columns), self.rank, site.columns)
-            tensors[f"{part}b"] = np.zeros((last - first, self.rank), np.float32)
+            pair = zero_product(rng, self.rank, last - first, site.columns)
+            tensors[f"{part}a"], tensors[f"{part}b"] = pair
             rows = base[site.weight][first:last].astype(np.float64)
             tensors[f"{part}m"] = (_squares(rows.reshape(len(rows), -1)) ** 0.5).astype(np.float32)
         return tensors

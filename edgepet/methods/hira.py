@@ -16,7 +16,7 @@ from edgepet.deltas.updates import Modulate, Targeted
 from edgepet.methods.limits import require_rank
 from edgepet.methods.method import Recipe, Start
 from edgepet.methods.places import attended, attended_parts, block
-from edgepet.methods.starts import uniform
+from edgepet.methods.starts import zero_product
 from edgepet.spec import Array, NpArray, Site, Tensors, Tuned
 
 
@@ -53,8 +53,8 @@ class HiRA:
         for site in sites:
             tensors = starts[site.name] = {}
             for part, (first, last) in attended_parts(site, self.on).items():
-                tensors[f"{part}a"] = uniform(rng, 1 / np.sqrt(site.columns), self.rank, site.columns)
-                tensors[f"{part}b"] = np.zeros((last - first, self.rank), np.float32)
+                pair = zero_product(rng, self.rank, last - first, site.columns)
+                tensors[f"{part}a"], tensors[f"{part}b"] = pair
         return starts
 
     def lower(self, base: Mapping[str, Array], sites: Sequence[Site], tuned: Tuned) -> tuple[Targeted, ...]:

@@ -17,7 +17,7 @@ from edgepet.deltas.updates import LowRank, Targeted
 from edgepet.methods.limits import require_rank
 from edgepet.methods.method import Recipe, Start
 from edgepet.methods.places import attended, attended_parts, block, ending
-from edgepet.methods.starts import uniform
+from edgepet.methods.starts import zero_product
 from edgepet.spec import Array, NpArray, Site, Tensors, Tuned
 
 
@@ -65,11 +65,10 @@ class LoRA:
         return {site.name: self._start(site, rng) for site in sites}
 
     def _start(self, site: Site, rng: np.random.Generator) -> dict[str, NpArray]:
-        bound = 1 / np.sqrt(site.columns)  # Kaiming uniform with a = sqrt(5), as a linear layer starts
         tensors: dict[str, NpArray] = {}
         for part, (first, last) in attended_parts(site, self.on).items():
-            tensors[f"{part}a"] = uniform(rng, bound, self._rank(site), site.columns)
-            tensors[f"{part}b"] = np.zeros((last - first, self._rank(site)), np.float32)
+            pair = zero_product(rng, self._rank(site), last - first, site.columns)
+            tensors[f"{part}a"], tensors[f"{part}b"] = pair
         return tensors
 
     def lower(self, base: Mapping[str, Array], sites: Sequence[Site], tuned: Tuned) -> tuple[Targeted, ...]:

@@ -12,6 +12,14 @@ def uniform(rng: np.random.Generator, bound: float, *shape: int) -> NpArray:
     return rng.uniform(-bound, bound, shape).astype(np.float32)
 
 
+def zero_product(rng: np.random.Generator, rank: int, rows: int, columns: int) -> tuple[NpArray, NpArray]:
+    """Two factors whose product is zero: (rank, columns) as a linear layer's weight, and (rows, rank) of zeros.
+
+    The first is Kaiming uniform with a = sqrt(5), as torch has it.
+    """
+    return uniform(rng, 1 / np.sqrt(columns), rank, columns), np.zeros((rows, rank), np.float32)
+
+
 def cut_normal(rng: np.random.Generator, deviation: float, *shape: int) -> NpArray:
     """Float32 values of a normal distribution, those beyond two deviations drawn again (TensorFlow's truncated one)."""
     values = rng.normal(0, deviation, shape)
