@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from importlib.metadata import version
 from pathlib import Path
@@ -110,7 +110,8 @@ def run(training: Training, processes: Processes) -> Made:
     device = _device(processes.device(options.device))
     backbone = _backbone(training)
     require_augmentations(options.augment, backbone.preprocess)
-    model = _attach(backbone, method, len(train_set.classes), options, checkpoint_file(training.output))
+    before = identity_of(checkpoint_file(training.output))
+    model = _attach(backbone, method, len(train_set.classes), options, before)
     began_with = {} if work is None else {"init": _start(model, backbone, work, str(options.init))}
     _rehearse(training, backbone, model, train_set)
     stage("read images")
@@ -121,7 +122,7 @@ def run(training: Training, processes: Processes) -> Made:
         budget_bytes=budget_bytes, turn=turn, stage=stage,
     )  # fmt: skip
     train_images, val_images = (LabelledPixels(*held[name]) for name in ("train", "val"))
-    plan = _plan(training, method, device, processes)
+    plan = _plan(training, method, device, processes, before)
     identity = _identity(backbone, model, plan, processes, train_set.classes, train_images, val_images) | began_with
     keeper = Keeper(path=checkpoint_file(training.output), identity=identity, every_s=options.checkpoint_s,
                     writes=processes.leads)  # fmt: skip
@@ -174,7 +175,7 @@ def _backbone(training: Training) -> Backbone:
     return backbone
 
 
-def _plan(training: Training, method: Method, device: str, processes: Processes) -> Plan:
+def _plan(training: Training, method: Method, device: str, processes: Processes, before: Mapping[str, object]) -> Plan:
     options, recipe = training.options, method.recipe
     pace = consistency(options.consistency)
     return Plan(
@@ -192,7 +193,7 @@ def _plan(training: Training, method: Method, device: str, processes: Processes)
         balance=options.balance,
         consistency=None if pace is None else str(pace),
         patience=options.patience,
-        autocast=_autocast(options.precision, device, processes, checkpoint_file(training.output)),
+        autocast=_autocast(options.precision, device, processes, before),
         device=device,
         seed=options.seed,
     )
@@ -235,12 +236,12 @@ def _start(model: TunedModel, backbone: Backbone, work: Work, where: str) -> str
     return f"sha256:{digest.hexdigest()}"
 
 
-def _autocast(precision: str, device: str, processes: Processes, checkpoint: Path) -> bool:
+def _autocast(precision: str, device: str, processes: Processes, before: Mapping[str, object]) -> bool:
     """Whether to train in bf16; what was measured when a training began stands when it is resumed."""
     if precision != "auto":
         return precision == "bf16"
-    before = identity_of(checkpoint).get("autocast")
-    return bool(before) if before is not None else processes.any(fast_bfloat16(device))
+    measured = before.get("autocast")
+    return bool(measured) if measured is not None else processes.any(fast_bfloat16(device))
 
 
 def fast_bfloat16(device: str = "cpu") -> bool:
@@ -273,14 +274,15 @@ def _device(name: str | None) -> str:
     return name or ("cuda" if here else "cpu")
 
 
-def _attach(backbone: Backbone, method: Method, classes: int, options: TrainOptions, checkpoint: Path) -> TunedModel:
+def _attach(
+    backbone: Backbone, method: Method, classes: int, options: TrainOptions, before: Mapping[str, object]
+) -> TunedModel:
     where, precision = option("method", method.name), options.backbone_precision
     if isinstance(method, STAdapter) and backbone.preprocess.frames < 2:
         fix = f"train on a folder of clips with {option('frames', 8)}"
         raise InputError(where, "needs clips of at least 2 frames", got="images", fix=fix)
     fake_quant = None if precision == "fp32" else FakeQuant(base_graph(backbone), precision)
-    before = identity_of(checkpoint)  # one from before there were units goes on without
-    in_units = not before or bool(before.get("in_units"))
+    in_units = not before or bool(before.get("in_units"))  # one from before there were units goes on without
     model = TunedModel(backbone, method, classes, seed=options.seed, fake_quant=fake_quant, in_units=in_units)
     if not model.sites and method.name != "linear-probe":
         what, fix = f"finds no layer of {backbone.label} to act on", f"change its {option('settings')} settings"
