@@ -376,7 +376,6 @@ def train_pack(specification: Mapping[str, Any], folder: Path) -> dict[str, obje
         "precision": report.precision,
         "val_top1": delta.val.top1,
         "val_n": delta.val.n,
-        "measured": {"images_per_second": report.images_per_second},
     }
     if not specification["scored"]:
         return found
