@@ -11,14 +11,11 @@ from typing import TypeAlias
 
 import numpy as np
 
-from edgepet.deltas.expressions import value
 from edgepet.deltas.updates import Add, LowRank, Modulate, Push, Scale, Targeted
-from edgepet.peft.layers import Layer, refused
+from edgepet.peft.layers import Factors, Layer, factors_of, refused
 from edgepet.spec import NpArray, Target, Tensors
 
-_DOUBLE = np.empty(0)
 Written: TypeAlias = tuple[dict[str, object], dict[str, NpArray]]
-Factors: TypeAlias = tuple[NpArray, NpArray]  # left (out, r) and right (r, in), float64
 
 
 def generalised(layers: Sequence[Layer], kinds: set[str]) -> bool:
@@ -106,9 +103,7 @@ def _paths(layer: Layer, where: str, form: str) -> tuple[Factors, Factors]:
         if factors is None or (taken[rows, cols].any() and not adds):
             raise refused(where, targeted, f"comes where PEFT's {form} has no place for it")
         taken[rows, cols] = True
-        left, right = np.zeros((out, len(factors[1]))), np.zeros((len(factors[1]), columns))
-        left[rows], right[:, cols] = factors
-        paths[adds].append((left, right))
+        paths[adds].append(layer.whole(target, factors))
     a, b = (_joined(found, out, columns) for found in paths)
     return a, b
 
@@ -122,9 +117,7 @@ def _factors(targeted: Targeted) -> Factors | None:
         return update.s[:, None] - 1, np.ones((1, width or 1))
     if not isinstance(update, LowRank | Modulate):
         return None
-    left, right = value(update.left, _DOUBLE), value(update.right, _DOUBLE)
-    if isinstance(update, LowRank) and update.core is not None:
-        left = left @ value(update.core, _DOUBLE)
+    left, right = factors_of(update)
     return update.scale * left, right
 
 

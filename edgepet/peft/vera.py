@@ -15,9 +15,9 @@ import numpy as np
 
 from edgepet.deltas.expressions import Scaled, Seeded, value
 from edgepet.deltas.updates import LowRank, Targeted
+from edgepet.peft.layers import DOUBLE
 from edgepet.spec import NpArray, Site
 
-_DOUBLE = np.empty(0)
 Projected: TypeAlias = tuple[dict[str, object], dict[str, NpArray], dict[str, NpArray]]
 
 
@@ -101,7 +101,7 @@ def _matrix(scaled: Scaled) -> tuple[NpArray, float]:
     base, by = scaled.base, 1.0
     if isinstance(base, Seeded):
         base, by = replace(base, bound=1.0), base.bound
-    matrix: NpArray = value(base, _DOUBLE)
+    matrix: NpArray = value(base, DOUBLE)
     return (matrix.T if scaled.transposed else matrix), by
 
 

@@ -24,7 +24,7 @@ from edgepet.files import write_file
 from edgepet.methods.krona import two_factors
 from edgepet.peft import hadamard
 from edgepet.peft.adapter import CONFIG, PREFIX, TUNER, WEIGHTS, Adapter
-from edgepet.peft.layers import FORMATS, MERGE, Layer, by_layer, refused
+from edgepet.peft.layers import DOUBLE, FORMATS, MERGE, Layer, by_layer, factors_of, refused
 from edgepet.peft.targets import exactly, targets
 from edgepet.peft.vera import projected
 from edgepet.spec import NpArray, Site, Target, Tensors
@@ -32,7 +32,6 @@ from edgepet.spec import NpArray, Site, Target, Tensors
 Number = TypeVar("Number", int, float)
 _BIASES = {"LORA": "lora_only", "VERA": "vera_only", "GLORA": "glora_only"}  # for those of the adapted layers
 _UNNUMBERED = ("IA3", "GLORA")  # their configurations have no layers_to_transform
-_DOUBLE = np.empty(0)  # factors of a product are not multiplied in a pack's fp16
 
 
 def write_adapter(folder: Path, adapter: Adapter) -> None:
@@ -70,7 +69,7 @@ def unlower(
     Raises:
         InputError: PEFT has no adapter that does this.
     """
-    updates = [Targeted(t.target, in_precision_of(t.update, _DOUBLE)) for t in updates]
+    updates = [Targeted(t.target, in_precision_of(t.update, DOUBLE)) for t in updates]
     found = by_layer(updates, layers)
     kinds = {targeted.update.kind for layer in found for targeted in layer.weight}
     shared: Tensors = {}
@@ -200,11 +199,7 @@ def _joined(layer: Layer, where: str) -> tuple[NpArray, NpArray, float, NpArray]
         if isinstance(update, Scale) and update.axis == "out" and targeted.target.cols is None:
             rows[first:last] *= update.s
         elif isinstance(update, LowRank) and (rows[first:last] == 1).all():
-            begin, end = targeted.target.cols or (0, columns)
-            up = value(update.left, _DOUBLE)
-            up = up if update.core is None else up @ value(update.core, _DOUBLE)
-            left, right = np.zeros((out, up.shape[1])), np.zeros((up.shape[1], columns))
-            left[first:last], right[:, begin:end] = up, value(update.right, _DOUBLE)
+            left, right = layer.whole(targeted.target, factors_of(update))
             lefts.append(left)
             rights.append(right)
             scales.append(float(update.scale))
@@ -232,7 +227,7 @@ def _lokr(found: Sequence[Layer], base: Tensors) -> tuple[dict[str, object], dic
         if factor is None:
             left, right, scale = np.ones((1, 1)), _sum(layer), 1.0
         else:
-            left, right, scale = value(update.left, _DOUBLE)[0], update.right, float(update.scale)
+            left, right, scale = value(update.left, DOUBLE)[0], update.right, float(update.scale)
         most = max(out // left.shape[0], width // left.shape[1]) / 2
         tensors[f"{name}.lokr_w1"] = left
         if isinstance(right, Product) and right.left.shape[-1] < most:
@@ -241,7 +236,7 @@ def _lokr(found: Sequence[Layer], base: Tensors) -> tuple[dict[str, object], dic
         else:
             rank = math.ceil(most)  # from here on PEFT does not cut the right factor
             shape = (out // left.shape[0], width // left.shape[1], *base[layer.site.weight].shape[2:])
-            tensors[f"{name}.lokr_w2"] = value(right, _DOUBLE).reshape(shape)
+            tensors[f"{name}.lokr_w2"] = value(right, DOUBLE).reshape(shape)
         ranks[name], alphas[name] = rank, scale * rank
     rank, rank_pattern = _patterns(ranks)
     alpha, alpha_pattern = _patterns(alphas)
