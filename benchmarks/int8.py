@@ -190,7 +190,7 @@ def written_with_ranges(pack: Path, data: Path, output: Path, calib: int) -> tup
     delta = subject.delta
     chosen = calibration_images(data, delta.labels, delta.preprocess, evaluation=data, count=calib)
     expressed = express(delta, subject.graph, graph, chosen, recipe=Int8Recipe()).delta
-    write_pack(output, expressed, codec=subject.pack.codec)
+    write_pack(output, expressed, kept=subject.pack.planes, sequence=subject.pack.sequence)
     return graph, expressed
 
 

@@ -11,6 +11,8 @@ import numpy as np
 
 from edgepet.spec import NpArray, Tensors
 
+_MOST_DIGITS = 20  # no reader elsewhere has longer ones
+
 
 def canonical_json(value: object) -> bytes:
     """UTF-8 JSON with sorted keys and no spaces; NaN and infinities are a ``ValueError``."""
@@ -19,7 +21,7 @@ def canonical_json(value: object) -> bytes:
 
 
 def parse_json(text: str | bytes) -> Any:
-    """JSON without duplicate keys, NaN or infinities; anything else is a ``ValueError``."""
+    """JSON without duplicate keys, NaN, infinities or integers of more than 20 digits; all else is a ``ValueError``."""
 
     def no_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         table = dict(pairs)
@@ -34,7 +36,12 @@ def parse_json(text: str | bytes) -> Any:
         number = float(digits)
         return number if math.isfinite(number) else no_constant(digits)
 
-    return json.loads(text, object_pairs_hook=no_twins, parse_constant=no_constant, parse_float=finite)
+    def short(digits: str) -> int:
+        if len(digits) > _MOST_DIGITS:
+            raise ValueError(f"an integer has {len(digits)} digits")
+        return int(digits)
+
+    return json.loads(text, object_pairs_hook=no_twins, parse_constant=no_constant, parse_float=finite, parse_int=short)
 
 
 def sha256_tensors(tensors: Tensors) -> str:

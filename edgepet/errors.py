@@ -16,6 +16,8 @@ import importlib
 from types import ModuleType
 from typing import ClassVar
 
+_MOST_SHOWN = 300  # characters of a part of a message that comes out of a file
+
 
 class EdgepetError(Exception):
     """One message: where, what, got; then what to do.
@@ -44,7 +46,20 @@ class InputError(EdgepetError):
 
 
 class PackError(InputError):
-    """A file that claims to be a pack and is not one."""
+    """A file that claims to be a pack and is not one; what it brings into the message is cut, and spelled out.
+
+    Args:
+        where, what, got, fix: as of ``EdgepetError``, each of them one line of at most 300 characters.
+    """
+
+    def __init__(self, where: str, what: str, *, got: object = None, fix: str | None = None) -> None:
+        shown = None if got is None else _one_line(str(got))
+        super().__init__(_one_line(where), _one_line(what), got=shown, fix=None if fix is None else _one_line(fix))
+
+
+def _one_line(text: str) -> str:
+    spelled = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text[: _MOST_SHOWN + 1])
+    return spelled if len(spelled) <= _MOST_SHOWN else f"{spelled[:_MOST_SHOWN]}…"
 
 
 class BackboneError(InputError):

@@ -25,7 +25,7 @@ Precision: TypeAlias = Literal["fp32", "bf16", "fp16", "int8"]  # what a network
 
 _TARGET = re.compile(
     r"(?P<tensor>[A-Za-z0-9_]+(?:\.[A-Za-z0-9_]+)*)(?:\[(?P<rows>N:N|:(?=,))(?:, (?P<cols>N:N))?\])?".replace(
-        "N", "(?:0|[1-9][0-9]*)"
+        "N", "(?:0|[1-9][0-9]{0,9})"
     )
 )
 
@@ -199,15 +199,15 @@ class Preprocess:
         return {key: value for key, value in told.items() if value is not None}
 
 
-LEAST_STD = 2.0**-126  # of float32's normal numbers
+LEAST_CROP, LEAST_STD, MOST_MEAN = 1 / 64, 1e-30, 1e6  # what keeps pixels finite, and a resized image small
 
 
 def read_preprocess(table: ObjectReader) -> Preprocess:
     """Preprocessing from JSON, as ``Preprocess.as_json`` writes it.
 
     Raises:
-        EdgepetError: of the kind of ``table``: ``image_size`` is not two sizes, ``crop_fraction`` not in (0, 1], or a
-            ``std`` not above 0 as float32 has it, in which images are divided by it.
+        EdgepetError: of the kind of ``table``: ``image_size`` is not two sizes, ``crop_fraction`` not in [1/64, 1], a
+            ``std`` not above 0, or a ``mean`` or ``std`` that float32 would be divided out of range by.
     """
     sizes = table.integers("image_size", least=1)
     if len(sizes) != 2:
@@ -227,8 +227,10 @@ def read_preprocess(table: ObjectReader) -> Preprocess:
         else None,
     )
     table.end()
-    if not 0 < preprocess.crop_fraction <= 1 or min(preprocess.std) < LEAST_STD:
-        raise table.refusal("", "needs a crop_fraction in (0, 1] and a std above 0")
+    if not LEAST_CROP <= preprocess.crop_fraction <= 1 or min(preprocess.std) < LEAST_STD:
+        raise table.refusal("", f"needs a crop_fraction in [{LEAST_CROP:.2g}, 1] and a std above 0")
+    if max(map(abs, (*preprocess.mean, *preprocess.std))) > MOST_MEAN:
+        raise table.refusal("", f"needs a mean and a std of at most {MOST_MEAN:g}")
     return preprocess
 
 

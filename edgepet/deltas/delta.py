@@ -10,10 +10,11 @@ import numpy as np
 
 from edgepet.deltas.branches import Branch, arrays_of, require_distinct, structure_digest, structure_of
 from edgepet.deltas.codes import Range
+from edgepet.deltas.probe import Probe
 from edgepet.deltas.updates import Targeted, factors, require_readable
 from edgepet.errors import InputError
 from edgepet.reports.tables import format_names
-from edgepet.spec import NpArray, Preprocess
+from edgepet.spec import NpArray, Preprocess, StoredPrecision
 
 # All three become names of files or folders, so a pack from outside must not be able to steer where they lead.
 _TASK = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
@@ -74,7 +75,7 @@ class Delta:
 
     ``updates`` are folded into it, those of one tensor in order; ``branches`` stay beside it. ``method`` and
     ``training`` are provenance: nothing that applies a delta reads them. ``int8`` is there where the task was
-    calibrated on the int8 backbone.
+    calibrated on the int8 backbone; ``probes`` are what it answers, in each precision in which it was asked.
 
     Raises:
         InputError: a name or fingerprint that is not spelled as one, a top-1 outside of 0 to 1, a wrong branch, two of
@@ -96,6 +97,7 @@ class Delta:
     licences: tuple[str, ...] = ()
     branches: tuple[Branch, ...] = ()
     int8: Int8Ranges | None = None
+    probes: Mapping[StoredPrecision, Probe] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         require_task(self.task, "task", "needs a name")

@@ -64,11 +64,14 @@ class Mix:
         return tuple(self.cube.shape[:2])
 
     def value(self, like: Array) -> Array:
-        """The cut (r, r); ``cube`` is not touched."""
-        del like
+        """The cut (r, r); ``cube`` is not touched, and nothing beside the cut is mixed."""
         rank, _, depth = self.cube.shape
-        mixed = (self.cube.reshape(rank * rank, depth) @ self.weights).reshape(rank, -1)
-        cut = mixed[:, self.part * rank : (self.part + 1) * rank]
+        columns = np.arange(self.part * rank, (self.part + 1) * rank)
+        inner, mixture = columns // self.weights.shape[1], columns % self.weights.shape[1]  # axes 1 and 2 of (r, r, m)
+        first, last = int(inner[0]), int(inner[-1]) + 1
+        used = np.unique(mixture)
+        mixed = self.cube[:, first:last].reshape(-1, depth) @ self.weights[:, used]
+        cut = mixed.reshape(rank, last - first, len(used))[:, inner - first, np.searchsorted(used, mixture)]
         return cut.T if self.transposed else cut
 
     def mismatch(self) -> str | None:
@@ -301,6 +304,18 @@ def _windows(name: str, factor: Factor) -> Iterator[tuple[str, Window]]:
             yield f"{name}.{part}", getattr(factor, part)
         for part in NESTED.get(factor.kind, ()):
             yield from _windows(f"{name}.{part}", getattr(factor, part))
+
+
+def made_sizes(factor: Factor) -> Iterator[tuple[object, int]]:
+    """What a factor makes from seeds, and bytes of it: draws in float64, and a shuffle in int32."""
+    if isinstance(factor, Seeded):
+        yield ("draws", factor.seed), 8 * factor.draws.size
+    if isinstance(factor, Gather):
+        yield ("shuffle", factor.seed, factor.total), 4 * factor.total
+        yield ("gathered", factor.seed, factor.total), 8 * factor.index.size
+    if isinstance(factor, Expression):
+        for part in NESTED.get(factor.kind, ()):
+            yield from made_sizes(getattr(factor, part))
 
 
 def remade(factor: Factor, name: str, arrays: Mapping[str, Array]) -> Factor:

@@ -15,6 +15,7 @@ import numpy as np
 from edgepet.spec import NpArray
 
 SEEDS = 1 << 53  # a seed is below: every JSON reader has these integers exactly
+_AT_ONCE = 1 << 14
 MOST_VALUES = 1 << 22  # of one window, and of one shuffle: what a pack may ask a device to make at once
 
 _STEP = np.uint64(0x9E3779B97F4A7C15)
@@ -72,10 +73,12 @@ def balanced(seed: int, total: int, count: int) -> NpArray:
     0, 1, .. count - 1, 0, 1, .. is shuffled (Fisher and Yates): from the last place down to the second, each changes
     with one of those up to itself. The array is shared and cannot be written.
     """
-    order = (np.arange(total, dtype=np.int64) % count).tolist()
-    partners = below(seed, range(total, 1, -1)).tolist()
-    for place, partner in zip(range(total - 1, 0, -1), partners, strict=True):
-        order[place], order[partner] = order[partner], order[place]
-    made = np.array(order, np.int32)
+    made = (np.arange(total, dtype=np.int64) % count).astype(np.int32)
+    partners = below(seed, range(total, 1, -1))
+    order = made.data  # plain numbers, one at a time, and no list of them all
+    for start in range(0, total - 1, _AT_ONCE):
+        for step, partner in enumerate(partners[start : start + _AT_ONCE].tolist(), start):
+            place = total - 1 - step
+            order[place], order[partner] = order[partner], order[place]
     made.flags.writeable = False
     return made

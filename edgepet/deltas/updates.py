@@ -10,7 +10,18 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from edgepet.deltas.expressions import Expression, Factor, Window, cast, leaves, remade, settings, value, windows
+from edgepet.deltas.expressions import (
+    Expression,
+    Factor,
+    Window,
+    cast,
+    leaves,
+    made_sizes,
+    remade,
+    settings,
+    value,
+    windows,
+)
 from edgepet.deltas.kinds import (
     ATTRIBUTES,
     FACTORS,
@@ -56,6 +67,7 @@ __all__ = [
     "factors",
     "fold",
     "generated",
+    "generated_bytes",
     "in_precision_of",
     "keeps_codes",
     "read_by",
@@ -98,6 +110,16 @@ def factors(update: Update) -> dict[str, Array]:
 def generated(update: Update) -> dict[str, Window]:
     """What of ``update`` is made from a seed, by name, beside its ``factors``."""
     return {name: window for factor, given in _given(update).items() for name, window in windows(factor, given).items()}
+
+
+def generated_bytes(updates: Iterable[Targeted]) -> int:
+    """What is held at once of what seeds stand for: of each the largest part that is made."""
+    sizes: dict[object, int] = {}
+    for targeted in updates:
+        for factor in _given(targeted.update).values():
+            for made, size in made_sizes(factor):
+                sizes[made] = max(size, sizes.get(made, 0))
+    return sum(sizes.values())
 
 
 def with_arrays(update: Update, arrays: Mapping[str, Array]) -> Update:

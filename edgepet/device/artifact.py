@@ -20,6 +20,7 @@ from edgepet.errors import EdgepetError, InputError
 from edgepet.files import write_file
 from edgepet.graphs.manifest import Listed, listed_files, read_manifest
 from edgepet.measuring.parity import Against, Inputs, Parity
+from edgepet.packs.codecs import CODECS
 from edgepet.spec import NpArray, Precision, Preprocess, StoredPrecision, read_preprocess
 from edgepet.strict import ObjectReader
 
@@ -64,7 +65,7 @@ class Artifact:
     method: str
     branches: int
     pack_sha256: str
-    codec: StoredPrecision
+    codec: str
     files: Listed
     versions: Mapping[str, object]
     verified: bool
@@ -146,7 +147,7 @@ def read_artifact(folder: Path) -> Artifact:
         method=table.text("method"),
         branches=table.integer("branches"),
         pack_sha256=pack.text("sha256"),
-        codec=cast(StoredPrecision, pack.text("codec", choices=["fp32", "fp16", "int8"])),
+        codec=pack.text("codec", choices=(*CODECS, "mixed")),
         files=listed_files(table),
         versions=_versions(table.nested("versions")),
         verified=table.boolean("verified"),

@@ -15,13 +15,13 @@ from edgepet.deltas.merge import task_tensors
 from edgepet.device.runner import Runner, SharedRunner
 from edgepet.device.runtimes import DEFAULT, shared_runtime
 from edgepet.device.store import Store
-from edgepet.errors import InputError, option
+from edgepet.errors import CheckError, InputError, option
 from edgepet.graphs.base import BaseGraph
 from edgepet.graphs.int8 import Int8Graph, require_codes
 from edgepet.graphs.slots import task_slots
 from edgepet.images.preprocess import load_input, normalize
 from edgepet.packs.pack import Pack
-from edgepet.spec import FilePath, NpArray, Precision
+from edgepet.spec import FilePath, NpArray, Precision, StoredPrecision
 
 
 class TaskNetwork:
@@ -178,6 +178,25 @@ def open_installed(
     return open_task(store.graph_of(pack), pack.delta, runtime=runtime, threads=threads)
 
 
+def require_probe(network: TaskNetwork, delta: Delta, precision: StoredPrecision = "fp32") -> None:
+    """Ask a task for the answers that its pack carries, on this machine; one that carries none is not asked.
+
+    Raises:
+        CheckError: an answer is further off than the pack allows, or not finite.
+    """
+    probe = delta.probes.get(precision)
+    if probe is None:
+        return
+    apart = float(np.abs(network(probe.images(delta.preprocess)) - probe.logits).max())
+    if not apart <= probe.tolerance:
+        raise CheckError(
+            f"task {delta.task!r} on {network.runtime}, {precision}",
+            f"must answer its own probe within {probe.tolerance:.2g} on logits",
+            got=f"{apart:.2g}",
+            fix="do not serve it from here: the pack, the backbone or the runtime is not what it was made with",
+        )
+
+
 @dataclass(frozen=True, slots=True)
 class Answer:
     """One image's best label and its softmax score, 0..1; ``image`` is the name of its file, or a clip's folder."""
@@ -202,9 +221,24 @@ class Device:
 
     store: FilePath
 
-    def install(self, pack: FilePath | bytes) -> Pack:
-        """Install a pack, a file or its bytes, and return it; raises as ``Store.install`` does."""
-        return Store(Path(self.store)).install(pack if isinstance(pack, bytes) else Path(pack))
+    def install(self, pack: FilePath | bytes, *, older: bool = False, runtime: str = DEFAULT) -> Pack:
+        """Install a pack, a file or its bytes, and return it, once it has answered its own probe on ``runtime``.
+
+        Where the int8 backbone is here and the pack has ranges for it, it is asked in int8 as well; where only that is
+        here, in int8 alone. ``older`` and further errors as of ``Store.install``.
+
+        Raises:
+            CheckError: it answers otherwise than the pack says.
+            MissingError: the runtime is not installed.
+        """
+        store = Store(Path(self.store))
+
+        def ask(given: Pack) -> None:
+            for precision in store.precisions(given):
+                with open_installed(store, given, runtime=runtime, precision=precision) as network:
+                    require_probe(network, given.delta, precision)
+
+        return store.install(pack if isinstance(pack, bytes) else Path(pack), older=older, ask=ask)
 
     def tasks(self) -> tuple[str, ...]:
         """Names of the installed tasks, sorted."""

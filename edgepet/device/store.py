@@ -2,6 +2,7 @@
 
 <root>/backbones/<digits of the fingerprint>/    as ``edgepet.graphs.base`` lays it out
 <root>/tasks/<task>.pet                          the packs, each installed by a rename
+<root>/trusted/<name>.pub                        keys; where this folder is, only what one of them signed is installed
 <root>/cache/                                    derived data of runtimes, deletable at any time
 """
 
@@ -9,17 +10,20 @@ from __future__ import annotations
 
 import contextlib
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from edgepet.deltas.merge import task_tensors
-from edgepet.errors import InputError
+from edgepet.errors import CheckError, EdgepetError, InputError
 from edgepet.files import folder_bytes, made_folder, new_folder, read_file, write_file
-from edgepet.graphs.base import BaseGraph, graph_folder, open_graph
+from edgepet.graphs.base import BaseGraph, graph_folder, graph_stem, open_graph
 from edgepet.graphs.int8 import Int8Graph, int8_stem, open_int8
 from edgepet.graphs.manifest import Listed, put_stamp, require_whole
 from edgepet.graphs.slots import task_slots
 from edgepet.packs.pack import Pack, read_pack
+from edgepet.packs.signatures import signer
+from edgepet.spec import StoredPrecision
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,29 +64,63 @@ class Store:
             if not (target / description).exists():
                 write_file(target / description, read_file(source / description))
 
-    def install(self, source: Path | bytes) -> Pack:
+    def install(
+        self, source: Path | bytes, *, older: bool = False, ask: Callable[[Pack], None] = lambda pack: None
+    ) -> Pack:
         """Check a pack against the backbone that is here, then put it in its task's place in one step.
 
         Args:
             source: the pack's file, or its bytes.
+            older: take a pack with a smaller sequence number than the installed one, of the same signer.
+            ask: what else has to be content with it before it is put there.
 
         Raises:
+            CheckError: keys are trusted here and none of them has signed it, or it is older.
+            MissingError: it is signed, keys are trusted here, and cryptography is not installed.
             PackError: it is no pack.
             InputError: its backbone, image size or branches are not here, an update does not fit or makes what is not
                 finite, its ranges are for other int8 codes, or a file cannot be read or written.
         """
         data = source if isinstance(source, bytes) else read_file(source)
+        signed_by = self._signer(data, "pack" if isinstance(source, bytes) else source.name)
         pack = read_pack(data)
-        if pack.delta.int8 is not None and self._has_int8(pack):
+        if not older:
+            self._require_newer(pack, signed_by)
+        if "int8" in self.precisions(pack):
             task_slots(self.int8_of(pack), pack.delta)  # refuses what is not finite
-        else:
+        if "fp32" in self.precisions(pack):
             graph = self.graph_of(pack)
             graph.require_fit(pack.delta)
             task_tensors(graph.base, pack.delta)  # refuses what is not finite
+        ask(pack)
         path = self._path(pack.delta.task)
         made_folder(path.parent, "packs are kept there")
         write_file(path, data)
         return pack
+
+    def _signer(self, data: bytes, where: str) -> str | None:
+        """Whose key signed it, before anything of it is read; None where nobody's is asked for."""
+        trusted = self.root / "trusted"
+        if not trusted.is_dir():
+            return None
+        name = signer(data, trusted, where)
+        if name is None:
+            raise CheckError(
+                where, f"must be signed by a key in {trusted}", got="no signature", fix="edgepet pack --sign"
+            )
+        return name
+
+    def _require_newer(self, pack: Pack, signed_by: str | None) -> None:
+        path = self._path(pack.delta.task)
+        try:
+            data = read_file(path)
+            installed, signed_before = read_pack(data).sequence, self._signer(data, path.name)
+        except EdgepetError:  # nothing is there, or what is there is damaged or trusted no more
+            return
+        if pack.sequence < installed and signed_before == signed_by:
+            what = f"must not be older than the installed one, which has the sequence number {installed}"
+            fix = "install it with older=True if that is meant"
+            raise CheckError(f"task {pack.delta.task!r}", what, got=pack.sequence, fix=fix)
 
     def tasks(self) -> tuple[str, ...]:
         """Names of the installed tasks, sorted."""
@@ -121,9 +159,15 @@ class Store:
         """
         return open_int8(pack.delta.fingerprint, pack.delta.preprocess, root=self.root)
 
-    def _has_int8(self, pack: Pack) -> bool:
-        folder = graph_folder(pack.delta.fingerprint, self.root)
-        return (folder / f"{int8_stem(pack.delta.preprocess)}.json").is_file()
+    def precisions(self, pack: Pack) -> tuple[StoredPrecision, ...]:
+        """In which a pack runs here: on the dense backbone, and on the int8 one where it has ranges for it.
+
+        Where neither is here it is the dense one, so that asking for it says what is missing.
+        """
+        delta, folder = pack.delta, graph_folder(pack.delta.fingerprint, self.root)
+        int8 = delta.int8 is not None and (folder / f"{int8_stem(delta.preprocess)}.json").is_file()
+        dense = (folder / f"{graph_stem(delta.preprocess, delta.structure)}.json").is_file() or not int8
+        return (*(("fp32",) if dense else ()), *(("int8",) if int8 else ()))
 
     @property
     def cache_bytes(self) -> int:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import cast
@@ -24,32 +25,51 @@ from edgepet.strict import ObjectReader
 
 MAX_REPEAT = 4096  # targets that one pattern may name
 MAX_UPDATES = 1 << 16  # targets of one pack: a megabyte of patterns could name millions
+MAX_PER_TENSOR = 32  # updates of one tensor: folding is work for each
+MAX_NAME = 256  # characters of a target or a point
+MAX_AXES = 8  # of a factor
 
 _INTEGERS: dict[str, np.dtype[np.generic]] = {"order": np.dtype(np.int32), "bits": np.dtype(np.uint8)}
-_REPEAT = re.compile(r"\{(0|[1-9][0-9]*)\.\.(0|[1-9][0-9]*)\}")
+_REPEAT = re.compile(r"\{(0|[1-9][0-9]{0,8})\.\.(0|[1-9][0-9]{0,8})\}")
 _OPTIONAL = {"core", "order"}
 
 
 class Reader:
-    """Factors cut out of planes; ``end`` refuses values that no row names and rows that overlap."""
+    """Factors cut out of planes; ``end`` refuses values that no row names and rows that overlap.
 
-    def __init__(self, tensors: dict[str, NpArray], dtype: np.dtype[np.floating], where: str) -> None:
-        self._tensors, self._dtype, self._where = tensors, dtype, where
+    Args:
+        planes: every plane by name, decoded, as one vector.
+        updates, tensors: how many of them the pack says that it has. No more are made.
+    """
+
+    def __init__(self, planes: Mapping[str, NpArray], where: str, *, updates: int, tensors: int) -> None:
+        self._planes, self._where = planes, where
         self._cut: dict[str, dict[tuple[int, tuple[int, ...]], NpArray]] = {}
+        self._filled: dict[str, int] = {}
         self._whole: set[str] = set()
-        self._updates = 0
+        self._most_updates, self._most_tensors = updates, tensors
+        self._updates = self._tensors = 0
+        self._per_tensor = Counter[str]()
 
-    def whole(self, name: str, *, axes: int) -> NpArray:
-        """The tensor ``name``, which is no plane and is not cut.
+    def whole(self, name: str) -> NpArray:
+        """The plane ``name`` of floats, which is not cut.
 
         Raises:
-            PackError: it is not there, not in the codec's dtype, or has not ``axes`` axes.
+            PackError: it is not there, or holds something else.
         """
         self._whole.add(name)
-        tensor = self._plane(name, self._dtype)
-        if tensor.ndim != axes:
-            raise PackError(f"{self._where}: {name}", f"needs {axes} axes", got=tensor.ndim)
-        return tensor
+        return self._plane(name)
+
+    def factor(self, plane: str, row: ObjectReader, name: str, *, axes: int) -> NpArray:
+        """The one array of ``plane.name`` for which ``row`` has a place of ``axes`` axes.
+
+        Raises:
+            PackError: the place is none, of other axes, or reaches outside of its plane.
+        """
+        array = self._series(plane, name, row, 1)[0]
+        if array.ndim != axes:
+            raise PackError(f"{row.where}.{name}", f"needs {axes} axes", got=array.ndim)
+        return array
 
     def branches(self, table: ObjectReader) -> Iterator[Branch]:
         """The branches of one group.
@@ -78,8 +98,8 @@ class Reader:
 
     def _count(self, more: int, where: str) -> None:
         self._updates += more
-        if self._updates > MAX_UPDATES:
-            raise PackError(where, f"is beyond the {MAX_UPDATES} updates that a pack may hold")
+        if self._updates > self._most_updates:
+            raise PackError(where, f"is beyond the {self._most_updates} updates that the pack says it has")
 
     def updates(self, table: ObjectReader) -> Iterator[Targeted]:
         """The updates of one group.
@@ -101,6 +121,12 @@ class Reader:
                 Target.parse(text, where=row.where) for text in _expand(row.text("target"), f"{row.where}.target")
             ]
             self._count(len(targets), row.where)
+            for target in targets:
+                self._per_tensor[target.tensor] += 1
+                if self._per_tensor[target.tensor] > MAX_PER_TENSOR:
+                    raise PackError(
+                        row.where, f"is beyond the {MAX_PER_TENSOR} updates of one tensor", got=target.tensor
+                    )
             named = {name: self._named(name, row, len(targets)) for name in NAMES.get(kind, ())}
             each = self._factors(kind, made, row, len(targets))
             row.end()
@@ -149,38 +175,51 @@ class Reader:
         start, step, *shape = place = _place(row, name)
         plane = f"{kind}.{name}"
         bits = name.endswith(".bits")
-        tensor = self._plane(plane, _INTEGERS.get(name.rpartition(".")[2], self._dtype))
+        flat = self._plane(plane, _INTEGERS.get(name.rpartition(".")[2]))
         count_of = math.prod(shape)  # of Python integers: nothing wraps around
         size = -(-count_of // 8) if bits else count_of
-        if tensor.ndim != 1 or size == 0 or start + step * (count - 1) + size > tensor.size:
-            raise PackError(f"{row.where}.{name}", f"reaches outside {plane} of {tensor.size} values", got=list(place))
+        if size == 0 or start + step * (count - 1) + size > flat.size:
+            raise PackError(f"{row.where}.{name}", f"reaches outside {plane} of {flat.size} values", got=list(place))
         cut = self._cut.setdefault(plane, {})
         series = []
         for i in range(count):
             key = (start + i * step, tuple(shape))
-            part = tensor[key[0] : key[0] + size]
-            series.append(cut.setdefault(key, _unpacked(part, shape, row.where) if bits else part.reshape(shape)))
+            if key not in cut:
+                self._fill(plane, size, flat.size)
+                part = flat[key[0] : key[0] + size]
+                cut[key] = _unpacked(part, shape, row.where) if bits else part.reshape(shape)
+            series.append(cut[key])
         return series
 
-    def _plane(self, name: str, dtype: np.dtype[np.generic]) -> NpArray:
-        tensor = self._tensors.get(name)
-        if tensor is None:
-            raise PackError(self._where, f"needs the tensor {name!r}")
-        if tensor.dtype != dtype:
-            raise PackError(f"{self._where}: {name}", f"needs {dtype.name}", got=tensor.dtype.name)
-        return tensor
+    def _fill(self, plane: str, size: int, whole: int) -> None:
+        """Count one more array of a plane, before it is made: its arrays do not overlap."""
+        self._tensors += 1
+        if self._tensors > self._most_tensors:
+            raise PackError(self._where, f"holds more than the {self._most_tensors} tensors that it says it has")
+        self._filled[plane] = self._filled.get(plane, 0) + size
+        if self._filled[plane] > whole:
+            raise PackError(f"{self._where}: {plane}", "needs rows that fill it without gap or overlap", got="too many")
+
+    def _plane(self, name: str, dtype: np.dtype[np.generic] | None = None) -> NpArray:
+        flat = self._planes.get(name)
+        if flat is None:
+            raise PackError(self._where, f"needs the plane {name!r}")
+        fits = flat.dtype.kind == "f" if dtype is None else flat.dtype == dtype
+        if not fits:
+            raise PackError(f"{self._where}: {name}", f"needs {dtype or 'floats'}", got=flat.dtype.name)
+        return flat
 
     def end(self) -> None:
         """Refuse what nothing has asked for, once all groups are read.
 
         Raises:
-            PackError: an unknown tensor, a value that is not finite, or rows that leave gaps in a plane or overlap.
+            PackError: an unknown plane, a value that is not finite, or rows that leave gaps in a plane or overlap.
         """
-        unknown = sorted(set(self._tensors) - self._whole - set(self._cut))
+        unknown = sorted(set(self._planes) - self._whole - set(self._cut))
         if unknown:
-            raise PackError(self._where, f"knows no tensor {', '.join(map(repr, unknown))}")
-        for name, tensor in self._tensors.items():
-            if tensor.dtype.kind == "f" and not np.isfinite(tensor).all():
+            raise PackError(self._where, f"knows no plane {', '.join(map(repr, unknown))}")
+        for name, flat in self._planes.items():
+            if flat.dtype.kind == "f" and not np.isfinite(flat).all():
                 raise PackError(f"{self._where}: {name}", "holds a value that is not finite")
         for plane, cut in self._cut.items():
             end = 0
@@ -193,12 +232,25 @@ class Reader:
                     )
                 values = math.prod(shape)
                 end += -(-values // 8) if plane.endswith(".bits") else values
-            if end != self._tensors[plane].size:
+            if end != self._planes[plane].size:
                 raise PackError(
                     f"{self._where}: {plane}",
                     "holds values that no row names",
-                    got=f"{self._tensors[plane].size - end} of them",
+                    got=f"{self._planes[plane].size - end} of them",
                 )
+
+    def require_counts(self) -> None:
+        """Refuse a pack that has not as many updates and tensors as it says.
+
+        Raises:
+            PackError: it has fewer.
+        """
+        for what, said, found in (
+            ("updates", self._most_updates, self._updates),
+            ("tensors", self._most_tensors, self._tensors),
+        ):
+            if said != found:
+                raise PackError(f"{self._where}.decoded.{what}", f"must be the {found} that there are", got=said)
 
 
 @dataclass(frozen=True, slots=True)
@@ -272,8 +324,8 @@ def _window_series(name: str, row: ObjectReader, count: int, end: int) -> list[W
 
 def _place(row: ObjectReader, name: str) -> tuple[int, ...]:
     place = row.integers(name)
-    if len(place) < 2:
-        raise PackError(f"{row.where}.{name}", "needs [start, step, axes...]", got=list(place))
+    if not 2 <= len(place) <= 2 + MAX_AXES:
+        raise PackError(f"{row.where}.{name}", f"needs [start, step, at most {MAX_AXES} axes]", got=list(place[:12]))
     return place
 
 
@@ -286,6 +338,8 @@ def _unpacked(packed: NpArray, shape: list[int], where: str) -> NpArray:
 
 def _expand(pattern: str, where: str) -> Iterator[str]:
     """``blocks.{0..2}.x`` as blocks.0.x, blocks.1.x, blocks.2.x."""
+    if len(pattern) > MAX_NAME:
+        raise PackError(where, f"needs at most {MAX_NAME} characters", got=len(pattern))
     match = _REPEAT.search(pattern)
     if match is None:
         yield pattern

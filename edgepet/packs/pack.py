@@ -1,91 +1,131 @@
-"""The ``.pet`` file, format version 1: one delta as strict safetensors with one canonical manifest.
+"""The ``.pet`` file, format version 1: one delta, bound to its backbone, as data of a few kilobytes.
 
-The format is docs/spec/pack-v1.md; this file, ``planes`` and ``layout`` are that page in code.
+The format is docs/spec/pack-v1.md; this file and its siblings are that page in code: ``container`` the bytes,
+``codecs`` the numbers, ``planes`` and ``layout`` where each of them belongs, ``manifest`` all the rest.
 """
 
 from __future__ import annotations
 
 import hashlib
-import itertools
-import json
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from math import isfinite
 from pathlib import Path
-from typing import Literal, TypeAlias, cast
+from types import MappingProxyType
+from typing import Any, Literal, TypeAlias, cast
 
 import numpy as np
-import safetensors.numpy
-from safetensors import SafetensorError
 
-from edgepet.canonical import canonical_json, parse_json
-from edgepet.deltas.codes import Range
-from edgepet.deltas.delta import Delta, Head, Int8Ranges, Score
+from edgepet.canonical import canonical_json
+from edgepet.deltas.delta import Delta
+from edgepet.deltas.updates import generated_bytes
 from edgepet.errors import InputError, PackError
 from edgepet.files import read_file, write_file
-from edgepet.packs.layout import Reader
+from edgepet.packs.codecs import CODECS, Codec, Coding, Format, Plane, deflated, write_plane
+from edgepet.packs.container import UNSIGNED, assembled, signature_of, taken_apart
+from edgepet.packs.manifest import (
+    EXACT,
+    HEAD,
+    LAYOUT,
+    PROBES,
+    RANGES,
+    Decoded,
+    planes_bytes,
+    read_manifest,
+    write_manifest,
+)
 from edgepet.packs.planes import Planes, write_branches, write_updates
-from edgepet.spec import FilePath, NpArray, read_preprocess
-from edgepet.strict import ObjectReader
+from edgepet.spec import FilePath, NpArray, StoredPrecision
 
-Codec: TypeAlias = Literal["fp32", "fp16"]
-CODECS: dict[Codec, type[np.floating]] = {"fp32": np.float32, "fp16": np.float16}
-FORMAT, VERSION = "edgepet-pack", 1
-MAX_HEADER_BYTES = 1 << 20
-LEAST_SCALE, MOST = float(np.finfo(np.float32).tiny), float(np.finfo(np.float32).max)  # runtimes take float32
+PackCodec: TypeAlias = Codec | Literal["mixed"]
+
+_UNROUNDED: frozenset[Format] = frozenset(("fp32", "int32", "bits"))
+_NOTHING: Mapping[Any, Any] = MappingProxyType({})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Pack:
-    """A delta as it was read: ``delta`` holds the stored precision, ``bytes_by_kind`` the bytes of every plane."""
+    """A delta as it was read.
+
+    ``delta`` holds what the stored numbers stand for, ``planes`` both of them, ``bytes_by_kind`` what each takes in the
+    file. ``codec`` is the one of all floating-point planes, or "mixed". ``signature`` are its digits, None unsigned.
+    """
 
     delta: Delta
-    codec: Codec
+    codec: PackCodec
+    planes: Mapping[str, Plane]
     size_bytes: int
     sha256: str
     bytes_by_kind: Mapping[str, int]
+    sequence: int = 0
+    signature: str | None = None
+
+    @property
+    def rounding(self) -> StoredPrecision:
+        """The coarsest that its numbers were rounded to: "int8" stands for codes of any size."""
+        formats = {plane.stored.coding.format for plane in self.planes.values()}
+        return "fp32" if formats <= _UNROUNDED else "fp16" if formats <= _UNROUNDED | {"fp16"} else "int8"
 
 
-def encode_pack(delta: Delta, *, codec: Codec = "fp16") -> bytes:
-    """The pack of ``delta``; the same delta gives the same bytes.
+def encode_pack(
+    delta: Delta,
+    *,
+    codec: Codec = "fp16",
+    codings: Mapping[str, Coding] = _NOTHING,
+    weights: Mapping[int, NpArray] = _NOTHING,
+    kept: Mapping[str, Plane] = _NOTHING,
+    sequence: int = 0,
+) -> bytes:
+    """The pack of ``delta``, which nobody has signed; the same delta gives the same bytes with one version of zlib.
+
+    Args:
+        codec: of every plane of floating-point numbers that ``codings`` does not name.
+        weights: for an array, by its ``id``, how much the square of each value's error counts; all the same by default.
+        kept: planes of a pack that was read: where ``delta`` still has their values, they are stored as they were.
+        sequence: of two packs of a task the later one has the larger number.
 
     Raises:
-        InputError: a value is not finite in ``codec``.
+        InputError: a value that its codec cannot hold.
+        PackError: the header would be longer than a reader takes.
     """
-    planes = Planes(delta.task, CODECS[codec])
-    updates, branches = write_updates(delta.updates, planes), write_branches(delta.branches, planes)
-    tensors = planes.tensors()
-    tensors["head.weight"] = planes.cast(delta.head.weight, "head.weight")
-    tensors["head.bias"] = planes.cast(delta.head.bias, "head.bias")
-    manifest = {
-        "format": FORMAT,
-        "version": VERSION,
-        "task": delta.task,
-        "codec": codec,
-        "backbone": {"name": delta.backbone, "fingerprint": delta.fingerprint},
-        "updates": updates,
-        "branches": branches,
-        "labels": list(delta.labels),
-        "preprocess": delta.preprocess.as_json(),
-        "method": {"name": delta.method, "settings": dict(delta.settings)},
-        "training": dict(delta.training),
-        "val": {"top1": delta.val.top1, "n": delta.val.n},
-        "licences": list(delta.licences),
+    planes = Planes()
+    layout = {"branches": write_branches(delta.branches, planes), "updates": write_updates(delta.updates, planes)}
+    point: dict[str, object] = {
+        name: [planes.place(f"{HEAD}.{name}", array), 0, *array.shape]
+        for name, array in (("bias", delta.head.bias), ("weight", delta.head.weight))
     }
+    flat, counts = planes.flat(), planes.spread(weights)
     if delta.int8 is not None:
-        manifest["int8"] = {"codes": delta.int8.codes, "ranges": [[r.scale, r.shift] for r in delta.int8.ranges]}
-    return _container(tensors, canonical_json(manifest).decode("utf-8"))
+        flat[RANGES] = np.array([(each.scale, each.shift) for each in delta.int8.ranges], np.float32).reshape(-1)
+    for precision, probe in delta.probes.items():
+        flat[PROBES[precision]] = probe.logits.astype(np.float32).reshape(-1)
+    made = {
+        name: kept[name]
+        if name in kept and np.array_equal(kept[name].values, values)
+        else write_plane(
+            name, values, "fp32" if name in EXACT else codings.get(name, codec), delta.task, counts.get(name)
+        )
+        for name, values in flat.items()
+    }
+    text = canonical_json(layout)
+    told = Decoded(
+        bytes=planes_bytes(made) + generated_bytes(delta.updates),
+        layout=len(text),
+        tensors=planes.tensors,
+        updates=len(delta.updates) + len(delta.branches),
+    )
+    packed = {LAYOUT: np.frombuffer(deflated(text), np.uint8)}
+    tensors = packed | {name: plane.tensor for name, plane in made.items()}
+    return assembled(tensors, write_manifest(delta, sequence, made, told, point))
 
 
-def write_pack(path: FilePath, delta: Delta, *, codec: Codec = "fp16") -> int:
-    """Write ``delta`` to ``path`` and return the file's size in bytes.
+def write_pack(path: FilePath, delta: Delta, *, codec: Codec = "fp16", **given: Any) -> int:
+    """Write ``delta`` to ``path`` and return the file's size in bytes; ``given`` as ``encode_pack`` takes it.
 
     Raises:
-        InputError: a value is not finite in ``codec``, or the file cannot be written.
+        InputError: a value that its codec cannot hold, or the file cannot be written.
         PackError: readers would refuse it; nothing is written.
     """
-    data = encode_pack(delta, codec=codec)
+    data = encode_pack(delta, codec=codec, **given)
     read_pack(data)  # what a device would refuse is not written
     write_file(Path(path), data)
     return len(data)
@@ -94,125 +134,31 @@ def write_pack(path: FilePath, delta: Delta, *, codec: Codec = "fp16") -> int:
 def read_pack(source: Path | str | bytes) -> Pack:
     """Read a pack without any knowledge of its backbone, and refuse whatever version 1 does not know.
 
+    Who signed it is not asked here: ``signatures.signer`` does.
+
     Raises:
-        PackError: it is not a pack of version 1 in the one canonical spelling of its tensors and manifest.
+        PackError: it is not a pack of version 1 in the one canonical spelling of its tensors and manifest, or asks for
+            more memory than a pack of its length may.
         InputError: the file cannot be read.
     """
     where = "pack" if isinstance(source, bytes) else Path(source).name
     data = source if isinstance(source, bytes) else read_file(Path(source))
-    tensors, manifest = _open_container(data, where)
+    parts = taken_apart(data, where)
     try:
-        delta, codec = _read_manifest(manifest, tensors, where)
+        delta, planes, sequence = read_manifest(parts, where, len(data))
     except InputError as error:
-        raise error if isinstance(error, PackError) else PackError(where, str(error)) from error
+        if isinstance(error, PackError):
+            raise
+        raise PackError(where, f"{error.where}: {error.what}", got=error.got, fix=error.fix) from error
+    codecs = {plane.stored.coding.format for name, plane in planes.items() if name not in EXACT} & set(CODECS)
+    digits = signature_of(data)
     return Pack(
         delta=delta,
-        codec=codec,
+        codec=cast(Codec, codecs.pop()) if len(codecs) == 1 else "mixed",
+        planes=planes,
         size_bytes=len(data),
         sha256=hashlib.sha256(data).hexdigest(),
-        bytes_by_kind={name: int(tensor.nbytes) for name, tensor in sorted(tensors.items())},
+        bytes_by_kind={name: int(tensor.nbytes) for name, tensor in sorted(parts.tensors.items())},
+        sequence=sequence,
+        signature=None if digits == UNSIGNED else digits,
     )
-
-
-# ---------------------------------------------------------------------------------------------------- the container
-
-
-def _container(tensors: Mapping[str, NpArray], manifest: str) -> bytes:
-    data: bytes = safetensors.numpy.save(dict(tensors), metadata={"edgepet": manifest})
-    return data
-
-
-def _open_container(data: bytes, where: str) -> tuple[dict[str, NpArray], object]:
-    start = data[:8]
-    length = int.from_bytes(start, "little")
-    if len(start) == 8 and MAX_HEADER_BYTES < length <= len(data) - 8:
-        raise PackError(where, f"must have a header of at most {MAX_HEADER_BYTES} bytes", got=length)
-    if len(start) < 8 or length > len(data) - 8:
-        raise PackError(
-            where, "is not a pack or is cut short", got=f"{len(data)} bytes", fix="copy the file again, whole"
-        )
-    try:
-        header = ObjectReader(parse_json(data[8 : 8 + length]), where)
-        tensors: dict[str, NpArray] = safetensors.numpy.load(data)
-    except SafetensorError as error:
-        raise PackError(where, "is not a pack or is cut short", got=error, fix="copy the file again, whole") from error
-    except KeyError as error:  # safetensors knows number formats that NumPy has no name for
-        raise PackError(where, "holds a number format that no pack has", got=error) from error
-    except (ValueError, RecursionError) as error:
-        raise PackError(where, "has no readable header", got=error, fix="copy the file again, whole") from error
-    text = header.nested("__metadata__").text("edgepet")
-    # Safetensors readers accept duplicate names, leading spaces and unknown fields; two readings of one signed file
-    # must not differ, so only the one canonical spelling is a pack.
-    if _container(tensors, text) != data:
-        raise PackError(where, "is not written in the canonical form", fix="write it again with edgepet")
-    try:
-        manifest = parse_json(text)
-        canonical = canonical_json(manifest).decode("utf-8") == text
-    except (ValueError, RecursionError) as error:
-        raise PackError(where, "has no readable manifest", got=error) from error
-    if not canonical:
-        raise PackError(where, "has a manifest that is not canonical JSON", fix="write it again with edgepet")
-    return tensors, manifest
-
-
-# --------------------------------------------------------------------------------------------------------- reading
-
-
-def _read_manifest(value: object, tensors: dict[str, NpArray], where: str) -> tuple[Delta, Codec]:
-    table = ObjectReader(value, where)
-    table.text("format", choices=[FORMAT])
-    if table.integer("version") != VERSION:
-        raise PackError(
-            f"{where}.version",
-            f"this edgepet reads version {VERSION}",
-            got=table.integer("version"),
-            fix="update edgepet",
-        )
-    codec = cast(Codec, table.text("codec", choices=list(CODECS)))
-    reader = Reader(tensors, np.dtype(CODECS[codec]), where)
-    updates = tuple(itertools.chain.from_iterable(map(reader.updates, table.nested_list("updates"))))
-    branches = tuple(itertools.chain.from_iterable(map(reader.branches, table.nested_list("branches"))))
-    head = Head(weight=reader.whole("head.weight", axes=2), bias=reader.whole("head.bias", axes=1))
-    reader.end()
-    backbone, method, val = table.nested("backbone"), table.nested("method"), table.nested("val")
-    delta = Delta(
-        task=table.text("task"),
-        backbone=backbone.text("name"),
-        fingerprint=backbone.text("fingerprint"),
-        updates=updates,
-        branches=branches,
-        head=head,
-        labels=table.texts("labels"),
-        preprocess=read_preprocess(table.nested("preprocess")),
-        method=method.text("name"),
-        settings=_provenance(method, "settings"),
-        training=_provenance(table, "training"),
-        val=Score(top1=val.number("top1"), n=val.integer("n")),
-        licences=table.texts("licences"),
-        int8=_int8(table.nested("int8")) if "int8" in table.names() else None,
-    )
-    for part in (backbone, method, val, table):
-        part.end()
-    return delta, codec
-
-
-def _int8(table: ObjectReader) -> Int8Ranges:
-    ranges = []
-    for index, pair in enumerate(table.sequence("ranges")):
-        numbers = isinstance(pair, list) and len(pair) == 2 and all(isinstance(n, float) and isfinite(n) for n in pair)
-        if not numbers or not LEAST_SCALE <= pair[0] <= MOST or abs(pair[1]) > MOST:
-            what = "needs a scale above 0 and a shift, both finite float32 numbers with a decimal point"
-            raise PackError(f"{table.where}.ranges[{index}]", what, got=json.dumps(pair)[:80])
-        ranges.append(Range(scale=pair[0], shift=pair[1]))
-    codes = table.text("codes")
-    if re.fullmatch("[0-9a-f]{64}", codes) is None:
-        raise PackError(f"{table.where}.codes", "needs a sha256 of 64 digits", got=repr(codes[:80]))
-    table.end()
-    return Int8Ranges(codes=codes, ranges=tuple(ranges))
-
-
-def _provenance(table: ObjectReader, key: str) -> dict[str, object]:
-    value = table.raw(key)
-    if not isinstance(value, dict):
-        raise PackError(f"{table.where}.{key}", "needs an object", got=json.dumps(value))
-    return value

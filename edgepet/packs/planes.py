@@ -18,7 +18,6 @@ from edgepet.canonical import canonical_json
 from edgepet.deltas.branches import Branch
 from edgepet.deltas.expressions import Window
 from edgepet.deltas.updates import NAMES, Targeted, attributes, factors, generated
-from edgepet.errors import InputError, option
 from edgepet.spec import NpArray
 
 Leaf: TypeAlias = NpArray | Window  # what a row has a place for: stored values, or some that a seed stands for
@@ -29,53 +28,42 @@ _NUMBER = re.compile(r"(?<=\.)(0|[1-9][0-9]*)(?=[.:])")
 class Planes:
     """Planes being filled; an array that several updates share is stored once."""
 
-    def __init__(self, task: str, dtype: type[np.floating]) -> None:
-        self._task, self._dtype = task, dtype
+    def __init__(self) -> None:
         self._parts: dict[str, list[NpArray]] = {}
+        self._arrays: dict[str, list[NpArray]] = {}
         self._ends: dict[str, int] = {}
         self._seen: dict[tuple[str, int], int] = {}
 
     def place(self, plane: str, leaf: Leaf) -> int:
-        """Where ``leaf`` starts in ``plane``, in values, or bytes of bits; a new array is put behind the others.
-
-        Raises:
-            InputError: as ``cast``.
-        """
+        """Where ``leaf`` starts in ``plane``, in values, or bytes of bits; a new array is put behind the others."""
         if isinstance(leaf, Window):
             return leaf.start
         key = (plane, id(leaf))
         if key not in self._seen:
             self._seen[key] = self._ends.get(plane, 0)
-            part = self.cast(leaf, plane).reshape(-1)
+            packed = np.packbits(leaf, axis=None, bitorder="little") if leaf.dtype.kind == "b" else leaf
+            part = np.asarray(packed, order="C").reshape(-1)
             self._parts.setdefault(plane, []).append(part)
+            self._arrays.setdefault(plane, []).append(leaf)
             self._ends[plane] = self._seen[key] + part.size
         return self._seen[key]
 
-    def cast(self, array: NpArray, name: str) -> NpArray:
-        """A new array as it is stored: floats in the codec's dtype, bits packed into bytes, integers as int32.
+    @property
+    def tensors(self) -> int:
+        """How many arrays there are."""
+        return len(self._seen)
 
-        Raises:
-            InputError: a value that is not finite, or beyond the codec; ``name`` is for the message.
-        """
-        if array.dtype.kind == "b":
-            return np.packbits(array, axis=None, bitorder="little")
-        if array.dtype.kind != "f":
-            return array.astype(np.int32, order="C")
-        with np.errstate(over="ignore"):
-            stored = array.astype(self._dtype, order="C")  # safetensors writes memory as it lies, and no strides
-        if not np.isfinite(stored).all():
-            raise InputError(
-                f"{self._task}: {name}",
-                f"holds a value that {np.dtype(self._dtype).name} cannot",
-                got=f"largest magnitude {np.abs(array).max():.3g}",
-                fix=f"store it with {option('codec', 'fp32')},"
-                " or train with a smaller learning rate if it is not finite",
-            )
-        return stored
-
-    def tensors(self) -> dict[str, NpArray]:
-        """Every plane by name, as one vector."""
+    def flat(self) -> dict[str, NpArray]:
+        """Every plane by name, as one vector: floats, integers, or bytes of bits."""
         return {plane: np.concatenate(parts) for plane, parts in self._parts.items()}
+
+    def spread(self, weights: Mapping[int, NpArray]) -> dict[str, NpArray]:
+        """What ``weights`` has for each array, by ``id``, as ``flat`` has the arrays themselves."""
+        return {
+            plane: np.concatenate([np.asarray(weights[id(array)]).reshape(-1) for array in arrays])
+            for plane, arrays in self._arrays.items()
+            if all(id(array) in weights for array in arrays)
+        }
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -104,11 +92,7 @@ class Entry:
 
 
 def write_updates(updates: Iterable[Targeted], planes: Planes) -> list[dict[str, object]]:
-    """Groups of one kind and attributes, in such an order that the updates of one tensor keep theirs.
-
-    Raises:
-        InputError: as ``Planes.cast``.
-    """
+    """Groups of one kind and attributes, in such an order that the updates of one tensor keep theirs."""
     depth: dict[str, int] = {}
     groups: dict[tuple[int, str, bytes], list[Targeted]] = {}
     for targeted in updates:
@@ -127,11 +111,7 @@ def _write_updates(group: list[Targeted], planes: Planes) -> dict[str, object]:
 
 
 def write_branches(branches: Iterable[Branch], planes: Planes) -> list[dict[str, object]]:
-    """Groups of one kind and settings.
-
-    Raises:
-        InputError: as ``Planes.cast``.
-    """
+    """Groups of one kind and settings."""
     groups: dict[tuple[str, bytes], list[Branch]] = {}
     for branch in branches:
         groups.setdefault((branch.kind, canonical_json(dict(branch.settings))), []).append(branch)

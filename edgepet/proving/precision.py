@@ -221,8 +221,8 @@ def fastest(folders: Mapping[StoredPrecision, Path]) -> tuple[StoredPrecision, s
 
 
 def rounded(of: Range) -> Range:
-    """A range in six significant digits, as a pack keeps it."""
-    return Range(scale=float(f"{of.scale:.6g}"), shift=float(f"{of.shift:.6g}"))
+    """A range in binary32, as a pack keeps it."""
+    return Range(scale=float(np.float32(of.scale)), shift=float(np.float32(of.shift)))
 
 
 def calibration_of(

@@ -158,7 +158,7 @@ class Subject:
         The tuned reference was not rounded for the pack either: the limit is then that of the coarser of both.
         """
         expected, against = self.reference
-        stored = coarser(precision, self.pack.codec) if against == "tuned" else precision
+        stored = coarser(precision, self.pack.rounding) if against == "tuned" else precision
         return compare(expected, got, stored=stored, inputs=self.images[1], against=against)
 
     def merged(self, images: NpArray) -> NpArray:

@@ -137,7 +137,8 @@ def run(training: Training, processes: Processes) -> Made:
         fitted = fit(model, *given, backbone.preprocess, plan, say, keeper=keeper, processes=processes)
     stage("prove, pack and score")
     proof = _prove(model, backbone, val_images.pixels)
-    facts = _provenance(plan, model, fitted, len(train_images), options.shots) | began_with
+    told = {"data": f"sha256:{identity['images']}", **began_with}
+    facts = _provenance(plan, model, fitted, len(train_images), options.shots) | told
     delta = extract(
         model, backbone, task=training.output.stem, labels=train_set.classes, val=fitted.val, training=facts
     )

@@ -29,6 +29,7 @@ from edgepet.measuring.parity import SAME_CODES, Parity, compare, require_parity
 from edgepet.networks.backbone import AnyBackbone
 from edgepet.packs.pack import write_pack
 from edgepet.proving.precision import Expressed, calibration_of, express, task_images
+from edgepet.proving.probing import probed_int8
 from edgepet.proving.subject import Subject
 from edgepet.reports.as_json import to_json
 from edgepet.reports.screen import Screen, lines
@@ -182,10 +183,12 @@ def share(
             what, got = f"must lose at most {max_drop:g} points on {runtime}", f"{runs[-1].drop.points:.2f}"
             fix = f"train with {option('backbone_precision', 'int8')}, or export a model of its own"
             raise CheckError(str(output), what, got=f"{got} on {runs[-1].drop.n} images", fix=fix)
-    slots = task_slots(graph, expressed.delta)
+    stage("ask for the answers that the pack takes along")
+    delta = probed_int8(expressed, graph, _installed())
+    slots = task_slots(graph, delta)
     return ShareReport(
         pack=output,
-        pack_bytes=write_pack(output, expressed.delta, codec=subject.pack.codec),
+        pack_bytes=write_pack(output, delta, kept=subject.pack.planes, sequence=subject.pack.sequence),
         codes_sha256=graph.codes_sha256,
         codes_bytes=graph.weights_bytes,
         own_memory_bytes=slots.own_bytes,

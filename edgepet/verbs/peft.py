@@ -7,7 +7,7 @@ import os
 import re
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
@@ -20,11 +20,13 @@ from edgepet.errors import CheckError, InputError, require
 from edgepet.files import folder_bytes, made_cache, new_folder, read_file, require_only, require_place
 from edgepet.measuring.parity import STORED, Inputs
 from edgepet.networks.backbone import AnyBackbone
-from edgepet.packs.pack import Codec, encode_pack, read_pack, write_pack
+from edgepet.packs.codecs import Rounding
+from edgepet.packs.pack import encode_pack, read_pack, write_pack
 from edgepet.peft.adapter import CONFIG, WEIGHTS, read_adapter
 from edgepet.peft.naming import Naming, naming_of
 from edgepet.peft.reading import Lowered, lower
 from edgepet.peft.writing import unlower, write_adapter
+from edgepet.proving.probing import probed
 from edgepet.proving.subject import Subject, sample_images, synthetic_images
 from edgepet.reports.screen import Screen, lines
 from edgepet.reports.tables import format_bytes
@@ -76,7 +78,7 @@ def import_peft(
     image_size: ImageSize | None = None,
     labels: Sequence[str] | None = None,
     data: FilePath | None = None,
-    codec: Codec = "fp32",
+    codec: Rounding = "fp32",
     stage: Callable[[str], None] = lambda name: None,
 ) -> PeftReport:
     """Write the pack ``output`` (``TASK.pet``) of a PEFT adapter folder that was tuned on a timm model.
@@ -118,7 +120,7 @@ def import_peft(
     for stored in dict.fromkeys(("fp32", codec)):  # rounding must not hide a fault of the lowering
         packed = read_pack(encode_pack(delta, codec=stored)).delta
         worst = _compare(expected, merged_logits(loaded, packed, images), stored, str(folder))
-    write_pack(output, delta, codec=codec)
+    write_pack(output, replace(delta, probes=probed(loaded, packed).probes), codec=codec)
     keep_weights(loaded)
     return _report(output, output.stat().st_size, delta, worst, len(images), inputs)
 
@@ -240,7 +242,7 @@ def _logits(network: nn.Module, images: NpArray) -> NpArray:
     return logits
 
 
-def _compare(expected: NpArray, got: NpArray, stored: Codec, where: str) -> tuple[float, float]:
+def _compare(expected: NpArray, got: NpArray, stored: Rounding, where: str) -> tuple[float, float]:
     """The largest difference and its limit."""
     difference = float(np.abs(expected - got).max())
     limit = float(np.abs(expected).max()) * (EXACT if stored == "fp32" else cast(float, STORED[stored].relative))

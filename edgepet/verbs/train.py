@@ -18,7 +18,9 @@ from edgepet.images.sets import batches
 from edgepet.measuring.parity import Accuracy, accuracy
 from edgepet.methods import Method
 from edgepet.methods.method import count
-from edgepet.packs.pack import Codec, encode_pack, read_pack, write_pack
+from edgepet.packs.codecs import Rounding
+from edgepet.packs.pack import encode_pack, read_pack, write_pack
+from edgepet.proving.probing import probed
 from edgepet.reports.logs import Place, logged
 from edgepet.reports.progress import Step
 from edgepet.reports.screen import Screen, lines, program
@@ -98,7 +100,7 @@ def train(
     output: FilePath,
     *,
     options: TrainOptions = DEFAULTS,
-    codec: Codec = "fp16",
+    codec: Rounding = "fp16",
     say: Callable[[Step], None] = lambda step: None,
     stage: Callable[[str], None] = lambda name: None,
     tell: Tell = tell_nobody,
@@ -201,10 +203,11 @@ def val_accuracy(made: Made, delta: Delta) -> Accuracy:
     return accuracy(logits.argmax(1), made.val.labels, len(delta.labels))
 
 
-def _write(output: Path, made: Made, codec: Codec) -> None:
+def _write(output: Path, made: Made, codec: Rounding) -> None:
     """The pack, with the val accuracy of what it stores and not of what was trained, and its work folder."""
-    judged = val_accuracy(made, read_pack(encode_pack(made.delta, codec=codec)).delta)
-    write_pack(output, replace(made.delta, val=Score(top1=judged.top1, n=judged.n)), codec=codec)
+    stored = read_pack(encode_pack(made.delta, codec=codec)).delta
+    judged, probes = val_accuracy(made, stored), probed(made.backbone, stored).probes
+    write_pack(output, replace(made.delta, val=Score(top1=judged.top1, n=judged.n), probes=probes), codec=codec)
     keep_work(work_folder(output), made)
 
 

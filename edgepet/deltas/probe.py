@@ -1,0 +1,43 @@
+"""The self-test of a task: images that a seed stands for, and what the task answers to them.
+
+Whoever installs a task asks for these answers on the machine that will serve. The images are blocks of even colour,
+which are nearer to pictures than noise is: a network that was barely tuned answers to noise by chance.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from edgepet.deltas.generator import uniform
+from edgepet.spec import NpArray, Preprocess
+
+IMAGES, BLOCKS = 4, 16  # images of a probe, and rows and columns of blocks in each
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Probe:
+    """What a task answers in one precision: logits (n, C), float32, which a machine may miss by ``tolerance``."""
+
+    seed: int
+    logits: NpArray
+    tolerance: float
+
+    def images(self, preprocess: Preprocess) -> NpArray:
+        """The images that are asked about, as ``probe_images`` makes them."""
+        return probe_images(self.seed, preprocess, len(self.logits))
+
+
+def probe_images(seed: int, preprocess: Preprocess, count: int = IMAGES) -> NpArray:
+    """Preprocessed images (count, 3, H, W), or clips (count, frames, 3, H, W), float32 between -2 and 2.
+
+    Block (row, column) of channel c of picture p is twice output ((3 p + c) 16 + row) 16 + column of the pack's
+    generator as a number from -1 to 1; pixel (y, x) lies in block (16 y // H, 16 x // W).
+    """
+    (height, width), pictures = preprocess.image_size, count * preprocess.frames
+    drawn = 2 * uniform(seed, 0, pictures * 3 * BLOCKS * BLOCKS)
+    blocks = drawn.astype(np.float32).reshape(pictures, 3, BLOCKS, BLOCKS)
+    rows, columns = np.arange(height) * BLOCKS // height, np.arange(width) * BLOCKS // width
+    made = np.ascontiguousarray(blocks[:, :, rows[:, None], columns])
+    return made.reshape(-1, *preprocess.input_shape)

@@ -1,0 +1,62 @@
+"""The self-test that a pack takes along: asked once where it is made, and again wherever it is installed."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from functools import partial
+
+import numpy as np
+
+from edgepet.calibration.budget import answers
+from edgepet.deltas.delta import Delta
+from edgepet.deltas.probe import Probe, probe_images
+from edgepet.device.runtime import SharedInt8
+from edgepet.graphs.int8 import Int8Graph
+from edgepet.networks.backbone import Backbone
+from edgepet.proving.precision import Expressed
+from edgepet.spec import NpArray
+
+SEEDS = range(20221017, 20221017 + 8)  # of the images: the first for fp32, any for int8
+EXACT = 1e-4  # of the largest logit, in fp32: as measuring.parity.STORED has it
+APART, LEAST = 4.0, 0.01  # times what int8 runtimes differed by; of the largest logit
+
+
+def probed(backbone: Backbone, delta: Delta) -> Delta:
+    """``delta`` with what its network answers in torch, folded as it is stored and run in float32.
+
+    What it was asked in int8 before is dropped: those answers are of other numbers.
+    """
+    from edgepet.networks.merged import merged_logits
+
+    logits = merged_logits(backbone, delta, probe_images(SEEDS[0], delta.preprocess))
+    tolerance = EXACT * max(float(np.abs(logits).max()), 1e-3)
+    return replace(delta, probes={"fp32": Probe(SEEDS[0], logits, tolerance)})
+
+
+def probed_int8(expressed: Expressed, graph: Int8Graph, runtimes: Iterable[str]) -> Delta:
+    """The task with what the Q/DQ graph of its codes answers as well, for each of ``runtimes`` to answer on the device.
+
+    Codes are rounded apart where a number lies between two of them, and a network may amplify that. So of eight seeds
+    the one is taken on whose images all of them agree best, and four times what they differ by is allowed.
+
+    Raises:
+        InputError: the file of codes is not what it was.
+    """
+    delta = expressed.delta
+    with contextlib.ExitStack() as opened:
+        networks: list[Callable[[NpArray], NpArray]] = [partial(answers, expressed.model)]
+        for runtime in runtimes:
+            shared = SharedInt8(graph, runtime=runtime)
+            opened.callback(shared.close)
+            networks.append(shared.bind(delta))
+        tried = []
+        for seed in SEEDS:
+            images = probe_images(seed, delta.preprocess)
+            first, *others = (network(images) for network in networks)
+            apart = max((float(np.abs(logits - first).max()) for logits in others), default=0.0)
+            tried.append((apart / float(np.abs(first).max()), seed, first, apart))
+    _, seed, logits, apart = min(tried, key=lambda each: each[:2])
+    tolerance = max(APART * apart, LEAST * float(np.abs(logits).max()))
+    return replace(delta, probes={**delta.probes, "int8": Probe(seed, logits, tolerance)})
