@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     from edgepet.verbs.export import export as export
     from edgepet.verbs.inspect import inspect as inspect
     from edgepet.verbs.merge import merge as merge
+    from edgepet.verbs.pack import keygen as keygen
+    from edgepet.verbs.pack import pack as pack
     from edgepet.verbs.peft import export_peft as export_peft
     from edgepet.verbs.peft import import_peft as import_peft
     from edgepet.verbs.pretrain import pretrain as pretrain
@@ -61,7 +63,9 @@ _HOME = {
     "export_peft": "edgepet.verbs.peft",
     "import_peft": "edgepet.verbs.peft",
     "inspect": "edgepet.verbs.inspect",
+    "keygen": "edgepet.verbs.pack",
     "merge": "edgepet.verbs.merge",
+    "pack": "edgepet.verbs.pack",
     "pretrain": "edgepet.verbs.pretrain",
     "read_pack": "edgepet.packs.pack",
     "share": "edgepet.verbs.calibrate",

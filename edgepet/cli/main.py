@@ -37,6 +37,8 @@ VERBS: dict[str, tuple[str, str]] = {  # verb -> where its ``Verb`` is, below ``
     "bench": ("bench:VERB", "latency, all candidates in turn in every round"),
     "storage": ("storage:VERB", "bytes of one folder with every task in it, against a full model for every task"),
     "inspect": ("inspect:VERB", "what a pack or an exported model says of itself"),
+    "pack": ("pack:VERB", "store a task in fewer bytes, sign it, number it"),
+    "keygen": ("pack:KEYGEN", "a key to sign packs with, and its public part, which devices trust"),
     "pretrain": ("pretrain:VERB", "tune a method on a broad data set and keep its tensors, for `train --init`"),
     "import-peft": ("peft:IMPORT_PEFT", "a PEFT adapter folder as a pack, compared with PEFT itself"),
     "export-peft": ("peft:EXPORT_PEFT", "a pack as an adapter folder that PEFT loads on the timm model"),

@@ -1,0 +1,181 @@
+"""The codings of a pack's planes: what each loses, and the smallest that hold a budget."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import numpy as np
+
+from edgepet.calibration.budget import Drop, drop_between, require_resolution
+from edgepet.errors import CheckError, option
+from edgepet.packs.codecs import CODECS, Codec, Coding
+from edgepet.packs.manifest import EXACT
+from edgepet.packs.pack import Pack, encode_pack, read_pack
+from edgepet.proving.probing import probed
+from edgepet.proving.subject import Subject
+from edgepet.spec import NpArray
+
+LOOKED_AT = 64  # images on which a plane is judged alone
+CANDIDATES: tuple[Codec, ...] = ("int2", "int4", "int8", "fp16")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Recoded:
+    """A pack in other codings: its bytes, and how far its answers are from the first one's.
+
+    ``max_abs`` is on logits of ``n`` images; ``drop`` is of top-1, None where no labels are known.
+    """
+
+    data: bytes
+    codings: Mapping[str, Coding]
+    max_abs: float
+    n: int
+    drop: Drop | None
+
+
+class Recoding:
+    """A pack that is stored otherwise.
+
+    Args:
+        labels: classes (n,) of the subject's images, None where they have none.
+        sequence: of the pack that is made.
+    """
+
+    def __init__(self, subject: Subject, images: NpArray, labels: NpArray | None, sequence: int) -> None:
+        self._subject, self._images, self._labels, self._sequence = subject, images, labels, sequence
+
+    def in_codec(self, codec: Codec) -> Recoded:
+        """Every plane in ``codec``, but what is too small for codes or may not be coded.
+
+        Raises:
+            InputError: a value that it cannot hold.
+        """
+        return self._asked(self._judged({name: Coding.of(codec) for name in self._planes}))
+
+    def smallest(self, max_drop: float, labels: NpArray, stage: Callable[[str], None]) -> Recoded:
+        """The smallest codings of the planes that lose at most ``max_drop`` points of top-1 by ``labels`` (n,).
+
+        Each plane is tried alone in each codec, on some of the images. Taking the codec with the smallest sum of bytes
+        and error times a number, for larger and larger numbers, gives a row of choices, of which no other is smaller at
+        an equal sum of errors; the first of them that holds the budget on all images is taken.
+
+        Raises:
+            InputError: a budget that so few images cannot show.
+            CheckError: fp16 does not hold it.
+        """
+        require_resolution(max_drop, len(labels))
+        tried = [self._alone(name, stage) for name in self._planes]
+        found, row = None, choices(tried)
+        low, high = 0, len(row) - 1
+        while low <= high:
+            middle = (low + high) // 2
+            stage(f"choice {middle + 1} of {len(row)}, {sum(each.bytes for each in row[middle])} bytes")
+            made = self._judged({each.plane: each.coding for each in row[middle]})
+            if made.drop is not None and made.drop.points <= max_drop:
+                found, high = made, middle - 1
+            else:
+                low = middle + 1
+        if found is None:
+            what = f"must lose at most {max_drop:g} points, and does not in fp16 either"
+            raise CheckError(self._subject.delta.task, what, fix=f"a wider {option('max_drop')}")
+        return self._asked(found)
+
+    @property
+    def _planes(self) -> list[str]:
+        return [
+            name
+            for name, plane in self._subject.pack.planes.items()
+            if plane.stored.coding.format in CODECS and name not in EXACT
+        ]
+
+    def _alone(self, name: str, stage: Callable[[str], None]) -> list[Tried]:
+        stage(f"{name} alone")
+        made = list[Tried]()
+        for codec in CANDIDATES:
+            pack = read_pack(self._encoded({name: Coding.of(codec)}))
+            if pack.planes[name].stored.coding in [each.coding for each in made]:
+                continue  # too small for codes, or may have none
+            error = self._answers(pack, LOOKED_AT) - self._expected[:LOOKED_AT]
+            coding, size = pack.planes[name].stored.coding, pack.bytes_by_kind[name]
+            made.append(Tried(name, coding, size, float((error**2).sum())))
+        return made
+
+    def _encoded(self, codings: Mapping[str, Coding]) -> bytes:
+        pack = self._subject.pack
+        kept = {name: plane for name, plane in pack.planes.items() if name not in codings}
+        return encode_pack(pack.delta, codings=codings, weights=self._weights, kept=kept, sequence=self._sequence)
+
+    def _judged(self, codings: Mapping[str, Coding]) -> Recoded:
+        data = self._encoded(codings)
+        pack = read_pack(data)
+        got = self._answers(pack, None)
+        return Recoded(
+            data=data,
+            codings={name: plane.stored.coding for name, plane in pack.planes.items()},
+            max_abs=float(np.abs(got - self._expected).max()),
+            n=len(got),
+            drop=None if self._labels is None else drop_between(self._expected, got, self._labels),
+        )
+
+    def _asked(self, made: Recoded) -> Recoded:
+        """With the probe of what is stored now."""
+        pack = read_pack(made.data)
+        delta = probed(self._subject.backbone, pack.delta)
+        return replace(made, data=encode_pack(delta, kept=pack.planes, sequence=self._sequence))
+
+    def _answers(self, pack: Pack, count: int | None) -> NpArray:
+        from edgepet.networks.merged import merged_logits
+
+        return merged_logits(self._subject.backbone, pack.delta, self._images[:count])
+
+    @cached_property
+    def _expected(self) -> NpArray:
+        return self._answers(self._subject.pack, None)
+
+    @cached_property
+    def _weights(self) -> dict[int, NpArray]:
+        from edgepet.tuning.counted import error_weights
+
+        return error_weights(self._subject.backbone.tensors, self._subject.delta.updates)
+
+
+@dataclass(frozen=True, slots=True)
+class Tried:
+    """One plane alone in one coding: what it takes, and the sum of squares by which logits moved."""
+
+    plane: str
+    coding: Coding
+    bytes: int
+    error: float
+
+
+def choices(tried: Sequence[Sequence[Tried]]) -> list[list[Tried]]:
+    """A coding for every plane, from the fewest bytes to the smallest errors: the lower convex hull of both sums."""
+    hulls = [_hull(each) for each in tried]
+    steps = sorted(
+        (_slope(hull[i], hull[i + 1]), plane, i) for plane, hull in enumerate(hulls) for i in range(len(hull) - 1)
+    )
+    at = [0] * len(hulls)
+    made = [[hull[0] for hull in hulls]]
+    for _, plane, i in steps:  # the step that mends most for a byte comes first
+        at[plane] = i + 1
+        made.append([hull[place] for hull, place in zip(hulls, at, strict=True)])
+    return made
+
+
+def _hull(tried: Sequence[Tried]) -> list[Tried]:
+    """Those that no mixture of two others beats in bytes and in error, by bytes."""
+    made: list[Tried] = []
+    for each in sorted(tried, key=lambda each: (each.bytes, each.error)):
+        if made and each.error >= made[-1].error:
+            continue
+        while len(made) > 1 and _slope(made[-2], each) <= _slope(made[-2], made[-1]):
+            made.pop()
+        made.append(each)
+    return made
+
+
+def _slope(first: Tried, second: Tried) -> float:
+    return (second.error - first.error) / max(1, second.bytes - first.bytes)

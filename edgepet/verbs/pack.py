@@ -1,0 +1,296 @@
+"""``pack``: store a task in fewer bytes, sign it, number it; and ``keygen``: a key to sign with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, TypeAlias, cast
+
+import numpy as np
+
+from edgepet.calibration.budget import Drop
+from edgepet.deltas.delta import Delta
+from edgepet.errors import CheckError, InputError, option, require
+from edgepet.files import read_file, write_file
+from edgepet.images.preprocess import normalize
+from edgepet.images.sets import load_set, open_split
+from edgepet.networks.backbone import AnyBackbone
+from edgepet.packs.codecs import CODECS, Codec, Coding
+from edgepet.packs.container import is_old
+from edgepet.packs.manifest import MAX_SEQUENCE
+from edgepet.packs.old import read_old
+from edgepet.packs.pack import Pack, PackCodec, encode_pack, read_pack
+from edgepet.packs.signatures import make_keys, require_key, sign
+from edgepet.proving.coding import Recoded, Recoding
+from edgepet.proving.subject import Subject
+from edgepet.reports.screen import Screen, lines
+from edgepet.reports.tables import Table, format_bytes, format_number, left, right
+from edgepet.spec import FilePath
+from edgepet.verbs.verb import (
+    Options,
+    Parser,
+    Verb,
+    backbone_option,
+    data_option,
+    natural,
+    output_option,
+    path,
+    require_pack_place,
+)
+
+if TYPE_CHECKING:
+    from edgepet.reports.progress import Progress
+
+Asked: TypeAlias = Codec | Literal["auto"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlaneReport:
+    """A plane of a pack: ``format`` and ``group`` (values of one scale, 0 where there are no codes), and its bytes."""
+
+    name: str
+    format: str
+    group: int
+    values: int
+    bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PackReport:
+    """What ``pack`` wrote.
+
+    ``max_abs_diff`` is on logits of ``n`` images, of the pack that was read and the one that was written; where no
+    number was stored otherwise, both are 0. ``top1_drop`` is a fraction of 1, None where no labels were given; ``drop``
+    is the same in points, with its interval.
+    """
+
+    path: Path
+    bytes: int
+    source_bytes: int
+    codec: PackCodec
+    planes: tuple[PlaneReport, ...]
+    max_abs_diff: float
+    top1_drop: float | None
+    n: int
+    drop: Drop | None
+    sequence: int
+    signed: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KeyReport:
+    """What ``keygen`` wrote: a private key, and the public one that devices trust."""
+
+    path: Path
+    public: Path
+
+
+def pack(
+    source: FilePath,
+    output: FilePath,
+    *,
+    codec: Asked | None = None,
+    backbone: AnyBackbone = None,
+    data: FilePath | None = None,
+    max_drop: float | None = None,
+    key: FilePath | None = None,
+    sequence: int | None = None,
+    stage: Callable[[str], None] = lambda name: None,
+) -> PackReport:
+    """Write the pack ``source`` again as ``output``: in fewer bytes, signed, with another number, or all of it.
+
+    Without ``codec`` every number stays as it is stored. With one, the folded network's answers are compared with those
+    of ``source``: on the val split of ``data``, else on what training held out, else on noise. A pack from before
+    version 1 was final is written anew.
+
+    Args:
+        codec: of every plane, or "auto": the smallest of every plane that together lose at most ``max_drop``.
+        max_drop: points of top-1 that it may lose on ``data``.
+        key: the file of a private key to sign with; without one the pack is not signed, whatever ``source`` was.
+        sequence: the number among the task's packs (default: that of ``source``).
+
+    Raises:
+        PackError, InputError: ``source``, images or options at fault.
+        CheckError: it loses more than ``max_drop``.
+        MissingError: torch, to compare with, or cryptography, to sign with, is not installed.
+    """
+    source, output = Path(source), Path(output)
+    require_pack_place(output)
+    _require_together(codec, data, max_drop)
+    if sequence is not None and not 0 <= sequence <= MAX_SEQUENCE:
+        raise InputError(option("sequence"), f"must be from 0 to {MAX_SEQUENCE}", got=sequence)
+    if key is not None:
+        require_key(Path(key))
+    given = read_file(source)
+    if is_old(given):
+        if codec is not None:
+            fix = f"edgepet pack {source.name} -o NEW.pet, then this with NEW.pet"
+            raise InputError(source.name, "was written before version 1 was final", fix=fix)
+        made = _anew(given, source.name, sequence)
+    else:
+        made = _recoded(source, codec, backbone, data, max_drop, sequence, stage)
+    signed = made.data if key is None else sign(made.data, Path(key))
+    written = read_pack(signed)  # what a device would refuse is not written
+    write_file(output, signed)
+    return PackReport(
+        path=output,
+        bytes=len(signed),
+        source_bytes=len(given),
+        codec=written.codec,
+        planes=_planes(written),
+        max_abs_diff=made.max_abs,
+        top1_drop=None if made.drop is None else made.drop.points / 100,
+        n=made.n,
+        drop=made.drop,
+        sequence=written.sequence,
+        signed=key is not None,
+    )
+
+
+def keygen(output: FilePath) -> KeyReport:
+    """Make a key: the private one as ``output``, which only its owner can read, and the public one beside it.
+
+    Raises:
+        InputError: either is there already, or cannot be written.
+        MissingError: cryptography is not installed.
+    """
+    return KeyReport(path=Path(output), public=make_keys(Path(output)))
+
+
+def _require_together(codec: Asked | None, data: FilePath | None, max_drop: float | None) -> None:
+    if codec is None and (data is not None or max_drop is not None):
+        raise InputError(option("codec"), "is needed: without it nothing is stored otherwise, and nothing compared")
+    if max_drop is not None and data is None:
+        raise InputError(option("max_drop"), "needs images with labels", fix=f"add {option('data')}")
+    if codec == "auto" and max_drop is None:
+        raise InputError(
+            option("codec", "auto"), "needs a budget", fix=f"add {option('max_drop')} and {option('data')}"
+        )
+
+
+def _anew(given: bytes, where: str, sequence: int | None) -> Recoded:
+    """An old pack in the final format, with the very numbers that it had."""
+    delta, codec = read_old(given, where)
+    made = encode_pack(delta, codec=codec, sequence=sequence or 0)
+    if not _same(read_pack(made), delta):  # a scale far from one: fp16 has its difference from one less exactly
+        made = encode_pack(delta, codec=codec, codings={"scale.s": Coding("fp32")}, sequence=sequence or 0)
+    return Recoded(data=made, codings={}, max_abs=0.0, n=0, drop=None)
+
+
+def _same(pack: Pack, delta: Delta) -> bool:
+    exact = read_pack(encode_pack(delta, codec="fp32")).planes
+    return all(np.array_equal(plane.values, exact[name].values) for name, plane in pack.planes.items())
+
+
+def _recoded(
+    source: Path,
+    codec: Asked | None,
+    backbone: AnyBackbone,
+    data: FilePath | None,
+    max_drop: float | None,
+    sequence: int | None,
+    stage: Callable[[str], None],
+) -> Recoded:
+    subject = Subject(source, backbone, data)
+    number = subject.pack.sequence if sequence is None else sequence
+    if codec is None:
+        kept = encode_pack(subject.delta, kept=subject.pack.planes, sequence=number)
+        return Recoded(data=kept, codings={}, max_abs=0.0, n=0, drop=None)
+    require("torch", extra="train", purpose="comparing with the network in torch")
+    images, labels = subject.images[0], None
+    if data is not None:
+        preprocess = subject.delta.preprocess
+        pixels, labels = load_set(open_split(Path(data), "val", clips=preprocess.frames > 1), preprocess)
+        images = normalize(pixels, preprocess)
+    recoding = Recoding(subject, images, labels, number)
+    if codec == "auto" and labels is not None and max_drop is not None:
+        return recoding.smallest(max_drop, labels, stage)
+    stage(f"all planes in {codec}")
+    made = recoding.in_codec(cast(Codec, codec))
+    if made.drop is not None and max_drop is not None and made.drop.points > max_drop:
+        what, got = f"must lose at most {max_drop:g} points in {codec}", f"{made.drop.points:.2f} on {made.n} images"
+        raise CheckError(str(source), what, got=got, fix=f"{option('codec', 'auto')}, or a wider {option('max_drop')}")
+    return made
+
+
+def _planes(pack: Pack) -> tuple[PlaneReport, ...]:
+    return tuple(
+        PlaneReport(
+            name=name,
+            format=plane.stored.coding.format,
+            group=plane.stored.coding.group,
+            values=plane.stored.values,
+            bytes=int(plane.tensor.nbytes),
+        )
+        for name, plane in sorted(pack.planes.items())
+    )
+
+
+def _options(parser: Parser) -> None:
+    parser.add_argument("source", metavar="TASK.pet", help="the pack to write again")
+    told = (
+        "numbers as fp32, fp16, or codes of 8, 4 or 2 bits; auto takes for every plane the smallest that the budget"
+        " allows (default: as they are)"
+    )
+    parser.add_argument("--codec", choices=[*CODECS, "auto"], help=told)
+    backbone_option(parser)
+    data_option(parser)
+    told = "points of top-1 that it may lose on the val split of --data (default: the loss is reported, not limited)"
+    parser.add_argument("--max-drop", type=float, metavar="POINTS", help=told)
+    told = "sign it with this private key, which `edgepet keygen` makes (default: it is not signed)"
+    parser.add_argument("--sign", dest="key", metavar="KEY", help=told)
+    told = "number among the task's packs: a device takes no older one (default: as it is)"
+    parser.add_argument("--sequence", type=natural, metavar="N", help=told)
+    output_option(parser, "OUT.pet", "where the pack goes")
+
+
+def _run(options: Options, progress: Progress) -> PackReport:
+    with progress.stages() as stage:
+        return pack(
+            options.source, options.output, codec=options.codec, backbone=options.backbone, data=path(options.data),
+            max_drop=options.max_drop, key=path(options.key), sequence=options.sequence, stage=stage,
+        )  # fmt: skip
+
+
+def _screen(report: PackReport) -> Screen:
+    if report.n == 0:
+        compared = "every number is as it was"
+    elif report.drop is None:
+        compared = f"logits differ by at most {report.max_abs_diff:.2g} on {report.n} images"
+    else:
+        drop = report.drop
+        compared = (
+            f"{drop.points:+.2f} points lost ({drop.low:+.2f} to {drop.high:+.2f}) on {drop.n} images,"
+            f" logits differ by at most {report.max_abs_diff:.2g}"
+        )
+    yield lines(
+        f"pack {report.path}  {format_bytes(report.source_bytes)} → {format_bytes(report.bytes)}",
+        f"  {compared}",
+        f"  sequence {report.sequence}, {'signed' if report.signed else 'not signed'}",
+    )
+    rows = [
+        (p.name, p.format, format_number(p.group) if p.group else "", format_number(p.values), format_bytes(p.bytes))
+        for p in report.planes
+    ]
+    yield Table("planes", (*left("plane", "stored as"), *right("values of a scale", "values", "size")), rows)
+
+
+def _key_options(parser: Parser) -> None:
+    output_option(parser, "KEY", "where the private key goes; the public one goes to KEY.pub")
+
+
+def _keygen(options: Options, progress: Progress) -> KeyReport:
+    del progress
+    return keygen(options.output)
+
+
+def _key_screen(report: KeyReport) -> Screen:
+    yield lines(
+        f"private key {report.path}: keep it where packs are signed, and nowhere else",
+        f"public key {report.public}: put it into the folder of keys that a device trusts",
+    )
+
+
+VERB = Verb(options=_options, run=_run, screen=_screen)
+KEYGEN = Verb(options=_key_options, run=_keygen, screen=_key_screen)
