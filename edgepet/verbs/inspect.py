@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from edgepet.deltas.branches import Branch
 from edgepet.deltas.updates import Targeted, factors
 from edgepet.device.artifact import Artifact
+from edgepet.errors import InputError, option
+from edgepet.files import read_file
 from edgepet.packs.pack import Pack
+from edgepet.packs.signatures import signer
 from edgepet.proving.sources import PackSource, open_source
 from edgepet.reports.screen import Screen, lines
 from edgepet.reports.tables import Table, format_bytes, format_names, format_number, format_percent, left, right
 from edgepet.spec import FilePath
-from edgepet.verbs.verb import Options, Parser, Verb
+from edgepet.verbs.card import require_card_place, write_card
+from edgepet.verbs.verb import Options, Parser, Verb, path
 
 if TYPE_CHECKING:
     from edgepet.reports.progress import Progress
@@ -43,7 +48,9 @@ class BackboneName:
 class InspectReport:
     """A pack or an artefact, read without its backbone; what an artefact does not keep is empty.
 
-    ``int8_codes`` is the sha256 of the int8 backbone's codes that a pack has ranges for.
+    ``int8_codes`` is the sha256 of the int8 backbone's codes that a pack has ranges for. ``signed`` is whether a pack
+    has a signature; ``signed_by`` is the trusted key that it is of, None where no folder of such keys was given.
+    ``codecs`` are those of a pack's planes. ``card`` are the files of a model card, where one was asked for.
     """
 
     kind: str
@@ -62,19 +69,41 @@ class InspectReport:
     signed_by: str | None
     verified: bool | None
     int8_codes: str | None = None
+    signed: bool | None = None
+    sequence: int | None = None
+    codecs: dict[str, str] | None = None
+    card: tuple[Path, Path] | None = None
 
 
-def inspect(path: FilePath) -> InspectReport:
-    """What a pack or an artefact says of itself.
+def inspect(path: FilePath, *, trusted: FilePath | None = None, card: FilePath | None = None) -> InspectReport:
+    """What a pack or an artefact says of itself, and with a folder of ``trusted`` keys, who signed a pack.
+
+    Args:
+        card: where to write a pack's model card, a name ending in .md; its CycloneDX form is written beside it.
 
     Raises:
-        PackError, InputError: it is neither, or is damaged.
+        PackError, InputError: it is neither, or is damaged; the card is of an artefact, or cannot be written there.
+        CheckError: none of the trusted keys has signed it as it is.
+        MissingError: it is signed, keys are given, and cryptography is not installed.
     """
+    where = Path(path)
+    if card is not None:
+        require_card_place(Path(card), where)
+    data = read_file(where) if trusted and where.is_file() else None
+    signed_by = None if data is None else signer(data, Path(trusted or ""), where.name)
     source = open_source(path)
-    return _of_pack(source.pack) if isinstance(source, PackSource) else _of_artifact(source.artifact)
+    if isinstance(source, PackSource):
+        if data is not None and hashlib.sha256(data).hexdigest() != source.pack.sha256:
+            raise InputError(str(where), "changed while it was read")
+        report = _of_pack(source.pack, signed_by)
+        return report if card is None else replace(report, card=write_card(source.pack, signed_by, Path(card)))
+    if card is not None:
+        got, fix = f"{where}, an exported model", "name the pack that it was exported from"
+        raise InputError(option("card"), "is of packs alone", got=got, fix=fix)
+    return _of_artifact(source.artifact)
 
 
-def _of_pack(pack: Pack) -> InspectReport:
+def _of_pack(pack: Pack, signed_by: str | None) -> InspectReport:
     delta = pack.delta
     return InspectReport(
         kind="pack",
@@ -90,9 +119,12 @@ def _of_pack(pack: Pack) -> InspectReport:
         val_top1=delta.val.top1 if delta.val.n else None,
         training=dict(delta.training),
         licences=delta.licences,
-        signed_by=None,
+        signed_by=signed_by,
         verified=None,
         int8_codes=delta.int8.codes if delta.int8 else None,
+        signed=pack.signature is not None,
+        sequence=pack.sequence,
+        codecs={name: plane.stored.coding.format for name, plane in sorted(pack.planes.items())},
     )
 
 
@@ -135,11 +167,22 @@ def _branches(branches: Sequence[Branch]) -> tuple[UpdateCount, ...]:
 
 def _options(parser: Parser) -> None:
     parser.add_argument("file", metavar="MODEL", help="TASK.pet or an exported folder")
+    parser.add_argument(
+        "--trusted", metavar="DIR", help="say whose signature it is, by public keys NAME.pub (default: not asked)"
+    )
+    told = "write a pack's model card in Markdown, and in CycloneDX beside it as OUT.cdx.json (default: not written)"
+    parser.add_argument("--card", metavar="OUT.md", help=told)
 
 
 def _run(options: Options, progress: Progress) -> InspectReport:
     del progress
-    return inspect(Path(options.file))
+    return inspect(Path(options.file), trusted=path(options.trusted), card=path(options.card))
+
+
+def _signature(report: InspectReport) -> str:
+    if report.signed_by is not None:
+        return f"signed by: {report.signed_by}"
+    return "signed, and by whom was not asked (--trusted)" if report.signed else "signed by: nobody"
 
 
 def _screen(report: InspectReport) -> Screen:
@@ -153,9 +196,10 @@ def _screen(report: InspectReport) -> Screen:
         f" {report.backbone.fingerprint[:19]}…",
         f"  {len(report.classes)} classes: {format_names(report.classes[:8])}"
         f"{', …' if len(report.classes) > 8 else ''}",
-        f"  {scored}; signed by: {report.signed_by or 'nobody'}" if pack else None,
+        f"  {scored}; {_signature(report)}; sequence {report.sequence}" if pack else None,
         f"  has ranges for the int8 codes {report.int8_codes[:12]}…" if report.int8_codes else None,
         None if report.verified is None else f"  {'' if report.verified else 'not '}verified when it was made",
+        None if report.card is None else f"  wrote {report.card[0]} and {report.card[1]}",
     )
     for title, counts in (("updates", report.updates), ("branches", report.branches)):
         rows = [(u.kind, format_number(u.count), format_number(u.values)) for u in counts]
