@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,16 +29,19 @@ from edgepet.graphs.base import open_graph
 from edgepet.graphs.int8 import open_int8
 from edgepet.images.preprocess import normalize
 from edgepet.methods import SSF
+from edgepet.packs.container import UNSIGNED, with_signature
 from edgepet.packs.pack import encode_pack
+from edgepet.packs.signatures import signer
 from edgepet.spec import NpArray
 from edgepet.tuning.checkpoint import Keeper, identity_of
 from edgepet.tuning.work_folder import read_work, write_work
 from tests.flow import RUNTIMES, Artifacts, Tasks, edgepet, has_openvino
-from tests.golden.make import CLASSES, closing_base, closing_updates, draw, every_branch, every_update, train
+from tests.golden.make import CLASSES, closing_base, closing_updates, decoded, draw, every_branch, every_update, train
 
 GOLDEN = Path(__file__).parent / "golden"
 TASKS = GOLDEN / "tasks"
-PACKS = sorted(GOLDEN.rglob("*.pet"))
+OLD = sorted((GOLDEN / "packs" / "before").glob("*.pet"))  # from before version 1 was final
+PACKS = sorted(set(GOLDEN.rglob("*.pet")) - set(OLD))
 ARTIFACTS = sorted(path for path in (TASKS / "artifacts").iterdir() if has_openvino or "openvino" not in path.name)
 
 
@@ -52,7 +56,36 @@ def named(path: Path) -> str:
 def test_a_pack_is_read_and_written_with_equal_bytes(path: Path) -> None:
     pack = read_pack(path)
 
-    assert encode_pack(pack.delta, codec=pack.codec) == path.read_bytes()
+    again = encode_pack(pack.delta, kept=pack.planes, sequence=pack.sequence)
+    assert with_signature(again, pack.signature or UNSIGNED) == path.read_bytes()
+
+
+@pytest.mark.parametrize("path", sorted((GOLDEN / "packs").glob("*.pet")), ids=named)
+def test_every_plane_is_read_as_the_same_bits_for_ever(path: Path) -> None:
+    assert decoded(path) == json.loads((GOLDEN / "packs" / "decoded.json").read_text())[path.name]
+
+
+def test_the_golden_packs_have_every_codec() -> None:
+    formats = {plane.stored.coding.format for path in PACKS for plane in read_pack(path).planes.values()}
+    packed = {
+        plane.stored.coding.format for path in PACKS for plane in read_pack(path).planes.values() if plane.stored.packed
+    }
+
+    assert formats == {"fp32", "fp16", "int8", "int4", "int2", "int32", "bits"}
+    assert {"fp32", "fp16", "int8", "int4", "int2"} <= packed
+
+
+def test_the_golden_signature_is_the_published_keys(tmp_path: Path) -> None:
+    serialization = pytest.importorskip("cryptography.hazmat.primitives.serialization")
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
+
+    key = Ed25519PublicKey.from_public_bytes(
+        bytes.fromhex("d75a980182b10ab7d54bfed3c964073a0ee172f3daa62325af021a68f707511a")  # RFC 8032, 7.1, test 1
+    )
+    pem = key.public_bytes(serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo)
+    (tmp_path / "rfc8032.pub").write_bytes(pem)
+
+    assert signer((GOLDEN / "packs" / "signed.pet").read_bytes(), tmp_path, "signed.pet") == "rfc8032"
 
 
 def told(targeted: Targeted) -> str:
@@ -156,6 +189,7 @@ def test_merged_weights_are_equal_to_the_last_bit(device: Path) -> None:
 def test_an_exported_model_is_written_with_equal_bytes(device: Path) -> None:
     """No network is traced for it, so no version of torch is in it; onnx writes what it was given."""
     pack = read_pack(TASKS / "shapes.pet").delta
+    pack = replace(pack, preprocess=replace(pack.preprocess, orientation=None))  # packs did not say it then
     graph = open_graph(pack.fingerprint, pack.preprocess, root=device)
 
     made = serialize(build_model(graph, merge(graph.base, pack), pack))
@@ -235,6 +269,7 @@ def spoken(tasks: Tasks, artifacts: Artifacts, adapter: Path, tmp_path_factory: 
         "bench": [tasks.shapes, "--rounds", 2],
         "storage": [tasks.shapes],
         "inspect": [tasks.shapes],
+        "pack": [tasks.shapes, "--codec", "int8", "--data", tasks.data, "-o", folder / "coded.pet"],
         "import-peft": [adapter, "--backbone", tasks.spec, "--img-size", 32, "-o", folder / "back.pet"],
         "export-peft": [tasks.tints, "-o", folder / "adapter"],
     }

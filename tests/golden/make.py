@@ -1,17 +1,20 @@
 """Write the golden files of this folder: ``python -m tests.golden.make FOLDER``.
 
 The files beside this script were made before the house was rearranged (ADR-0017) and are never made again: what is
-added to a format gets files of its own. Weights and pixels come from integer formulas, so that no generator's stream
-and no library's sums are in them.
+added to a format gets files of its own. Packs were written anew, with their numbers, when their format was final
+(ADR-0030); ``packs/before`` are three of those that they were. Weights and pixels come from integer formulas, so that
+no generator's stream and no library's sums are in them.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import sys
 import tempfile
 from collections import OrderedDict
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +32,7 @@ from edgepet.deltas.codes import Range
 from edgepet.deltas.delta import Delta, Head, Int8Ranges, Score
 from edgepet.deltas.expressions import Binary, Gather, Householder, Mix, Product, Scaled, Seeded, Window
 from edgepet.deltas.merge import fold_all
+from edgepet.deltas.probe import Probe
 from edgepet.deltas.updates import (
     Add,
     Diagonal,
@@ -45,7 +49,9 @@ from edgepet.deltas.updates import (
 from edgepet.device.store import Store
 from edgepet.exporters.exporter import ExportOptions
 from edgepet.exporters.trace import base_graph
-from edgepet.packs.pack import Codec, write_pack
+from edgepet.packs.codecs import CODECS, Codec
+from edgepet.packs.container import signed_bytes, with_signature
+from edgepet.packs.pack import read_pack, write_pack
 from edgepet.spec import NpArray, Target
 
 CLASSES = ("circle", "square", "triangle")
@@ -223,7 +229,59 @@ def packs(folder: Path) -> None:
     }
     for name, (of, codec) in made.items():
         write_pack(folder / f"{name}.pet", of, codec=codec)
+    coded(folder)
     save_file(fold_all(closing_base(), closing_updates()), folder / "closing-folded.safetensors")
+
+
+def large_enough() -> tuple[Targeted, ...]:
+    """Planes of more values than are too few for codes: scales, shifts, factors, bits, and an order."""
+    order = (np.arange(64) * 27 + 5) % 64
+    made: list[Targeted] = []
+    for block in range(2):
+        name = f"blocks.{block}"
+        made += [
+            Targeted(Target(f"{name}.fc1.weight"), Scale(1 + values(160, seed=block, unit=1 / 256))),
+            Targeted(Target(f"{name}.fc1.bias"), Add(values(160, seed=5 + block))),
+            Targeted(
+                Target(f"{name}.qkv.weight"), LowRank(values(64, 3, seed=10 + block), values(3, 70, seed=20 + block))
+            ),
+            Targeted(Target(f"{name}.proj.weight"), Grouped(values(8, 8, 8, seed=30 + block), order)),
+            Targeted(
+                Target(f"{name}.up.weight"),
+                LowRank(Binary(values(40, 5, seed=40 + block) > 0, values(2, seed=50)), values(5, 40, seed=60 + block)),
+            ),
+        ]
+    return tuple(made)
+
+
+def coded(folder: Path) -> None:
+    """A pack in each codec, one with probes, and one that is signed; and what every plane of every pack is read as.
+
+    The key is the one of RFC 8032, section 7.1, test 1: it is no secret.
+    """
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+    for codec in CODECS:
+        write_pack(folder / f"codec-{codec}.pet", delta(large_enough()), codec=codec, sequence=3)
+    probe = Probe(20221017, values(4, 3, seed=70), 0.25)
+    probes: Any = {"fp32": probe, "int8": replace(probe, seed=20221018, tolerance=0.5)}
+    write_pack(folder / "probes.pet", delta(large_enough(), probes=probes), codec="int4")
+    plain = (folder / "codec-int8.pet").read_bytes()
+    key = Ed25519PrivateKey.from_private_bytes(
+        bytes.fromhex("9d61b19deffd5a60ba844af492ec2cc44449c5697b326919703bac031cae7f60")
+    )
+    (folder / "signed.pet").write_bytes(with_signature(plain, key.sign(signed_bytes(plain)).hex()))
+    digests = {path.name: decoded(path) for path in sorted(folder.glob("*.pet"))}
+    (folder / "decoded.json").write_text(json.dumps(digests, indent=1, sort_keys=True) + "\n")
+
+
+def decoded(path: Path) -> dict[str, str]:
+    """The sha256 of every plane as it is read, little-endian: float16 or float32, int32, or bytes of bits."""
+    planes = read_pack(path).planes
+    return {
+        name: hashlib.sha256(plane.values.astype(plane.values.dtype.newbyteorder("<")).tobytes()).hexdigest()
+        for name, plane in sorted(planes.items())
+    }
 
 
 # ----------------------------------------------------------------------------------------------- a task, end to end
