@@ -23,10 +23,10 @@ DEVICE_ROOMS = ("deltas", "device", "graphs", "images", "measuring", "packs")
 NEED_TORCH = {
     "edgepet.networks.graft", "edgepet.networks.merged", "edgepet.networks.sites", "edgepet.networks.split",
     "edgepet.peft.renamed", "edgepet.tuning.augmenting", "edgepet.tuning.balance", "edgepet.tuning.computing",
-    "edgepet.tuning.consistency", "edgepet.tuning.fake_quant", "edgepet.tuning.fit", "edgepet.tuning.front",
-    "edgepet.tuning.intrinsic", "edgepet.tuning.model", "edgepet.tuning.noise", "edgepet.tuning.optimizers",
-    "edgepet.tuning.placing", "edgepet.tuning.processes", "edgepet.tuning.remembered", "edgepet.tuning.subspaces",
-    "edgepet.tuning.training",
+    "edgepet.tuning.consistency", "edgepet.tuning.counted", "edgepet.tuning.fake_quant", "edgepet.tuning.fit",
+    "edgepet.tuning.front", "edgepet.tuning.intrinsic", "edgepet.tuning.model", "edgepet.tuning.noise",
+    "edgepet.tuning.optimizers", "edgepet.tuning.placing", "edgepet.tuning.processes", "edgepet.tuning.remembered",
+    "edgepet.tuning.subspaces", "edgepet.tuning.training",
 }  # fmt: skip
 
 

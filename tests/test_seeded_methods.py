@@ -114,7 +114,8 @@ def test_a_pack_of_a_vit_s_has_few_kilobytes(method: Method, most: int) -> None:
 
     data = encode_pack(delta)
 
-    assert 2 * stored(method, layers) < len(data) < most
+    assert len(data) < most  # what starts as zeros takes next to nothing
+    assert sum(plane.stored.values for plane in read_pack(data).planes.values()) >= stored(method, layers)
     assert read_pack(data).delta.stored_values == delta.stored_values
 
 

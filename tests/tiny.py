@@ -150,7 +150,7 @@ def make_delta(updates: Iterable[Targeted] = (), *, classes: int = 3, width: int
             weight=rng.standard_normal((classes, width)).astype(np.float32), bias=np.zeros(classes, np.float32)
         ),
         "labels": tuple(f"class {i}" for i in range(classes)),
-        "preprocess": Preprocess(image_size=(32, 32)),
+        "preprocess": Preprocess(image_size=(32, 32), orientation="exif"),
         "method": "lora",
         "settings": {"rank": 2},
         "training": {"epochs": 3},
