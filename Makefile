@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 DEMO_EXTRAS := train,openvino,tensorrt-rtx,demo
-TEST_EXTRAS := $(DEMO_EXTRAS),onnxsim,accelerate,peft,dev
+TEST_EXTRAS := $(DEMO_EXTRAS),onnxsim,accelerate,peft,sign,dev
 
 # Two processes, a file of tests in each: most of a test's time is tracing, on one thread.
 TESTS = $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
@@ -53,6 +53,7 @@ bench-methods: $(VENV)/.bench
 
 bench-trials: $(VENV)/.bench
 	$(BIN)/python benchmarks/trials.py $(ARGS)
+	$(BIN)/python benchmarks/packs.py $(ARGS)
 	$(BIN)/python benchmarks/report.py $(ARGS)
 
 clean:

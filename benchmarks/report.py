@@ -1,7 +1,7 @@
 """Write the committed results as tables between two marks: ``python benchmarks/report.py``.
 
 README.md gets accuracy, latency and speed, docs/guide/methods.md what was measured of every method, docs/guide/int8.md
-what int8 costs. With ``--quick`` copies of these pages get them.
+what int8 costs, and docs/guide/packs.md what codecs do. With ``--quick`` copies of these pages get them.
 """
 
 from __future__ import annotations
@@ -11,12 +11,13 @@ import json
 from typing import Any
 
 from harness import HERE, RESULTS, TABLES, asked, parser_of, source
+from packs import pack_tables
 from trials import trial_tables
 
 from edgepet.reports.tables import Column, Table, format_bytes, format_number, format_percent, markdown
 
 GUIDE = HERE.parent / "docs" / "guide"
-README, METHODS, INT8 = HERE.parent / "README.md", GUIDE / "methods.md", GUIDE / "int8.md"
+README, METHODS, INT8, PACKS = HERE.parent / "README.md", *(GUIDE / f"{n}.md" for n in ("methods", "int8", "packs"))
 FP32_LIMIT = 1e-4  # edgepet.measuring.parity.STORED["fp32"]
 HALF_LIMIT = 2e-2  # of the largest logit: edgepet.measuring.parity.STORED["fp16"]
 BACKBONES = ("vit-small", "efficientnet-lite0")
@@ -31,7 +32,8 @@ def parser() -> argparse.ArgumentParser:
 def main() -> None:
     """Write all pages."""
     run = asked(parser().parse_args())
-    for page, made in ((README, tables()), (METHODS, method_tables()), (INT8, int8_tables())):
+    pages = ((README, tables()), (METHODS, method_tables()), (INT8, int8_tables()), (PACKS, pack_tables(committed())))
+    for page, made in pages:
         TABLES.put(page, made, run.results if run.quick else None)
 
 
