@@ -293,7 +293,8 @@ def reading_table(result: Mapping[str, Any]) -> str:
     rows = [
         (
             row["backbone"], row["method"], format_bytes(row["pack_bytes"]), f"{row['read_ms']:.1f}",
-            f"{row['fold_ms']:.0f}", f"{row['copy_ms']:.0f}", f"{row['read_over_copy']:.2f}", f"{row['fold_over_copy']:.1f}",
+            f"{row['fold_ms']:.0f}", f"{row['copy_ms']:.0f}", f"{row['read_over_copy']:.2f}",
+            f"{row['fold_over_copy']:.1f}",
         )
         for row in result["rows"]
     ]  # fmt: skip
