@@ -227,6 +227,7 @@ def test_every_runtime_answers_as_the_tuned_network(backbone: Backbone, method: 
 
 
 @needs_tensorrt_rtx
+@pytest.mark.slow
 def test_tensorrt_rtx_builds_it(backbone: Backbone, tmp_path: Path) -> None:
     delta = extract(tuned_on(backbone, STAdapter(rank=8)), backbone, task="moves", labels=CLASSES,
                     val=Score(top1=1.0, n=1))  # fmt: skip

@@ -37,7 +37,7 @@ from tests.packs import deflate
 from tests.tiny import SETTINGS, cases, make_delta
 
 ROOT = Path(__file__).parents[1]
-PACKS = 15_000  # that the fast suite changes: some 12 s of one core
+PACKS = 10_000  # that the fast suite changes: some 8 s of one core
 MENDING = frozenset[str]()  # faults, in the words of a report, that are known and wait for a change of the reader
 
 

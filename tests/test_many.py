@@ -203,6 +203,7 @@ def test_several_packs_are_calibrated_as_each_alone(fleet: Fleet, calibrated: An
     assert [path.name for path in (cache_folder() / "jobs").iterdir()] == [".running"]
 
 
+@pytest.mark.slow
 def test_several_packs_are_written_for_the_backbone_that_tasks_share(fleet: Fleet, tmp_path: Path) -> None:
     out, asked = tmp_path / "out", ("--calib", fleet.images, "--jobs", 2)
     said = command("calibrate", *fleet.packs, *asked, "-o", out, "--json")
