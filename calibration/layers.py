@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -99,9 +100,11 @@ def find_layers(graph: Graph, weights: Collection[str]) -> tuple[Layer, ...]:
 
     A linear layer is ``Transpose(weight)``, ``MatMul``, perhaps ``Add``, or a ``Gemm`` of the same meaning. A
     convolution is a ``Conv`` of two axes, with a ``Pad`` of zeros in front and a batch norm behind that are its alone.
-    Weights are float32.
+    Weights are float32, and none is of two layers: its codes would be made for what one of them reads.
     """
-    return tuple(_found(graph, weights))
+    layers = tuple(_found(graph, weights))
+    times = Counter(layer.weight for layer in layers)
+    return tuple(layer for layer in layers if times[layer.weight] == 1)
 
 
 def _found(graph: Graph, weights: Collection[str]) -> Iterator[Layer]:

@@ -553,3 +553,24 @@ def test_a_network_without_a_layer_for_int8_is_refused() -> None:
     assert str(refused.value) == (
         "task 'x': has no linear layer or convolution that int8 is for\n  fix: export it in fp16"
     )
+
+
+def test_a_kernel_of_two_convolutions_stays_float() -> None:
+    """Codes are made for what one layer reads; a graph with two of one name is none (csatv2's transform)."""
+    kernel = numpy_helper.from_array(np.ones((3, 3, 1, 1), np.float32), "conv.weight")
+    images, middle, end = (
+        helper.make_tensor_value_info(name, TensorProto.FLOAT, [1, 3, 4, 4]) for name in ("images", "middle", "end")
+    )
+    twice = [
+        helper.make_node("Conv", ["images", "conv.weight"], ["middle"]),
+        helper.make_node("Conv", ["middle", "conv.weight"], ["end"]),
+    ]
+
+    found = [
+        find_layers(
+            Graph(helper.make_model(helper.make_graph(nodes, "g", [images], [last], [kernel]))), {"conv.weight"}
+        )
+        for nodes, last in ((twice[:1], middle), (twice, end))
+    ]
+
+    assert [len(layers) for layers in found] == [1, 0]
