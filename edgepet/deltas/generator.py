@@ -15,8 +15,8 @@ import numpy as np
 from edgepet.spec import NpArray
 
 SEEDS = 1 << 53  # a seed is below: every JSON reader has these integers exactly
-_AT_ONCE = 1 << 14
 MOST_VALUES = 1 << 22  # of one window, and of one shuffle: what a pack may ask a device to make at once
+_AT_ONCE = 1 << 14  # plain numbers that are held while a shuffle is made
 
 _STEP = np.uint64(0x9E3779B97F4A7C15)
 _FIRST, _SECOND = np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)

@@ -27,11 +27,12 @@ _AGAIN, _WHOLE = "write it again with edgepet", "copy the file again, whole"
 
 @dataclass(frozen=True, slots=True)
 class Container:
-    """A file taken apart: its tensors, the manifest, and how long its header is."""
+    """A file taken apart: its tensors, the manifest, how long its header is, and the digits of its signature."""
 
     tensors: Mapping[str, NpArray]
     manifest: object
     header_bytes: int
+    signature: str
 
 
 def assembled(tensors: Mapping[str, NpArray], manifest: Mapping[str, object]) -> bytes:
@@ -79,7 +80,7 @@ def taken_apart(data: bytes, where: str) -> Container:
         PackError: it is no pack, or not in the canonical form.
     """
     length = _require_header(data, where)
-    signature_of(data, where)
+    signature = signature_of(data, where)
     try:
         header = ObjectReader(parse_json(data[8 : 8 + length]), where)
         tensors: dict[str, NpArray] = safetensors.numpy.load(data)
@@ -94,7 +95,7 @@ def taken_apart(data: bytes, where: str) -> Container:
     # must not differ, so only the one canonical spelling is a pack.
     if _container(tensors, text) != data:
         raise PackError(where, "is not written in the canonical form", fix=_AGAIN)
-    return Container(tensors, canonical_value(text, where, "manifest"), length)
+    return Container(tensors, canonical_value(text, where, "manifest"), length, signature)
 
 
 def canonical_value(text: str | bytes, where: str, what: str) -> object:

@@ -21,7 +21,7 @@ from edgepet.deltas.generator import SEEDS
 from edgepet.deltas.probe import Probe
 from edgepet.deltas.updates import generated_bytes
 from edgepet.errors import PackError
-from edgepet.packs.codecs import Plane, inflated, read_plane, read_stored
+from edgepet.packs.codecs import Plane, Stored, inflated, read_plane, read_stored
 from edgepet.packs.container import Container, canonical_value
 from edgepet.packs.layout import MAX_UPDATES, Reader
 from edgepet.spec import NpArray, Preprocess, StoredPrecision, read_preprocess
@@ -114,7 +114,7 @@ def read_manifest(parts: Container, where: str, length: int) -> tuple[Delta, dic
     updates = tuple(itertools.chain.from_iterable(map(reader.updates, layout.nested_list("updates"))))
     branches = tuple(itertools.chain.from_iterable(map(reader.branches, layout.nested_list("branches"))))
     layout.end()
-    made = planes_bytes(planes) + generated_bytes(updates)
+    made = planes_bytes({name: plane.stored for name, plane in planes.items()}) + generated_bytes(updates)
     if told.bytes != made:
         raise PackError(f"{where}.decoded.bytes", f"must be the {made} that there are", got=told.bytes)
     head, labels, val, probes = _head(table, reader)
@@ -173,7 +173,7 @@ def _planes(tensors: Mapping[str, NpArray], codecs: ObjectReader, told: Decoded,
     stored = {name: tensor for name, tensor in tensors.items() if name != LAYOUT}
     said = {name: read_stored(codecs, name, tensor, where) for name, tensor in stored.items()}
     codecs.end()
-    asked = sum(each.coding.decoded_bytes(name, each.values) for name, each in said.items())
+    asked = planes_bytes(said)
     if asked > told.bytes:
         raise PackError(f"{where}.decoded.bytes", f"must be the {asked} that its planes are, or more", got=told.bytes)
     for name in EXACT & said.keys():
@@ -182,9 +182,9 @@ def _planes(tensors: Mapping[str, NpArray], codecs: ObjectReader, told: Decoded,
     return {name: read_plane(name, stored[name], said[name], where) for name in stored}
 
 
-def planes_bytes(planes: Mapping[str, Plane]) -> int:
-    """What planes take when they are read."""
-    return sum(plane.stored.coding.decoded_bytes(name, plane.stored.values) for name, plane in planes.items())
+def planes_bytes(said: Mapping[str, Stored]) -> int:
+    """What planes take when they are read, from what is said of each."""
+    return sum(each.coding.decoded_bytes(name, each.values) for name, each in said.items())
 
 
 def _head(table: ObjectReader, reader: Reader) -> tuple[Head, tuple[str, ...], Score, Probes]:

@@ -21,7 +21,7 @@ from edgepet.deltas.updates import generated_bytes
 from edgepet.errors import InputError, PackError
 from edgepet.files import read_file, write_file
 from edgepet.packs.codecs import CODECS, Codec, Coding, Format, Plane, deflated, write_plane
-from edgepet.packs.container import UNSIGNED, assembled, signature_of, taken_apart
+from edgepet.packs.container import UNSIGNED, assembled, taken_apart
 from edgepet.packs.manifest import (
     EXACT,
     HEAD,
@@ -108,7 +108,7 @@ def encode_pack(
     }
     text = canonical_json(layout)
     told = Decoded(
-        bytes=planes_bytes(made) + generated_bytes(delta.updates),
+        bytes=planes_bytes({name: plane.stored for name, plane in made.items()}) + generated_bytes(delta.updates),
         layout=len(text),
         tensors=planes.tensors,
         updates=len(delta.updates) + len(delta.branches),
@@ -151,7 +151,6 @@ def read_pack(source: Path | str | bytes) -> Pack:
             raise
         raise PackError(where, f"{error.where}: {error.what}", got=error.got, fix=error.fix) from error
     codecs = {plane.stored.coding.format for name, plane in planes.items() if name not in EXACT} & set(CODECS)
-    digits = signature_of(data)
     return Pack(
         delta=delta,
         codec=cast(Codec, codecs.pop()) if len(codecs) == 1 else "mixed",
@@ -160,5 +159,5 @@ def read_pack(source: Path | str | bytes) -> Pack:
         sha256=hashlib.sha256(data).hexdigest(),
         bytes_by_kind={name: int(tensor.nbytes) for name, tensor in sorted(parts.tensors.items())},
         sequence=sequence,
-        signature=None if digits == UNSIGNED else digits,
+        signature=None if parts.signature == UNSIGNED else parts.signature,
     )

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from edgepet.deltas.merge import fold_each
-from edgepet.deltas.updates import Targeted, apart, factors, with_arrays
+from edgepet.deltas.updates import Push, Targeted, apart, factors, with_arrays
 from edgepet.spec import NpArray, Tensors
 
 DRAWS, SEED = 8, 20160229  # of signs: enough to choose a scale by
@@ -39,12 +39,9 @@ def error_weights(tensors: Tensors, updates: Iterable[Targeted]) -> dict[int, Np
         }
         return Targeted(targeted.target, with_arrays(targeted.update, arrays))
 
-    named = {
-        name
-        for each in updates
-        for name in (each.target.tensor, getattr(getattr(each.update, "reads", None), "tensor", ""))
-    }
-    frozen = {name: torch.from_numpy(np.array(tensors[name])).float() for name in named if name}
+    changed = {each.target.tensor for each in updates}
+    read = {each.update.reads.tensor for each in updates if isinstance(each.update, Push)}
+    frozen = {name: torch.from_numpy(np.array(tensors[name])).float() for name in sorted(changed | read)}
     first, last = (list(map(in_torch, part)) for part in apart(updates))
     folded = list(fold_each(last, frozen, fold_each(first, frozen, {})).values())
     sums = _squares(folded, list(leaves.values()))

@@ -198,8 +198,9 @@ def _recoded(
         kept = encode_pack(subject.delta, kept=subject.pack.planes, sequence=number)
         return Recoded(data=kept, codings={}, max_abs=0.0, n=0, drop=None)
     require("torch", extra="train", purpose="comparing with the network in torch")
-    images, labels = subject.images[0], None
-    if data is not None:
+    if data is None:
+        images, labels = subject.images[0], None
+    else:
         preprocess = subject.delta.preprocess
         pixels, labels = load_set(open_split(Path(data), "val", clips=preprocess.frames > 1), preprocess)
         images = normalize(pixels, preprocess)

@@ -205,9 +205,9 @@ def val_accuracy(made: Made, delta: Delta) -> Accuracy:
 
 def _write(output: Path, made: Made, codec: Rounding) -> None:
     """The pack, with the val accuracy of what it stores and not of what was trained, and its work folder."""
-    stored = read_pack(encode_pack(made.delta, codec=codec)).delta
-    judged, probes = val_accuracy(made, stored), probed(made.backbone, stored).probes
-    write_pack(output, replace(made.delta, val=Score(top1=judged.top1, n=judged.n), probes=probes), codec=codec)
+    stored = read_pack(encode_pack(made.delta, codec=codec))
+    judged, delta = val_accuracy(made, stored.delta), probed(made.backbone, stored.delta)
+    write_pack(output, replace(delta, val=Score(top1=judged.top1, n=judged.n)), kept=stored.planes)
     keep_work(work_folder(output), made)
 
 
