@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from edgepet.deltas.delta import Delta as Delta
-    from edgepet.device.runtime import Device as Device
+    from edgepet.device.serving import Device as Device
     from edgepet.errors import EdgepetError as EdgepetError
     from edgepet.exporters.exporter import ExportOptions as ExportOptions
     from edgepet.methods import METHODS as METHODS
@@ -47,7 +47,7 @@ _HOME = {
     "Backbone": "edgepet.networks.backbone",
     "Consolidator": "edgepet.methods",
     "Delta": "edgepet.deltas.delta",
-    "Device": "edgepet.device.runtime",
+    "Device": "edgepet.device.serving",
     "EdgepetError": "edgepet.errors",
     "ExportOptions": "edgepet.exporters.exporter",
     "LoRA": "edgepet.methods",

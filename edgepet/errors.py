@@ -12,7 +12,10 @@ The number is the exit code of the command line. A bug is none of these: it keep
 
 from __future__ import annotations
 
+import contextlib
 import importlib
+from collections.abc import Iterator
+from pathlib import Path
 from types import ModuleType
 from typing import ClassVar
 
@@ -103,3 +106,16 @@ def require(module: str, *, extra: str, purpose: str) -> ModuleType:
         raise MissingError(
             purpose, f"needs the package {module!r}", got=str(error), fix=f"pip install 'edgepet[{extra}]'"
         ) from error
+
+
+@contextlib.contextmanager
+def refusing(where: Path, what: str) -> Iterator[None]:
+    """Tell an ``OSError`` of the block as an input error.
+
+    Raises:
+        InputError: ``where`` ``what``, and what the system says.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise InputError(str(where), what, got=error.strerror or str(error)) from error

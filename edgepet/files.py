@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import itertools
 import os
 import re
 import secrets
@@ -16,55 +17,64 @@ import stat
 from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 
-from edgepet.errors import InputError
-
-with contextlib.suppress(ImportError):  # Windows has no such locks: there leftovers stay
-    import fcntl
+from edgepet import disk
+from edgepet.errors import InputError, refusing
+from edgepet.locks import is_locked, lock
 
 _PART, _TOKEN_BYTES = ".part", 4
 
 
-@contextlib.contextmanager
-def refusing(where: Path, what: str) -> Iterator[None]:
-    """Tell an ``OSError`` of the block as an input error.
-
-    Raises:
-        InputError: ``where`` ``what``, and what the system says.
-    """
-    try:
-        yield
-    except OSError as error:
-        raise InputError(str(where), what, got=error.strerror or str(error)) from error
-
-
-def write_file(path: Path, *parts: bytes | memoryview) -> None:
+def write_file(path: Path, *parts: bytes | memoryview, read_only: bool = False, lasting: bool = True) -> None:
     """Write ``parts`` as ``write_parts`` does, and raise as it does."""
-    write_parts(path, parts)
+    write_parts(path, parts, read_only=read_only, lasting=lasting)
 
 
-def write_parts(path: Path, parts: Iterable[bytes | memoryview]) -> None:
+def write_parts(
+    path: Path, parts: Iterable[bytes | memoryview], *, read_only: bool = False, lasting: bool = True
+) -> None:
     """Write ``parts`` one after another to ``path``, replacing it only when everything is on the disk.
+
+    Args:
+        read_only: nobody may write into it, where the file system has permissions.
+        lasting: it survives a power cut. One that need not may then be gone, or empty.
 
     Raises:
         InputError: the folder is missing, read-only or full; an older file at ``path`` is still whole.
     """
     with refusing(path, "could not be written"):
         clear_leftovers(path)
-        scratch = _scratch(path)
-        descriptor = os.open(scratch, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)  # what the umask leaves of it
-        try:
-            _lock(descriptor)
-            with os.fdopen(descriptor, "wb") as file:
-                for part in parts:
-                    file.write(part)
-                file.flush()
-                os.fsync(file.fileno())
-                os.replace(scratch, path)
-        except BaseException:
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(scratch)
-            raise
-        sync_folder(path.parent)
+        with _fresh_file(path) as (scratch, descriptor):
+            for part in parts:
+                disk.DISK.write(descriptor, part)
+            if lasting:
+                disk.DISK.sync(descriptor)
+            if read_only:
+                for_reading(scratch)
+            disk.DISK.rename(scratch, path)
+        if lasting:
+            disk.DISK.sync_folder(path.parent)
+
+
+@contextlib.contextmanager
+def _fresh_file(path: Path) -> Iterator[tuple[Path, int]]:
+    """A new file beside ``path`` under a temporary name, and its descriptor; removed where the block raises."""
+    scratch = scratch_name(path)
+    descriptor = disk.DISK.create(scratch)
+    try:
+        lock(descriptor)
+        yield scratch, descriptor
+    except BaseException:
+        with contextlib.suppress(OSError):
+            disk.DISK.unlink(scratch)
+        raise
+    finally:
+        os.close(descriptor)
+
+
+def for_reading(path: Path) -> None:
+    """Take the permission to write away, where there are permissions."""
+    with contextlib.suppress(OSError):
+        disk.DISK.set_mode(path, stat.S_IMODE(path.stat().st_mode) & ~0o222)
 
 
 @contextlib.contextmanager
@@ -93,10 +103,10 @@ def scratch_folder(path: Path) -> Iterator[Path]:
     with refusing(path, "could not be written"):
         path.parent.mkdir(parents=True, exist_ok=True)
         clear_leftovers(path)
-        scratch = _scratch(path)
+        scratch = scratch_name(path)
         scratch.mkdir()
         held = os.open(scratch, os.O_RDONLY)
-        _lock(held)
+        lock(held)
     try:
         yield scratch
     finally:
@@ -123,8 +133,8 @@ def move_file(source: Path, path: Path) -> None:
         InputError: it could not.
     """
     with refusing(path, "could not be written"):
-        os.replace(source, path)
-        sync_folder(path.parent)
+        disk.DISK.rename(source, path)
+        disk.DISK.sync_folder(path.parent)
 
 
 def require_only(path: Path, names: Collection[str]) -> None:
@@ -155,38 +165,22 @@ def require_other(output: Path, *inputs: Path) -> None:
                 raise InputError(str(output), f"is {given}, which is read", fix="name another output")
 
 
-def made_folder(path: Path, what: str) -> Path:
-    """``path``, made where it is not there; ``what`` it is for, in words.
+def made_folder(path: Path, what: str, *, lasting: bool = True) -> Path:
+    """``path``, made where it is not there; ``what`` it is for, in words. ``lasting``: it survives a power cut.
 
     Raises:
         InputError: it cannot be made or written.
     """
     with refusing(path, f"cannot be made: {what}"):
-        path.mkdir(parents=True, exist_ok=True)
+        missing = list(itertools.takewhile(lambda each: not each.is_dir(), (path, *path.parents)))
+        for each in (each for each in reversed(missing) if each == path or not each.exists()):
+            disk.DISK.make_folder(each)
+            if lasting:
+                disk.DISK.sync_folder(each.parent)
         writable = os.access(path, os.W_OK)
     if not writable:
         raise InputError(str(path), f"cannot be written: {what}", got="no permission")
     return path
-
-
-@contextlib.contextmanager
-def held_alone(path: Path, otherwise: str) -> Iterator[None]:
-    """Hold the empty file ``path``, made where it is not there; the lock goes with the process, however that ends.
-
-    Where a file system or Windows has no such locks, everybody holds it.
-
-    Raises:
-        InputError: another process holds it: then its folder ``otherwise``. Or it cannot be made.
-    """
-    with refusing(path, "could not be written"):
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-    try:
-        if not _lock(descriptor):
-            fix = "wait until it has ended, or give another folder"
-            raise InputError(str(path.parent), otherwise, fix=fix)
-        yield
-    finally:
-        os.close(descriptor)
 
 
 def require_place(path: Path, *, makes_parents: bool = False) -> None:
@@ -206,7 +200,7 @@ def require_place(path: Path, *, makes_parents: bool = False) -> None:
         fix = "name another place" if is_there else f"mkdir -p {path.parent}"
         raise InputError(str(folder if is_there else path.parent), "is no folder", fix=fix)
     with refusing(path, "could not be written"):
-        scratch = _scratch(folder / path.name)
+        scratch = scratch_name(folder / path.name)
         os.close(os.open(scratch, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))  # permissions alone do not tell
         with contextlib.suppress(FileNotFoundError):  # another process may take it for a leftover
             os.unlink(scratch)
@@ -256,49 +250,31 @@ def clear_leftovers(path: Path) -> None:
     """Remove what processes that are dead left of writing ``path``; one that is alive holds a lock."""
     ours = re.compile(rf"\.{re.escape(path.name)}\.[0-9a-f]{{{2 * _TOKEN_BYTES}}}{re.escape(_PART)}")
     for item in list(path.parent.iterdir()) if path.parent.is_dir() else ():
-        if ours.fullmatch(item.name) and not _is_locked(item):
+        if ours.fullmatch(item.name) and not is_locked(item):
             if item.is_dir() and not item.is_symlink():
                 shutil.rmtree(item, ignore_errors=True)
             else:
-                item.unlink(missing_ok=True)
+                with contextlib.suppress(FileNotFoundError):
+                    disk.DISK.unlink(item)
 
 
-def _scratch(path: Path) -> Path:
+def is_leftover(path: Path, ours: re.Pattern[str]) -> bool:
+    """Whether ``path`` is what a process that is dead left of writing a file whose whole name ``ours`` matches."""
+    left = re.fullmatch(rf"\.(.+)\.[0-9a-f]{{{2 * _TOKEN_BYTES}}}{re.escape(_PART)}", path.name)
+    return left is not None and ours.fullmatch(left[1]) is not None and not is_locked(path)
+
+
+def scratch_name(path: Path) -> Path:
+    """A temporary name beside ``path`` that nobody has."""
     return path.parent / f".{path.name}.{secrets.token_hex(_TOKEN_BYTES)}{_PART}"
 
 
-def _lock(descriptor: int) -> bool:
-    """Lock a file while it is open; False where another process has it."""
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except (OSError, NameError):  # a file system without locks, or Windows
-        return True
-    return True
-
-
-def _is_locked(path: Path) -> bool:
-    """Whether a process that is alive holds ``path``; where that cannot be told, it is."""
-    try:
-        descriptor = os.open(path, os.O_RDONLY)
-    except OSError:
-        return not path.is_symlink()
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (OSError, NameError):
-        return True
-    finally:
-        os.close(descriptor)
-    return False
-
-
 def _take_place(scratch: Path, path: Path) -> None:
-    sync_folder(scratch)
+    disk.DISK.sync_folder(scratch)
     if not path.exists():
         os.rename(scratch, path)
     else:
-        aside = _scratch(path)
+        aside = scratch_name(path)
         aside.mkdir()
         try:
             os.rename(path, aside / "old")
@@ -309,16 +285,7 @@ def _take_place(scratch: Path, path: Path) -> None:
                 raise
         finally:
             shutil.rmtree(aside, ignore_errors=True)
-    sync_folder(path.parent)
-
-
-def sync_folder(path: Path) -> None:
-    """Make renames inside ``path`` survive a power cut."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    disk.DISK.sync_folder(path.parent)
 
 
 def require_regular(path: Path) -> None:

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING
 
 from edgepet.device.openvino import core
 from edgepet.device.refusals import refusing_model
+from edgepet.disk import DISK
 from edgepet.errors import InputError, first_line, require
 from edgepet.exporters.exporter import ExportOptions, Written
 from edgepet.exporters.onnx import readable
-from edgepet.files import sync_folder
 from edgepet.spec import StoredPrecision
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ def write_openvino(onnx_model: bytes | Path, folder: Path, *, where: str) -> lis
         for name in names:
             with (folder / name).open("rb") as file:
                 os.fsync(file.fileno())
-        sync_folder(folder)
+        DISK.sync_folder(folder)
     except (OSError, RuntimeError) as error:
         got = getattr(error, "strerror", None) or first_line(error)
         raise InputError(str(folder / MODEL), "could not be written", got=got) from error

@@ -13,7 +13,8 @@ from torch.nn import functional
 
 from edgepet.deltas.delta import Score
 from edgepet.deltas.merge import task_tensors
-from edgepet.device.runtime import Device, open_task
+from edgepet.device.runtime import open_task
+from edgepet.device.serving import Device
 from edgepet.device.store import Store
 from edgepet.errors import InputError, PackError
 from edgepet.exporters.onnx import build_model, serialize

@@ -71,7 +71,7 @@ def test_files_and_folders_are_for_those_that_the_umask_leaves(tmp_path: Path) -
     assert modes == {"a.pet": 0o600, "a.work": 0o700, "x": 0o600}
 
 
-@pytest.mark.parametrize("step", ["open", "fdopen", "fsync", "replace"])
+@pytest.mark.parametrize("step", ["open", "write", "fsync", "replace"])
 def test_a_full_disk_at_any_step_leaves_the_old_file_and_nothing_else(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str
 ) -> None:

@@ -23,6 +23,7 @@ from edgepet.deltas.merge import fold_all, merge
 from edgepet.deltas.updates import Targeted, attributes, factors, generated
 from edgepet.device.artifact import read_artifact, write_artifact
 from edgepet.device.runtime import SharedInt8, open_task
+from edgepet.device.store import Store
 from edgepet.exporters.onnx import build_model, serialize
 from edgepet.files import read_file
 from edgepet.graphs.base import open_graph
@@ -213,7 +214,7 @@ def test_the_int8_backbone_is_made_with_equal_bytes(tmp_path: Path) -> None:
 @pytest.mark.parametrize("runtime", RUNTIMES)
 @pytest.mark.parametrize("name", ["shapes", "tints"])
 def test_a_store_runs_its_tasks_in_fp32_and_int8(name: str, runtime: str, device: Path) -> None:
-    delta = read_pack(device / "tasks" / f"{name}.pet").delta
+    delta = Store(device).pack(name).delta
     graph = open_graph(delta.fingerprint, delta.preprocess, root=device)
     int8 = open_int8(delta.fingerprint, delta.preprocess, root=device)
     images = normalize(read_work(TASKS / f"{name}.work").pixels, delta.preprocess)

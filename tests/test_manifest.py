@@ -15,9 +15,11 @@ import safetensors.numpy
 from PIL import Image
 
 from edgepet import Device, EdgepetError, read_pack
+from edgepet.device.checking import check
 from edgepet.device.store import Store
 from edgepet.errors import InputError
-from edgepet.graphs.base import BaseGraph, open_graph
+from edgepet.graphs.base import BaseGraph, graph_at, open_graph
+from edgepet.graphs.int8 import int8_at
 from edgepet.graphs.manifest import put_stamp, require_whole
 from edgepet.graphs.tensor_files import read_tensors, safetensors_places
 from tests.flow import RUNTIMES, refused
@@ -57,6 +59,7 @@ def many(manifest: Any) -> None:
     manifest["files"] |= {f"{i}.bin": {"sha256": DIGEST, "bytes": 1} for i in range(70)}
 
 
+MEND = "edgepet device init --store STORE --for TASK.pet on a host, or --from a folder that has it whole"
 OUTSIDE = ["../secret", "/etc/passwd", "a/b", "a\\b", "..", ".hidden", "", "x" * 256, "new\nline", "nul\0"]
 
 # What is changed in the manifest, and what is said of it; WHERE is the place that the message begins with.
@@ -122,11 +125,11 @@ def said(message: str, where: str, first: str) -> str:
 def test_a_graphs_description_is_refused(case: str, store: Path) -> None:
     change, message = GRAPH[case]
     spoil(store / BACKBONE / "graph-16.json", change)
-    (store / "tasks" / "shapes.pet").write_bytes((GOLDEN / "shapes.pet").read_bytes())
 
-    told = refused(3, "storage", "--store", store)
+    with pytest.raises(InputError) as refusal:
+        graph_at(store / BACKBONE / "graph-16.json")
 
-    assert told == said(message, "graph-16.json", "backbone.safetensors") + "\n"
+    assert str(refusal.value) == said(message, "graph-16.json", "backbone.safetensors")
 
 
 @pytest.mark.parametrize("case", INT8)
@@ -134,9 +137,10 @@ def test_an_int8_graphs_description_is_refused(case: str, store: Path) -> None:
     change, message = INT8[case]
     spoil(store / BACKBONE / "graph-16-int8.json", change)
 
-    told = refused(3, "storage", "--store", store, "--precision", "int8")
+    with pytest.raises(InputError) as refusal:
+        int8_at(store / BACKBONE / "graph-16-int8.json")
 
-    assert told == said(message, "graph-16-int8.json", "backbone-int8.safetensors") + "\n"
+    assert str(refusal.value) == said(message, "graph-16-int8.json", "backbone-int8.safetensors")
 
 
 @pytest.mark.parametrize("case", ARTIFACT)
@@ -155,11 +159,22 @@ def test_an_artefacts_manifest_is_refused(case: str, tmp_path: Path) -> None:
 def test_a_key_that_appears_twice_is_refused(name: str, store: Path) -> None:
     path = store / BACKBONE / name
     path.write_text(path.read_text().replace('"files":{', '"files":{},"files":{', 1))
-    precision = "int8" if "int8" in name else "fp32"
+    with pytest.raises(InputError) as refusal:
+        (int8_at if "int8" in name else graph_at)(path)
+
+    assert (
+        str(refusal.value) == f"{path}: is not readable JSON, got a key appears twice\n  fix: delete it and run again"
+    )
+
+
+@pytest.mark.parametrize("precision", ["fp32", "int8"])
+def test_a_store_reads_no_description_but_the_one_that_was_brought(precision: str, store: Path) -> None:
+    path = store / BACKBONE / ("graph-16-int8.json" if precision == "int8" else "graph-16.json")
+    path.write_text(path.read_text() + " ")
 
     told = refused(3, "storage", "--store", store, "--precision", precision)
 
-    assert told == f"{path}: is not readable JSON, got a key appears twice\n  fix: delete it and run again\n"
+    assert told == f"{path}: is damaged or missing\n  fix: {MEND}\n"
 
 
 def test_nothing_is_copied_out_of_a_store(store: Path, tmp_path: Path) -> None:
@@ -306,19 +321,19 @@ def test_a_damaged_stamp_is_no_stamp(tmp_path: Path) -> None:
 def golden(tmp_path: Path) -> BaseGraph:
     """The golden store's graph, to be brought elsewhere."""
     source = Path(shutil.copytree(GOLDEN / "device", tmp_path / "source"))
-    delta = read_pack(source / "tasks" / "shapes.pet").delta
-    return open_graph(delta.fingerprint, delta.preprocess, root=source)
+    return graph_at(source / BACKBONE / "graph-16.json")
 
 
-def test_what_lies_in_a_store_already_is_stamped_only_when_it_was_compared(golden: BaseGraph, store: Path) -> None:
+def test_what_is_damaged_in_a_store_is_mended_by_bringing_it_again(golden: BaseGraph, store: Path) -> None:
     path = store / BACKBONE / "backbone.safetensors"
     path.write_bytes(flipped(path.read_bytes()))
     (store / BACKBONE / "graph-16.onnx").unlink()
+    damaged = [problem.where for problem in check(Store(store))]
 
-    for _ in range(2):  # the first try leaves no stamp for the second to believe
-        with pytest.raises(InputError) as refusal:
-            Store(store).add_graph(golden)
-        assert str(refusal.value) == (f"{path}: is damaged or missing\n  fix: delete {path.parent} and bring it again")
+    Store(store).add_graph(golden)
+
+    assert damaged == [str(path), str(store / BACKBONE / "graph-16.onnx")]
+    assert check(Store(store)) == ()
 
 
 def test_a_damaged_file_is_not_brought_beside_others(golden: BaseGraph, store: Path) -> None:
@@ -336,7 +351,7 @@ def test_a_damaged_file_is_not_brought_beside_others(golden: BaseGraph, store: P
 
 
 def test_two_packs_that_were_swapped_are_refused(store: Path) -> None:
-    shapes, tints = (store / "tasks" / f"{name}.pet" for name in ("shapes", "tints"))
+    shapes, tints = sorted((store / "packs").iterdir())
     shapes.rename(store / "aside")
     tints.rename(shapes)
     (store / "aside").rename(tints)
@@ -344,4 +359,7 @@ def test_two_packs_that_were_swapped_are_refused(store: Path) -> None:
     with pytest.raises(InputError) as refusal:
         Device(store).run("shapes", [])
 
-    assert str(refusal.value) == f"{shapes}: must hold the task 'shapes', got 'tints'\n  fix: install the packs again"
+    assert str(refusal.value) == (
+        f"{shapes}: is damaged or missing, got another sha256 than its name\n"
+        "  fix: install 'shapes' again, or edgepet device rollback"
+    )

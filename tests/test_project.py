@@ -22,6 +22,7 @@ import pytest
 import edgepet
 from edgepet.cli.main import VERBS, load
 from edgepet.cli.options import Parser
+from edgepet.verbs.verb import Group
 from tests.public_api import REVIEWED, public_api
 
 ROOT = Path(__file__).parent.parent
@@ -245,9 +246,12 @@ def test_every_field_in_a_message_is_one_that_a_verb_fills() -> None:
 
 
 def options_of(verb: str) -> list[argparse.Action]:
-    parser = Parser(prog=verb, add_help=False)
-    load(verb).options(parser)
-    return list(parser._actions)
+    loaded, found = load(verb), list[argparse.Action]()
+    for each in [action for action, _ in loaded.actions.values()] if isinstance(loaded, Group) else [loaded]:
+        parser = Parser(prog=verb, add_help=False)
+        each.options(parser)
+        found += parser._actions
+    return found
 
 
 @pytest.mark.parametrize("verb", VERBS)

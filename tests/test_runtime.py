@@ -60,10 +60,11 @@ def test_installed_tasks_are_listed_and_are_the_packs(store: Store, tasks: Tasks
     device = Device(store.root)
 
     assert device.tasks() == ()
-    assert device.install(tasks.tints).delta.task == "tints"
-    assert device.install(tasks.shapes.read_bytes()).delta.task == "shapes"
+    assert device.install(tasks.tints).task == "tints"
+    installed = device.install(tasks.shapes.read_bytes())
+    assert (installed.task, installed.bytes, installed.refused) == ("shapes", tasks.shapes.stat().st_size, {})
     assert device.tasks() == ("shapes", "tints")
-    assert (store.root / "tasks" / "shapes.pet").read_bytes() == tasks.shapes.read_bytes()
+    assert (store.root / "packs" / f"{installed.sha256}.pet").read_bytes() == tasks.shapes.read_bytes()
 
 
 def test_a_second_graph_of_the_backbone_costs_no_second_backbone(store: Store, graph: BaseGraph) -> None:
@@ -83,8 +84,8 @@ def test_a_pack_of_another_backbone_is_refused_and_leaves_nothing(store: Store, 
         Device(store.root).install(stranger)
 
     assert message(refused) == (
-        f"{store.root}/backbones/{'ab' * 8}: holds no graph of 32x32 pixels\n"
-        "  fix: run `edgepet export` once where torch is installed"
+        f"task 'stranger': needs test_vit as {'ab' * 8}/graph-32.json, which is not in this store\n"
+        "  fix: edgepet device init --store STORE --for TASK.pet on a host, then bring that folder"
     )
     assert files_below(store.root) == before
 
@@ -142,7 +143,9 @@ def test_an_install_that_breaks_off_leaves_the_older_pack_whole(
         with pytest.raises(InputError) as refused:
             device.install(tmp_path / "shapes.pet")
 
-    assert message(refused) == f"{device.store}/tasks/shapes.pet: could not be written, got No space left on device"
+    (fresh,) = {read_pack(tmp_path / "shapes.pet").sha256}
+    path = f"{device.store}/packs/{fresh}.pet"
+    assert message(refused) == f"{path}: could not be written, got No space left on device"
     assert files_below(device.store) == before
 
 

@@ -399,7 +399,7 @@ def test_a_vector_that_is_no_number_is_refused(vit: Shared) -> None:
 
 def test_a_runtime_that_shares_no_backbone_is_refused(vit: Shared) -> None:
     assert refusal(lambda: SharedInt8(vit.graph, runtime="tensorrt")) == (
-        "`runtime`: is one of onnxruntime, openvino for an int8 backbone, got 'tensorrt'"
+        "`runtime`: is one of onnxruntime, openvino for a pack on a shared backbone, got 'tensorrt'"
     )
 
 
@@ -524,7 +524,7 @@ def test_a_runtime_that_shares_no_backbone_opens_no_tasks(device: Device, tmp_pa
     device.install(tmp_path / "ssf3.pet")
 
     assert refusal(lambda: device.open_int8(runtime="tensorrt")) == (
-        "`runtime`: is one of onnxruntime, openvino for an int8 backbone, got 'tensorrt'"
+        "`runtime`: is one of onnxruntime, openvino for a pack on a shared backbone, got 'tensorrt'"
     )
 
 
@@ -534,10 +534,11 @@ def test_tasks_without_ranges_cannot_open_on_int8(device: Device, vit: Shared, t
         "  fix: install packs that `edgepet calibrate TASK.pet --calib DIR -o OUT.pet` wrote"
     )
     write_pack(tmp_path / "plain.pet", replace(vit.task("ssf").delta, int8=None))
-    folder = graph_folder(vit.graph.fingerprint, Path(device.store))
+    digits = graph_folder(vit.graph.fingerprint).name
 
     assert refusal(lambda: device.install(tmp_path / "plain.pet")) == (
-        f"{folder}: holds no graph of 32x32 pixels\n  fix: run `edgepet export` once where torch is installed"
+        f"task 'ssf3': needs test_vit as {digits}/graph-32.json, which is not in this store\n"
+        "  fix: edgepet device init --store STORE --for TASK.pet on a host, then bring that folder"
     )
 
 

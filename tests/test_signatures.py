@@ -231,8 +231,8 @@ def test_an_older_pack_of_the_same_signer_is_refused_unless_told(
         device.install(older)
 
     assert str(refusal.value) == (
-        "task 'shapes': must not be older than the installed one, which has the sequence number 6, got 4\n"
-        "  fix: install it with older=True if that is meant"
+        "task 'shapes': must not be older than what was installed before, which had the sequence number 6, got 4\n"
+        "  fix: install it with `older=True` if that is meant"
     )
     assert device.install(older, older=True).sequence == 4
     assert Store(store).pack("shapes").sequence == 4

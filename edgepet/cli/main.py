@@ -10,7 +10,7 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 from edgepet import __version__
 from edgepet.cli.options import Parser, ends_by_sigterm, flags_of, harmless, spelled
@@ -20,7 +20,7 @@ from edgepet.reports.streams import forget, json_line, take_any_text, tell
 if TYPE_CHECKING:
     from argparse import ArgumentParser, Namespace
 
-    from edgepet.verbs.verb import Verb
+    from edgepet.verbs.verb import Group, Verb
 
 DONE, REFUSED, CHECK_SAID_NO, STOPPED = 0, 3, 4, 130  # the other exit codes are those of the errors, and argparse's 2
 
@@ -42,6 +42,7 @@ VERBS: dict[str, tuple[str, str]] = {  # verb -> where its ``Verb`` is, below ``
     "pretrain": ("pretrain:VERB", "tune a method on a broad data set and keep its tensors, for `train --init`"),
     "import-peft": ("peft:IMPORT_PEFT", "a PEFT adapter folder as a pack, compared with PEFT itself"),
     "export-peft": ("peft:EXPORT_PEFT", "a pack as an adapter folder that PEFT loads on the timm model"),
+    "device": ("device_actions:GROUP", "the folder on a device: make it, install tasks, run them, go back, check it"),
     "demo": ("demo:VERB", "the whole flow on real data, offline once installed"),
 }
 
@@ -53,11 +54,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     take_any_text()
     given = list(sys.argv[1:] if argv is None else argv)
     name = next((word for word in given if not word.startswith("-")), None)
-    verb = load(name) if name in VERBS else None
-    parser, own = _parsers(name, verb)
+    parser, made = _parsers(name, load(name) if name in VERBS else None)
     options = parser.parse_args(given)
-    if verb is None or own is None:  # argparse has refused all other words
+    if options.own not in made:  # argparse has refused all other words
         return DONE
+    verb, own = made[options.own]
     try:
         with ends_by_sigterm():
             return _run(verb, options)
@@ -75,10 +76,10 @@ def _refused(message: str, parser: ArgumentParser, code: int) -> int:
     return code
 
 
-def load(name: str) -> Verb:
+def load(name: str) -> Verb | Group:
     """The verb of this name, one of ``VERBS``."""
     module, _, attribute = VERBS[name][0].partition(":")
-    verb: Verb = getattr(importlib.import_module(f"edgepet.verbs.{module}"), attribute)
+    verb: Verb | Group = getattr(importlib.import_module(f"edgepet.verbs.{module}"), attribute)
     return verb
 
 
@@ -127,8 +128,13 @@ def _say_versions() -> None:
     tell(f"{told}; Python {here.python}; {here.cpu}, {here.cores} cores\n")
 
 
-def _parsers(asked: str | None, verb: Verb | None) -> tuple[ArgumentParser, ArgumentParser | None]:
-    """The parser of the whole command line, with the options of the verb ``asked``, and that verb's own."""
+def _parsers(
+    asked: str | None, verb: Verb | Group | None
+) -> tuple[ArgumentParser, dict[str, tuple[Verb, ArgumentParser]]]:
+    """The parser of the whole command line, with the options of the verb ``asked``, and that verb with its own.
+
+    Of a group they are its actions. What is parsed has the name of one of them under "own".
+    """
     parser = Parser(prog="edgepet", description="One vision backbone and fifty tasks on an edge device.")
     parser.add_argument("--version", action="version", version=f"edgepet {__version__}")
     verbs = parser.add_subparsers(title="verbs", metavar="VERB", required=True, parser_class=Parser)
@@ -138,13 +144,24 @@ def _parsers(asked: str | None, verb: Verb | None) -> tuple[ArgumentParser, Argu
     shared.add_argument(
         "-v", "--verbose", action="store_true", help="progress with versions, and every file that is passed over"
     )
-    own = None
+    made: dict[str, tuple[Verb, ArgumentParser]] = {}
+
+    def add(under: Any, name: str, told: str, verb: Verb | None) -> None:
+        own = under.add_parser(name, help=told, description=told, parents=[shared])
+        own.set_defaults(own=name)
+        if verb is not None:
+            verb.options(own)
+            made[name] = verb, own
+
     for name, (_, told) in VERBS.items():
-        made = verbs.add_parser(name, help=told, description=told, parents=[shared])
-        if name == asked and verb is not None:
-            verb.options(made)
-            own = made
-    return parser, own
+        if name != asked or not hasattr(verb, "actions"):
+            add(verbs, name, told, None if name != asked or verb is None else cast("Verb", verb))
+            continue
+        group = verbs.add_parser(name, help=told, description=told)
+        actions = group.add_subparsers(title="actions", metavar="ACTION", required=True, parser_class=Parser)
+        for action, (each, does) in cast("Group", verb).actions.items():
+            add(actions, action, does, each)
+    return parser, made
 
 
 if __name__ == "__main__":

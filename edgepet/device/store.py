@@ -1,29 +1,56 @@
-"""A device's folder: one backbone with its graphs, and as many packs as it likes.
+"""A device's folder: backbones with their graphs, and as many packs as it likes, all of it one generation.
 
-<root>/backbones/<digits of the fingerprint>/    as ``edgepet.graphs.base`` lays it out
-<root>/tasks/<task>.pet                          the packs, each installed by a rename
-<root>/trusted/<name>.pub                        keys; where this folder is, only what one of them signed is installed
-<root>/cache/                                    derived data of runtimes, deletable at any time
+<root>/generations/<number>-<digits>.json      what the store is; the newest whole one counts, the one before is kept
+<root>/packs/<sha256>.pet                      the packs that these two name
+<root>/backbones/<digits of the fingerprint>/  as ``edgepet.graphs.base`` lays it out
+<root>/trusted/<name>.pub                      keys; where this folder is, only what one of them signed is installed
+<root>/cache/                                  derived data, deletable at any time
+<root>/lock                                    held by who changes it
+
+Files are written once, for reading only, under names that their contents decide, and named by a generation afterwards:
+whatever stops a change, what was there before is whole. Readers take no lock. docs/spec/store-v1.md has the rules.
 """
 
 from __future__ import annotations
 
 import contextlib
-import os
-from collections.abc import Callable
-from dataclasses import dataclass
+import hashlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TypeAlias, TypeVar
 
+from edgepet.bringing import bring_file
 from edgepet.deltas.merge import task_tensors
-from edgepet.errors import CheckError, EdgepetError, InputError
-from edgepet.files import folder_bytes, made_folder, new_folder, read_file, write_file
-from edgepet.graphs.base import BaseGraph, graph_folder, graph_stem, open_graph
-from edgepet.graphs.int8 import Int8Graph, int8_stem, open_int8
-from edgepet.graphs.manifest import Listed, put_stamp, require_whole
+from edgepet.device.caches import clear_cache
+from edgepet.device.generation_files import BRING, clear, damaged_files, newest, write_generation
+from edgepet.device.generations import (
+    Candidate,
+    Generation,
+    GraphState,
+    Installed,
+    installing,
+    precisions_of,
+    removing,
+    rolling_back,
+    withholding,
+)
+from edgepet.errors import CheckError, InputError
+from edgepet.files import folder_bytes, made_folder, read_file, sha256_file, write_file
+from edgepet.graphs.base import BaseGraph, graph_at, graph_folder, graph_stem
+from edgepet.graphs.int8 import Int8Graph, int8_at, int8_stem
+from edgepet.graphs.manifest import is_whole, put_stamp
 from edgepet.graphs.slots import task_slots
+from edgepet.locks import held_alone
 from edgepet.packs.pack import Pack, read_pack
-from edgepet.packs.signatures import signer
+from edgepet.packs.signatures import PUBLIC, public_key, signer
 from edgepet.spec import StoredPrecision
+
+WAIT_S = 60.0  # for another process that changes the store
+_AGAIN = 3  # times that a reader looks again, when what it read was replaced meanwhile
+
+Ask: TypeAlias = Callable[[Pack, Sequence[StoredPrecision]], Mapping[str, str]]
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,116 +59,54 @@ class Store:
 
     root: Path
 
-    def add_graph(self, graph: BaseGraph) -> None:
-        """Bring a backbone and one graph of it, from the cache say; what is there already stays.
+    # ------------------------------------------------------------------------------------------------------- reading
 
-        Raises:
-            InputError: a file of it cannot be read or is damaged, or the store not written.
-        """
-        self._add(graph.folder, graph.fingerprint, graph.files, f"{graph.stem}.json")
-
-    def add_int8(self, graph: Int8Graph) -> None:
-        """Bring an int8 backbone: with it a device needs no other. Raises as ``add_graph`` does."""
-        self._add(graph.folder, graph.fingerprint, graph.files, f"{graph.stem}.json")
-
-    def _add(self, source: Path, fingerprint: str, files: Listed, description: str) -> None:
-        """Bring ``files`` that are not there yet, each checked when it is here; the description comes last."""
-        target = graph_folder(fingerprint, self.root)
-        again = f"delete {source} and make it again"
-        if not target.exists():
-            with new_folder(target) as scratch:
-                for name in (*files, description):
-                    _bring(source / name, scratch / name)
-                require_whole(scratch, files, fix=again)
-            for name, (digest, _) in files.items():
-                put_stamp(target / name, digest)
-        else:
-            missing = {name: told for name, told in files.items() if not (target / name).exists()}
-            require_whole(source, missing, fix=again)
-            for name in missing:
-                write_file(target / name, read_file(source / name))
-            require_whole(target, files, stamped=files, fix=f"delete {target} and bring it again")
-            if not (target / description).exists():
-                write_file(target / description, read_file(source / description))
-
-    def install(
-        self, source: Path | bytes, *, older: bool = False, ask: Callable[[Pack], None] = lambda pack: None
-    ) -> Pack:
-        """Check a pack against the backbone that is here, then put it in its task's place in one step.
-
-        Args:
-            source: the pack's file, or its bytes.
-            older: take a pack with a smaller sequence number than the installed one, of the same signer.
-            ask: what else has to be content with it before it is put there.
-
-        Raises:
-            CheckError: keys are trusted here and none of them has signed it, or it is older.
-            MissingError: it is signed, keys are trusted here, and cryptography is not installed.
-            PackError: it is no pack.
-            InputError: its backbone, image size or branches are not here, an update does not fit or makes what is not
-                finite, its ranges are for other int8 codes, or a file cannot be read or written.
-        """
-        data = source if isinstance(source, bytes) else read_file(source)
-        signed_by = self._signer(data, "pack" if isinstance(source, bytes) else source.name)
-        pack = read_pack(data)
-        if not older:
-            self._require_newer(pack, signed_by)
-        if "int8" in self.precisions(pack):
-            task_slots(self.int8_of(pack), pack.delta)  # refuses what is not finite
-        if "fp32" in self.precisions(pack):
-            graph = self.graph_of(pack)
-            graph.require_fit(pack.delta)
-            task_tensors(graph.base, pack.delta)  # refuses what is not finite
-        ask(pack)
-        path = self._path(pack.delta.task)
-        made_folder(path.parent, "packs are kept there")
-        write_file(path, data)
-        return pack
-
-    def _signer(self, data: bytes, where: str) -> str | None:
-        """Whose key signed it, before anything of it is read; None where nobody's is asked for."""
-        trusted = self.root / "trusted"
-        if not trusted.is_dir():
-            return None
-        name = signer(data, trusted, where)
-        if name is None:
-            raise CheckError(
-                where, f"must be signed by a key in {trusted}", got="no signature", fix="edgepet pack --sign"
-            )
-        return name
-
-    def _require_newer(self, pack: Pack, signed_by: str | None) -> None:
-        path = self._path(pack.delta.task)
-        try:
-            data = read_file(path)
-            installed, signed_before = read_pack(data).sequence, self._signer(data, path.name)
-        except EdgepetError:  # nothing is there, or what is there is damaged or trusted no more
-            return
-        if pack.sequence < installed and signed_before == signed_by:
-            what = f"must not be older than the installed one, which has the sequence number {installed}"
-            fix = "install it with older=True if that is meant"
-            raise CheckError(f"task {pack.delta.task!r}", what, got=pack.sequence, fix=fix)
+    def now(self) -> Generation:
+        """What the store is: its newest whole generation, an empty one where there is none. Raises as ``newest``."""
+        return newest(self.root)
 
     def tasks(self) -> tuple[str, ...]:
         """Names of the installed tasks, sorted."""
-        return tuple(sorted(path.stem for path in (self.root / "tasks").glob("*.pet")))
+        return tuple(sorted(self.now().tasks))
 
     def pack(self, task: str) -> Pack:
-        """The installed pack of ``task``.
+        """The active pack of ``task``.
 
         Raises:
-            InputError: it is not installed, or another task is in its place.
-            PackError: its file is damaged.
+            InputError: it is not installed, or its file is damaged or missing.
         """
-        if task not in self.tasks():
-            raise InputError(
-                str(self.root), f"has no task {task!r}", fix=f"installed are: {', '.join(self.tasks()) or 'none'}"
-            )
-        pack = read_pack(self._path(task))
+        return self._following(lambda now: self.pack_of(task, now.of(task, str(self.root)).active))
+
+    def pack_of(self, task: str, installed: Installed) -> Pack:
+        """The pack that a generation names.
+
+        Raises:
+            InputError: its file is damaged or missing.
+        """
+        path, fix = self.pack_path(installed), f"install {task!r} again, or edgepet device rollback"
+        try:
+            data = read_file(path)
+        except InputError as error:
+            raise InputError(str(path), "is damaged or missing", got=error.got, fix=fix) from error
+        if hashlib.sha256(data).hexdigest() != installed.sha256:
+            raise InputError(str(path), "is damaged or missing", got="another sha256 than its name", fix=fix)
+        pack = read_pack(data)
         if pack.delta.task != task:
-            fix = "install the packs again"
-            raise InputError(str(self._path(task)), f"must hold the task {task!r}", got=repr(pack.delta.task), fix=fix)
+            raise InputError(str(path), f"must hold the task {task!r}", got=repr(pack.delta.task), fix=fix)
         return pack
+
+    def pack_path(self, installed: Installed) -> Path:
+        """Where the pack that a generation names lies."""
+        return self.root / "packs" / f"{installed.sha256}.pet"
+
+    def trusted_keys(self) -> dict[str, bytes]:
+        """The public keys whose packs are installed, PEM by name.
+
+        Raises:
+            InputError: one cannot be read.
+        """
+        found = sorted(self.trusted.glob(f"*{PUBLIC}")) if self.trusted.is_dir() else []
+        return {path.stem: read_file(path) for path in found}
 
     def graph_of(self, pack: Pack) -> BaseGraph:
         """The graph that ``pack`` runs on.
@@ -149,7 +114,7 @@ class Store:
         Raises:
             InputError: it is not here, or damaged.
         """
-        return open_graph(pack.delta.fingerprint, pack.delta.preprocess, pack.delta.structure, root=self.root)
+        return graph_at(self._description(_candidate(pack, None).dense, pack))
 
     def int8_of(self, pack: Pack) -> Int8Graph:
         """The int8 backbone that ``pack`` runs on.
@@ -157,30 +122,257 @@ class Store:
         Raises:
             InputError: it is not here, or damaged.
         """
-        return open_int8(pack.delta.fingerprint, pack.delta.preprocess, root=self.root)
+        return int8_at(self._description(_candidate(pack, None).int8, pack))
+
+    def graphs(self) -> tuple[BaseGraph | Int8Graph, ...]:
+        """Every graph that is here.
+
+        Raises:
+            InputError: one of them is damaged.
+        """
+        names = sorted(self.now().graphs)
+        return tuple(
+            (graph_at if self.now().graphs[name].codes is None else int8_at)(self.bound(name)) for name in names
+        )
 
     def precisions(self, pack: Pack) -> tuple[StoredPrecision, ...]:
         """In which a pack runs here: on the dense backbone, and on the int8 one where it has ranges for it.
 
-        Where neither is here it is the dense one, so that asking for it says what is missing.
+        Raises:
+            InputError: neither is here, or the codes that are here are others.
         """
-        delta, folder = pack.delta, graph_folder(pack.delta.fingerprint, self.root)
-        int8 = delta.int8 is not None and (folder / f"{int8_stem(delta.preprocess)}.json").is_file()
-        dense = (folder / f"{graph_stem(delta.preprocess, delta.structure)}.json").is_file() or not int8
-        return (*(("fp32",) if dense else ()), *(("int8",) if int8 else ()))
+        return precisions_of(self.now(), _candidate(pack, None))
 
     @property
     def cache_bytes(self) -> int:
         """Bytes on disk of derived data, which could be deleted."""
         return folder_bytes(self.root / "cache")
 
-    def _path(self, task: str) -> Path:
-        return self.root / "tasks" / f"{task}.pet"
+    # ------------------------------------------------------------------------------------------------------- changing
+
+    def add_graph(self, graph: BaseGraph | Int8Graph) -> None:
+        """Bring a backbone and one graph of it, from the cache say; what is there already and whole stays.
+
+        Raises:
+            InputError: a file of it cannot be read or is damaged, the store not written, or its quota too small.
+        """
+        description = graph.folder / f"{graph.stem}.json"
+        digest, name = sha256_file(description), f"{graph.folder.name}/{graph.stem}.json"
+        again = f"delete {graph.folder} and make it again"
+        with self._changing() as now:
+            kept = now.graphs.get(name)
+            if kept is not None and kept.sha256 != digest and not damaged_files(self.root, name, kept):
+                return
+            target = graph_folder(graph.fingerprint, self.root)
+            coming = sum(size for each, (_, size) in graph.files.items() if not (target / each).exists())
+            self._make_room(now, coming)
+            made_folder(target, "the backbone is kept there")
+            for each, (sha256, size) in graph.files.items():
+                if not is_whole(target / each, sha256, size):
+                    bring_file(graph.folder / each, target / each, sha256, again)
+                    put_stamp(target / each, sha256)
+            if not is_whole(target / description.name, digest, description.stat().st_size):
+                bring_file(description, target / description.name, digest, again)
+            codes = graph.codes_sha256 if isinstance(graph, Int8Graph) else None
+            fresh = GraphState(sha256=digest, codes=codes)
+            if kept != fresh:
+                write_generation(self.root, now.next(graphs={**now.graphs, name: fresh}))
+
+    add_int8 = add_graph
+
+    def install(
+        self, source: Path | bytes, *, older: bool = False, ask: Ask = lambda pack, precisions: {}
+    ) -> tuple[Pack, Installed]:
+        """Decide whether a pack may be installed, ask it, write it, and make it its task's active one in one step.
+
+        Args:
+            source: the pack's file, or its bytes.
+            older: take a pack with a smaller sequence number than was ever installed, of the same signer.
+            ask: gives for each place where it was asked why it is not served there, or nothing.
+
+        Raises:
+            CheckError: keys are trusted here and none of them has signed it, or it is older; whatever ``ask`` raises.
+            MissingError: it is signed, keys are trusted here, and cryptography is not installed.
+            PackError: it is no pack.
+            InputError: its backbone, image size or branches are not here, an update does not fit or makes what is not
+                finite, its ranges are for other int8 codes, the quota is too small, or a file cannot be read or
+                written.
+        """
+        data = source if isinstance(source, bytes) else read_file(source)
+        signed_by = self._signer(data, "pack" if isinstance(source, bytes) else source.name)
+        pack = read_pack(data)
+        candidate, task = _candidate(pack, signed_by), pack.delta.task
+        installing(self._required(self.now()), candidate, {}, older=older)
+        precisions = self.precisions(pack)
+        answers = ask(pack, precisions)
+        if not answers:
+            self._require_fit(pack, precisions)  # who was asked has folded it
+        with self._changing() as now:
+            then = installing(self._required(now), candidate, answers, older=older)
+            path = self.pack_path(then.tasks[task].active)
+            is_there = is_whole(path, pack.sha256, len(data))
+            if not is_there:
+                self._make_room(now, len(data))
+                made_folder(path.parent, "packs are kept there")
+                write_file(path, data, read_only=True)
+            if not is_there or replace(then, number=now.number) != now:
+                write_generation(self.root, then)
+        return pack, then.tasks[task].active
+
+    def rollback(self, task: str) -> Installed:
+        """Make the pack before ``task``'s active one again.
+
+        Raises:
+            InputError: it is not installed, has no pack before, or the store cannot be written.
+            CheckError: the pack before was refused everywhere.
+        """
+        with self._changing() as now:
+            then = rolling_back(now, task, str(self.root))
+            self.pack_of(task, then.tasks[task].active)  # refuses one that is damaged
+            write_generation(self.root, then)
+        return then.tasks[task].active
+
+    def refuse(self, task: str, sha256: str, place: str, why: str) -> None:
+        """Serve that pack at ``place`` no more; see ``generations.withholding``.
+
+        Raises:
+            InputError: the store cannot be written.
+        """
+        with self._changing() as now:
+            then = withholding(now, task, sha256, place, why)
+            if then != now:
+                write_generation(self.root, then)
+
+    def remove(self, task: str) -> None:
+        """Take a task out; its files go with it, when the next change has been made at the latest.
+
+        Raises:
+            InputError: it is not installed, or the store cannot be written.
+        """
+        with self._changing() as now:
+            write_generation(self.root, removing(now, task, str(self.root)))
+
+    def limit(self, quota_bytes: int | None) -> None:
+        """Let the folder take at most so many bytes; None is any.
+
+        Raises:
+            InputError: it takes more already, or cannot be written.
+        """
+        with self._changing() as now:
+            then = replace(now, quota_bytes=quota_bytes)
+            self._make_room(then, 0)
+            if then != now:
+                write_generation(self.root, then.next())
+
+    def trust(self, keys: Mapping[str, bytes]) -> None:
+        """Trust these public keys, PEM by name, and install from now on only what a trusted key has signed.
+
+        Raises:
+            InputError: one is no Ed25519 public key, or the store cannot be written.
+            MissingError: cryptography is not installed.
+        """
+        for name, data in keys.items():
+            public_key(data, name)
+        with self._changing() as now:
+            made_folder(self.trusted, "keys are kept there")
+            for name, data in keys.items():
+                write_file(self.trusted / f"{name}{PUBLIC}", data)
+            if not now.requires_signature:
+                write_generation(self.root, now.next(requires_signature=True))
+
+    # --------------------------------------------------------------------------------------------------------- inside
+
+    @contextlib.contextmanager
+    def _changing(self) -> Iterator[Generation]:
+        """The generation that is to be changed, while nobody else changes it; what others left half done is cleared."""
+        made_folder(self.root, "a device's tasks are kept there")
+        with held_alone(self.root / "lock", "is being changed by another process", wait_s=WAIT_S):
+            now = self.now()
+            clear(self.root)
+            yield now
+
+    def _following(self, read: Callable[[Generation], _T]) -> _T:
+        """What ``read`` finds; where a file is gone because a newer generation took its place, looked for there."""
+        for _ in range(_AGAIN):
+            now = self.now()
+            try:
+                return read(now)
+            except InputError:
+                if self.now().number == now.number:
+                    raise
+        return read(self.now())
+
+    def bound(self, name: str, wanted: str | None = None) -> Path:
+        """The description of a graph, once its digest was compared with the generation's."""
+        path, now = self.root / "backbones" / name, self.now()
+        if name not in now.graphs:
+            raise InputError(str(self.root), f"holds no {wanted or name}", fix=BRING)
+        if not path.is_file() or sha256_file(path) != now.graphs[name].sha256:
+            raise InputError(str(path), "is damaged or missing", fix=BRING)
+        return path
+
+    def _description(self, name: str, pack: Pack) -> Path:
+        return self.bound(name, f"{name} of {pack.delta.backbone}")
+
+    @property
+    def trusted(self) -> Path:
+        """Where the keys lie."""
+        return self.root / "trusted"
+
+    def _required(self, now: Generation) -> Generation:
+        """``now``, with signatures required where keys lie, whoever put them there."""
+        return replace(now, requires_signature=True) if self.trusted.is_dir() else now
+
+    def _signer(self, data: bytes, where: str) -> str | None:
+        """Whose key signed it, before anything of it is read; None where nobody's is asked for.
+
+        Raises:
+            CheckError: keys are trusted here and none of them has signed it.
+        """
+        if not (self.now().requires_signature or self.trusted.is_dir()):
+            return None
+        if not self.trusted_keys():
+            fix = "edgepet device require-signature KEY.pub"
+            raise CheckError(where, f"must be signed by a key in {self.trusted}", got="no key there", fix=fix)
+        name = signer(data, self.trusted, where)
+        if name is None:
+            what = f"must be signed by a key in {self.trusted}"
+            raise CheckError(where, what, got="no signature", fix="edgepet pack --sign")
+        return name
+
+    def _require_fit(self, pack: Pack, precisions: tuple[StoredPrecision, ...]) -> None:
+        """Refuse what does not fit, or folds to what is not finite."""
+        if "int8" in precisions:
+            task_slots(self.int8_of(pack), pack.delta)
+        if "fp32" in precisions:
+            graph = self.graph_of(pack)
+            graph.require_fit(pack.delta)
+            task_tensors(graph.base, pack.delta)
+
+    def _make_room(self, now: Generation, coming_bytes: int) -> None:
+        """Refuse what would go beyond the quota; derived data go first, active and previous packs never."""
+        if now.quota_bytes is None:
+            return
+        held = folder_bytes(self.root)
+        if held + coming_bytes > now.quota_bytes:
+            held -= clear_cache(self.root)
+        if held + coming_bytes > now.quota_bytes:
+            got = f"{held:,} bytes held and {coming_bytes:,} to come"
+            fix = "remove a task, or give it a larger quota with edgepet device init --quota"
+            raise InputError(str(self.root), f"may take {now.quota_bytes:,} bytes", got=got, fix=fix)
 
 
-def _bring(source: Path, target: Path) -> None:
-    """A hard link where the file system allows it, else a copy: files in a store are never written in place."""
-    with contextlib.suppress(OSError):
-        os.link(source, target)
-        return
-    write_file(target, read_file(source))
+def _candidate(pack: Pack, signed_by: str | None) -> Candidate:
+    delta = pack.delta
+    digits = graph_folder(delta.fingerprint, Path()).name
+    return Candidate(
+        task=delta.task,
+        sha256=pack.sha256,
+        size_bytes=pack.size_bytes,
+        sequence=pack.sequence,
+        signed_by=signed_by,
+        backbone=delta.backbone,
+        dense=f"{digits}/{graph_stem(delta.preprocess, delta.structure)}.json",
+        int8=f"{digits}/{int8_stem(delta.preprocess)}.json",
+        codes=None if delta.int8 is None else delta.int8.codes,
+    )

@@ -145,12 +145,23 @@ def open_graph(fingerprint: str, preprocess: Preprocess, structure: str = "", *,
         raise InputError(
             str(folder), f"holds no graph of {wanted}", fix="run `edgepet export` once where torch is installed"
         )
-    stem = path.stem
-    needs, may = (WEIGHTS, f"{stem}.onnx"), (f"{stem}.safetensors",)
+    graph = graph_at(path)
+    if graph.fingerprint != fingerprint:
+        raise _another(path)
+    return graph
+
+
+def graph_at(path: Path) -> BaseGraph:
+    """Open the graph that the description ``path`` is of, checking its files; see ``manifest.require_whole``.
+
+    Raises:
+        InputError: it cannot be read, was made by another version, or a file of it is damaged.
+    """
+    needs, may = (WEIGHTS, f"{path.stem}.onnx"), (f"{path.stem}.safetensors",)
     described = read_description(path, FORMAT, VERSION, large=WEIGHTS, needs=needs, may=may)
     table = described.table
     graph = BaseGraph(
-        folder=folder,
+        folder=path.parent,
         backbone=table.text("backbone"),
         architecture=table.text("architecture"),
         fingerprint=table.text("fingerprint"),
@@ -162,9 +173,15 @@ def open_graph(fingerprint: str, preprocess: Preprocess, structure: str = "", *,
         structure=structure_digest(table.sequence("branches")),
     )
     table.end()
-    if (graph.fingerprint, graph.stem) != (fingerprint, graph_stem(preprocess, structure)):
-        raise InputError(str(path), "describes another graph than its name says", fix=f"delete {folder} and run again")
+    if graph.stem != path.stem:
+        raise _another(path)
     return graph
+
+
+def _another(path: Path) -> InputError:
+    return InputError(
+        str(path), "describes another graph than its name says", fix=f"delete {path.parent} and run again"
+    )
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -31,6 +31,7 @@ from edgepet.strict import ObjectReader
 
 FORMAT, VERSION = "edgepet-int8", 2  # of codes and graphs alike: both are made again where they are older
 CODES = "backbone-int8.safetensors"
+INT8 = "-int8"  # ends the names of its graphs
 CODE, STEP, DIVISOR, SUM = ".codes", ".step", ".divisor", ".sum"  # ends of names in that file
 
 
@@ -137,7 +138,7 @@ class Int8Graph:
 
 def int8_stem(preprocess: Preprocess) -> str:
     """``graph-112-int8``: what the names of this image size's files begin with."""
-    return f"{graph_stem(preprocess)}-int8"
+    return f"{graph_stem(preprocess)}{INT8}"
 
 
 def model_name(stem: str, runtime: str) -> str:
@@ -161,13 +162,24 @@ def open_int8(fingerprint: str, preprocess: Preprocess, *, root: Path | None = N
         raise InputError(
             str(folder), f"holds no int8 backbone at {spelled_size(preprocess.image_size)} pixels", fix=fix
         )
-    stem = path.stem
-    needs = (CODES, *(model_name(stem, runtime) for runtime in SLOT_FORMS))
-    may = (f"{graph_stem(preprocess)}.safetensors",)
+    graph = int8_at(path)
+    if graph.fingerprint != fingerprint:
+        raise _another(path)
+    return graph
+
+
+def int8_at(path: Path) -> Int8Graph:
+    """Open the int8 backbone that the description ``path`` is of, checking its files; see ``manifest.require_whole``.
+
+    Raises:
+        InputError: it cannot be read, was made by another version, or a file of it is damaged.
+    """
+    needs = (CODES, *(model_name(path.stem, runtime) for runtime in SLOT_FORMS))
+    may = (f"{path.stem.removesuffix(INT8)}.safetensors",)
     described = read_description(path, FORMAT, VERSION, large=CODES, needs=needs, may=may)
     table = described.table
     graph = Int8Graph(
-        folder=folder,
+        folder=path.parent,
         backbone=table.text("backbone"),
         fingerprint=table.text("fingerprint"),
         preprocess=described.preprocess,
@@ -179,9 +191,13 @@ def open_int8(fingerprint: str, preprocess: Preprocess, *, root: Path | None = N
     )
     table.end()
     _require_names(graph, path)
-    if (graph.fingerprint, graph.stem) != (fingerprint, int8_stem(preprocess)):
-        raise InputError(str(path), "describes another graph than its name says", fix=f"delete {path} and run again")
+    if graph.stem != path.stem:
+        raise _another(path)
     return graph
+
+
+def _another(path: Path) -> InputError:
+    return InputError(str(path), "describes another graph than its name says", fix=f"delete {path} and run again")
 
 
 def _require_names(graph: Int8Graph, path: Path) -> None:

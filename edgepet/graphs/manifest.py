@@ -15,7 +15,7 @@ from typing import TypeAlias
 
 from edgepet.canonical import canonical_json, parse_json
 from edgepet.errors import EdgepetError, InputError
-from edgepet.files import read_file, sha256_file, write_file
+from edgepet.files import made_folder, read_file, sha256_file, write_file
 from edgepet.strict import ObjectReader
 
 Listed: TypeAlias = Mapping[str, tuple[str, int]]  # file name -> (hex sha256, size in bytes)
@@ -81,7 +81,7 @@ def listing(folder: Path, names: Collection[str]) -> dict[str, tuple[str, int]]:
 
 def damaged(folder: Path, files: Listed) -> list[str]:
     """Names of files that are missing or are not what a manifest lists; everything is read."""
-    return [name for name, (digest, size) in sorted(files.items()) if not _is(folder / name, digest, size)]
+    return [name for name, (digest, size) in sorted(files.items()) if not is_whole(folder / name, digest, size)]
 
 
 def require_whole(folder: Path, files: Listed, *, stamped: Collection[str] = (), fix: str) -> None:
@@ -94,7 +94,7 @@ def require_whole(folder: Path, files: Listed, *, stamped: Collection[str] = (),
         path = folder / name
         if name in stamped and _has_stamp(path, digest, size):
             continue
-        if not _is(path, digest, size):
+        if not is_whole(path, digest, size):
             raise InputError(str(path), "is damaged or missing", fix=fix)
         if name in stamped:
             put_stamp(path, digest)
@@ -104,11 +104,12 @@ def put_stamp(path: Path, digest: str) -> None:
     """Remember that ``path`` has this digest, until it is changed; where nothing can be written nothing is kept."""
     with contextlib.suppress(EdgepetError, OSError):
         stamp = _stamp_file(path)
-        stamp.parent.mkdir(parents=True, exist_ok=True)
-        write_file(stamp, canonical_json({"sha256": digest, **_stamp(path)}))
+        made_folder(stamp.parent, "digests of large files are kept there", lasting=False)
+        write_file(stamp, canonical_json({"sha256": digest, **_stamp(path)}), lasting=False)
 
 
-def _is(path: Path, digest: str, size: int) -> bool:
+def is_whole(path: Path, digest: str, size: int) -> bool:
+    """Whether a file is there and has this size, in bytes, and this hex sha256; it is read."""
     return path.is_file() and path.stat().st_size == size and sha256_file(path) == digest
 
 

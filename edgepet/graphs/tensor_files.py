@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from edgepet.canonical import parse_json
-from edgepet.errors import InputError
-from edgepet.files import read_file, refusing, require_regular
+from edgepet.errors import InputError, refusing
+from edgepet.files import read_file, require_regular
 from edgepet.spec import NpArray
 from edgepet.strict import ObjectReader
 

@@ -21,8 +21,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgepet.canonical import canonical_json
-from edgepet.errors import InputError, option
-from edgepet.files import new_folder, read_file, refusing, require_only, require_space, write_file
+from edgepet.errors import InputError, option, refusing
+from edgepet.files import new_folder, read_file, require_only, require_space, write_file
 from edgepet.images.preprocess import Pixels
 from edgepet.images.sets import ImageSet, load_sets, pixels_shape
 from edgepet.spec import NpArray, Preprocess

@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TypeAlias
 
-from edgepet.errors import InputError
-from edgepet.files import refusing, sha256_file
+from edgepet.errors import InputError, refusing
+from edgepet.files import sha256_file
 from edgepet.images.folders import PassedOver, Split, grouped, split_folders
 from edgepet.images.sets import ImageSet, open_split
 

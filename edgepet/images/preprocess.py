@@ -20,8 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
-from edgepet.errors import InputError
-from edgepet.files import refusing
+from edgepet.errors import InputError, refusing
 from edgepet.images.formats import FORMATS, is_image, plugged_formats
 from edgepet.spec import Preprocess
 

@@ -14,9 +14,10 @@ from multiprocessing.context import SpawnProcess
 from pathlib import Path
 from typing import TypeAlias
 
-from edgepet.errors import EdgepetError, InputError
-from edgepet.files import clear_leftovers, held_alone, refusing
+from edgepet.errors import EdgepetError, InputError, refusing
+from edgepet.files import clear_leftovers
 from edgepet.jobs.job import Job, Result, make, read_result
+from edgepet.locks import held_alone
 from edgepet.reports.tables import format_seconds
 
 LOCK = ".running"

@@ -10,8 +10,8 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from edgepet.errors import CheckError, InputError, require
-from edgepet.files import read_file, refusing, write_file
+from edgepet.errors import CheckError, InputError, refusing, require
+from edgepet.files import read_file, write_file
 from edgepet.packs.container import UNSIGNED, signature_of, signed_bytes, with_signature
 
 if TYPE_CHECKING:
@@ -115,7 +115,7 @@ def _keys(folder: Path) -> dict[str, Ed25519PublicKey]:
         files = sorted(path for path in folder.iterdir() if path.suffix == PUBLIC)
     if len(files) > MOST_KEYS:
         raise InputError(str(folder), f"may hold at most {MOST_KEYS} keys", got=len(files))
-    return {path.stem: _public(path) for path in files}
+    return {path.stem: public_key(read_file(path), str(path)) for path in files}
 
 
 def _private(path: Path) -> Ed25519PrivateKey:
@@ -133,17 +133,23 @@ def _private(path: Path) -> Ed25519PrivateKey:
     return key
 
 
-def _public(path: Path) -> Ed25519PublicKey:
+def public_key(data: bytes, where: str) -> Ed25519PublicKey:
+    """The key in a PEM file's bytes.
+
+    Raises:
+        InputError: they are no Ed25519 public key.
+        MissingError: cryptography is not installed.
+    """
+    require("cryptography", extra="sign", purpose="reading a key")
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
     from cryptography.hazmat.primitives.serialization import load_pem_public_key
 
-    data = read_file(path)
     if len(data) > MOST_KEY_BYTES:
-        raise InputError(str(path), "needs a public key in PEM", got=f"{len(data)} bytes")
+        raise InputError(where, "needs a public key in PEM", got=f"{len(data)} bytes")
     try:
         key = load_pem_public_key(data)
     except ValueError as error:
-        raise InputError(str(path), "needs a public key in PEM", got=error) from error
+        raise InputError(where, "needs a public key in PEM", got=error) from error
     if not isinstance(key, Ed25519PublicKey):
-        raise InputError(str(path), "needs an Ed25519 key", got=type(key).__name__)
+        raise InputError(where, "needs an Ed25519 key", got=type(key).__name__)
     return key

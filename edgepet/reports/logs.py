@@ -20,8 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from edgepet.errors import InputError, first_line, option, require
-from edgepet.files import made_folder, read_file, refusing, require_place, write_file
+from edgepet.errors import InputError, first_line, option, refusing, require
+from edgepet.files import made_folder, read_file, require_place, write_file
 from edgepet.reports.progress import Say, Step
 
 EXPERIMENT = "edgepet"  # MLflow's experiment, and the project of Weights & Biases

@@ -18,8 +18,8 @@ from pathlib import Path
 import numpy as np
 
 from edgepet.canonical import parse_json
-from edgepet.errors import InputError
-from edgepet.files import new_folder, read_file, refusing, write_file
+from edgepet.errors import InputError, refusing
+from edgepet.files import new_folder, read_file, write_file
 from edgepet.samples.collect_drawings import CARDS, EMOJI
 from edgepet.samples.collect_maps import LANDCOVER
 from edgepet.samples.collect_scans import DIGITS, ELPV, FASHION

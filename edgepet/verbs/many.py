@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from edgepet.errors import EdgepetError, InputError, option
-from edgepet.files import folder_sha256, held_alone, sha256_file
+from edgepet.files import folder_sha256, sha256_file
 from edgepet.graphs.base import BaseGraph
 from edgepet.jobs.job import Job, Result
 from edgepet.jobs.running import LOCK, run_jobs
+from edgepet.locks import held_alone
 from edgepet.measuring.machine import environment
 from edgepet.networks.backbone import AnyBackbone
 from edgepet.packs.pack import read_pack

@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from edgepet.device.runtime import open_installed
 from edgepet.device.runtimes import DEFAULT, RUNTIMES, SHARED_RUNTIMES
+from edgepet.device.served import open_pack
 from edgepet.device.store import Store
 from edgepet.errors import InputError, MissingError, option
+from edgepet.files import folder_bytes
 from edgepet.graphs.base import BaseGraph
 from edgepet.graphs.int8 import Int8Graph
 from edgepet.graphs.slots import task_slots
@@ -56,12 +57,16 @@ class RuntimeBytes:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StorageReport:
-    """Bytes on disk. ``ratio`` is ``full_total_bytes / shared_total_bytes``; totals are for one device."""
+    """Bytes on disk. ``ratio`` is ``full_total_bytes / shared_total_bytes``; totals are for one device.
+
+    ``other_bytes`` are of the store's own: what it says of itself, packs before the active ones, keys, other graphs.
+    """
 
     precision: str
     backbone_bytes: int
     graph_bytes: int
     cache_bytes: int
+    other_bytes: int
     tasks: tuple[TaskBytes, ...]
     shared_total_bytes: int
     full_total_bytes: int
@@ -120,13 +125,15 @@ def account(store: Store, *, devices: int = 1, precision: str = "fp32") -> Stora
     tasks = tuple(_task_bytes(graph, pack) for graph, pack in zip(found, packs, strict=True))
     backbone = sum({graph.folder: graph.weights_bytes for graph in graphs.values()}.values())
     graph_bytes = sum(graph.graph_bytes for graph in graphs.values())
-    shared = backbone + graph_bytes + store.cache_bytes + sum(task.pack_bytes for task in tasks)
+    shared = folder_bytes(store.root)
+    told = backbone + graph_bytes + store.cache_bytes + sum(task.pack_bytes for task in tasks)
     full = sum(task.full_copy_bytes for task in tasks)
     return StorageReport(
         precision=precision,
         backbone_bytes=backbone,
         graph_bytes=graph_bytes,
         cache_bytes=store.cache_bytes,
+        other_bytes=shared - told,
         tasks=tasks,
         shared_total_bytes=shared,
         full_total_bytes=full,
@@ -145,7 +152,7 @@ def _run_all(store: Store, packs: list[Pack], runtime: str, precision: str) -> i
     for pack in packs:
         image = np.zeros((1, *pack.delta.preprocess.input_shape), np.float32)
         try:
-            with open_installed(store, pack, runtime=runtime, precision=precision) as network:
+            with open_pack(store, pack, runtime=runtime, precision=precision) as network:
                 if not np.isfinite(network(image)).all():
                     raise InputError(pack.delta.task, f"gave answers on {runtime} that are not finite")
         except MissingError as error:
@@ -221,7 +228,8 @@ def screen(report: StorageReport) -> Screen:
     yield Table("storage", (*left("task", "method"), *right("pack", "own model", "")), rows)
     yield lines(
         f"  backbone {format_bytes(report.backbone_bytes)}, graph {format_bytes(report.graph_bytes)},"
-        f" caches {format_bytes(report.cache_bytes)}: once for all tasks"
+        f" caches {format_bytes(report.cache_bytes)}, the store's own"
+        f" {format_bytes(report.other_bytes)}: once for all tasks"
     )
     rows = [
         (

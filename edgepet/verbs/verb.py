@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -46,6 +46,13 @@ class Verb:
     screen: Callable[[Any], Screen]
     failed: Callable[[Any], bool] = _never
     speaks: Callable[[], bool] = _always
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Group:
+    """A verb that is a word before others: each of ``actions``, by its name, with what it does."""
+
+    actions: Mapping[str, tuple[Verb, str]]
 
 
 # ----------------------------------------------------------------------------------------- options that verbs share

@@ -1,0 +1,73 @@
+"""Data that a runtime derives and that can be made again: kept in a store by what it was made of and for.
+
+<root>/cache/derived/<subject>-<key>-<sha256>.bin     ``key`` is of everything that decides the bytes: the content that
+                                                      they are of, the runtime's version, the processor
+
+A file is opened only where its bytes have the digest in its name; one with another key, of another processor say, is
+thrown away when its subject is made again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from edgepet.bringing import clear_folder
+from edgepet.canonical import canonical_json
+from edgepet.errors import EdgepetError
+from edgepet.files import folder_bytes, made_folder, read_file, write_file
+
+_NAME = re.compile(r"([0-9a-f]{16})-([0-9a-f]{16})-([0-9a-f]{64})\.bin")
+_STAMP = re.compile(r".+\.json")
+
+
+def derived(root: Path, subject: str, made_of: Mapping[str, object], make: Callable[[], bytes]) -> tuple[bytes, bool]:
+    """The bytes that ``make`` gives for ``made_of``: from the cache of the store ``root`` where they are whole there.
+
+    Where nothing can be written they are made each time.
+
+    Args:
+        subject: what they are for; only its newest are kept.
+        made_of: everything that decides them.
+
+    Returns:
+        The bytes, and whether they were there.
+    """
+    folder, digits, key = root / "cache" / "derived", _digits(subject), _digits(made_of)
+    found = sorted(folder.glob(f"{digits}-{key}-*.bin")) if folder.is_dir() else []
+    for path in found:
+        match = _NAME.fullmatch(path.name)
+        try:
+            data = read_file(path)
+        except EdgepetError:
+            continue
+        if match is not None and hashlib.sha256(data).hexdigest() == match[3]:
+            return data, True
+    data = make()
+    ours = re.compile(rf"{digits}-[0-9a-f]{{16}}-[0-9a-f]{{64}}\.bin")
+    try:
+        name = f"{digits}-{key}-{hashlib.sha256(data).hexdigest()}.bin"
+        write_file(
+            made_folder(folder, "derived data are kept there", lasting=False) / name,
+            data,
+            read_only=True,
+            lasting=False,
+        )
+        clear_folder(folder, ours, keep={name})
+    except EdgepetError:
+        pass
+    return data, False
+
+
+def clear_cache(root: Path) -> int:
+    """Throw away all derived data of the store ``root``, and the stamps of files. Returns the bytes that were freed."""
+    before = folder_bytes(root / "cache")
+    clear_folder(root / "cache" / "derived", _NAME)
+    clear_folder(root / "cache" / "stamps", _STAMP)
+    return before - folder_bytes(root / "cache")
+
+
+def _digits(value: object) -> str:
+    return hashlib.sha256(canonical_json(value)).hexdigest()[:16]

@@ -1,0 +1,139 @@
+"""Generations on the disk, and the files that they name.
+
+<root>/generations/<number>-<digits>.json: ``digits`` are of the sha256 of the file. The newest whole one counts;
+the one before is kept, in case that a disk forgets what it was told to keep.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import re
+from functools import lru_cache
+from pathlib import Path
+
+from edgepet.bringing import clear_folder
+from edgepet.canonical import canonical_json, parse_json
+from edgepet.device.generations import Generation, GraphState, as_json, from_json
+from edgepet.errors import EdgepetError, InputError, refusing
+from edgepet.files import made_folder, read_file, write_file
+from edgepet.graphs.manifest import Listed, damaged, listed_files, read_manifest
+
+KEPT = 2  # generations on the disk
+BRING = "edgepet device init --store STORE --for TASK.pet on a host, or --from a folder that has it whole"
+_GENERATION = re.compile(r"(\d{10})-([0-9a-f]{16})\.json")
+_PACK = re.compile(r"[0-9a-f]{64}\.pet")
+_GRAPH = re.compile(r"(graph-[A-Za-z0-9_-]+|backbone(-int8)?)\.(json|onnx|safetensors)")
+
+
+def newest(root: Path) -> Generation:
+    """The generation of the store ``root`` that counts, an empty one where there is none.
+
+    Raises:
+        InputError: all that there are are damaged, or the folder was written before stores had generations.
+    """
+    files = generation_files(root)
+    for path in files:
+        with contextlib.suppress(EdgepetError):
+            return read_generation(path)
+    if files:
+        fix = "edgepet device init into another folder, then install its packs/*.pet there"
+        raise InputError(str(root), "has no generation that is whole", got=files[0].name, fix=fix)
+    if (root / "tasks").is_dir():
+        fix = f"edgepet device init into another folder, then install {root / 'tasks'}/*.pet there"
+        raise InputError(str(root), "was written before stores had generations", fix=fix)
+    return Generation()
+
+
+def write_generation(root: Path, then: Generation) -> None:
+    """Write the generation that counts from now on, then clear what it and the one before do not name.
+
+    Raises:
+        InputError: it cannot be written; then the one before still counts.
+    """
+    text = canonical_json(as_json(then))
+    folder = made_folder(root / "generations", "what the store holds is kept there")
+    name = f"{then.number:010d}-{hashlib.sha256(text).hexdigest()[:16]}.json"
+    write_file(folder / name, text, read_only=True)
+    clear(root)
+
+
+def clear(root: Path) -> None:
+    """Remove what the kept generations do not name. What cannot be removed now is removed later."""
+    whole = dict[str, Generation]()
+    for path in generation_files(root):
+        if len(whole) < KEPT:
+            with contextlib.suppress(EdgepetError):
+                whole[path.name] = read_generation(path)
+    clear_folder(root / "generations", _GENERATION, keep=whole)
+    if not whole:
+        return
+    packs = {f"{digest}.pet" for each in whole.values() for digest in each.packs}
+    clear_folder(root / "packs", _PACK, keep=packs)
+    graphs = {name for each in whole.values() for name in each.graphs}
+    for folder in _folders(root / "backbones"):
+        descriptions = [name for name in graphs if name.startswith(f"{folder.name}/")]
+        kept = {Path(name).name for name in descriptions}
+        try:
+            for name in descriptions:
+                kept.update(listed(root / "backbones" / name))
+        except EdgepetError:
+            continue  # one that is damaged does not say what it keeps
+        clear_folder(folder, _GRAPH, keep=kept)
+
+
+def generation_files(root: Path) -> list[Path]:
+    """Those of generations, the newest first."""
+    folder = root / "generations"
+    try:
+        return sorted((path for path in folder.iterdir() if _GENERATION.fullmatch(path.name)), reverse=True)
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    except OSError as error:
+        raise InputError(str(folder), "could not be read", got=error.strerror) from error
+
+
+@lru_cache(maxsize=8)
+def _parsed(path: Path, stamp: tuple[int, int, int]) -> Generation:
+    del stamp  # a file that was changed is read again
+    text = read_file(path)
+    digits = hashlib.sha256(text).hexdigest()[:16]
+    match = _GENERATION.fullmatch(path.name)
+    if match is None or match[2] != digits:
+        raise InputError(str(path), "is not what its name says", got=digits)
+    try:
+        now = from_json(parse_json(text), path.name)
+    except (ValueError, RecursionError) as error:
+        raise InputError(str(path), "is not readable JSON", got=error) from error
+    if now.number != int(match[1]):
+        raise InputError(str(path), "is not what its name says", got=now.number)
+    return now
+
+
+def read_generation(path: Path) -> Generation:
+    """One generation; a file is parsed again only where it was changed.
+
+    Raises:
+        InputError: it is damaged, or cannot be read.
+    """
+    with refusing(path, "could not be read"):
+        facts = path.stat()
+    return _parsed(path, (facts.st_mtime_ns, facts.st_size, facts.st_ino))
+
+
+def listed(path: Path) -> Listed:
+    """The files that a graph's description lists."""
+    return listed_files(read_manifest(path, where=path.name, fix=BRING))
+
+
+def damaged_files(root: Path, name: str, graph: GraphState) -> list[Path]:
+    """Files of a graph of the store ``root`` that are missing or others: its description, or what that lists."""
+    path = root / "backbones" / name
+    files: Listed = {path.name: (graph.sha256, path.stat().st_size if path.is_file() else 0)}
+    if not damaged(path.parent, files):
+        files = {**files, **listed(path)}
+    return [path.parent / each for each in damaged(path.parent, files)]
+
+
+def _folders(path: Path) -> list[Path]:
+    return sorted(each for each in path.iterdir() if each.is_dir()) if path.is_dir() else []

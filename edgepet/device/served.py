@@ -1,0 +1,173 @@
+"""A task at one place, open: its active pack, which has answered its own probe here, or the one before it."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from edgepet.device.generations import Installed, serving
+from edgepet.device.runtime import SharedInt8, TaskNetwork, open_task, require_probe
+from edgepet.device.runtimes import shared_runtime
+from edgepet.device.store import Store
+from edgepet.errors import CheckError, EdgepetError, InputError, MissingError, option
+from edgepet.graphs.slots import task_ranges
+from edgepet.images.preprocess import load_input, normalize
+from edgepet.packs.pack import Pack
+from edgepet.spec import StoredPrecision
+
+_MOST_SAID = 200  # characters of why a pack is not served, in the store
+_asked = set[tuple[str, str, str]]()  # store, pack and place that this process has asked for the pack's probe
+Opener = Callable[[Pack], TaskNetwork]
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """One image's best label and its softmax score, 0..1; ``image`` is the name of its file, or a clip's folder."""
+
+    image: str
+    label: str
+    score: float
+
+
+class Served:
+    """A task at one place, open: its active pack, or the one before where that fails. A context manager."""
+
+    def __init__(self, store: Store, task: str, runtime: str, precision: str, opener: Opener) -> None:
+        shared_runtime(runtime, purpose="a pack on a shared backbone")
+        if precision not in ("fp32", "int8"):
+            raise InputError(option("precision"), "is fp32 or int8 for a pack", got=repr(precision))
+        self._store, self._task, self._place, self._opener = store, task, place_of(runtime, precision), opener
+        self.fell_back: str | None = None
+        now = store.now()
+        self.installed = serving(now, task, self._place, str(store.root))
+        if self.installed is not now.tasks[task].active:
+            self.fell_back = now.tasks[task].active.refused[self._place]
+        try:
+            self.pack, self.network = self._opened(self.installed)
+        except MissingError:
+            raise
+        except EdgepetError as error:
+            self._fall_back(error)
+
+    def answer(self, path: Path) -> Answer:
+        """Of an image; the pack before gives it where it is the network that fails, not the image."""
+        try:
+            return _answer(path, self.pack, self.network)
+        except _NetworkError as failed:
+            self.network.close()
+            self._fall_back(failed.error)
+        try:
+            return _answer(path, self.pack, self.network)
+        except _NetworkError as failed:
+            raise failed.error from failed
+
+    def close(self) -> None:
+        """Give the network back."""
+        self.network.close()
+
+    def __enter__(self) -> Served:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def _opened(self, installed: Installed) -> tuple[Pack, TaskNetwork]:
+        pack = self._store.pack_of(self._task, installed)
+        return pack, self._opener(pack)
+
+    def _fall_back(self, error: EdgepetError) -> None:
+        """Open another pack of the task in place of the one that failed; where none can, the fault is not the pack's.
+
+        A pack whose answers are wrong is served here no more in either case.
+        """
+        failed, state = self.installed, self._store.now().tasks.get(self._task)
+        others = () if state is None else (state.active, state.previous)
+        for other in others:
+            if other is None or other.sha256 == failed.sha256 or self._place in other.refused:
+                continue
+            with contextlib.suppress(EdgepetError):
+                self.pack, self.network = self._opened(other)
+                self.installed, self.fell_back = other, said(error)
+                self._remember(failed, error)
+                return
+        if isinstance(error, CheckError):
+            self._remember(failed, error)
+        raise error
+
+    def _remember(self, failed: Installed, error: EdgepetError) -> None:
+        with contextlib.suppress(EdgepetError):  # a store that cannot be written: each process finds out again
+            self._store.refuse(self._task, failed.sha256, self._place, said(error))
+
+
+class _NetworkError(Exception):
+    """A network that does not answer, as opposed to an image that cannot be read."""
+
+    def __init__(self, error: EdgepetError) -> None:
+        super().__init__(str(error))
+        self.error = error
+
+
+def place_of(runtime: str, precision: str) -> str:
+    """Where a pack is served or not, as stores write it: ``openvino int8``."""
+    return f"{runtime} {precision}"
+
+
+def open_pack(
+    store: Store, pack: Pack, *, runtime: str, threads: int | None = None, precision: str = "fp32",
+    asked: bool = False,
+) -> TaskNetwork:  # fmt: skip
+    """A pack on the backbone of ``store`` in "fp32" or "int8", which has answered its own probe in this process.
+
+    Args:
+        asked: ask it again.
+
+    Raises:
+        CheckError: it answers otherwise than the pack says.
+        InputError: another precision, or a backbone that is not in ``store``; else as ``open_task`` and ``SharedInt8``.
+        MissingError: the runtime is not installed.
+    """
+    if precision == "int8":
+        graph = store.int8_of(pack)
+        task_ranges(graph, pack.delta)
+        network = SharedInt8(graph, runtime=runtime, threads=threads).bind(pack.delta)
+    elif precision == "fp32":
+        network = open_task(store.graph_of(pack), pack.delta, runtime=runtime, threads=threads)
+    else:
+        raise InputError(option("precision"), "is fp32 or int8 for a pack", got=repr(precision))
+    return answering(store, pack, network, runtime, "int8" if precision == "int8" else "fp32", asked=asked)
+
+
+def answering(
+    store: Store, pack: Pack, network: TaskNetwork, runtime: str, precision: StoredPrecision, *, asked: bool = False
+) -> TaskNetwork:
+    """``network``, once it has answered the pack's probe; it is closed where it has not."""
+    key = str(store.root.absolute()), pack.sha256, place_of(runtime, precision)
+    try:
+        if asked or key not in _asked:
+            require_probe(network, pack.delta, precision)
+            _asked.add(key)
+    except BaseException:
+        network.close()
+        raise
+    return network
+
+
+def _answer(path: Path, pack: Pack, network: TaskNetwork) -> Answer:
+    images = normalize(load_input(path, pack.delta.preprocess)[None], pack.delta.preprocess)
+    try:
+        logits = network(images)[0].astype(np.float64)
+    except EdgepetError as error:
+        raise _NetworkError(error) from error
+    scores = np.exp(logits - logits.max())
+    best = int(logits.argmax())
+    return Answer(path.name, pack.delta.labels[best], float(scores[best] / scores.sum()))
+
+
+def said(error: EdgepetError) -> str:
+    """Why, in a line that a store keeps."""
+    got = "" if error.got is None else f", got {error.got}"
+    return f"{error.what}{got}"[:_MOST_SAID]
