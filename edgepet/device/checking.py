@@ -57,6 +57,6 @@ def _problems(store: Store) -> Iterator[Problem]:
 
 def _of_pack(store: Store, task: str, pack: Installed, *, active: bool) -> Iterator[Problem]:
     path = store.pack_path(pack)
-    if not is_whole(path, pack.sha256, pack.size_bytes):
+    if path.is_symlink() or not is_whole(path, pack.sha256, pack.size_bytes):
         fix = f"install {task!r} again" + (", or edgepet device rollback" if active else "")
         yield Problem(where=str(path), what=f"is damaged or missing: {task!r}", fix=fix)

@@ -126,13 +126,24 @@ def listed(path: Path) -> Listed:
     return listed_files(read_manifest(path, where=path.name, fix=BRING))
 
 
+def require_own(path: Path) -> None:
+    """Refuse a link in place of a file: what it leads to may be changed by others.
+
+    Raises:
+        InputError: it is one.
+    """
+    if path.is_symlink():
+        raise InputError(str(path), "must be a file of the store itself", got="a link", fix=BRING)
+
+
 def damaged_files(root: Path, name: str, graph: GraphState) -> list[Path]:
     """Files of a graph of the store ``root`` that are missing or others: its description, or what that lists."""
     path = root / "backbones" / name
     files: Listed = {path.name: (graph.sha256, path.stat().st_size if path.is_file() else 0)}
     if not damaged(path.parent, files):
         files = {**files, **listed(path)}
-    return [path.parent / each for each in damaged(path.parent, files)]
+    wrong = {*damaged(path.parent, files), *(each for each in files if (path.parent / each).is_symlink())}
+    return [path.parent / each for each in sorted(wrong)]
 
 
 def _folders(path: Path) -> list[Path]:

@@ -21,7 +21,7 @@ from edgepet.spec import StoredPrecision
 
 _MOST_SAID = 200  # characters of why a pack is not served, in the store
 _asked = set[tuple[str, str, str]]()  # store, pack and place that this process has asked for the pack's probe
-Opener = Callable[[Pack], TaskNetwork]
+Opener = Callable[[Pack, bool], TaskNetwork]  # the second: ask it for its probe, whatever was asked before
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +47,7 @@ class Served:
         if self.installed is not now.tasks[task].active:
             self.fell_back = now.tasks[task].active.refused[self._place]
         try:
-            self.pack, self.network = self._opened(self.installed)
+            self.pack, self.network = self._opened(self.installed, asked=False)
         except MissingError:
             raise
         except EdgepetError as error:
@@ -75,9 +75,12 @@ class Served:
     def __exit__(self, *error: object) -> None:
         self.close()
 
-    def _opened(self, installed: Installed) -> tuple[Pack, TaskNetwork]:
+    def _opened(self, installed: Installed, *, asked: bool) -> tuple[Pack, TaskNetwork]:
         pack = self._store.pack_of(self._task, installed)
-        return pack, self._opener(pack)
+        network = self._opener(pack, asked)
+        if asked and not pack.delta.probes:
+            network(np.zeros((1, *pack.delta.preprocess.input_shape), np.float32))
+        return pack, network
 
     def _fall_back(self, error: EdgepetError) -> None:
         """Open another pack of the task in place of the one that failed; where none can, the fault is not the pack's.
@@ -90,7 +93,7 @@ class Served:
             if other is None or other.sha256 == failed.sha256 or self._place in other.refused:
                 continue
             with contextlib.suppress(EdgepetError):
-                self.pack, self.network = self._opened(other)
+                self.pack, self.network = self._opened(other, asked=True)
                 self.installed, self.fell_back = other, said(error)
                 self._remember(failed, error)
                 return

@@ -187,8 +187,8 @@ class Device:
         """
         store, began = Store(Path(self.store)), time.perf_counter()
 
-        def opener(pack: Pack) -> TaskNetwork:
-            return open_pack(store, pack, runtime=runtime, threads=threads, precision=precision)
+        def opener(pack: Pack, asked: bool) -> TaskNetwork:
+            return open_pack(store, pack, runtime=runtime, threads=threads, precision=precision, asked=asked)
 
         with Served(store, task, runtime, precision, opener) as served:
             opened = time.perf_counter()
@@ -212,12 +212,12 @@ class Device:
         """
         store, opened = Store(Path(self.store)), dict[tuple[Path, str], SharedInt8]()  # by backbone and image size
 
-        def opener(pack: Pack) -> TaskNetwork:
+        def opener(pack: Pack, asked: bool) -> TaskNetwork:
             graph = store.int8_of(pack)
             key = graph.folder, graph.stem
             if key not in opened:
                 opened[key] = SharedInt8(graph, runtime=runtime, threads=threads)
-            return answering(store, pack, opened[key].bind(pack.delta), runtime, "int8")
+            return answering(store, pack, opened[key].bind(pack.delta), runtime, "int8", asked=asked)
 
         networks = dict[str, TaskNetwork]()
         try:

@@ -23,7 +23,7 @@ from typing import TypeAlias, TypeVar
 from edgepet.bringing import bring_file
 from edgepet.deltas.merge import task_tensors
 from edgepet.device.caches import clear_cache
-from edgepet.device.generation_files import BRING, clear, damaged_files, newest, write_generation
+from edgepet.device.generation_files import BRING, clear, damaged_files, listed, newest, require_own, write_generation
 from edgepet.device.generations import (
     Candidate,
     Generation,
@@ -84,6 +84,7 @@ class Store:
             InputError: its file is damaged or missing.
         """
         path, fix = self.pack_path(installed), f"install {task!r} again, or edgepet device rollback"
+        require_own(path)
         try:
             data = read_file(path)
         except InputError as error:
@@ -309,6 +310,8 @@ class Store:
             raise InputError(str(self.root), f"holds no {wanted or name}", fix=BRING)
         if not path.is_file() or sha256_file(path) != now.graphs[name].sha256:
             raise InputError(str(path), "is damaged or missing", fix=BRING)
+        for each in (path, *(path.parent / file for file in listed(path))):
+            require_own(each)
         return path
 
     def _description(self, name: str, pack: Pack) -> Path:
