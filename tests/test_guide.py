@@ -1,0 +1,52 @@
+"""The guide of the device: every command and every program in it, in their order."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import re
+import shlex
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from edgepet import read_pack
+from edgepet.packs.pack import write_pack
+from tests.flow import Tasks, edgepet
+
+GUIDE = Path(__file__).parents[1] / "docs" / "guide" / "on-the-device.md"
+BLOCK = re.compile(r"^```(bash|python)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+
+
+def test_the_guide_of_the_device_is_what_happens(tasks: Tasks, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("cryptography", reason="the guide signs a pack")
+    monkeypatch.chdir(tmp_path)
+    for name, source, sequence in (
+        ("flowers", tasks.shapes, 0),
+        ("birds", tasks.tints, 0),
+        ("flowers", tasks.shapes, 2),
+    ):
+        file = f"{name}-{sequence}.pet" if sequence else f"{name}.pet"
+        write_pack(file, replace(read_pack(source).delta, task=name), sequence=sequence)
+    for name in ("a.jpg", "b.jpg"):
+        Image.new("RGB", (40, 30), (200, 30, 90)).save(name)
+    commands, programs = 0, list[str]()
+
+    for kind, text in BLOCK.findall(GUIDE.read_text(encoding="utf-8")):
+        if kind == "python":
+            with contextlib.redirect_stdout(io.StringIO()) as said:
+                exec(compile(text, GUIDE.name, "exec"), {})
+            programs.append(said.getvalue())
+            continue
+        for line in text.splitlines():
+            program, *arguments = shlex.split(line)
+            assert program == "edgepet", line
+            done = edgepet(*arguments)
+            assert done.code == 0, (line, done.err)
+            commands += 1
+
+    assert commands >= 14
+    assert [len(printed.splitlines()) for printed in programs] == [4, 2]
+    assert "device" not in programs[0]  # no class, no path: numbers, names and scores
