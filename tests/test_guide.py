@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
 import re
 import shlex
 from dataclasses import replace
@@ -15,6 +13,7 @@ from PIL import Image
 from edgepet import read_pack
 from edgepet.packs.pack import write_pack
 from tests.flow import Tasks, edgepet
+from tests.interpreters import DEVICE, block, python
 
 GUIDE = Path(__file__).parents[1] / "docs" / "guide" / "on-the-device.md"
 BLOCK = re.compile(r"^```(bash|python)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
@@ -36,9 +35,9 @@ def test_the_guide_of_the_device_is_what_happens(tasks: Tasks, tmp_path: Path, m
 
     for kind, text in BLOCK.findall(GUIDE.read_text(encoding="utf-8")):
         if kind == "python":
-            with contextlib.redirect_stdout(io.StringIO()) as said:
-                exec(compile(text, GUIDE.name, "exec"), {})
-            programs.append(said.getvalue())
+            ran = python(block(DEVICE) + text, cwd=tmp_path)
+            assert (ran.returncode, ran.stderr) == (0, ""), text
+            programs.append(ran.stdout)
             continue
         for line in text.splitlines():
             program, *arguments = shlex.split(line)
