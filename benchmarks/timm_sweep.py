@@ -81,7 +81,8 @@ def apart(family: str) -> dict[str, Any]:
                 done = subprocess.run(
                     line, stdout=out, stderr=subprocess.PIPE, text=True, timeout=LIMIT_S, check=False, env=place
                 )
-                bug = f"a bug: {done.stderr.strip().splitlines()[-1][:200]}" if done.returncode else None
+                last = (done.stderr.strip().splitlines() or ["nothing was said"])[-1][:200]
+                bug = f"ended with exit code {done.returncode}: {last}" if done.returncode else None
             except subprocess.TimeoutExpired:
                 bug = f"took longer than {LIMIT_S} s"
         rows = [json.loads(text) for text in told.read_text().splitlines() if text.startswith("{")]

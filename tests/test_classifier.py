@@ -21,7 +21,8 @@ from edgepet.networks.merged import merged_logits
 from edgepet.tuning.model import TunedModel, extract, logits_of
 from tests.tiny import perturb, random_images, seeded
 
-NAMES = {"efficientvit_m0": True, "shvit_s1": False, "levit_128s": False, "iformer_t": False, "efficientvim_m1": False}
+NAMES = {"efficientvit_m0": True, "shvit_s1": False, "levit_128s": False, "iformer_t": False, "efficientvim_m1": False,
+         "volo_d1_224": False}  # fmt: skip
 PARAMS = [pytest.param(name, marks=() if fast else pytest.mark.slow, id=name) for name, fast in NAMES.items()]
 
 

@@ -25,6 +25,7 @@ T = TypeVar("T")
 Arguments: TypeAlias = Mapping[str, object]  # what ``timm.create_model`` needs besides the name and ``num_classes``
 # Arguments of networks whose classifier is an MLP, of which a linear layer cannot be made, that make it a linear layer.
 LINEAR: tuple[Arguments, ...] = ({}, {"use_mlp_head": False})
+_AUXILIARY = "aux"  # begins the names of layers that timm adds to the classifier's answer
 _CLASSES = 7919  # of a network that is only looked at: no width of a layer
 _EPS = 1e-5  # of a batch norm: torch's default, which those of timm's classifiers have
 
@@ -48,12 +49,16 @@ class Classifier:
         return bool(self.layers) and wide and not self.rest and all(f"{x}.bias" in self.shapes for x in self.layers)
 
     def tensors(self, head: Head) -> dict[str, NpArray]:
-        """Its float32 state dict where it is to compute ``head``: batch norms change nothing then."""
+        """Its float32 state dict where it is to compute ``head``.
+
+        Batch norms change nothing then. Of two layers whose mean is taken each is the head; an auxiliary one, whose
+        largest answer over all tokens VOLO adds, puts out zeros.
+        """
         made: dict[str, NpArray] = {}
         for layer in self.layers:  # a classifier may be a convolution of one tap
-            shape = (len(head.weight), *self.shapes[f"{layer}.weight"][1:])
-            made[f"{layer}.weight"] = np.ascontiguousarray(head.weight, np.float32).reshape(shape)
-            made[f"{layer}.bias"] = np.ascontiguousarray(head.bias, np.float32)
+            shape, kept = (len(head.weight), *self.shapes[f"{layer}.weight"][1:]), not layer.startswith(_AUXILIARY)
+            made[f"{layer}.weight"] = np.ascontiguousarray(head.weight * kept, np.float32).reshape(shape)
+            made[f"{layer}.bias"] = np.ascontiguousarray(head.bias * kept, np.float32)
         for norm in self.norms:
             made |= self._neutral(norm)
         return made
