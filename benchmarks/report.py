@@ -1,7 +1,8 @@
 """Write the committed results as tables between two marks: ``python benchmarks/report.py``.
 
 README.md gets accuracy, latency and speed, docs/guide/methods.md what was measured of every method, docs/guide/int8.md
-what int8 costs, and docs/guide/packs.md what codecs do. With ``--quick`` copies of these pages get them.
+what int8 costs, docs/guide/packs.md what codecs do, and docs/guide/on-the-device.md what a store costs. With
+``--quick`` copies of these pages get them.
 """
 
 from __future__ import annotations
@@ -12,12 +13,14 @@ from typing import Any
 
 from harness import HERE, RESULTS, TABLES, asked, parser_of, source
 from packs import pack_tables
+from store import store_table
 from trials import trial_tables
 
 from edgepet.reports.tables import Column, Table, format_bytes, format_number, format_percent, markdown
 
 GUIDE = HERE.parent / "docs" / "guide"
-README, METHODS, INT8, PACKS = HERE.parent / "README.md", *(GUIDE / f"{n}.md" for n in ("methods", "int8", "packs"))
+README = HERE.parent / "README.md"
+METHODS, INT8, PACKS, DEVICE = (GUIDE / f"{name}.md" for name in ("methods", "int8", "packs", "on-the-device"))
 FP32_LIMIT = 1e-4  # edgepet.measuring.parity.STORED["fp32"]
 HALF_LIMIT = 2e-2  # of the largest logit: edgepet.measuring.parity.STORED["fp16"]
 BACKBONES = ("vit-small", "efficientnet-lite0")
@@ -32,8 +35,14 @@ def parser() -> argparse.ArgumentParser:
 def main() -> None:
     """Write all pages."""
     run = asked(parser().parse_args())
-    pages = ((README, tables()), (METHODS, method_tables()), (INT8, int8_tables()), (PACKS, pack_tables(committed())))
-    for page, made in pages:
+    pages = {
+        README: tables(),
+        METHODS: method_tables(),
+        INT8: int8_tables(),
+        PACKS: pack_tables(committed()),
+        DEVICE: store_table(committed()),
+    }
+    for page, made in pages.items():
         TABLES.put(page, made, run.results if run.quick else None)
 
 

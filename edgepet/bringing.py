@@ -93,9 +93,9 @@ def clear_folder(folder: Path, ours: re.Pattern[str], *, keep: Collection[str] =
         Bytes that were freed.
     """
     freed = 0
-    for item in list(folder.iterdir()) if folder.is_dir() else ():
-        is_old = ours.fullmatch(item.name) is not None and item.name not in keep and item.is_file()
-        if is_old or is_leftover(item, ours):
+    for name in sorted({*os.listdir(folder)} - {*keep}) if folder.is_dir() else ():
+        item = folder / name
+        if is_leftover(item, ours) or (ours.fullmatch(name) is not None and item.is_file()):
             with contextlib.suppress(OSError):
                 size = item.stat().st_size
                 disk.DISK.unlink(item)

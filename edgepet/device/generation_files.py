@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import re
-from functools import lru_cache
 from pathlib import Path
 
 from edgepet.bringing import clear_folder
@@ -23,6 +22,8 @@ KEPT = 2  # generations on the disk
 BRING = "edgepet device init --store STORE --for TASK.pet on a host, or --from a folder that has it whole"
 _GENERATION = re.compile(r"(\d{10})-([0-9a-f]{16})\.json")
 _PACK = re.compile(r"[0-9a-f]{64}\.pet")
+_MOST_SEEN = 8
+_seen: dict[Path, tuple[tuple[int, int, int], Generation]] = {}  # of this process: generations never change
 _GRAPH = re.compile(r"(graph-[A-Za-z0-9_-]+|backbone(-int8)?)\.(json|onnx|safetensors)")
 
 
@@ -55,6 +56,8 @@ def write_generation(root: Path, then: Generation) -> None:
     folder = made_folder(root / "generations", "what the store holds is kept there")
     name = f"{then.number:010d}-{hashlib.sha256(text).hexdigest()[:16]}.json"
     write_file(folder / name, text, read_only=True)
+    with contextlib.suppress(OSError):
+        _remember(folder / name, _stamp(folder / name), then)
     clear(root)
 
 
@@ -93,10 +96,33 @@ def generation_files(root: Path) -> list[Path]:
         raise InputError(str(folder), "could not be read", got=error.strerror) from error
 
 
-@lru_cache(maxsize=8)
-def _parsed(path: Path, stamp: tuple[int, int, int]) -> Generation:
-    del stamp  # a file that was changed is read again
-    text = read_file(path)
+def read_generation(path: Path) -> Generation:
+    """One generation; a file is read again only where it was changed.
+
+    Raises:
+        InputError: it is damaged, or cannot be read.
+    """
+    with refusing(path, "could not be read"):
+        stamp = _stamp(path)
+    seen = _seen.get(path)
+    if seen is None or seen[0] != stamp:
+        seen = stamp, _parsed(path, read_file(path))
+        _remember(path, *seen)
+    return seen[1]
+
+
+def _stamp(path: Path) -> tuple[int, int, int]:
+    facts = path.stat()
+    return facts.st_mtime_ns, facts.st_size, facts.st_ino
+
+
+def _remember(path: Path, stamp: tuple[int, int, int], now: Generation) -> None:
+    while len(_seen) >= _MOST_SEEN:
+        _seen.pop(next(iter(list(_seen)), path), None)
+    _seen[path] = stamp, now
+
+
+def _parsed(path: Path, text: bytes) -> Generation:
     digits = hashlib.sha256(text).hexdigest()[:16]
     match = _GENERATION.fullmatch(path.name)
     if match is None or match[2] != digits:
@@ -108,17 +134,6 @@ def _parsed(path: Path, stamp: tuple[int, int, int]) -> Generation:
     if now.number != int(match[1]):
         raise InputError(str(path), "is not what its name says", got=now.number)
     return now
-
-
-def read_generation(path: Path) -> Generation:
-    """One generation; a file is parsed again only where it was changed.
-
-    Raises:
-        InputError: it is damaged, or cannot be read.
-    """
-    with refusing(path, "could not be read"):
-        facts = path.stat()
-    return _parsed(path, (facts.st_mtime_ns, facts.st_size, facts.st_ino))
 
 
 def listed(path: Path) -> Listed:

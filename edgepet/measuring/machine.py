@@ -9,7 +9,6 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -141,6 +140,8 @@ def _status(engine: Engine) -> RuntimeStatus:
 
 
 def _version(package: str) -> str | None:
+    from importlib import metadata  # a fortieth of a second, which listing tasks does not need
+
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
