@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import hashlib
 import json
 import shutil
 import subprocess
@@ -12,7 +13,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import onnxruntime
@@ -518,6 +519,29 @@ def sessions_in(networks: Iterable[TaskNetwork]) -> list[object]:
     """What of ONNX Runtime or OpenVINO holds the weights of each network."""
     shared = [network._features._shared for network in networks]
     return list({id(each): getattr(each, "_session", None) or each._compiled for each in shared}.values())
+
+
+@needs_openvino
+def test_what_openvino_compiled_is_kept_and_made_again_where_it_is_damaged(device: Device, tmp_path: Path) -> None:
+    device.install(tmp_path / "ssf3.pet")
+    folder = Path(device.store) / "cache" / "derived"
+
+    def answers() -> NpArray:
+        with device.open_int8(runtime="openvino") as networks:
+            assert cast(dict[str, int], networks["ssf3"].evidence["layers"])["int8"] == 25
+            return networks["ssf3"](IMAGES)
+
+    (kept,) = folder.iterdir()
+    stamp, first = kept.stat().st_mtime_ns, answers()
+    assert [(path, path.stat().st_mtime_ns) for path in folder.iterdir()] == [(kept, stamp)]
+    kept.chmod(0o644)
+    kept.write_bytes(kept.read_bytes()[:-1] + b"?")
+
+    again = answers()
+
+    assert np.array_equal(first, again)
+    (fresh,) = folder.iterdir()
+    assert fresh.stem.endswith(hashlib.sha256(fresh.read_bytes()).hexdigest())
 
 
 def test_a_runtime_that_shares_no_backbone_opens_no_tasks(device: Device, tmp_path: Path) -> None:

@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import math
 from collections import Counter
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from functools import cache
+from importlib.metadata import version
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeAlias
 
 import numpy as np
 
+from edgepet.canonical import canonical_json, parse_json
+from edgepet.device.caches import derived
 from edgepet.device.refusals import refusing_model, require_images_alone
 from edgepet.device.runner import check_images, require_slots
 from edgepet.errors import InputError, require
 from edgepet.graphs.base import INPUT, BaseGraph
 from edgepet.graphs.int8 import Int8Graph
 from edgepet.graphs.slots import Slots, unit_slots
+from edgepet.measuring.machine import environment
 from edgepet.spec import NpArray, Precision
 
 _OpenVino: TypeAlias = Any  # the module, or an object of it: it says no types
@@ -94,7 +100,7 @@ class SharedOpenVino:
     """One compiled int8 backbone whose slots are a state variable; every task is a request with its own state.
 
     ``codes`` are one task's own in place of the file's, as ``Slots.codes``: a network compiled with them is that
-    task's alone.
+    task's alone. ``store``: its cache keeps what was compiled without such codes.
 
     Raises:
         InputError: it is not a graph that this OpenVINO reads, or has no constant of such a name.
@@ -104,11 +110,17 @@ class SharedOpenVino:
     runtime = "openvino"
 
     def __init__(
-        self, graph: Int8Graph, *, threads: int | None = None, codes: Mapping[str, NpArray] | None = None
+        self,
+        graph: Int8Graph,
+        *,
+        threads: int | None = None,
+        codes: Mapping[str, NpArray] | None = None,
+        store: Path | None = None,
     ) -> None:
-        model = _with_constants(_read(graph.model_path(self.runtime)), codes or {}, graph.model_path(self.runtime))
-        stateful, self._order = _stateful(model)
-        self._compiled = _compile(stateful, threads, "fp32", where=str(graph.model_path(self.runtime)))
+        if store is None or codes:
+            self._compiled, self._order = _compiled_int8(graph, threads, codes or {})
+        else:
+            self._compiled, self._order = _kept_int8(graph, threads, store)
         self._graph, self._shape = graph, (None, *graph.preprocess.input_shape)
 
     @property
@@ -155,12 +167,53 @@ class BoundOpenVino:
         self._request = None
 
 
-def _compile(model: _OpenVino, threads: int | None, precision: Precision, *, where: str) -> _OpenVino:
+def _compiled_int8(
+    graph: Int8Graph, threads: int | None, codes: Mapping[str, NpArray]
+) -> tuple[_OpenVino, tuple[str, ...]]:
+    """The int8 backbone, compiled, and the order of the slots in its state."""
+    path = graph.model_path("openvino")
+    stateful, order = _stateful(_with_constants(_read(path), codes, path))
+    return _compile(stateful, threads, "fp32", where=str(path)), order
+
+
+def _kept_int8(graph: Int8Graph, threads: int | None, store: Path) -> tuple[_OpenVino, tuple[str, ...]]:
+    """As ``_compiled_int8`` without own codes, from the store's cache where it is there.
+
+    OpenVINO checks nothing of what it exported, so the cache has a digest; and it does not say whether it was compiled
+    for this processor, so that is in the key.
+    """
+    made = list[tuple[_OpenVino, tuple[str, ...]]]()
+
+    def compiled() -> bytes:
+        network, order = _compiled_int8(graph, threads, {})
+        made.append((network, order))
+        names = canonical_json(list(order))
+        blob: bytes = network.export_model().getvalue()
+        return len(names).to_bytes(8, "little") + names + blob
+
+    here = environment()
+    made_of = {
+        "openvino": version("openvino"), "cpu": [here.cpu, *here.cpu_features], "threads": threads,
+        "files": {name: digest for name, (digest, _) in graph.files.items()},
+    }  # fmt: skip
+    data, kept = derived(store, f"openvino {graph.folder.name} {graph.stem}", made_of, compiled)
+    if not kept:
+        return made[0]
+    start = 8 + int.from_bytes(data[:8], "little")
+    with contextlib.suppress(RuntimeError):
+        network = core().import_model(io.BytesIO(data[start:]), "CPU", _config(threads, "fp32"))
+        return network, tuple(parse_json(data[8:start]))
+    return _compiled_int8(graph, threads, {})  # a build of OpenVINO that calls itself the same
+
+
+def _config(threads: int | None, precision: Precision) -> dict[str, object]:
     config: dict[str, object] = {"INFERENCE_PRECISION_HINT": _TYPES[precision], "PERFORMANCE_HINT": "LATENCY"}
-    if threads is not None:
-        config["INFERENCE_NUM_THREADS"] = threads
+    return config if threads is None else config | {"INFERENCE_NUM_THREADS": threads}
+
+
+def _compile(model: _OpenVino, threads: int | None, precision: Precision, *, where: str) -> _OpenVino:
     with _refusing(where, "cannot be compiled by OpenVINO"):
-        return core().compile_model(model, "CPU", config)
+        return core().compile_model(model, "CPU", _config(threads, precision))
 
 
 def _stateful(model: _OpenVino) -> tuple[_OpenVino, tuple[str, ...]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 
 import numpy as np
 
@@ -95,8 +96,13 @@ class SharedInt8:
     A task whose codes changed (LoRA and whatever else does not only scale and shift) gets a network of its own.
     """
 
-    def __init__(self, graph: Int8Graph, *, runtime: str = DEFAULT, threads: int | None = None) -> None:
+    def __init__(
+        self, graph: Int8Graph, *, runtime: str = DEFAULT, threads: int | None = None, store: Path | None = None
+    ) -> None:
         """Hash the file of codes, and open the backbone; ``threads`` None is all cores.
+
+        Args:
+            store: whose cache keeps what the runtime derives; None keeps nothing.
 
         Raises:
             InputError: no such runtime, or codes that are not those that were made.
@@ -104,13 +110,13 @@ class SharedInt8:
         """
         require_codes(graph)
         self._row = shared_runtime(runtime, purpose="an int8 backbone")
-        self.graph, self._threads = graph, threads
+        self.graph, self._threads, self._store = graph, threads, store
         self._network = self._open({})
 
     def _open(self, codes: Mapping[str, NpArray]) -> SharedRunner:
         if self._row.open_int8 is None:
             raise InputError(option("runtime"), f"has no int8 backbone on {self._row.name}")
-        return self._row.open_int8(self.graph, self._threads, codes)
+        return self._row.open_int8(self.graph, self._threads, codes, self._store)
 
     def bind(self, delta: Delta) -> TaskNetwork:
         """A task, ready to run; from one bound task to another there is nothing to switch.

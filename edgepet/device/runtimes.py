@@ -18,7 +18,7 @@ Format: TypeAlias = Literal["onnx", "openvino", "tensorrt"]
 
 _ModelOpener: TypeAlias = Callable[[Path, "int | None", Precision], Runner]
 _GraphOpener: TypeAlias = Callable[[BaseGraph, Tensors, "int | None", Precision], Runner]
-_Int8Opener: TypeAlias = Callable[[Int8Graph, "int | None", Mapping[str, NpArray]], SharedRunner]
+_Int8Opener: TypeAlias = Callable[[Int8Graph, "int | None", Mapping[str, NpArray], "Path | None"], SharedRunner]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,8 +28,9 @@ class Runtime:
     ``format`` is that of the artefacts which run on it, ``engines`` are the packages of which one must be there.
     ``computes`` are the precisions in which it can compute a model of floats, the exact one first. The openers take
     threads, None for all cores, and one of these precisions: ``open_model`` an artefact's folder; ``open_graph`` a
-    traced backbone and the tensors that stand in place of its own; ``open_int8`` the int8 backbone and codes that
-    stand in place of its own. The last two are None where an engine holds its own weights.
+    traced backbone and the tensors that stand in place of its own; ``open_int8`` the int8 backbone, codes that
+    stand in place of its own, and a store whose cache may hold what the runtime derives. The last two openers are None
+    where an engine holds its own weights.
     """
 
     name: str
@@ -63,9 +64,12 @@ def _onnxruntime_graph(graph: BaseGraph, tensors: Tensors, threads: int | None, 
     return OnnxRuntime.of_graph(graph, tensors, threads=threads)
 
 
-def _onnxruntime_int8(graph: Int8Graph, threads: int | None, codes: Mapping[str, NpArray]) -> SharedRunner:
+def _onnxruntime_int8(
+    graph: Int8Graph, threads: int | None, codes: Mapping[str, NpArray], store: Path | None
+) -> SharedRunner:
     from edgepet.device.onnxruntime import SharedOnnxRuntime
 
+    del store  # its file is what it would keep
     return SharedOnnxRuntime(graph, threads=threads, codes=codes)
 
 
@@ -81,10 +85,12 @@ def _openvino_graph(graph: BaseGraph, tensors: Tensors, threads: int | None, pre
     return OpenVino.of_graph(graph, tensors, threads=threads, precision=precision)
 
 
-def _openvino_int8(graph: Int8Graph, threads: int | None, codes: Mapping[str, NpArray]) -> SharedRunner:
+def _openvino_int8(
+    graph: Int8Graph, threads: int | None, codes: Mapping[str, NpArray], store: Path | None
+) -> SharedRunner:
     from edgepet.device.openvino import SharedOpenVino
 
-    return SharedOpenVino(graph, threads=threads, codes=codes)
+    return SharedOpenVino(graph, threads=threads, codes=codes, store=store)
 
 
 def _tensorrt_model(folder: Path, threads: int | None, precision: Precision) -> Runner:

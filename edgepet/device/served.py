@@ -136,7 +136,8 @@ def open_pack(
     if precision == "int8":
         graph = store.int8_of(pack)
         task_ranges(graph, pack.delta)
-        network = SharedInt8(graph, runtime=runtime, threads=threads).bind(pack.delta)
+        place = store.deriving(graph.weights_bytes)
+        network = SharedInt8(graph, runtime=runtime, threads=threads, store=place).bind(pack.delta)
     elif precision == "fp32":
         network = open_task(store.graph_of(pack), pack.delta, runtime=runtime, threads=threads)
     else:

@@ -216,7 +216,9 @@ class Device:
             graph = store.int8_of(pack)
             key = graph.folder, graph.stem
             if key not in opened:
-                opened[key] = SharedInt8(graph, runtime=runtime, threads=threads)
+                opened[key] = SharedInt8(
+                    graph, runtime=runtime, threads=threads, store=store.deriving(graph.weights_bytes)
+                )
             return answering(store, pack, opened[key].bind(pack.delta), runtime, "int8", asked=asked)
 
         networks = dict[str, TaskNetwork]()

@@ -144,6 +144,12 @@ class Store:
         """
         return precisions_of(self.now(), _candidate(pack, None))
 
+    def deriving(self, size_bytes: int) -> Path | None:
+        """Where a runtime may keep what it derives of a graph of this size; None where the quota has no room for it."""
+        quota = self.now().quota_bytes
+        fits = quota is None or folder_bytes(self.root) + 2 * size_bytes <= quota
+        return self.root if fits else None
+
     @property
     def cache_bytes(self) -> int:
         """Bytes on disk of derived data, which could be deleted."""
