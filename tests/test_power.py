@@ -8,8 +8,9 @@ import shutil
 import subprocess
 import sys
 import textwrap
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -281,6 +282,42 @@ def test_a_memory_card_without_second_names_and_permissions_holds_a_store(tmp_pa
     assert store.pack("shapes").sequence == 2
     names = [path.name for path in store.root.rglob("*") if path.is_file()]
     assert len({name.lower() for name in names}) == len(names)  # two that differ in case alone would be one there
+
+
+@pytest.fixture
+def exfat(tmp_path: Path) -> Iterator[Path]:
+    """A real exFAT, in a file, where this machine lets us mount one."""
+    if not all(map(shutil.which, ("mkfs.exfat", "mount.exfat-fuse", "losetup", "umount"))):
+        pytest.skip("needs the Debian packages exfatprogs and exfat-fuse")
+    image, place = tmp_path / "card.img", tmp_path / "card"
+    place.mkdir()
+    with image.open("wb") as file:
+        file.truncate(64 << 20)
+    ask = partial(subprocess.run, capture_output=True, text=True, check=False)
+    ask(["mkfs.exfat", str(image)])
+    device = ask(["losetup", "-f", "--show", str(image)]).stdout.strip()
+    try:
+        if not device or ask(["mount.exfat-fuse", device, str(place)]).returncode:
+            pytest.skip("needs a machine that mounts")
+        yield place
+        ask(["umount", str(place)])
+    finally:
+        ask(["losetup", "-d", device or "none"])
+
+
+@pytest.mark.slow
+def test_a_real_memory_card_holds_a_store(exfat: Path, tmp_path: Path) -> None:
+    store = Store(exfat / "Device")
+    store.add_graph(graph_at(GOLDEN / "backbones" / BACKBONE / "graph-16.json"))
+    for number in range(3):
+        install(number)(store)
+    store.rollback("shapes")
+
+    assert check(store) == ()
+    assert Store(exfat / "device").pack("shapes").sequence == 2  # there case is no matter
+    with using(RecordingDisk(at=1, fault=full)), pytest.raises(EdgepetError):
+        install(3)(store)
+    assert check(store) == ()
 
 
 def test_a_disk_that_cannot_be_written_is_read(tmp_path: Path) -> None:

@@ -48,6 +48,9 @@ _INT8 = frozenset(
 _FLOAT = frozenset(("Conv", "FusedConv", "FusedGemm", "FusedMatMul", "Gemm", "MatMul", "NhwcFusedConv"))
 
 
+onnxruntime.disable_telemetry_events()  # nothing of a device's own goes anywhere
+
+
 def open_session(
     model: Path | bytes,
     *,
