@@ -42,6 +42,11 @@ class Target:
     rows: tuple[int, int] | None = None
     cols: tuple[int, int] | None = None
 
+    @property
+    def is_block(self) -> bool:
+        """Whether it is a part of its tensor."""
+        return self.rows is not None or self.cols is not None
+
     @classmethod
     def parse(cls, text: str, *, where: str) -> Target:
         """Read the written form.

@@ -79,12 +79,16 @@ def fold_each(
     All are of one library; neither is modified. A push reads ``frozen``, or what is there by then (``read_by``): its
     weight must be done.
     """
-    made = dict(changed)
+    made, own = dict(changed), set[str]()  # own: copies that nobody else sees, whose blocks are changed where they lie
     for targeted in updates:
         name = targeted.target.tensor
         tensor = made[name] if name in made else frozen[name]
         precise = Targeted(targeted.target, in_precision_of(targeted.update, tensor))
-        made[name] = fold(precise, tensor, read_by(targeted, frozen, made))
+        made[name] = fold(precise, tensor, read_by(targeted, frozen, made), own=name in own)
+        if targeted.target.is_block and isinstance(tensor, np.ndarray):  # a gradient would need what was there before
+            own.add(name)
+        else:
+            own.discard(name)
     return made
 
 

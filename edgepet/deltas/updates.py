@@ -219,15 +219,16 @@ def _flat(shape: Shape) -> Shape:
 # ---------------------------------------------------------------------------------------------------------- folding
 
 
-def fold(targeted: Targeted, tensor: Array, weight: Array | None = None) -> Array:
+def fold(targeted: Targeted, tensor: Array, weight: Array | None = None, *, own: bool = False) -> Array:
     """Apply one update and return a new tensor of the same shape; ``tensor`` and ``weight`` are not touched.
 
     The factors must have been checked against ``tensor`` and be of its library and dtype. ``weight`` is the whole
-    tensor that a push reads (``read_by``); no other update looks at it.
+    tensor that a push reads (``read_by``); no other update looks at it. With ``own`` a block of ``tensor`` itself is
+    changed, and it is returned: for who has made it and keeps no other view of it.
     """
     target, given = targeted.target, targeted.update
     update = replace(given, **{name: value(factor, tensor) for name, factor in _given(given).items()})
-    blocked = target.rows is not None or target.cols is not None
+    blocked = target.is_block
     if isinstance(update, WHOLE_TENSOR) and not blocked:
         return update.fold(tensor)
 
@@ -237,7 +238,7 @@ def fold(targeted: Targeted, tensor: Array, weight: Array | None = None) -> Arra
     matrix = _matrix(tensor)
     if not blocked:
         return changed(matrix).reshape(tensor.shape)
-    whole = matrix * 1
+    whole = matrix if own else matrix * 1
     whole[_block(target, matrix)] = changed(_cut(tensor, target))
     return whole.reshape(tensor.shape)
 
