@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from edgepet.verbs.pack import pack as pack
     from edgepet.verbs.peft import export_peft as export_peft
     from edgepet.verbs.peft import import_peft as import_peft
+    from edgepet.verbs.predict import predict as predict
     from edgepet.verbs.pretrain import pretrain as pretrain
     from edgepet.verbs.sites import sites as sites
     from edgepet.verbs.storage import storage as storage
@@ -66,6 +67,7 @@ _HOME = {
     "keygen": "edgepet.verbs.pack",
     "merge": "edgepet.verbs.merge",
     "pack": "edgepet.verbs.pack",
+    "predict": "edgepet.verbs.predict",
     "pretrain": "edgepet.verbs.pretrain",
     "read_pack": "edgepet.packs.pack",
     "share": "edgepet.verbs.calibrate",

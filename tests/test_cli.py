@@ -41,6 +41,7 @@ PROMISED: dict[str, Any] = {
         "epochs": int, "seconds": float, "images_per_second": float, "val": {"top1": float, "n": int},
         "backbone": {"name": str, "fingerprint": str, "bytes": int},
     },
+    "predict": {"results": [{"image": str, "tasks": dict}], "runtimes": dict},
     "eval": {"top1": float, "n": int, "runtime": str, "precision": str, "classes": [str]},
     "merge": {
         "path": str, "bytes": int, "create_args": dict, "max_abs_diff": float, "n": int, "inputs": str, "against": str,
@@ -85,6 +86,7 @@ OPTIONS = {
         "--backbone", "--method", "--set", "--img-size", "--epochs", "--batch-size", "--lr", "--shots", "--seed",
         "--init", "--resume", "--val-fraction", "-o",
     ],
+    "predict": ["--runtime", "--precision", "--top", "--draw"],
     "eval": ["--split", "--runtime", "--backbone"],
     "merge": ["--backbone", "--data", "-o"],
     "export": ["--backbone", "--to", "--precision", "--calib", "--max-drop", "--sm", "--data", "-o"],
@@ -103,7 +105,7 @@ OPTIONS = {
     "demo": ["--dir"],
 }  # fmt: skip
 NOT_YET_VERBS = {"report"}
-NOT_YET = {("storage", "--backbone")}
+NOT_YET = {("storage", "--backbone"), ("predict", "--draw")}
 VERBS = [verb for verb in OPTIONS if verb not in NOT_YET_VERBS]
 
 
@@ -130,6 +132,7 @@ def commands(tasks: Tasks, artifacts: Artifacts, adapter: Path, tmp_path: Path) 
     return {
         "doctor": ["doctor"],
         "methods": ["methods", "--backbone", tasks.spec, "--img-size", 32],
+        "predict": ["predict", shapes, tasks.data / "test"],
         "eval": ["eval", shapes, tasks.data],
         "merge": ["merge", shapes, "-o", tmp_path / "m.safetensors"],
         "export": ["export", shapes, "-o", tmp_path / "out"],

@@ -29,6 +29,7 @@ VERBS: dict[str, tuple[str, str]] = {  # verb -> where its ``Verb`` is, below ``
     "methods": ("methods:VERB", "every method: paper, and its parameters and kilobytes on a backbone"),
     "sites": ("sites:VERB", "how few numbers each part of a backbone is tuned by, and where a method should go"),
     "train": ("train:VERB", "tune a method on images, fold it to updates, and write a pack"),
+    "predict": ("predict:VERB", "what packs and exported models say of images"),
     "eval": ("evaluate:VERB", "top-1 of a pack or an exported model"),
     "merge": ("merge:VERB", "write dense weights that plain timm loads strictly"),
     "export": ("export:VERB", "write models for ONNX Runtime, OpenVINO and TensorRT, each compared before it is kept"),

@@ -17,6 +17,7 @@ from edgepet.device.runtimes import DEFAULT, SHARED_RUNTIMES, shared_runtime
 from edgepet.device.served import Answer, Served, answering, open_pack, place_of, said
 from edgepet.device.store import Store
 from edgepet.errors import EdgepetError, InputError, MissingError
+from edgepet.images.inputs import inputs_of
 from edgepet.packs.pack import Pack
 from edgepet.spec import FilePath, StoredPrecision
 
@@ -174,7 +175,9 @@ class Device:
         self, task: str, images: Iterable[FilePath], *, runtime: str = DEFAULT, threads: int | None = None,
         precision: str = "fp32",
     ) -> DeviceRun:  # fmt: skip
-        """Classify image files, or folders of frames, with an installed task in "fp32" or "int8".
+        """Classify images, folders of them, or patterns, with an installed task in "fp32" or "int8".
+
+        For clips they are folders of frames.
 
         Where its pack cannot be opened, does not answer its own probe or gives an answer that is not finite, and the
         pack before it can, that one answers, and the store remembers it.
@@ -192,7 +195,8 @@ class Device:
 
         with Served(store, task, runtime, precision, opener) as served:
             opened = time.perf_counter()
-            answers = tuple(served.answer(Path(path)) for path in images)
+            paths = inputs_of(images, clips=served.pack.delta.preprocess.frames > 1)
+            answers = tuple(served.answer(path) for path in paths)
             spent = time.perf_counter() - opened
             return DeviceRun(
                 results=answers,

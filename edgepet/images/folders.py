@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import stat
 import unicodedata
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NoReturn, TypeAlias
@@ -172,7 +172,7 @@ def _images(folder: Path) -> tuple[list[Path], list[PassedOver]]:
     used, passed = [], []
     for item in _all(folder):
         if item.is_dir() and not _is_left_by_system(item):
-            passed += [_passed(path, "in a folder within a class") for path in _images_below(item)]
+            passed += [_passed(path, "in a folder within a class") for path in images_below(item)]
         elif _is_left_by_system(item) or not is_image(item):
             passed.append(_passed(item, ""))
         else:
@@ -186,9 +186,13 @@ def _clips(folder: Path) -> tuple[list[Path], list[PassedOver]]:
     return used, [_passed(item, "in no clip's folder") for item in _all(folder) if item not in known]
 
 
-def _images_below(folder: Path) -> Iterator[Path]:
-    for where, _, names in os.walk(folder):
-        yield from (path for name in sorted(names) if is_image(path := Path(where, name)) and name[0] != ".")
+def images_below(folder: Path) -> list[Path]:
+    """Every image in a folder, at any depth, sorted; what systems leave there is none."""
+    found = list[Path]()
+    for where, folders, names in os.walk(folder):
+        folders[:] = sorted(name for name in folders if not _is_left_by_system(Path(name)))
+        found += (path for name in sorted(names) if is_image(path := Path(where, name)) and name[0] != ".")
+    return found
 
 
 def _passed(path: Path, why: str | None) -> PassedOver:

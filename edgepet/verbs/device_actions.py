@@ -173,7 +173,9 @@ def _reason(reason: str, refused: Mapping[str, str]) -> str:
 def _run_options(parser: Parser) -> None:
     _store_option(parser)
     parser.add_argument("task", metavar="TASK", help="the name of an installed task")
-    parser.add_argument("images", nargs="+", metavar="IMAGE", help="images, or folders of frames for clips")
+    parser.add_argument(
+        "images", nargs="+", metavar="IMAGE", help="images, folders of them, or patterns; for clips, folders of frames"
+    )
     parser.add_argument("--runtime", default=DEFAULT, choices=SHARED_RUNTIMES, help="(default: %(default)s)")
     pack_precision_option(parser)
     threads_option(parser)
