@@ -34,6 +34,7 @@ def bring_file(source: Path, target: Path, sha256: str, fix: str) -> None:
         InputError: ``source`` cannot be read or has another digest, or ``target`` cannot be written.
     """
     require_regular(source)
+    source = source.resolve()  # a second name of a link would be a link
     with refusing(target, "could not be written"):
         clear_leftovers(target)
         if _is_ours(source):
@@ -93,7 +94,7 @@ def clear_folder(folder: Path, ours: re.Pattern[str], *, keep: Collection[str] =
         Bytes that were freed.
     """
     freed = 0
-    for name in sorted({*os.listdir(folder)} - {*keep}) if folder.is_dir() else ():
+    for name in sorted({*os.listdir(folder)} - {*keep}) if folder.is_dir() and not folder.is_symlink() else ():
         item = folder / name
         if is_leftover(item, ours) or (ours.fullmatch(name) is not None and item.is_file()):
             with contextlib.suppress(OSError):

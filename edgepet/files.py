@@ -337,7 +337,11 @@ def folder_sha256(path: Path) -> str:
 
 def folder_bytes(path: Path) -> int:
     """Sum of the sizes of all regular files below ``path``, in bytes."""
-    return sum(item.stat().st_size for item in path.rglob("*") if item.is_file())
+    found = 0
+    for item in path.rglob("*"):
+        with contextlib.suppress(FileNotFoundError):  # removed meanwhile
+            found += item.stat().st_size if item.is_file() else 0
+    return found
 
 
 def cache_folder() -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from collections.abc import Callable
@@ -13,6 +14,7 @@ import numpy as np
 import pytest
 
 from edgepet import Device, read_pack
+from edgepet.canonical import canonical_json
 from edgepet.deltas.probe import Probe
 from edgepet.device.caches import derived
 from edgepet.device.checking import check
@@ -30,7 +32,7 @@ from edgepet.device.generations import (
 from edgepet.device.runtime import TaskNetwork
 from edgepet.device.store import Store
 from edgepet.errors import CheckError, InputError
-from edgepet.graphs.base import BaseGraph
+from edgepet.graphs.base import BaseGraph, graph_at
 from edgepet.graphs.manifest import put_stamp
 from edgepet.packs.pack import encode_pack, write_pack
 from edgepet.spec import NpArray
@@ -38,6 +40,7 @@ from tests.flow import Tasks, has_openvino, refused
 from tests.flow import edgepet as command
 
 OTHERS = ("ring", "box", "wedge")
+DIGITS = "0123456789abcdef"
 TOLD = "do not serve it from here: the pack, the backbone or the runtime is not what it was made with"
 
 
@@ -130,9 +133,7 @@ def test_what_cannot_be_done_says_what_can(store: Store, tmp_path: Path) -> None
         "--precision: is of fp32, int8, got 'fp64'\n"
     )
     assert refused(3, "device", "require-signature", "--store", store.root, tmp_path / "a.pem") == (
-        "`keys`: needs public keys, whose names end in .pub, got 'a.pem'\n  fix: edgepet keygen\n".replace(
-            "`keys`", "--keys"
-        )
+        "require-signature: needs public keys, whose names end in .pub, got 'a.pem'\n  fix: edgepet keygen\n"
     )
     assert not nothing.exists()
 
@@ -216,7 +217,7 @@ def test_a_link_out_of_the_store_is_refused(store: Store, tasks: Tasks, image: P
     with pytest.raises(InputError) as refusal:
         device.run("shapes", [image])
 
-    assert str(refusal.value).startswith(f"{path}: must be a file of the store itself, got a link\n")
+    assert str(refusal.value).startswith(f"{path}: must be a file or folder of the store itself, got a link\n")
     assert [problem.where for problem in check(store)] == [str(path)]
 
 
@@ -394,13 +395,13 @@ def test_an_image_that_cannot_be_read_is_no_packs_fault(
 def candidate(sequence: int = 0, **changes: Any) -> Candidate:
     digest = f"{sequence:064x}"
     made = Candidate(
-        task="a", sha256=digest, size_bytes=10, sequence=sequence, signed_by=None, backbone="vit", dense="f/g.json",
-        int8="f/g-int8.json", codes=None,
+        task="a", sha256=digest, size_bytes=10, sequence=sequence, signed_by=None, key="", backbone="vit",
+        dense=f"{DIGITS}/graph-9.json", int8=f"{DIGITS}/graph-9-int8.json", codes=None,
     )  # fmt: skip
     return replace(made, **changes)
 
 
-EMPTY = Generation(graphs={"f/g.json": GraphState(sha256="0" * 64)})
+EMPTY = Generation(graphs={f"{DIGITS}/graph-9.json": GraphState(sha256="0" * 64)})
 
 
 def test_a_task_that_was_removed_does_not_come_back_older(store: Store, tasks: Tasks, newer: Path) -> None:
@@ -419,11 +420,22 @@ def test_a_task_that_was_removed_does_not_come_back_older(store: Store, tasks: T
 
 
 def test_another_signers_numbers_are_its_own() -> None:
-    now = installing(EMPTY, candidate(7, signed_by="one"), {})
+    now = installing(EMPTY, candidate(7, signed_by="one", key="11"), {})
 
-    assert installing(now, candidate(2, signed_by="two"), {}).tasks["a"].active.sequence == 2
+    assert installing(now, candidate(2, signed_by="two", key="22"), {}).tasks["a"].active.sequence == 2
     with pytest.raises(CheckError, match="sequence number 7, got 2"):
-        installing(now, candidate(2, signed_by="one"), {})
+        installing(now, candidate(2, signed_by="one by another name", key="11"), {})
+
+
+def test_who_signed_while_nobody_asked_is_held_to_it_when_keys_are_trusted() -> None:
+    now = replace(installing(EMPTY, candidate(7), {}), requires_signature=True)
+
+    with pytest.raises(CheckError, match="sequence number 7, got 2"):
+        installing(now, candidate(2, signed_by="one", key="11"), {})
+    now = installing(now, candidate(8, signed_by="one", key="11"), {})
+    assert now.floors == {"a": {"": 7, "11": 8}}
+    with pytest.raises(CheckError, match="must not go back to a pack that nobody trusted has signed"):
+        rolling_back(now, "a", "s")
 
 
 def test_the_pack_before_is_the_last_one_that_was_served() -> None:
@@ -470,10 +482,17 @@ def test_a_generation_is_read_as_it_was_written() -> None:
         from_json({**as_json(now), "edgepet-store": 2}, "s")
     with pytest.raises(InputError, match="knows no key 'more'"):
         from_json({**as_json(now), "more": 1}, "s")
+    outside = {"../../x/graph-9.json": GraphState(sha256="0" * 64)}
+    with pytest.raises(InputError, match="needs the name of a graph's description"):
+        from_json(as_json(replace(now, graphs=outside)), "s")
+    with pytest.raises(InputError, match="needs 64 hex digits"):
+        from_json(as_json(replace(now, graphs={f"{DIGITS}/graph-9.json": GraphState(sha256="../x")})), "s")
+    with pytest.raises(InputError, match="needs a task's name"):
+        from_json(as_json(replace(now, tasks={"../x": now.tasks["a"]})), "s")
 
 
 def test_a_graph_with_other_codes_is_no_graph_for_a_pack() -> None:
-    now = replace(EMPTY, graphs={"f/g-int8.json": GraphState(sha256="0" * 64, codes="c" * 64)})
+    now = replace(EMPTY, graphs={f"{DIGITS}/graph-9-int8.json": GraphState(sha256="0" * 64, codes="c" * 64)})
 
     with pytest.raises(InputError) as refusal:
         installing(now, candidate(codes="d" * 64), {})
@@ -481,7 +500,7 @@ def test_a_graph_with_other_codes_is_no_graph_for_a_pack() -> None:
         "task 'a': has ranges for the int8 codes dddddddddddd, got cccccccccccc in this store\n"
         "  fix: run edgepet calibrate with -o again"
     )
-    with pytest.raises(InputError, match=r"needs vit as f/g\.json, which is not in this store"):
+    with pytest.raises(InputError, match=rf"needs vit as {DIGITS}/graph-9\.json, which is not in this store"):
         installing(now, candidate(), {})
 
 
@@ -502,3 +521,146 @@ def test_a_store_that_requires_signatures_and_lost_its_keys_takes_nothing(
     assert [problem.what for problem in check(store)] == ["signatures are required, and there is no key"]
     put_stamp(graph.folder / "backbone.safetensors", "0" * 64)  # a stamp of the cache's is none of the store's
     assert store.graphs()[0].stem == graph.stem
+
+
+# --------------------------------------------------------------------------------------------- what a card may bring
+
+
+def test_a_card_brings_no_keys_and_no_packs_into_a_store_that_is_there(
+    store: Store, tasks: Tasks, newer: Path, tmp_path: Path
+) -> None:
+    pytest.importorskip("cryptography")
+    Device(store.root).install(newer)
+    said("device", "init", "--store", tmp_path / "card", "--from", store.root)
+    assert command("keygen", "-o", tmp_path / "stranger").code == 0
+    said("device", "require-signature", "--store", tmp_path / "card", tmp_path / "stranger.pub")
+    Device(store.root).remove("shapes")
+    before = store.now()
+
+    said("device", "init", "--store", store.root, "--from", tmp_path / "card")
+
+    assert store.now() == before
+    assert store.trusted_keys() == {}
+
+
+def test_a_graph_whose_files_differ_from_those_that_are_used_is_refused(store: Store, tmp_path: Path) -> None:
+    (graph,) = store.graphs()
+    other = tmp_path / "other" / "backbones" / graph.folder.name
+    shutil.copytree(graph.folder, other)
+    data = bytearray((other / "backbone.safetensors").read_bytes())
+    data[-1] ^= 1
+    for name in ("backbone.safetensors", "graph-32.json"):
+        (other / name).unlink()
+    (other / "backbone.safetensors").write_bytes(data)
+    told = json.loads((graph.folder / "graph-32.json").read_text())
+    told["files"]["backbone.safetensors"]["sha256"] = hashlib.sha256(data).hexdigest()
+    told["files"]["graph-48.onnx"] = told["files"].pop("graph-32.onnx")
+    told["preprocess"]["image_size"] = [48, 48]
+    (other / "graph-32.onnx").rename(other / "graph-48.onnx")
+    told["files"].pop("graph-32.safetensors", None)
+    (other / "graph-48.json").write_bytes(canonical_json(told))
+
+    with pytest.raises(InputError) as refusal:
+        store.add_graph(graph_at(other / "graph-48.json"))
+
+    weights = store.root / "backbones" / graph.folder.name / "backbone.safetensors"
+    assert str(refusal.value).startswith(f"{weights}: is another file than the graph's that comes, got ")
+    assert check(store) == ()
+
+
+def test_a_fingerprint_that_leads_elsewhere_is_none(store: Store) -> None:
+    (graph,) = store.graphs()
+    path = graph.folder / "graph-32.json"
+    told = json.loads(path.read_text())
+    path.unlink()
+    path.write_bytes(canonical_json({**told, "fingerprint": "../../../evil"}))
+
+    with pytest.raises(InputError, match=r"graph-32\.json\.fingerprint: needs sha256: and 64 hex digits, got"):
+        graph_at(path)
+
+
+def test_a_generation_of_a_later_version_is_neither_passed_over_nor_cleared(store: Store, tasks: Tasks) -> None:
+    Device(store.root).install(tasks.shapes)
+    text = canonical_json({**as_json(store.now()), "edgepet-store": 2, "number": 9})
+    later = store.root / "generations" / f"{9:010d}-{hashlib.sha256(text).hexdigest()[:16]}.json"
+    later.write_bytes(text)
+
+    for action in (lambda: store.now(), lambda: store.limit(10**9), lambda: store.install(tasks.tints)):
+        with pytest.raises(InputError, match="this edgepet reads stores of version 1"):
+            action()
+    assert later.exists()
+
+
+def test_a_store_that_lost_its_generations_is_not_taken_for_an_empty_one(store: Store, tasks: Tasks) -> None:
+    Device(store.root).install(tasks.shapes)
+    shutil.rmtree(store.root / "generations")
+
+    told = refused(3, "device", "init", "--store", store.root, "--quota", "1GB")
+
+    assert told.startswith(f"{store.root}: has no generation that is whole, got none at all beside its packs\n")
+    assert command("device", "check", "--store", store.root).code == 4
+    assert len(list((store.root / "packs").iterdir())) == 1
+
+
+def test_a_place_that_is_no_store_is_said_to_be_none(store: Store, tmp_path: Path) -> None:
+    nowhere = tmp_path / "nowhere"
+
+    assert [problem.what for problem in check(Store(nowhere))] == ["is no store"]
+    assert refused(3, "device", "init", "--store", store.root, "--from", nowhere) == (
+        f"{nowhere}: is no store\n  fix: name one that edgepet device export or init made\n"
+    )
+    assert refused(3, "device", "rollback", "--store", nowhere, "a") == (
+        f"{nowhere}: has no task 'a'\n  fix: installed are: none\n"
+    )
+    (tmp_path / "file").touch()
+    assert refused(3, "device", "export", "--store", store.root, "--to", tmp_path / "file") == (
+        f"{tmp_path / 'file'}: is there already\n  fix: name another folder\n"
+    )
+    assert not nowhere.exists()
+
+
+def test_a_folder_that_is_a_link_is_not_cleared_through(store: Store, graph: BaseGraph, tmp_path: Path) -> None:
+    (folder,) = (store.root / "backbones").iterdir()
+    folder.rename(tmp_path / "elsewhere")
+    folder.symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere" / "graph-99.onnx").write_bytes(b"another's")
+
+    with pytest.raises(InputError, match="must be a file or folder of the store itself, got a link"):
+        store.add_graph(graph)
+
+    store.limit(10**9)
+    assert (tmp_path / "elsewhere" / "graph-99.onnx").exists()
+    assert [problem.where for problem in check(store)] == [str(folder)]
+    with pytest.raises(InputError, match="got a link"):
+        store.graphs()
+
+
+def test_all_answers_are_of_one_pack(store: Store, tasks: Tasks, newer: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    device, real, calls = Device(store.root), TaskNetwork.__call__, list[int]()
+    device.install(tasks.shapes, runtime="onnxruntime")
+    device.install(newer, runtime="onnxruntime")
+
+    def call(self: TaskNetwork, images: NpArray) -> NpArray:
+        calls.append(1)
+        if len(calls) == 3:
+            raise InputError("test_vit", "cannot be run by ONNX Runtime", got="out of luck")
+        return real(self, images)
+
+    monkeypatch.setattr(TaskNetwork, "__call__", call)
+    ran = device.run("shapes", [tasks.data / "test"])
+
+    assert ran.sequence == 0
+    assert {answer.label for answer in ran.results} <= {"circle", "square", "triangle"}
+    assert len(ran.results) == len(list((tasks.data / "test").rglob("*.png")))
+
+
+def test_a_pack_without_a_probe_has_to_answer_at_all(
+    store: Store, tasks: Tasks, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def call(self: TaskNetwork, images: NpArray) -> NpArray:
+        raise CheckError(self.runtime, "must give finite answers", got="NaN or infinity")
+
+    monkeypatch.setattr(TaskNetwork, "__call__", call)
+    with pytest.raises(CheckError, match="must give finite answers, got NaN or infinity"):
+        Device(store.root).install(encode_pack(replace(read_pack(tasks.shapes).delta, probes={})))
+    assert store.tasks() == ()

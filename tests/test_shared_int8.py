@@ -400,7 +400,7 @@ def test_a_vector_that_is_no_number_is_refused(vit: Shared) -> None:
 
 def test_a_runtime_that_shares_no_backbone_is_refused(vit: Shared) -> None:
     assert refusal(lambda: SharedInt8(vit.graph, runtime="tensorrt")) == (
-        "`runtime`: is one of onnxruntime, openvino for a pack on a shared backbone, got 'tensorrt'"
+        "`runtime`: is one of onnxruntime, openvino for an int8 backbone, got 'tensorrt'"
     )
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 from edgepet.bringing import clear_folder
@@ -16,30 +17,45 @@ from edgepet.canonical import canonical_json, parse_json
 from edgepet.device.generations import Generation, GraphState, as_json, from_json
 from edgepet.errors import EdgepetError, InputError, refusing
 from edgepet.files import made_folder, read_file, write_file
-from edgepet.graphs.manifest import Listed, damaged, listed_files, read_manifest
+from edgepet.graphs.manifest import Listed, damaged, is_whole, listed_files, read_manifest
 
 KEPT = 2  # generations on the disk
 BRING = "edgepet device init --store STORE --for TASK.pet on a host, or --from a folder that has it whole"
 _GENERATION = re.compile(r"(\d{10})-([0-9a-f]{16})\.json")
 _PACK = re.compile(r"[0-9a-f]{64}\.pet")
+_KEY = re.compile(r".+\.pub")
 _MOST_SEEN = 8
+_AGAIN = 3  # times that generations are listed, when those that were are gone
 _seen: dict[Path, tuple[tuple[int, int, int], Generation]] = {}  # of this process: generations never change
 _GRAPH = re.compile(r"(graph-[A-Za-z0-9_-]+|backbone(-int8)?)\.(json|onnx|safetensors)")
+
+
+class DamagedError(InputError):
+    """The bytes of a generation are not those that its name has the digits of: the one before counts."""
 
 
 def newest(root: Path) -> Generation:
     """The generation of the store ``root`` that counts, an empty one where there is none.
 
     Raises:
-        InputError: all that there are are damaged, or the folder was written before stores had generations.
+        InputError: all that there are are damaged or gone, one cannot be read or is of a later version, or the folder
+            was written before stores had generations.
     """
-    files = generation_files(root)
-    for path in files:
-        with contextlib.suppress(EdgepetError):
-            return read_generation(path)
-    if files:
+    for attempt in range(_AGAIN):
+        files = generation_files(root)
+        try:
+            for path in files:
+                with contextlib.suppress(DamagedError):
+                    return read_generation(path)
+        except InputError:
+            if attempt == _AGAIN - 1 or all(path.exists() for path in files):
+                raise
+            continue  # others wrote newer ones meanwhile
+        break
+    if files or any((root / "packs").glob("*.pet")):
         fix = "edgepet device init into another folder, then install its packs/*.pet there"
-        raise InputError(str(root), "has no generation that is whole", got=files[0].name, fix=fix)
+        got = files[0].name if files else "none at all beside its packs"
+        raise InputError(str(root), "has no generation that is whole", got=got, fix=fix)
     if (root / "tasks").is_dir():
         fix = f"edgepet device init into another folder, then install {root / 'tasks'}/*.pet there"
         raise InputError(str(root), "was written before stores had generations", fix=fix)
@@ -53,6 +69,7 @@ def write_generation(root: Path, then: Generation) -> None:
         InputError: it cannot be written; then the one before still counts.
     """
     text = canonical_json(as_json(then))
+    from_json(parse_json(text), "generation")  # what nobody could read is not written
     folder = made_folder(root / "generations", "what the store holds is kept there")
     name = f"{then.number:010d}-{hashlib.sha256(text).hexdigest()[:16]}.json"
     write_file(folder / name, text, read_only=True)
@@ -62,27 +79,33 @@ def write_generation(root: Path, then: Generation) -> None:
 
 
 def clear(root: Path) -> None:
-    """Remove what the kept generations do not name. What cannot be removed now is removed later."""
+    """Remove what the kept generations do not name. What cannot be removed now is removed later.
+
+    Raises:
+        InputError: a generation, or a folder, cannot be read: then nothing is removed.
+    """
     whole = dict[str, Generation]()
     for path in generation_files(root):
-        if len(whole) < KEPT:
-            with contextlib.suppress(EdgepetError):
+        with contextlib.suppress(DamagedError):
+            if len(whole) < KEPT:
                 whole[path.name] = read_generation(path)
-    clear_folder(root / "generations", _GENERATION, keep=whole)
     if not whole:
         return
-    packs = {f"{digest}.pet" for each in whole.values() for digest in each.packs}
-    clear_folder(root / "packs", _PACK, keep=packs)
-    graphs = {name for each in whole.values() for name in each.graphs}
-    for folder in _folders(root / "backbones"):
-        descriptions = [name for name in graphs if name.startswith(f"{folder.name}/")]
-        kept = {Path(name).name for name in descriptions}
-        try:
-            for name in descriptions:
-                kept.update(listed(root / "backbones" / name))
-        except EdgepetError:
-            continue  # one that is damaged does not say what it keeps
-        clear_folder(folder, _GRAPH, keep=kept)
+    with refusing(root, "could not be read"):
+        clear_folder(root / "generations", _GENERATION, keep=whole)
+        packs = {f"{digest}.pet" for each in whole.values() for digest in each.packs}
+        clear_folder(root / "packs", _PACK, keep=packs)
+        clear_folder(root / "trusted", _KEY, keep={path.name for path in root.glob("trusted/*.pub")})
+        graphs = {name for each in whole.values() for name in each.graphs}
+        for folder in _folders(root / "backbones"):
+            descriptions = [name for name in graphs if name.startswith(f"{folder.name}/")]
+            kept = {Path(name).name for name in descriptions}
+            try:
+                for name in descriptions:
+                    kept.update(listed(root / "backbones" / name))
+            except EdgepetError:
+                continue  # one that is damaged does not say what it keeps
+            clear_folder(folder, _GRAPH, keep=kept)
 
 
 def generation_files(root: Path) -> list[Path]:
@@ -126,7 +149,7 @@ def _parsed(path: Path, text: bytes) -> Generation:
     digits = hashlib.sha256(text).hexdigest()[:16]
     match = _GENERATION.fullmatch(path.name)
     if match is None or match[2] != digits:
-        raise InputError(str(path), "is not what its name says", got=digits)
+        raise DamagedError(str(path), "is not what its name says", got=digits)
     try:
         now = from_json(parse_json(text), path.name)
     except (ValueError, RecursionError) as error:
@@ -141,14 +164,15 @@ def listed(path: Path) -> Listed:
     return listed_files(read_manifest(path, where=path.name, fix=BRING))
 
 
-def require_own(path: Path) -> None:
-    """Refuse a link in place of a file: what it leads to may be changed by others.
+def require_own(root: Path, path: Path) -> None:
+    """Refuse a link in place of a file of the store ``root``, or of a folder that it is in: others may change it.
 
     Raises:
-        InputError: it is one.
+        InputError: there is one.
     """
-    if path.is_symlink():
-        raise InputError(str(path), "must be a file of the store itself", got="a link", fix=BRING)
+    for each in (path, *(parent for parent in path.parents if root in parent.parents)):
+        if each.is_symlink():
+            raise InputError(str(each), "must be a file or folder of the store itself", got="a link", fix=BRING)
 
 
 def damaged_files(root: Path, name: str, graph: GraphState) -> list[Path]:
@@ -162,4 +186,39 @@ def damaged_files(root: Path, name: str, graph: GraphState) -> list[Path]:
 
 
 def _folders(path: Path) -> list[Path]:
-    return sorted(each for each in path.iterdir() if each.is_dir()) if path.is_dir() else []
+    return sorted(each for each in path.iterdir() if each.is_dir() and not each.is_symlink()) if path.is_dir() else []
+
+
+def require_same(root: Path, now: Generation, name: str, files: Listed) -> None:
+    """Refuse ``files`` of a graph that would take the place of whole ones that another graph of the backbone runs on.
+
+    Raises:
+        InputError: one would.
+    """
+    folder, _, _ = name.partition("/")
+    for other in (each for each in now.graphs if each.startswith(f"{folder}/") and each != name):
+        if damaged_files(root, other, now.graphs[other]):
+            continue
+        path = root / "backbones" / other
+        for file, told in listed(path).items():
+            if files.get(file, told)[0] != told[0]:
+                what, fix = "is another file than the graph's that comes", "make all graphs of a backbone on one host"
+                raise InputError(str(path.parent / file), what, got=f"{told[0][:12]} here", fix=fix)
+
+
+def is_own(path: Path, sha256: str, size: int) -> bool:
+    """Whether a file of a store is there and whole, and no link."""
+    return not path.is_symlink() and is_whole(path, sha256, size)
+
+
+@contextlib.contextmanager
+def mending() -> Iterator[None]:
+    """In a store nothing is made again: what is damaged is brought.
+
+    Raises:
+        InputError: as the block, with that as its cure.
+    """
+    try:
+        yield
+    except InputError as error:
+        raise InputError(error.where, error.what, got=error.got, fix=BRING) from error

@@ -6,15 +6,24 @@ decision can be asked again under the store's lock. ``edgepet.device.store`` kee
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
+from edgepet.deltas.delta import require_task
 from edgepet.errors import CheckError, InputError, option
+from edgepet.graphs.base import graph_folder, graph_stem
+from edgepet.graphs.int8 import int8_stem
+from edgepet.packs.pack import Pack
+from edgepet.packs.signatures import Signer
 from edgepet.spec import StoredPrecision
 from edgepet.strict import ObjectReader
 
 VERSION = 1
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+_GRAPH = re.compile(r"[0-9a-f]{16}/graph-[A-Za-z0-9_-]+\.json")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,7 +78,8 @@ class Candidate:
     """A pack that somebody wants installed, as far as a verdict needs it.
 
     ``dense`` and ``int8`` are names of descriptions, ``<digits>/<stem>.json``, of the graphs that it could run on;
-    ``codes`` those that its ranges are for, None where it has none.
+    ``codes`` those that its ranges are for, None where it has none. ``key`` are digits of the key that signed it,
+    empty where nobody's was asked for: names of keys are their owner's, and change.
     """
 
     task: str
@@ -77,15 +87,38 @@ class Candidate:
     size_bytes: int
     sequence: int
     signed_by: str | None
+    key: str
     backbone: str
     dense: str
     int8: str
     codes: str | None
 
 
+def candidate_of(pack: Pack, signed: Signer | None) -> Candidate:
+    """What a verdict needs of a pack; ``signed`` is None where nobody's key was asked for."""
+    delta = pack.delta
+    digits = graph_folder(delta.fingerprint, Path()).name
+    return Candidate(
+        task=delta.task,
+        sha256=pack.sha256,
+        size_bytes=pack.size_bytes,
+        sequence=pack.sequence,
+        signed_by=None if signed is None else signed.name,
+        key="" if signed is None else signed.key,
+        backbone=delta.backbone,
+        dense=f"{digits}/{graph_stem(delta.preprocess, delta.structure)}.json",
+        int8=f"{digits}/{int8_stem(delta.preprocess)}.json",
+        codes=None if delta.int8 is None else delta.int8.codes,
+    )
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Generation:
-    """All that a store's folder means. ``floors``: for a task and who signed it, the newest that was ever installed."""
+    """All that a store's folder means.
+
+    ``floors``: for a task and the key that signed it, the number of the newest pack, or of an older one that was asked
+    for since. Empty digits stand for whoever signed it while no key was asked for.
+    """
 
     number: int = 0
     tasks: Mapping[str, TaskState] = field(default_factory=dict)
@@ -154,9 +187,9 @@ def installing(now: Generation, pack: Candidate, answers: Mapping[str, str], *, 
             f"task {pack.task!r}", "must be signed by a key that is trusted here", got="no signature", fix=fix
         )
     floors = dict(now.floors.get(pack.task, {}))
-    signer = pack.signed_by or ""
-    if pack.sequence < floors.get(signer, 0) and not older:
-        what = f"must not be older than what was installed before, which had the sequence number {floors[signer]}"
+    floor = floors.get(pack.key, floors.get("", 0))
+    if pack.sequence < floor and not older:
+        what = f"must not be older than what was installed before, which had the sequence number {floor}"
         fix = f"install it with {option('older', True)} if that is meant"
         raise CheckError(f"task {pack.task!r}", what, got=pack.sequence, fix=fix)
     precisions_of(now, pack)
@@ -172,8 +205,8 @@ def installing(now: Generation, pack: Candidate, answers: Mapping[str, str], *, 
     if before is not None:
         candidates = (before.active, before.previous)
         previous = next((each for each in candidates if each and each.serves and each.sha256 != fresh.sha256), None)
-    floors[signer] = pack.sequence
-    kept = {name: given for name, given in floors.items() if given}
+    floors[pack.key] = pack.sequence
+    kept = {key: given for key, given in floors.items() if given or key}
     return now.next(
         tasks={**now.tasks, pack.task: TaskState(active=fresh, previous=previous)},
         floors={
@@ -195,6 +228,9 @@ def rolling_back(now: Generation, task: str, where: str) -> Generation:
         raise InputError(
             f"task {task!r}", "has no pack before the one that is active", fix="install the one that you want"
         )
+    if now.requires_signature and state.previous.signed_by is None:
+        fix = "install one that is signed"
+        raise CheckError(f"task {task!r}", "must not go back to a pack that nobody trusted has signed", fix=fix)
     if not state.previous.serves:
         why = next(iter(state.previous.refused.values()))
         raise CheckError(
@@ -286,8 +322,8 @@ def from_json(value: object, where: str) -> Generation:
     floors, graphs, tasks = (table.nested(key) for key in ("floors", "graphs", "tasks"))
     made = Generation(
         number=table.integer("number"),
-        tasks={name: _task(tasks.nested(name)) for name in tasks.names()},
-        graphs={name: _graph(graphs.nested(name)) for name in graphs.names()},
+        tasks={name: _task(tasks.nested(name), name) for name in tasks.names()},
+        graphs={name: _graph(graphs.nested(name), name) for name in graphs.names()},
         floors={name: _floor(floors.nested(name)) for name in floors.names()},
         requires_signature=table.boolean("requires_signature"),
         quota_bytes=None if table.absent("quota_bytes") else table.integer("quota_bytes"),
@@ -306,7 +342,8 @@ def _pack_json(pack: Installed) -> dict[str, object]:
     }
 
 
-def _task(table: ObjectReader) -> TaskState:
+def _task(table: ObjectReader, name: str) -> TaskState:
+    require_task(name, table.where, "needs a task's name")
     previous = None if table.absent("previous") else _pack(table.nested("previous"))
     made = TaskState(active=_pack(table.nested("active")), previous=previous, reason=table.text("reason"))
     table.end()
@@ -316,7 +353,7 @@ def _task(table: ObjectReader) -> TaskState:
 def _pack(table: ObjectReader) -> Installed:
     answers = table.nested("answers")
     made = Installed(
-        sha256=table.text("sha256"),
+        sha256=_digest(table),
         size_bytes=table.integer("bytes"),
         sequence=table.integer("sequence"),
         signed_by=None if table.absent("signed_by") else table.text("signed_by"),
@@ -326,8 +363,17 @@ def _pack(table: ObjectReader) -> Installed:
     return made
 
 
-def _graph(table: ObjectReader) -> GraphState:
-    made = GraphState(sha256=table.text("sha256"), codes=None if table.absent("codes") else table.text("codes"))
+def _digest(table: ObjectReader) -> str:
+    text = table.text("sha256")
+    if _SHA256.fullmatch(text) is None:
+        raise table.refusal("sha256", "needs 64 hex digits", got=repr(text[:80]))
+    return text
+
+
+def _graph(table: ObjectReader, name: str) -> GraphState:
+    if _GRAPH.fullmatch(name) is None:
+        raise table.refusal("", "needs the name of a graph's description", got=repr(name[:80]))
+    made = GraphState(sha256=_digest(table), codes=None if table.absent("codes") else table.text("codes"))
     table.end()
     return made
 

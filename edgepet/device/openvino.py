@@ -9,7 +9,6 @@ from collections import Counter
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from functools import cache
-from importlib.metadata import version
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeAlias
@@ -182,7 +181,7 @@ def _kept_int8(graph: Int8Graph, threads: int | None, store: Path) -> tuple[_Ope
     OpenVINO checks nothing of what it exported, so the cache has a digest; and it does not say whether it was compiled
     for this processor, so that is in the key.
     """
-    made = list[tuple[_OpenVino, tuple[str, ...]]]()
+    made, package = list[tuple[_OpenVino, tuple[str, ...]]](), _openvino()
 
     def compiled() -> bytes:
         network, order = _compiled_int8(graph, threads, {})
@@ -193,10 +192,10 @@ def _kept_int8(graph: Int8Graph, threads: int | None, store: Path) -> tuple[_Ope
 
     here = environment()
     made_of = {
-        "openvino": version("openvino"), "cpu": [here.cpu, *here.cpu_features], "threads": threads,
+        "form": 1, "openvino": package.get_version(), "cpu": [here.cpu, *here.cpu_features], "threads": threads,
         "files": {name: digest for name, (digest, _) in graph.files.items()},
     }  # fmt: skip
-    data, kept = derived(store, f"openvino {graph.folder.name} {graph.stem}", made_of, compiled)
+    data, kept = derived(store, f"openvino {graph.folder.name} {graph.stem} {threads}", made_of, compiled)
     if not kept:
         return made[0]
     start = 8 + int.from_bytes(data[:8], "little")

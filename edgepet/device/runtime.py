@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -25,8 +25,8 @@ class TaskNetwork:
     It takes images as ``Runner`` does, and puts out logits, float32 (n, C); an InputError where they are not finite.
     """
 
-    def __init__(self, features: Runner, head: Head, *, alone_on: SharedRunner | None = None) -> None:
-        # ``alone_on``: a backbone that no other task runs on is closed with the task.
+    def __init__(self, features: Runner, head: Head, *, alone_on: Sequence[SharedRunner] = ()) -> None:
+        # ``alone_on``: backbones that no other task runs on are closed with the task.
         self._features, self._head, self._alone_on = features, head, alone_on
         self.runtime, self.executed = features.runtime, features.executed
 
@@ -38,14 +38,14 @@ class TaskNetwork:
     def __call__(self, images: NpArray) -> NpArray:
         logits = self._head(self._features(images))
         if not np.isfinite(logits).all():  # the first label would be said with a score of NaN
-            raise InputError(f"{self.runtime}, {self.executed}", "must give finite answers", got="NaN or infinity")
+            raise CheckError(f"{self.runtime}, {self.executed}", "must give finite answers", got="NaN or infinity")
         return logits
 
     def close(self) -> None:
         """Give the network back; one that tasks share stays open."""
         self._features.close()
-        if self._alone_on is not None:
-            self._alone_on.close()
+        for shared in self._alone_on:
+            shared.close()
 
     def __enter__(self) -> TaskNetwork:
         return self
@@ -118,15 +118,18 @@ class SharedInt8:
             raise InputError(option("runtime"), f"has no int8 backbone on {self._row.name}")
         return self._row.open_int8(self.graph, self._threads, codes, self._store)
 
-    def bind(self, delta: Delta) -> TaskNetwork:
+    def bind(self, delta: Delta, *, alone: bool = False) -> TaskNetwork:
         """A task, ready to run; from one bound task to another there is nothing to switch.
+
+        ``alone``: the backbone is closed with it.
 
         Raises:
             BackboneError, InputError: as ``task_slots``.
         """
         slots = task_slots(self.graph, delta)
         own = self._open(slots.codes) if slots.codes else None
-        return TaskNetwork((own or self._network).bind(slots), delta.head.in_float32, alone_on=own)
+        closed = (*((own,) if own else ()), *((self._network,) if alone else ()))
+        return TaskNetwork((own or self._network).bind(slots), delta.head.in_float32, alone_on=closed)
 
     def close(self) -> None:
         """Give the backbone back, once no bound task runs any more."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -53,6 +53,16 @@ class Served:
         except EdgepetError as error:
             self._fall_back(error)
 
+    def answers(self, paths: Sequence[Path]) -> tuple[Answer, ...]:
+        """Of all of them by one pack: from the beginning, where it is replaced on the way."""
+        found = list[Answer]()
+        for path in paths:
+            before = self.installed
+            found.append(self.answer(path))
+            if self.installed is not before:
+                return self.answers(paths)
+        return tuple(found)
+
     def answer(self, path: Path) -> Answer:
         """Of an image; the pack before gives it where it is the network that fails, not the image."""
         try:
@@ -77,20 +87,19 @@ class Served:
 
     def _opened(self, installed: Installed, *, asked: bool) -> tuple[Pack, TaskNetwork]:
         pack = self._store.pack_of(self._task, installed)
-        network = self._opener(pack, asked)
-        if asked and not pack.delta.probes:
-            network(np.zeros((1, *pack.delta.preprocess.input_shape), np.float32))
-        return pack, network
+        return pack, self._opener(pack, asked)
 
     def _fall_back(self, error: EdgepetError) -> None:
         """Open another pack of the task in place of the one that failed; where none can, the fault is not the pack's.
 
         A pack whose answers are wrong is served here no more in either case.
         """
-        failed, state = self.installed, self._store.now().tasks.get(self._task)
-        others = () if state is None else (state.active, state.previous)
-        for other in others:
+        failed, now = self.installed, self._store.now()
+        state = now.tasks.get(self._task)
+        for other in () if state is None else (state.active, state.previous):
             if other is None or other.sha256 == failed.sha256 or self._place in other.refused:
+                continue
+            if now.requires_signature and other.signed_by is None:
                 continue
             with contextlib.suppress(EdgepetError):
                 self.pack, self.network = self._opened(other, asked=True)
@@ -137,7 +146,7 @@ def open_pack(
         graph = store.int8_of(pack)
         task_ranges(graph, pack.delta)
         place = store.deriving(graph.weights_bytes)
-        network = SharedInt8(graph, runtime=runtime, threads=threads, store=place).bind(pack.delta)
+        network = SharedInt8(graph, runtime=runtime, threads=threads, store=place).bind(pack.delta, alone=True)
     elif precision == "fp32":
         network = open_task(store.graph_of(pack), pack.delta, runtime=runtime, threads=threads)
     else:
@@ -153,6 +162,8 @@ def answering(
     try:
         if asked or key not in _asked:
             require_probe(network, pack.delta, precision)
+            if precision not in pack.delta.probes:  # then that it answers at all
+                network(np.zeros((1, *pack.delta.preprocess.input_shape), np.float32))
             _asked.add(key)
     except BaseException:
         network.close()

@@ -196,7 +196,7 @@ class Device:
         with Served(store, task, runtime, precision, opener) as served:
             opened = time.perf_counter()
             paths = inputs_of(images, clips=served.pack.delta.preprocess.frames > 1)
-            answers = tuple(served.answer(path) for path in paths)
+            answers = served.answers(paths)
             spent = time.perf_counter() - opened
             return DeviceRun(
                 results=answers,
@@ -228,7 +228,7 @@ class Device:
         networks = dict[str, TaskNetwork]()
         try:
             for task in store.tasks():
-                if store.pack(task).delta.int8 is not None:
+                if _may_have_ranges(store, task):
                     networks[task] = Served(store, task, runtime, "int8", opener).network
             if not networks:
                 fix = "install packs that `edgepet calibrate TASK.pet --calib DIR -o OUT.pet` wrote"
@@ -237,6 +237,14 @@ class Device:
             Int8Tasks(networks, list(opened.values())).close()
             raise
         return Int8Tasks(networks, list(opened.values()))
+
+
+def _may_have_ranges(store: Store, task: str) -> bool:
+    """Whether the active pack of ``task`` has ranges; of one that is damaged ``Served`` finds out."""
+    try:
+        return store.pack(task).delta.int8 is not None
+    except InputError:
+        return True
 
 
 def _line(task: str, state: TaskState) -> TaskLine:

@@ -23,12 +23,23 @@ from typing import TypeAlias, TypeVar
 from edgepet.bringing import bring_file
 from edgepet.deltas.merge import task_tensors
 from edgepet.device.caches import clear_cache
-from edgepet.device.generation_files import BRING, clear, damaged_files, listed, newest, require_own, write_generation
+from edgepet.device.generation_files import (
+    BRING,
+    clear,
+    damaged_files,
+    is_own,
+    listed,
+    mending,
+    newest,
+    require_own,
+    require_same,
+    write_generation,
+)
 from edgepet.device.generations import (
-    Candidate,
     Generation,
     GraphState,
     Installed,
+    candidate_of,
     installing,
     precisions_of,
     removing,
@@ -37,13 +48,13 @@ from edgepet.device.generations import (
 )
 from edgepet.errors import CheckError, InputError
 from edgepet.files import folder_bytes, made_folder, read_file, sha256_file, write_file
-from edgepet.graphs.base import BaseGraph, graph_at, graph_folder, graph_stem
-from edgepet.graphs.int8 import Int8Graph, int8_at, int8_stem
-from edgepet.graphs.manifest import is_whole, put_stamp
+from edgepet.graphs.base import BaseGraph, graph_at, graph_folder
+from edgepet.graphs.int8 import Int8Graph, int8_at
+from edgepet.graphs.manifest import put_stamp
 from edgepet.graphs.slots import task_slots
 from edgepet.locks import held_alone
 from edgepet.packs.pack import Pack, read_pack
-from edgepet.packs.signatures import PUBLIC, public_key, signer
+from edgepet.packs.signatures import PUBLIC, Signer, public_key, signed_with
 from edgepet.spec import StoredPrecision
 
 WAIT_S = 60.0  # for another process that changes the store
@@ -84,7 +95,7 @@ class Store:
             InputError: its file is damaged or missing.
         """
         path, fix = self.pack_path(installed), f"install {task!r} again, or edgepet device rollback"
-        require_own(path)
+        require_own(self.root, path)
         try:
             data = read_file(path)
         except InputError as error:
@@ -115,7 +126,8 @@ class Store:
         Raises:
             InputError: it is not here, or damaged.
         """
-        return graph_at(self._description(_candidate(pack, None).dense, pack))
+        with mending():
+            return graph_at(self._description(candidate_of(pack, None).dense, pack))
 
     def int8_of(self, pack: Pack) -> Int8Graph:
         """The int8 backbone that ``pack`` runs on.
@@ -123,7 +135,8 @@ class Store:
         Raises:
             InputError: it is not here, or damaged.
         """
-        return int8_at(self._description(_candidate(pack, None).int8, pack))
+        with mending():
+            return int8_at(self._description(candidate_of(pack, None).int8, pack))
 
     def graphs(self) -> tuple[BaseGraph | Int8Graph, ...]:
         """Every graph that is here.
@@ -142,12 +155,12 @@ class Store:
         Raises:
             InputError: neither is here, or the codes that are here are others.
         """
-        return precisions_of(self.now(), _candidate(pack, None))
+        return precisions_of(self.now(), candidate_of(pack, None))
 
     def deriving(self, size_bytes: int) -> Path | None:
         """Where a runtime may keep what it derives of a graph of this size; None where the quota has no room for it."""
         quota = self.now().quota_bytes
-        fits = quota is None or folder_bytes(self.root) + 2 * size_bytes <= quota
+        fits = quota is None or folder_bytes(self.root) - self.cache_bytes + 2 * size_bytes <= quota
         return self.root if fits else None
 
     @property
@@ -164,7 +177,7 @@ class Store:
             InputError: a file of it cannot be read or is damaged, the store not written, or its quota too small.
         """
         description = graph.folder / f"{graph.stem}.json"
-        digest, name = sha256_file(description), f"{graph.folder.name}/{graph.stem}.json"
+        digest, name = sha256_file(description), f"{graph_folder(graph.fingerprint, self.root).name}/{graph.stem}.json"
         again = f"delete {graph.folder} and make it again"
         with self._changing() as now:
             kept = now.graphs.get(name)
@@ -174,11 +187,13 @@ class Store:
             coming = sum(size for each, (_, size) in graph.files.items() if not (target / each).exists())
             self._make_room(now, coming)
             made_folder(target, "the backbone is kept there")
+            require_own(self.root, target)
+            require_same(self.root, now, name, graph.files)
             for each, (sha256, size) in graph.files.items():
-                if not is_whole(target / each, sha256, size):
+                if not is_own(target / each, sha256, size):
                     bring_file(graph.folder / each, target / each, sha256, again)
                     put_stamp(target / each, sha256)
-            if not is_whole(target / description.name, digest, description.stat().st_size):
+            if not is_own(target / description.name, digest, description.stat().st_size):
                 bring_file(description, target / description.name, digest, again)
             codes = graph.codes_sha256 if isinstance(graph, Int8Graph) else None
             fresh = GraphState(sha256=digest, codes=codes)
@@ -206,9 +221,10 @@ class Store:
                 written.
         """
         data = source if isinstance(source, bytes) else read_file(source)
-        signed_by = self._signer(data, "pack" if isinstance(source, bytes) else source.name)
-        pack = read_pack(data)
-        candidate, task = _candidate(pack, signed_by), pack.delta.task
+        where = "pack" if isinstance(source, bytes) else source.name
+        signed = self._signer(data, where)
+        pack = read_pack(data, where=where)
+        candidate, task = candidate_of(pack, signed), pack.delta.task
         installing(self._required(self.now()), candidate, {}, older=older)
         precisions = self.precisions(pack)
         answers = ask(pack, precisions)
@@ -217,7 +233,8 @@ class Store:
         with self._changing() as now:
             then = installing(self._required(now), candidate, answers, older=older)
             path = self.pack_path(then.tasks[task].active)
-            is_there = is_whole(path, pack.sha256, len(data))
+            require_own(self.root, path.parent)
+            is_there = is_own(path, pack.sha256, len(data))
             if not is_there:
                 self._make_room(now, len(data))
                 made_folder(path.parent, "packs are kept there")
@@ -231,12 +248,13 @@ class Store:
 
         Raises:
             InputError: it is not installed, has no pack before, or the store cannot be written.
-            CheckError: the pack before was refused everywhere.
+            CheckError: the pack before was refused everywhere, or nobody trusted has signed it.
         """
+        self.now().of(task, str(self.root))  # before anything is made
         with self._changing() as now:
-            then = rolling_back(now, task, str(self.root))
+            then = rolling_back(self._required(now), task, str(self.root))
             self.pack_of(task, then.tasks[task].active)  # refuses one that is damaged
-            write_generation(self.root, then)
+            write_generation(self.root, replace(then, requires_signature=now.requires_signature))
         return then.tasks[task].active
 
     def refuse(self, task: str, sha256: str, place: str, why: str) -> None:
@@ -256,6 +274,7 @@ class Store:
         Raises:
             InputError: it is not installed, or the store cannot be written.
         """
+        self.now().of(task, str(self.root))
         with self._changing() as now:
             write_generation(self.root, removing(now, task, str(self.root)))
 
@@ -280,6 +299,11 @@ class Store:
         """
         for name, data in keys.items():
             public_key(data, name)
+        there = self.trusted_keys()
+        other = [name for name, data in keys.items() if there.get(name, data) != data]
+        if other:
+            what, fix = f"is another key than the {other[0]!r} that is trusted here", "give it a name of its own"
+            raise InputError(f"{other[0]}{PUBLIC}", what, fix=fix)
         with self._changing() as now:
             made_folder(self.trusted, "keys are kept there")
             for name, data in keys.items():
@@ -317,7 +341,7 @@ class Store:
         if not path.is_file() or sha256_file(path) != now.graphs[name].sha256:
             raise InputError(str(path), "is damaged or missing", fix=BRING)
         for each in (path, *(path.parent / file for file in listed(path))):
-            require_own(each)
+            require_own(self.root, each)
         return path
 
     def _description(self, name: str, pack: Pack) -> Path:
@@ -332,7 +356,7 @@ class Store:
         """``now``, with signatures required where keys lie, whoever put them there."""
         return replace(now, requires_signature=True) if self.trusted.is_dir() else now
 
-    def _signer(self, data: bytes, where: str) -> str | None:
+    def _signer(self, data: bytes, where: str) -> Signer | None:
         """Whose key signed it, before anything of it is read; None where nobody's is asked for.
 
         Raises:
@@ -343,13 +367,13 @@ class Store:
         if not self.trusted_keys():
             fix = "edgepet device require-signature KEY.pub"
             raise CheckError(where, f"must be signed by a key in {self.trusted}", got="no key there", fix=fix)
-        name = signer(data, self.trusted, where)
-        if name is None:
+        found = signed_with(data, self.trusted, where)
+        if found is None:
             what = f"must be signed by a key in {self.trusted}"
             raise CheckError(where, what, got="no signature", fix="edgepet pack --sign")
-        return name
+        return found
 
-    def _require_fit(self, pack: Pack, precisions: tuple[StoredPrecision, ...]) -> None:
+    def _require_fit(self, pack: Pack, precisions: Sequence[StoredPrecision]) -> None:
         """Refuse what does not fit, or folds to what is not finite."""
         if "int8" in precisions:
             task_slots(self.int8_of(pack), pack.delta)
@@ -369,19 +393,3 @@ class Store:
             got = f"{held:,} bytes held and {coming_bytes:,} to come"
             fix = "remove a task, or give it a larger quota with edgepet device init --quota"
             raise InputError(str(self.root), f"may take {now.quota_bytes:,} bytes", got=got, fix=fix)
-
-
-def _candidate(pack: Pack, signed_by: str | None) -> Candidate:
-    delta = pack.delta
-    digits = graph_folder(delta.fingerprint, Path()).name
-    return Candidate(
-        task=delta.task,
-        sha256=pack.sha256,
-        size_bytes=pack.size_bytes,
-        sequence=pack.sequence,
-        signed_by=signed_by,
-        backbone=delta.backbone,
-        dense=f"{digits}/{graph_stem(delta.preprocess, delta.structure)}.json",
-        int8=f"{digits}/{int8_stem(delta.preprocess)}.json",
-        codes=None if delta.int8 is None else delta.int8.codes,
-    )

@@ -14,6 +14,7 @@ a task's head is a product behind it. Reading needs neither torch nor the ``onnx
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -32,6 +33,7 @@ from edgepet.strict import ObjectReader
 
 FORMAT, VERSION = "edgepet-graph", 1
 WEIGHTS = "backbone.safetensors"
+_FINGERPRINT = re.compile(r"sha256:[0-9a-f]{64}")
 INPUT, FEATURES, LOGITS = "images", "features", "logits"
 
 
@@ -173,9 +175,20 @@ def graph_at(path: Path) -> BaseGraph:
         structure=structure_digest(table.sequence("branches")),
     )
     table.end()
+    require_fingerprint(graph.fingerprint, path.name)
     if graph.stem != path.stem:
         raise _another(path)
     return graph
+
+
+def require_fingerprint(text: str, where: str) -> None:
+    """Refuse what is no fingerprint: the name of a folder is made of it.
+
+    Raises:
+        InputError: it is none.
+    """
+    if _FINGERPRINT.fullmatch(text) is None:
+        raise InputError(f"{where}.fingerprint", "needs sha256: and 64 hex digits", got=repr(text[:80]))
 
 
 def _another(path: Path) -> InputError:

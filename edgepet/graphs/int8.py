@@ -23,7 +23,7 @@ from typing import Literal
 from edgepet.deltas.codes import CodedWeight
 from edgepet.errors import InputError
 from edgepet.files import sha256_file
-from edgepet.graphs.base import bytes_beside, graph_folder, graph_stem, read_description
+from edgepet.graphs.base import bytes_beside, graph_folder, graph_stem, read_description, require_fingerprint
 from edgepet.graphs.manifest import Listed
 from edgepet.graphs.tensor_files import mapped_tensors
 from edgepet.spec import NpArray, Preprocess, spelled_size
@@ -190,6 +190,7 @@ def int8_at(path: Path) -> Int8Graph:
         files=described.files,
     )
     table.end()
+    require_fingerprint(graph.fingerprint, path.name)
     _require_names(graph, path)
     if graph.stem != path.stem:
         raise _another(path)

@@ -1,4 +1,4 @@
-"""What somebody wants an answer for: image files, folders of them at any depth, patterns; clips are folders of frames."""
+"""What somebody wants an answer for: image files, folders of them at any depth, patterns; a clip is a folder."""
 
 from __future__ import annotations
 

@@ -131,17 +131,17 @@ def write_pack(path: FilePath, delta: Delta, *, codec: Codec = "fp16", **given: 
     return len(data)
 
 
-def read_pack(source: Path | str | bytes) -> Pack:
+def read_pack(source: Path | str | bytes, *, where: str | None = None) -> Pack:
     """Read a pack without any knowledge of its backbone, and refuse whatever version 1 does not know.
 
-    Who signed it is not asked here: ``signatures.signer`` does.
+    Who signed it is not asked here: ``signatures.signer`` does. Messages name ``where``, by default the file.
 
     Raises:
         PackError: it is not a pack of version 1 in the one canonical spelling of its tensors and manifest, or asks for
             more memory than a pack of its length may.
         InputError: the file cannot be read.
     """
-    where = "pack" if isinstance(source, bytes) else Path(source).name
+    where = where or ("pack" if isinstance(source, bytes) else Path(source).name)
     data = source if isinstance(source, bytes) else read_file(Path(source))
     parts = taken_apart(data, where)
     try:

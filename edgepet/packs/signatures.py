@@ -6,7 +6,9 @@ as well. Keys are PEM files, a private one PKCS #8 and a public one SubjectPubli
 
 from __future__ import annotations
 
+import hashlib
 import os
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -69,8 +71,22 @@ def sign(data: bytes, key: Path) -> bytes:
     return with_signature(data, _private(key).sign(signed_bytes(data)).hex())
 
 
+@dataclass(frozen=True, slots=True)
+class Signer:
+    """Who signed a pack: the name of the key, its file's without .pub, and digits of the key itself."""
+
+    name: str
+    key: str
+
+
 def signer(data: bytes, trusted: Path, where: str) -> str | None:
-    """The name of the key in the folder ``trusted`` that signed the pack ``data``: its file's, without .pub.
+    """The name of the key in the folder ``trusted`` that signed the pack ``data``; as ``signed_with``."""
+    found = signed_with(data, trusted, where)
+    return None if found is None else found.name
+
+
+def signed_with(data: bytes, trusted: Path, where: str) -> Signer | None:
+    """The key in the folder ``trusted`` that signed the pack ``data``.
 
     Nothing of the pack but these bytes is looked at: no JSON is parsed.
 
@@ -95,7 +111,7 @@ def signer(data: bytes, trusted: Path, where: str) -> str | None:
             key.verify(signature, message)
         except InvalidSignature:
             continue
-        return name
+        return Signer(name, hashlib.sha256(key.public_bytes_raw()).hexdigest()[:16])
     what = "must be signed by a key that is trusted here, and be as it was then"
     raise CheckError(where, what, got=f"a signature of none of {len(keys)} keys in {trusted}")
 
@@ -113,6 +129,9 @@ def require_key(path: Path) -> None:
 def _keys(folder: Path) -> dict[str, Ed25519PublicKey]:
     with refusing(folder, "could not be read"):
         files = sorted(path for path in folder.iterdir() if path.suffix == PUBLIC)
+    odd = [path for path in files if not path.name.isprintable()]
+    if odd:
+        raise InputError(str(folder), "needs keys whose names can be printed", got=repr(odd[0].name))
     if len(files) > MOST_KEYS:
         raise InputError(str(folder), f"may hold at most {MOST_KEYS} keys", got=len(files))
     return {path.stem: public_key(read_file(path), str(path)) for path in files}

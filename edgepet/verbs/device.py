@@ -108,7 +108,7 @@ def init(
         backbone: as everywhere; needs torch where its graph is not in the cache.
         packs: bring the graphs that these need; they are not installed.
         source: bring everything from another store: its graphs, keys and active packs, each of which answers its own
-            probe here first.
+            probe here first. Into a store that is there already it brings graphs alone, which mends them.
         image_size: of ``backbone``; None is its own.
         precisions: "fp32", "int8": of the graphs of ``backbone`` and of packs with ranges.
         quota_bytes: the most that the store may take; None leaves it as it is.
@@ -152,25 +152,28 @@ def export(store: FilePath, to: FilePath, tasks: Sequence[str] = ()) -> ExportRe
         InputError: no such task, ``to`` is there already, or it cannot be written.
     """
     source, target = Store(Path(store)), Store(Path(to))
-    if target.root.exists() and any(target.root.iterdir()):
+    if target.root.exists() and (not target.root.is_dir() or any(target.root.iterdir())):
         raise InputError(str(to), "is there already", fix="name another folder")
     bring(source, target, tasks or source.tasks())
     return ExportReport(path=str(to), tasks=target.tasks(), bytes=folder_bytes(target.root))
 
 
 def bring(source: Store, target: Store, tasks: Sequence[str] | None = None) -> None:
-    """Bring keys, graphs and active packs of ``source`` into ``target``.
+    """Bring keys, graphs and active packs of ``source`` into ``target``; into a store that is there, graphs alone.
 
     Args:
         tasks: these alone, with the graphs that they need, and nothing is asked of them: they answer where the folder
             goes. None is everything, each pack asked for its own probe.
 
     Raises:
-        InputError: no such task, or something is damaged or cannot be written.
+        InputError: ``source`` is no store, has no such task, or something is damaged or cannot be written.
         CheckError: a pack answers otherwise than it says, or nobody trusted has signed it.
     """
-    now = source.now()
-    packs = {task: source.pack_of(task, now.of(task, str(source.root)).active) for task in tasks or sorted(now.tasks)}
+    now, is_new = source.now(), not target.now().number and not target.trusted.is_dir()
+    if not now.number:
+        raise InputError(str(source.root), "is no store", fix="name one that edgepet device export or init made")
+    wanted = sorted(now.tasks) if tasks is None else tasks
+    packs = {task: source.pack_of(task, now.of(task, str(source.root)).active) for task in wanted if is_new}
     graphs: dict[str, BaseGraph | Int8Graph] = {}
     for pack in packs.values():
         for precision in source.precisions(pack):
@@ -178,8 +181,8 @@ def bring(source: Store, target: Store, tasks: Sequence[str] | None = None) -> N
             graphs[f"{graph.folder}/{graph.stem}"] = graph
     if tasks is None:
         graphs |= {f"{graph.folder}/{graph.stem}": graph for graph in source.graphs()}
-    if now.requires_signature:
-        target.trust(source.trusted_keys())
+    if is_new and (keys := source.trusted_keys()):
+        target.trust(keys)
     for graph in graphs.values():
         target.add_graph(graph)
     for task in packs:
@@ -207,8 +210,11 @@ def require_signature(store: FilePath, keys: Sequence[FilePath]) -> TrustReport:
     if wrong or not files:
         got = repr(wrong[0].name) if wrong else "no such file"
         raise InputError(
-            option("keys"), f"needs public keys, whose names end in {PUBLIC}", got=got, fix="edgepet keygen"
+            "require-signature", f"needs public keys, whose names end in {PUBLIC}", got=got, fix="edgepet keygen"
         )
+    twice = [each.name for each in files if sum(each.stem == other.stem for other in files) > 1]
+    if twice:
+        raise InputError("require-signature", "needs keys of different names", got=f"{twice[0]} twice")
     held = Store(Path(store))
     held.trust({each.stem: read_file(each) for each in files})
     return TrustReport(keys=tuple(sorted(held.trusted_keys())))

@@ -63,7 +63,12 @@ def _init_options(parser: Parser) -> None:
         metavar="TASK.pet",
         help="bring what these packs run on (default: none)",
     )
-    add("--from", dest="source", metavar="DIR", help="bring everything from another store (default: none)")
+    add(
+        "--from",
+        dest="source",
+        metavar="DIR",
+        help="bring everything from another store; graphs alone, where this is one (default: none)",
+    )
     image_size_option(parser, "of --backbone (default: its own)")
     told = "of the graphs: fp32, int8 (default: fp32; with int8 alone no dense backbone is brought)"
     add("--precision", dest="precisions", type=names, default=["fp32"], metavar="P,…", help=told)
