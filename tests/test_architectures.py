@@ -50,7 +50,15 @@ NETWORKS: dict[str, tuple[int, Callable[[], nn.Module] | None]] = {
     "test_vit4": (32, None),  # a register token, no class token, normalised queries and keys
 }
 # Ten seconds and more each: what they are made of is in others, small ones
-SLOW = {"convnextv2_atto", "ghostnet_050", "ghostnetv2_100", "mobilenetv3_small_050", "tf_efficientnet_lite0"}
+SLOW = {
+    "convnextv2_atto",
+    "ghostnet_050",
+    "ghostnetv2_100",
+    "mobilenetv3_small_050",
+    "swin",
+    "test_vit4",
+    "tf_efficientnet_lite0",
+}
 
 
 @pytest.fixture(

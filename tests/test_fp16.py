@@ -37,7 +37,10 @@ def weight_bytes(model: Any) -> int:
     return sum(entry["bytes"] for name, entry in stored_types(model).items() if name.startswith("float"))
 
 
-@pytest.fixture(scope="module", params=["test_vit", "test_resnet", "test_efficientnet", "convnextv2_atto"])
+SLOWER = pytest.param("convnextv2_atto", marks=pytest.mark.slow)  # twenty seconds
+
+
+@pytest.fixture(scope="module", params=["test_vit", "test_resnet", "test_efficientnet", SLOWER])
 def model(request: pytest.FixtureRequest, networks: Callable[[str], Network]) -> Any:
     """A task's fp32 model on a tiny network: a transformer, and ConvNets with batch norm and with layer norm."""
     return networks(request.param).model

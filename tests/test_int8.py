@@ -69,7 +69,10 @@ def observed(made: Network) -> Observed:
     return Observed.of(made.backbone.name, made.model, frozenset(made.graph.base.tensors), CALIBRATION)
 
 
-@pytest.fixture(scope="module", params=LAYERS)
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param(name, marks=pytest.mark.slow if name == "convnextv2_atto" else ()) for name in LAYERS],
+)
 def network(request: pytest.FixtureRequest, networks: Callable[[str], Network]) -> Observed:
     return observed(networks(request.param))
 

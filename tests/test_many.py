@@ -193,6 +193,7 @@ def calibrated(fleet: Fleet) -> Any:
     return said.json
 
 
+@pytest.mark.slow
 def test_several_packs_are_calibrated_as_each_alone(fleet: Fleet, calibrated: Any) -> None:
     alone = command("calibrate", fleet.packs[1], "--calib", fleet.images / "birds", "--json").json
 
@@ -222,6 +223,7 @@ def test_several_packs_are_written_for_the_backbone_that_tasks_share(fleet: Flee
     assert (read_pack(out / "birds.pet").delta.int8 or pytest.fail("no ranges")).codes == flowers["codes_sha256"]
 
 
+@pytest.mark.slow
 def test_several_packs_are_told_in_one_table(calibrated: Any) -> None:
     page = Console(file=io.StringIO(), width=200)
 
