@@ -46,7 +46,7 @@ from edgepet.device.generations import (
     rolling_back,
     withholding,
 )
-from edgepet.errors import CheckError, InputError
+from edgepet.errors import CheckError, InputError, option
 from edgepet.files import folder_bytes, made_folder, read_file, sha256_file, write_file
 from edgepet.graphs.base import BaseGraph, graph_at, graph_folder
 from edgepet.graphs.int8 import Int8Graph, int8_at
@@ -284,6 +284,8 @@ class Store:
         Raises:
             InputError: it takes more already, or cannot be written.
         """
+        if quota_bytes is not None and (not isinstance(quota_bytes, int) or quota_bytes < 0):
+            raise InputError(option("quota_bytes"), "must be a whole number of bytes", got=quota_bytes)
         with self._changing() as now:
             then = replace(now, quota_bytes=quota_bytes)
             self._make_room(then, 0)
