@@ -40,6 +40,7 @@ class Runtime:
     open_model: _ModelOpener
     open_graph: _GraphOpener | None = None
     open_int8: _Int8Opener | None = None
+    derives: bool = False  # whether a store's cache keeps what it compiled
 
     @property
     def shares_backbone(self) -> bool:
@@ -118,6 +119,7 @@ RUNTIMES: dict[str, Runtime] = {
         open_model=_openvino_model,
         open_graph=_openvino_graph,
         open_int8=_openvino_int8,
+        derives=True,
     ),
     "tensorrt": Runtime(
         name="tensorrt",

@@ -126,6 +126,7 @@ def account(store: Store, *, devices: int = 1, precision: str = "fp32") -> Stora
     backbone = sum({graph.folder: graph.weights_bytes for graph in graphs.values()}.values())
     graph_bytes = sum(graph.graph_bytes for graph in graphs.values())
     shared = folder_bytes(store.root)
+    derived = folder_bytes(store.root / "cache" / "derived")
     told = backbone + graph_bytes + store.cache_bytes + sum(task.pack_bytes for task in tasks)
     full = sum(task.full_copy_bytes for task in tasks)
     return StorageReport(
@@ -139,7 +140,10 @@ def account(store: Store, *, devices: int = 1, precision: str = "fp32") -> Stora
         full_total_bytes=full,
         ratio=full / shared,
         per_runtime=tuple(
-            _shared(name, ran[name], shared, full) if name in ran else _engines(name, full) for name in RUNTIMES
+            _shared(name, ran[name], shared - (0 if row.derives else derived), full)
+            if name in ran
+            else _engines(name, full)
+            for name, row in RUNTIMES.items()
         ),
         devices=devices,
         fleet_shared_bytes=devices * shared,
