@@ -19,7 +19,7 @@ from edgepet.spec import NpArray, Preprocess, StoredPrecision
 # All three become names of files or folders, so a pack from outside must not be able to steer where they lead.
 _TASK = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _BACKBONE = re.compile(r"(?:demo:|module:)?[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
-_FINGERPRINT = re.compile(r"sha256:[0-9a-f]{64}")
+FINGERPRINT = re.compile(r"sha256:[0-9a-f]{64}")
 
 
 def require_task(name: str, where: str, what: str) -> None:
@@ -103,7 +103,7 @@ class Delta:
         require_task(self.task, "task", "needs a name")
         if _BACKBONE.fullmatch(self.backbone) is None:
             raise InputError(self.task, "needs a backbone's name, no path", got=repr(self.backbone[:80]))
-        if _FINGERPRINT.fullmatch(self.fingerprint) is None:
+        if FINGERPRINT.fullmatch(self.fingerprint) is None:
             raise InputError(self.task, "needs a fingerprint, sha256: and 64 digits", got=repr(self.fingerprint[:80]))
         if not 0 <= self.val.top1 <= 1:
             raise InputError(self.task, "needs a val top1 between 0 and 1", got=self.val.top1)

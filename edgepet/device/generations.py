@@ -16,13 +16,13 @@ from edgepet.deltas.delta import require_task
 from edgepet.errors import CheckError, InputError, option
 from edgepet.graphs.base import graph_folder, graph_stem
 from edgepet.graphs.int8 import int8_stem
+from edgepet.graphs.manifest import SHA256
 from edgepet.packs.pack import Pack
 from edgepet.packs.signatures import Signer
 from edgepet.spec import StoredPrecision
 from edgepet.strict import ObjectReader
 
 VERSION = 1
-_SHA256 = re.compile(r"[0-9a-f]{64}")
 _GRAPH = re.compile(r"[0-9a-f]{16}/graph-[A-Za-z0-9_-]+\.json")
 
 
@@ -365,7 +365,7 @@ def _pack(table: ObjectReader) -> Installed:
 
 def _digest(table: ObjectReader) -> str:
     text = table.text("sha256")
-    if _SHA256.fullmatch(text) is None:
+    if SHA256.fullmatch(text) is None:
         raise table.refusal("sha256", "needs 64 hex digits", got=repr(text[:80]))
     return text
 

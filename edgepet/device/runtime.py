@@ -136,6 +136,13 @@ class SharedInt8:
         self._network.close()
 
 
+def scores_of(logits: NpArray) -> NpArray:
+    """Softmax of one image's logits (C,), in float64."""
+    shifted = np.exp(logits.astype(np.float64) - float(logits.max()))
+    scores: NpArray = shifted / shifted.sum()
+    return scores
+
+
 def require_probe(network: TaskNetwork, delta: Delta, precision: StoredPrecision = "fp32") -> None:
     """Ask a task for the answers that its pack carries, on this machine; one that carries none is not asked.
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from edgepet.device.generations import Installed, serving
-from edgepet.device.runtime import SharedInt8, TaskNetwork, open_task, require_probe
+from edgepet.device.runtime import SharedInt8, TaskNetwork, open_task, require_probe, scores_of
 from edgepet.device.runtimes import shared_runtime
 from edgepet.device.store import Store
 from edgepet.errors import CheckError, EdgepetError, InputError, MissingError, option
@@ -174,12 +174,11 @@ def answering(
 def _answer(path: Path, pack: Pack, network: TaskNetwork) -> Answer:
     images = normalize(load_input(path, pack.delta.preprocess)[None], pack.delta.preprocess)
     try:
-        logits = network(images)[0].astype(np.float64)
+        logits = network(images)[0]
     except EdgepetError as error:
         raise _NetworkError(error) from error
-    scores = np.exp(logits - logits.max())
     best = int(logits.argmax())
-    return Answer(path.name, pack.delta.labels[best], float(scores[best] / scores.sum()))
+    return Answer(path.name, pack.delta.labels[best], float(scores_of(logits)[best]))
 
 
 def said(error: EdgepetError) -> str:

@@ -144,10 +144,8 @@ class Store:
         Raises:
             InputError: one of them is damaged.
         """
-        names = sorted(self.now().graphs)
-        return tuple(
-            (graph_at if self.now().graphs[name].codes is None else int8_at)(self.bound(name)) for name in names
-        )
+        graphs = sorted(self.now().graphs.items())
+        return tuple((graph_at if graph.codes is None else int8_at)(self.bound(name)) for name, graph in graphs)
 
     def precisions(self, pack: Pack) -> tuple[StoredPrecision, ...]:
         """In which a pack runs here: on the dense backbone, and on the int8 one where it has ranges for it.

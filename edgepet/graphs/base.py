@@ -14,7 +14,6 @@ a task's head is a product behind it. Reading needs neither torch nor the ``onnx
 
 from __future__ import annotations
 
-import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -22,7 +21,7 @@ from pathlib import Path
 
 from edgepet.canonical import canonical_json
 from edgepet.deltas.branches import structure_digest
-from edgepet.deltas.delta import Delta
+from edgepet.deltas.delta import FINGERPRINT, Delta
 from edgepet.deltas.merge import require_backbone
 from edgepet.errors import InputError
 from edgepet.files import cache_folder, write_file
@@ -33,7 +32,6 @@ from edgepet.strict import ObjectReader
 
 FORMAT, VERSION = "edgepet-graph", 1
 WEIGHTS = "backbone.safetensors"
-_FINGERPRINT = re.compile(r"sha256:[0-9a-f]{64}")
 INPUT, FEATURES, LOGITS = "images", "features", "logits"
 
 
@@ -187,7 +185,7 @@ def require_fingerprint(text: str, where: str) -> None:
     Raises:
         InputError: it is none.
     """
-    if _FINGERPRINT.fullmatch(text) is None:
+    if FINGERPRINT.fullmatch(text) is None:
         raise InputError(f"{where}.fingerprint", "needs sha256: and 64 hex digits", got=repr(text[:80]))
 
 

@@ -22,7 +22,7 @@ Listed: TypeAlias = Mapping[str, tuple[str, int]]  # file name -> (hex sha256, s
 
 MOST_FILES = 64
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,254}")
-_SHA256 = re.compile(r"[0-9a-f]{64}")
+SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
 def read_manifest(path: Path, *, where: str, fix: str) -> ObjectReader:
@@ -61,7 +61,7 @@ def listed_files(table: ObjectReader, *, needs: Collection[str] = (), may: Colle
         entry = files.nested(name)
         digest, size = entry.text("sha256"), entry.integer("bytes")
         entry.end()
-        if _SHA256.fullmatch(digest) is None:
+        if SHA256.fullmatch(digest) is None:
             raise InputError(f"{entry.where}.sha256", "needs a sha256 of 64 digits", got=repr(digest[:80]))
         found[name] = (digest, size)
     missing = [name for name in needs if name not in found]

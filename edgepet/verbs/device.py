@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from edgepet.device.checking import Problem
 from edgepet.device.serving import Device, Installation, TaskLine
@@ -17,9 +16,6 @@ from edgepet.graphs.int8 import Int8Graph
 from edgepet.packs.pack import read_pack
 from edgepet.packs.signatures import PUBLIC
 from edgepet.spec import FilePath, ImageSize
-
-if TYPE_CHECKING:
-    pass
 
 PRECISIONS = ("fp32", "int8")
 
@@ -238,5 +234,4 @@ def _graphs_of(backbone: str, image_size: ImageSize | None, precisions: Sequence
     from edgepet.networks.loading import load_backbone
 
     graph = base_graph(load_backbone(backbone, image_size=image_size))
-    made: dict[str, Callable[[], BaseGraph | Int8Graph]] = {"fp32": lambda: graph, "int8": lambda: int8_graph(graph)}
-    return [made[precision]() for precision in precisions]
+    return [int8_graph(graph) if precision == "int8" else graph for precision in precisions]

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from edgepet.device.artifact import MANIFEST
+from edgepet.device.runtime import scores_of
 from edgepet.device.runtimes import RUNTIMES
 from edgepet.errors import InputError
 from edgepet.images.folders import require_readable
@@ -158,8 +159,7 @@ def _logits(
 
 
 def _said(logits: NpArray, labels: Sequence[str], top: int) -> Said:
-    shifted = np.exp(logits.astype(np.float64) - float(logits.max()))
-    scores = shifted / shifted.sum()
+    scores = scores_of(logits)
     best = np.argsort(-scores, kind="stable")[:top]
     guesses = tuple(Guess(label=labels[k], score=float(scores[k])) for k in best)
     return Said(label=guesses[0].label, score=guesses[0].score, top=guesses)
