@@ -44,6 +44,7 @@ def parser() -> argparse.ArgumentParser:
     """The arguments of this benchmark."""
     made = parser_of(__doc__)
     made.add_argument("families", nargs="*", help="modules of timm.models (default: all)")
+    made.add_argument("--limit", type=int, default=LIMIT_S, metavar="S", help="of each family (default: %(default)s)")
     made.add_argument("--one", action="store_true", help=argparse.SUPPRESS)
     return made
 
@@ -58,7 +59,7 @@ def main() -> None:
     families: list[str] = options.families or (list(QUICK) if run.quick else all_families())
     known: dict[str, Any] = {row["family"]: row for row in earlier(run, "timm-sweep").get("rows", [])}
     for number, family in enumerate(families, start=1):
-        known[family] = apart(family)
+        known[family] = apart(family, options.limit)
         print(f"{number}/{len(families)} {family}: {reason(known[family]) or 'ok'}", flush=True)
         write_result(run, "timm-sweep", {"rows": [known[name] for name in sorted(known)]})
     SWEEP.put(PAGE, table(earlier(run, "timm-sweep")), run.results if run.quick else None)
@@ -71,7 +72,7 @@ def all_families() -> list[str]:
     return sorted({str(timm.models.model_entrypoint(n).__module__).rsplit(".", 1)[-1] for n in timm.list_models()})
 
 
-def apart(family: str) -> dict[str, Any]:
+def apart(family: str, limit_s: int = LIMIT_S) -> dict[str, Any]:
     """``examine`` in a process of its own, with a cache of its own; what it had found when it was stopped is kept."""
     line = [sys.executable, __file__, "--one", family]
     with tempfile.TemporaryDirectory() as folder:
@@ -79,12 +80,12 @@ def apart(family: str) -> dict[str, Any]:
         with told.open("w") as out:
             try:
                 done = subprocess.run(
-                    line, stdout=out, stderr=subprocess.PIPE, text=True, timeout=LIMIT_S, check=False, env=place
+                    line, stdout=out, stderr=subprocess.PIPE, text=True, timeout=limit_s, check=False, env=place
                 )
                 last = (done.stderr.strip().splitlines() or ["nothing was said"])[-1][:200]
                 bug = f"ended with exit code {done.returncode}: {last}" if done.returncode else None
             except subprocess.TimeoutExpired:
-                bug = f"took longer than {LIMIT_S} s"
+                bug = f"took longer than {limit_s} s"
         rows = [json.loads(text) for text in told.read_text().splitlines() if text.startswith("{")]
     row: dict[str, Any] = rows[-1] if rows else {"family": family}
     return row if bug is None else row | {"refused": bug}

@@ -15,10 +15,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from edgepet.calibration.observe import at_once
 from edgepet.calibration.rewriting import folded
 from edgepet.calibration.writer import GraphWriter, copied, require_valid
 from edgepet.device.onnxruntime import open_model
 from edgepet.errors import CheckError, InputError, require
+from edgepet.graphs.base import INPUT
 from edgepet.spec import NpArray
 
 if TYPE_CHECKING:
@@ -35,7 +37,6 @@ SUMMING = frozenset(
 )
 # Inputs that ONNX defines as float32 whatever the others are: operator -> positions.
 _ALWAYS_FLOAT = {"Resize": (1, 2), "Upsample": (1,)}
-_BATCH = 4  # images of one scan step: every intermediate tensor is held at once
 _FLOAT, _HALF = 1, 10  # onnx.TensorProto
 
 
@@ -122,9 +123,9 @@ def _ranges(model: ModelProto, images: NpArray, where: str) -> dict[str, float]:
     session = open_model(model, names)
     ranges: dict[str, float] = {}
     padded = {node.output[0] for node in model.graph.node if node.op_type == "Pad"}  # with -inf before a maximum
-    (entry,) = (value.name for value in model.graph.input)
-    for start in range(0, len(images), _BATCH):
-        for name, value in zip(names, session.run(names, {entry: images[start : start + _BATCH]}), strict=True):
+    step = at_once(session, names, images[:1])
+    for start in range(0, len(images), step):
+        for name, value in zip(names, session.run(names, {INPUT: images[start : start + step]}), strict=True):
             if value.dtype == np.float32:
                 seen = value[np.isfinite(value)] if name in padded else value
                 largest = float(np.abs(seen).max(initial=0.0))

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, TypeAlias
 import numpy as np
 
 from edgepet.calibration.layers import Layer
-from edgepet.device.onnxruntime import open_model
+from edgepet.device.onnxruntime import ModelSession, open_model
 from edgepet.errors import InputError, option
 from edgepet.graphs.base import INPUT
 from edgepet.spec import NpArray
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from onnx import ModelProto
 
 ROWS = 4096  # of one tensor, drawn evenly from all images: enough for histograms and means of channels
-_BATCH = 4  # images of one step: every watched tensor is held at once
+MOST_IMAGES, MOST_BYTES = 4, 1 << 30  # of one step: every watched tensor is held at once
 Seen: TypeAlias = "Mapping[str, Activations]"
 
 
@@ -53,8 +53,9 @@ def observe(model: ModelProto, layers: Sequence[Layer], images: NpArray, *, wher
     session = open_model(model, names)
     gathered: dict[str, list[Activations]] = {}
     rng = np.random.default_rng(0)
-    for start in range(0, len(images), _BATCH):
-        batch = images[start : start + _BATCH]
+    step = at_once(session, names, images[:1])
+    for start in range(0, len(images), step):
+        batch = images[start : start + step]
         values = dict(zip(names, session.run(names, {INPUT: batch}), strict=True)) | {INPUT: batch}
         for name, value in values.items():
             if not np.isfinite(value).all():
@@ -65,6 +66,15 @@ def observe(model: ModelProto, layers: Sequence[Layer], images: NpArray, *, wher
             each = max(1, ROWS * len(batch) // len(images))
             gathered.setdefault(name, []).append(_drawn(values[name], axis, each, rng))
     return {name: _joined(parts) for name, parts in gathered.items()}
+
+
+def at_once(session: ModelSession, names: Sequence[str], image: NpArray) -> int:
+    """How many images to run at once, so that the tensors ``names`` of all of them take little memory.
+
+    ``image`` (1, ...) is one of them: large images on a network of many maps take gigabytes each.
+    """
+    size = sum(value.nbytes for value in session.run(names, {INPUT: image}))
+    return max(1, min(MOST_IMAGES, MOST_BYTES // max(1, size)))
 
 
 def _drawn(value: NpArray, axis: int, count: int, rng: np.random.Generator) -> Activations:
