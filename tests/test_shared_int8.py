@@ -517,8 +517,9 @@ def test_tasks_on_int8_are_closed_together(device: Device, tmp_path: Path, runti
 
 def sessions_in(networks: Iterable[TaskNetwork]) -> list[object]:
     """What of ONNX Runtime or OpenVINO holds the weights of each network."""
-    shared = [network._features._shared for network in networks]
-    return list({id(each): getattr(each, "_session", None) or each._compiled for each in shared}.values())
+    bound = [network._features for network in networks]
+    held = [getattr(each, "_session", None) or each._compiled for each in bound]
+    return list({id(each): each for each in held}.values())
 
 
 @needs_openvino

@@ -189,11 +189,15 @@ class Precompose:
 
     def fold(self, weight: Array) -> Array:
         """``weight`` (out, in) + scale * (weight blockdiag(left)) right, as a new matrix."""
+        return weight + self.scale * (self.through(weight) @ self.right)
+
+    def through(self, weight: Array) -> Array:
+        """``weight`` (out, in) times blockdiag(left), (out, r)."""
         if self.left.ndim == 2:
-            return weight + self.scale * ((weight @ self.left) @ self.right)
+            return weight @ self.left
         groups, cols, rank = self.left.shape
         through = weight.reshape(weight.shape[0], groups, cols).swapaxes(0, 1) @ self.left  # (g, out, r/g)
-        return weight + self.scale * (through.swapaxes(0, 1).reshape(weight.shape[0], groups * rank) @ self.right)
+        return through.swapaxes(0, 1).reshape(weight.shape[0], groups * rank)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

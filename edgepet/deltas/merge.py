@@ -45,6 +45,23 @@ def task_tensors(base: Base, delta: Delta) -> dict[str, NpArray]:
     Raises:
         BackboneError, InputError: as ``merge``, branches apart.
     """
+    require_fitting(base, delta)
+    branches = {name: tensor.astype(np.float32) for name, tensor in named_tensors(delta.branches).items()}
+    with np.errstate(over="ignore", invalid="ignore"):  # said below
+        tensors = fold_all(base.tensors, delta.updates) | branches
+    for name in (*delta.targets, *branches):
+        if not np.isfinite(tensors[name]).all():
+            raise InputError(f"task {delta.task!r}: {name}", "must be finite when folded", got="NaN or infinity")
+    return tensors
+
+
+def require_fitting(base: Base, delta: Delta) -> None:
+    """Refuse updates that cannot be folded into ``base``.
+
+    Raises:
+        BackboneError: ``delta`` was trained on another backbone.
+        InputError: an update names a tensor that is not there, or does not fit it.
+    """
     require_backbone(base, delta)
     shapes = {name: tensor.shape for name, tensor in base.tensors.items()}
     fix = f"use the backbone it was trained on, {delta.fingerprint}"
@@ -53,13 +70,6 @@ def task_tensors(base: Base, delta: Delta) -> dict[str, NpArray]:
         if shape is None:
             raise InputError(f"{delta.task}: {targeted.target}", f"is no tensor of {base.name}")
         check(targeted, shape, where=delta.task, fix=fix, weight=shape_read_by(targeted, shapes))
-    branches = {name: tensor.astype(np.float32) for name, tensor in named_tensors(delta.branches).items()}
-    with np.errstate(over="ignore", invalid="ignore"):  # said below
-        tensors = fold_all(base.tensors, delta.updates) | branches
-    for name in (*delta.targets, *branches):
-        if not np.isfinite(tensors[name]).all():
-            raise InputError(f"task {delta.task!r}: {name}", "must be finite when folded", got="NaN or infinity")
-    return tensors
 
 
 def fold_all(tensors: Tensors, updates: Iterable[Targeted]) -> dict[str, NpArray]:

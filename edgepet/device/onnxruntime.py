@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import tempfile
+import threading
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -16,17 +17,17 @@ import onnxruntime
 
 from edgepet.device.refusals import refusing_model, require_images_alone
 from edgepet.device.runner import check_images, require_slots
-from edgepet.graphs.base import FEATURES, INPUT, BaseGraph
+from edgepet.graphs.base import INPUT, BaseGraph
 from edgepet.graphs.int8 import Int8Graph
+from edgepet.graphs.parts import Part
 from edgepet.graphs.slots import Slots
 from edgepet.graphs.tensor_files import lightened, value_of
-from edgepet.spec import NpArray, Precision
+from edgepet.spec import NpArray, Precision, Tensors
 
 if TYPE_CHECKING:
     from onnx import ModelProto
 
 Session: TypeAlias = Any  # onnxruntime.InferenceSession: the library says no types of its own
-_Binding: TypeAlias = Any  # onnxruntime.IOBinding
 
 _STATE = vars(onnxruntime.capi.onnxruntime_pybind11_state).values()
 # Each code of a status is a class of its own, below Exception.
@@ -38,6 +39,7 @@ _UNREADABLE: tuple[type[Exception], ...] = (
     ValueError,
 )  # words of a file that are no UTF-8 are a ValueError
 _PACKAGE = "onnxruntime"
+_FOLDER = "session.model_external_initializers_file_folder_path"
 _SILENT = 4  # what ONNX Runtime would log comes back as an error; that nothing reads a tensor is no news
 _INT8 = frozenset(
     (
@@ -56,12 +58,13 @@ def open_session(
     *,
     threads: int | None = None,
     tensors: Mapping[str, NpArray] | None = None,
+    folder: Path | None = None,
     profile: Path | None = None,
 ) -> Session:
     """An ``onnxruntime.InferenceSession`` on the CPU.
 
     Args:
-        model: an ONNX file, or the bytes of one, whose weights are then inside.
+        model: an ONNX file, or the bytes of one, whose weights are then inside or in ``folder``.
         threads: None for all cores.
         tensors: in place of initializers of the same names, little-endian and C-contiguous. The session reads them
             where they lie: the caller keeps them for as long as it runs. They go through
@@ -79,6 +82,8 @@ def open_session(
         options.inter_op_num_threads = 1
     if profile is not None:
         options.enable_profiling, options.profile_file_prefix = True, str(profile)
+    if folder is not None:
+        options.add_session_config_entry(_FOLDER, str(folder))
     source, where = (model, "ONNX model") if isinstance(model, bytes) else (str(model), str(model))
     if tensors:
         values = [onnxruntime.OrtValue.ortvalue_from_numpy(tensor) for tensor in tensors.values()]
@@ -204,58 +209,96 @@ class SharedOnnxRuntime:
     def __init__(
         self, graph: Int8Graph, *, threads: int | None = None, codes: Mapping[str, NpArray] | None = None
     ) -> None:
-        self._held, self.path = codes, graph.model_path(self.runtime)
-        self._session = open_session(self.path, threads=threads, tensors=codes)
-        self._shape = (None, *graph.preprocess.input_shape)
+        self._held, self._path = codes, graph.model_path(self.runtime)
+        self._session = open_session(self._path, threads=threads, tensors=codes)
+        self._shape = graph.preprocess.input_shape
 
     def bind(self, slots: Slots) -> BoundOnnxRuntime:
         """A task, ready to run: its slots are handed over once, and must stay as they are while it is bound."""
-        binding = self._session.io_binding()
-        held = {name: onnxruntime.OrtValue.ortvalue_from_numpy(value) for name, value in slots.values.items()}
-        asked = [entry.name for entry in self._session.get_inputs() if entry.name != INPUT]
-        require_slots(asked, slots.values)
-        for name in asked:
-            binding.bind_ortvalue_input(name, held[name])
-        return BoundOnnxRuntime(self, self._session, binding, (held, self._held), self._shape)
+        return BoundOnnxRuntime(
+            self._session, slots.values, reads=INPUT, shape=self._shape, executed="int8", held=self._held,
+            path=self._path,
+        )  # fmt: skip
 
     def close(self) -> None:
         """Give the session back, once no bound task runs any more."""
         self._session = self._held = None
 
 
-class BoundOnnxRuntime:
-    """One task on a shared session, images to pooled features (n, d); closing it leaves the session open."""
+class OnnxRuntimePart:
+    """One session on a stretch of a graph, with ``tensors`` in place of its own: they must stay as they are.
+
+    Raises:
+        InputError: ONNX Runtime cannot open it.
+    """
 
     runtime = "onnxruntime"
-    executed: Precision = "int8"
+
+    def __init__(self, part: Part, tensors: Tensors, *, threads: int | None = None) -> None:
+        held = {name: np.asarray(tensor, order="C") for name, tensor in tensors.items()}
+        self._session = open_session(part.file.encoded(), threads=threads, tensors=held, folder=part.folder)
+        self._part = part
+        self._held: Tensors | None = held
+
+    def bind(self, values: Mapping[str, NpArray]) -> BoundOnnxRuntime:
+        """Ready to run with these slots, which are handed over once, and must stay as they are while it is bound."""
+        part = self._part
+        return BoundOnnxRuntime(
+            self._session, values, reads=part.reads, shape=part.shape, executed=part.precision, held=self._held
+        )
+
+    def close(self) -> None:
+        """Give the session back, once nothing that is bound runs any more."""
+        self._session = self._held = None
+
+
+class BoundOnnxRuntime:
+    """A shared session with one task's slots, n images or maps to its first output; closing it leaves it open."""
+
+    runtime = "onnxruntime"
 
     def __init__(
-        self, shared: SharedOnnxRuntime, session: Session, binding: _Binding, held: object,
-        shape: tuple[int | None, ...],
+        self, session: Session, slots: Mapping[str, NpArray], *, reads: str, shape: tuple[int, ...],
+        executed: Precision, held: object, path: Path | None = None,
     ) -> None:  # fmt: skip
-        # ``held``: the session reads the arrays of the slots where they lie.
-        self._shared, self._session, self._binding, self._held, self._shape = shared, session, binding, held, shape
+        # The session reads the arrays of the slots where they lie; ``held`` are those that it reads itself.
+        self._session, self._binding, self._reads = session, session.io_binding(), reads
+        self._shape, self.executed, self._path = (None, *shape), executed, path
+        asked = [entry.name for entry in session.get_inputs() if entry.name != reads]
+        require_slots(asked, slots)
+        values = {name: onnxruntime.OrtValue.ortvalue_from_numpy(slots[name]) for name in asked}
+        for name, value in values.items():
+            self._binding.bind_ortvalue_input(name, value)
+        self._held: object = (values, slots, held)
+        self._lock = threading.Lock()  # a binding holds one call's images
+        self._puts_out = [entry.name for entry in session.get_outputs()]
         self._nothing = onnxruntime.OrtValue.ortvalue_from_numpy(np.empty(0, np.float32))
 
     @property
     def evidence(self) -> Mapping[str, object]:
-        """From a profile of one run with all slots one: how many layers multiplied int8 codes or floats."""
-        return _profiled(self._shared.path, self._shape)
+        """Of a whole graph, from a profile of one run with all slots one: layers that multiplied codes, and floats."""
+        providers = {"providers": self._session.get_providers()}
+        return providers if self._path is None else _profiled(self._path, self._shape)
 
     def __call__(self, images: NpArray) -> NpArray:
-        check_images(images, self._shape, where="int8 backbone")
+        return self.outputs(images)[0]
+
+    def outputs(self, images: NpArray) -> list[NpArray]:
+        """All that it puts out."""
+        check_images(images, self._shape, where=self._reads)
         value = onnxruntime.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(images))  # where they lie: not copied
-        self._binding.bind_ortvalue_input(INPUT, value)
-        self._binding.clear_binding_outputs()  # the last call's has its batch's shape
-        self._binding.bind_output(FEATURES)
-        with _running("int8 backbone"):
+        with self._lock, _running(self._reads):
+            self._binding.bind_ortvalue_input(self._reads, value)
+            self._binding.clear_binding_outputs()  # the last call's has its batch's shape
+            for name in self._puts_out:
+                self._binding.bind_output(name)
             self._session.run_with_iobinding(self._binding)
-        output: NpArray = self._binding.copy_outputs_to_cpu()[0]
-        self._binding.bind_ortvalue_input(INPUT, self._nothing)  # or every task would keep its last images
-        return output
+            outputs: list[NpArray] = self._binding.copy_outputs_to_cpu()
+            self._binding.bind_ortvalue_input(self._reads, self._nothing)  # or every task would keep its last images
+        return outputs
 
     def close(self) -> None:
-        """Give the task's slots back; the session stays open."""
+        """Give the slots back; the session stays open."""
         self._session = self._binding = self._held = None
 
 

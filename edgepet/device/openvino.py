@@ -5,9 +5,11 @@ from __future__ import annotations
 import contextlib
 import io
 import math
+import threading
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from types import TracebackType
@@ -22,15 +24,18 @@ from edgepet.device.runner import check_images, require_slots
 from edgepet.errors import InputError, require
 from edgepet.graphs.base import INPUT, BaseGraph
 from edgepet.graphs.int8 import Int8Graph
+from edgepet.graphs.onnx_file import port
+from edgepet.graphs.parts import Part
 from edgepet.graphs.slots import Slots, unit_slots
 from edgepet.measuring.machine import environment
-from edgepet.spec import NpArray, Precision
+from edgepet.spec import NpArray, Precision, Tensors
 
 _OpenVino: TypeAlias = Any  # the module, or an object of it: it says no types
 _TYPES: dict[Precision, str] = {"fp32": "f32", "bf16": "bf16"}  # OpenVINO's own words
 _PRECISIONS: dict[str, Precision] = {"f32": "fp32", "bf16": "bf16", "f16": "fp16"}
 _NOT_RUN = "cannot be run by OpenVINO"
 _LAYERS = frozenset(("Convolution", "FullyConnected", "MatMul"))
+_MULTIPLIED = frozenset(("Convolution", "GroupConvolution", "MatMul"))
 _ELEMENTWISE = frozenset(("Add", "Multiply", "Subtract", "Divide"))
 
 
@@ -120,50 +125,88 @@ class SharedOpenVino:
             self._compiled, self._order = _compiled_int8(graph, threads, codes or {})
         else:
             self._compiled, self._order = _kept_int8(graph, threads, store)
-        self._graph, self._shape = graph, (None, *graph.preprocess.input_shape)
-
-    @property
-    def evidence(self) -> Mapping[str, object]:
-        """How many nodes of the executed graph ran in each precision, and how many layers on int8 codes or floats."""
-        return _executed(self._compiled)
+        self._graph, self._shape = graph, graph.preprocess.input_shape
 
     def bind(self, slots: Slots) -> BoundOpenVino:
         """A task, ready to run: a request of its own, whose state is its slots."""
-        openvino, request = _openvino(), self._compiled.create_infer_request()
-        values = unit_slots(self._graph, slots)
-        require_slots(self._order, values)
-        (state,) = request.query_state()
-        state.state = openvino.Tensor(np.concatenate([values[name].ravel() for name in self._order]))
-        return BoundOpenVino(self, request, self._shape)
+        return BoundOpenVino(
+            self._compiled, unit_slots(self._graph, slots), self._order, reads=INPUT, shape=self._shape, executed="int8"
+        )
 
     def close(self) -> None:
         """Give the compiled network back, once no bound task runs any more."""
         self._compiled = None
 
 
-class BoundOpenVino:
-    """One task's request, images to pooled features (n, d); closing it leaves the compiled network open."""
+class OpenVinoPart:
+    """One compiled stretch of a graph, with ``tensors`` in place of its own; its slots are a state variable.
+
+    Raises:
+        InputError: it is not a graph that this OpenVINO reads.
+        MissingError: OpenVINO is not installed.
+    """
 
     runtime = "openvino"
-    executed: Precision = "int8"
 
-    def __init__(self, shared: SharedOpenVino, request: _OpenVino, shape: tuple[int | None, ...]) -> None:
-        self._shared, self._request, self._shape = shared, request, shape
+    def __init__(
+        self, part: Part, tensors: Tensors, *, threads: int | None = None, precision: Precision = "fp32"
+    ) -> None:
+        model, order = _with_tensors(part, tensors), tuple[str, ...]()
+        if part.slots:
+            model, order = _stateful(model, part.reads)
+        self._order = order
+        self._compiled, self._part = _compile(model, threads, precision, where=part.reads), part
+
+    def bind(self, values: Mapping[str, NpArray]) -> BoundOpenVino:
+        """Ready to run: a request of its own, whose state is these slots."""
+        part = self._part
+        return BoundOpenVino(
+            self._compiled, values, self._order, reads=part.reads, shape=part.shape, executed=part.precision
+        )
+
+    def close(self) -> None:
+        """Give the compiled stretch back, once nothing that is bound runs any more."""
+        self._compiled = None
+
+
+class BoundOpenVino:
+    """One request with its slots, n images or maps to its first output; closing it leaves the compiled network open."""
+
+    runtime = "openvino"
+
+    def __init__(
+        self, compiled: _OpenVino, slots: Mapping[str, NpArray], order: Sequence[str], *, reads: str,
+        shape: tuple[int, ...], executed: Precision,
+    ) -> None:  # fmt: skip
+        self._compiled, self._request = compiled, compiled.create_infer_request()
+        self._reads, self._shape, self.executed = reads, (None, *shape), executed
+        self._lock = threading.Lock()  # a request runs one call
+        inputs = [port.get_any_name() for port in compiled.inputs]
+        require_slots([name for name in (*order, *inputs) if name != reads], slots)
+        for state in self._request.query_state():
+            state.state = _openvino().Tensor(np.concatenate([slots[name].ravel() for name in order]))
+        for name in inputs:
+            if name != reads:
+                self._request.set_tensor(name, _openvino().Tensor(np.array(slots[name])))
 
     @property
     def evidence(self) -> Mapping[str, object]:
         """That of the compiled network, which all tasks share."""
-        return self._shared.evidence
+        return _executed(self._compiled)
 
     def __call__(self, images: NpArray) -> NpArray:
-        check_images(images, self._shape, where="int8 backbone")
-        with _refusing("int8 backbone", _NOT_RUN):
-            output: NpArray = self._request.infer({INPUT: images})[0].copy()
-        return output
+        return self.outputs(images)[0]
+
+    def outputs(self, images: NpArray) -> list[NpArray]:
+        """All that it puts out."""
+        check_images(images, self._shape, where=self._reads)
+        with self._lock, _refusing(self._reads, _NOT_RUN):
+            result = self._request.infer({self._reads: images})
+            return [result[place].copy() for place in range(len(result))]
 
     def close(self) -> None:
         """Give the request back; the compiled network stays open."""
-        self._request = None
+        self._request = self._compiled = None
 
 
 def _compiled_int8(
@@ -171,7 +214,7 @@ def _compiled_int8(
 ) -> tuple[_OpenVino, tuple[str, ...]]:
     """The int8 backbone, compiled, and the order of the slots in its state."""
     path = graph.model_path("openvino")
-    stateful, order = _stateful(_with_constants(_read(path), codes, path))
+    stateful, order = _stateful(_with_constants(_read(path), codes, path), INPUT)
     return _compile(stateful, threads, "fp32", where=str(path)), order
 
 
@@ -215,14 +258,20 @@ def _compile(model: _OpenVino, threads: int | None, precision: Precision, *, whe
         return core().compile_model(model, "CPU", _config(threads, precision))
 
 
-def _stateful(model: _OpenVino) -> tuple[_OpenVino, tuple[str, ...]]:
-    """``model`` with all inputs but the images in one state variable, whose value a request keeps from call to call;
+def _stateful(model: _OpenVino, reads: str) -> tuple[_OpenVino, tuple[str, ...]]:
+    """``model`` with its inputs beside ``reads`` in one state variable, whose value a request keeps from call to call;
     and the order in which it holds them. One, since each costs its copies at every call.
+
+    What is multiplied as a matrix stays an input: OpenVINO 2026.4 multiplies by other memory than a piece of a state.
     """
     opset, openvino = _openvino().opset13, _openvino()
     inputs = {parameter.get_friendly_name(): parameter for parameter in model.get_parameters()}
-    images = inputs.pop(INPUT)
+    images = inputs.pop(reads)
     slots = {name: slot for name, slot in inputs.items() if slot.output(0).get_target_inputs()}  # padded: no shift
+    left = {name: slot for name, slot in slots.items() if not _is_elementwise(slot)}
+    slots = {name: slot for name, slot in slots.items() if name not in left}
+    if not slots:
+        return openvino.Model(model.get_results(), [images, *left.values()], "slots"), ()
     sizes = [math.prod(slot.get_output_shape(0)) for slot in slots.values()]
     info = openvino.op.util.VariableInfo()
     info.data_shape, info.data_type = openvino.PartialShape([sum(sizes)]), openvino.Type.f32
@@ -233,7 +282,14 @@ def _stateful(model: _OpenVino) -> tuple[_OpenVino, tuple[str, ...]]:
     for place, slot in enumerate(slots.values()):
         for target in slot.output(0).get_target_inputs():
             target.replace_source_output(_fused(cut.output(place), tuple(slot.get_output_shape(0)), target))
-    return openvino.Model(model.get_results(), [opset.assign(read, variable)], [images], "int8"), tuple(slots)
+    stateful = openvino.Model(model.get_results(), [opset.assign(read, variable)], [images, *left.values()], "slots")
+    return stateful, tuple(slots)
+
+
+def _is_elementwise(slot: _OpenVino) -> bool:
+    """Whether every operation that reads it takes it number by number; norms come apart into such ones."""
+    readers = [target.get_node().get_type_name() for target in slot.output(0).get_target_inputs()]
+    return not _MULTIPLIED.intersection(readers)
 
 
 def _fused(cut: _OpenVino, shape: tuple[int, ...], target: _OpenVino) -> _OpenVino:
@@ -253,6 +309,28 @@ def _fused(cut: _OpenVino, shape: tuple[int, ...], target: _OpenVino) -> _OpenVi
         ones = opset.constant(np.ones((shape[1], 1, 1, 1, 1), np.float32))
         piece = opset.group_convolution(piece, ones, [1, 1], [0, 0], [0, 0], [1, 1])
     return piece.output(0)
+
+
+def _with_tensors(part: Part, tensors: Tensors) -> _OpenVino:
+    """The model of a part, whose tensors outside of its file are constants, ``tensors`` in place of its own.
+
+    OpenVINO looks for files beside the model's own, which a part has not: those tensors go in as inputs of it.
+    """
+    openvino, outside = _openvino(), part.outside
+    ports = {name: port(name, part.tensors[name].shape, part.tensors[name].dtype.name) for name in outside}
+    file = replace(
+        part.file,
+        tensors={name: data for name, data in part.file.tensors.items() if name not in ports},
+        inputs={**part.file.inputs, **ports},
+    )
+    with _refusing(part.reads, "cannot be opened by OpenVINO"):
+        model = core().read_model(file.encoded())
+    parameters = {parameter.get_friendly_name(): parameter for parameter in model.get_parameters()}
+    for name in outside:
+        constant = openvino.op.Constant(np.asarray(tensors.get(name, part.tensors[name]), order="C"))
+        constant.set_friendly_name(name)
+        parameters.pop(name).output(0).replace(constant.output(0))
+    return openvino.Model(model.get_results(), list(parameters.values()), part.puts_out)
 
 
 def _with_constants(model: _OpenVino, tensors: Mapping[str, NpArray], path: Path) -> _OpenVino:

@@ -57,6 +57,26 @@ class SharedRunner(Protocol):
         ...
 
 
+class PartRunner(Protocol):
+    """An open stretch of a graph, which tasks are bound to as to a ``SharedRunner``."""
+
+    def bind(self, values: Mapping[str, NpArray]) -> BoundPart:
+        """Ready to run with these slots, none where it has none. Closing it leaves the stretch open."""
+        ...
+
+    def close(self) -> None:
+        """Give back what it holds, once nothing that is bound runs any more."""
+        ...
+
+
+class BoundPart(Runner, Protocol):
+    """A stretch of a graph with its slots: what it reads, (n, ...), to what it puts out first, (n, ...)."""
+
+    def outputs(self, images: NpArray) -> list[NpArray]:
+        """All that it puts out; ``images`` as for calling it."""
+        ...
+
+
 def require_slots(names: Iterable[str], slots: Mapping[str, NpArray]) -> None:
     """Refuse slots that lack one which the graph asks for: its description speaks of other layers.
 

@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, TypeAlias
 
-from edgepet.device.runner import Runner, SharedRunner
+from edgepet.device.runner import PartRunner, Runner, SharedRunner
 from edgepet.errors import InputError, option
 from edgepet.graphs.base import BaseGraph
 from edgepet.graphs.int8 import Int8Graph
+from edgepet.graphs.parts import Part
 from edgepet.measuring.machine import TORCH, Engine
 from edgepet.spec import NpArray, Precision, Tensors
 
@@ -18,6 +19,7 @@ Format: TypeAlias = Literal["onnx", "openvino", "tensorrt"]
 
 _ModelOpener: TypeAlias = Callable[[Path, "int | None", Precision], Runner]
 _GraphOpener: TypeAlias = Callable[[BaseGraph, Tensors, "int | None", Precision], Runner]
+_PartOpener: TypeAlias = Callable[[Part, Tensors, "int | None"], PartRunner]
 _Int8Opener: TypeAlias = Callable[[Int8Graph, "int | None", Mapping[str, NpArray], "Path | None"], SharedRunner]
 
 
@@ -29,8 +31,9 @@ class Runtime:
     ``computes`` are the precisions in which it can compute a model of floats, the exact one first. The openers take
     threads, None for all cores, and one of these precisions: ``open_model`` an artefact's folder; ``open_graph`` a
     traced backbone and the tensors that stand in place of its own; ``open_int8`` the int8 backbone, codes that
-    stand in place of its own, and a store whose cache may hold what the runtime derives. The last two openers are None
-    where an engine holds its own weights.
+    stand in place of its own, and a store whose cache may hold what the runtime derives; ``open_part`` a stretch of
+    either and tensors in place of its own, in fp32 or on codes. The last three openers are None where an engine holds
+    its own weights.
     """
 
     name: str
@@ -40,6 +43,7 @@ class Runtime:
     open_model: _ModelOpener
     open_graph: _GraphOpener | None = None
     open_int8: _Int8Opener | None = None
+    open_part: _PartOpener | None = None
     derives: bool = False  # whether a store's cache keeps what it compiled
 
     @property
@@ -74,6 +78,12 @@ def _onnxruntime_int8(
     return SharedOnnxRuntime(graph, threads=threads, codes=codes)
 
 
+def _onnxruntime_part(part: Part, tensors: Tensors, threads: int | None) -> PartRunner:
+    from edgepet.device.onnxruntime import OnnxRuntimePart
+
+    return OnnxRuntimePart(part, tensors, threads=threads)
+
+
 def _openvino_model(folder: Path, threads: int | None, precision: Precision) -> Runner:
     from edgepet.device.openvino import OpenVino
 
@@ -94,6 +104,12 @@ def _openvino_int8(
     return SharedOpenVino(graph, threads=threads, codes=codes, store=store)
 
 
+def _openvino_part(part: Part, tensors: Tensors, threads: int | None) -> PartRunner:
+    from edgepet.device.openvino import OpenVinoPart
+
+    return OpenVinoPart(part, tensors, threads=threads)
+
+
 def _tensorrt_model(folder: Path, threads: int | None, precision: Precision) -> Runner:
     from edgepet.device.tensorrt import open_engine
 
@@ -110,6 +126,7 @@ RUNTIMES: dict[str, Runtime] = {
         open_model=_onnxruntime_model,
         open_graph=_onnxruntime_graph,
         open_int8=_onnxruntime_int8,
+        open_part=_onnxruntime_part,
     ),
     "openvino": Runtime(
         name="openvino",
@@ -119,6 +136,7 @@ RUNTIMES: dict[str, Runtime] = {
         open_model=_openvino_model,
         open_graph=_openvino_graph,
         open_int8=_openvino_int8,
+        open_part=_openvino_part,
         derives=True,
     ),
     "tensorrt": Runtime(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
@@ -15,9 +14,10 @@ from edgepet.device.runtimes import shared_runtime
 from edgepet.device.store import Store
 from edgepet.errors import CheckError, EdgepetError, InputError, MissingError, option
 from edgepet.graphs.slots import task_ranges
-from edgepet.images.preprocess import load_input, normalize
+from edgepet.images.inputs import Input
+from edgepet.images.preprocess import normalize
 from edgepet.packs.pack import Pack
-from edgepet.spec import StoredPrecision
+from edgepet.spec import NpArray, StoredPrecision
 
 _MOST_SAID = 200  # characters of why a pack is not served, in the store
 _asked = set[tuple[str, str, str]]()  # store, pack and place that this process has asked for the pack's probe
@@ -25,12 +25,25 @@ Opener = Callable[[Pack, bool], TaskNetwork]  # the second: ask it for its probe
 
 
 @dataclass(frozen=True, slots=True)
+class Guess:
+    """A label and its softmax score, 0..1."""
+
+    label: str
+    score: float
+
+
+@dataclass(frozen=True, slots=True)
 class Answer:
-    """One image's best label and its softmax score, 0..1; ``image`` is the name of its file, or a clip's folder."""
+    """What ``task`` says of an image: the best label with its softmax score, 0..1, and the best ones in ``top``.
+
+    ``image`` is the name of its file, of a clip's folder, or its number where it was given as a picture.
+    """
 
     image: str
     label: str
     score: float
+    task: str = ""
+    top: tuple[Guess, ...] = ()
 
 
 class Served:
@@ -53,27 +66,35 @@ class Served:
         except EdgepetError as error:
             self._fall_back(error)
 
-    def answers(self, paths: Sequence[Path]) -> tuple[Answer, ...]:
+    def answers(self, images: Sequence[Input], top: int = 1) -> tuple[Answer, ...]:
         """Of all of them by one pack: from the beginning, where it is replaced on the way."""
         found = list[Answer]()
-        for path in paths:
+        for image in images:
             before = self.installed
-            found.append(self.answer(path))
+            found.append(self.answer(image, top))
             if self.installed is not before:
-                return self.answers(paths)
+                return self.answers(images, top)
         return tuple(found)
 
-    def answer(self, path: Path) -> Answer:
+    def answer(self, image: Input, top: int = 1) -> Answer:
         """Of an image; the pack before gives it where it is the network that fails, not the image."""
+        preprocess = self.pack.delta.preprocess
+        images = normalize(image.pixels(preprocess)[None], preprocess)
         try:
-            return _answer(path, self.pack, self.network)
-        except _NetworkError as failed:
+            return self.said(image.name, self.network(images)[0], top)
+        except EdgepetError as error:
             self.network.close()
-            self._fall_back(failed.error)
-        try:
-            return _answer(path, self.pack, self.network)
-        except _NetworkError as failed:
-            raise failed.error from failed
+            self._fall_back(error)
+        if self.pack.delta.preprocess != preprocess:
+            images = normalize(image.pixels(self.pack.delta.preprocess)[None], self.pack.delta.preprocess)
+        return self.said(image.name, self.network(images)[0], top)
+
+    def said(self, image: str, logits: NpArray, top: int = 1) -> Answer:
+        """Its answer in words, of one image's logits (C,)."""
+        labels, scores = self.pack.delta.labels, scores_of(logits)
+        best = np.argsort(-scores, kind="stable")[:top]
+        guesses = tuple(Guess(labels[k], float(scores[k])) for k in best)
+        return Answer(image, guesses[0].label, guesses[0].score, self._task, guesses)
 
     def close(self) -> None:
         """Give the network back."""
@@ -113,14 +134,6 @@ class Served:
     def _remember(self, failed: Installed, error: EdgepetError) -> None:
         with contextlib.suppress(EdgepetError):  # a store that cannot be written: each process finds out again
             self._store.refuse(self._task, failed.sha256, self._place, said(error))
-
-
-class _NetworkError(Exception):
-    """A network that does not answer, as opposed to an image that cannot be read."""
-
-    def __init__(self, error: EdgepetError) -> None:
-        super().__init__(str(error))
-        self.error = error
 
 
 def place_of(runtime: str, precision: str) -> str:
@@ -169,16 +182,6 @@ def answering(
         network.close()
         raise
     return network
-
-
-def _answer(path: Path, pack: Pack, network: TaskNetwork) -> Answer:
-    images = normalize(load_input(path, pack.delta.preprocess)[None], pack.delta.preprocess)
-    try:
-        logits = network(images)[0]
-    except EdgepetError as error:
-        raise _NetworkError(error) from error
-    best = int(logits.argmax())
-    return Answer(path.name, pack.delta.labels[best], float(scores_of(logits)[best]))
 
 
 def said(error: EdgepetError) -> str:

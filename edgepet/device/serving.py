@@ -6,27 +6,31 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from edgepet.device.checking import Problem, check
 from edgepet.device.generations import TaskState
+from edgepet.device.opened import OpenTask, OpenTasks
+from edgepet.device.pool import Event, Pool
 from edgepet.device.runtime import SharedInt8, TaskNetwork
 from edgepet.device.runtimes import DEFAULT, SHARED_RUNTIMES, shared_runtime
 from edgepet.device.served import Answer, Served, answering, open_pack, place_of, said
 from edgepet.device.store import Store
+from edgepet.device.together import Shared
 from edgepet.errors import EdgepetError, InputError, MissingError
-from edgepet.images.inputs import inputs_of
 from edgepet.packs.pack import Pack
 from edgepet.spec import FilePath, StoredPrecision
 
 
 @dataclass(frozen=True, slots=True)
 class DeviceRun:
-    """Answers, with the milliseconds of opening the task, and of an image from file to answer, on the mean.
+    """Answers, with the milliseconds of opening everything, and of an image from file to all answers, on the mean.
 
-    ``sequence`` is of the pack that answered; ``fell_back`` says why it is not the one that was active, or is None.
+    ``sequence`` is of the pack that answered, the last task's; ``fell_back`` says why it is not the one that was
+    active, or is None. ``switch_ms`` is what making the tasks ready took, without finding out what they are.
+    ``shared`` is what was computed once for several tasks, ``events`` what was merged and evicted.
     """
 
     results: tuple[Answer, ...]
@@ -34,6 +38,9 @@ class DeviceRun:
     latency_ms: float
     sequence: int = 0
     fell_back: str | None = None
+    switch_ms: float = 0.0
+    shared: tuple[Shared, ...] = ()
+    events: tuple[Event, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -95,9 +102,10 @@ class Int8Tasks(Mapping[str, TaskNetwork]):
 
 @dataclass(frozen=True, slots=True)
 class Device:
-    """A store's folder and what runs from it."""
+    """A store's folder and what runs from it. A context manager: tasks that were opened are closed with it."""
 
     store: FilePath
+    _pools: dict[object, Pool] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def install(self, pack: FilePath | bytes, *, older: bool = False, runtime: str | None = None) -> Installation:
         """Install a pack, a file or its bytes, once it has answered its own probe on each runtime that will serve it.
@@ -171,40 +179,102 @@ class Device:
         """Read everything, and say what is damaged and what would mend it."""
         return check(Store(Path(self.store)))
 
-    def run(
-        self, task: str, images: Iterable[FilePath], *, runtime: str = DEFAULT, threads: int | None = None,
-        precision: str = "fp32",
-    ) -> DeviceRun:  # fmt: skip
-        """Classify images, folders of them, or patterns, with an installed task in "fp32" or "int8".
-
-        For clips they are folders of frames.
+    def open(
+        self, task: str, *, runtime: str = DEFAULT, threads: int | None = None, precision: str = "fp32",
+        mode: str = "auto", memory_bytes: int | None = None,
+    ) -> OpenTask:  # fmt: skip
+        """Open an installed task in "fp32" or "int8", to be asked again and again; close it, or use ``with``.
 
         Where its pack cannot be opened, does not answer its own probe or gives an answer that is not finite, and the
         pack before it can, that one answers, and the store remembers it.
 
+        Args:
+            mode: "slots", its delta beside the backbone; "merged", folded into weights of its own; or "auto", as
+                ``Pool`` decides.
+            memory_bytes: for networks of merged tasks.
+
         Raises:
             CheckError: no pack of it is served on this runtime.
-            InputError: no such task, runtime or precision, no backbone for it, a file that is damaged, or an image that
-                cannot be read.
+            InputError: no such task, runtime, precision or mode, no backbone for it, or a file that is damaged.
             MissingError: the runtime is not installed.
         """
-        store, began = Store(Path(self.store)), time.perf_counter()
+        pool = self._pool(runtime, precision, mode, threads, memory_bytes)
+        return OpenTask(Store(Path(self.store)), task, pool)
 
-        def opener(pack: Pack, asked: bool) -> TaskNetwork:
-            return open_pack(store, pack, runtime=runtime, threads=threads, precision=precision, asked=asked)
+    def open_all(
+        self, tasks: Sequence[str] = (), *, runtime: str = DEFAULT, threads: int | None = None,
+        precision: str = "fp32", mode: str = "auto", memory_bytes: int | None = None,
+    ) -> OpenTasks:  # fmt: skip
+        """Open several tasks, or all, that look at the same pictures: what none of them changes is computed once.
 
-        with Served(store, task, runtime, precision, opener) as served:
-            opened = time.perf_counter()
-            paths = inputs_of(images, clips=served.pack.delta.preprocess.frames > 1)
-            answers = served.answers(paths)
-            spent = time.perf_counter() - opened
-            return DeviceRun(
-                results=answers,
-                open_ms=1e3 * (opened - began),
-                latency_ms=1e3 * spent / max(1, len(answers)),
-                sequence=served.installed.sequence,
-                fell_back=served.fell_back,
-            )
+        Else as ``open``.
+        """
+        store, pool = Store(Path(self.store)), self._pool(runtime, precision, mode, threads, memory_bytes)
+        return OpenTasks(store, tuple(tasks) or store.tasks(), pool)
+
+    def close(self) -> None:
+        """Close every task that was opened here."""
+        for pool in self._pools.values():
+            pool.close()
+        self._pools.clear()
+
+    def __enter__(self) -> Device:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def _pool(self, runtime: str, precision: str, mode: str, threads: int | None, memory_bytes: int | None) -> Pool:
+        """The networks that tasks opened with the same settings share."""
+        key = runtime, precision, mode, threads, memory_bytes
+        if key not in self._pools or not self._pools[key].holders:
+            self._pools[key] = Pool(
+                Store(Path(self.store)), runtime=runtime, precision=precision, mode=mode, threads=threads,
+                memory_bytes=memory_bytes,
+            )  # fmt: skip
+        return self._pools[key]
+
+    def run(
+        self, task: str | Sequence[str], images: Iterable[FilePath], *, runtime: str = DEFAULT,
+        threads: int | None = None, precision: str = "fp32", mode: str = "auto", memory_bytes: int | None = None,
+        top: int = 1,
+    ) -> DeviceRun:  # fmt: skip
+        """Classify images, folders of them, or patterns, with an installed task, or with several of them at once.
+
+        For clips they are folders of frames. Everything else as ``open`` and ``open_all``.
+
+        Raises:
+            InputError: an image cannot be read; else as ``open``.
+            CheckError, MissingError: as ``open``.
+        """
+        began, given, shared = time.perf_counter(), list(images), tuple[Shared, ...]()
+        settings: dict[str, Any] = {
+            "runtime": runtime, "threads": threads, "precision": precision, "mode": mode, "memory_bytes": memory_bytes,
+        }  # fmt: skip
+        if isinstance(task, str):
+            with self.open(task, **settings) as alone:
+                opened = time.perf_counter()
+                answers, told = alone.predict(given, top=top), (alone.sequence, alone.fell_back)
+                count, switch_ms, events = len(answers), alone.switch_ms, alone.events
+        else:
+            with self.open_all(task, **settings) as several:
+                opened = time.perf_counter()
+                every = several.predict(given, top=top)
+                answers = tuple(answer for each in every for answer in each.values())
+                told = several.sequence, next(iter(several.fell_back.values()), None)
+                count, switch_ms, events = len(every), several.switch_ms, several.events
+                shared = several.shared
+        spent = time.perf_counter() - opened
+        return DeviceRun(
+            results=answers,
+            open_ms=1e3 * (opened - began),
+            latency_ms=1e3 * spent / max(1, count),
+            sequence=told[0],
+            fell_back=told[1],
+            switch_ms=switch_ms,
+            shared=shared,
+            events=events,
+        )
 
     def open_int8(self, *, runtime: str = DEFAULT, threads: int | None = None) -> Int8Tasks:
         """All installed tasks that have ranges for it, on one int8 backbone; close them together.

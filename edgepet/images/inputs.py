@@ -1,14 +1,79 @@
-"""What somebody wants an answer for: image files, folders of them at any depth, patterns; a clip is a folder."""
+"""What somebody wants an answer for: image files, folders of them at any depth, patterns, pictures in memory; a clip is
+a folder of frames.
+"""
 
 from __future__ import annotations
 
 import glob
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeAlias
+
+import numpy as np
+from PIL import Image
 
 from edgepet.errors import InputError
 from edgepet.images.folders import images_below
-from edgepet.spec import FilePath
+from edgepet.images.preprocess import Pixels, load_input, to_pixels
+from edgepet.spec import FilePath, NpArray, Preprocess
+
+Picture: TypeAlias = "FilePath | Image.Image | NpArray"  # a file, or a decoded one; an array is uint8 (H, W, 3), RGB
+
+
+@dataclass(frozen=True, slots=True)
+class Input:
+    """One picture, and what it is called: the name of its file, else its number."""
+
+    name: str
+    picture: Picture
+
+    def pixels(self, preprocess: Preprocess) -> Pixels:
+        """As the network takes them, (H, W, 3), or (frames, H, W, 3) of a clip.
+
+        Raises:
+            InputError: it cannot be read, or is no picture.
+        """
+        given = self.picture
+        if isinstance(given, (str, Path)):
+            return load_input(Path(given), preprocess)
+        if preprocess.frames > 1:
+            raise InputError(f"image {self.name}", "must be a folder of frames: the task looks at clips")
+        if isinstance(given, np.ndarray):
+            if given.dtype != np.uint8 or given.ndim != 3 or given.shape[2] != 3 or 0 in given.shape:
+                what, got = "must be uint8 (H, W, 3), RGB", f"{given.dtype.name} {given.shape}"
+                raise InputError(f"image {self.name}", what, got=got)
+            given = Image.fromarray(given)
+        return to_pixels(given, preprocess)
+
+
+def pictures_of(given: Picture | Iterable[Picture], *, clips: bool = False) -> tuple[Input, ...]:
+    """What to answer, in order: of paths those of ``inputs_of``, each once, and every picture in memory.
+
+    Raises:
+        InputError: nothing, something that is no picture, or as ``inputs_of``.
+    """
+    alone = isinstance(given, (str, Path, Image.Image, np.ndarray))
+    several: Sequence[object] = [given] if alone else list(given)  # type: ignore[arg-type]
+    found = list[Input]()
+    for number, each in enumerate(several):
+        if isinstance(each, (str, Path)):
+            found += [Input(path.name, path) for path in inputs_of([each], clips=clips)]
+        elif isinstance(each, (Image.Image, np.ndarray)):
+            found.append(Input(str(number), each))
+        else:
+            raise InputError(f"image {number}", "must be a path, a PIL image or an array", got=type(each).__name__)
+    paths = dict[Path, None]()
+    once = list[Input]()
+    for one in found:
+        if isinstance(one.picture, Path):
+            if one.picture in paths:
+                continue
+            paths[one.picture] = None
+        once.append(one)
+    if not once:
+        raise InputError("images", "needs an image", got="none")
+    return tuple(once)
 
 
 def inputs_of(given: Iterable[FilePath], *, clips: bool = False) -> tuple[Path, ...]:

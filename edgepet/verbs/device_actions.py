@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edgepet.device.checking import check
+from edgepet.device.pool import MODES
 from edgepet.device.runtimes import DEFAULT, SHARED_RUNTIMES
 from edgepet.device.serving import Device, DeviceRun, Installation, TaskLine
 from edgepet.device.store import Store
@@ -177,26 +178,47 @@ def _reason(reason: str, refused: Mapping[str, str]) -> str:
 
 def _run_options(parser: Parser) -> None:
     _store_option(parser)
-    parser.add_argument("task", metavar="TASK", help="the name of an installed task")
+    told = "the name of an installed task, or of several, as in A,B: what they share is computed once"
+    parser.add_argument("task", metavar="TASK[,TASK…]", type=names, help=told)
     parser.add_argument(
         "images", nargs="+", metavar="IMAGE", help="images, folders of them, or patterns; for clips, folders of frames"
     )
     parser.add_argument("--runtime", default=DEFAULT, choices=SHARED_RUNTIMES, help="(default: %(default)s)")
     pack_precision_option(parser)
+    told = (
+        "slots: beside the backbone, which all tasks share; merged: folded into weights of its own; auto: slots where"
+        " they can hold it, and with --memory merged once that pays (default: %(default)s)"
+    )
+    parser.add_argument("--mode", default="auto", choices=MODES, help=told)
+    told = "for networks of merged tasks; the one that was used longest ago goes first (default: no limit)"
+    parser.add_argument("--memory", dest="memory_bytes", type=size_bytes, metavar="SIZE", help=told)
+    parser.add_argument(
+        "--top", type=int, default=1, metavar="K", help="classes to tell of each image (default: %(default)s)"
+    )
     threads_option(parser)
 
 
 def _run_run(options: Options, progress: Progress) -> DeviceRun:
-    with progress.stage(f"device run: {options.task}"):
+    tasks: list[str] = options.task
+    with progress.stage(f"device run: {', '.join(tasks)}"):
         return Device(Path(options.store)).run(
-            options.task, options.images, runtime=options.runtime, threads=options.threads, precision=options.precision
-        )
+            tasks[0] if len(tasks) == 1 else tasks, options.images, runtime=options.runtime, threads=options.threads,
+            precision=options.precision, mode=options.mode, memory_bytes=options.memory_bytes, top=options.top,
+        )  # fmt: skip
 
 
 def _run_screen(report: DeviceRun) -> Screen:
-    rows = [(answer.image, answer.label, format_percent(answer.score)) for answer in report.results]
-    yield Table("", (*left("image", "label"), *right("score")), rows)
+    names = list(dict.fromkeys(answer.task for answer in report.results))
+    cells: dict[str, list[str]] = {}
+    for place, answer in enumerate(report.results):
+        cells.setdefault(f"{place // len(names)} {answer.image}", []).append(
+            ", ".join(f"{guess.label} {format_percent(guess.score)}" for guess in answer.top)
+        )
+    rows = [(key.partition(" ")[2], *said) for key, said in cells.items()]
+    yield Table("", left("image", *(names if len(names) > 1 else ["label"])), rows)
     yield lines(
+        *(f"  up to {each.after} computed once for {', '.join(each.tasks)}" for each in report.shared),
+        *(f"  {each.task} {each.what}: {each.why}" for each in report.events),
         f"  opened in {report.open_ms:.0f} ms, {report.latency_ms:.1f} ms an image, sequence {report.sequence}",
         None if report.fell_back is None else f"  the pack that was installed last is not served: {report.fell_back}",
     )

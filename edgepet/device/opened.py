@@ -1,0 +1,230 @@
+"""Tasks of a store, kept open: pictures to answers, one task or several of them on the same picture."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from types import TracebackType
+
+import numpy as np
+
+from edgepet.device.generations import serving
+from edgepet.device.pool import Event, Pool
+from edgepet.device.runtime import TaskNetwork
+from edgepet.device.served import Answer, Served, answering, place_of
+from edgepet.device.store import Store
+from edgepet.device.together import Fitted, Shared, Together, fit
+from edgepet.errors import EdgepetError, InputError
+from edgepet.graphs.base import BaseGraph
+from edgepet.graphs.dense_slots import UnslottedError
+from edgepet.graphs.parts import part_of
+from edgepet.images.inputs import Input, Picture, pictures_of
+from edgepet.images.preprocess import normalize
+from edgepet.packs.pack import Pack
+from edgepet.spec import NpArray, Preprocess, StoredPrecision
+
+
+class OpenTask:
+    """One task of a store, ready to run; threads may share it. A context manager.
+
+    ``switch_ms`` is what it took to make it ready on a network that was open already, or to open its own.
+    """
+
+    def __init__(self, store: Store, task: str, pool: Pool) -> None:
+        """Open its active pack, or the one before where that fails. Raises as ``Device.open`` does."""
+        began = time.perf_counter()
+        pool.hold()
+        try:
+            self._served, self._pool, self._lock = served_by(store, task, pool), pool, threading.RLock()
+        except BaseException:
+            pool.release()
+            raise
+        self._open, self.task, self.switch_ms = True, task, 1e3 * (time.perf_counter() - began)
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """Its classes, in the order of its logits."""
+        return self._served.pack.delta.labels
+
+    @property
+    def preprocess(self) -> Preprocess:
+        """How images are prepared for it."""
+        return self._served.pack.delta.preprocess
+
+    @property
+    def sequence(self) -> int:
+        """That of the pack that answers."""
+        return self._served.installed.sequence
+
+    @property
+    def fell_back(self) -> str | None:
+        """Why the pack that answers is not the one that is active, or None."""
+        return self._served.fell_back
+
+    @property
+    def events(self) -> tuple[Event, ...]:
+        """What was merged and evicted for it and those that it shares networks with."""
+        return tuple(self._pool.events)
+
+    def predict(self, images: Picture | Iterable[Picture], *, top: int = 1) -> tuple[Answer, ...]:
+        """An answer to each of ``images``: files, folders, patterns, PIL images, and uint8 arrays (H, W, 3), RGB.
+
+        Raises:
+            CheckError: an answer is not finite, and no pack before it gives one.
+            InputError: an image cannot be read.
+        """
+        with self._lock:
+            return self._served.answers(pictures_of(images, clips=self.preprocess.frames > 1), top)
+
+    def __call__(self, images: NpArray) -> NpArray:
+        """Logits, float32 (n, C), of preprocessed float32 images (n, 3, H, W), or clips. Raises as ``predict``."""
+        return self._served.network(images)
+
+    def close(self) -> None:
+        """Give it back; what it shares goes with the last task that does."""
+        with self._lock:
+            if self._open:
+                self._open = False
+                self._served.close()
+                self._pool.release()
+
+    def __enter__(self) -> OpenTask:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+class OpenTasks:
+    """Several tasks of a store that look at the same pictures: what they share is computed once. A context manager.
+
+    ``shared`` are the stretches of backbones that are, ``switch_ms`` what it took to open everything.
+    """
+
+    def __init__(self, store: Store, tasks: Sequence[str], pool: Pool) -> None:
+        """Open the active packs of ``tasks``; where one fails, the pack before by itself. Raises as ``Device.open``."""
+        began = time.perf_counter()
+        pool.hold()
+        self._pool, self._lock, self._open = pool, threading.RLock(), True
+        self._together, self._served = list[Together](), dict[str, Served]()
+        try:
+            placed = self._placed(store, tasks)
+            for task in tasks:
+                self._served[task] = served_by(store, task, pool, placed.get(task))
+        except BaseException:
+            self.close()
+            raise
+        self.switch_ms = 1e3 * (time.perf_counter() - began)
+
+    @property
+    def shared(self) -> tuple[Shared, ...]:
+        """The stretches of backbones that are computed once for several of the tasks."""
+        return tuple(each for together in self._together for each in together.shared)
+
+    @property
+    def sequence(self) -> int:
+        """That of the pack that answers, of the last task."""
+        return next(reversed(self._served.values())).installed.sequence
+
+    @property
+    def events(self) -> tuple[Event, ...]:
+        """What was merged and evicted."""
+        return tuple(self._pool.events)
+
+    @property
+    def fell_back(self) -> dict[str, str]:
+        """Why a pack that answers is not the one that is active, by task."""
+        return {task: served.fell_back for task, served in self._served.items() if served.fell_back is not None}
+
+    def predict(self, images: Picture | Iterable[Picture], *, top: int = 1) -> tuple[Mapping[str, Answer], ...]:
+        """What every task says of each of ``images``, by the task's name; else as ``OpenTask.predict``."""
+        clips = {served.pack.delta.preprocess.frames > 1 for served in self._served.values()}
+        if len(clips) != 1:
+            raise InputError("tasks", "look at images and at clips", fix="ask for them one after the other")
+        with self._lock:
+            return tuple(self._all(image, top) for image in pictures_of(images, clips=clips.pop()))
+
+    def close(self) -> None:
+        """Give them back; what they share with others goes with the last task that does."""
+        with self._lock:
+            for served in self._served.values():
+                served.close()
+            for together in self._together:
+                together.close()
+            self._served, self._together = {}, []
+            if self._open:
+                self._open = False
+                self._pool.release()
+
+    def __enter__(self) -> OpenTasks:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _all(self, image: Input, top: int) -> dict[str, Answer]:
+        prepared, logits = list[tuple[Preprocess, NpArray]](), dict[str, NpArray]()
+        for together in self._together:
+            preprocess = self._served[together.tasks[0]].pack.delta.preprocess
+            images = next((made for given, made in prepared if given == preprocess), None)
+            if images is None:
+                images = normalize(image.pixels(preprocess)[None], preprocess)
+                prepared.append((preprocess, images))
+            logits |= together(images)
+        answers = dict[str, Answer]()
+        for task, served in self._served.items():
+            found = logits.get(task)
+            whole = found is not None and served.fell_back is None and np.isfinite(found).all()
+            answers[task] = (
+                served.said(image.name, found[0], top) if whole and found is not None else served.answer(image, top)
+            )
+        return answers
+
+    def _placed(self, store: Store, tasks: Sequence[str]) -> dict[str, tuple[str, TaskNetwork]]:
+        """The networks of active packs that share something, with the sha256 of their pack."""
+        place, now = place_of(self._pool.row.name, self._pool.precision), store.now()
+        groups = dict[object, tuple[BaseGraph, dict[str, tuple[Pack, Fitted]]]]()
+        for task in tasks:
+            installed = serving(now, task, place, str(store.root))
+            with contextlib.suppress(EdgepetError):  # said when it is opened by itself
+                pack = store.pack_of(task, installed)
+                graph = store.graph_of(pack)
+                key = graph.folder, graph.stem, pack.delta.preprocess
+                groups.setdefault(key, (graph, {}))[1][task] = pack, self._fitted(graph, pack)
+        placed = dict[str, tuple[str, TaskNetwork]]()
+        for graph, members in groups.values():
+            if len(members) > 1:
+                fitted = {task: each for task, (_, each) in members.items()}
+                row = self._pool.row.name
+                together = Together(part_of(graph), {}, fitted, runtime=row, threads=self._pool.threads)
+                self._together.append(together)
+                placed |= {task: (pack.sha256, together.of(task)) for task, (pack, _) in members.items()}
+        return placed
+
+    def _fitted(self, graph: BaseGraph, pack: Pack) -> Fitted:
+        if self._pool.mode == "merged":
+            return fit(graph, pack.delta, "merged")
+        try:
+            return fit(graph, pack.delta, "slots")
+        except UnslottedError:
+            if self._pool.mode == "slots":
+                raise
+            return fit(graph, pack.delta, "merged")
+
+
+def served_by(store: Store, task: str, pool: Pool, placed: tuple[str, TaskNetwork] | None = None) -> Served:
+    """A task on the networks of ``pool``; its active pack on ``placed``, where that is of this sha256."""
+
+    def opener(pack: Pack, asked: bool) -> TaskNetwork:
+        here = placed is not None and placed[0] == pack.sha256
+        network = placed[1] if placed is not None and here else pool.open(pack)
+        precision: StoredPrecision = "int8" if pool.precision == "int8" else "fp32"
+        return answering(store, pack, network, pool.row.name, precision, asked=asked)
+
+    return Served(store, task, pool.row.name, pool.precision, opener)

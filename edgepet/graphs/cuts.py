@@ -1,0 +1,91 @@
+"""Where a graph can be cut in two: tensors that alone carry the images on, such as what goes from block to block.
+
+What lies before a cut is the same for all tasks that change nothing there: a device computes it once for an image.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from edgepet.graphs.onnx_file import Node, OnnxFile
+
+_SHAPE = "Shape"
+# Of sizes these make sizes, int64; whatever else reads one of them computes with it.
+_ON_SIZES = frozenset(("Add", "Concat", "Div", "Gather", "Identity", "Mul", "Reshape", "Slice", "Squeeze", "Sub",
+                       "Unsqueeze"))  # fmt: skip
+_NOT_FLOAT = frozenset(("ArgMax", "Cast", "DynamicQuantizeLinear", "Equal", "QuantizeLinear", "TopK"))
+
+
+@dataclass(frozen=True, slots=True)
+class Cut:
+    """A place in a graph: ``name`` is the one tensor, float32, that goes through it.
+
+    ``sizes`` are beside it, integers that what lies behind reads, of the number of images say. ``before`` are the
+    tensors and inputs, but for the images, that what lies before it reads; ``after`` is the last layer there.
+    """
+
+    name: str
+    sizes: tuple[str, ...]
+    before: frozenset[str]
+    after: str
+
+
+def cuts(file: OnnxFile, images: str) -> tuple[Cut, ...]:
+    """Every place where ``file``, which reads ``images``, can be cut, in the order in which it runs."""
+    return tuple(_cuts(file, images))
+
+
+def last_before(found: Iterable[Cut], changed: Collection[str]) -> Cut | None:
+    """The last of the cuts before which no tensor of ``changed`` is read, or None where there is none."""
+    chosen = None
+    for cut in found:
+        if not cut.before.isdisjoint(changed):
+            break
+        chosen = cut
+    return chosen
+
+
+def _cuts(file: OnnxFile, images: str) -> Iterator[Cut]:
+    last = {name: place for place, node in enumerate(file.nodes) for name in node.reads}
+    last |= dict.fromkeys(file.outputs, len(file.nodes))
+    flow, constant = _Flow({images: "images"}), dict[str, frozenset[str]]()  # and what each constant is made of
+    live, before, after = {images}, set[str](), images
+    for place, node in enumerate(file.nodes):
+        read = frozenset[str]().union(*(constant.get(name, frozenset((name,))) for name in node.reads if name))
+        kind = flow.of(node)
+        if kind is None:
+            constant |= dict.fromkeys(node.puts_out, read)
+            continue
+        before |= read - flow.kinds.keys()
+        after = next((name.rpartition(".")[0] for name in reversed(node.reads) if _is_layers(name, constant)), after)
+        flow.kinds |= dict.fromkeys(node.puts_out, kind)
+        live |= {name for name in node.puts_out if name in last}
+        live = {name for name in live if last[name] > place}
+        carrying = [name for name in live if flow.kinds[name] == "images"]
+        if len(carrying) != 1 or node.operator in _NOT_FLOAT:
+            continue
+        if carrying[0] in node.puts_out and carrying[0] not in file.outputs:
+            yield Cut(carrying[0], tuple(sorted(live - set(carrying))), frozenset(before), after)
+
+
+def _is_layers(name: str, constant: Mapping[str, object]) -> bool:
+    """Whether a tensor has the name of a layer in front of its own; what an exporter makes has none."""
+    return "." in name and name not in constant
+
+
+@dataclass(slots=True)
+class _Flow:
+    """What is known of tensors that depend on the images: whether they are sizes alone."""
+
+    kinds: dict[str, Literal["images", "sizes"]]
+
+    def of(self, node: Node) -> Literal["images", "sizes"] | None:
+        """What ``node`` puts out; None does not depend on the images."""
+        found = {self.kinds[name] for name in node.reads if name in self.kinds}
+        if not found:
+            return None
+        if node.operator == _SHAPE or (found == {"sizes"} and node.operator in _ON_SIZES):
+            return "sizes"
+        return "images"
