@@ -75,7 +75,11 @@ class Pool:
         if precision == "int8" and mode == "merged":
             fix = "export the task, whose int8 is then its own"
             raise InputError(option("mode"), "is slots in int8: all tasks share the codes", got=mode, fix=fix)
-        self.row, self.precision, self.mode = shared_runtime(runtime, purpose="a pack on a shared backbone"), precision, mode
+        self.row, self.precision, self.mode = (
+            shared_runtime(runtime, purpose="a pack on a shared backbone"),
+            precision,
+            mode,
+        )
         self.events, self.holders = list[Event](), 0
         self._store, self.threads, self._memory = store, threads, memory_bytes
         self._networks, self._int8 = dict[object, PartRunner](), dict[object, SharedInt8]()
@@ -148,13 +152,13 @@ class Pool:
     def _features(self, graph: BaseGraph, delta: Delta) -> Runner:
         own = self._known(graph, delta)
         if self.mode == "merged":
-            return _Alone(self, own)
+            return self._alone(own)
         try:
             fitted = fit(graph, delta, "slots")
         except UnslottedError:
             if self.mode == "slots":
                 raise
-            return _Alone(self, own)
+            return self._alone(own)
         form = graph.folder, graph.stem, tuple((name, value.shape) for name, value in sorted(fitted.slots.items()))
         began = time.perf_counter()
         if form not in self._networks:
@@ -165,6 +169,12 @@ class Pool:
             return bound
         cost = PRODUCTS_COST if any(name.endswith(RIGHT) for name in fitted.slots) else SCALES_COST
         return _Renting(self, own, bound, cost, price)
+
+    def _alone(self, own: _Own) -> Runner:
+        self._clock += 1
+        own.used = self._clock
+        self._admit(own, "it is opened")
+        return _Alone(self, own)
 
     def _known(self, graph: BaseGraph, delta: Delta) -> _Own:
         """A network of ``delta``'s own, not open yet; what a runtime takes of it is about all of its weights."""
@@ -192,7 +202,7 @@ class Pool:
             return
         if coming.size_bytes > self._memory:
             what = f"needs {format_bytes(coming.size_bytes)} for a network of its own"
-            got, fix = f"{option('memory', format_bytes(self._memory))}", f"allow more, or {option('mode', 'slots')}"
+            got, fix = option("memory_bytes", format_bytes(self._memory)), f"allow more, or {option('mode', 'slots')}"
             raise InputError(f"task {coming.task!r}", what, got=got, fix=fix)
         open_ones = sorted((each for each in self._own if each.network is not None), key=lambda each: each.used)
         taken = sum(each.size_bytes for each in open_ones)
