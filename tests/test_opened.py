@@ -342,3 +342,39 @@ def test_a_mode_of_one_task_is_taken_by_device_run(device: Device, paths: list[P
     ]
     assert [each["results"][0]["label"] for each in scores] == [scores[0]["results"][0]["label"]] * 3
     assert scores[0]["results"] == scores[1]["results"]
+
+
+def test_device_bench_times_tasks_alone_and_together(device: Device) -> None:
+    done = command(
+        "device",
+        "bench",
+        "--store",
+        device.store,
+        "probe",
+        "probe-too",
+        "shapes",
+        "--rounds",
+        3,
+        "--threads",
+        1,
+        "--json",
+    )
+
+    said = json.loads(done.out)
+    assert [row["model"] for row in said["rows"]] == ["probe", "probe-too", "shapes", "all together"]
+    assert all(row["n"] == 3 and row["threads"] == 1 and row["p50_ms"] > 0 for row in said["rows"])
+    assert said["together_over_sum"] == pytest.approx(
+        said["rows"][-1]["p50_ms"] / sum(row["p50_ms"] for row in said["rows"][:-1])
+    )
+    assert said["shared"] == [{"after": "features", "tasks": ["probe", "probe-too"]}]
+    assert isinstance(said["switch_ms"], float)
+    shown = command("device", "bench", "--store", device.store, "shapes", "--rounds", 2, "--mode", "merged")
+    assert "from task to task" not in shown.out
+    assert "merged" in shown.out
+
+
+def test_a_store_without_a_task_has_nothing_to_time(store: Store) -> None:
+    done = command("device", "bench", "--store", store.root)
+    assert (done.code, done.err.splitlines()[-2:]) == (
+        3, [f"{store.root}: has no task to time", "  fix: edgepet device install"],
+    )  # fmt: skip

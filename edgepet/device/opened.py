@@ -148,6 +148,18 @@ class OpenTasks:
         with self._lock:
             return tuple(self._all(image, top) for image in pictures_of(images, clips=clips.pop()))
 
+    def logits(self, images: NpArray) -> dict[str, NpArray]:
+        """Logits, float32 (n, C), of every task for preprocessed float32 images (n, 3, H, W) that all of them take.
+
+        Raises:
+            CheckError: an answer of a task that shares nothing is not finite.
+            InputError: another dtype or shape.
+        """
+        with self._lock:
+            found = {name: each for together in self._together for name, each in together(images).items()}
+            alone = {name: served.network(images) for name, served in self._served.items() if name not in found}
+            return {name: (found | alone)[name] for name in self._served}
+
     def close(self) -> None:
         """Give them back; what they share with others goes with the last task that does."""
         with self._lock:

@@ -27,6 +27,8 @@ from edgepet.verbs.device import (
     init,
     require_signature,
 )
+from edgepet.verbs.device_bench import DeviceBenchReport, bench
+from edgepet.verbs.device_bench import screen as bench_screen
 from edgepet.verbs.verb import (
     Group,
     Options,
@@ -224,6 +226,25 @@ def _run_screen(report: DeviceRun) -> Screen:
     )
 
 
+def _bench_options(parser: Parser) -> None:
+    add = parser.add_argument
+    _store_option(parser)
+    add("tasks", nargs="*", metavar="TASK", help="names of installed tasks (default: all)")
+    add("--runtime", default=DEFAULT, choices=SHARED_RUNTIMES, help="(default: %(default)s)")
+    pack_precision_option(parser)
+    add("--mode", default="auto", choices=MODES, help="as for run (default: %(default)s)")
+    threads_option(parser)
+    add("--rounds", type=int, default=100, metavar="N", help="timed inferences of each (default: %(default)s)")
+
+
+def _bench_run(options: Options, progress: Progress) -> DeviceBenchReport:
+    with progress.bar("device bench", options.rounds) as bar:
+        return bench(
+            Path(options.store), options.tasks, runtime=options.runtime, precision=options.precision,
+            mode=options.mode, threads=options.threads, rounds=options.rounds, tick=lambda done: bar.update(done),
+        )  # fmt: skip
+
+
 def _task_options(parser: Parser) -> None:
     _store_option(parser)
     parser.add_argument("task", metavar="TASK", help="the name of an installed task")
@@ -310,6 +331,10 @@ ACTIONS: dict[str, tuple[Verb, str]] = {
     ),
     "list": (Verb(options=_store_option, run=_list_run, screen=_list_screen), "the tasks, and how each of them is"),
     "run": (Verb(options=_run_options, run=_run_run, screen=_run_screen), "what an installed task says of images"),
+    "bench": (
+        Verb(options=_bench_options, run=_bench_run, screen=bench_screen),
+        "what tasks cost here: to open, to run, to change, and in memory",
+    ),
     "rollback": (
         Verb(options=_task_options, run=_rollback_run, screen=_rollback_screen),
         "make the pack before a task's active one again",

@@ -1,0 +1,170 @@
+"""``device bench``: what tasks of a store cost on this machine: to open, to run, to change, and in memory."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from edgepet.device.runtimes import DEFAULT
+from edgepet.device.serving import Device
+from edgepet.device.together import Shared
+from edgepet.errors import InputError
+from edgepet.measuring.latency import Candidate, LatencyRow, Network, measure
+from edgepet.measuring.machine import Environment, environment
+from edgepet.reports.screen import Screen, lines
+from edgepet.reports.tables import Table, format_bytes, format_ms, left, right
+from edgepet.spec import FilePath, NpArray
+from edgepet.verbs.verb import MOST_THREADS, at_least_one
+
+TOGETHER = "all together"  # a row's model: every task on one image
+_PSS = re.compile(r"^Pss:\s+(\d+) kB", re.MULTILINE)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DeviceBenchReport:
+    """Latency rows of each task, and with several of all of them on one image, model ``TOGETHER``.
+
+    ``switch_ms`` is what a call costs more where the call before was another task's, None with one task.
+    ``together_over_sum`` is that row's median over the sum of the tasks' own. ``memory_bytes`` is what the process
+    gained for the first task and ``further_bytes`` for each one more, None where the system does not say.
+    """
+
+    rows: tuple[LatencyRow, ...]
+    switch_ms: float | None
+    together_over_sum: float | None
+    shared: tuple[Shared, ...]
+    memory_bytes: int | None
+    further_bytes: int | None
+    environment: Environment
+
+
+def bench(
+    store: FilePath,
+    tasks: Sequence[str] = (),
+    *,
+    runtime: str = DEFAULT,
+    precision: str = "fp32",
+    mode: str = "auto",
+    threads: int | None = None,
+    rounds: int = 100,
+    tick: Callable[[int], None] | None = None,
+) -> DeviceBenchReport:
+    """Time tasks of a store, all if none is named, in turns on seeded noise, and count the memory that they take.
+
+    Args:
+        threads: None is all cores.
+        tick: told the number of rounds that are done.
+
+    Raises:
+        InputError: no task, or tasks that look at images of several sizes; else as ``Device.open``.
+    """
+    at_least_one("rounds", rounds)
+    at_least_one("threads", threads, MOST_THREADS)
+    device = Device(store)
+    names, count = tuple(tasks) or device.tasks(), threads or environment().cores
+    if not names:
+        raise InputError(str(store), "has no task to time", fix="edgepet device install")
+    settings: dict[str, Any] = {"runtime": runtime, "precision": precision, "mode": mode, "threads": count}
+    with Device(store) as counted:
+        before = _resident()
+        opened = [counted.open(names[0], **settings)]
+        shapes = {opened[0].preprocess.input_shape}
+        images = np.random.default_rng(0).standard_normal((1, *shapes.pop()), dtype=np.float32)
+        opened[0](images)
+        first = _resident()
+        for name in names[1:]:
+            opened.append(counted.open(name, **settings))
+            if opened[-1].preprocess.input_shape != images.shape[1:]:
+                raise InputError(f"task {name!r}", "looks at images of another size", fix="time it by itself")
+            opened[-1](images)
+        last = _resident()
+        switch_ms = _switching(opened, images, 4 * rounds) if len(opened) > 1 else None
+    candidates = [_candidate(name, partial(device.open, name, **settings), settings) for name in names]
+    shared = tuple[Shared, ...]()
+    if len(names) > 1:
+        with device.open_all(names, **settings) as together:
+            shared = together.shared
+        candidates.append(_candidate(TOGETHER, lambda: _All(device, names, settings), settings))
+    report = measure(candidates, images, threads=count, rounds=rounds, warmup=min(10, rounds), tick=tick)
+    alone = sum(row.p50_ms for row in report.rows if row.model != TOGETHER)
+    return DeviceBenchReport(
+        rows=report.rows,
+        switch_ms=switch_ms,
+        together_over_sum=report.rows[-1].p50_ms / alone if len(names) > 1 else None,
+        shared=shared,
+        memory_bytes=None if before is None or first is None else first - before,
+        further_bytes=None if first is None or last is None or len(names) < 2 else (last - first) // (len(names) - 1),
+        environment=report.environment,
+    )
+
+
+class _All:
+    """Every task on one image, as a network: the logits one behind the other."""
+
+    def __init__(self, device: Device, names: Sequence[str], settings: dict[str, Any]) -> None:
+        self._opened = device.open_all(names, **settings)
+
+    def __call__(self, images: NpArray) -> NpArray:
+        return np.concatenate(list(self._opened.logits(images).values()), axis=1)
+
+    def close(self) -> None:
+        self._opened.close()
+
+
+def _candidate(name: str, opener: Callable[[], Network], settings: dict[str, Any]) -> Candidate:
+    return Candidate(
+        model=name, runtime=settings["runtime"], precision=settings["precision"], mode=settings["mode"], open=opener
+    )
+
+
+def _switching(opened: Sequence[Network], images: NpArray, turns: int) -> float:
+    """Medians of calls behind another task's call and behind the same task's, and their difference, in ms."""
+    times: dict[bool, list[float]] = {False: [], True: []}
+    for turn in range(turns):
+        network = opened[turn // 2 % len(opened)]  # each task twice: the first call of a pair has changed it
+        began = time.perf_counter()
+        network(images)
+        times[turn % 2 == 0].append(1e3 * (time.perf_counter() - began))
+    return float(np.median(times[True]) - np.median(times[False]))
+
+
+def _resident() -> int | None:
+    """Proportional set size of this process in bytes."""
+    try:
+        found = _PSS.search(Path("/proc/self/smaps_rollup").read_text())
+    except OSError:
+        return None
+    return None if found is None else 1024 * int(found[1])
+
+
+def screen(report: DeviceBenchReport) -> Screen:
+    """A row for each task, and what they share and take."""
+    rows = [
+        (
+            row.model,
+            row.runtime,
+            row.precision,
+            row.mode,
+            *map(format_ms, (row.p50_ms, row.p90_ms, row.p99_ms, row.open_ms, row.first_ms)),
+            "noisy" if row.noisy else "",
+        )
+        for row in report.rows
+    ]
+    first = report.rows[0]
+    columns = (*left("task", "runtime", "precision", "mode"), *right("p50", "p90", "p99", "open", "first"), *left(""))
+    yield Table(f"latency of an image, {first.threads} threads, {first.n} interleaved rounds", columns, rows)
+    over, switch = report.together_over_sum, report.switch_ms
+    yield lines(
+        None if over is None else f"  all tasks on one image take {over:.2f} of the sum of each by itself",
+        *(f"  up to {each.after} computed once for {', '.join(each.tasks)}" for each in report.shared),
+        None if switch is None else f"  from task to task: {switch:+.2f} ms",
+        None if report.memory_bytes is None else f"  memory: {format_bytes(report.memory_bytes)} with the first task"
+        + ("" if report.further_bytes is None else f", {format_bytes(max(0, report.further_bytes))} for each one more"),
+    )  # fmt: skip
