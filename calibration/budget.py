@@ -12,6 +12,7 @@ import numpy as np
 from edgepet.device.onnxruntime import open_model
 from edgepet.errors import CheckError, InputError, option
 from edgepet.graphs.base import INPUT
+from edgepet.images.batches import in_batches
 from edgepet.measuring.parity import INTERVAL_Z
 from edgepet.spec import NpArray
 
@@ -79,7 +80,7 @@ def _log_softmax(logits: NpArray) -> NpArray:
 
 def answers(model: ModelProto, images: NpArray) -> NpArray:
     """Logits (n, C) of an ``onnx.ModelProto`` in ONNX Runtime, for preprocessed float32 ``images`` (n, 3, H, W)."""
-    return answers_of(model, (images[i : i + BATCH] for i in range(0, len(images), BATCH)))
+    return answers_of(model, in_batches(images, BATCH))
 
 
 def answers_of(model: ModelProto, batches: Iterable[NpArray]) -> NpArray:

@@ -9,6 +9,7 @@ import torch
 
 from edgepet.deltas.delta import Delta
 from edgepet.deltas.merge import task_tensors
+from edgepet.images.batches import in_batches
 from edgepet.networks.backbone import Backbone
 from edgepet.networks.graft import grafted, in_torch
 from edgepet.spec import NpArray
@@ -24,7 +25,7 @@ def merged_logits(backbone: Backbone, delta: Delta, images: NpArray) -> NpArray:
     Raises:
         BackboneError, InputError: as ``task_tensors``.
     """
-    return merged_answers(backbone, delta, np.split(images, range(64, len(images), 64)))
+    return merged_answers(backbone, delta, in_batches(images))
 
 
 def merged_answers(backbone: Backbone, delta: Delta, batches: Iterable[NpArray]) -> NpArray:

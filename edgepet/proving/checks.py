@@ -8,6 +8,7 @@ from typing import cast
 from edgepet.device.artifact import Artifact
 from edgepet.device.runner import Runner
 from edgepet.errors import CheckError
+from edgepet.images.batches import batched
 from edgepet.measuring.parity import SAME_CODES, Parity, compare, require_parity
 from edgepet.proving.subject import Subject
 from edgepet.spec import NpArray
@@ -56,7 +57,7 @@ def prove(subject: Subject, artifact: Artifact, runner: Runner, *, where: str) -
         CheckError: one of them says no.
     """
     images, inputs = subject.images
-    got = runner(images)
+    got = batched(runner, images)
     merged = compare(subject.merged_reference, got, stored=artifact.precision, inputs=inputs, against="merged")
     require_parity(merged, where)
     parity = subject.judge(got, precision=artifact.precision)

@@ -14,6 +14,7 @@ from edgepet.deltas.branches import ATTENTION, Branch
 from edgepet.deltas.delta import Delta, Head, Score
 from edgepet.deltas.merge import fold_all, fold_each
 from edgepet.deltas.updates import apart, keeps_codes
+from edgepet.images.batches import in_batches
 from edgepet.methods import ActivationPath, Branching, Method
 from edgepet.methods.method import InUnits, flatten, unflatten
 from edgepet.methods.settings import stored
@@ -321,7 +322,7 @@ def algebra_error(model: TunedModel, backbone: Backbone, images: NpArray) -> tup
 
 
 def logits_of(network: nn.Module, images: NpArray) -> NpArray:
-    """Logits (n, C) of preprocessed float32 images (n, 3, H, W) or clips, 64 at a time, in the network's own mode."""
+    """Logits (n, C) of preprocessed float32 images (n, 3, H, W) or clips, some at a time, in the network's own mode."""
     with torch.no_grad():
-        logits: NpArray = torch.cat([network(batch) for batch in torch.split(torch.from_numpy(images), 64)]).numpy()
+        logits: NpArray = torch.cat([network(torch.from_numpy(batch)) for batch in in_batches(images)]).numpy()
     return logits

@@ -10,6 +10,7 @@ from edgepet.device.artifact import MANIFEST, Artifact, open_artifact, read_arti
 from edgepet.errors import InputError, MissingError, option
 from edgepet.files import sha256_file
 from edgepet.graphs.manifest import damaged
+from edgepet.images.batches import batched
 from edgepet.networks.backbone import AnyBackbone
 from edgepet.proving.checks import Check, check_data, check_probe
 from edgepet.proving.subject import Subject
@@ -60,7 +61,7 @@ def verify(
         checks = [files, check_probe(artifact, runner(artifact.probe.images(artifact.preprocess)))]
         if data is not None:
             subject = Subject(pack or _find_pack(folder, artifact), backbone, data)
-            checks.append(check_data(artifact, subject.merged_reference, runner(subject.images[0])))
+            checks.append(check_data(artifact, subject.merged_reference, batched(runner, subject.images[0])))
     finally:
         runner.close()
     return VerifyReport(ok=all(check.ok for check in checks), checks=tuple(checks))
