@@ -26,7 +26,7 @@ def test_a_batch_has_as_many_pixels_as_64_ordinary_images_at_most(shape: tuple[i
 
     assert [len(batch) for batch in batches] == sizes
     assert [float(image.flat[0]) for batch in batches for image in batch] == list(range(shape[0]))
-    assert [len(batch) for batch in in_batches(images, 4)][0] == min(4, sizes[0])
+    assert len(in_batches(images, 4)[0]) == min(4, sizes[0])
 
 
 def test_answers_of_batches_come_as_one() -> None:
