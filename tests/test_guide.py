@@ -46,6 +46,6 @@ def test_the_guide_of_the_device_is_what_happens(tasks: Tasks, tmp_path: Path, m
             assert done.code == 0, (line, done.err)
             commands += 1
 
-    assert commands >= 14
-    assert [len(printed.splitlines()) for printed in programs] == [4, 2]
+    assert commands >= 17
+    assert [len(printed.splitlines()) for printed in programs] == [4, 2, 3]
     assert "device" not in programs[0]  # no class, no path: numbers, names and scores
