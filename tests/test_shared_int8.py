@@ -165,11 +165,11 @@ def test_the_backbones_weights_alone_decide_the_codes(shared: Shared, tmp_path: 
 def test_what_an_earlier_edgepet_made_is_made_again(vit: Shared, tmp_path: Path) -> None:
     shutil.copytree(vit.graph.folder, folder := graph_folder(vit.graph.fingerprint, tmp_path))
     path = folder / f"{vit.graph.stem}.json"
-    path.write_text(path.read_text().replace('"version":2', '"version":1'))
+    path.write_text(path.read_text().replace('"version":3', '"version":1'))
     (folder / CODES).write_bytes(b"codes by another recipe")
     graph = open_graph(vit.graph.fingerprint, vit.graph.preprocess, root=tmp_path)
     assert refusal(lambda: open_int8(graph.fingerprint, graph.preprocess, root=tmp_path)) == (
-        f"{path}: this edgepet reads graphs of version 2\n  fix: delete it and run again"
+        f"{path}: this edgepet reads graphs of versions 2 to 3\n  fix: delete it and run again"
     )
 
     again = int8_graph(graph, root=tmp_path)
