@@ -17,6 +17,8 @@ from edgepet.canonical import canonical_json, parse_json
 from edgepet.device.generations import Generation, GraphState, as_json, from_json
 from edgepet.errors import EdgepetError, InputError, refusing
 from edgepet.files import made_folder, read_file, write_file
+from edgepet.graphs.base import BaseGraph
+from edgepet.graphs.int8 import Int8Graph
 from edgepet.graphs.manifest import Listed, damaged, is_whole, listed_files, read_manifest
 
 KEPT = 2  # generations on the disk
@@ -156,6 +158,13 @@ def _parsed(path: Path, text: bytes) -> Generation:
     if now.number != int(match[1]):
         raise InputError(str(path), "is not what its name says", got=now.number)
     return now
+
+
+def state_of(graph: BaseGraph | Int8Graph, sha256: str) -> GraphState:
+    """What a generation keeps of a graph whose description has this digest."""
+    if isinstance(graph, Int8Graph):
+        return GraphState(sha256=sha256, codes=graph.codes_sha256, ranges=graph.ranges_sha256)
+    return GraphState(sha256=sha256)
 
 
 def listed(path: Path) -> Listed:

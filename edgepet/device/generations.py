@@ -15,7 +15,7 @@ from typing import Any
 from edgepet.deltas.delta import require_task
 from edgepet.errors import CheckError, InputError, option
 from edgepet.graphs.base import graph_folder, graph_stem
-from edgepet.graphs.int8 import int8_stem
+from edgepet.graphs.int8 import OTHER_RANGES, int8_stem
 from edgepet.graphs.manifest import SHA256
 from edgepet.packs.pack import Pack
 from edgepet.packs.signatures import Signer
@@ -67,10 +67,14 @@ class TaskState:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GraphState:
-    """A graph: the digest of its description, which has those of its files; ``codes`` of the codes of an int8 one."""
+    """A graph: the digest of its description, which has those of its files.
+
+    Of an int8 one also those of its ``codes``, and of its own ``ranges``, None where it has none.
+    """
 
     sha256: str
     codes: str | None = None
+    ranges: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,7 +82,8 @@ class Candidate:
     """A pack that somebody wants installed, as far as a verdict needs it.
 
     ``dense`` and ``int8`` are names of descriptions, ``<digits>/<stem>.json``, of the graphs that it could run on;
-    ``codes`` those that its ranges are for, None where it has none. ``key`` are digits of the key that signed it,
+    ``codes`` those that its ranges are for, None where it has none; ``trunk`` the backbone's own in its trunk, None
+    where it brings all. ``key`` are digits of the key that signed it,
     empty where nobody's was asked for: names of keys are their owner's, and change.
     """
 
@@ -92,6 +97,7 @@ class Candidate:
     dense: str
     int8: str
     codes: str | None
+    trunk: str | None
 
 
 def candidate_of(pack: Pack, signed: Signer | None) -> Candidate:
@@ -109,6 +115,7 @@ def candidate_of(pack: Pack, signed: Signer | None) -> Candidate:
         dense=f"{digits}/{graph_stem(delta.preprocess, delta.structure)}.json",
         int8=f"{digits}/{int8_stem(delta.preprocess)}.json",
         codes=None if delta.int8 is None else delta.int8.codes,
+        trunk=None if delta.int8 is None else delta.int8.trunk,
     )
 
 
@@ -153,13 +160,16 @@ def precisions_of(now: Generation, pack: Candidate) -> tuple[StoredPrecision, ..
     """In which a pack can run: "fp32" where its dense graph is, "int8" where the codes are that its ranges are for.
 
     Raises:
-        InputError: neither is there, or the codes that are there are others.
+        InputError: neither is there, or the codes that are there are others, or the backbone's own ranges.
     """
     dense, coded = now.graphs.get(pack.dense), now.graphs.get(pack.int8)
     here = None if coded is None else coded.codes
     if pack.codes is not None and here is not None and pack.codes != here:
         what, fix = f"has ranges for the int8 codes {pack.codes[:12]}", "run edgepet calibrate with -o again"
         raise InputError(f"task {pack.task!r}", what, got=f"{here[:12]} in this store", fix=fix)
+    if coded is not None and pack.trunk is not None and pack.trunk != coded.ranges:
+        what, got = f"needs the int8 backbone's own ranges {pack.trunk[:12]} for its trunk", coded.ranges or "none"
+        raise InputError(f"task {pack.task!r}", what, got=f"{got[:12]} in this store", fix=OTHER_RANGES)
     int8 = pack.codes is not None and here is not None
     if dense is None and not int8:
         what = f"needs {pack.backbone} as {pack.dense}, which is not in this store"
@@ -295,7 +305,7 @@ def as_json(now: Generation) -> dict[str, object]:
     return {
         "edgepet-store": VERSION,
         "floors": now.floors,
-        "graphs": {name: {"codes": graph.codes, "sha256": graph.sha256} for name, graph in now.graphs.items()},
+        "graphs": {name: _graph_json(graph) for name, graph in now.graphs.items()},
         "number": now.number,
         "quota_bytes": now.quota_bytes,
         "requires_signature": now.requires_signature,
@@ -330,6 +340,10 @@ def from_json(value: object, where: str) -> Generation:
     )
     table.end()
     return made
+
+
+def _graph_json(graph: GraphState) -> dict[str, object]:
+    return {"codes": graph.codes, "sha256": graph.sha256, **({"ranges": graph.ranges} if graph.ranges else {})}
 
 
 def _pack_json(pack: Installed) -> dict[str, object]:
@@ -373,7 +387,11 @@ def _digest(table: ObjectReader) -> str:
 def _graph(table: ObjectReader, name: str) -> GraphState:
     if _GRAPH.fullmatch(name) is None:
         raise table.refusal("", "needs the name of a graph's description", got=repr(name[:80]))
-    made = GraphState(sha256=_digest(table), codes=None if table.absent("codes") else table.text("codes"))
+    made = GraphState(
+        sha256=_digest(table),
+        codes=None if table.absent("codes") else table.text("codes"),
+        ranges=table.text("ranges") if table.has("ranges") else None,
+    )
     table.end()
     return made
 

@@ -33,11 +33,11 @@ from edgepet.device.generation_files import (
     newest,
     require_own,
     require_same,
+    state_of,
     write_generation,
 )
 from edgepet.device.generations import (
     Generation,
-    GraphState,
     Installed,
     candidate_of,
     installing,
@@ -171,6 +171,8 @@ class Store:
     def add_graph(self, graph: BaseGraph | Int8Graph) -> None:
         """Bring a backbone and one graph of it, from the cache say; what is there already and whole stays.
 
+        An int8 backbone that has no ranges of its own yet takes those that come.
+
         Raises:
             InputError: a file of it cannot be read or is damaged, the store not written, or its quota too small.
         """
@@ -179,7 +181,9 @@ class Store:
         again = f"delete {graph.folder} and make it again"
         with self._changing() as now:
             kept = now.graphs.get(name)
-            if kept is not None and kept.sha256 != digest and not damaged_files(self.root, name, kept):
+            fresh = state_of(graph, digest)
+            stays = kept is not None and kept.sha256 != digest and (kept.ranges or not fresh.ranges)
+            if kept is not None and stays and not damaged_files(self.root, name, kept):
                 return
             target = graph_folder(graph.fingerprint, self.root)
             coming = sum(size for each, (_, size) in graph.files.items() if not (target / each).exists())
@@ -193,8 +197,6 @@ class Store:
                     put_stamp(target / each, sha256)
             if not is_own(target / description.name, digest, description.stat().st_size):
                 bring_file(description, target / description.name, digest, again)
-            codes = graph.codes_sha256 if isinstance(graph, Int8Graph) else None
-            fresh = GraphState(sha256=digest, codes=codes)
             if kept != fresh:
                 write_generation(self.root, now.next(graphs={**now.graphs, name: fresh}))
 
@@ -215,7 +217,7 @@ class Store:
             MissingError: it is signed, keys are trusted here, and cryptography is not installed.
             PackError: it is no pack.
             InputError: its backbone, image size or branches are not here, an update does not fit or makes what is not
-                finite, its ranges are for other int8 codes, the quota is too small, or a file cannot be read or
+                finite, its ranges are for another int8 backbone, the quota is too small, or a file cannot be read or
                 written.
         """
         data = source if isinstance(source, bytes) else read_file(source)
