@@ -33,6 +33,7 @@ from edgepet.graphs.int8 import (
     CODES,
     DIVISOR,
     FORMAT,
+    OLDEST,
     SLOT_FORMS,
     STEP,
     SUM,
@@ -131,7 +132,7 @@ def _make(graph: BaseGraph) -> None:
     if not layers:
         raise InputError(graph.backbone, "has no linear layer or convolution that int8 is for")
     folder, stem = graph.folder, int8_stem(graph.preprocess)
-    older = any(is_older(path, FORMAT, VERSION) for path in folder.glob("*-int8.json"))
+    older = any(is_older(path, FORMAT, OLDEST) for path in folder.glob("*-int8.json"))
     if older or not (folder / CODES).is_file():
         write_file(folder / CODES, safetensors.numpy.save(_stored(graph, layers)))
     files = [CODES, *(name for name in graph.files if name.endswith(".safetensors") and name != WEIGHTS)]

@@ -19,41 +19,27 @@ from edgepet.calibration.qdq import Int8Recipe
 from edgepet.calibration.slot_graphs import int8_graph
 from edgepet.deltas.codes import Range
 from edgepet.deltas.delta import Delta
-from edgepet.device.generations import GraphState
+from edgepet.device import store as store_module
+from edgepet.device.graph_states import GraphState
 from edgepet.device.runtime import SharedInt8
 from edgepet.device.store import Store
 from edgepet.errors import InputError
 from edgepet.graphs.base import graph_folder, open_graph
 from edgepet.graphs.int8 import CODE, Int8Graph, open_int8, ranges_digest
 from edgepet.graphs.slots import Slots, task_ranges, task_slots
-from edgepet.images.sets import ImageSet
 from edgepet.measuring.parity import SAME_CODES
 from edgepet.methods import SSF, BitFit, LinearProbe, LoRA, Method
 from edgepet.methods.depth import in_blocks
 from edgepet.packs.pack import encode_pack, read_pack
 from edgepet.proving.precision import Expressed, express
-from edgepet.spec import NpArray, Preprocess
+from edgepet.spec import NpArray
 from tests.flow import RUNTIMES, Network
-from tests.test_shared_int8 import IMAGES, Noise, Task, apart
-from tests.tiny import random_images
+from tests.on_codes import CALIBRATION, IMAGES, Noise, Others, Task, apart, noise
 
 LATE: dict[str, str] = {"test_vit": "3-5", "test_efficientnet": "2-4", "test_resnet": "2-3"}
 METHODS: dict[str, Method] = {"ssf": SSF(), "lora": LoRA(rank=2), "bitfit": BitFit()}
 FIX = "\n  fix: bring the int8 backbone of the host that calibrated it, or calibrate it again where this one is from"
 CALIBRATE = "\n  fix: run `edgepet calibrate TASK.pet --calib DIR -o OUT.pet`"
-
-
-class Others(Noise):
-    """Pictures of another task."""
-
-    images = held_out_images = 2 * random_images(5, 32)
-
-
-def noise(preprocess: Preprocess, kind: type[Noise] = Noise) -> Noise:
-    none = ImageSet(tuple("abcde"), (), ())
-    return kind(
-        folder=Path(), preprocess=preprocess, measured=none, held_out=none, judged=none, digests={}, seed=0
-    )  # fmt: skip
 
 
 @dataclass(frozen=True, eq=False)
@@ -305,7 +291,7 @@ def test_ranges_reach_as_far_as_what_was_seen(vit: Backbone) -> None:
     assert vit.graph.ranges is not None
     images = dict(zip(vit.graph.reads, vit.graph.ranges, strict=True))["images"]
 
-    assert images.scale == pytest.approx(float(np.abs(Noise.images).max()) / 127)
+    assert images.scale == pytest.approx(float(np.abs(CALIBRATION).max()) / 127)
 
 
 def test_what_version_2_described_is_read_without_ranges_and_cuts(vit: Backbone, tmp_path: Path) -> None:
@@ -423,12 +409,9 @@ def test_a_store_refuses_a_pack_of_another_trunk(device: Store, vit: Backbone, t
 
 
 def test_a_store_takes_ranges_that_it_lacks_and_keeps_those_that_it_has(vit: Backbone, tmp_path: Path) -> None:
-    root = tmp_path / "cache"
-    shutil.copytree(vit.graph.folder, graph_folder(vit.graph.fingerprint, root), ignore=lambda _, names: [
-        name for name in names if "int8" in name])  # fmt: skip
-    graph = open_graph(vit.graph.fingerprint, vit.graph.preprocess, root=root)
-    store, name = Store(tmp_path / "device"), f"{graph_folder(graph.fingerprint).name}/{vit.graph.stem}.json"
-    store.add_int8(plain := int8_graph(graph, root=root))
+    plain = described(vit, tmp_path / "cache", without_ranges)
+    store, name = Store(tmp_path / "device"), f"{vit.graph.folder.name}/{vit.graph.stem}.json"
+    store.add_int8(plain)
     delta = vit.late().delta
     assert store.now().graphs[name].ranges is None
     assert refusal(lambda: store.install(pack_of(delta, tmp_path))) == (
@@ -440,9 +423,44 @@ def test_a_store_takes_ranges_that_it_lacks_and_keeps_those_that_it_has(vit: Bac
     kept = store.now().graphs[name]
     assert kept == GraphState(sha256=kept.sha256, codes=plain.codes_sha256, ranges=vit.graph.ranges_sha256)
     store.install(pack_of(delta, tmp_path))
-    store.add_int8(int8_graph(graph, lambda: noise(graph.preprocess, Others), root=root))
+    graph = open_graph(plain.fingerprint, plain.preprocess, root=tmp_path / "cache")
+    others = int8_graph(graph, lambda: noise(graph.preprocess, Others), root=tmp_path / "cache")
+    store.add_int8(others)
+    assert others.ranges_sha256 != kept.ranges
     assert store.now().graphs[name] == kept
     assert task_ranges(store.int8_of(store.pack("ssf3")), delta) == task_ranges(vit.graph, delta)
+
+
+def test_whatever_stops_ranges_from_coming_the_backbone_is_whole(
+    vit: Backbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The description is replaced: before and after that one step a generation names what is there."""
+    store, plain = Store(tmp_path / "device"), described(vit, tmp_path / "cache", without_ranges)
+    store.add_int8(plain)
+    store.install(pack_of(vit.task(SSF()).delta, tmp_path))
+    bring, whole = store_module.bring_file, vit.graph.stem + ".json"
+
+    for stops in ("before", "after"):
+
+        def stopped(source: Path, target: Path, sha256: str, again: str, stops: str = stops) -> None:
+            if stops == "after":
+                bring(source, target, sha256, again)
+            raise KeyboardInterrupt(target.name)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(store_module, "bring_file", stopped)
+            with pytest.raises(KeyboardInterrupt, match=whole):
+                store.add_int8(vit.graph)
+
+        found = store.int8_of(store.pack("ssf3"))
+        assert found.ranges == (None if stops == "before" else vit.graph.ranges)
+        assert Device(store.root).check() == ()
+    store.add_int8(vit.graph)
+    store.install(pack_of(vit.late(seed=4).delta, tmp_path))
+
+
+def without_ranges(told: dict[str, object]) -> None:
+    told.update(ranges=None, measured=None)
 
 
 def test_codes_of_a_trunk_are_the_backbones(vit: Backbone) -> None:

@@ -6,24 +6,22 @@ decision can be asked again under the store's lock. ``edgepet.device.store`` kee
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from edgepet.deltas.delta import require_task
+from edgepet.device.graph_states import GraphState, graph_json, read_digest, read_graph
 from edgepet.errors import CheckError, InputError, option
 from edgepet.graphs.base import graph_folder, graph_stem
 from edgepet.graphs.int8 import OTHER_RANGES, int8_stem
-from edgepet.graphs.manifest import SHA256
 from edgepet.packs.pack import Pack
 from edgepet.packs.signatures import Signer
 from edgepet.spec import StoredPrecision
 from edgepet.strict import ObjectReader
 
 VERSION = 1
-_GRAPH = re.compile(r"[0-9a-f]{16}/graph-[A-Za-z0-9_-]+\.json")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,18 +61,6 @@ class TaskState:
         if self.active.refused:
             return "partly"
         return "active" if self.reason == "installed" else "rolled back"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class GraphState:
-    """A graph: the digest of its description, which has those of its files.
-
-    Of an int8 one also those of its ``codes``, and of its own ``ranges``, None where it has none.
-    """
-
-    sha256: str
-    codes: str | None = None
-    ranges: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -305,7 +291,7 @@ def as_json(now: Generation) -> dict[str, object]:
     return {
         "edgepet-store": VERSION,
         "floors": now.floors,
-        "graphs": {name: _graph_json(graph) for name, graph in now.graphs.items()},
+        "graphs": {name: graph_json(graph) for name, graph in now.graphs.items()},
         "number": now.number,
         "quota_bytes": now.quota_bytes,
         "requires_signature": now.requires_signature,
@@ -333,17 +319,13 @@ def from_json(value: object, where: str) -> Generation:
     made = Generation(
         number=table.integer("number"),
         tasks={name: _task(tasks.nested(name), name) for name in tasks.names()},
-        graphs={name: _graph(graphs.nested(name), name) for name in graphs.names()},
+        graphs={name: read_graph(graphs.nested(name), name) for name in graphs.names()},
         floors={name: _floor(floors.nested(name)) for name in floors.names()},
         requires_signature=table.boolean("requires_signature"),
         quota_bytes=None if table.absent("quota_bytes") else table.integer("quota_bytes"),
     )
     table.end()
     return made
-
-
-def _graph_json(graph: GraphState) -> dict[str, object]:
-    return {"codes": graph.codes, "sha256": graph.sha256, **({"ranges": graph.ranges} if graph.ranges else {})}
 
 
 def _pack_json(pack: Installed) -> dict[str, object]:
@@ -367,30 +349,11 @@ def _task(table: ObjectReader, name: str) -> TaskState:
 def _pack(table: ObjectReader) -> Installed:
     answers = table.nested("answers")
     made = Installed(
-        sha256=_digest(table),
+        sha256=read_digest(table),
         size_bytes=table.integer("bytes"),
         sequence=table.integer("sequence"),
         signed_by=None if table.absent("signed_by") else table.text("signed_by"),
         answers={place: str(answers.raw(place)) for place in answers.names()},
-    )
-    table.end()
-    return made
-
-
-def _digest(table: ObjectReader) -> str:
-    text = table.text("sha256")
-    if SHA256.fullmatch(text) is None:
-        raise table.refusal("sha256", "needs 64 hex digits", got=repr(text[:80]))
-    return text
-
-
-def _graph(table: ObjectReader, name: str) -> GraphState:
-    if _GRAPH.fullmatch(name) is None:
-        raise table.refusal("", "needs the name of a graph's description", got=repr(name[:80]))
-    made = GraphState(
-        sha256=_digest(table),
-        codes=None if table.absent("codes") else table.text("codes"),
-        ranges=table.text("ranges") if table.has("ranges") else None,
     )
     table.end()
     return made

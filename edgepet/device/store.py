@@ -25,6 +25,7 @@ from edgepet.deltas.merge import task_tensors
 from edgepet.device.caches import clear_cache
 from edgepet.device.generation_files import (
     BRING,
+    adds_ranges,
     clear,
     damaged_files,
     is_own,
@@ -33,7 +34,6 @@ from edgepet.device.generation_files import (
     newest,
     require_own,
     require_same,
-    state_of,
     write_generation,
 )
 from edgepet.device.generations import (
@@ -46,6 +46,7 @@ from edgepet.device.generations import (
     rolling_back,
     withholding,
 )
+from edgepet.device.graph_states import state_of
 from edgepet.errors import CheckError, InputError, option
 from edgepet.files import folder_bytes, made_folder, read_file, sha256_file, write_file
 from edgepet.graphs.base import BaseGraph, graph_at, graph_folder
@@ -180,10 +181,9 @@ class Store:
         digest, name = sha256_file(description), f"{graph_folder(graph.fingerprint, self.root).name}/{graph.stem}.json"
         again = f"delete {graph.folder} and make it again"
         with self._changing() as now:
-            kept = now.graphs.get(name)
-            fresh = state_of(graph, digest)
-            stays = kept is not None and kept.sha256 != digest and (kept.ranges or not fresh.ranges)
-            if kept is not None and stays and not damaged_files(self.root, name, kept):
+            kept, fresh = now.graphs.get(name), state_of(graph, digest)
+            other = kept if kept is not None and kept.sha256 != digest else None
+            if other and not damaged_files(self.root, name, other) and not adds_ranges(self.root, name, other, graph):
                 return
             target = graph_folder(graph.fingerprint, self.root)
             coming = sum(size for each, (_, size) in graph.files.items() if not (target / each).exists())
@@ -196,6 +196,9 @@ class Store:
                     bring_file(graph.folder / each, target / each, sha256, again)
                     put_stamp(target / each, sha256)
             if not is_own(target / description.name, digest, description.stat().st_size):
+                if other is not None:  # whatever stops this, one of the two is there and is named
+                    now = now.next(graphs={**now.graphs, name: replace(other, coming=digest)})
+                    write_generation(self.root, now)
                 bring_file(description, target / description.name, digest, again)
             if kept != fresh:
                 write_generation(self.root, now.next(graphs={**now.graphs, name: fresh}))
@@ -340,7 +343,7 @@ class Store:
         path, now = self.root / "backbones" / name, self.now()
         if name not in now.graphs:
             raise InputError(str(self.root), f"holds no {wanted or name}", fix=BRING)
-        if not path.is_file() or sha256_file(path) != now.graphs[name].sha256:
+        if not path.is_file() or sha256_file(path) not in now.graphs[name].digests:
             raise InputError(str(path), "is damaged or missing", fix=BRING)
         for each in (path, *(path.parent / file for file in listed(path))):
             require_own(self.root, each)
