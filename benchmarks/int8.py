@@ -186,9 +186,9 @@ def measured(pack: Path, data: Path, folder: Path, test: int, calib: int) -> dic
 def written_with_ranges(pack: Path, data: Path, output: Path, calib: int) -> tuple[Int8Graph, Delta]:
     """Write the pack with its ranges for the int8 backbone, as ``calibrate -o`` does, without judging it."""
     subject = Subject(pack, None, None)
-    graph = int8_graph(subject.graph)
     delta = subject.delta
     chosen = calibration_images(data, delta.labels, delta.preprocess, evaluation=data, count=calib)
+    graph = int8_graph(subject.graph, lambda: chosen)
     expressed = express(delta, subject.graph, graph, chosen, recipe=Int8Recipe()).delta
     write_pack(output, expressed, kept=subject.pack.planes, sequence=subject.pack.sequence)
     return graph, expressed

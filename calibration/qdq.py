@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -101,6 +102,7 @@ def quantize(
     *,
     smooth: Mapping[str, NpArray] | None = None,
     ranges: Mapping[str, Range] | None = None,
+    held: Mapping[str, Range] = MappingProxyType({}),
 ) -> Int8:
     """The model of ``graph`` in int8; it is not touched.
 
@@ -108,6 +110,7 @@ def quantize(
         graph: of a folded model: batch norms behind convolutions are part of them.
         seen: what ``observe`` saw of ``layers`` on the calibration images.
         smooth, ranges: divisors (in,) and ranges by tensor, in place of those that ``recipe`` would choose.
+        held: those of some tensors, in place of what either would be.
     """
     chosen = tuple(layer for layer in layers if layer.name not in recipe.keep)
     if smooth is None:
@@ -115,6 +118,7 @@ def quantize(
     read = {layer.reads for layer in chosen}
     divisors = {name: value for name, value in smooth.items() if name in read}
     ranges = choose_ranges(chosen, seen, recipe.estimator, divisors) if ranges is None else ranges
+    ranges = {name: held.get(name, of) for name, of in ranges.items()}
     return Int8(_Writer(graph, chosen, seen, recipe, divisors, ranges).model(), ranges, chosen)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
+from types import MappingProxyType
 from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
@@ -76,6 +77,7 @@ class Calibration:
     def __init__(
         self, model: ModelProto, weights: Collection[str], images: CalibrationImages, order: NpArray, *, where: str,
         smooth: Mapping[str, NpArray] | None = None, against: ModelProto | None = None,
+        held: Mapping[str, Range] = MappingProxyType({}),
     ) -> None:  # fmt: skip
         """Fold the model, find its layers, and run both sets of images through it.
 
@@ -84,6 +86,7 @@ class Calibration:
             weights: names of the initializers whose layers may become int8.
             order: the model's class for each class of ``images``, integers (C,).
             smooth: fixed divisors behind layer norms, by the tensor: then no strength is tried, and biases stay.
+            held: ranges of tensors that every recipe takes as they are.
             against: a model whose answers are what int8 is judged by, where ``model`` itself is already rounded.
 
         Raises:
@@ -97,13 +100,15 @@ class Calibration:
         if not self.layers:
             raise InputError(where, "has no linear layer or convolution that int8 is for", fix="export it in fp16")
         self._seen = observe(self._model, self.layers, images.images, where=where)
-        self._smooth, self._float = smooth, self._model if against is None else against
+        self._held, self._smooth, self._float = held, smooth, self._model if against is None else against
         self._held_out = answers(self._float, images.held_out_images)
         self._judged: NpArray | None = None
 
     def made(self, recipe: Int8Recipe, ranges: Mapping[str, Range] | None = None) -> Int8:
         """The model in int8, with ``ranges`` in place of those that the recipe would choose."""
-        return quantize(self._graph, self.layers, self._seen, recipe, smooth=self._smooth, ranges=ranges)
+        return quantize(
+            self._graph, self.layers, self._seen, recipe, smooth=self._smooth, ranges=ranges, held=self._held
+        )
 
     def choose(self) -> tuple[Tried, ...]:
         """Recipes by what they lose on the held-out images, the best first."""

@@ -8,7 +8,7 @@ Q/DQ scales are constants: there every code stands for itself, and the scales li
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -17,18 +17,23 @@ from typing import TYPE_CHECKING
 import numpy as np
 import safetensors.numpy
 
+from edgepet.calibration.backbone_ranges import backbone_ranges
+from edgepet.calibration.cuts import find_cuts
+from edgepet.calibration.images import CalibrationImages
 from edgepet.calibration.layers import Graph, Layer, find_layers
 from edgepet.calibration.rewriting import lifted
 from edgepet.calibration.writer import GraphWriter, settings_of
+from edgepet.canonical import parse_json
 from edgepet.deltas.codes import CodedWeight, coded, norm_smoothing
 from edgepet.errors import InputError, require
-from edgepet.files import write_file
+from edgepet.files import read_file, write_file
 from edgepet.graphs.base import WEIGHTS, BaseGraph, is_older, write_graph_json
 from edgepet.graphs.int8 import (
     CODE,
     CODES,
     DIVISOR,
     FORMAT,
+    OLDEST,
     SLOT_FORMS,
     STEP,
     SUM,
@@ -42,11 +47,13 @@ from edgepet.graphs.int8 import (
 )
 from edgepet.graphs.slots import code_sums, scaled_by_norm, slot_shapes
 from edgepet.graphs.tensor_files import Place, point_into, safetensors_places
+from edgepet.locks import held_alone
 from edgepet.spec import NpArray
 
 if TYPE_CHECKING:
     from onnx import ModelProto, TensorProto
 
+WAIT_S = 600.0  # for another process that measures ranges
 _ZERO = 128  # ONNX Runtime's int8 products are fastest with unsigned codes of activations: the same codes, moved
 _MICROSOFT = "com.microsoft"
 
@@ -79,20 +86,42 @@ def coded_backbone(graph: BaseGraph, bits: int = 8) -> dict[str, CodedWeight]:
     }
 
 
-def int8_graph(graph: BaseGraph, *, root: Path | None = None) -> Int8Graph:
+def int8_graph(
+    graph: BaseGraph, images: Callable[[], CalibrationImages] | None = None, *, root: Path | None = None
+) -> Int8Graph:
     """The int8 backbone of ``graph``, from its folder, or made now where none is or an earlier edgepet made it.
 
     Args:
+        images: asked once, where it has no ranges of its own yet: then they are measured on these. With None it stays
+            without, and every task on it needs all of its ranges.
         root: of the store that ``graph`` lies in; None for the cache.
 
     Raises:
-        InputError: the backbone has no layer that int8 is for, or branches; or a file is damaged or cannot be written.
+        InputError: the backbone has no layer that int8 is for, or branches; a file is damaged or cannot be written; or
+            an activation is not finite.
         MissingError: it has to be made, and onnx is not installed.
     """
     path = graph.folder / f"{int8_stem(graph.preprocess)}.json"
     if not path.is_file() or is_older(path, FORMAT, VERSION):
         _make(graph)
+    made = open_int8(graph.fingerprint, graph.preprocess, root=root)
+    if made.ranges is not None or images is None:
+        return made
+    # Packs are bound to the digest of these ranges: of two processes that want some, one measures.
+    with held_alone(path.with_suffix(".lock"), "has its ranges measured by another process", wait_s=WAIT_S):
+        made = open_int8(graph.fingerprint, graph.preprocess, root=root)
+        if made.ranges is None:
+            _add_ranges(graph, made, path, images())
     return open_int8(graph.fingerprint, graph.preprocess, root=root)
+
+
+def _add_ranges(graph: BaseGraph, made: Int8Graph, path: Path, images: CalibrationImages) -> None:
+    ranges = backbone_ranges(_structure(graph), graph, made, images.images)
+    facts = parse_json(read_file(path))
+    numbers = [number for each in ranges for number in (each.scale, each.shift)]
+    facts |= {"ranges": numbers, "measured": {"n": len(images.images), "sha256": images.facts["sha256"]}}
+    kept = {key: fact for key, fact in facts.items() if key not in ("format", "version", "files")}
+    write_graph_json(graph.folder, made.stem, kept, list(made.files), kind=FORMAT, version=VERSION)
 
 
 def _make(graph: BaseGraph) -> None:
@@ -103,7 +132,7 @@ def _make(graph: BaseGraph) -> None:
     if not layers:
         raise InputError(graph.backbone, "has no linear layer or convolution that int8 is for")
     folder, stem = graph.folder, int8_stem(graph.preprocess)
-    older = any(is_older(path, FORMAT, VERSION) for path in folder.glob("*-int8.json"))
+    older = any(is_older(path, FORMAT, OLDEST) for path in folder.glob("*-int8.json"))
     if older or not (folder / CODES).is_file():
         write_file(folder / CODES, safetensors.numpy.save(_stored(graph, layers)))
     files = [CODES, *(name for name in graph.files if name.endswith(".safetensors") and name != WEIGHTS)]
@@ -114,6 +143,7 @@ def _make(graph: BaseGraph) -> None:
         model = _SlotWriter(structure, layers, described, vectors, places, form).model()
         write_file(folder / model_name(stem, runtime), model.SerializeToString(deterministic=True))
         files.append(model_name(stem, runtime))
+    trunks = find_cuts(Graph(structure), layers, graph.places)
     facts = {
         "backbone": graph.backbone,
         "fingerprint": graph.fingerprint,
@@ -121,6 +151,9 @@ def _make(graph: BaseGraph) -> None:
         "width": graph.width,
         "layers": [_as_json(layer) for layer in described],
         "vectors": list(vectors),
+        "cuts": [asdict(cut) | {"tensors": list(cut.tensors)} for cut in trunks],
+        "ranges": None,
+        "measured": None,
         "versions": {name: version(name) for name in ("edgepet", "onnx")},
     }
     write_graph_json(folder, stem, facts, files, kind=FORMAT, version=VERSION)

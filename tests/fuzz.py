@@ -138,7 +138,11 @@ def meaning_of(pack: Pack) -> dict[str, Any]:
         for b in delta.branches
     ]
     head = {"weight": plain(delta.head.weight), "bias": plain(delta.head.bias)}
-    int8 = delta.int8 and (delta.int8.codes, [number for r in delta.int8.ranges for number in (r.scale, r.shift)])
+    int8 = delta.int8 and (
+        delta.int8.codes,
+        delta.int8.trunk,
+        [number for r in delta.int8.ranges for number in (r.scale, r.shift)],
+    )
     probes = {
         name: (each.seed, each.tolerance, each.logits.reshape(-1).tolist()) for name, each in delta.probes.items()
     }
@@ -344,13 +348,14 @@ class Planes:
         need(self.formats[plane][0] == "fp32", "a plane in a format that is not for it")
         return self._values.pop(plane)
 
-    def ranges(self, table: Mapping[str, Any]) -> tuple[str, list[float]]:
+    def ranges(self, table: Mapping[str, Any]) -> tuple[str, str | None, list[float]]:
         """What an int8 backbone needs."""
-        keys(table, "codes")
+        keys(table, "codes", "trunk")
         need(re.fullmatch("[0-9a-f]{64}", table["codes"]), "codes that are no digest")
+        need("trunk" not in table or re.fullmatch("[0-9a-f]{64}", table["trunk"]), "a trunk that is no digest")
         numbers = self.exact("int8.ranges")
         need(len(numbers) % 2 == 0 and all(scale >= 2.0**-126 for scale in numbers[::2]), "a range without a scale")
-        return table["codes"], numbers
+        return table["codes"], table.get("trunk"), numbers
 
     def leaf(self, kind: str, name: str, row: Mapping[str, Any], i: int, how: Any) -> Any:
         """The array, or the window, that a row names for its ``i``-th target."""

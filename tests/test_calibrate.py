@@ -7,7 +7,7 @@ import json
 import re
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +19,8 @@ from edgepet.calibration import search
 from edgepet.calibration.budget import Drop, LayerDrop
 from edgepet.calibration.qdq import Int8Recipe
 from edgepet.graphs.base import graph_folder
-from edgepet.graphs.int8 import CODES
-from edgepet.packs.pack import read_pack
+from edgepet.graphs.int8 import CODES, open_int8
+from edgepet.packs.pack import read_pack, write_pack
 from edgepet.proving import precision
 from tests.flow import CLASSES, FORMATS, bytes_below, edgepet, has_openvino, refused, train_arguments
 
@@ -393,6 +393,7 @@ def test_calibrate_writes_a_pack_for_the_backbone_that_tasks_share(trained: Trai
     assert told["codes_bytes"] == codes.stat().st_size
     assert told["pack_bytes"] == (tmp_path / "shared.pet").stat().st_size < trained.pack.stat().st_size + 1500
     assert (told["own_codes_bytes"], told["own_memory_bytes"] > 0) == (0, True)  # SSF
+    assert (told["own_ranges"], told["trunk_ranges"], told["trunk"]) == (25, 0, None)
     assert [run["runtime"] for run in told["runs"]] == (
         ["onnxruntime", "openvino"] if has_openvino else ["onnxruntime"]
     )
@@ -409,6 +410,25 @@ def test_calibrate_writes_a_pack_for_the_backbone_that_tasks_share(trained: Trai
         "task 'round': has no activation ranges for the int8 backbone\n"
         "  fix: run `edgepet calibrate TASK.pet --calib DIR -o OUT.pet`\n"
     )
+
+
+@pytest.mark.usefixtures("brief")
+def test_a_pack_that_changes_later_blocks_says_whose_its_ranges_are(trained: Trained, tmp_path: Path) -> None:
+    delta = read_pack(trained.pack).delta
+    later = [each for each in delta.updates if each.target.tensor.startswith(("blocks.4.", "blocks.5.", "norm."))]
+    write_pack(tmp_path / "later.pet", replace(delta, updates=tuple(later), probes={}))
+
+    said = edgepet("calibrate", tmp_path / "later.pet", "--calib", trained.data, "-o", tmp_path / "shared.pet")
+
+    assert said.code == 0, said.err
+    graph, pack = open_int8(delta.fingerprint, delta.preprocess), read_pack(tmp_path / "shared.pet").delta
+    cut = graph.trunk(pack)
+    assert cut is not None
+    assert f"  ranges of its own: 8; 17 are the backbone's, up to {cut.at}\n" in said.out
+    assert pack.int8 is not None
+    assert (len(pack.int8.ranges), pack.int8.trunk) == (8, graph.ranges_sha256)
+    told = edgepet("inspect", tmp_path / "shared.pet")
+    assert f"  behind a trunk with the backbone's own {(graph.ranges_sha256 or '')[:12]}…\n" in told.out
 
 
 @pytest.mark.usefixtures("brief")

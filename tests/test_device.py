@@ -21,7 +21,6 @@ from edgepet.device.checking import check
 from edgepet.device.generations import (
     Candidate,
     Generation,
-    GraphState,
     as_json,
     from_json,
     installing,
@@ -29,6 +28,7 @@ from edgepet.device.generations import (
     serving,
     withholding,
 )
+from edgepet.device.graph_states import GraphState
 from edgepet.device.runtime import TaskNetwork
 from edgepet.device.store import Store
 from edgepet.errors import CheckError, InputError
@@ -396,7 +396,7 @@ def candidate(sequence: int = 0, **changes: Any) -> Candidate:
     digest = f"{sequence:064x}"
     made = Candidate(
         task="a", sha256=digest, size_bytes=10, sequence=sequence, signed_by=None, key="", backbone="vit",
-        dense=f"{DIGITS}/graph-9.json", int8=f"{DIGITS}/graph-9-int8.json", codes=None,
+        dense=f"{DIGITS}/graph-9.json", int8=f"{DIGITS}/graph-9-int8.json", codes=None, trunk=None,
     )  # fmt: skip
     return replace(made, **changes)
 
@@ -478,6 +478,10 @@ def test_a_generation_is_read_as_it_was_written() -> None:
     )
 
     assert from_json(json.loads(json.dumps(as_json(now))), "s") == now
+    int8 = {
+        f"{DIGITS}/graph-9-int8.json": GraphState(sha256="0" * 64, codes="1" * 64, ranges="2" * 64, coming="3" * 64)
+    }
+    assert from_json(json.loads(json.dumps(as_json(replace(now, graphs=int8)))), "s").graphs == int8
     with pytest.raises(InputError, match="this edgepet reads stores of version 1"):
         from_json({**as_json(now), "edgepet-store": 2}, "s")
     with pytest.raises(InputError, match="knows no key 'more'"):
@@ -502,6 +506,12 @@ def test_a_graph_with_other_codes_is_no_graph_for_a_pack() -> None:
     )
     with pytest.raises(InputError, match=rf"needs vit as {DIGITS}/graph-9\.json, which is not in this store"):
         installing(now, candidate(), {})
+    with pytest.raises(InputError) as refusal:
+        installing(now, candidate(codes="c" * 64, trunk="d" * 64), {})
+    assert str(refusal.value) == (
+        "task 'a': needs the int8 backbone's own ranges dddddddddddd for its trunk, got none in this store\n"
+        "  fix: bring the int8 backbone of the host that calibrated it, or calibrate it again where this one is from"
+    )
 
 
 def test_a_store_that_requires_signatures_and_lost_its_keys_takes_nothing(

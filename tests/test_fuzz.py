@@ -82,7 +82,8 @@ def corpus() -> dict[str, bytes]:
         on("b", Grouped(np.zeros((2, 2, 48), np.float32), order)),
     ]
     packs["packed"] = encode_pack(tiny(even), codings={"low-rank.right": Coding("fp32")})
-    ranges = Int8Ranges(codes="0123456789abcdef" * 4, ranges=(Range(scale=0.25), Range(scale=0.5, shift=-1.5)))
+    pairs = (Range(scale=0.25), Range(scale=0.5, shift=-1.5))
+    ranges = Int8Ranges(codes="0123456789abcdef" * 4, ranges=pairs, trunk="fedcba9876543210" * 4)
     probe = Probe(7, values(2, 2, seed=3), 0.25)
     whole = tiny(
         int8=ranges, probes={"fp32": probe, "int8": probe}, labels=("é", "\U0001f600"), licences=("CC0-1.0",),

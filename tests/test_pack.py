@@ -627,6 +627,9 @@ MALFORMED: dict[str, tuple[bytes, str]] = {
         calibrated(lambda m, t: m["int8"].update(codes="0F" * 32)), f"pack.int8.codes: needs a sha256 of 64 digits, got {'0F' * 32!r}"),
     "codes that are a path": (
         calibrated(lambda m, t: m["int8"].update(codes="../../etc")), "pack.int8.codes: needs a sha256 of 64 digits, got '../../etc'"),
+    "a trunk that is no digest": (
+        calibrated(lambda m, t: m["int8"].update(trunk="0f" * 31)), f"pack.int8.trunk: needs a sha256 of 64 digits, got {'0f' * 31!r}"),
+    "a trunk of nothing": (calibrated(lambda m, t: m["int8"].update(trunk=None)), "pack.int8.trunk: needs a text, got None"),
     "codes that are a number": (calibrated(lambda m, t: m["int8"].update(codes=64)), "pack.int8.codes: needs a text, got 64"),
     "an int8 section that is a list": (
         key_to([], "int8"), "pack.int8: needs an object, got []"),

@@ -13,15 +13,13 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import numpy as np
-import onnxruntime
 import pytest
 from PIL import Image
 
 from edgepet import Device, write_pack
-from edgepet.calibration.images import CalibrationImages
 from edgepet.calibration.qdq import Int8Recipe
 from edgepet.calibration.slot_graphs import coded_backbone, int8_graph
 from edgepet.deltas.codes import Range, coded
@@ -32,47 +30,22 @@ from edgepet.device.openvino import SharedOpenVino
 from edgepet.device.runtime import SharedInt8, TaskNetwork
 from edgepet.device.store import Store
 from edgepet.errors import BackboneError, InputError
-from edgepet.exporters.onnx import build_model, serialize
+from edgepet.exporters.onnx import build_model
 from edgepet.files import sha256_file
 from edgepet.graphs.base import graph_folder, open_graph
 from edgepet.graphs.int8 import CODE, CODES, Int8Graph, open_int8
 from edgepet.graphs.slots import task_slots
-from edgepet.images.sets import ImageSet
 from edgepet.measuring.parity import SAME_CODES
 from edgepet.methods import IA3, SSF, BitFit, GLoRA, LoRA, Method, NormTuning
 from edgepet.proving.precision import express
 from edgepet.spec import NpArray
 from tests.flow import RUNTIMES, Artifacts, Network, needs_openvino
 from tests.interpreters import DEVICE, block, python, verb
-from tests.tiny import random_images
+from tests.on_codes import IMAGES, Task, apart, noise
 
 ARCHITECTURES = ["test_vit", "test_efficientnet", "test_resnet"]
 METHODS: dict[str, Method] = {m.name: m for m in (SSF(), BitFit(), NormTuning(), GLoRA(), IA3(), LoRA())}
-CALIBRATION, IMAGES = random_images(4, 32), random_images(9, 16)
 FIX = "\n  fix: run `edgepet calibrate TASK.pet --calib DIR -o OUT.pet`"
-
-
-class Noise(CalibrationImages):
-    """Normal noise in place of pictures."""
-
-    images = held_out_images = CALIBRATION
-
-
-@dataclass(frozen=True)
-class Task:
-    """A task with ranges, and the Q/DQ model of the same numbers."""
-
-    delta: Delta
-    model: Any
-
-    def expected(self, images: NpArray = IMAGES) -> NpArray:
-        """Node by node, as the graph says: ONNX Runtime fuses nothing."""
-        options = onnxruntime.SessionOptions()
-        options.log_severity_level = 3
-        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-        session = onnxruntime.InferenceSession(serialize(self.model), options, providers=["CPUExecutionProvider"])
-        answers: NpArray = session.run(None, {"images": images})[0]
-        return answers
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,10 +65,7 @@ class Shared:
         return self.tasks[method]
 
     def calibrated(self, delta: Delta) -> Task:
-        none = ImageSet(delta.labels, (), ())
-        noise = Noise(folder=Path(), preprocess=delta.preprocess, measured=none, held_out=none, judged=none,
-                      digests={}, seed=0)  # fmt: skip
-        made = express(delta, self.network.graph, self.graph, noise, recipe=Int8Recipe())
+        made = express(delta, self.network.graph, self.graph, noise(delta.preprocess), recipe=Int8Recipe())
         return Task(made.delta, made.model)
 
 
@@ -132,12 +102,6 @@ def vit(shared_of: Callable[[str], Shared]) -> Shared:
     return shared_of("test_vit")
 
 
-def apart(got: NpArray, expected: NpArray) -> NpArray:
-    """The largest difference of each image, as a part of the largest logit of all."""
-    differences: NpArray = np.abs(got - expected).max(axis=1) / np.abs(expected).max()
-    return differences
-
-
 # ----------------------------------------------------------------------------------------------------------- the codes
 
 
@@ -165,11 +129,11 @@ def test_the_backbones_weights_alone_decide_the_codes(shared: Shared, tmp_path: 
 def test_what_an_earlier_edgepet_made_is_made_again(vit: Shared, tmp_path: Path) -> None:
     shutil.copytree(vit.graph.folder, folder := graph_folder(vit.graph.fingerprint, tmp_path))
     path = folder / f"{vit.graph.stem}.json"
-    path.write_text(path.read_text().replace('"version":2', '"version":1'))
+    path.write_text(path.read_text().replace('"version":3', '"version":1'))
     (folder / CODES).write_bytes(b"codes by another recipe")
     graph = open_graph(vit.graph.fingerprint, vit.graph.preprocess, root=tmp_path)
     assert refusal(lambda: open_int8(graph.fingerprint, graph.preprocess, root=tmp_path)) == (
-        f"{path}: this edgepet reads graphs of version 2\n  fix: delete it and run again"
+        f"{path}: this edgepet reads graphs of versions 2 to 3\n  fix: delete it and run again"
     )
 
     again = int8_graph(graph, root=tmp_path)

@@ -14,6 +14,7 @@ import numpy as np
 from edgepet.spec import NpArray
 
 LOW, HIGH = -128, 127  # codes of activations; those of weights stop at -HIGH
+LEAST_SCALE = float(np.finfo(np.float32).tiny)  # of float32's normal numbers, in which runtimes compute
 SMOOTHING = 0.65  # SmoothQuant's strength on a backbone that is shared by tasks
 REACH = 3.0  # standard deviations of a normalised channel that count as its largest value
 CLIPS = np.arange(0.40, 1.01, 0.05)  # of a channel's largest weight, where codes are too few to hold it
@@ -29,6 +30,11 @@ class Range:
 
     scale: float
     shift: float = 0.0
+
+    @property
+    def stored(self) -> Range:
+        """The same in binary32, as packs and graphs keep it."""
+        return Range(scale=float(np.float32(self.scale)), shift=float(np.float32(self.shift)))
 
     def rounded(self, values: NpArray) -> NpArray:
         """What ``values`` become: float32 of their shape, those out of reach as the nearest end."""

@@ -62,11 +62,13 @@ class Score:
 class Int8Ranges:
     """What a task's activations need to run on the int8 backbone whose file of codes has the sha256 ``codes``.
 
-    ``ranges`` are of the tensors that have codes, in that backbone's order.
+    ``ranges`` are of the tensors that have codes, in that backbone's order. With ``trunk`` they are of the last of
+    them, behind the task's cut: before it the backbone's own hold, which have that sha256.
     """
 
     codes: str
     ranges: tuple[Range, ...]
+    trunk: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

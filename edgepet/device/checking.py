@@ -6,7 +6,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from edgepet.device.generation_files import BRING, damaged_files, generation_files, read_generation, require_own
-from edgepet.device.generations import GraphState, Installed
+from edgepet.device.generations import Installed
+from edgepet.device.graph_states import GraphState
 from edgepet.device.store import Store
 from edgepet.errors import EdgepetError
 from edgepet.graphs.manifest import is_whole

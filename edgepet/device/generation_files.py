@@ -14,9 +14,12 @@ from pathlib import Path
 
 from edgepet.bringing import clear_folder
 from edgepet.canonical import canonical_json, parse_json
-from edgepet.device.generations import Generation, GraphState, as_json, from_json
+from edgepet.device.generations import Generation, as_json, from_json
+from edgepet.device.graph_states import GraphState
 from edgepet.errors import EdgepetError, InputError, refusing
-from edgepet.files import made_folder, read_file, write_file
+from edgepet.files import made_folder, read_file, sha256_file, write_file
+from edgepet.graphs.base import BaseGraph
+from edgepet.graphs.int8 import Int8Graph
 from edgepet.graphs.manifest import Listed, damaged, is_whole, listed_files, read_manifest
 
 KEPT = 2  # generations on the disk
@@ -177,11 +180,19 @@ def require_own(root: Path, path: Path) -> None:
 def damaged_files(root: Path, name: str, graph: GraphState) -> list[Path]:
     """Files of a graph of the store ``root`` that are missing or others: its description, or what that lists."""
     path = root / "backbones" / name
-    files: Listed = {path.name: (graph.sha256, path.stat().st_size if path.is_file() else 0)}
+    found = sha256_file(path) if path.is_file() else ""
+    sha256 = found if found in graph.digests else graph.sha256
+    files: Listed = {path.name: (sha256, path.stat().st_size if found else 0)}
     if not damaged(path.parent, files):
         files = {**files, **listed(path)}
     wrong = {*damaged(path.parent, files), *(each for each in files if (path.parent / each).is_symlink())}
     return [path.parent / each for each in sorted(wrong)]
+
+
+def adds_ranges(root: Path, name: str, kept: GraphState, graph: BaseGraph | Int8Graph) -> bool:
+    """Whether ``graph``, which comes, is the one that is here but for ranges of its own, which that lacks."""
+    lacks = kept.ranges is None and isinstance(graph, Int8Graph) and graph.ranges is not None
+    return lacks and dict(listed(root / "backbones" / name)) == dict(graph.files)
 
 
 def _folders(path: Path) -> list[Path]:

@@ -6,24 +6,22 @@ decision can be asked again under the store's lock. ``edgepet.device.store`` kee
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from edgepet.deltas.delta import require_task
+from edgepet.device.graph_states import GraphState, graph_json, read_digest, read_graph
 from edgepet.errors import CheckError, InputError, option
 from edgepet.graphs.base import graph_folder, graph_stem
-from edgepet.graphs.int8 import int8_stem
-from edgepet.graphs.manifest import SHA256
+from edgepet.graphs.int8 import OTHER_RANGES, int8_stem
 from edgepet.packs.pack import Pack
 from edgepet.packs.signatures import Signer
 from edgepet.spec import StoredPrecision
 from edgepet.strict import ObjectReader
 
 VERSION = 1
-_GRAPH = re.compile(r"[0-9a-f]{16}/graph-[A-Za-z0-9_-]+\.json")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,19 +64,12 @@ class TaskState:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class GraphState:
-    """A graph: the digest of its description, which has those of its files; ``codes`` of the codes of an int8 one."""
-
-    sha256: str
-    codes: str | None = None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class Candidate:
     """A pack that somebody wants installed, as far as a verdict needs it.
 
     ``dense`` and ``int8`` are names of descriptions, ``<digits>/<stem>.json``, of the graphs that it could run on;
-    ``codes`` those that its ranges are for, None where it has none. ``key`` are digits of the key that signed it,
+    ``codes`` those that its ranges are for, None where it has none; ``trunk`` the backbone's own in its trunk, None
+    where it brings all. ``key`` are digits of the key that signed it,
     empty where nobody's was asked for: names of keys are their owner's, and change.
     """
 
@@ -92,6 +83,7 @@ class Candidate:
     dense: str
     int8: str
     codes: str | None
+    trunk: str | None
 
 
 def candidate_of(pack: Pack, signed: Signer | None) -> Candidate:
@@ -109,6 +101,7 @@ def candidate_of(pack: Pack, signed: Signer | None) -> Candidate:
         dense=f"{digits}/{graph_stem(delta.preprocess, delta.structure)}.json",
         int8=f"{digits}/{int8_stem(delta.preprocess)}.json",
         codes=None if delta.int8 is None else delta.int8.codes,
+        trunk=None if delta.int8 is None else delta.int8.trunk,
     )
 
 
@@ -153,13 +146,16 @@ def precisions_of(now: Generation, pack: Candidate) -> tuple[StoredPrecision, ..
     """In which a pack can run: "fp32" where its dense graph is, "int8" where the codes are that its ranges are for.
 
     Raises:
-        InputError: neither is there, or the codes that are there are others.
+        InputError: neither is there, or the codes that are there are others, or the backbone's own ranges.
     """
     dense, coded = now.graphs.get(pack.dense), now.graphs.get(pack.int8)
     here = None if coded is None else coded.codes
     if pack.codes is not None and here is not None and pack.codes != here:
         what, fix = f"has ranges for the int8 codes {pack.codes[:12]}", "run edgepet calibrate with -o again"
         raise InputError(f"task {pack.task!r}", what, got=f"{here[:12]} in this store", fix=fix)
+    if coded is not None and pack.trunk is not None and pack.trunk != coded.ranges:
+        what, got = f"needs the int8 backbone's own ranges {pack.trunk[:12]} for its trunk", coded.ranges or "none"
+        raise InputError(f"task {pack.task!r}", what, got=f"{got[:12]} in this store", fix=OTHER_RANGES)
     int8 = pack.codes is not None and here is not None
     if dense is None and not int8:
         what = f"needs {pack.backbone} as {pack.dense}, which is not in this store"
@@ -295,7 +291,7 @@ def as_json(now: Generation) -> dict[str, object]:
     return {
         "edgepet-store": VERSION,
         "floors": now.floors,
-        "graphs": {name: {"codes": graph.codes, "sha256": graph.sha256} for name, graph in now.graphs.items()},
+        "graphs": {name: graph_json(graph) for name, graph in now.graphs.items()},
         "number": now.number,
         "quota_bytes": now.quota_bytes,
         "requires_signature": now.requires_signature,
@@ -323,7 +319,7 @@ def from_json(value: object, where: str) -> Generation:
     made = Generation(
         number=table.integer("number"),
         tasks={name: _task(tasks.nested(name), name) for name in tasks.names()},
-        graphs={name: _graph(graphs.nested(name), name) for name in graphs.names()},
+        graphs={name: read_graph(graphs.nested(name), name) for name in graphs.names()},
         floors={name: _floor(floors.nested(name)) for name in floors.names()},
         requires_signature=table.boolean("requires_signature"),
         quota_bytes=None if table.absent("quota_bytes") else table.integer("quota_bytes"),
@@ -353,27 +349,12 @@ def _task(table: ObjectReader, name: str) -> TaskState:
 def _pack(table: ObjectReader) -> Installed:
     answers = table.nested("answers")
     made = Installed(
-        sha256=_digest(table),
+        sha256=read_digest(table),
         size_bytes=table.integer("bytes"),
         sequence=table.integer("sequence"),
         signed_by=None if table.absent("signed_by") else table.text("signed_by"),
         answers={place: str(answers.raw(place)) for place in answers.names()},
     )
-    table.end()
-    return made
-
-
-def _digest(table: ObjectReader) -> str:
-    text = table.text("sha256")
-    if SHA256.fullmatch(text) is None:
-        raise table.refusal("sha256", "needs 64 hex digits", got=repr(text[:80]))
-    return text
-
-
-def _graph(table: ObjectReader, name: str) -> GraphState:
-    if _GRAPH.fullmatch(name) is None:
-        raise table.refusal("", "needs the name of a graph's description", got=repr(name[:80]))
-    made = GraphState(sha256=_digest(table), codes=None if table.absent("codes") else table.text("codes"))
     table.end()
     return made
 

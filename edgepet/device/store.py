@@ -25,6 +25,7 @@ from edgepet.deltas.merge import task_tensors
 from edgepet.device.caches import clear_cache
 from edgepet.device.generation_files import (
     BRING,
+    adds_ranges,
     clear,
     damaged_files,
     is_own,
@@ -37,7 +38,6 @@ from edgepet.device.generation_files import (
 )
 from edgepet.device.generations import (
     Generation,
-    GraphState,
     Installed,
     candidate_of,
     installing,
@@ -46,6 +46,7 @@ from edgepet.device.generations import (
     rolling_back,
     withholding,
 )
+from edgepet.device.graph_states import state_of
 from edgepet.errors import CheckError, InputError, option
 from edgepet.files import folder_bytes, made_folder, read_file, sha256_file, write_file
 from edgepet.graphs.base import BaseGraph, graph_at, graph_folder
@@ -171,6 +172,8 @@ class Store:
     def add_graph(self, graph: BaseGraph | Int8Graph) -> None:
         """Bring a backbone and one graph of it, from the cache say; what is there already and whole stays.
 
+        An int8 backbone that has no ranges of its own yet takes those that come.
+
         Raises:
             InputError: a file of it cannot be read or is damaged, the store not written, or its quota too small.
         """
@@ -178,8 +181,9 @@ class Store:
         digest, name = sha256_file(description), f"{graph_folder(graph.fingerprint, self.root).name}/{graph.stem}.json"
         again = f"delete {graph.folder} and make it again"
         with self._changing() as now:
-            kept = now.graphs.get(name)
-            if kept is not None and kept.sha256 != digest and not damaged_files(self.root, name, kept):
+            kept, fresh = now.graphs.get(name), state_of(graph, digest)
+            other = kept if kept is not None and kept.sha256 != digest else None
+            if other and not damaged_files(self.root, name, other) and not adds_ranges(self.root, name, other, graph):
                 return
             target = graph_folder(graph.fingerprint, self.root)
             coming = sum(size for each, (_, size) in graph.files.items() if not (target / each).exists())
@@ -192,9 +196,10 @@ class Store:
                     bring_file(graph.folder / each, target / each, sha256, again)
                     put_stamp(target / each, sha256)
             if not is_own(target / description.name, digest, description.stat().st_size):
+                if other is not None:  # whatever stops this, one of the two is there and is named
+                    now = now.next(graphs={**now.graphs, name: replace(other, coming=digest)})
+                    write_generation(self.root, now)
                 bring_file(description, target / description.name, digest, again)
-            codes = graph.codes_sha256 if isinstance(graph, Int8Graph) else None
-            fresh = GraphState(sha256=digest, codes=codes)
             if kept != fresh:
                 write_generation(self.root, now.next(graphs={**now.graphs, name: fresh}))
 
@@ -215,7 +220,7 @@ class Store:
             MissingError: it is signed, keys are trusted here, and cryptography is not installed.
             PackError: it is no pack.
             InputError: its backbone, image size or branches are not here, an update does not fit or makes what is not
-                finite, its ranges are for other int8 codes, the quota is too small, or a file cannot be read or
+                finite, its ranges are for another int8 backbone, the quota is too small, or a file cannot be read or
                 written.
         """
         data = source if isinstance(source, bytes) else read_file(source)
@@ -338,7 +343,7 @@ class Store:
         path, now = self.root / "backbones" / name, self.now()
         if name not in now.graphs:
             raise InputError(str(self.root), f"holds no {wanted or name}", fix=BRING)
-        if not path.is_file() or sha256_file(path) != now.graphs[name].sha256:
+        if not path.is_file() or sha256_file(path) not in now.graphs[name].digests:
             raise InputError(str(path), "is damaged or missing", fix=BRING)
         for each in (path, *(path.parent / file for file in listed(path))):
             require_own(self.root, each)

@@ -200,6 +200,7 @@ class Described:
     """A graph's description, half read: ``table`` has what is its own still to be taken."""
 
     table: ObjectReader
+    version: int
     preprocess: Preprocess
     files: Listed
 
@@ -214,24 +215,28 @@ def is_older(path: Path, kind: str, version: int) -> bool:
 
 
 def read_description(
-    path: Path, kind: str, version: int, *, large: str, needs: Collection[str], may: Collection[str]
-) -> Described:
+    path: Path, kind: str, version: int, *, oldest: int | None = None, large: str, needs: Collection[str],
+    may: Collection[str],
+) -> Described:  # fmt: skip
     """Read a description and check the files that it names; the ``large`` one is read only where it changed.
 
     Args:
+        oldest: version that is read; None is ``version`` alone.
         needs, may: names of files that it must list, ``large`` among them, and of those that it may.
 
     Raises:
         InputError: it cannot be read, is of another kind or version, lists other files, or one is missing or damaged.
     """
     table = _parsed(path, kind)
-    if table.integer("version") != version:
-        raise InputError(str(path), f"this edgepet reads graphs of version {version}", fix="delete it and run again")
+    found = table.integer("version")
+    if not (version if oldest is None else oldest) <= found <= version:
+        read = f"version {version}" if oldest is None else f"versions {oldest} to {version}"
+        raise InputError(str(path), f"this edgepet reads graphs of {read}", fix="delete it and run again")
     preprocess = read_preprocess(table.nested("preprocess"))
     files = listed_files(table, needs=needs, may=may)
     table.raw("versions")
     require_whole(path.parent, files, stamped=(large,), fix=f"delete {path.parent} and run again")
-    return Described(table, preprocess, files)
+    return Described(table, found, preprocess, files)
 
 
 def write_graph_json(

@@ -3,7 +3,7 @@
     <folder>/backbone-int8.safetensors        codes, steps and divisors, and all tensors that have no codes; once
     <folder>/graph-112-int8.onnx              structure for ONNX Runtime; what differs between tasks is an input, a slot
     <folder>/graph-112-int8-openvino.onnx     the same for OpenVINO, whose int8 kernels want constant scales
-    <folder>/graph-112-int8.json              the layers, the slots and the digests of the files
+    <folder>/graph-112-int8.json              the layers, the slots, where a trunk may end, and the files' digests
 
 A scale and shift of outputs leaves codes alone: W ~ diag(s) C gives diag(g) W ~ diag(g s) C. So a task made of
 out-scales and additions to vectors (SSF, BitFit, norm tuning) is its slots; IA3 is in all layers whose outputs it
@@ -15,12 +15,17 @@ docs/spec/graph-v1.md.
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
-from edgepet.deltas.codes import CodedWeight
+import numpy as np
+
+from edgepet.deltas.codes import LEAST_SCALE, CodedWeight, Range
+from edgepet.deltas.delta import Delta
 from edgepet.errors import InputError
 from edgepet.files import sha256_file
 from edgepet.graphs.base import bytes_beside, graph_folder, graph_stem, read_description, require_fingerprint
@@ -29,10 +34,12 @@ from edgepet.graphs.tensor_files import mapped_tensors
 from edgepet.spec import NpArray, Preprocess, spelled_size
 from edgepet.strict import ObjectReader
 
-FORMAT, VERSION = "edgepet-int8", 2  # of codes and graphs alike: both are made again where they are older
+FORMAT, VERSION = "edgepet-int8", 3  # a host makes what is older again
+OLDEST = 2  # that is still read: its codes are the same ones, and nothing in it is shared but them
 CODES = "backbone-int8.safetensors"
 INT8 = "-int8"  # ends the names of its graphs
 CODE, STEP, DIVISOR, SUM = ".codes", ".step", ".divisor", ".sum"  # ends of names in that file
+OTHER_RANGES = "bring the int8 backbone of the host that calibrated it, or calibrate it again where this one is from"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,13 +79,27 @@ class Int8Layer:
     padded: bool = False
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cut:
+    """A place of the graph where the tensor ``at`` alone carries everything: a trunk that tasks share may end there.
+
+    ``reads`` is how many of the graph's ``reads`` lie before it. ``tensors`` are those of the backbone that are read
+    first between the cut before it and this one.
+    """
+
+    at: str
+    reads: int
+    tensors: tuple[str, ...]
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Int8Graph:
     """The int8 backbone at one image size, opened from ``folder``; its tensors are mapped, not read.
 
     ``codes_sha256`` is of the file of codes: what a task's ranges are bound to. ``vectors`` are backbone tensors that
     every task brings: norms, biases and the like. ``width`` are its pooled features, ``files`` are name -> (hex
-    sha256, size in bytes).
+    sha256, size in bytes). ``cuts`` are in the graph's order. ``ranges`` are the backbone's own of all its ``reads``,
+    which hold before a task's cut; None where no images were there to measure them on.
     """
 
     folder: Path
@@ -88,6 +109,8 @@ class Int8Graph:
     width: int
     layers: tuple[Int8Layer, ...]
     vectors: tuple[str, ...]
+    cuts: tuple[Cut, ...]
+    ranges: tuple[Range, ...] | None
     codes_sha256: str
     files: Listed
 
@@ -99,7 +122,29 @@ class Int8Graph:
     @property
     def reads(self) -> tuple[str, ...]:
         """The tensors that have a range, in the order in which packs store them."""
-        return tuple(dict.fromkeys(layer.reads for layer in self.layers))
+        return reads_of(self.layers)
+
+    @property
+    def ranges_sha256(self) -> str | None:
+        """What a pack without ranges for its trunk is bound to: the digest of the backbone's own, None without them."""
+        return None if self.ranges is None else ranges_digest(self.ranges)
+
+    def trunk(self, delta: Delta) -> Cut | None:
+        """Where the trunk of ``delta`` ends: the last cut before which it changes no tensor, None where there is none.
+
+        Two tasks whose packs say a trunk compute the same numbers before the earlier one of their cuts, bit for bit.
+        """
+        changed, found = set(delta.targets), None
+        for cut in self.cuts:
+            if not changed.isdisjoint(cut.tensors):
+                break
+            found = cut
+        return found
+
+    def trunk_reads(self, delta: Delta) -> int:
+        """How many of ``reads``, the first ones, lie before the end of the trunk of ``delta``."""
+        cut = self.trunk(delta)
+        return 0 if cut is None else cut.reads
 
     def model_path(self, runtime: str) -> Path:
         """The graph for ``runtime``, one of ``SLOT_FORMS``."""
@@ -176,22 +221,26 @@ def int8_at(path: Path) -> Int8Graph:
     """
     needs = (CODES, *(model_name(path.stem, runtime) for runtime in SLOT_FORMS))
     may = (f"{path.stem.removesuffix(INT8)}.safetensors",)
-    described = read_description(path, FORMAT, VERSION, large=CODES, needs=needs, may=may)
+    described = read_description(path, FORMAT, VERSION, oldest=OLDEST, large=CODES, needs=needs, may=may)
     table = described.table
+    layers, has_trunks = tuple(map(_layer, table.nested_list("layers"))), described.version > OLDEST
     graph = Int8Graph(
         folder=path.parent,
         backbone=table.text("backbone"),
         fingerprint=table.text("fingerprint"),
         preprocess=described.preprocess,
         width=table.integer("width", least=1),
-        layers=tuple(_layer(entry) for entry in table.nested_list("layers")),
+        layers=layers,
         vectors=table.texts("vectors"),
+        cuts=tuple(map(_cut, table.nested_list("cuts"))) if has_trunks else (),
+        ranges=_ranges(table, len(reads_of(layers))) if has_trunks else None,
         codes_sha256=described.files[CODES][0],
         files=described.files,
     )
     table.end()
     require_fingerprint(graph.fingerprint, path.name)
     _require_names(graph, path)
+    _require_order(graph, path)
     if graph.stem != path.stem:
         raise _another(path)
     return graph
@@ -212,6 +261,41 @@ def _require_names(graph: Int8Graph, path: Path) -> None:
     missing = [name for name in graph.vectors if name not in graph.tensors]
     if missing:
         raise InputError(f"{path.name}: vectors", "speaks of a tensor that is not there", got=missing[0])
+
+
+def _require_order(graph: Int8Graph, path: Path) -> None:
+    """Refuse cuts that are not in order."""
+    counts = [cut.reads for cut in graph.cuts]
+    if counts != sorted(counts) or not all(0 < count <= len(graph.reads) for count in counts):
+        what = f"needs cuts in order, behind 1 to {len(graph.reads)} of what layers read"
+        raise InputError(f"{path.name}: cuts", what, got=f"{counts!r:.80}")
+
+
+def _cut(table: ObjectReader) -> Cut:
+    cut = Cut(at=table.text("at"), reads=table.integer("reads"), tensors=table.texts("tensors"))
+    table.end()
+    return cut
+
+
+def _ranges(table: ObjectReader, reads: int) -> tuple[Range, ...] | None:
+    table.raw("measured")  # on which images: nobody acts on it
+    if table.absent("ranges"):
+        return None
+    numbers = table.numbers("ranges", count=2 * reads)
+    low = [scale for scale in numbers[::2] if scale < LEAST_SCALE]
+    if low:
+        raise table.refusal("ranges", "needs scales above 0", got=low[0])
+    return tuple(Range(scale=scale, shift=shift) for scale, shift in zip(numbers[::2], numbers[1::2], strict=True))
+
+
+def reads_of(layers: Sequence[Int8Layer]) -> tuple[str, ...]:
+    """The tensors that ``layers`` read, in order of first use."""
+    return tuple(dict.fromkeys(layer.reads for layer in layers))
+
+
+def ranges_digest(ranges: Sequence[Range]) -> str:
+    """Hex sha256 of each scale and shift in order, as little-endian binary32."""
+    return hashlib.sha256(np.array([(each.scale, each.shift) for each in ranges], "<f4").tobytes()).hexdigest()
 
 
 def _layer(table: ObjectReader) -> Int8Layer:

@@ -15,7 +15,7 @@ from edgepet.deltas.delta import Delta
 from edgepet.deltas.merge import fold_all, fold_each, require_fingerprint
 from edgepet.deltas.updates import Push, Targeted, apart, check, keeps_codes, shape_read_by
 from edgepet.errors import InputError
-from edgepet.graphs.int8 import CODE, SUM, Int8Graph, Int8Layer, SlotForm
+from edgepet.graphs.int8 import CODE, OTHER_RANGES, SUM, Int8Graph, Int8Layer, SlotForm
 from edgepet.spec import NpArray
 
 
@@ -67,10 +67,11 @@ def task_slots(graph: Int8Graph, delta: Delta) -> Slots:
 
 
 def task_ranges(graph: Int8Graph, delta: Delta) -> dict[str, Range]:
-    """The ranges that a pack brings, by the tensor that they are of.
+    """The ranges that a task runs with, by tensor: the backbone's own in its trunk, the pack's behind it.
 
     Raises:
-        InputError: it brings none, too many or too few, or for other codes, or a shift where there can be none.
+        InputError: the pack brings none, too many or too few, or for other codes or with another trunk; or a shift is
+            where there can be none.
     """
     fix = "run `edgepet calibrate TASK.pet --calib DIR -o OUT.pet`"
     if delta.int8 is None:
@@ -78,15 +79,28 @@ def task_ranges(graph: Int8Graph, delta: Delta) -> dict[str, Range]:
     if delta.int8.codes != graph.codes_sha256:
         what = f"has ranges for the int8 codes {delta.int8.codes[:12]}"
         raise InputError(f"task {delta.task!r}", what, got=graph.codes_sha256[:12], fix=fix)
-    if len(delta.int8.ranges) != len(graph.reads):
-        what = f"needs {len(graph.reads)} activation ranges for the int8 backbone"
+    before = _trunk_ranges(graph, delta, delta.int8.trunk)
+    if len(delta.int8.ranges) != len(graph.reads) - len(before):
+        trunk = f", behind a trunk of {len(before)}" if before else ""
+        what = f"needs {len(graph.reads) - len(before)} activation ranges for the int8 backbone{trunk}"
         raise InputError(f"task {delta.task!r}", what, got=len(delta.int8.ranges), fix=fix)
-    ranges = dict(zip(graph.reads, delta.int8.ranges, strict=True))
+    ranges = dict(zip(graph.reads, (*before, *delta.int8.ranges), strict=True))
     for layer in graph.layers:
         if ranges[layer.reads].shift and (layer.padded or scaled_by_norm(layer)):
             what = f"{layer.reads} is read with zeros around it or behind a layer norm, and can have no shift"
             raise InputError(f"task {delta.task!r}", what, got=ranges[layer.reads].shift, fix=fix)
     return ranges
+
+
+def _trunk_ranges(graph: Int8Graph, delta: Delta, trunk: str | None) -> tuple[Range, ...]:
+    """The backbone's own ranges that hold before the cut of ``delta``; none where it brings all itself."""
+    if trunk is None:
+        return ()
+    if graph.ranges is None or trunk != graph.ranges_sha256:
+        got = "none" if graph.ranges_sha256 is None else graph.ranges_sha256[:12]
+        what = f"needs the int8 backbone's own ranges {trunk[:12]} for its trunk"
+        raise InputError(f"task {delta.task!r}", what, got=got, fix=OTHER_RANGES)
+    return graph.ranges[: graph.trunk_reads(delta)]
 
 
 def _folded(graph: Int8Graph, delta: Delta) -> tuple[dict[str, NpArray], dict[str, CodedWeight]]:

@@ -15,7 +15,7 @@ from typing import TypeAlias
 import numpy as np
 
 from edgepet.canonical import canonical_json
-from edgepet.deltas.codes import Range
+from edgepet.deltas.codes import LEAST_SCALE, Range
 from edgepet.deltas.delta import Delta, Head, Int8Ranges, Score
 from edgepet.deltas.generator import SEEDS
 from edgepet.deltas.probe import Probe
@@ -38,7 +38,6 @@ MAX_PROVENANCE_BYTES, MAX_DEPTH = 1 << 14, 8  # of what no reader acts on
 MAX_LICENCES, MAX_METHOD = 64, 64
 MAX_PROBE = 16  # images
 MAX_SEQUENCE = (1 << 53) - 1
-LEAST_SCALE = float(np.finfo(np.float32).tiny)  # of float32's normal numbers, in which runtimes compute
 
 _PER_UPDATE, _PER_TENSOR, _PER_TEXT = 1024, 256, 20  # bytes that reading takes for each, beside the values
 _FREE, _PER_BYTE = 1 << 24, 64  # what reading may take of any file, and for each of its bytes
@@ -84,7 +83,8 @@ def write_manifest(
         "licences": list(delta.licences),
     }
     if delta.int8 is not None:
-        manifest["int8"] = {"codes": delta.int8.codes}
+        trunk = {} if delta.int8.trunk is None else {"trunk": delta.int8.trunk}
+        manifest["int8"] = {"codes": delta.int8.codes, **trunk}
     if delta.probes:
         head["probe"] = {name: {"seed": each.seed, "tolerance": each.tolerance} for name, each in delta.probes.items()}
     return manifest
@@ -264,12 +264,17 @@ def _int8(table: ObjectReader, reader: Reader) -> Int8Ranges:
     pairs = numbers.reshape(-1, 2)
     for index in np.flatnonzero(~(pairs[:, 0] >= LEAST_SCALE)):
         raise PackError(f"{where}[{index}]", "needs a scale above 0", got=f"{pairs[index, 0]:g}")
-    codes = table.text("codes")
-    if re.fullmatch("[0-9a-f]{64}", codes) is None:
-        raise PackError(f"{table.where}.codes", "needs a sha256 of 64 digits", got=repr(codes[:80]))
+    codes, trunk = _digest(table, "codes"), _digest(table, "trunk") if table.has("trunk") else None
     table.end()
     ranges = tuple(Range(scale=float(scale), shift=float(shift)) for scale, shift in pairs)
-    return Int8Ranges(codes=codes, ranges=ranges)
+    return Int8Ranges(codes=codes, ranges=ranges, trunk=trunk)
+
+
+def _digest(table: ObjectReader, key: str) -> str:
+    digest = table.text(key)
+    if re.fullmatch("[0-9a-f]{64}", digest) is None:
+        raise PackError(f"{table.where}.{key}", "needs a sha256 of 64 digits", got=repr(digest[:80]))
+    return digest
 
 
 def provenance(table: ObjectReader, key: str) -> dict[str, object]:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -26,7 +27,7 @@ from edgepet.exporters.onnx import build_model, simplified
 from edgepet.exporters.portable import make_plain
 from edgepet.files import folder_bytes
 from edgepet.graphs.base import BaseGraph
-from edgepet.graphs.int8 import Int8Graph
+from edgepet.graphs.int8 import Cut, Int8Graph
 from edgepet.images.folders import class_places
 from edgepet.measuring.latency import Candidate, measure
 from edgepet.measuring.machine import environment
@@ -145,11 +146,13 @@ def require_images(options: ExportOptions) -> FilePath:
 class Expressed:
     """A task against the int8 backbone that tasks share.
 
-    ``delta`` has its ranges. ``model`` is the Q/DQ form of the same numbers, by ``recipe``: what a runtime must answer.
+    ``delta`` has its ranges: behind ``trunk``, where there is one. ``model`` is the Q/DQ form of the same numbers, by
+    ``recipe``: what a runtime must answer.
     ``calibration`` judges answers by the task in float.
     """
 
     delta: Delta
+    trunk: Cut | None
     model: ModelProto
     recipe: Int8Recipe
     calibration: Calibration
@@ -160,6 +163,8 @@ def express(
 ) -> Expressed:
     """Measure the ranges that ``delta`` needs on the int8 backbone; its codes are not touched.
 
+    In its trunk, where there is one, the backbone's own hold and are not measured again.
+
     Args:
         graph: what ``delta`` runs on, and ``codes`` the int8 backbone of it.
         recipe: how ranges are chosen; None for the best on the held-out images. Its smoothing is the codes' own.
@@ -168,7 +173,9 @@ def express(
         BackboneError, InputError: the delta does not fit the graph, or an activation is not finite.
     """
     dense = {layer.weight: codes.coded(layer) for layer in codes.layers}
-    base = graph.base
+    base, trunk = graph.base, None if codes.ranges is None else codes.trunk(delta)
+    before = 0 if trunk is None else trunk.reads
+    held = dict(zip(codes.reads[:before], (codes.ranges or ())[:before], strict=True))
     rounded_base = replace(base, tensors={**base.tensors, **{name: made.dense for name, made in dense.items()}})
     divisors = {layer.reads: dense[layer.weight].divisors for layer in codes.layers}
     calibration = _calibration(
@@ -176,12 +183,18 @@ def express(
         weights=frozenset(dense),  # a kernel that the backbone computes has no codes, and is a weight in the model
         smooth={name: value for name, value in divisors.items() if value is not None},
         against=build_model(graph, task_tensors(base, delta), delta),
+        held=held,
     )  # fmt: skip
     recipe = recipe or calibration.choose()[0].recipe
-    stored = {name: rounded(of) for name, of in calibration.made(recipe).ranges.items()}
-    ranges = Int8Ranges(codes=codes.codes_sha256, ranges=tuple(stored[name] for name in codes.reads))
+    stored = {name: of.stored for name, of in calibration.made(recipe).ranges.items()}
+    ranges = Int8Ranges(
+        codes=codes.codes_sha256,
+        ranges=tuple(stored[name] for name in codes.reads[before:]),
+        trunk=None if trunk is None else codes.ranges_sha256,
+    )
     return Expressed(
         delta=replace(delta, int8=ranges),
+        trunk=trunk,
         model=calibration.made(recipe, stored).model,
         recipe=recipe,
         calibration=calibration,
@@ -220,11 +233,6 @@ def fastest(folders: Mapping[StoredPrecision, Path]) -> tuple[StoredPrecision, s
     return best, numbers
 
 
-def rounded(of: Range) -> Range:
-    """A range in binary32, as a pack keeps it."""
-    return Range(scale=float(np.float32(of.scale)), shift=float(np.float32(of.shift)))
-
-
 def calibration_of(
     subject: Subject,
     images: CalibrationImages,
@@ -246,9 +254,10 @@ def calibration_of(
 def _calibration(
     delta: Delta, graph: BaseGraph, images: CalibrationImages, proto: ModelProto, *,
     weights: frozenset[str] | None = None, smooth: Mapping[str, NpArray] | None = None,
-    against: ModelProto | None = None,
+    against: ModelProto | None = None, held: Mapping[str, Range] = MappingProxyType({}),
 ) -> Calibration:  # fmt: skip
     places = class_places(delta.labels)
     order = np.array([places[name] for name in images.measured.classes])
     weights = frozenset(graph.base.tensors) if weights is None else weights
-    return Calibration(proto, weights, images, order, where=f"task {delta.task!r}", smooth=smooth, against=against)
+    where = f"task {delta.task!r}"
+    return Calibration(proto, weights, images, order, where=where, smooth=smooth, against=against, held=held)

@@ -2,41 +2,46 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import contextlib
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-import numpy as np
-
-from edgepet.calibration.budget import BATCH, Drop, LayerDrop, answers, require_resolution
+from edgepet.calibration.budget import Drop, LayerDrop, require_resolution
 from edgepet.calibration.images import CalibrationImages
 from edgepet.calibration.qdq import Int8Recipe
 from edgepet.calibration.search import Tried
 from edgepet.calibration.slot_graphs import int8_graph
 from edgepet.deltas.codes import Range
-from edgepet.device.runtime import SharedInt8
-from edgepet.device.runtimes import RUNTIMES, SHARED_RUNTIMES
 from edgepet.errors import CheckError, InputError, option
 from edgepet.exporters.exporter import ExportOptions
 from edgepet.files import cache_folder, made_folder, move_file, require_other
-from edgepet.graphs.int8 import Int8Graph
 from edgepet.graphs.slots import task_slots
 from edgepet.jobs.job import MEASURED
-from edgepet.measuring.machine import runtimes
-from edgepet.measuring.parity import SAME_CODES, Parity, compare, require_parity
 from edgepet.networks.backbone import AnyBackbone
 from edgepet.packs.pack import write_pack
-from edgepet.proving.precision import Expressed, calibration_of, express, task_images
+from edgepet.proving.precision import calibration_of, express, task_images
 from edgepet.proving.probing import probed_int8
+from edgepet.proving.shared_runs import SharedRun, installed, run_shared
 from edgepet.proving.subject import Subject
 from edgepet.reports.as_json import to_json
 from edgepet.reports.screen import Screen, lines
 from edgepet.reports.tables import Table, format_bytes, format_ms, left, right
-from edgepet.spec import FilePath, NpArray
+from edgepet.spec import FilePath
 from edgepet.verbs.export import lost, recipe
-from edgepet.verbs.many import JOBS, MOST_JOBS, begin, finish, folder_of, jobs_option, make_graphs, run_packs, tasks_of
+from edgepet.verbs.many import (
+    JOBS,
+    MOST_JOBS,
+    begin,
+    finish,
+    folder_of,
+    jobs_option,
+    make_graphs,
+    of_task,
+    run_packs,
+    tasks_of,
+)
 from edgepet.verbs.verb import (
     Options,
     Parser,
@@ -70,23 +75,10 @@ class CalibrateReport:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class SharedRun:
-    """A task on the int8 backbone on one runtime: what it loses, and how far from the Q/DQ graph its answers are.
-
-    ``bind_ms`` is what it took to make the task ready, once; ``layers`` counts what multiplied codes or floats.
-    """
-
-    runtime: str
-    drop: Drop
-    parity: Parity
-    bind_ms: float
-    layers: Mapping[str, int]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class ShareReport:
     """A pack with ranges for the int8 backbone. ``own_memory_bytes`` is what the task adds in memory to the codes that
-    all share, ``own_codes_bytes`` the part of it that are codes which changed.
+    all share, ``own_codes_bytes`` the part of it that are codes which changed. ``own_ranges`` of its ranges are in the
+    pack, and the backbone's own hold for ``trunk_ranges``, in the trunk that ends at the tensor ``trunk``.
     """
 
     pack: Path
@@ -95,6 +87,9 @@ class ShareReport:
     codes_bytes: int
     own_memory_bytes: int
     own_codes_bytes: int
+    own_ranges: int
+    trunk_ranges: int
+    trunk: str | None
     recipe: Int8Recipe
     runs: tuple[SharedRun, ...]
     calibration: Mapping[str, object]
@@ -125,9 +120,7 @@ def calibrate(
         CheckError: half of the layers in float do not hold the budget.
     """
     subject = Subject(pack, backbone, data)
-    at_least_one("calib_images", images)
-    options = ExportOptions(precision="int8", calib=calib, calib_images=images)
-    chosen = task_images(subject, options)
+    chosen = _images(subject, calib, images)
     stage(f"graph of {subject.delta.backbone}")
     calibration = calibration_of(subject, chosen)
     made = calibration.run(max_drop=max_drop, stage=stage)
@@ -157,7 +150,8 @@ def share(
 ) -> ShareReport:
     """Express a task against the int8 backbone that all tasks share, and write its pack with the ranges it needs.
 
-    The backbone's codes are made where they are not there; a task never changes them. Every installed runtime is then
+    The backbone's codes are made where they are not there, and its own ranges, which hold before what the task
+    changes, are measured on the images of the first task; no task changes them. Every installed runtime is then
     compared with the Q/DQ graph of the same numbers, and judged on all of train and val.
 
     Raises:
@@ -166,26 +160,25 @@ def share(
     """
     subject, output = Subject(pack, backbone, data), Path(output)
     require_pack_place(output)
-    at_least_one("calib_images", images)
-    options = ExportOptions(precision="int8", calib=calib, calib_images=images)
-    chosen = task_images(subject, options)
+    chosen = _images(subject, calib, images)
     if max_drop is not None:
         require_resolution(max_drop, len(chosen.judged))
     stage(f"int8 backbone of {subject.delta.backbone}")
-    graph = int8_graph(subject.graph)
+    graph = int8_graph(subject.graph, lambda: chosen)
     stage("measure ranges")
     expressed = express(subject.delta, subject.graph, graph, chosen)
     runs = list[SharedRun]()
-    for runtime in _installed():
+    for runtime in installed():
         stage(f"compare on {runtime}")
-        runs.append(_shared_run(expressed, graph, runtime, chosen))
+        runs.append(run_shared(expressed, graph, runtime, chosen))
         if max_drop is not None and runs[-1].drop.points > max_drop:
             what, got = f"must lose at most {max_drop:g} points on {runtime}", f"{runs[-1].drop.points:.2f}"
             fix = f"train with {option('backbone_precision', 'int8')}, or export a model of its own"
             raise CheckError(str(output), what, got=f"{got} on {runs[-1].drop.n} images", fix=fix)
     stage("ask for the answers that the pack takes along")
-    delta = probed_int8(expressed, graph, _installed())
-    slots = task_slots(graph, delta)
+    delta = probed_int8(expressed, graph, installed())
+    slots, trunk = task_slots(graph, delta), expressed.trunk
+    before = 0 if trunk is None else trunk.reads
     return ShareReport(
         pack=output,
         pack_bytes=write_pack(output, delta, kept=subject.pack.planes, sequence=subject.pack.sequence),
@@ -193,6 +186,9 @@ def share(
         codes_bytes=graph.weights_bytes,
         own_memory_bytes=slots.own_bytes,
         own_codes_bytes=sum(codes.nbytes for codes in slots.codes.values()),
+        own_ranges=len(graph.reads) - before,
+        trunk_ranges=before,
+        trunk=None if trunk is None else trunk.at,
         recipe=expressed.recipe,
         runs=tuple(runs),
         calibration=chosen.facts,
@@ -231,7 +227,15 @@ def calibrate_all(
         for pack in tasks:
             require_pack_place(out / pack.name)
             require_other(out / pack.name, *tasks)
-    make_graphs(tasks, backbone, stage, lambda graph: None if out is None else int8_graph(graph))
+
+    def graphs(subject: Subject) -> None:
+        graph = subject.graph
+        if out is not None:
+            int8_graph(graph)
+            with contextlib.suppress(InputError):  # of its images: the pack's own job says it
+                int8_graph(graph, lambda: _images(subject, of_task(calib, subject.delta.task), images))
+
+    make_graphs(tasks, backbone, stage, graphs)
     settings = {"images": images, "max_drop": max_drop, "shared": out is not None}
     results = run_packs(
         "edgepet.verbs.calibrate:calibrate_job", tasks, out / JOBS if out else cache_folder() / "jobs",
@@ -263,32 +267,9 @@ def calibrate_job(specification: Mapping[str, Any], folder: Path) -> dict[str, o
     return {**report, "pack": output.name, MEASURED: {"bind_ms": bound}}
 
 
-def _installed() -> list[str]:
-    """The runtimes that run every task on one backbone, and are here."""
-    rows = [RUNTIMES[name] for name in SHARED_RUNTIMES]
-    return [row.name for row in rows if any(status.available for status in runtimes(row.engines))]
-
-
-def _shared_run(expressed: Expressed, graph: Int8Graph, runtime: str, chosen: CalibrationImages) -> SharedRun:
-    delta, shared = expressed.delta, SharedInt8(graph, runtime=runtime)
-    try:
-        began = time.perf_counter()
-        network = shared.bind(delta)
-        bind_ms = 1e3 * (time.perf_counter() - began)
-
-        def logits(batches: Iterable[NpArray]) -> NpArray:
-            return np.concatenate([network(batch) for batch in batches])
-
-        held = chosen.held_out_images
-        expected = answers(expressed.model, held)
-        got = logits(held[start : start + BATCH] for start in range(0, len(held), BATCH))
-        parity = compare(expected, got, stored=SAME_CODES, inputs="data", against="merged")
-        require_parity(parity, f"{delta.task} on the int8 backbone, {runtime}")
-        drop = expressed.calibration.judged(logits)
-        layers = network.evidence.get("layers", {})
-    finally:
-        shared.close()
-    return SharedRun(runtime=runtime, drop=drop, parity=parity, bind_ms=bind_ms, layers=cast(Mapping[str, int], layers))
+def _images(subject: Subject, calib: FilePath | None, images: int) -> CalibrationImages:
+    at_least_one("calib_images", images)
+    return task_images(subject, ExportOptions(precision="int8", calib=calib, calib_images=images))
 
 
 # -------------------------------------------------------------------------------------------------- the command line
@@ -382,9 +363,11 @@ def _shared(report: ShareReport) -> Screen:
     numbers = right(f"points lost, n = {report.runs[0].drop.n}", "divergence", "products on codes", "bind")
     yield Table("on the int8 backbone that tasks share", (*left("runtime"), *numbers), rows)
     own = f", {format_bytes(report.own_codes_bytes)} of it codes of its own" if report.own_codes_bytes else ""
+    shared = f"; {report.trunk_ranges} are the backbone's, up to {report.trunk}" if report.trunk_ranges else ""
     yield lines(
         f"  {report.pack}  {format_bytes(report.pack_bytes)}; codes {format_bytes(report.codes_bytes)},"
         f" sha256 {report.codes_sha256[:12]}, for all tasks",
+        f"  ranges of its own: {report.own_ranges}{shared}",
         f"  in memory the task adds {format_bytes(report.own_memory_bytes)}{own}",
         f"  {report.warning}" if report.warning else None,
     )

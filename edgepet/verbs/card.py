@@ -189,6 +189,8 @@ def _file_points(pack: Pack, signed_by: str | None) -> Iterator[str]:
     yield f"Codec: {pack.codec}"
     if (int8 := pack.delta.int8) is not None:
         yield f"int8: ranges of {format_number(len(int8.ranges))} tensors, for the backbone of codes {code(int8.codes)}"
+        if int8.trunk is not None:
+            yield f"int8, before these: the backbone's own ranges, {code(int8.trunk)}"
 
 
 def _planes(pack: Pack) -> Table:
@@ -301,6 +303,8 @@ def _file_facts(pack: Pack, signed_by: str | None) -> dict[str, str]:
         facts["signed_by"] = printable(signed_by)
     if delta.int8 is not None:
         facts["int8:codes"] = delta.int8.codes
+        if delta.int8.trunk is not None:
+            facts["int8:trunk"] = delta.int8.trunk
         facts["int8:ranges"] = _spelled([(each.scale, each.shift) for each in delta.int8.ranges])
     return facts
 

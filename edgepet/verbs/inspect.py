@@ -48,7 +48,8 @@ class BackboneName:
 class InspectReport:
     """A pack or an artefact, read without its backbone; what an artefact does not keep is empty.
 
-    ``int8_codes`` is the sha256 of the int8 backbone's codes that a pack has ranges for. ``signed`` is whether a pack
+    ``int8_codes`` is the sha256 of the int8 backbone's codes that a pack has ranges for, ``int8_trunk`` that of the
+    backbone's own ranges, where they hold in its trunk. ``signed`` is whether a pack
     has a signature; ``signed_by`` is the trusted key that it is of, None where no folder of such keys was given.
     ``codecs`` are those of a pack's planes. ``card`` are the files of a model card, where one was asked for.
     """
@@ -69,6 +70,7 @@ class InspectReport:
     signed_by: str | None
     verified: bool | None
     int8_codes: str | None = None
+    int8_trunk: str | None = None
     signed: bool | None = None
     sequence: int | None = None
     codecs: dict[str, str] | None = None
@@ -122,6 +124,7 @@ def _of_pack(pack: Pack, signed_by: str | None) -> InspectReport:
         signed_by=signed_by,
         verified=None,
         int8_codes=delta.int8.codes if delta.int8 else None,
+        int8_trunk=delta.int8.trunk if delta.int8 else None,
         signed=pack.signature is not None,
         sequence=pack.sequence,
         codecs={name: plane.stored.coding.format for name, plane in sorted(pack.planes.items())},
@@ -198,6 +201,7 @@ def _screen(report: InspectReport) -> Screen:
         f"{', …' if len(report.classes) > 8 else ''}",
         f"  {scored}; {_signature(report)}; sequence {report.sequence}" if pack else None,
         f"  has ranges for the int8 codes {report.int8_codes[:12]}…" if report.int8_codes else None,
+        f"  behind a trunk with the backbone's own {report.int8_trunk[:12]}…" if report.int8_trunk else None,
         None if report.verified is None else f"  {'' if report.verified else 'not '}verified when it was made",
         None if report.card is None else f"  wrote {report.card[0]} and {report.card[1]}",
     )

@@ -12,7 +12,6 @@ from typing import Any
 
 from edgepet.errors import EdgepetError, InputError, option
 from edgepet.files import folder_sha256, sha256_file
-from edgepet.graphs.base import BaseGraph
 from edgepet.jobs.job import Job, Result
 from edgepet.jobs.running import LOCK, run_jobs
 from edgepet.locks import held_alone
@@ -65,9 +64,9 @@ def make_graphs(
     tasks: Mapping[Path, str],
     backbone: AnyBackbone,
     stage: Callable[[str], None],
-    use: Callable[[BaseGraph], object] = lambda graph: None,
+    use: Callable[[Subject], object] = lambda subject: subject.graph,
 ) -> None:
-    """Trace the graphs that packs share and the cache lacks, and let ``use`` have each: once, and not in every job.
+    """Trace the graphs that packs share and the cache lacks, or let ``use`` do it: once, and not in every job.
 
     Raises:
         InputError: the backbone is no name.
@@ -80,7 +79,7 @@ def make_graphs(
         subject = Subject(pack, backbone, None)
         subject.check_backbone()
         stage(f"graph of {subject.delta.backbone}")
-        use(subject.graph)
+        use(subject)
 
 
 def run_packs(
