@@ -23,9 +23,11 @@ from edgepet.device import store as store_module
 from edgepet.device.graph_states import GraphState
 from edgepet.device.runtime import SharedInt8
 from edgepet.device.store import Store
+from edgepet.device.together import Together, fit_int8, own_slots
 from edgepet.errors import InputError
 from edgepet.graphs.base import graph_folder, open_graph
 from edgepet.graphs.int8 import CODE, Int8Graph, open_int8, ranges_digest
+from edgepet.graphs.parts import part_of
 from edgepet.graphs.slots import Slots, task_ranges, task_slots
 from edgepet.measuring.parity import SAME_CODES
 from edgepet.methods import SSF, BitFit, LinearProbe, LoRA, Method
@@ -467,3 +469,30 @@ def test_codes_of_a_trunk_are_the_backbones(vit: Backbone) -> None:
     slots = task_slots(vit.graph, vit.late("lora").delta)
 
     assert set(slots.codes) == {f"blocks.{i}.attn.qkv.weight{CODE}" for i in (3, 4, 5)}
+
+
+# ----------------------------------------------------------------------------------------------------- run once for all
+
+
+@pytest.mark.parametrize("runtime", RUNTIMES)
+def test_tasks_on_one_trunk_of_codes_answer_as_each_by_itself(backbone: Backbone, runtime: str) -> None:
+    deltas = {
+        "late": backbone.late().delta,
+        "late-too": backbone.late(seed=4).delta,
+        "codes": backbone.late("lora", seed=5).delta,
+        "probe": backbone.task(LinearProbe(), seed=6).delta,
+        "whole": backbone.task(SSF(), seed=7).delta,
+    }
+    graph = backbone.graph
+    fitted = {name: fit_int8(graph, delta, runtime) for name, delta in deltas.items()}
+
+    with Together(part_of(graph, runtime), own_slots(graph, runtime), fitted, runtime=runtime, threads=1) as together:
+        got, shared = together(IMAGES), together.shared
+
+    late = [each for each in shared if "whole" not in each.tasks]  # OpenVINO's first product is of codes alone
+    assert {"late", "late-too", "probe"} <= set(late[0].tasks)
+    for name, delta in deltas.items():
+        alone = SharedInt8(graph, runtime=runtime, threads=1).bind(delta)(IMAGES)
+        close = apart(got[name], alone) <= 1e-5
+        assert close.mean() >= 0.75  # where a number lies between two codes, the last bit decides which of them it has
+        assert (got[name].argmax(1) == alone.argmax(1)).mean() >= 0.9

@@ -15,10 +15,11 @@ from edgepet.device.pool import Event, Pool
 from edgepet.device.runtime import TaskNetwork
 from edgepet.device.served import Answer, Served, answering, place_of
 from edgepet.device.store import Store
-from edgepet.device.together import Fitted, Shared, Together, fit
+from edgepet.device.together import Fitted, Shared, Together, fit, fit_int8, own_slots
 from edgepet.errors import EdgepetError, InputError
 from edgepet.graphs.base import BaseGraph
 from edgepet.graphs.dense_slots import UnslottedError
+from edgepet.graphs.int8 import Int8Graph
 from edgepet.graphs.parts import part_of
 from edgepet.images.inputs import Input, Picture, pictures_of
 from edgepet.images.preprocess import normalize
@@ -201,25 +202,27 @@ class OpenTasks:
     def _placed(self, store: Store, tasks: Sequence[str]) -> dict[str, tuple[str, TaskNetwork]]:
         """The networks of active packs that share something, with the sha256 of their pack."""
         place, now = place_of(self._pool.row.name, self._pool.precision), store.now()
-        groups = dict[object, tuple[BaseGraph, dict[str, tuple[Pack, Fitted]]]]()
+        groups = dict[object, tuple[BaseGraph | Int8Graph, dict[str, tuple[Pack, Fitted]]]]()
         for task in tasks:
             installed = serving(now, task, place, str(store.root))
             with contextlib.suppress(EdgepetError):  # said when it is opened by itself
                 pack = store.pack_of(task, installed)
-                graph = store.graph_of(pack)
+                graph = store.int8_of(pack) if self._pool.precision == "int8" else store.graph_of(pack)
                 key = graph.folder, graph.stem, pack.delta.preprocess
                 groups.setdefault(key, (graph, {}))[1][task] = pack, self._fitted(graph, pack)
-        placed = dict[str, tuple[str, TaskNetwork]]()
+        placed, row = dict[str, tuple[str, TaskNetwork]](), self._pool.row.name
         for graph, members in groups.values():
             if len(members) > 1:
                 fitted = {task: each for task, (_, each) in members.items()}
-                row = self._pool.row.name
-                together = Together(part_of(graph), {}, fitted, runtime=row, threads=self._pool.threads)
+                own = own_slots(graph, row) if isinstance(graph, Int8Graph) else {}
+                together = Together(part_of(graph, row), own, fitted, runtime=row, threads=self._pool.threads)
                 self._together.append(together)
                 placed |= {task: (pack.sha256, together.of(task)) for task, (pack, _) in members.items()}
         return placed
 
-    def _fitted(self, graph: BaseGraph, pack: Pack) -> Fitted:
+    def _fitted(self, graph: BaseGraph | Int8Graph, pack: Pack) -> Fitted:
+        if isinstance(graph, Int8Graph):
+            return fit_int8(graph, pack.delta, self._pool.row.name)
         if self._pool.mode == "merged":
             return fit(graph, pack.delta, "merged")
         try:

@@ -22,7 +22,9 @@ from edgepet.errors import InputError, option
 from edgepet.graphs.base import BaseGraph
 from edgepet.graphs.cuts import Cut, last_before
 from edgepet.graphs.dense_slots import dense_slots
+from edgepet.graphs.int8 import SLOT_FORMS, Int8Graph
 from edgepet.graphs.parts import Boundary, Part, part_of
+from edgepet.graphs.slots import Slots, backbone_slots, task_slots, unit_slots
 from edgepet.spec import NpArray
 
 Form: TypeAlias = Literal["merged", "slots"]
@@ -58,6 +60,31 @@ def fit(graph: BaseGraph, delta: Delta, form: Form) -> Fitted:
     tensors = task_tensors(graph.base, delta)
     own = {name: tensors[name] for name in changed if name in part.file.tensors}
     return Fitted(part=part, tensors=own, slots={}, changed=changed, head=head)
+
+
+def fit_int8(graph: Int8Graph, delta: Delta, runtime: str) -> Fitted:
+    """A task on the int8 backbone, in the form for ``runtime``.
+
+    Raises:
+        BackboneError, InputError: as ``task_slots``.
+    """
+    slots, own = task_slots(graph, delta), own_slots(graph, runtime)
+    values = _in_form(graph, slots, runtime)
+    changed = {name for name, value in values.items() if not np.array_equal(value, own.get(name, np.nan))}
+    return Fitted(
+        part=part_of(graph, runtime), tensors=slots.codes, slots=values, changed=frozenset((*changed, *slots.codes)),
+        head=delta.head.in_float32,
+    )  # fmt: skip
+
+
+def own_slots(graph: Int8Graph, runtime: str) -> dict[str, NpArray]:
+    """The slots of the int8 backbone itself, for a trunk; none where it has no ranges of its own."""
+    slots = backbone_slots(graph)
+    return {} if slots is None else _in_form(graph, slots, runtime)
+
+
+def _in_form(graph: Int8Graph, slots: Slots, runtime: str) -> dict[str, NpArray]:
+    return unit_slots(graph, slots) if SLOT_FORMS[runtime].unit_codes else dict(slots.values)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

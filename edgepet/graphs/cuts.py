@@ -5,7 +5,7 @@ What lies before a cut is the same for all tasks that change nothing there: a de
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -59,7 +59,7 @@ def _cuts(file: OnnxFile, images: str) -> Iterator[Cut]:
             constant |= dict.fromkeys(node.puts_out, read)
             continue
         before |= read - flow.kinds.keys()
-        after = next((name.rpartition(".")[0] for name in reversed(node.reads) if _is_layers(name, constant)), after)
+        after = max(filter(None, map(_layer_of, read - flow.kinds.keys())), default=after)
         flow.kinds |= dict.fromkeys(node.puts_out, kind)
         live |= {name for name in node.puts_out if name in last}
         live = {name for name in live if last[name] > place}
@@ -70,9 +70,9 @@ def _cuts(file: OnnxFile, images: str) -> Iterator[Cut]:
             yield Cut(carrying[0], tuple(sorted(live - set(carrying))), frozenset(before), after)
 
 
-def _is_layers(name: str, constant: Mapping[str, object]) -> bool:
-    """Whether a tensor has the name of a layer in front of its own; what an exporter makes has none."""
-    return "." in name and name not in constant
+def _layer_of(name: str) -> str:
+    """The layer whose tensor has this name; what an exporter or a pass makes is of none."""
+    return "" if name.startswith("edgepet.") else name.removesuffix(".codes").rpartition(".")[0]
 
 
 @dataclass(slots=True)

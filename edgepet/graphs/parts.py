@@ -53,8 +53,9 @@ class Part:
 
     @property
     def cuts(self) -> tuple[Cut, ...]:
-        """Where it can be cut."""
-        return cuts(self.file, self.reads)
+        """Where it can be cut behind a layer: what comes before the first weight is not worth a stretch."""
+        weights = frozenset(self.outside)
+        return tuple(cut for cut in cuts(self.file, self.reads) if not cut.before.isdisjoint(weights))
 
     def with_slots(self, shapes: Mapping[str, tuple[int, ...]]) -> Part:
         """The same with a task's slots of these shapes, see ``dense_slots``."""

@@ -51,6 +51,20 @@ def task_slots(graph: Int8Graph, delta: Delta) -> Slots:
     require_fingerprint(graph.backbone, graph.fingerprint, delta)
     ranges = task_ranges(graph, delta)
     folded, codes = _folded(graph, delta)
+    return _slots(graph, folded, codes, ranges, f"task {delta.task!r}")
+
+
+def backbone_slots(graph: Int8Graph) -> Slots | None:
+    """What the backbone itself puts into the graph, with its own ranges: a trunk's; None where it has none."""
+    if graph.ranges is None:
+        return None
+    return _slots(graph, {}, {}, dict(zip(graph.reads, graph.ranges, strict=True)), graph.backbone)
+
+
+def _slots(
+    graph: Int8Graph, folded: Mapping[str, NpArray], codes: Mapping[str, CodedWeight], ranges: Mapping[str, Range],
+    where: str,
+) -> Slots:  # fmt: skip
     values = {name: folded.get(name, graph.tensors[name]) for name in graph.vectors}
     for layer in graph.layers:
         fresh = layer.weight in codes
@@ -59,7 +73,7 @@ def task_slots(graph: Int8Graph, delta: Delta) -> Slots:
         values |= _layer_slots(layer, made, factor, graph, folded, ranges[layer.reads], fresh=fresh)
     for name, value in values.items():
         if not np.isfinite(value).all():
-            raise InputError(f"task {delta.task!r}: {name}", "must be finite", got="NaN or infinity")
+            raise InputError(f"{where}: {name}", "must be finite", got="NaN or infinity")
     values = {name: np.ascontiguousarray(value, np.float32) for name, value in values.items()}
     laid = {layer.weight: layer.kind == "linear" for layer in graph.layers}
     own = {name + CODE: np.ascontiguousarray(m.codes.T if laid[name] else m.codes) for name, m in codes.items()}
