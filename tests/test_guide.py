@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import re
 import shlex
 from dataclasses import replace
@@ -39,13 +40,15 @@ def test_the_guide_of_the_device_is_what_happens(tasks: Tasks, tmp_path: Path, m
             assert (ran.returncode, ran.stderr) == (0, ""), text
             programs.append(ran.stdout)
             continue
-        for line in text.splitlines():
+        for written in text.splitlines():
+            fed, _, line = written.rpartition(" | ")
+            monkeypatch.setattr("sys.stdin", io.StringIO("a.jpg\n" if fed else ""))
             program, *arguments = shlex.split(line)
             assert program == "edgepet", line
             done = edgepet(*arguments)
             assert done.code == 0, (line, done.err)
             commands += 1
 
-    assert commands >= 17
+    assert commands >= 18
     assert [len(printed.splitlines()) for printed in programs] == [4, 2, 3]
     assert "device" not in programs[0]  # no class, no path: numbers, names and scores

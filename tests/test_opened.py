@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import random
 import threading
@@ -378,3 +379,44 @@ def test_a_store_without_a_task_has_nothing_to_time(store: Store) -> None:
     assert (done.code, done.err.splitlines()[-2:]) == (
         3, [f"{store.root}: has no task to time", "  fix: edgepet device install"],
     )  # fmt: skip
+
+
+def test_lines_of_stdin_are_answered_as_they_come(
+    device: Device, paths: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines = [
+        str(paths[0]),
+        "",
+        json.dumps(str(paths[1])),
+        json.dumps({"image": str(paths[2]), "frame": 7}),
+        str(tmp_path / "missing.png"),
+        '{"picture": 1}',
+        '{"image":',
+    ]
+    monkeypatch.setattr("sys.stdin", io.StringIO("\n".join(lines)))
+
+    done = command("device", "run", "--store", device.store, "probe,shapes", "-", "--json")
+
+    said = [json.loads(line) for line in done.out.splitlines()]
+    assert done.code == 3
+    assert [each["image"] for each in said] == [*map(str, paths[:3]), str(tmp_path / "missing.png"), *lines[5:]]
+    assert [[answer["task"] for answer in each["results"]] for each in said] == [["probe", "shapes"]] * 3 + [[]] * 3
+    assert (
+        said[3]["error"] == f"{tmp_path / 'missing.png'}: is not a readable image, got No such file or directory\n"
+        "  fix: replace the file or remove it"
+    )
+    assert said[4]["error"] == 'line: needs a text, or an object with "image", got \'{"picture": 1}\''
+    assert said[5]["error"].startswith("line: is no JSON, got Expecting value")
+    with device.open("shapes") as shapes:
+        assert said[0]["results"][1]["score"] == pytest.approx(shapes.predict(paths[0])[0].score, abs=1e-5)
+
+
+def test_a_stream_that_is_answered_whole_ends_well(
+    device: Device, paths: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO(f"{paths[0]}\n"))
+
+    done = command("device", "run", "--store", device.store, "shapes", "-")
+
+    assert done.code == 0
+    assert done.out.startswith(f"{paths[0]}  shapes ")

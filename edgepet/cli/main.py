@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -20,7 +20,9 @@ from edgepet.reports.streams import forget, json_line, take_any_text, tell
 if TYPE_CHECKING:
     from argparse import ArgumentParser, Namespace
 
-    from edgepet.verbs.verb import Group, Verb
+    from edgepet.reports.progress import Progress
+    from edgepet.reports.screen import Screen
+    from edgepet.verbs.verb import Group, Stream, Verb
 
 DONE, REFUSED, CHECK_SAID_NO, STOPPED = 0, 3, 4, 130  # the other exit codes are those of the errors, and argparse's 2
 
@@ -90,14 +92,29 @@ def _run(verb: Verb, options: Namespace) -> int:
     if options.verbose and not options.quiet:
         _say_versions()
     with Progress(quiet=options.quiet, verbose=options.verbose) as progress:
+        if verb.stream is not None and verb.stream.asked(options):
+            return _stream(verb.stream, options, progress)
         report = verb.run(options, progress)
     if verb.speaks():
-        _put_out(verb, report, options)
+        _put_out(verb.screen, report, options)
     return CHECK_SAID_NO if verb.failed(report) else DONE
 
 
-def _put_out(verb: Verb, report: object, options: Namespace) -> None:
+def _stream(stream: Stream, options: Namespace, progress: Progress) -> int:
+    """Answer until nobody asks any more, or nobody listens."""
+    failed = False
+    for report in stream.run(options, progress):
+        failed = stream.failed(report) or failed
+        if not _put_out(stream.screen, report, options):
+            break
+    return REFUSED if failed else DONE
+
+
+def _put_out(screen: Callable[[Any], Screen], report: object, options: Namespace) -> bool:
     """Write the report to stdout. A reader who has left is told nothing; a full disk is an error.
+
+    Returns:
+        Whether somebody still reads.
 
     Raises:
         InputError: stdout is closed or cannot be written.
@@ -112,13 +129,15 @@ def _put_out(verb: Verb, report: object, options: Namespace) -> None:
         elif not options.quiet:
             from edgepet.reports.screen import show, terminal
 
-            show(terminal(stderr=False), verb.screen(report))
+            show(terminal(stderr=False), screen(report))
         sys.stdout.flush()
     except BrokenPipeError:
         forget(sys.stdout)
+        return False
     except OSError as error:
         forget(sys.stdout)
         raise InputError("stdout", "could not be written", got=error.strerror or str(error)) from error
+    return True
 
 
 def _say_versions() -> None:

@@ -13,6 +13,7 @@ from typing import TypeAlias
 import numpy as np
 from PIL import Image
 
+from edgepet.canonical import parse_json
 from edgepet.errors import InputError
 from edgepet.images.folders import images_below
 from edgepet.images.preprocess import Pixels, load_input, to_pixels
@@ -74,6 +75,24 @@ def pictures_of(given: Picture | Iterable[Picture], *, clips: bool = False) -> t
     if not once:
         raise InputError("images", "needs an image", got="none")
     return tuple(once)
+
+
+def asked_for(line: str) -> str:
+    """The image that a line asks for: JSON, a text or an object with ``image``, or else the line itself.
+
+    Raises:
+        InputError: an object without it.
+    """
+    if line[:1] not in ("{", '"'):
+        return line
+    try:
+        given = parse_json(line)
+    except (ValueError, RecursionError) as error:
+        raise InputError("line", "is no JSON", got=error) from error
+    image = given.get("image") if isinstance(given, dict) else given
+    if not isinstance(image, str):
+        raise InputError("line", 'needs a text, or an object with "image"', got=repr(line[:80]))
+    return image
 
 
 def inputs_of(given: Iterable[FilePath], *, clips: bool = False) -> tuple[Path, ...]:

@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any
 from edgepet.device.checking import check
 from edgepet.device.pool import MODES
 from edgepet.device.runtimes import DEFAULT, SHARED_RUNTIMES
-from edgepet.device.serving import Device, DeviceRun, Installation, TaskLine
+from edgepet.device.serving import Device, Installation, TaskLine
 from edgepet.device.store import Store
 from edgepet.errors import InputError
 from edgepet.files import folder_bytes
 from edgepet.reports.screen import Screen, lines
-from edgepet.reports.tables import Table, format_bytes, format_percent, left, right
+from edgepet.reports.tables import Table, format_bytes, left, right
 from edgepet.verbs.device import (
     CheckReport,
     ExportReport,
@@ -29,6 +29,7 @@ from edgepet.verbs.device import (
 )
 from edgepet.verbs.device_bench import DeviceBenchReport, bench
 from edgepet.verbs.device_bench import screen as bench_screen
+from edgepet.verbs.device_run import VERB as RUN
 from edgepet.verbs.verb import (
     Group,
     Options,
@@ -39,6 +40,7 @@ from edgepet.verbs.verb import (
     pack_precision_option,
     path,
     size_bytes,
+    store_option,
     threads_option,
 )
 
@@ -46,13 +48,9 @@ if TYPE_CHECKING:
     from edgepet.reports.progress import Progress
 
 
-def _store_option(parser: Parser) -> None:
-    parser.add_argument("--store", required=True, metavar="DIR", help="the device's folder")
-
-
 def _init_options(parser: Parser) -> None:
     add = parser.add_argument
-    _store_option(parser)
+    store_option(parser)
     add(
         "--backbone",
         metavar="B",
@@ -109,7 +107,7 @@ def _init_screen(report: InitReport) -> Screen:
 
 
 def _install_options(parser: Parser) -> None:
-    _store_option(parser)
+    store_option(parser)
     parser.add_argument("packs", nargs="+", metavar="TASK.pet", help="packs; each is installed before the next")
     told = "take a pack with a smaller sequence number than was ever installed (default: refuse it)"
     parser.add_argument("--older", action="store_true", help=told)
@@ -178,57 +176,9 @@ def _reason(reason: str, refused: Mapping[str, str]) -> str:
     return "; ".join([*([reason] if reason else []), *(f"not on {place}: {why}" for place, why in refused.items())])
 
 
-def _run_options(parser: Parser) -> None:
-    _store_option(parser)
-    told = "the name of an installed task, or of several, as in A,B: what they share is computed once"
-    parser.add_argument("task", metavar="TASK[,TASK…]", type=names, help=told)
-    parser.add_argument(
-        "images", nargs="+", metavar="IMAGE", help="images, folders of them, or patterns; for clips, folders of frames"
-    )
-    parser.add_argument("--runtime", default=DEFAULT, choices=SHARED_RUNTIMES, help="(default: %(default)s)")
-    pack_precision_option(parser)
-    told = (
-        "slots: beside the backbone, which all tasks share; merged: folded into weights of its own; auto: slots where"
-        " they can hold it, and with --memory merged once that pays (default: %(default)s)"
-    )
-    parser.add_argument("--mode", default="auto", choices=MODES, help=told)
-    told = "for networks of merged tasks; the one that was used longest ago goes first (default: no limit)"
-    parser.add_argument("--memory", dest="memory_bytes", type=size_bytes, metavar="SIZE", help=told)
-    parser.add_argument(
-        "--top", type=int, default=1, metavar="K", help="classes to tell of each image (default: %(default)s)"
-    )
-    threads_option(parser)
-
-
-def _run_run(options: Options, progress: Progress) -> DeviceRun:
-    tasks: list[str] = options.task
-    with progress.stage(f"device run: {', '.join(tasks)}"):
-        return Device(Path(options.store)).run(
-            tasks[0] if len(tasks) == 1 else tasks, options.images, runtime=options.runtime, threads=options.threads,
-            precision=options.precision, mode=options.mode, memory_bytes=options.memory_bytes, top=options.top,
-        )  # fmt: skip
-
-
-def _run_screen(report: DeviceRun) -> Screen:
-    names = list(dict.fromkeys(answer.task for answer in report.results))
-    cells: dict[str, list[str]] = {}
-    for place, answer in enumerate(report.results):
-        cells.setdefault(f"{place // len(names)} {answer.image}", []).append(
-            ", ".join(f"{guess.label} {format_percent(guess.score)}" for guess in answer.top)
-        )
-    rows = [(key.partition(" ")[2], *said) for key, said in cells.items()]
-    yield Table("", left("image", *(names if len(names) > 1 else ["label"])), rows)
-    yield lines(
-        *(f"  up to {each.after} computed once for {', '.join(each.tasks)}" for each in report.shared),
-        *(f"  {each.task} {each.what}: {each.why}" for each in report.events),
-        f"  opened in {report.open_ms:.0f} ms, {report.latency_ms:.1f} ms an image, sequence {report.sequence}",
-        None if report.fell_back is None else f"  the pack that was installed last is not served: {report.fell_back}",
-    )
-
-
 def _bench_options(parser: Parser) -> None:
     add = parser.add_argument
-    _store_option(parser)
+    store_option(parser)
     add("tasks", nargs="*", metavar="TASK", help="names of installed tasks (default: all)")
     add("--runtime", default=DEFAULT, choices=SHARED_RUNTIMES, help="(default: %(default)s)")
     pack_precision_option(parser)
@@ -246,7 +196,7 @@ def _bench_run(options: Options, progress: Progress) -> DeviceBenchReport:
 
 
 def _task_options(parser: Parser) -> None:
-    _store_option(parser)
+    store_option(parser)
     parser.add_argument("task", metavar="TASK", help="the name of an installed task")
 
 
@@ -285,7 +235,7 @@ def _check_screen(report: CheckReport) -> Screen:
 
 
 def _export_options(parser: Parser) -> None:
-    _store_option(parser)
+    store_option(parser)
     parser.add_argument("tasks", nargs="*", metavar="TASK", help="tasks to bring (default: all)")
     parser.add_argument("--to", required=True, metavar="FOLDER", help="a new folder, for `device init --from`")
 
@@ -303,7 +253,7 @@ def _export_screen(report: ExportReport) -> Screen:
 
 
 def _trust_options(parser: Parser) -> None:
-    _store_option(parser)
+    store_option(parser)
     parser.add_argument("keys", nargs="+", metavar="KEY.pub", help="public keys, or folders of them")
 
 
@@ -329,8 +279,8 @@ ACTIONS: dict[str, tuple[Verb, str]] = {
         Verb(options=_install_options, run=_install_run, screen=_install_screen),
         "install packs, once each has answered its own probe here",
     ),
-    "list": (Verb(options=_store_option, run=_list_run, screen=_list_screen), "the tasks, and how each of them is"),
-    "run": (Verb(options=_run_options, run=_run_run, screen=_run_screen), "what an installed task says of images"),
+    "list": (Verb(options=store_option, run=_list_run, screen=_list_screen), "the tasks, and how each of them is"),
+    "run": (RUN, "what installed tasks say of images"),
     "bench": (
         Verb(options=_bench_options, run=_bench_run, screen=bench_screen),
         "what tasks cost here: to open, to run, to change, and in memory",
@@ -341,7 +291,7 @@ ACTIONS: dict[str, tuple[Verb, str]] = {
     ),
     "remove": (Verb(options=_task_options, run=_remove_run, screen=_remove_screen), "take a task out"),
     "check": (
-        Verb(options=_store_option, run=_check_run, screen=_check_screen, failed=_not_ok),
+        Verb(options=store_option, run=_check_run, screen=_check_screen, failed=_not_ok),
         "read everything, and say what is damaged and what would mend it",
     ),
     "export": (

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -33,12 +33,26 @@ def _always() -> bool:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Stream:
+    """A verb that answers as questions come: ``asked`` is whether it was asked to, ``run`` gives a report for each.
+
+    ``screen`` is what of one report people see; ``failed`` whether it is of a question that had no answer.
+    """
+
+    asked: Callable[[Options], bool]
+    run: Callable[[Options, Progress], Iterator[object]]
+    screen: Callable[[Any], Screen]
+    failed: Callable[[Any], bool]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Verb:
     """One verb of the command line.
 
     ``options`` declares its options. Their ``dest`` is the field of the library that they fill, so that an error about
     a field can be told of its flag. ``run`` does it and returns its report; ``screen`` is what of the report people
-    see; ``failed`` is whether a check in it said no; ``speaks`` is false in all processes of a training but one.
+    see; ``failed`` is whether a check in it said no; ``speaks`` is false in all processes of a training but one;
+    ``stream`` is another way of running it.
     """
 
     options: Callable[[Parser], None]
@@ -46,6 +60,7 @@ class Verb:
     screen: Callable[[Any], Screen]
     failed: Callable[[Any], bool] = _never
     speaks: Callable[[], bool] = _always
+    stream: Stream | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,6 +106,11 @@ def pack_precision_option(parser: Parser) -> None:
     """--precision of packs."""
     told = "of packs: int8 is on the int8 backbone that tasks share (default: %(default)s)"
     parser.add_argument("--precision", default="fp32", choices=["fp32", "int8"], help=told)
+
+
+def store_option(parser: Parser) -> None:
+    """--store, the folder of a device."""
+    parser.add_argument("--store", required=True, metavar="DIR", help="the device's folder")
 
 
 def threads_option(parser: Parser) -> None:

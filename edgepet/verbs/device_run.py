@@ -1,0 +1,141 @@
+"""``device run``: what installed tasks say of images, of some or of each as it comes."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from edgepet.device.opened import OpenTasks
+from edgepet.device.pool import MODES
+from edgepet.device.runtimes import DEFAULT, SHARED_RUNTIMES
+from edgepet.device.served import Answer
+from edgepet.device.serving import Device, DeviceRun
+from edgepet.errors import EdgepetError
+from edgepet.images.inputs import asked_for
+from edgepet.reports.screen import Screen, lines
+from edgepet.reports.tables import Table, format_percent, left
+from edgepet.verbs.verb import (
+    Options,
+    Parser,
+    Stream,
+    Verb,
+    names,
+    pack_precision_option,
+    size_bytes,
+    store_option,
+    threads_option,
+)
+
+if TYPE_CHECKING:
+    from edgepet.reports.progress import Progress
+
+
+def _run_options(parser: Parser) -> None:
+    store_option(parser)
+    told = "the name of an installed task, or of several, as in A,B: what they share is computed once"
+    parser.add_argument("task", metavar="TASK[,TASK…]", type=names, help=told)
+    told = "images, folders of them, or patterns; for clips, folders of frames; - for those that lines of stdin name"
+    parser.add_argument(
+        "images",
+        nargs="+",
+        metavar="IMAGE",
+        help=told,
+    )
+    parser.add_argument("--runtime", default=DEFAULT, choices=SHARED_RUNTIMES, help="(default: %(default)s)")
+    pack_precision_option(parser)
+    told = (
+        "slots: beside the backbone, which all tasks share; merged: folded into weights of its own; auto: slots where"
+        " they can hold it, and with --memory merged once that pays (default: %(default)s)"
+    )
+    parser.add_argument("--mode", default="auto", choices=MODES, help=told)
+    told = "for networks of merged tasks; the one that was used longest ago goes first (default: no limit)"
+    parser.add_argument("--memory", dest="memory_bytes", type=size_bytes, metavar="SIZE", help=told)
+    parser.add_argument(
+        "--top", type=int, default=1, metavar="K", help="classes to tell of each image (default: %(default)s)"
+    )
+    threads_option(parser)
+
+
+def _run_run(options: Options, progress: Progress) -> DeviceRun:
+    tasks: list[str] = options.task
+    with progress.stage(f"device run: {', '.join(tasks)}"):
+        return Device(Path(options.store)).run(
+            tasks[0] if len(tasks) == 1 else tasks, options.images, runtime=options.runtime, threads=options.threads,
+            precision=options.precision, mode=options.mode, memory_bytes=options.memory_bytes, top=options.top,
+        )  # fmt: skip
+
+
+def _run_screen(report: DeviceRun) -> Screen:
+    names = list(dict.fromkeys(answer.task for answer in report.results))
+    cells: dict[str, list[str]] = {}
+    for place, answer in enumerate(report.results):
+        cells.setdefault(f"{place // len(names)} {answer.image}", []).append(
+            ", ".join(f"{guess.label} {format_percent(guess.score)}" for guess in answer.top)
+        )
+    rows = [(key.partition(" ")[2], *said) for key, said in cells.items()]
+    yield Table("", left("image", *(names if len(names) > 1 else ["label"])), rows)
+    yield lines(
+        *(f"  up to {each.after} computed once for {', '.join(each.tasks)}" for each in report.shared),
+        *(f"  {each.task} {each.what}: {each.why}" for each in report.events),
+        f"  opened in {report.open_ms:.0f} ms, {report.latency_ms:.1f} ms an image, sequence {report.sequence}",
+        None if report.fell_back is None else f"  the pack that was installed last is not served: {report.fell_back}",
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StreamedRun:
+    """What tasks say of the image that a line of stdin asks for, or why they do not; ``ms`` from line to answers."""
+
+    image: str
+    results: tuple[Answer, ...]
+    ms: float
+    error: str | None = None
+
+
+def _is_streamed(options: Options) -> bool:
+    return bool(options.images == ["-"])
+
+
+def _run_stream(options: Options, progress: Progress) -> Iterator[StreamedRun]:
+    tasks: list[str] = options.task
+    with progress.stage(f"device run: open {', '.join(tasks)}"):
+        opened = Device(Path(options.store)).open_all(
+            tasks, runtime=options.runtime, threads=options.threads, precision=options.precision, mode=options.mode,
+            memory_bytes=options.memory_bytes,
+        )  # fmt: skip
+    with opened:
+        for line in map(str.strip, sys.stdin):
+            if line:
+                yield _answered(opened, line, options.top)
+
+
+def _answered(opened: OpenTasks, line: str, top: int) -> StreamedRun:
+    began, image = time.perf_counter(), line[:200]
+    try:
+        image = asked_for(line)
+        answers = opened.predict(image, top=top)
+        results = tuple(answer for each in answers for answer in each.values())
+        return StreamedRun(image=image, results=results, ms=1e3 * (time.perf_counter() - began))
+    except EdgepetError as error:
+        return StreamedRun(image=image, results=(), ms=1e3 * (time.perf_counter() - began), error=str(error))
+
+
+def _streamed_screen(report: StreamedRun) -> Screen:
+    said = [f"{answer.task} {answer.label} {format_percent(answer.score)}" for answer in report.results]
+    yield lines(f"{report.image}  {', '.join(said)}" if report.error is None else report.error)
+
+
+def _has_error(report: StreamedRun) -> bool:
+    return report.error is not None
+
+
+VERB = Verb(
+    options=_run_options,
+    run=_run_run,
+    screen=_run_screen,
+    stream=Stream(asked=_is_streamed, run=_run_stream, screen=_streamed_screen, failed=_has_error),
+)
