@@ -45,6 +45,7 @@ bench: $(VENV)/.bench $(if $(findstring --quick,$(ARGS)),bench-methods bench-tri
 	$(BIN)/python benchmarks/int8_tuning.py $(ARGS)
 	$(BIN)/python benchmarks/timm_sweep.py $(ARGS)
 	$(BIN)/python benchmarks/store.py $(ARGS)
+	$(BIN)/python benchmarks/serving.py $(ARGS)
 
 bench-methods: $(VENV)/.bench
 	$(BIN)/python benchmarks/methods.py $(ARGS)

@@ -13,6 +13,7 @@ from typing import Any
 
 from harness import HERE, RESULTS, TABLES, asked, parser_of, source
 from packs import pack_tables
+from serving import serving_tables
 from store import store_table
 from trials import trial_tables
 
@@ -40,7 +41,7 @@ def main() -> None:
         METHODS: method_tables(),
         INT8: int8_tables(),
         PACKS: pack_tables(committed()),
-        DEVICE: store_table(committed()),
+        DEVICE: "\n".join(filter(None, (store_table(committed()), serving_tables(committed())))),
     }
     for page, made in pages.items():
         TABLES.put(page, made, run.results if run.quick else None)

@@ -1,0 +1,89 @@
+"""LoRA adapters as others switch them: what ``serving.py`` measures beside edgepet. Not a benchmark by itself."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from edgepet.deltas.delta import Delta
+from edgepet.device.onnxruntime import open_session
+from edgepet.device.together import Fitted
+from edgepet.graphs.onnx_file import tensor_of
+from edgepet.spec import NpArray
+
+if TYPE_CHECKING:
+    from edgepet.networks.backbone import Backbone
+
+
+class OrtAdapters:
+    """The graph with slots, which are its defaults as well, and an adapter of ONNX Runtime for each task."""
+
+    def __init__(self, fitted: Sequence[Fitted], folder: Path) -> None:
+
+        import onnxruntime
+
+        part, self._active, self._options = fitted[0].part, 0, list[Any]()
+        defaults = {name: tensor_of(name, value) for name, value in fitted[0].slots.items()}
+        file = replace(part.file, tensors={**part.file.tensors, **defaults})
+        self._session = open_session(file.encoded(), threads=threads, folder=part.folder)
+        for number, each in enumerate(fitted):
+            made = onnxruntime.AdapterFormat()
+            made.set_adapter_version(1)
+            made.set_model_version(1)
+            values = {name: onnxruntime.OrtValue.ortvalue_from_numpy(value) for name, value in each.slots.items()}
+            made.set_parameters(values)
+            path = (folder / f"{number}.onnx_adapter").absolute()
+            made.export_adapter(str(path))
+            adapter, options = onnxruntime.LoraAdapter(), onnxruntime.RunOptions()
+            adapter.Load(str(path))
+            options.add_active_adapter(adapter)
+            self._options.append((options, adapter))
+
+    def switch(self) -> None:
+        """The other task from now on."""
+        self._active = 1 - self._active
+
+    def __call__(self, images: NpArray) -> NpArray:
+        output: NpArray = self._session.run(None, {"images": images}, self._options[self._active][0])[0]
+        return output
+
+
+def hotswapped(
+    backbone: Backbone, deltas: Sequence[Delta], folder: Path, threads: int
+) -> tuple[Callable[[NpArray], NpArray], Callable[[NpArray], NpArray], Callable[[], None]]:
+    """The backbone in torch, the same with a PEFT adapter, and what loads the other adapter in its place."""
+    import torch
+    from peft import PeftModel
+    from peft.utils.hotswap import hotswap_adapter_from_state_dict
+    from peft.utils.save_and_load import load_peft_weights
+
+    from edgepet import export_peft, write_pack
+
+    torch.set_num_threads(threads)
+    places = []
+    for number, delta in enumerate(deltas):
+        write_pack(folder / f"lora{number}.pet", delta)
+        export_peft(folder / f"lora{number}.pet", folder / f"lora{number}", backbone=backbone)
+        places.append(str(folder / f"lora{number}"))
+    plain = copy.deepcopy(backbone.module).eval()
+    tuned = PeftModel.from_pretrained(backbone.with_head(deltas[0].head), places[0]).eval()
+    turns = [0]
+
+    def runs(module: Any) -> Callable[[NpArray], NpArray]:
+        def run(images: NpArray) -> NpArray:
+            with torch.no_grad():
+                output: NpArray = module(torch.from_numpy(images)).numpy()
+            return output
+
+        return run
+
+    def swap() -> None:
+        turns[0] += 1
+        loaded = load_peft_weights(places[turns[0] % 2])
+        state = {key.replace(".weight", ".default.weight"): each for key, each in loaded.items() if "lora_" in key}
+        hotswap_adapter_from_state_dict(tuned, state, adapter_name="default", config=tuned.peft_config["default"])
+
+    return runs(plain), runs(tuned), swap
