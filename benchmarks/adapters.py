@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 class OrtAdapters:
     """The graph with slots, which are its defaults as well, and an adapter of ONNX Runtime for each task."""
 
-    def __init__(self, fitted: Sequence[Fitted], folder: Path) -> None:
+    def __init__(self, fitted: Sequence[Fitted], folder: Path, threads: int) -> None:
 
         import onnxruntime
 
