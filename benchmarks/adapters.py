@@ -22,7 +22,6 @@ class OrtAdapters:
     """The graph with slots, which are its defaults as well, and an adapter of ONNX Runtime for each task."""
 
     def __init__(self, fitted: Sequence[Fitted], folder: Path, threads: int) -> None:
-
         import onnxruntime
 
         part, self._active, self._options = fitted[0].part, 0, list[Any]()
