@@ -113,6 +113,8 @@ LEAF = step(Point(drawn(1, 2, 2)), "map.1", "logits")
         (lambda: head(labels=("land",)), "what: needs 2 to 255 labels, got 1"),
         (lambda: head(labels=("land", "land")), "what: needs labels that differ, got land, land"),
         (lambda: head(labels=tuple(map(str, range(256)))), "what: needs 2 to 255 labels, got 256"),
+        (lambda: head(labels=("land", "")), "what: needs labels that UTF-8 can spell, got ''"),
+        (lambda: head(labels=("land", "\udcff")), "what: needs labels that UTF-8 can spell, got '\\udcff'"),
         (lambda: head(steps=()), "what: needs 1 to 64 layers, got 0"),
         (lambda: head(*[LEAF] * 65), "what: needs 1 to 64 layers, got 65"),
         (lambda: head(LEAF, LEAF), "what: logits: is given by two layers"),

@@ -87,6 +87,9 @@ class MapHead:
             raise InputError(self.name, f"needs 2 to {MOST_CLASSES} labels", got=len(self.labels))
         if len(set(self.labels)) < len(self.labels):
             raise InputError(self.name, "needs labels that differ", got=format_names(self.labels))
+        for label in self.labels:
+            if not label or any("\ud800" <= character <= "\udfff" for character in label):
+                raise InputError(self.name, "needs labels that UTF-8 can spell", got=ascii(label))
         if not 1 <= len(self.steps) <= MOST_LAYERS:
             raise InputError(self.name, f"needs 1 to {MOST_LAYERS} layers", got=len(self.steps))
         known = dict.fromkeys(name for name in self.inputs)
