@@ -15,7 +15,8 @@ from torch import nn
 from edgepet.deltas.heads import Map, MapHead
 from edgepet.deltas.layers import tensors
 from edgepet.errors import InputError
-from edgepet.networks.head_forms import Form, HeadForm
+from edgepet.networks.head_forms import HeadForm
+from edgepet.networks.head_settings import Form
 from edgepet.networks.heads import HeadNetwork, forward
 from edgepet.spec import NpArray
 from tests.layers import EXAMPLES, LayerCase, layer_cases

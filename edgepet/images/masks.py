@@ -21,6 +21,7 @@ from PIL import Image
 from edgepet.errors import InputError, refusing
 from edgepet.images.folders import MOST_NAMED, PassedOver
 from edgepet.images.preprocess import opened, upright_size
+from edgepet.images.sets import ImageSet
 from edgepet.spec import Preprocess
 
 Mask: TypeAlias = NDArray[np.uint8]  # (height, width)
@@ -115,9 +116,9 @@ class MaskSet:
         return len(self.paths)
 
     @property
-    def labels(self) -> tuple[int, ...]:
-        """Of images as such: none has a class of its own."""
-        return (0,) * len(self.paths)
+    def images(self) -> ImageSet:
+        """The images alone; none has a class of its own."""
+        return ImageSet(self.classes, self.paths, (0,) * len(self.paths), self.passed_over)
 
     def at(self, indices: Iterable[int]) -> MaskSet:
         """Those of its images that ``indices`` name, in their order."""
