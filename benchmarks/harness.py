@@ -380,7 +380,7 @@ def train_pack(specification: Mapping[str, Any], folder: Path) -> dict[str, obje
     if not specification["scored"]:
         return found
     base_graph(backbone, delta.branches)
-    test = evaluate(pack, data)
+    test: Any = evaluate(pack, data)  # of classes
     return found | {"test_top1": test.top1, "test_n": test.n}
 
 

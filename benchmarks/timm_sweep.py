@@ -200,7 +200,8 @@ def answered(pack: Path, backbone: Backbone, folder: Path) -> Iterator[dict[str,
     images = drawn(folder / "images", backbone.preprocess.image_size)
     for runtime in ("torch", "onnxruntime"):
         try:
-            yield {f"eval_{runtime}": evaluate(pack, images, runtime=runtime, backbone=backbone).top1}
+            test: Any = evaluate(pack, images, runtime=runtime, backbone=backbone)  # of classes
+            yield {f"eval_{runtime}": test.top1}
         except EdgepetError as refusal:
             yield {f"eval_{runtime}_refused": told_of(refusal, folder)}
 

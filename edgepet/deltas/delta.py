@@ -10,6 +10,7 @@ import numpy as np
 
 from edgepet.deltas.branches import Branch, arrays_of, require_distinct, structure_digest, structure_of
 from edgepet.deltas.codes import Range
+from edgepet.deltas.heads import MapHead
 from edgepet.deltas.probe import Probe
 from edgepet.deltas.updates import Targeted, factors, require_readable
 from edgepet.errors import InputError
@@ -58,6 +59,19 @@ class Score:
     n: int
 
 
+NO_CLASSIFIER = Head(weight=np.zeros((0, 0), np.float32), bias=np.zeros(0, np.float32))
+MOST_HEADS = 8  # that read maps, of one task
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class JudgedHead:
+    """A head that reads maps, and the ``miou`` that it reached on ``n`` val images, a fraction of 1."""
+
+    head: MapHead
+    miou: float
+    n: int
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Int8Ranges:
     """What a task's activations need to run on the int8 backbone whose file of codes has the sha256 ``codes``.
@@ -75,14 +89,16 @@ class Int8Ranges:
 class Delta:
     """One task, ready for the backbone that it names.
 
-    ``updates`` are folded into it, those of one tensor in order; ``branches`` stay beside it. ``method`` and
+    ``updates`` are folded into it, those of one tensor in order; ``branches`` stay beside it. ``head``, ``labels`` and
+    ``val`` are the classifier's, ``heads`` those that read maps: a task that has such heads alone has NO_CLASSIFIER and
+    no labels, and its ``val`` is of no image. ``method`` and
     ``training`` are provenance: nothing that applies a delta reads them. ``int8`` is there where the task was
     calibrated on the int8 backbone; ``probes`` are what it answers, in each precision in which it was asked.
 
     Raises:
         InputError: a name or fingerprint that is not spelled as one, a top-1 outside of 0 to 1, a wrong branch, two of
-            one kind that add to one point, a push that reads what a push changes, or a head without a bias and a label
-            of its own for each class.
+            one kind that add to one point, a push that reads what a push changes, a head without a bias and a label of
+            its own for each class, or heads that are too many, of one name, or of an overlap outside of 0 to 1.
     """
 
     task: str
@@ -100,6 +116,7 @@ class Delta:
     branches: tuple[Branch, ...] = ()
     int8: Int8Ranges | None = None
     probes: Mapping[StoredPrecision, Probe] = field(default_factory=dict)
+    heads: tuple[JudgedHead, ...] = ()
 
     def __post_init__(self) -> None:
         require_task(self.task, "task", "needs a name")
@@ -113,8 +130,9 @@ class Delta:
             branch.check(self.task)
         require_distinct(self.branches, self.task)
         require_readable(self.updates, self.task)
+        self._check_heads()
         classes, width = self.head.weight.shape
-        if classes == 0 or self.head.bias.shape != (classes,) or len(self.labels) != classes:
+        if (classes == 0 and not self.heads) or self.head.bias.shape != (classes,) or len(self.labels) != classes:
             raise InputError(
                 self.task,
                 f"a head {(classes, width)} needs {classes} biases and labels",
@@ -125,6 +143,21 @@ class Delta:
         for label in self.labels:
             if not label.isascii() and any("\ud800" <= c <= "\udfff" for c in label):  # a folder's name in no encoding
                 raise InputError(self.task, "needs labels that UTF-8 can spell", got=ascii(label))
+
+    def _check_heads(self) -> None:
+        if len(self.heads) > MOST_HEADS:
+            raise InputError(self.task, f"needs at most {MOST_HEADS} heads that read maps", got=len(self.heads))
+        names = ["class", *(each.head.name for each in self.heads)]
+        if len(set(names)) < len(names):
+            raise InputError(self.task, "needs a name of its own for every head", got=format_names(names))
+        for each in self.heads:
+            if not 0 <= each.miou <= 1:
+                raise InputError(f"{self.task}: {each.head.name}", "needs a val miou between 0 and 1", got=each.miou)
+
+    @property
+    def answers(self) -> tuple[str, ...]:
+        """What its heads answer, "class" before others."""
+        return (*(("class",) if self.labels else ()), *(each.head.answer for each in self.heads))
 
     @property
     def structure(self) -> str:

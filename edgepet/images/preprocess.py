@@ -13,6 +13,7 @@ import math
 import stat
 import struct
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TypeAlias
 
@@ -61,20 +62,12 @@ def load_pixels(path: Path, preprocess: Preprocess) -> Pixels:
         InputError: the file is missing, damaged or no image, has more than 8 bits a channel or ``MOST_PIXELS``, or is
             so elongated that resizing it would fill the memory.
     """
-    try:
-        if stat.S_IFMT(path.stat().st_mode) != stat.S_IFREG:
-            raise _unreadable(path, "a folder, a pipe or a device")
-        with _opened(path) as file:
-            _require_size(path, file)
-            if file.mode in _WIDE:
-                told = "16-bit" if file.format == "PPM" else _WIDE[file.mode]  # Pillow widens these
-                raise _unreadable(path, f"{told} values, which would be cut off at 255")
-            with _LARGE if file.width * file.height > LARGE_PIXELS else contextlib.nullcontext():
-                image = _rgb(file, preprocess)
-    except UnidentifiedImageError as error:
-        raise _unreadable(path, "bytes of no known image format") from error
-    except _DAMAGED as error:
-        raise _unreadable(path, getattr(error, "strerror", None) or str(error)) from error
+    with opened(path) as file:
+        if file.mode in _WIDE:
+            told = "16-bit" if file.format == "PPM" else _WIDE[file.mode]  # Pillow widens these
+            raise _unreadable(path, f"{told} values, which would be cut off at 255")
+        with _LARGE if file.width * file.height > LARGE_PIXELS else contextlib.nullcontext():
+            image = _rgb(file, preprocess)
     height, width = _resized(image.height, image.width, preprocess)
     if height * width > _MOST_RESIZED_PIXELS:
         raise InputError(
@@ -84,6 +77,41 @@ def load_pixels(path: Path, preprocess: Preprocess) -> Pixels:
             fix="crop the image or remove it",
         )
     return _fitted(image, preprocess)
+
+
+@contextlib.contextmanager
+def opened(path: Path) -> Iterator[Image.Image]:
+    """An image file while the block runs, which may decode it: what Pillow says of damage is an input error.
+
+    Raises:
+        InputError: the file is missing, damaged or no image, or has more than ``MOST_PIXELS``.
+    """
+    try:
+        if stat.S_IFMT(path.stat().st_mode) != stat.S_IFREG:
+            raise _unreadable(path, "a folder, a pipe or a device")
+        with _opened(path) as file:
+            _require_size(path, file)
+            yield file
+    except UnidentifiedImageError as error:
+        raise _unreadable(path, "bytes of no known image format") from error
+    except _DAMAGED as error:
+        raise _unreadable(path, getattr(error, "strerror", None) or str(error)) from error
+
+
+def upright_size(path: Path, preprocess: Preprocess, *, decode: bool = False) -> tuple[int, int]:
+    """Height and width of an image as it is seen: turned where ``preprocess`` says so.
+
+    If its pixels are not to be decoded, a turn is missed that a PNG says behind them, or that Pillow makes of a TIFF.
+
+    Raises:
+        InputError: as ``opened``.
+    """
+    with opened(path) as file:
+        if decode:
+            file.load()
+        height, width = file.height, file.width
+        sideways = preprocess.orientation == "exif" and file.format != "TIFF" and _orientation(file) >= 5
+    return (width, height) if sideways else (height, width)
 
 
 def _require_size(path: Path, file: Image.Image) -> None:

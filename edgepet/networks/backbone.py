@@ -22,6 +22,7 @@ from edgepet.spec import Base, NpArray, Preprocess, Site, Tensors
 if TYPE_CHECKING:
     from torch import nn
 
+    from edgepet.deltas.heads import Map
     from edgepet.networks.sites import Seen
 
 # As people name one: a written form, or in Python an ``edgepet.Backbone``; None where a pack's own can be found again
@@ -40,7 +41,7 @@ class Backbone:
     layers that timm then adds, two where a network was distilled. Where timm's network has branches that only its
     training needs, ``fused`` says that they are summed: ``native`` and ``module`` are of timm's inference form.
 
-    ``width``, ``layers`` and ``unread`` run the network once, when the first of them is asked for.
+    ``width``, ``layers`` and ``unread`` run the network once, when the first of them is asked for; ``maps`` does too.
 
     Raises:
         InputError: one of these is asked for, and the network does not take two images of this size, puts out no
@@ -129,6 +130,17 @@ class Backbone:
     def unread(self) -> frozenset[str]:
         """Names of tensors that the network does not compute with: no method tunes them, and no graph needs them."""
         return self._seen.unread
+
+    @cached_property
+    def maps(self) -> tuple[Map, ...]:
+        """The maps that it puts out at this image size, finest first, for heads that read them.
+
+        Raises:
+            InputError: it puts out none that can be read, or takes clips.
+        """
+        from edgepet.networks.maps import find_maps
+
+        return find_maps(self.module, self.preprocess.input_shape, self.label)
 
     @cached_property
     def _seen(self) -> Seen:

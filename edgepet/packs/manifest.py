@@ -8,7 +8,7 @@ from __future__ import annotations
 import itertools
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TypeAlias
 
@@ -16,14 +16,16 @@ import numpy as np
 
 from edgepet.canonical import canonical_json
 from edgepet.deltas.codes import LEAST_SCALE, Range
-from edgepet.deltas.delta import Delta, Head, Int8Ranges, Score
+from edgepet.deltas.delta import MOST_HEADS, NO_CLASSIFIER, Delta, Head, Int8Ranges, Score
 from edgepet.deltas.generator import SEEDS
+from edgepet.deltas.heads import ANSWERS
 from edgepet.deltas.probe import Probe
 from edgepet.deltas.updates import generated_bytes
 from edgepet.errors import PackError
 from edgepet.packs.codecs import Plane, Stored, inflated, read_plane, read_stored
 from edgepet.packs.container import Container, canonical_value
 from edgepet.packs.layout import MAX_UPDATES, Reader
+from edgepet.packs.map_heads import read_map_head, texts
 from edgepet.spec import NpArray, Preprocess, StoredPrecision, read_preprocess
 from edgepet.strict import ObjectReader
 
@@ -33,7 +35,7 @@ FORMAT, VERSION = "edgepet-pack", 1
 HEAD, RANGES, LAYOUT = "head.point", "int8.ranges", "layout"  # planes of a head, of an int8 task, and what is no plane
 PROBES: dict[StoredPrecision, str] = {"fp32": "probe.class", "int8": "probe.class.int8"}
 EXACT = frozenset((RANGES, *PROBES.values()))  # planes that are no part of the delta's numbers: always fp32
-MAX_LABELS, MAX_LABEL_BYTES = 1 << 16, 256
+MAX_LABELS = 1 << 16
 MAX_PROVENANCE_BYTES, MAX_DEPTH = 1 << 14, 8  # of what no reader acts on
 MAX_LICENCES, MAX_METHOD = 64, 64
 MAX_PROBE = 16  # images
@@ -54,9 +56,14 @@ class Decoded:
 
 
 def write_manifest(
-    delta: Delta, sequence: int, planes: Mapping[str, Plane], told: Decoded, point: Mapping[str, object]
+    delta: Delta,
+    sequence: int,
+    planes: Mapping[str, Plane],
+    told: Decoded,
+    point: Mapping[str, object],
+    maps: Sequence[Mapping[str, object]] = (),
 ) -> dict[str, object]:
-    """All keys but the signature; ``point`` are the places of the head's tensors.
+    """All keys but the signature; ``point`` are the places of the classifier's tensors, ``maps`` all of other heads.
 
     Raises:
         ValueError: a number in it is not finite.
@@ -76,7 +83,7 @@ def write_manifest(
         "backbone": {"name": delta.backbone, "fingerprint": delta.fingerprint},
         "codecs": {name: plane.stored.as_json() for name, plane in planes.items() if plane.stored.packed},
         "decoded": asdict(told),
-        "heads": [head],
+        "heads": [*([head] if delta.labels else ()), *maps],
         "preprocess": delta.preprocess.as_json() | {"orientation": delta.preprocess.orientation or "none"},
         "method": {"name": delta.method, "settings": dict(delta.settings)},
         "training": dict(delta.training),
@@ -117,7 +124,10 @@ def read_manifest(parts: Container, where: str, length: int) -> tuple[Delta, dic
     made = planes_bytes({name: plane.stored for name, plane in planes.items()}) + generated_bytes(updates)
     if told.bytes != made:
         raise PackError(f"{where}.decoded.bytes", f"must be the {made} that there are", got=told.bytes)
-    head, labels, val, probes = _head(table, reader)
+    classifiers, others = _split(table)
+    head, labels, val, probes = (
+        _head(classifiers[0], reader) if classifiers else (NO_CLASSIFIER, (), Score(top1=0.0, n=0), {})
+    )
     backbone, method = table.nested("backbone"), table.nested("method")
     delta = Delta(
         task=table.text("task"),
@@ -132,9 +142,10 @@ def read_manifest(parts: Container, where: str, length: int) -> tuple[Delta, dic
         settings=provenance(method, "settings"),
         training=provenance(table, "training"),
         val=val,
-        licences=_texts(table, "licences", MAX_LICENCES),
+        licences=texts(table, "licences", MAX_LICENCES),
         int8=_int8(table.nested("int8"), reader) if table.has("int8") else None,
         probes=probes,
+        heads=tuple(read_map_head(each, reader) for each in others),
     )
     sequence = table.integer("sequence")
     if sequence > MAX_SEQUENCE:
@@ -187,21 +198,32 @@ def planes_bytes(said: Mapping[str, Stored]) -> int:
     return sum(each.coding.decoded_bytes(name, each.values) for name, each in said.items())
 
 
-def _head(table: ObjectReader, reader: Reader) -> tuple[Head, tuple[str, ...], Score, Probes]:
-    """The one head that there is today: classes by a product."""
+def _split(table: ObjectReader) -> tuple[list[ObjectReader], list[ObjectReader]]:
+    """The classifier, if there is one, and the heads that read maps; it comes first: one task has one spelling."""
     heads = table.nested_list("heads")
-    if len(heads) != 1:
-        raise table.refusal("heads", "needs one head", len(heads))
-    head = heads[0]
+    if not heads:
+        raise table.refusal("heads", "needs one head", 0)
+    if len(heads) > 1 + MOST_HEADS:
+        raise table.refusal("heads", f"needs at most {1 + MOST_HEADS} heads", len(heads))
+    answers = [each.text("answer", choices=["class", *ANSWERS]) for each in heads]
+    first = answers[0] == "class"
+    if "class" in answers[1:]:
+        raise heads[answers.index("class", 1)].refusal(
+            "answer", "must be the first, if it is class", "another before it"
+        )
+    return heads[:1] if first else [], heads[1:] if first else heads
+
+
+def _head(head: ObjectReader, reader: Reader) -> tuple[Head, tuple[str, ...], Score, Probes]:
+    """The head that is no list of layers: classes by a product of pooled features."""
     head.text("name", choices=["class"])
-    head.text("answer", choices=["class"])
     layers = head.nested_list("layers")
     if len(layers) != 1:
         raise head.refusal("layers", "needs one layer", len(layers))
     layer = layers[0]
     layer.text("kind", choices=["point"])
     weight, bias = reader.factor(HEAD, layer, "weight", axes=2), reader.factor(HEAD, layer, "bias", axes=1)
-    labels = _texts(head, "labels", MAX_LABELS)
+    labels = texts(head, "labels", MAX_LABELS)
     val = head.nested("val")
     val.text("metric", choices=["top1"])
     score = Score(top1=val.number("value"), n=val.integer("n"))
@@ -243,17 +265,6 @@ def _name(method: ObjectReader) -> str:
     if len(name) > MAX_METHOD:
         raise method.refusal("name", f"needs at most {MAX_METHOD} characters", len(name))
     return name
-
-
-def _texts(table: ObjectReader, key: str, most: int) -> tuple[str, ...]:
-    """Texts of a bounded number and length."""
-    texts = table.texts(key)
-    if len(texts) > most:
-        raise table.refusal(key, f"needs at most {most} texts", len(texts))
-    for index, text in enumerate(texts):
-        if len(text) > MAX_LABEL_BYTES // 4 and len(text.encode("utf-8", "surrogatepass")) > MAX_LABEL_BYTES:
-            raise table.refusal(f"{key}[{index}]", f"needs at most {MAX_LABEL_BYTES} bytes", f"{text[:40]!r}…")
-    return texts
 
 
 def _int8(table: ObjectReader, reader: Reader) -> Int8Ranges:

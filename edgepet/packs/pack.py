@@ -7,7 +7,7 @@ The format is docs/spec/pack-v1.md; this file and its siblings are that page in 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -17,6 +17,7 @@ import numpy as np
 
 from edgepet.canonical import canonical_json
 from edgepet.deltas.delta import Delta
+from edgepet.deltas.heads import ANSWERS
 from edgepet.deltas.updates import generated_bytes
 from edgepet.errors import InputError, PackError
 from edgepet.files import read_file, write_file
@@ -33,8 +34,11 @@ from edgepet.packs.manifest import (
     read_manifest,
     write_manifest,
 )
+from edgepet.packs.map_heads import write_map_head
 from edgepet.packs.planes import Planes, write_branches, write_updates
 from edgepet.spec import FilePath, NpArray, StoredPrecision
+
+EVERY = ("class", *ANSWERS)  # what heads of version 1 answer
 
 PackCodec: TypeAlias = Codec | Literal["mixed"]
 
@@ -92,7 +96,9 @@ def encode_pack(
     point: dict[str, object] = {
         name: [planes.place(f"{HEAD}.{name}", array), 0, *array.shape]
         for name, array in (("bias", delta.head.bias), ("weight", delta.head.weight))
+        if delta.labels
     }
+    maps = [write_map_head(each, planes) for each in delta.heads]
     flat, counts = planes.flat(), planes.spread(weights)
     if delta.int8 is not None:
         flat[RANGES] = np.array([(each.scale, each.shift) for each in delta.int8.ranges], np.float32).reshape(-1)
@@ -115,7 +121,7 @@ def encode_pack(
     )
     packed = {LAYOUT: np.frombuffer(deflated(text), np.uint8)}
     tensors = packed | {name: plane.tensor for name, plane in made.items()}
-    return assembled(tensors, write_manifest(delta, sequence, made, told, point))
+    return assembled(tensors, write_manifest(delta, sequence, made, told, point, maps))
 
 
 def write_pack(path: FilePath, delta: Delta, *, codec: Codec = "fp16", **given: Any) -> int:
@@ -126,19 +132,20 @@ def write_pack(path: FilePath, delta: Delta, *, codec: Codec = "fp16", **given: 
         PackError: readers would refuse it; nothing is written.
     """
     data = encode_pack(delta, codec=codec, **given)
-    read_pack(data)  # what a device would refuse is not written
+    read_pack(data, answers=EVERY)  # what a device would refuse is not written
     write_file(Path(path), data)
     return len(data)
 
 
-def read_pack(source: Path | str | bytes, *, where: str | None = None) -> Pack:
+def read_pack(source: Path | str | bytes, *, where: str | None = None, answers: Collection[str] = ("class",)) -> Pack:
     """Read a pack without any knowledge of its backbone, and refuse whatever version 1 does not know.
 
-    Who signed it is not asked here: ``signatures.signer`` does. Messages name ``where``, by default the file.
+    Who signed it is not asked here: ``signatures.signer`` does. Messages name ``where``, by default the file. A task
+    with a head whose answer is not among ``answers`` is refused: what asks for classes would run half of it.
 
     Raises:
         PackError: it is not a pack of version 1 in the one canonical spelling of its tensors and manifest, or asks for
-            more memory than a pack of its length may.
+            more memory than a pack of its length may; or a head of it answers otherwise.
         InputError: the file cannot be read.
     """
     where = where or ("pack" if isinstance(source, bytes) else Path(source).name)
@@ -150,6 +157,10 @@ def read_pack(source: Path | str | bytes, *, where: str | None = None) -> Pack:
         if isinstance(error, PackError):
             raise
         raise PackError(where, f"{error.where}: {error.what}", got=error.got, fix=error.fix) from error
+    others = [answer for answer in delta.answers if answer not in answers]
+    if others:
+        fix = "`edgepet eval` runs it, with torch"
+        raise PackError(f"{where}.heads", f"must answer {' or '.join(answers)} here", got=others[0], fix=fix)
     codecs = {plane.stored.coding.format for name, plane in planes.items() if name not in EXACT} & set(CODECS)
     return Pack(
         delta=delta,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+from collections.abc import Collection
 from dataclasses import replace
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -38,15 +39,17 @@ PROBE_SEED, PROBE_IMAGES = 20221017, 4
 class Subject:
     """A pack and all that it can be compared with; torch is touched only when a comparison is asked for.
 
-    ``data`` is a folder of labelled images to compare on, or None.
+    ``data`` is a folder of labelled images to compare on, or None; ``answers`` as of ``read_pack``.
 
     Raises:
         PackError, InputError: as ``read_pack``.
     """
 
-    def __init__(self, path: FilePath, backbone: AnyBackbone, data: FilePath | None) -> None:
+    def __init__(
+        self, path: FilePath, backbone: AnyBackbone, data: FilePath | None, answers: Collection[str] = ("class",)
+    ) -> None:
         self.path, self._spec, self.data = Path(path), backbone, data
-        self.pack: Pack = read_pack(self.path)
+        self.pack: Pack = read_pack(self.path, answers=answers)
 
     @property
     def delta(self) -> Delta:

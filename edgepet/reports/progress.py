@@ -26,7 +26,7 @@ class Step:
     """Where a fit is: ``images`` of ``total_images``, which are those of all epochs.
 
     ``step`` counts them over all epochs, from 1. ``loss`` is the last step's, ``lr`` its learning rate of the method's
-    tensors; ``val_top1``, a fraction of 1, and ``val_loss`` are there when an epoch has ended.
+    tensors; ``val_top1``, a fraction of 1 and of masks their mIoU, and ``val_loss`` are there when an epoch has ended.
     """
 
     epoch: int

@@ -39,7 +39,7 @@ def require_augmentations(names: Sequence[str], preprocess: Preprocess) -> None:
     if policy is None:
         return
     try:
-        with _put_back():
+        with put_back():
             _timm_policy(policy, preprocess)(Image.new("RGB", (16, 16)))
     except (AssertionError, KeyError, TypeError, ValueError) as error:  # timm's own, and NumPy's
         raise InputError(option("augment"), f"timm takes no {policy!r}", got=error) from error
@@ -71,10 +71,10 @@ class Augmenter:
             pixels = self._by_policy(pixels, epoch, places)
         images = flipped_and_cropped(pixels, self.preprocess, self.asked)
         if self._erase is not None:
-            with _put_back():
+            with put_back():
                 for image, place in zip(images, places, strict=True):
                     for frame in image.reshape(-1, *image.shape[-3:]):  # the frames of a clip alike
-                        _sow(self.seed, epoch, place, _ERASING)
+                        sow(self.seed, epoch, place, _ERASING)
                         self._erase(frame)
         return images
 
@@ -104,18 +104,18 @@ class Augmenter:
         mixup = require("timm.data.mixup", extra="train", purpose="mix images").Mixup(
             mixup_alpha=self.asked.mixup, cutmix_alpha=self.asked.cutmix, label_smoothing=smoothing, num_classes=classes
         )
-        with _put_back():
-            _sow(self.seed, *at, _MIXING)
+        with put_back():
+            sow(self.seed, *at, _MIXING)
             flat = both.reshape(len(both), -1, *both.shape[-2:])  # the frames of a clip as channels
             flat, targets = mixup(flat, labels[index[places]])
         return flat.reshape(both.shape)[: len(part)], targets[: len(part)]
 
     def _by_policy(self, pixels: Tensor, epoch: int, places: list[int]) -> Tensor:
         made = np.array(pixels.numpy())
-        with _put_back():
+        with put_back():
             for number, place in enumerate(places):
                 for frame in made[number].reshape(-1, *made.shape[-3:]):  # views, and the frames of a clip alike
-                    _sow(self.seed, epoch, place, _POLICY)
+                    sow(self.seed, epoch, place, _POLICY)
                     frame[:] = np.asarray(self.policy(Image.fromarray(frame)))  # type: ignore[misc]
         return torch.from_numpy(made)
 
@@ -161,7 +161,7 @@ def _timm_erasing(probability: float) -> Callable[[Tensor], Tensor]:
     return made
 
 
-def _sow(*numbers: int) -> None:
+def sow(*numbers: int) -> None:
     """Seed the generators that timm's transforms draw from."""
     words = np.random.SeedSequence(numbers).generate_state(4)
     random.seed(words.tobytes())
@@ -170,7 +170,7 @@ def _sow(*numbers: int) -> None:
 
 
 @contextlib.contextmanager
-def _put_back() -> Iterator[None]:
+def put_back() -> Iterator[None]:
     """Leave those generators as the block found them."""
     python, numpy, own = random.getstate(), np.random.get_state(), torch.get_rng_state()
     try:

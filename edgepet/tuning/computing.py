@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from edgepet.errors import InputError, option
 from edgepet.images.preprocess import normalize
 from edgepet.networks.forms import explicit_attention
 from edgepet.spec import NpArray, Preprocess
@@ -71,3 +72,16 @@ def features_of(
     with torch.no_grad(), autocast(plan):
         parts = (inputs_of(model, pixels[at : at + step], preprocess) for at in range(0, len(pixels), step))
         return torch.cat([model.features(part.to(plan.device)).float() for part in parts])
+
+
+def device_of(name: str | None) -> str:
+    """torch's name of what trains.
+
+    Raises:
+        InputError: a GPU is asked for and there is none.
+    """
+    here = torch.cuda.is_available()
+    if name is not None and name.startswith("cuda") and not here:
+        fix = "leave it out to train on the CPU"
+        raise InputError(option("device"), "needs a GPU that torch can use", got="none", fix=fix)
+    return name or ("cuda" if here else "cpu")

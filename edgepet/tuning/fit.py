@@ -21,7 +21,7 @@ from edgepet.tuning.augmenting import Augmenter
 from edgepet.tuning.balance import class_weights, epoch_order
 from edgepet.tuning.checkpoint import Checkpoint, Keeper, no_whole
 from edgepet.tuning.computing import autocast, computing, features_of
-from edgepet.tuning.consistency import pace_of
+from edgepet.tuning.consistency import Pace, pace_of
 from edgepet.tuning.model import TunedModel
 from edgepet.tuning.optimizers import Schedule, optimizer_of, schedule_of, set_state, state_of
 from edgepet.tuning.processes import ALONE, Processes
@@ -129,13 +129,16 @@ def fit(
     """
     try:
         with computing(model, plan, learning=True):
-            return _Run(model, train, val, preprocess, plan, processes, judge).fit(say, keeper)
+            return Run(model, train, val, preprocess, plan, processes, judge).fit(say, keeper)
     finally:
         model.to("cpu").eval()
 
 
-class _Run:
-    """One fit under way. What ``state`` holds is all that the steps to come depend on."""
+class Run:
+    """One fit of a classifier under way. What ``state`` holds is all that the steps to come depend on.
+
+    A fit of something else is one too: it has its own ``prepare``, ``look`` and ``backward``, and its own judge.
+    """
 
     def __init__(
         self,
@@ -155,10 +158,9 @@ class _Run:
         self.labels = torch.from_numpy(train.labels)
         self.optimizer = _optimizer(model, plan)
         self.schedule = _schedule(self.optimizer, plan, len(train))
-        self.augmenter = Augmenter(plan.augment, preprocess, batch_size=plan.batch_size, seed=plan.seed)
-        weights = class_weights(self.labels, model.linear.out_features, plan.balance)
-        self.weights = None if weights is None else weights.to(plan.device)
-        self.pace = pace_of(plan.consistency, model, len(train), plan.seed, plan.device)
+        self.pace: Pace | None = None
+        self.weights: Tensor | None = None
+        self.prepare()
         self.probe = not model.sites and not plan.augment  # frozen features do not change: remember them
         self.seen = torch.empty(0)  # features, where they do not change
         self.held: Tensor | None = None
@@ -168,17 +170,30 @@ class _Run:
         self.epoch, self.position, self.steps, self.done, self.busy, self.loss = 1, 0, 0, 0, 0.0, math.nan
         self.drawn = self.order.get_state()  # of the generator before this epoch's order was drawn
 
+    def prepare(self) -> None:
+        """What a classifier's steps need besides the optimiser."""
+        plan = self.plan
+        self.augmenter = Augmenter(plan.augment, self.preprocess, batch_size=plan.batch_size, seed=plan.seed)
+        weights = class_weights(self.labels, self.model.linear.out_features, plan.balance)
+        self.weights = None if weights is None else weights.to(plan.device)
+        self.pace = pace_of(plan.consistency, self.model, len(self.train), plan.seed, plan.device)
+
+    def look(self) -> None:
+        """Go through all images once, before the first step: what the head sees is standardised by them."""
+        seen = features_of(self.model, self.train.pixels, self.preprocess, self.plan, follow=True)
+        self.model.standardize(seen)
+        if self.probe or self.model.sites:
+            held = features_of(self.model, self.val.pixels, self.preprocess, self.plan)
+            if self.probe:
+                self.seen, self.held = seen, held
+            else:
+                self.probed = self.top1_of_probe(seen, held)
+
     def fit(self, say: Say, keeper: Keeper | None) -> Fit:
+        """Every epoch that is left; the model is left at the best one."""
         began, saved = time.perf_counter(), keeper.load() if keeper else None
         if saved is None or self.probe:
-            seen = features_of(self.model, self.train.pixels, self.preprocess, self.plan, follow=True)
-            self.model.standardize(seen)
-            if self.probe or self.model.sites:
-                held = features_of(self.model, self.val.pixels, self.preprocess, self.plan)
-                if self.probe:
-                    self.seen, self.held = seen, held
-                else:
-                    self.probed = self.top1_of_probe(seen, held)
+            self.look()
         if saved is not None and keeper is not None:
             try:
                 self.restore(saved)
@@ -199,7 +214,7 @@ class _Run:
     def top1_of_probe(self, seen: Tensor, held: Tensor) -> float:
         """Best val top-1 of the head alone, on features of train and val; it and random numbers then begin again."""
         plan = replace(self.plan, augment=(), consistency=None)  # features are of the images as they are
-        run = _Run(self.model, self.train, self.val, self.preprocess, plan, ALONE, top1_and_loss)
+        run = Run(self.model, self.train, self.val, self.preprocess, plan, ALONE, top1_and_loss)
         run.probe, run.seen, run.held = True, seen, held
         best = 0.0
         for run.epoch in range(1, plan.epochs + 1):
@@ -216,6 +231,7 @@ class _Run:
         return self.plan.patience is not None and self.epoch - 1 - self.best_epoch >= self.plan.patience
 
     def one_epoch(self, say: Say, keeper: Keeper | None) -> None:
+        """Its steps, and what they came to on val."""
         self.all_steps(say, keeper)
         top1, val_loss = self.judged(keeper)
         if (top1, -val_loss) > self.best:
@@ -252,6 +268,7 @@ class _Run:
                 keeper.save(self.state())
 
     def said(self, top1: float | None = None, val_loss: float | None = None) -> Step:
+        """What is told of a step, and at the end of an epoch."""
         total, lr = self.plan.epochs * len(self.train), self.optimizer.param_groups[0]["lr"]
         return Step(epoch=self.epoch, epochs=self.plan.epochs, images=self.done, total_images=total, loss=self.loss,
                     images_per_second=self.done / self.busy, val_top1=top1, step=self.steps, lr=lr,
@@ -315,6 +332,7 @@ class _Run:
         return {name: value for name, value in self.model.state_dict().items() if not name.startswith("backbone.")}
 
     def state(self) -> Checkpoint:
+        """All that the steps to come depend on."""
         tensors = {
             **{f"model/{name}": value for name, value in self.own().items()},
             **{f"kept/{name}": value for name, value in self.kept.items()},
@@ -330,6 +348,7 @@ class _Run:
         return Checkpoint(progress=progress, tensors=arrays | self.processes.random_states(self.plan.device))
 
     def restore(self, saved: Checkpoint) -> None:
+        """Go on from what ``state`` gave."""
         tensors = {name: torch.from_numpy(np.array(value)) for name, value in saved.tensors.items()}
         self.model.load_state_dict(_under("model/", tensors), strict=False)
         self.kept = {name: value.to(self.plan.device) for name, value in _under("kept/", tensors).items()}
@@ -352,7 +371,7 @@ def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def _optimizer(model: TunedModel, plan: Plan) -> torch.optim.Optimizer:
     groups = [
         {"params": list(model.tensors.parameters()), "initial_lr": plan.lr},
-        {"params": list(model.linear.parameters()), "initial_lr": plan.head_lr},
+        {"params": model.head_parameters(), "initial_lr": plan.head_lr},
     ]
     return optimizer_of([group for group in groups if group["params"]], plan.optimizer, plan.lr, plan.weight_decay)
 

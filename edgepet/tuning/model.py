@@ -65,12 +65,24 @@ class TunedModel(nn.Module):
             unit = torch.from_numpy(np.array(units[name])) if name in units else None
             self.register_buffer(f"unit{number}", unit, persistent=False)
         self.take(starts)
+        self.begin_head(backbone, classes)
+
+    def begin_head(self, backbone: Backbone, classes: int) -> None:
+        """Make the head, and what it sees features by."""
         self.linear = nn.Linear(backbone.width, classes)
         self.reset_head()
         self.mean: Tensor
         self.std: Tensor
         self.register_buffer("mean", torch.zeros(backbone.width))
         self.register_buffer("std", torch.ones(backbone.width))
+
+    def head_parameters(self) -> list[nn.Parameter]:
+        """What of the head is trained."""
+        return list(self.linear.parameters())
+
+    def watching(self) -> contextlib.AbstractContextManager[object]:
+        """What goes on beside the network while it computes ``features``: nothing, for a classifier."""
+        return contextlib.nullcontext()
 
     def reset_head(self) -> None:
         """Let the head answer zero, as it does before it is trained; its statistics stay."""
@@ -126,7 +138,7 @@ class TunedModel(nn.Module):
         try:
             # The hooks that round come last, so that branches read what was there before.
             reading, beginning = self._reading(), self._begun(images)
-            with grafted(self.backbone, self.branches(tuned)), reading, beginning as given, disturbed:
+            with grafted(self.backbone, self.branches(tuned)), reading, beginning as given, disturbed, self.watching():
                 return cast(Tensor, torch.func.functional_call(self.backbone, folded, (given,)))
         finally:
             for hook in hooks:

@@ -6,15 +6,17 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 from edgepet.errors import InputError, option
+from edgepet.networks.head_settings import FORMS, Form
 
 Balance: TypeAlias = Literal["weights", "sampling"]
 Value: TypeAlias = bool | int | float | tuple[float, ...]
 
 AUGMENTATIONS = ("flip", "crop", "randaugment", "erasing", "mixup", "cutmix")
 BALANCES: tuple[Balance, ...] = ("weights", "sampling")
+MOST_WIDTH = 1024  # of a head: what its vocabulary is for is small
 OWN_OPTIMIZER, OWN_SCHEDULE = "adamw", "cosine"  # without settings; all else is timm's
 FULL, CHEAP = "full", "cheap"  # forms of PACE
 
@@ -142,6 +144,37 @@ def consistency(text: str | None) -> Consistency | None:
         raise InputError(where, what, got=f"no {missing[0]}", fix=fix)
     asked = Consistency(form=form, **{key: float(value) for key, value in settings.items()})  # type: ignore[arg-type]
     return asked if asked.sigma else None
+
+
+def head_form(text: str) -> Form:
+    """What ``mlp,width=32,maps=0/1/2,depthwise=true`` asks for.
+
+    Raises:
+        InputError: no such head or setting, or a value that it cannot have.
+    """
+    where = option("head")
+    name, given = named("head", text)
+    if name not in FORMS:
+        raise InputError(where, f"is {' or '.join(FORMS)}", got=repr(name))
+    known = ("maps", "norm") if name == "linear" else ("width", "maps", "depthwise", "norm")
+    unknown = [key for key in given if key not in known]
+    if unknown:
+        raise InputError(where, f"{name} knows the settings {', '.join(known)}", got=repr(unknown[0]))
+    values = dict[str, Any](given)
+    for key in ("depthwise", "norm"):
+        if not isinstance(values.get(key, False), bool):
+            raise InputError(where, f"needs {key}=true or {key}=false", got=values[key])
+    if not _is_natural(width := values.get("width", 1)) or not 1 <= width <= MOST_WIDTH:
+        raise InputError(where, f"needs a width from 1 to {MOST_WIDTH}", got=width)
+    maps = values.pop("maps", ())
+    numbers = maps if isinstance(maps, tuple) else (maps,)
+    if not all(map(_is_natural, numbers)) or len(set(numbers)) < len(numbers):
+        raise InputError(where, "needs numbers of maps, each once, as maps=0/1/2", got="/".join(map(str, numbers)))
+    return Form(name=name, maps=tuple(sorted(numbers)), **values)
+
+
+def _is_natural(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
 def _value(text: str) -> Value | None:

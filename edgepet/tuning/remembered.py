@@ -80,7 +80,7 @@ def remember(
         sets = {"train": train, "val": val}
         shapes = {name: Shape((len(images), *front.split.shape), front.stored) for name, images in sets.items()}
         size = sum(shape.size_bytes for shape in shapes.values())
-        if place.turn.anywhere(size > place.budget_bytes) and place.turn.anywhere(_no_room(place, size)):
+        if place.turn.anywhere(size > place.budget_bytes) and place.turn.anywhere(no_room(place, size)):
             place.tell(f"{_EACH} {block}: there is no room for {format_bytes(size)} in memory or on the disk", ())
             return None
 
@@ -101,7 +101,8 @@ def remember(
     )
 
 
-def _no_room(place: Place, size: int) -> bool:
+def no_room(place: Place, size: int) -> bool:
+    """Whether the disk has no room for ``size`` bytes, where this process makes them and they are not there yet."""
     try:
         require_space(place.folder, size, "")
     except InputError:

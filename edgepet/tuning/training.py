@@ -35,6 +35,7 @@ from edgepet.reports.progress import Say
 from edgepet.spec import FilePath, NpArray
 from edgepet.tuning.augmenting import require_augmentations
 from edgepet.tuning.checkpoint import Keeper, checkpoint_file, ends_when_asked, identity_of
+from edgepet.tuning.computing import device_of
 from edgepet.tuning.consistency import require_differences, table_bytes
 from edgepet.tuning.fake_quant import FakeQuant
 from edgepet.tuning.fit import Fit, LabelledPixels, Plan, fit
@@ -100,15 +101,15 @@ def run(training: Training, processes: Processes) -> Made:
     options, say, stage = training.options, training.say, training.stage
     method = training.method
     method = configure(method, options.settings or {}) if isinstance(method, str) else method
-    _check(training)
+    check_asked(training)
     require_differences(options.consistency, method)
     work = _started_from(options.init)
     stage("load the backbone")
     train_set, val_set = _image_sets(training)
     if processes.leads:
         tell_of(training.data, {"train": train_set, "val": val_set}, training.tell, clips=_clips(training))
-    device = _device(processes.device(options.device))
-    backbone = _backbone(training)
+    device = device_of(processes.device(options.device))
+    backbone = backbone_of(training)
     require_augmentations(options.augment, backbone.preprocess)
     before = identity_of(checkpoint_file(training.output))
     model = _attach(backbone, method, len(train_set.classes), options, before)
@@ -122,12 +123,12 @@ def run(training: Training, processes: Processes) -> Made:
         budget_bytes=budget_bytes, turn=turn, stage=stage,
     )  # fmt: skip
     train_images, val_images = (LabelledPixels(*held[name]) for name in ("train", "val"))
-    plan = _plan(training, method, device, processes, before)
+    plan = plan_of(training, method, device, processes, before)
     identity = _identity(backbone, model, plan, processes, train_set.classes, train_images, val_images) | began_with
     keeper = Keeper(path=checkpoint_file(training.output), identity=identity, every_s=options.checkpoint_s,
                     writes=processes.leads)  # fmt: skip
     place = Place(
-        folder=features_folder(training.output), budget_bytes=budget_bytes - _in_memory(train_images, val_images),
+        folder=features_folder(training.output), budget_bytes=budget_bytes - held_bytes(train_images, val_images),
         identity=identity, turn=turn, tell=training.tell if processes.leads else tell_nobody, stage=stage,
     )  # fmt: skip
     known = remember(model, backbone, train_images, val_images, plan, place)
@@ -138,7 +139,7 @@ def run(training: Training, processes: Processes) -> Made:
     stage("prove, pack and score")
     proof = _prove(model, backbone, val_images.pixels)
     told = {"data": f"sha256:{identity['images']}", **began_with}
-    facts = _provenance(plan, model, fitted, len(train_images), options.shots) | told
+    facts = provenance_of(plan, model, fitted, len(train_images), options.shots) | told
     delta = extract(
         model, backbone, task=training.output.stem, labels=train_set.classes, val=fitted.val, training=facts
     )
@@ -146,7 +147,8 @@ def run(training: Training, processes: Processes) -> Made:
                 proof=proof, delta=delta, keeper=keeper)  # fmt: skip
 
 
-def _in_memory(*sets: LabelledPixels) -> int:
+def held_bytes(*sets: LabelledPixels) -> int:
+    """Bytes of the pixels that lie in memory."""
     return sum(images.pixels.nbytes for images in sets if not isinstance(images.pixels, np.memmap))
 
 
@@ -165,7 +167,12 @@ def _clips(training: Training) -> bool:
     return (training.options.frames if isinstance(backbone, str) else backbone.preprocess.frames) > 1
 
 
-def _backbone(training: Training) -> Backbone:
+def backbone_of(training: Training) -> Backbone:
+    """The backbone that is asked for, at the image size that is.
+
+    Raises:
+        InputError: it is none, or a network of one's own is asked for another size.
+    """
     options, backbone = training.options, training.backbone
     if isinstance(backbone, str):
         return load_backbone(backbone, image_size=options.image_size, frames=options.frames)
@@ -176,7 +183,10 @@ def _backbone(training: Training) -> Backbone:
     return backbone
 
 
-def _plan(training: Training, method: Method, device: str, processes: Processes, before: Mapping[str, object]) -> Plan:
+def plan_of(
+    training: Training, method: Method, device: str, processes: Processes, before: Mapping[str, object]
+) -> Plan:
+    """What is asked for, and where nothing is, the method's recipe."""
     options, recipe = training.options, method.recipe
     pace = consistency(options.consistency)
     return Plan(
@@ -267,14 +277,6 @@ def fast_bfloat16(device: str = "cpu") -> bool:
     return seconds(torch.float32) >= 1.2 * seconds(torch.bfloat16)
 
 
-def _device(name: str | None) -> str:
-    here = torch.cuda.is_available()
-    if name is not None and name.startswith("cuda") and not here:
-        fix = "leave it out to train on the CPU"
-        raise InputError(option("device"), "needs a GPU that torch can use", got="none", fix=fix)
-    return name or ("cuda" if here else "cpu")
-
-
 def _attach(
     backbone: Backbone, method: Method, classes: int, options: TrainOptions, before: Mapping[str, object]
 ) -> TunedModel:
@@ -291,7 +293,12 @@ def _attach(
     return model
 
 
-def _check(training: Training) -> None:
+def check_asked(training: Training) -> None:
+    """Refuse what no training could be, or where none could be written, before any work is done.
+
+    Raises:
+        InputError: an option or a place at fault, or the checkpoint of another training is in the way.
+    """
     output, options = training.output, training.options
     require_place(checkpoint_file(output))
     options.check()
@@ -355,20 +362,21 @@ def _identity(
         **({"in_units": True} if model.in_units else {}),  # a checkpoint has what is learnt
         **{f"--set {key}": value for key, value in stored(model.method).items()},
         **{key: list(v) if isinstance(v, tuple) else v for key, v in asdict(plan).items() if key not in _LATER},
-        **_chosen(plan),
+        **chosen_of(plan),
         "input": list(backbone.preprocess.input_shape),
         "images": digest.hexdigest(),
         "processes": processes.size,
     }
 
 
-def _chosen(plan: Plan) -> dict[str, object]:
+def chosen_of(plan: Plan) -> dict[str, object]:
     """What of the plan is not as it is where nothing was asked for: trainings of before have no such keys."""
     asked, usual = asdict(plan), {field.name: field.default for field in fields(Plan)}
     return {key: asked[key] for key in _LATER if asked[key] != usual[key]}
 
 
-def _provenance(plan: Plan, model: TunedModel, fitted: Fit, images: int, shots: int | None) -> dict[str, object]:
+def provenance_of(plan: Plan, model: TunedModel, fitted: Fit, images: int, shots: int | None) -> dict[str, object]:
+    """What a pack says of how it was trained."""
     return {
         "epochs": plan.epochs,
         "best_epoch": fitted.best_epoch,
@@ -380,7 +388,7 @@ def _provenance(plan: Plan, model: TunedModel, fitted: Fit, images: int, shots: 
         **({} if plan.head_lr == model.method.recipe.head_lr else {"head_lr": plan.head_lr}),
         "weight_decay": plan.weight_decay,
         "augment": list(plan.augment),
-        **_chosen(plan),
+        **chosen_of(plan),
         **({} if plan.patience is None else {"epochs_run": fitted.epochs}),
         "precision": "bf16" if plan.autocast else "fp32",
         "device": plan.device,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 from edgepet.device.runtimes import ENGINES, FORMATS
 from edgepet.errors import require
@@ -83,7 +84,7 @@ def demo(folder: Path, *, progress: Progress) -> DemoReport:
     tasks = []
     for asked in TRAININGS:
         with progress.stage(f"{asked.task}: test on ONNX Runtime"):
-            test = evaluate(folder / f"{asked.task}-onnx-fp32", folder / "data" / asked.task)
+            test = cast(EvalReport, evaluate(folder / f"{asked.task}-onnx-fp32", folder / "data" / asked.task))
         tasks.append(DemoTask(task=asked.task, trained=trained[asked.task], test=test))
     with progress.stage("storage: run every task from one folder"):
         stored = storage(packs)
@@ -104,15 +105,16 @@ def _train(asked: DemoTraining, folder: Path, progress: Progress) -> TrainReport
     with progress.stage(f"{asked.task}: images"):
         build_task(asked.task, folder / "data" / asked.task, test_cap=TEST_IMAGES)
     with progress.stages() as stage, progress.training(f"{asked.task}: {asked.method}") as say:
-        return train(
+        made = train(
             folder / "data" / asked.task,
             BACKBONE,
             asked.method,
             folder / f"{asked.task}.pet",
-            options=TrainOptions(image_size=IMAGE_SIZE, epochs=asked.epochs),
+            options=TrainOptions(image_size=IMAGE_SIZE, epochs=asked.epochs, task="class"),
             say=say,
             stage=lambda name: stage(f"{asked.task}: {name}"),
         )
+    return cast(TrainReport, made)  # of class folders
 
 
 def _export(packs: list[Path], folder: Path, progress: Progress) -> tuple[ExportReport, tuple[str, ...]]:

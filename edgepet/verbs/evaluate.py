@@ -1,4 +1,4 @@
-"""``eval``: top-1 of a pack or an exported model on a split. Runs where torch does not."""
+"""``eval``: top-1 of a pack or an exported model on a split, of masks their mIoU. Runs where torch does not."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ from edgepet.proving.sources import open_source
 from edgepet.reports.screen import Screen, lines
 from edgepet.reports.tables import format_names, format_percent
 from edgepet.spec import FilePath, NpArray
+from edgepet.verbs.evaluate_masks import MaskEvalReport, answers_masks, evaluate_masks, mask_eval_screen
 from edgepet.verbs.verb import (
     MOST_THREADS,
     Options,
@@ -73,8 +74,8 @@ def evaluate(
     backbone: AnyBackbone = None,
     threads: int | None = None,
     tell: Tell = tell_nobody,
-) -> EvalReport:
-    """Top-1 of a pack or an artefact on a split of ``data``, which may lack classes of the model.
+) -> EvalReport | MaskEvalReport:
+    """Top-1 of a pack or an artefact on a split of ``data``, which may lack classes of the model; of masks their mIoU.
 
     Args:
         runtime: None is the artefact's own, or ONNX Runtime for a pack; "torch" needs the ``train`` extra.
@@ -89,6 +90,8 @@ def evaluate(
     if split not in SPLITS:
         raise InputError(option("split"), "is train, val or test", got=repr(split))
     at_least_one("threads", threads, MOST_THREADS)
+    if answers_masks(model):
+        return evaluate_masks(Path(model), Path(data), split, runtime, precision, backbone, tell)
     source = open_source(model)
     clips = source.preprocess.frames > 1
     images = open_split(Path(data), split, clips=clips)
@@ -143,7 +146,7 @@ def _options(parser: Parser) -> None:
     backbone_option(parser)
 
 
-def _run(options: Options, progress: Progress) -> EvalReport:
+def _run(options: Options, progress: Progress) -> EvalReport | MaskEvalReport:
     with progress.stage(f"eval {options.model}"):
         return evaluate(
             Path(options.model), Path(options.data), split=options.split, runtime=options.runtime,
@@ -151,7 +154,10 @@ def _run(options: Options, progress: Progress) -> EvalReport:
         )  # fmt: skip
 
 
-def _screen(report: EvalReport) -> Screen:
+def _screen(report: EvalReport | MaskEvalReport) -> Screen:
+    if isinstance(report, MaskEvalReport):
+        yield from mask_eval_screen(report)
+        return
     yield lines(
         f"top-1 {format_percent(report.top1)} of {report.n} images, {len(report.classes)} classes"
         f" ({report.runtime}, {report.precision})",

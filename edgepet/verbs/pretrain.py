@@ -73,13 +73,16 @@ def pretrain(
     if output.suffix != ".work":
         raise InputError(option("output"), "needs a folder name ending in .work", got=repr(output.name))
     require_task_name(output)
-    from edgepet.tuning.training import Training
+    from edgepet.tuning.training import Training, run
 
     training = Training(
         data=Path(data), backbone=backbone, method=method, output=output, options=replace(options, **fields), say=say,
         stage=stage, tell=tell,
     )  # fmt: skip
-    made, seconds = run_training(training, lambda made: keep_work(output, made))
+    if training.options.task == "mask":
+        fix = "tune on class folders first, and masks with `edgepet train`"
+        raise InputError(option("task"), "pretrain takes class folders", got="mask", fix=fix)
+    made, seconds = run_training(training, lambda made: keep_work(output, made), run)
     return PretrainReport(
         path=output,
         method=made.model.method.name,

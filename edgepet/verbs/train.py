@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
@@ -28,6 +28,7 @@ from edgepet.reports.tables import format_bytes, format_number, format_percent, 
 from edgepet.spec import FilePath
 from edgepet.tuning.options import TrainOptions
 from edgepet.tuning.work_folder import HELD_OUT, work_folder, write_work
+from edgepet.verbs.train_masks import MaskTrainReport, mask_screen, report_masks, task_of, write_masks
 from edgepet.verbs.training import DEFAULTS, asked_options, training_options
 from edgepet.verbs.verb import Options, Parser, Verb, output_option, require_pack_place, require_task_name
 
@@ -35,9 +36,12 @@ if TYPE_CHECKING:
     from edgepet.networks.backbone import Backbone
     from edgepet.reports.progress import Progress
     from edgepet.tuning.fit import LabelledPixels
+    from edgepet.tuning.mask_training import MadeMasks
     from edgepet.tuning.model import TunedModel
+    from edgepet.tuning.processes import Processes
     from edgepet.tuning.training import Made, Training
 
+AnyMade = TypeVar("AnyMade", "Made", "MadeMasks")
 _UNTOLD = ("resume", "checkpoint_s", "log", "log_dir", "memory")  # options that decide nothing of what is made
 FEW_IMAGES = 100  # of a val set: one image is a point
 JUDGED = 64  # val images at a time
@@ -105,11 +109,12 @@ def train(
     stage: Callable[[str], None] = lambda name: None,
     tell: Tell = tell_nobody,
     **fields: Any,
-) -> TrainReport:
+) -> TrainReport | MaskTrainReport:
     """Tune ``method`` on the images in ``data`` and write ``output`` (``TASK.pet``) and ``TASK.work`` beside it.
 
     Args:
-        data: a folder with train/, val/ and perhaps test/, each of class folders; or one folder of class folders.
+        data: a folder with train/, val/ and perhaps test/, each of class folders; one folder of class folders; or one
+            of images with masks, of a kind that ``images.mask_folders`` names: the head then reads maps.
         backbone: a timm name, ``NAME@FILE`` or ``demo:NAME``; or a network of your own, ``Backbone.from_module``.
         method: a method, or the name of one, whose settings are then ``options.settings``.
         options: how to train.
@@ -134,18 +139,26 @@ def train(
         data=Path(data), backbone=backbone, method=method, output=output, options=replace(options, **fields), say=say,
         stage=stage, tell=tell,
     )  # fmt: skip
-    made, seconds = run_training(training, lambda made: _write(output, made, codec))
+    if task_of(Path(data), training.options.task) == "mask":
+        from edgepet.tuning.mask_training import run_masks
+
+        masks, seconds = run_training(training, lambda made: write_masks(output, made, codec), run_masks)
+        return report_masks(output, masks, seconds, log_dir(training))
+    from edgepet.tuning.training import run
+
+    made, seconds = run_training(training, lambda made: _write(output, made, codec), run)
     return _report(training, made, seconds)
 
 
-def run_training(training: Training, write: Callable[[Made], None]) -> tuple[Made, float]:
-    """Train in every process that was launched, and ``write`` what was made in the one that leads.
+def run_training(
+    training: Training, write: Callable[[AnyMade], None], run: Callable[[Training, Processes], AnyMade]
+) -> tuple[AnyMade, float]:
+    """Train by ``run`` in every process that was launched, and ``write`` what was made in the one that leads.
 
     Returns:
         What was made, and the seconds that it took.
     """
     from edgepet.tuning.processes import processes as launched
-    from edgepet.tuning.training import run
 
     began, processes = time.perf_counter(), launched()
     training.options.check()
@@ -270,7 +283,7 @@ def _options(parser: Parser) -> None:
     output_option(parser, "TASK.pet", "the pack to write, with TASK.work beside it")
 
 
-def _run(options: Options, progress: Progress) -> TrainReport:
+def _run(options: Options, progress: Progress) -> TrainReport | MaskTrainReport:
     label = f"{options.method} on {options.data}"
     with progress.stages() as stage, progress.training(label) as say:
         return train(
@@ -280,7 +293,10 @@ def _run(options: Options, progress: Progress) -> TrainReport:
         )  # fmt: skip
 
 
-def _screen(report: TrainReport) -> Screen:
+def _screen(report: TrainReport | MaskTrainReport) -> Screen:
+    if isinstance(report, MaskTrainReport):
+        yield from mask_screen(report)
+        return
     yield lines(
         f"{report.pack}  {format_bytes(report.pack_bytes)}",
         f"  {report.method} on {report.backbone.name}: {format_number(report.trainable_params)} parameters"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from edgepet.reports.logs import LOGS
-from edgepet.tuning.options import BACKBONE_PRECISIONS, PRECISIONS, TrainOptions
+from edgepet.tuning.options import BACKBONE_PRECISIONS, PRECISIONS, TASKS, TrainOptions
 from edgepet.tuning.recipes import AUGMENTATIONS, BALANCES
 from edgepet.verbs.verb import (
     Options,
@@ -24,7 +24,7 @@ def training_options(parser: Parser) -> None:
     """Declare all of them."""
     own = DEFAULTS
     add = parser.add_argument
-    add("data", metavar="DATA", help="a folder with train/ and val/, or of class folders")
+    add("data", metavar="DATA", help="a folder with train/ and val/, of class folders, or of images and masks")
     backbone_option(parser, required=True)
     add("--method", required=True, metavar="M", help="what is tuned: `edgepet methods` lists all")
     told = (
@@ -33,6 +33,7 @@ def training_options(parser: Parser) -> None:
     )
     add("--set", dest="settings", action="append", default=[], metavar="NAME=VALUE", help=told)
     image_size_option(parser, "pixels of a square input, or HEIGHTxWIDTH (default: the backbone's)")
+    _task_options(parser)
     told = "frames to take of each clip: classes then hold a folder of frames each (default: %(default)s, images)"
     add("--frames", type=int, default=own.frames, metavar="N", help=told)
     add("--epochs", type=int, metavar="N", help="times that every image is seen (default: the method's)")
@@ -61,6 +62,19 @@ def training_options(parser: Parser) -> None:
     told = f"write every step to {', '.join(LOGS)}, with a comma between (default: none)"
     add("--log", type=names, default=own.log, metavar=",".join(LOGS), help=told)
     add("--log-dir", metavar="DIR", help="the folder that logs go to (default: logs beside the output)")
+
+
+def _task_options(parser: Parser) -> None:
+    own, add = DEFAULTS, parser.add_argument
+    told = "class folders, or images with masks (default: what lies in DATA)"
+    add("--task", choices=TASKS, help=told)
+    told = (
+        "of masks: mlp or linear, with settings as mlp,width=32,maps=0/1/2,depthwise=true,norm=false; maps are the"
+        " backbone's, 0 the finest (default: %(default)s)"
+    )
+    add("--head", default=own.head, metavar="H", help=told)
+    told = "of masks: what Dice's loss counts beside cross entropy (default: %(default)s)"
+    add("--dice", type=float, default=own.dice, metavar="X", help=told)
 
 
 def _recipe_options(parser: Parser) -> None:

@@ -1,0 +1,182 @@
+"""A method attached to a backbone under a head for masks, and what both lower to. Needs the ``train`` extra."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from typing import cast
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from edgepet.deltas.delta import NO_CLASSIFIER, Delta, JudgedHead, Score
+from edgepet.deltas.merge import fold_all, task_tensors
+from edgepet.methods import Method
+from edgepet.methods.method import unflatten
+from edgepet.methods.settings import stored
+from edgepet.networks.backbone import Backbone
+from edgepet.networks.graft import grafted, in_torch
+from edgepet.networks.head_forms import HeadForm
+from edgepet.networks.head_settings import Form
+from edgepet.networks.heads import HeadNetwork
+from edgepet.networks.maps import taking
+from edgepet.spec import NpArray
+from edgepet.tuning.fake_quant import FakeQuant
+from edgepet.tuning.model import TunedModel
+from edgepet.tuning.noise import Noise
+
+HEAD = "mask"  # the name of the one head that a training makes
+
+
+class DenseModel(TunedModel):
+    """A frozen backbone, a method's tensors at its sites, and a head for masks; puts out logits (n, C, h, w).
+
+    Everything but the head is as of ``TunedModel``. Where a head reads maps they are flat rows (n, values), one behind
+    another in the order of ``form.levels``, so that they can be kept as features are.
+    """
+
+    def __init__(
+        self, backbone: Backbone, method: Method, form: Form, classes: int, *, seed: int = 0,
+        fake_quant: FakeQuant | None = None,
+    ) -> None:  # fmt: skip
+        self._asked, self._seed, self._taken = form, seed, dict[str, Tensor]()
+        self._maps = backbone.maps  # found before anything is attached
+        super().__init__(backbone, method, classes, seed=seed, fake_quant=fake_quant)
+
+    def begin_head(self, backbone: Backbone, classes: int) -> None:
+        """As of ``TunedModel``."""
+        self.form = HeadForm(self._asked, self._maps, classes, seed=self._seed)
+
+    def head_parameters(self) -> list[nn.Parameter]:
+        """As of ``TunedModel``."""
+        return list(self.form.parameters())
+
+    @contextlib.contextmanager
+    def watching(self) -> Iterator[None]:
+        """As of ``TunedModel``: the maps that the head reads are kept."""
+        with taking(self.backbone, self.form.levels) as taken:
+            yield
+        self._taken = dict(taken)
+
+    def reset_head(self) -> None:
+        """As of ``TunedModel``."""
+        self.form.reset()
+
+    def forward(self, images: Tensor, noise: Noise | None = None) -> Tensor:
+        """Logits (n, C, h, w) of preprocessed images (n, 3, H, W)."""
+        return self.classify_maps(self.maps(images, noise))
+
+    def maps(self, images: Tensor, noise: Noise | None = None) -> dict[str, Tensor]:
+        """The maps that the head reads, (n, C, h, w) by name, of the tuned network."""
+        self.features(images, noise)
+        taken, self._taken = self._taken, {}
+        return taken
+
+    def classify_maps(self, maps: Mapping[str, Tensor]) -> Tensor:
+        """Logits (n, C, h, w) of maps by name."""
+        return cast(Tensor, self.form(maps))
+
+    def rows(self, maps: Mapping[str, Tensor]) -> Tensor:
+        """Maps as flat rows (n, values)."""
+        return torch.cat([maps[level.name].flatten(1) for level in self.form.levels], dim=1)
+
+    def from_rows(self, rows: Tensor) -> dict[str, Tensor]:
+        """The maps that ``rows`` made flat."""
+        parts = torch.split(rows, [int(np.prod(level.shape)) for level in self.form.levels], dim=1)
+        levels = zip(self.form.levels, parts, strict=True)
+        return {level.name: torch.unflatten(part, 1, level.shape) for level, part in levels}
+
+    @property
+    def row_values(self) -> int:
+        """Numbers of one image's maps."""
+        return sum(int(np.prod(level.shape)) for level in self.form.levels)
+
+
+def extract_dense(
+    model: DenseModel,
+    backbone: Backbone,
+    *,
+    task: str,
+    labels: tuple[str, ...],
+    training: Mapping[str, object] | None = None,
+) -> Delta:
+    """Lower what ``model`` learnt to a delta in float32, its head judged on no image yet; ``model`` is not modified.
+
+    Raises:
+        InputError: ``task``, ``labels`` or branches are none that a ``Delta`` can have.
+    """
+    tuned = unflatten(model.arrays(), model.sites)
+    return Delta(
+        task=task,
+        backbone=backbone.label,
+        fingerprint=backbone.fingerprint,
+        updates=model.method.lower(backbone.tensors, model.sites, tuned),
+        branches=model.branches(tuned),
+        head=NO_CLASSIFIER,
+        labels=(),
+        preprocess=backbone.preprocess,
+        method=model.method.name,
+        settings=stored(model.method),
+        training=dict(training or {}),
+        val=Score(top1=0.0, n=0),
+        licences=(backbone.licence,),
+        heads=(JudgedHead(head=model.form.lower(HEAD, labels).astype(np.float32), miou=0.0, n=0),),
+    )
+
+
+def dense_algebra_error(model: DenseModel, backbone: Backbone, images: NpArray) -> tuple[float, float]:
+    """As ``model.algebra_error``, with the head lowered too: its layers are computed by their NumPy definitions.
+
+    Args:
+        images: preprocessed, (n, 3, H, W).
+    """
+    double = {
+        name: tensor.astype(np.float64) if tensor.dtype.kind == "f" else tensor
+        for name, tensor in backbone.tensors.items()
+    }
+    tuned = unflatten({name: value.astype(np.float64) for name, value in model.arrays().items()}, model.sites)
+    merged = fold_all(double, model.method.lower(double, model.sites, tuned))
+    head = model.form.lower(HEAD, tuple(map(str, range(model.form.classes))))
+    was_training = model.training
+    with model.unrounded():
+        model.eval().double()
+        try:
+            batch = torch.from_numpy(images).double()
+            with torch.no_grad():
+                expected = model(batch).numpy()
+                state = {name: torch.from_numpy(tensor) for name, tensor in merged.items()}
+                with (
+                    grafted(model.backbone, in_torch(model.branches(tuned))),
+                    taking(model.backbone, model.form.levels) as taken,
+                ):
+                    torch.func.functional_call(model.backbone, state, (batch,), tie_weights=False)
+            got = head({name: x.numpy() for name, x in taken.items()})
+        finally:
+            model.float().train(was_training)
+    return float(np.abs(expected - got).max()), float(np.abs(expected).max())
+
+
+class MergedMasks:
+    """A pack as stored, run by torch in float32: its delta folded into the backbone, its branches and head beside it.
+
+    Raises:
+        BackboneError, InputError: as ``task_tensors``, or maps that the head cannot read.
+    """
+
+    def __init__(self, backbone: Backbone, delta: Delta) -> None:
+        self._backbone, self._maps = backbone, backbone.maps
+        head = delta.heads[0].head
+        head.shapes(self._maps, width=backbone.width)
+        tensors = task_tensors(backbone.base, delta)
+        self._branches = in_torch([branch.with_tensors(tensors) for branch in delta.branches])
+        self._state = {name: torch.from_numpy(np.array(tensors[name])) for name in backbone.tensors}
+        self._head = HeadNetwork(head.astype(np.float32))
+
+    def __call__(self, images: NpArray) -> NpArray:
+        """Logits (n, C, h, w) of preprocessed float32 images (n, 3, H, W)."""
+        module, inputs = self._backbone.module, (torch.from_numpy(images),)
+        with torch.no_grad(), grafted(module, self._branches), taking(module, self._maps) as taken:
+            features = torch.func.functional_call(module, self._state, inputs, tie_weights=False)
+            logits: NpArray = self._head({**taken, "features": features}).numpy()
+        return logits
