@@ -109,17 +109,24 @@ def quantize(
         seen: what ``observe`` saw of ``layers`` on the calibration images.
         smooth, ranges: divisors (in,) and ranges by tensor, in place of those that ``recipe`` would choose.
     """
+    chosen, divisors = chosen_layers(graph, layers, seen, recipe, smooth)
+    ranges = choose_ranges(chosen, seen, recipe.estimator, divisors) if ranges is None else ranges
+    return Int8(QdqWriter(graph, chosen, seen, recipe, divisors, ranges).model(), ranges, chosen)
+
+
+def chosen_layers(
+    graph: Graph, layers: Sequence[Layer], seen: Seen, recipe: Int8Recipe, smooth: Mapping[str, NpArray] | None = None
+) -> tuple[tuple[Layer, ...], dict[str, NpArray]]:
+    """The layers that ``recipe`` does not keep in float, and the divisors (in,) of what they read, by its name."""
     chosen = tuple(layer for layer in layers if layer.name not in recipe.keep)
     if smooth is None:
         smooth = {} if recipe.smooth is None else observed_smoothing(graph, layers, seen, recipe.smooth)
     read = {layer.reads for layer in chosen}
-    divisors = {name: value for name, value in smooth.items() if name in read}
-    ranges = choose_ranges(chosen, seen, recipe.estimator, divisors) if ranges is None else ranges
-    return Int8(_Writer(graph, chosen, seen, recipe, divisors, ranges).model(), ranges, chosen)
+    return chosen, {name: value for name, value in smooth.items() if name in read}
 
 
-class _Writer:
-    """Writes the Q/DQ graph, node by node."""
+class QdqWriter:
+    """Writes the Q/DQ graph, node by node: one for every runtime, codes in front of layers and nowhere else."""
 
     def __init__(
         self, graph: Graph, layers: Sequence[Layer], seen: Seen, recipe: Int8Recipe, smooth: Mapping[str, NpArray],
@@ -152,6 +159,9 @@ class _Writer:
         return made
 
     def _layer(self, layer: Layer) -> None:
+        (self._convolution if layer.kind == "conv" else self._product)(layer)
+
+    def _convolution(self, layer: Layer) -> None:
         codes = self._encoded(layer.reads)
         if layer.pad is not None:
             pad = self._graph.nodes[layer.pad]
@@ -159,10 +169,13 @@ class _Writer:
             codes = f"{layer.name}.padded"
         weight, rounded = self._weight(layer)
         bias = self._bias(layer, rounded)
-        if layer.kind == "conv":
-            node = self._graph.nodes[layer.places[0]]
-            self._writer.node("Conv", [codes, weight, *bias], layer.puts_out, **settings_of(node))
-            return
+        settings = settings_of(self._graph.nodes[layer.places[0]])
+        self._writer.node("Conv", [codes, weight, *bias], layer.puts_out, **settings)
+
+    def _product(self, layer: Layer) -> None:
+        codes = self._encoded(layer.reads)
+        weight, rounded = self._weight(layer)
+        bias = self._bias(layer, rounded)
         product = f"{layer.name}.product" if bias else layer.puts_out
         self._writer.node("MatMul", [codes, weight], product)
         if bias:
@@ -170,21 +183,23 @@ class _Writer:
 
     def _encoded(self, name: str) -> str:
         """Q and DQ behind a tensor, shifted first where its range is; what they put out is the shifted tensor."""
-        if name in self._coded:
-            return f"{name}.int8"
-        self._coded.add(name)
-        source, of = name, self._ranges[name]
-        if of.shift:
-            self._writer.node(
-                "Sub", [name, self._writer.tensor(f"{name}.shift", np.float32(of.shift))], f"{name}.shifted"
-            )
+        source, shift = name, self._ranges[name].shift
+        if shift and name not in self._coded:
             source = f"{name}.shifted"
-        inputs = [
-            self._writer.tensor(f"{name}.scale", np.float32(of.scale)),
-            self._writer.tensor("edgepet.int8.zero", np.int8(0)),
-        ]
-        self._writer.node("QuantizeLinear", [source, *inputs], f"{name}.codes")
-        self._writer.node("DequantizeLinear", [f"{name}.codes", *inputs], f"{name}.int8")
+            self._writer.node("Sub", [name, self._writer.tensor(f"{name}.shift", np.float32(shift))], source)
+        return self._rounded(name, source, np.int8(0))
+
+    def _rounded(self, name: str, source: str, zero: np.generic) -> str:
+        """Q and DQ of ``source`` in the range of ``name``, once; ``zero`` is the zero point, and says the type."""
+        if name not in self._coded:
+            self._coded.add(name)
+            spelled = "edgepet.int8.zero" if zero.dtype == np.int8 else f"edgepet.uint8.{zero}"
+            inputs = [
+                self._writer.tensor(f"{name}.scale", np.float32(self._ranges[name].scale)),
+                self._writer.tensor(spelled, zero),
+            ]
+            self._writer.node("QuantizeLinear", [source, *inputs], f"{name}.codes")
+            self._writer.node("DequantizeLinear", [f"{name}.codes", *inputs], f"{name}.int8")
         return f"{name}.int8"
 
     def _weight(self, layer: Layer) -> tuple[str, NpArray]:
@@ -218,8 +233,12 @@ class _Writer:
 
     def _own_bias(self, layer: Layer, weight: NpArray) -> NpArray:
         bias = np.zeros(len(weight)) if layer.bias is None else self._graph.value(layer.bias).astype(np.float64)
-        shifted: NpArray = bias + self._ranges[layer.reads].shift * weight.reshape(len(weight), -1).sum(axis=1)
+        shifted: NpArray = bias + self._shift(layer) * weight.reshape(len(weight), -1).sum(axis=1)
         return shifted
+
+    def _shift(self, layer: Layer) -> float:
+        """The constant that was taken off what the layer reads."""
+        return self._ranges[layer.reads].shift
 
     def _correction(self, layer: Layer, rounded: NpArray) -> NpArray:
         """What rounding moves each output by on the mean (Nagel et al. 2019, arXiv:1906.04721, section 4.2)."""

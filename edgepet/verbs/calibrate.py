@@ -129,7 +129,7 @@ def calibrate(
     options = ExportOptions(precision="int8", calib=calib, calib_images=images)
     chosen = task_images(subject, options)
     stage(f"graph of {subject.delta.backbone}")
-    calibration = calibration_of(subject, chosen)
+    calibration = calibration_of(subject, chosen).for_format("onnx")
     made = calibration.run(max_drop=max_drop, stage=stage)
     stage("every layer alone in int8")
     return CalibrateReport(
