@@ -139,6 +139,7 @@ class QdqWriter:
         self._coded = set[str]()
 
     def model(self) -> ModelProto:
+        """The graph, checked by onnx."""
         for place, node in enumerate(self._graph.nodes):
             if place in self._ends:
                 self._layer(self._ends[place])
@@ -193,14 +194,15 @@ class QdqWriter:
         """Q and DQ of ``source`` in the range of ``name``, once; ``zero`` is the zero point, and says the type."""
         if name not in self._coded:
             self._coded.add(name)
-            spelled = "edgepet.int8.zero" if zero.dtype == np.int8 else f"edgepet.uint8.{zero}"
-            inputs = [
-                self._writer.tensor(f"{name}.scale", np.float32(self._ranges[name].scale)),
-                self._writer.tensor(spelled, zero),
-            ]
-            self._writer.node("QuantizeLinear", [source, *inputs], f"{name}.codes")
-            self._writer.node("DequantizeLinear", [f"{name}.codes", *inputs], f"{name}.int8")
+            self._writer.node("QuantizeLinear", [source, *self._step(name, zero)], f"{name}.codes")
+            self._writer.node("DequantizeLinear", [f"{name}.codes", *self._step(name, zero)], f"{name}.int8")
         return f"{name}.int8"
+
+    def _step(self, name: str, zero: np.generic) -> list[str]:
+        """The names of the scale and the zero point of a tensor's codes."""
+        spelled = "edgepet.int8.zero" if zero.dtype == np.int8 else f"edgepet.uint8.{zero}"
+        scale = np.float32(self._ranges[name].scale)
+        return [self._writer.tensor(f"{name}.scale", scale), self._writer.tensor(spelled, zero)]
 
     def _weight(self, layer: Layer) -> tuple[str, NpArray]:
         """The name of the dequantised weight, and its values (out, ...) in float64."""
@@ -208,17 +210,19 @@ class QdqWriter:
         dense = self._dense(layer).astype(np.float64)
         least = bias_steps(dense, self._own_bias(layer, dense), of.scale)
         made = coded(weight, self._smooth.get(layer.reads), self._recipe.bits, least=least)
-        codes, axis = made.codes, 0
-        rounded = codes * per_channel(made.scales.astype(np.float64), codes)
-        if layer.kind == "linear":
-            codes, axis = np.ascontiguousarray(codes.T), 1
+        rounded = made.codes * per_channel(made.scales.astype(np.float64), made.codes)
+        axis = 1 if layer.kind == "linear" else 0
         inputs = [
-            self._writer.tensor(f"{layer.weight}.codes", codes),
+            self._writer.tensor(f"{layer.weight}.codes", self._laid(layer, made.codes)),
             self._writer.tensor(f"{layer.weight}.scale", made.scales),
             self._writer.tensor(f"{layer.weight}.zeros", np.zeros(len(made.scales), np.int8)),
         ]
         self._writer.node("DequantizeLinear", inputs, f"{layer.weight}.int8", axis=axis)
         return f"{layer.weight}.int8", rounded
+
+    def _laid(self, layer: Layer, codes: NpArray) -> NpArray:
+        """The codes (out, ...) of a weight as the graph holds them."""
+        return np.ascontiguousarray(codes.T) if layer.kind == "linear" else codes
 
     def _dense(self, layer: Layer) -> NpArray:
         weight = self._graph.value(layer.weight)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -197,13 +198,31 @@ def test_a_bound_is_the_end_of_a_range_and_padding_lies_in_the_convolution(form:
 
     made = found.maps(form)
 
-    assert not of_type(made.model, "Clip", "Relu", "Pad")
+    assert not of_type(made.model, "Clip", "Relu")
+    assert "wide" not in producers(made.model)
     of = made.ranges["bounded"]
     assert (zero_code(of), 255 * of.scale) == (0, pytest.approx(1.5))
     second = producers(made.model)["second"]
     assert helper.get_attribute_value(next(a for a in second.attribute if a.name == "pads")) == [1, 1, 1, 1]
     assert apart(run(made.model, PICTURES), run(found.model, PICTURES)) < 0.02
     assert apart(run(made.model, PICTURES), in_floats(made.model, PICTURES)) < 2e-3  # a code of 255 in three layers
+
+
+def test_for_onnx_runtime_a_kernel_reads_four_channels_where_there_are_three() -> None:
+    found = made_by_hand(residual())
+
+    three, four = found.maps(replace(ORT, fours=False)).model, found.maps(ORT).model
+
+    (pad,) = of_type(four, "Pad")
+    assert list(pad.input) == [
+        "images.codes",
+        "a.fours.pads",
+        f"edgepet.uint8.{zero_code(found.maps(ORT).ranges['images'])}",
+    ]
+    assert [tensors(made)["a.weight.codes"].shape for made in (three, four)] == [(4, 3, 3, 3), (4, 4, 3, 3)]
+    assert not tensors(four)["a.weight.codes"][:, 3].any()
+    assert np.array_equal(run(four, PICTURES), run(three, PICTURES))
+    assert not of_type(found.maps(OPENVINO).model, "Pad")
 
 
 def test_both_terms_of_a_sum_have_codes_and_so_has_the_sum() -> None:
