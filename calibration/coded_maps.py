@@ -50,6 +50,9 @@ MAP_FORMS: Mapping[Format, MapForm] = {  # a format that is not here reads the g
 }
 
 
+_INTEGER = ("Add", "Mul", "Sigmoid")  # what ONNX Runtime has integer kernels for: SiLU and gates are of these
+
+
 def has_maps(layers: Sequence[Layer]) -> bool:
     """Whether ``layers`` are a ConvNet's: a transformer has one convolution, which reads the images."""
     return sum(layer.kind == "conv" for layer in layers) > 1
@@ -76,7 +79,7 @@ def find_maps(graph: Graph, layers: Sequence[Layer], *, outputs: bool) -> Maps:
     """What has codes where ``layers`` compute in int8: what they read, and sums of such.
 
     Args:
-        outputs: what their convolutions put out as well.
+        outputs: what their convolutions put out as well, and products and sigmoids of such.
     """
     axes = {layer.reads: layer.channel_axis for layer in layers}
     ends = {layer.puts_out for layer in layers if layer.kind == "conv"}
@@ -87,7 +90,7 @@ def find_maps(graph: Graph, layers: Sequence[Layer], *, outputs: bool) -> Maps:
             axes.pop(node.input[0], None)
             axes[node.output[0]], bounds[node.output[0]], renamed[node.input[0]] = 1, ended, node.output[0]
             absorbed.add(place)
-        elif node.op_type == "Add" and all(name in axes for name in node.input):
+        elif node.op_type in (_INTEGER if outputs else ("Add",)) and all(name in axes for name in node.input):
             axes.setdefault(node.output[0], 1)
         if outputs:
             axes |= {name: 1 for name in node.output if name in ends and name not in axes}

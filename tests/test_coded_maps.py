@@ -112,6 +112,19 @@ def test_for_onnx_runtime_what_a_convolution_puts_out_is_rounded_at_once(network
     assert not of_type(model, "Relu", "Clip")
 
 
+def test_for_onnx_runtime_silu_is_of_codes_too(networks: Callable[[str], Network]) -> None:
+    found = observed(networks("test_efficientnet"))
+
+    rounded = {node.input[0] for node in of_type(found.maps(ORT).model, "QuantizeLinear")}
+    for node in of_type(found.maps(ORT).model, "Sigmoid"):
+        assert node.input[0].endswith(".int8")
+        assert node.output[0] in rounded
+    assert len(of_type(found.maps(ORT).model, "Sigmoid")) > 5
+    assert not {node.output[0] for node in of_type(found.maps(OPENVINO).model, "Sigmoid")} & {
+        node.input[0] for node in of_type(found.maps(OPENVINO).model, "QuantizeLinear")
+    }
+
+
 def test_zero_has_a_code_of_its_own_in_every_map_of_onnx_runtime(network: Observed) -> None:
     made = network.maps(ORT)
 
