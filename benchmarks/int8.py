@@ -2,11 +2,11 @@
 
     python benchmarks/int8.py --dir DIR            # an hour on 2 cores, less where DIR holds packs already
 
-Four tasks, two backbones, SSF and LoRA. One Q/DQ file a pack runs on ONNX Runtime and OpenVINO and is built by
-TensorRT-RTX; the same pack also runs on the int8 backbone that all tasks share. NNCF and ONNX Runtime quantise the same
-fp32 model with the same images. Needs the extra ``bench`` and, but for ``--quick``, the Debian package
-dataset-fashion-mnist. Every row is a job, as every pack is: what an interrupted run finished is kept. Writes
-``int8.json``.
+Four tasks, two backbones, SSF and LoRA. Each runtime gets the Q/DQ graph that ``export`` writes for it; TensorRT-RTX
+only builds its own. Of a ViT all have the same. The pack also runs on the int8 backbone that all tasks share. NNCF and
+ONNX Runtime quantise the same fp32 model with the same images. Needs the extra ``bench`` and, but for ``--quick``, the
+Debian package dataset-fashion-mnist. Every row is a job, as every pack is: what an interrupted run finished is kept.
+Writes ``int8.json``.
 """
 
 from __future__ import annotations
@@ -40,6 +40,7 @@ from edgepet.calibration.fp16 import to_half
 from edgepet.calibration.images import calibration_images
 from edgepet.calibration.qdq import Int8Recipe
 from edgepet.calibration.rewriting import folded
+from edgepet.calibration.search import Tried
 from edgepet.calibration.slot_graphs import int8_graph
 from edgepet.deltas.delta import Delta
 from edgepet.deltas.merge import task_tensors
@@ -47,6 +48,7 @@ from edgepet.device.onnxruntime import OnnxRuntime
 from edgepet.device.openvino import OpenVino
 from edgepet.device.runner import Runner
 from edgepet.device.runtime import SharedInt8
+from edgepet.device.runtimes import Format
 from edgepet.exporters.onnx import build_model, serialize
 from edgepet.exporters.tensorrt import build_engines
 from edgepet.graphs.int8 import Int8Graph
@@ -99,6 +101,7 @@ QUICK = Plan(
 )  # fmt: skip
 BATCH = 16
 RUNTIMES = ("onnxruntime", "openvino")
+FORMATS: dict[Format, Any] = {"onnx": OnnxRuntime, "openvino": OpenVino, "tensorrt": None}
 
 
 def parser() -> argparse.ArgumentParser:
@@ -139,7 +142,11 @@ def measured(pack: Path, data: Path, folder: Path, test: int, calib: int) -> dic
     fp32 = build_model(graph, task_tensors(graph.base, delta), delta)
     chosen = calibration_images(data, delta.labels, delta.preprocess, evaluation=data, count=calib)
     calibration = calibration_of(subject, chosen, fp32)
-    tried = calibration.choose()
+    tried = dict[Format, Tried]()
+    for name in FORMATS:
+        same = [tried[other] for other in tried if calibration.same_graph(name, other)]
+        tried[name] = same[0] if same else calibration.for_format(name).choose()[0]
+    int8_of = {name: calibration.for_format(name).made(tried[name].recipe).model for name in FORMATS}
     top1: dict[str, float] = {}
 
     def judge(name: str, network: Runner) -> None:
@@ -151,19 +158,22 @@ def measured(pack: Path, data: Path, folder: Path, test: int, calib: int) -> dic
     made = {
         "fp32": fp32,
         "fp16": to_half(fp32, chosen.held_out_images, where=delta.task).model,
-        "int8": calibration.made(tried[0].recipe).model,
+        "int8": int8_of["onnx"],
     }
     for precision, model in made.items():
-        path = folder / f"{precision}.onnx"
-        path.write_bytes(serialize(model))
-        for network in (OnnxRuntime.of_model(path), OpenVino.of_model(path)):
+        for name, opened in FORMATS.items():
+            path = folder / f"{precision}-{name}.onnx"
+            path.write_bytes(serialize(int8_of[name] if precision == "int8" else model))
+            if opened is None:
+                continue
+            network = opened.of_model(path)
             if precision == "int8":
                 layers[network.runtime] = network.evidence["layers"]
             judge(precision, network)
-    for name, other in defaults(fp32, chosen.images, folder, static=delta.method == "ssf"):
-        judge(name, other)
+    for tool, other in defaults(fp32, chosen.images, folder, static=delta.method == "ssf"):
+        judge(tool, other)
     (folder / "engine").mkdir()
-    engine = build_engines(serialize(made["int8"]), folder / "engine", precision="int8")
+    engine = build_engines(serialize(int8_of["tensorrt"]), folder / "engine", precision="int8")
     int8, expressed = written_with_ranges(pack, data, folder / pack.name, calib)
     for runtime in RUNTIMES:
         judge("shared int8", SharedInt8(int8, runtime=runtime).bind(expressed))
@@ -172,9 +182,9 @@ def measured(pack: Path, data: Path, folder: Path, test: int, calib: int) -> dic
         "n": len(labels),
         "epochs": delta.training["epochs"],
         "top1": top1,
-        "size_bytes": {name: (folder / f"{name}.onnx").stat().st_size for name in made},
-        "recipe": asdict(tried[0].recipe),
-        "held_out_kl": tried[0].kl,
+        "size_bytes": {name: (folder / f"{name}-onnx.onnx").stat().st_size for name in made},
+        "recipe": {name: asdict(best.recipe) for name, best in tried.items()},
+        "held_out_kl": {name: best.kl for name, best in tried.items()},
         "layers": layers,
         "tensorrt": {"layers_by_output_type": engine.layers, "version": engine.version},
         "pack_bytes": (folder / pack.name).stat().st_size,

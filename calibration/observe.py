@@ -40,19 +40,25 @@ class Activations:
         return replace(self, rows=self.rows / by, least=self.least / by, most=self.most / by)
 
 
-def observe(model: ModelProto, layers: Sequence[Layer], images: NpArray, *, where: str) -> dict[str, Activations]:
+def observe(
+    model: ModelProto, layers: Sequence[Layer], images: NpArray, *, where: str, also: Mapping[str, int] | None = None
+) -> dict[str, Activations]:
     """What ``layers`` of an ``onnx.ModelProto`` read on preprocessed ``images`` (n, 3, H, W), by the tensors' names.
+
+    Args:
+        also: further tensors, by name, with the axis of their channels.
 
     Raises:
         InputError: a number that is not finite, in what they read or put out: a clip behind them may hide it.
         MissingError: onnx is not installed.
     """
     axes = {layer.reads: layer.channel_axis for layer in layers}
-    around = dict.fromkeys(name for layer in layers for name in (layer.reads, layer.puts_out))
+    others = {name: axis for name, axis in (also or {}).items() if name not in axes}
+    around = dict.fromkeys((*(name for layer in layers for name in (layer.reads, layer.puts_out)), *others))
     names = [name for name in around if name != INPUT]
     session = open_model(model, names)
     gathered: dict[str, list[Activations]] = {}
-    rng = np.random.default_rng(0)
+    rng, other = np.random.default_rng(0), np.random.default_rng(1)  # what layers read is drawn alike with and without
     step = at_once(session, names, images[:1])
     for start in range(0, len(images), step):
         batch = images[start : start + step]
@@ -62,9 +68,11 @@ def observe(model: ModelProto, layers: Sequence[Layer], images: NpArray, *, wher
                 fix = f"train again with a lower {option('lr')}, or look at the images"
                 what = "must stay finite on the calibration images"
                 raise InputError(f"{where}: {name}", what, got="NaN or infinity", fix=fix)
+        each = max(1, ROWS * len(batch) // len(images))
         for name, axis in axes.items():
-            each = max(1, ROWS * len(batch) // len(images))
             gathered.setdefault(name, []).append(_drawn(values[name], axis, each, rng))
+        for name, axis in others.items():
+            gathered.setdefault(name, []).append(_drawn(values[name], axis, each, other))
     return {name: _joined(parts) for name, parts in gathered.items()}
 
 

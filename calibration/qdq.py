@@ -112,18 +112,25 @@ def quantize(
         smooth, ranges: divisors (in,) and ranges by tensor, in place of those that ``recipe`` would choose.
         held: those of some tensors, in place of what either would be.
     """
+    chosen, divisors = chosen_layers(graph, layers, seen, recipe, smooth)
+    ranges = choose_ranges(chosen, seen, recipe.estimator, divisors) if ranges is None else ranges
+    ranges = {name: held.get(name, of) for name, of in ranges.items()}
+    return Int8(QdqWriter(graph, chosen, seen, recipe, divisors, ranges).model(), ranges, chosen)
+
+
+def chosen_layers(
+    graph: Graph, layers: Sequence[Layer], seen: Seen, recipe: Int8Recipe, smooth: Mapping[str, NpArray] | None = None
+) -> tuple[tuple[Layer, ...], dict[str, NpArray]]:
+    """The layers that ``recipe`` does not keep in float, and the divisors (in,) of what they read, by its name."""
     chosen = tuple(layer for layer in layers if layer.name not in recipe.keep)
     if smooth is None:
         smooth = {} if recipe.smooth is None else observed_smoothing(graph, layers, seen, recipe.smooth)
     read = {layer.reads for layer in chosen}
-    divisors = {name: value for name, value in smooth.items() if name in read}
-    ranges = choose_ranges(chosen, seen, recipe.estimator, divisors) if ranges is None else ranges
-    ranges = {name: held.get(name, of) for name, of in ranges.items()}
-    return Int8(_Writer(graph, chosen, seen, recipe, divisors, ranges).model(), ranges, chosen)
+    return chosen, {name: value for name, value in smooth.items() if name in read}
 
 
-class _Writer:
-    """Writes the Q/DQ graph, node by node."""
+class QdqWriter:
+    """Writes the Q/DQ graph, node by node: one for every runtime, codes in front of layers and nowhere else."""
 
     def __init__(
         self, graph: Graph, layers: Sequence[Layer], seen: Seen, recipe: Int8Recipe, smooth: Mapping[str, NpArray],
@@ -136,6 +143,7 @@ class _Writer:
         self._coded = set[str]()
 
     def model(self) -> ModelProto:
+        """The graph, checked by onnx."""
         for place, node in enumerate(self._graph.nodes):
             if place in self._ends:
                 self._layer(self._ends[place])
@@ -156,6 +164,9 @@ class _Writer:
         return made
 
     def _layer(self, layer: Layer) -> None:
+        (self._convolution if layer.kind == "conv" else self._product)(layer)
+
+    def _convolution(self, layer: Layer) -> None:
         codes = self._encoded(layer.reads)
         if layer.pad is not None:
             pad = self._graph.nodes[layer.pad]
@@ -163,10 +174,13 @@ class _Writer:
             codes = f"{layer.name}.padded"
         weight, rounded = self._weight(layer)
         bias = self._bias(layer, rounded)
-        if layer.kind == "conv":
-            node = self._graph.nodes[layer.places[0]]
-            self._writer.node("Conv", [codes, weight, *bias], layer.puts_out, **settings_of(node))
-            return
+        settings = settings_of(self._graph.nodes[layer.places[0]])
+        self._writer.node("Conv", [codes, weight, *bias], layer.puts_out, **settings)
+
+    def _product(self, layer: Layer) -> None:
+        codes = self._encoded(layer.reads)
+        weight, rounded = self._weight(layer)
+        bias = self._bias(layer, rounded)
         product = f"{layer.name}.product" if bias else layer.puts_out
         self._writer.node("MatMul", [codes, weight], product)
         if bias:
@@ -174,22 +188,25 @@ class _Writer:
 
     def _encoded(self, name: str) -> str:
         """Q and DQ behind a tensor, shifted first where its range is; what they put out is the shifted tensor."""
-        if name in self._coded:
-            return f"{name}.int8"
-        self._coded.add(name)
-        source, of = name, self._ranges[name]
-        if of.shift:
-            self._writer.node(
-                "Sub", [name, self._writer.tensor(f"{name}.shift", np.float32(of.shift))], f"{name}.shifted"
-            )
+        source, shift = name, self._ranges[name].shift
+        if shift and name not in self._coded:
             source = f"{name}.shifted"
-        inputs = [
-            self._writer.tensor(f"{name}.scale", np.float32(of.scale)),
-            self._writer.tensor("edgepet.int8.zero", np.int8(0)),
-        ]
-        self._writer.node("QuantizeLinear", [source, *inputs], f"{name}.codes")
-        self._writer.node("DequantizeLinear", [f"{name}.codes", *inputs], f"{name}.int8")
+            self._writer.node("Sub", [name, self._writer.tensor(f"{name}.shift", np.float32(shift))], source)
+        return self._rounded(name, source, np.int8(0))
+
+    def _rounded(self, name: str, source: str, zero: np.generic) -> str:
+        """Q and DQ of ``source`` in the range of ``name``, once; ``zero`` is the zero point, and says the type."""
+        if name not in self._coded:
+            self._coded.add(name)
+            self._writer.node("QuantizeLinear", [source, *self._step(name, zero)], f"{name}.codes")
+            self._writer.node("DequantizeLinear", [f"{name}.codes", *self._step(name, zero)], f"{name}.int8")
         return f"{name}.int8"
+
+    def _step(self, name: str, zero: np.generic) -> list[str]:
+        """The names of the scale and the zero point of a tensor's codes."""
+        spelled = "edgepet.int8.zero" if zero.dtype == np.int8 else f"edgepet.uint8.{zero}"
+        scale = np.float32(self._ranges[name].scale)
+        return [self._writer.tensor(f"{name}.scale", scale), self._writer.tensor(spelled, zero)]
 
     def _weight(self, layer: Layer) -> tuple[str, NpArray]:
         """The name of the dequantised weight, and its values (out, ...) in float64."""
@@ -197,17 +214,19 @@ class _Writer:
         dense = self._dense(layer).astype(np.float64)
         least = bias_steps(dense, self._own_bias(layer, dense), of.scale)
         made = coded(weight, self._smooth.get(layer.reads), self._recipe.bits, least=least)
-        codes, axis = made.codes, 0
-        rounded = codes * per_channel(made.scales.astype(np.float64), codes)
-        if layer.kind == "linear":
-            codes, axis = np.ascontiguousarray(codes.T), 1
+        rounded = made.codes * per_channel(made.scales.astype(np.float64), made.codes)
+        axis = 1 if layer.kind == "linear" else 0
         inputs = [
-            self._writer.tensor(f"{layer.weight}.codes", codes),
+            self._writer.tensor(f"{layer.weight}.codes", self._laid(layer, made.codes)),
             self._writer.tensor(f"{layer.weight}.scale", made.scales),
             self._writer.tensor(f"{layer.weight}.zeros", np.zeros(len(made.scales), np.int8)),
         ]
         self._writer.node("DequantizeLinear", inputs, f"{layer.weight}.int8", axis=axis)
         return f"{layer.weight}.int8", rounded
+
+    def _laid(self, layer: Layer, codes: NpArray) -> NpArray:
+        """The codes (out, ...) of a weight as the graph holds them."""
+        return np.ascontiguousarray(codes.T) if layer.kind == "linear" else codes
 
     def _dense(self, layer: Layer) -> NpArray:
         weight = self._graph.value(layer.weight)
@@ -222,8 +241,12 @@ class _Writer:
 
     def _own_bias(self, layer: Layer, weight: NpArray) -> NpArray:
         bias = np.zeros(len(weight)) if layer.bias is None else self._graph.value(layer.bias).astype(np.float64)
-        shifted: NpArray = bias + self._ranges[layer.reads].shift * weight.reshape(len(weight), -1).sum(axis=1)
+        shifted: NpArray = bias + self._shift(layer) * weight.reshape(len(weight), -1).sum(axis=1)
         return shifted
+
+    def _shift(self, layer: Layer) -> float:
+        """The constant that was taken off what the layer reads."""
+        return self._ranges[layer.reads].shift
 
     def _correction(self, layer: Layer, rounded: NpArray) -> NpArray:
         """What rounding moves each output by on the mean (Nagel et al. 2019, arXiv:1906.04721, section 4.2)."""

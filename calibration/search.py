@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from copy import copy
 from dataclasses import asdict, dataclass, replace
 from types import MappingProxyType
 from typing import TYPE_CHECKING, TypeAlias
@@ -20,6 +21,7 @@ from edgepet.calibration.budget import (
     require_resolution,
     within_budget,
 )
+from edgepet.calibration.coded_maps import MAP_FORMS, MapForm, find_maps, has_maps, quantize_maps
 from edgepet.calibration.images import CalibrationImages
 from edgepet.calibration.layers import Graph, Layer, find_layers
 from edgepet.calibration.observe import observe
@@ -27,6 +29,7 @@ from edgepet.calibration.qdq import Int8, Int8Recipe, quantize
 from edgepet.calibration.ranges import ESTIMATORS
 from edgepet.calibration.rewriting import folded
 from edgepet.deltas.codes import Range
+from edgepet.device.runtimes import Format
 from edgepet.errors import InputError
 from edgepet.spec import NpArray
 
@@ -72,7 +75,10 @@ class Calibrated:
 
 
 class Calibration:
-    """One folded model on its calibration images; nothing is measured twice."""
+    """One folded model on its calibration images; nothing is measured twice.
+
+    It makes the graph that every runtime reads, unless ``for_format`` has chosen another.
+    """
 
     def __init__(
         self, model: ModelProto, weights: Collection[str], images: CalibrationImages, order: NpArray, *, where: str,
@@ -99,13 +105,28 @@ class Calibration:
         self.layers: tuple[Layer, ...] = find_layers(self._graph, weights)
         if not self.layers:
             raise InputError(where, "has no linear layer or convolution that int8 is for", fix="export it in fp16")
-        self._seen = observe(self._model, self.layers, images.images, where=where)
+        self._form: MapForm | None = None
+        self._has_maps = smooth is None and has_maps(self.layers)
+        maps = find_maps(self._graph, self.layers, outputs=True).axes if self._has_maps else {}
+        self._seen = observe(self._model, self.layers, images.images, where=where, also=maps)
         self._held, self._smooth, self._float = held, smooth, self._model if against is None else against
         self._held_out = answers(self._float, images.held_out_images)
         self._judged: NpArray | None = None
 
+    def for_format(self, name: Format) -> Calibration:
+        """The same, making the graph that this format's runtime is fastest with; what was measured is shared."""
+        made = copy(self)
+        made._form = MAP_FORMS.get(name) if self._has_maps else None
+        return made
+
+    def same_graph(self, one: Format, other: Format) -> bool:
+        """Whether both formats have one graph."""
+        return not self._has_maps or MAP_FORMS.get(one) == MAP_FORMS.get(other)
+
     def made(self, recipe: Int8Recipe, ranges: Mapping[str, Range] | None = None) -> Int8:
         """The model in int8, with ``ranges`` in place of those that the recipe would choose."""
+        if self._form is not None and ranges is None:
+            return quantize_maps(self._graph, self.layers, self._seen, recipe, self._form)
         return quantize(
             self._graph, self.layers, self._seen, recipe, smooth=self._smooth, ranges=ranges, held=self._held
         )

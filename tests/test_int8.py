@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnxruntime
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from edgepet.calibration.layers import Graph, Layer, find_layers
-from edgepet.calibration.observe import Activations, observe
-from edgepet.calibration.qdq import Int8, Int8Recipe, observed_smoothing, quantize
+from edgepet.calibration.layers import Graph, find_layers
+from edgepet.calibration.observe import observe
+from edgepet.calibration.qdq import Int8Recipe, observed_smoothing
 from edgepet.calibration.rewriting import folded
 from edgepet.calibration.search import Calibration
 from edgepet.device.onnxruntime import OnnxRuntime, open_session
@@ -25,48 +23,10 @@ from edgepet.exporters.tensorrt import build_engines
 from edgepet.measuring.parity import SAME_CODES
 from edgepet.spec import NpArray
 from tests.flow import Network, needs_openvino, needs_tensorrt_rtx
+from tests.int8_graphs import CALIBRATION, IMAGES, Observed, apart, observed, of_type, producers, run, tensors
 from tests.tiny import mlp, random_images
 
-PLAIN = Int8Recipe()
-CALIBRATION, IMAGES = random_images(4, 32), random_images(9, 32)
 LAYERS = {"test_vit": 25, "test_resnet": 15, "test_efficientnet": 17, "convnextv2_atto": 40}
-
-
-def run(model: Any, images: NpArray = IMAGES) -> NpArray:
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    session = onnxruntime.InferenceSession(serialize(model), options, providers=["CPUExecutionProvider"])
-    answers: NpArray = session.run(None, {"images": images})[0]
-    return answers
-
-
-def apart(got: NpArray, expected: NpArray) -> float:
-    """The largest difference, as a part of the largest logit."""
-    return float(np.abs(got - expected).max() / np.abs(expected).max())
-
-
-@dataclass(frozen=True)
-class Observed:
-    """A folded model, its layers, and what flowed through them."""
-
-    name: str
-    model: Any
-    graph: Graph
-    layers: tuple[Layer, ...]
-    seen: Mapping[str, Activations]
-
-    @classmethod
-    def of(cls, name: str, model: Any, weights: frozenset[str], images: NpArray) -> Observed:
-        graph = Graph(folded(model))
-        layers = find_layers(graph, weights)
-        return cls(name, model, graph, layers, observe(graph.model, layers, images, where=name))
-
-    def int8(self, recipe: Int8Recipe = PLAIN) -> Int8:
-        return quantize(self.graph, self.layers, self.seen, recipe)
-
-
-def observed(made: Network) -> Observed:
-    return Observed.of(made.backbone.name, made.model, frozenset(made.graph.base.tensors), CALIBRATION)
 
 
 @pytest.fixture(
@@ -75,18 +35,6 @@ def observed(made: Network) -> Observed:
 )
 def network(request: pytest.FixtureRequest, networks: Callable[[str], Network]) -> Observed:
     return observed(networks(request.param))
-
-
-def producers(model: Any) -> dict[str, Any]:
-    return {name: node for node in model.graph.node for name in node.output}
-
-
-def tensors(model: Any) -> dict[str, NpArray]:
-    return {tensor.name: numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
-
-
-def of_type(model: Any, *operators: str) -> list[Any]:
-    return [node for node in model.graph.node if node.op_type in operators]
 
 
 # --------------------------------------------------------------------------------------------------------- the answers

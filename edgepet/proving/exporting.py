@@ -38,11 +38,11 @@ def export_task(subject: Subject, folder: Path, options: ExportOptions, stage: C
     require_space(folder, size_bytes * len(options.to), f"{subject.delta.task} in {', '.join(options.to)}")
     if options.precision == "auto":
         return _fastest(subject, folder, options, stage)
-    model = in_precision(subject, options.precision, options, stage)
+    models = in_precision(subject, options.precision, options, stage)
     made = []
     for name in options.to:
         stage(f"{subject.delta.task} to {name}")
-        made.append(_export_one(subject, model, name, folder, options))
+        made.append(_export_one(subject, models[name], name, folder, options))
     return made
 
 
@@ -53,7 +53,7 @@ def place_of(folder: Path, task: str, name: Format, precision: str) -> Path:
 
 def _fastest(subject: Subject, folder: Path, options: ExportOptions, stage: Callable[[str], None]) -> list[Exported]:
     """Of each format the precision that is fastest here, among those that pass their checks."""
-    models, unfit = dict[StoredPrecision, Model](), list[str]()
+    models, unfit = dict[StoredPrecision, dict[Format, Model]](), list[str]()
     for precision in ("fp32", "fp16", "int8"):
         try:
             models[precision] = in_precision(subject, precision, options, stage)
@@ -66,7 +66,7 @@ def _fastest(subject: Subject, folder: Path, options: ExportOptions, stage: Call
             for precision, model in models.items():
                 stage(f"{subject.delta.task} to {name}, {precision}")
                 try:
-                    made[precision] = _export_one(subject, model, name, scratch, options)
+                    made[precision] = _export_one(subject, model[name], name, scratch, options)
                 except CheckError as error:
                     out.append(_out(precision, error))
             if not made:

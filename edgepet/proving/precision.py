@@ -21,6 +21,7 @@ from edgepet.deltas.codes import Range
 from edgepet.deltas.delta import Delta, Int8Ranges
 from edgepet.deltas.merge import task_tensors
 from edgepet.device.artifact import open_artifact, read_artifact
+from edgepet.device.runtimes import Format
 from edgepet.errors import InputError, option
 from edgepet.exporters.exporter import ExportOptions
 from edgepet.exporters.onnx import build_model, simplified
@@ -63,8 +64,12 @@ class Model:
         return answers(self.proto, images)
 
 
-def in_precision(subject: Subject, precision: StoredPrecision, options: ExportOptions, stage: Stage) -> Model:
-    """Fold the task, and bring its model into ``precision``.
+def in_precision(
+    subject: Subject, precision: StoredPrecision, options: ExportOptions, stage: Stage
+) -> dict[Format, Model]:
+    """Fold the task, and bring its model into ``precision``, for each format of ``options`` as its runtime reads it.
+
+    Only int8 differs between formats, and only that of a ConvNet; the others share one model.
 
     Raises:
         BackboneError: the backbone that was given is not the pack's.
@@ -78,16 +83,18 @@ def in_precision(subject: Subject, precision: StoredPrecision, options: ExportOp
     if options.simplify:
         proto = simplified(proto, subject.images[0][:2], where=subject.delta.task)
     began = time.perf_counter()
-    if precision == "fp32":
-        made = Model(proto=proto, precision=precision)
+    if precision == "int8":
+        made = _in_int8(subject, proto, options, stage)
     else:
-        made = (_in_half if precision == "fp16" else _in_int8)(subject, proto, options, stage)
-    make_plain(made.proto)
-    return replace(made, seconds=seconds + time.perf_counter() - began)
+        one = Model(proto=proto, precision=precision) if precision == "fp32" else _in_half(subject, proto, options)
+        made = dict.fromkeys(options.to, one)
+    for model in set(made.values()):
+        make_plain(model.proto)
+    seconds += time.perf_counter() - began
+    return {name: replace(model, seconds=seconds) for name, model in made.items()}
 
 
-def _in_half(subject: Subject, proto: ModelProto, options: ExportOptions, stage: Stage) -> Model:
-    del stage
+def _in_half(subject: Subject, proto: ModelProto, options: ExportOptions) -> Model:
     if options.calib is None:
         images, source = subject.images
         looked_at: dict[str, object] = {"inputs": source, "n": len(images)}
@@ -98,9 +105,18 @@ def _in_half(subject: Subject, proto: ModelProto, options: ExportOptions, stage:
     return Model(proto=half.model, precision="fp16", kept=half.kept, calibration=looked_at)
 
 
-def _in_int8(subject: Subject, proto: ModelProto, options: ExportOptions, stage: Stage) -> Model:
+def _in_int8(subject: Subject, proto: ModelProto, options: ExportOptions, stage: Stage) -> dict[Format, Model]:
     images = task_images(subject, options)
-    made = calibration_of(subject, images, proto).run(max_drop=options.max_drop, stage=stage)
+    calibration = calibration_of(subject, images, proto)
+    models = dict[Format, Model]()
+    for name in options.to:
+        same = [models[other] for other in models if calibration.same_graph(name, other)]
+        models[name] = same[0] if same else _coded(calibration.for_format(name), images, options, stage)
+    return models
+
+
+def _coded(calibration: Calibration, images: CalibrationImages, options: ExportOptions, stage: Stage) -> Model:
+    made = calibration.run(max_drop=options.max_drop, stage=stage)
     return Model(
         proto=made.int8.model,
         precision="int8",

@@ -122,7 +122,7 @@ def calibrate(
     subject = Subject(pack, backbone, data)
     chosen = _images(subject, calib, images)
     stage(f"graph of {subject.delta.backbone}")
-    calibration = calibration_of(subject, chosen)
+    calibration = calibration_of(subject, chosen).for_format("onnx")
     made = calibration.run(max_drop=max_drop, stage=stage)
     stage("every layer alone in int8")
     return CalibrateReport(

@@ -1,0 +1,77 @@
+"""int8 graphs under test: a model with what flowed through it, its answers, and look-ups in what a pass made."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import onnxruntime
+from onnx import numpy_helper
+
+from edgepet.calibration.coded_maps import MapForm, find_maps, quantize_maps
+from edgepet.calibration.layers import Graph, Layer, find_layers
+from edgepet.calibration.observe import Activations, observe
+from edgepet.calibration.qdq import Int8, Int8Recipe, quantize
+from edgepet.calibration.rewriting import folded
+from edgepet.exporters.onnx import serialize
+from edgepet.spec import NpArray
+from tests.flow import Network
+from tests.tiny import random_images
+
+PLAIN = Int8Recipe()
+CALIBRATION, IMAGES = random_images(4, 32), random_images(9, 32)
+
+
+def run(model: Any, images: NpArray = IMAGES) -> NpArray:
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    session = onnxruntime.InferenceSession(serialize(model), options, providers=["CPUExecutionProvider"])
+    answers: NpArray = session.run(None, {"images": images})[0]
+    return answers
+
+
+def apart(got: NpArray, expected: NpArray) -> float:
+    """The largest difference, as a part of the largest logit."""
+    return float(np.abs(got - expected).max() / np.abs(expected).max())
+
+
+@dataclass(frozen=True)
+class Observed:
+    """A folded model, its layers, and what flowed through them."""
+
+    name: str
+    model: Any
+    graph: Graph
+    layers: tuple[Layer, ...]
+    seen: Mapping[str, Activations]
+
+    @classmethod
+    def of(cls, name: str, model: Any, weights: frozenset[str], images: NpArray) -> Observed:
+        graph = Graph(folded(model))
+        layers = find_layers(graph, weights)
+        maps = find_maps(graph, layers, outputs=True).axes
+        return cls(name, model, graph, layers, observe(graph.model, layers, images, where=name, also=maps))
+
+    def int8(self, recipe: Int8Recipe = PLAIN) -> Int8:
+        return quantize(self.graph, self.layers, self.seen, recipe)
+
+    def maps(self, form: MapForm, recipe: Int8Recipe = PLAIN) -> Int8:
+        return quantize_maps(self.graph, self.layers, self.seen, recipe, form)
+
+
+def observed(made: Network) -> Observed:
+    return Observed.of(made.backbone.name, made.model, frozenset(made.graph.base.tensors), CALIBRATION)
+
+
+def producers(model: Any) -> dict[str, Any]:
+    return {name: node for node in model.graph.node for name in node.output}
+
+
+def tensors(model: Any) -> dict[str, NpArray]:
+    return {tensor.name: numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
+
+
+def of_type(model: Any, *operators: str) -> list[Any]:
+    return [node for node in model.graph.node if node.op_type in operators]
