@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from edgepet import predict, read_pack
+from edgepet import predict, read_pack, write_pack
 from edgepet.images.inputs import inputs_of
 from edgepet.images.preprocess import load_pixels, normalize
 from edgepet.proving.sources import open_source
@@ -96,3 +97,20 @@ def test_what_cannot_be_said_is_refused(tasks: Tasks, tmp_path: Path) -> None:
     )
     assert refused(3, "predict", tasks.shapes, image, "--top", "0") == "--top: must be at least 1, got 0\n"
     assert json.loads(edgepet("predict", tasks.shapes, image, "--top", "9", "--json").out)["results"]
+
+
+def test_packs_of_one_backbone_share_what_none_of_them_changes(tasks: Tasks, tmp_path: Path) -> None:
+    probe = tmp_path / "probe.pet"
+    write_pack(probe, replace(read_pack(tasks.shapes).delta, task="probe", updates=(), probes={}))
+    images = [str(path) for path in sorted((tasks.data / "test").glob("*/*.png"))[:2]]
+
+    report = predict([tasks.shapes, tasks.tints, probe], images)
+    alone = [predict([pack], images) for pack in (tasks.shapes, tasks.tints, probe)]
+
+    assert [(each.after, each.tasks) for each in report.shared] == [("patch_embed.proj", ("tints", "probe"))]
+    assert dict(report.runtimes) == dict.fromkeys(("shapes", "tints", "probe"), "onnxruntime")
+    for name, single in zip(("shapes", "tints", "probe"), alone, strict=True):
+        for together, by_itself in zip(report.results, single.results, strict=True):
+            said, expected = together.tasks[name], by_itself.tasks[name]
+            assert said.label == expected.label
+            assert said.score == pytest.approx(expected.score, abs=1e-5)

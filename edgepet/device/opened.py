@@ -15,10 +15,9 @@ from edgepet.device.pool import Event, Pool
 from edgepet.device.runtime import TaskNetwork
 from edgepet.device.served import Answer, Served, answering, place_of
 from edgepet.device.store import Store
-from edgepet.device.together import Fitted, Shared, Together, fit, fit_int8, own_slots
+from edgepet.device.together import Fitted, Shared, Together, fit, fit_lightly, own_slots
 from edgepet.errors import EdgepetError, InputError
 from edgepet.graphs.base import BaseGraph
-from edgepet.graphs.dense_slots import UnslottedError
 from edgepet.graphs.int8 import Int8Graph
 from edgepet.graphs.parts import part_of
 from edgepet.images.inputs import Input, Picture, pictures_of
@@ -221,16 +220,9 @@ class OpenTasks:
         return placed
 
     def _fitted(self, graph: BaseGraph | Int8Graph, pack: Pack) -> Fitted:
-        if isinstance(graph, Int8Graph):
-            return fit_int8(graph, pack.delta, self._pool.row.name)
-        if self._pool.mode == "merged":
-            return fit(graph, pack.delta, "merged")
-        try:
-            return fit(graph, pack.delta, "slots")
-        except UnslottedError:
-            if self._pool.mode == "slots":
-                raise
-            return fit(graph, pack.delta, "merged")
+        if isinstance(graph, Int8Graph) or self._pool.mode == "auto":
+            return fit_lightly(graph, pack.delta, self._pool.row.name)
+        return fit(graph, pack.delta, "merged" if self._pool.mode == "merged" else "slots")
 
 
 def served_by(store: Store, task: str, pool: Pool, placed: tuple[str, TaskNetwork] | None = None) -> Served:

@@ -36,10 +36,7 @@ class TaskNetwork:
         return self._features.evidence
 
     def __call__(self, images: NpArray) -> NpArray:
-        logits = self._head(self._features(images))
-        if not np.isfinite(logits).all():  # the first label would be said with a score of NaN
-            raise CheckError(f"{self.runtime}, {self.executed}", "must give finite answers", got="NaN or infinity")
-        return logits
+        return require_finite(self._head(self._features(images)), f"{self.runtime}, {self.executed}")
 
     def close(self) -> None:
         """Give the network back; one that tasks share stays open."""
@@ -52,6 +49,17 @@ class TaskNetwork:
 
     def __exit__(self, *error: object) -> None:
         self.close()
+
+
+def require_finite(logits: NpArray, where: str) -> NpArray:
+    """``logits`` themselves; with a NaN among them the first label would be said with a score of NaN.
+
+    Raises:
+        CheckError: they are not finite.
+    """
+    if not np.isfinite(logits).all():
+        raise CheckError(where, "must give finite answers", got="NaN or infinity")
+    return logits
 
 
 def open_task(graph: BaseGraph, delta: Delta, *, runtime: str = DEFAULT, threads: int | None = None,

@@ -21,7 +21,7 @@ from edgepet.device.runtimes import Runtime, shared_runtime
 from edgepet.errors import InputError, option
 from edgepet.graphs.base import BaseGraph
 from edgepet.graphs.cuts import Cut, last_before
-from edgepet.graphs.dense_slots import dense_slots
+from edgepet.graphs.dense_slots import UnslottedError, dense_slots
 from edgepet.graphs.int8 import SLOT_FORMS, Int8Graph
 from edgepet.graphs.parts import Boundary, Part, part_of
 from edgepet.graphs.slots import Slots, backbone_slots, task_slots, unit_slots
@@ -60,6 +60,20 @@ def fit(graph: BaseGraph, delta: Delta, form: Form) -> Fitted:
     tensors = task_tensors(graph.base, delta)
     own = {name: tensors[name] for name in changed if name in part.file.tensors}
     return Fitted(part=part, tensors=own, slots={}, changed=changed, head=head)
+
+
+def fit_lightly(graph: BaseGraph | Int8Graph, delta: Delta, runtime: str) -> Fitted:
+    """A task in slots where they can hold it, else folded; on the int8 backbone in its form for ``runtime``.
+
+    Raises:
+        BackboneError, InputError: as ``fit`` and ``fit_int8``.
+    """
+    if isinstance(graph, Int8Graph):
+        return fit_int8(graph, delta, runtime)
+    try:
+        return fit(graph, delta, "slots")
+    except UnslottedError:
+        return fit(graph, delta, "merged")
 
 
 def fit_int8(graph: Int8Graph, delta: Delta, runtime: str) -> Fitted:

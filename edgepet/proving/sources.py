@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -11,10 +11,12 @@ from edgepet.deltas.delta import Delta
 from edgepet.device.artifact import MANIFEST, Artifact, open_artifact, read_artifact
 from edgepet.device.runner import Runner
 from edgepet.device.runtime import SharedInt8, TaskNetwork, open_task
-from edgepet.device.runtimes import DEFAULT, FORMATS, RUNTIMES, Runtime
+from edgepet.device.runtimes import DEFAULT, FORMATS, RUNTIMES, SHARED_RUNTIMES, Runtime
+from edgepet.device.together import Together, fit_lightly, own_slots
 from edgepet.errors import InputError, option, require
 from edgepet.graphs.base import BaseGraph, open_graph
 from edgepet.graphs.int8 import Int8Graph, open_int8
+from edgepet.graphs.parts import part_of
 from edgepet.measuring.latency import Candidate, Network
 from edgepet.measuring.machine import TORCH
 from edgepet.networks.backbone import AnyBackbone
@@ -187,6 +189,33 @@ def open_source(path: FilePath) -> PackSource | ArtifactSource:
         fix = f"name a .pet file or a folder with {MANIFEST}"
         raise InputError(str(path), "is neither a pack nor an exported model", fix=fix)
     return ArtifactSource(path)
+
+
+def open_together(
+    sources: Mapping[str, PackSource | ArtifactSource], runtime: str | None, precision: str, backbone: AnyBackbone,
+    threads: int | None,
+) -> list[Together]:  # fmt: skip
+    """Packs of one backbone and image size, two or more, opened so that what none of them changes is computed once.
+
+    They are in slots where these can hold them. Others, and what torch runs, are to be opened one by one. Raises as
+    ``PackSource.open``.
+    """
+    name = runtime or DEFAULT
+    if name not in SHARED_RUNTIMES or precision not in ("fp32", "int8"):
+        return []
+    groups = dict[object, tuple[BaseGraph | Int8Graph, dict[str, PackSource]]]()
+    for task, source in sources.items():
+        if isinstance(source, PackSource):
+            of = int8_graph_of if precision == "int8" else graph_of
+            graph = of(source.path, source.pack.delta, backbone)
+            groups.setdefault((graph.folder, graph.stem, source.preprocess), (graph, {}))[1][task] = source
+    made = list[Together]()
+    for graph, members in groups.values():
+        if len(members) > 1:
+            fitted = {task: fit_lightly(graph, source.pack.delta, name) for task, source in members.items()}
+            own = own_slots(graph, name) if isinstance(graph, Int8Graph) else {}
+            made.append(Together(part_of(graph, name), own, fitted, runtime=name, threads=threads))
+    return made
 
 
 def graph_of(path: Path, delta: Delta, backbone: AnyBackbone = None) -> BaseGraph:

@@ -11,15 +11,16 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from edgepet.device.artifact import MANIFEST
-from edgepet.device.runtime import scores_of
+from edgepet.device.runtime import require_finite, scores_of
 from edgepet.device.runtimes import RUNTIMES
+from edgepet.device.together import Shared, Together
 from edgepet.errors import InputError
 from edgepet.images.folders import require_readable
 from edgepet.images.inputs import inputs_of
 from edgepet.images.preprocess import load_input, normalize
 from edgepet.measuring.machine import TORCH
 from edgepet.networks.backbone import AnyBackbone
-from edgepet.proving.sources import ArtifactSource, Opened, PackSource, open_source
+from edgepet.proving.sources import ArtifactSource, Opened, PackSource, open_source, open_together
 from edgepet.reports.screen import Screen, lines
 from edgepet.reports.tables import Table, format_percent, left
 from edgepet.spec import FilePath, NpArray, Preprocess
@@ -68,10 +69,13 @@ class Prediction:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PredictReport:
-    """A result for each image, in the order in which they were named, and the runtime of each task."""
+    """A result for each image, in the order in which they were named, the runtime of each task, and what was computed
+    once for several of them.
+    """
 
     results: tuple[Prediction, ...]
     runtimes: Mapping[str, str]
+    shared: tuple[Shared, ...] = ()
 
 
 def predict(
@@ -84,7 +88,8 @@ def predict(
     backbone: AnyBackbone = None,
     threads: int | None = None,
 ) -> PredictReport:
-    """What each of ``models`` says of ``inputs``; an image that several of them see alike is decoded once.
+    """What each of ``models`` says of ``inputs``; an image that several of them see alike is decoded once, and what
+    several packs have in common of one backbone is computed once.
 
     Args:
         models: packs and exported models.
@@ -108,27 +113,29 @@ def predict(
     paths = inputs_of(inputs, clips=clips)
     if not clips:
         require_readable(paths)
-    names = _names(sources, models)
+    named = dict(zip(_names(sources, models), sources, strict=True))
     with contextlib.ExitStack() as stack:
+        together = open_together(named, runtime, precision, backbone, threads)
+        for each in together:
+            stack.callback(each.close)
         opened = dict[str, Opened]()
-        for name, source in zip(names, sources, strict=True):
-            opened[name] = source.open(runtime, precision, backbone, threads)
+        for name in named.keys() - {name for each in together for name in each.tasks}:
+            opened[name] = named[name].open(runtime, precision, backbone, threads)
             stack.callback(opened[name].network.close)
         results = list[Prediction]()
         for start in range(0, len(paths), BATCH):
             some = paths[start : start + BATCH]
-            logits = _logits(some, dict(zip(names, sources, strict=True)), opened)
+            logits = _logits(some, named, opened, together)
             results += [
                 Prediction(
                     image=str(path),
-                    tasks={
-                        name: _said(logits[name][k], source.labels, top)
-                        for name, source in zip(names, sources, strict=True)
-                    },
+                    tasks={name: _said(logits[name][k], source.labels, top) for name, source in named.items()},
                 )
                 for k, path in enumerate(some)
             ]
-    return PredictReport(results=tuple(results), runtimes={name: each.runtime for name, each in opened.items()})
+        shared = tuple(stretch for each in together for stretch in each.shared)
+    runs = {name: each.runtime for each in together for name in each.tasks} | {n: o.runtime for n, o in opened.items()}
+    return PredictReport(results=tuple(results), runtimes={name: runs[name] for name in named}, shared=shared)
 
 
 def _names(sources: Sequence[PackSource | ArtifactSource], models: Sequence[FilePath]) -> list[str]:
@@ -145,17 +152,22 @@ def _names(sources: Sequence[PackSource | ArtifactSource], models: Sequence[File
 
 
 def _logits(
-    paths: Sequence[Path], sources: Mapping[str, PackSource | ArtifactSource], opened: Mapping[str, Opened]
-) -> dict[str, NpArray]:
+    paths: Sequence[Path], sources: Mapping[str, PackSource | ArtifactSource], opened: Mapping[str, Opened],
+    together: Sequence[Together],
+) -> dict[str, NpArray]:  # fmt: skip
     seen, found = list[tuple[Preprocess, NpArray]](), dict[str, NpArray]()
-    for name, source in sources.items():
-        images = next((images for preprocess, images in seen if preprocess == source.preprocess), None)
+
+    def images_for(preprocess: Preprocess) -> NpArray:
+        images = next((images for given, images in seen if given == preprocess), None)
         if images is None:
-            pixels = np.stack([load_input(path, source.preprocess) for path in paths])
-            images = normalize(pixels, source.preprocess)
-            seen.append((source.preprocess, images))
-        found[name] = opened[name].network(images)
-    return found
+            images = normalize(np.stack([load_input(path, preprocess) for path in paths]), preprocess)
+            seen.append((preprocess, images))
+        return images
+
+    for each in together:
+        answers = each(images_for(sources[each.tasks[0]].preprocess))
+        found |= {name: require_finite(logits, f"{each.runtime}, {each.executed}") for name, logits in answers.items()}
+    return found | {name: network.network(images_for(sources[name].preprocess)) for name, network in opened.items()}
 
 
 def _said(logits: NpArray, labels: Sequence[str], top: int) -> Said:
@@ -198,7 +210,10 @@ def _screen(report: PredictReport) -> Screen:
     rows = [(each.image, *(_cell(each.tasks[name]) for name in names)) for each in report.results]
     yield Table("", left("image", *names), rows)
     told = dict.fromkeys(report.runtimes.values())
-    yield lines(f"  {len(report.results)} {'image' if len(report.results) == 1 else 'images'}, on {', '.join(told)}")
+    yield lines(
+        f"  {len(report.results)} {'image' if len(report.results) == 1 else 'images'}, on {', '.join(told)}",
+        *(f"  up to {each.after} computed once for {', '.join(each.tasks)}" for each in report.shared),
+    )
 
 
 def _cell(said: Said) -> str:
