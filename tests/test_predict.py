@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -114,3 +115,23 @@ def test_packs_of_one_backbone_share_what_none_of_them_changes(tasks: Tasks, tmp
             said, expected = together.tasks[name], by_itself.tasks[name]
             assert said.label == expected.label
             assert said.score == pytest.approx(expected.score, abs=1e-5)
+
+
+def test_lines_of_stdin_are_answered_as_they_come(
+    tasks: Tasks, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images = [str(path) for path in sorted((tasks.data / "test").glob("*/*.png"))[:2]]
+    lines = [images[0], json.dumps({"image": images[1]}), str(tmp_path / "missing.png")]
+    monkeypatch.setattr("sys.stdin", io.StringIO("\n".join(lines)))
+
+    done = edgepet("predict", tasks.shapes, tasks.tints, "-", "--top", 2, "--json")
+
+    said = [json.loads(line) for line in done.out.splitlines()]
+    assert done.code == 3
+    assert [each["image"] for each in said] == [*images, lines[2]]
+    assert [list(result["tasks"]) for each in said for result in each["results"]] == [["shapes", "tints"]] * 2
+    assert said[2]["error"].startswith(f"{tmp_path / 'missing.png'}: ")
+    whole = predict([tasks.shapes, tasks.tints], images, top=2)
+    for each, result in zip(said, whole.results, strict=False):
+        told = each["results"][0]["tasks"]["tints"]
+        assert told["top"][0]["score"] == pytest.approx(result.tasks["tints"].top[0].score, abs=1e-6)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,9 +15,9 @@ from edgepet.device.artifact import MANIFEST
 from edgepet.device.runtime import require_finite, scores_of
 from edgepet.device.runtimes import RUNTIMES
 from edgepet.device.together import Shared, Together
-from edgepet.errors import InputError
+from edgepet.errors import EdgepetError, InputError
 from edgepet.images.folders import require_readable
-from edgepet.images.inputs import inputs_of
+from edgepet.images.inputs import asked_for, inputs_of
 from edgepet.images.preprocess import load_input, normalize
 from edgepet.measuring.machine import TORCH
 from edgepet.networks.backbone import AnyBackbone
@@ -28,6 +29,7 @@ from edgepet.verbs.verb import (
     MOST_THREADS,
     Options,
     Parser,
+    Stream,
     Verb,
     at_least_one,
     backbone_option,
@@ -104,38 +106,76 @@ def predict(
         MissingError: the runtime is not installed.
     """
     at_least_one("top", top)
-    at_least_one("threads", threads, MOST_THREADS)
-    sources = [open_source(model) for model in models]
-    frames = {source.preprocess.frames > 1 for source in sources}
-    if len(frames) != 1:
-        raise InputError("models", "take images and clips", fix="ask for them one after the other")
-    clips = frames.pop()
-    paths = inputs_of(inputs, clips=clips)
-    if not clips:
-        require_readable(paths)
-    named = dict(zip(_names(sources, models), sources, strict=True))
-    with contextlib.ExitStack() as stack:
-        together = open_together(named, runtime, precision, backbone, threads)
-        for each in together:
-            stack.callback(each.close)
-        opened = dict[str, Opened]()
-        for name in named.keys() - {name for each in together for name in each.tasks}:
-            opened[name] = named[name].open(runtime, precision, backbone, threads)
-            stack.callback(opened[name].network.close)
-        results = list[Prediction]()
-        for start in range(0, len(paths), BATCH):
-            some = paths[start : start + BATCH]
-            logits = _logits(some, named, opened, together)
-            results += [
-                Prediction(
-                    image=str(path),
-                    tasks={name: _said(logits[name][k], source.labels, top) for name, source in named.items()},
-                )
-                for k, path in enumerate(some)
-            ]
-        shared = tuple(stretch for each in together for stretch in each.shared)
-    runs = {name: each.runtime for each in together for name in each.tasks} | {n: o.runtime for n, o in opened.items()}
-    return PredictReport(results=tuple(results), runtimes={name: runs[name] for name in named}, shared=shared)
+    with Predictor(models, runtime=runtime, precision=precision, backbone=backbone, threads=threads) as predictor:
+        paths = predictor.inputs(inputs)
+        results = [
+            each
+            for start in range(0, len(paths), BATCH)
+            for each in predictor.answers(paths[start : start + BATCH], top)
+        ]
+        return PredictReport(results=tuple(results), runtimes=predictor.runtimes, shared=predictor.shared)
+
+
+class Predictor:
+    """Packs and exported models, kept open, that look at the same images. A context manager; raises as ``predict``."""
+
+    def __init__(
+        self, models: Sequence[FilePath], *, runtime: str | None, precision: str, backbone: AnyBackbone,
+        threads: int | None,
+    ) -> None:  # fmt: skip
+        at_least_one("threads", threads, MOST_THREADS)
+        sources = [open_source(model) for model in models]
+        frames = {source.preprocess.frames > 1 for source in sources}
+        if len(frames) != 1:
+            raise InputError("models", "take images and clips", fix="ask for them one after the other")
+        self._clips, self._closing = frames.pop(), contextlib.ExitStack()
+        self._named = dict(zip(_names(sources, models), sources, strict=True))
+        self._given = runtime, precision, backbone, threads
+        self._together, self._opened = list[Together](), dict[str, Opened]()
+
+    def __enter__(self) -> Predictor:
+        with contextlib.ExitStack() as stack:
+            self._together = open_together(self._named, *self._given)
+            for each in self._together:
+                stack.callback(each.close)
+            for name in self._named.keys() - {name for each in self._together for name in each.tasks}:
+                self._opened[name] = self._named[name].open(*self._given)
+                stack.callback(self._opened[name].network.close)
+            self._closing = stack.pop_all()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._closing.close()
+
+    @property
+    def runtimes(self) -> dict[str, str]:
+        """That of each task."""
+        runs = {name: each.runtime for each in self._together for name in each.tasks}
+        runs |= {name: each.runtime for name, each in self._opened.items()}
+        return {name: runs[name] for name in self._named}
+
+    @property
+    def shared(self) -> tuple[Shared, ...]:
+        """What is computed once for several tasks."""
+        return tuple(stretch for each in self._together for stretch in each.shared)
+
+    def inputs(self, given: Sequence[str]) -> tuple[Path, ...]:
+        """The images, or clips, that ``given`` names, each of which is there."""
+        paths = inputs_of(given, clips=self._clips)
+        if not self._clips:
+            require_readable(paths)
+        return paths
+
+    def answers(self, paths: Sequence[Path], top: int) -> list[Prediction]:
+        """What every task says of some images, at once."""
+        logits = _logits(paths, self._named, self._opened, self._together)
+        return [
+            Prediction(
+                image=str(path),
+                tasks={name: _said(logits[name][k], source.labels, top) for name, source in self._named.items()},
+            )
+            for k, path in enumerate(paths)
+        ]
 
 
 def _names(sources: Sequence[PackSource | ArtifactSource], models: Sequence[FilePath]) -> list[str]:
@@ -177,9 +217,57 @@ def _said(logits: NpArray, labels: Sequence[str], top: int) -> Said:
     return Said(label=guesses[0].label, score=guesses[0].score, top=guesses)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StreamedPrediction:
+    """What every task says of the image that a line of stdin asks for, or why they do not."""
+
+    image: str
+    results: tuple[Prediction, ...]
+    error: str | None = None
+
+
+def _is_streamed(options: Options) -> bool:
+    return [text for text in options.given if not _is_model(text)] == ["-"]
+
+
+def _stream(options: Options, progress: Progress) -> Iterator[StreamedPrediction]:
+    models = [text for text in options.given if _is_model(text)]
+    if not models:
+        raise InputError("predict", "needs a model, TASK.pet or an exported folder, and images", got="no model")
+    at_least_one("top", options.top)
+    predictor = Predictor(
+        models, runtime=options.runtime, precision=options.precision, backbone=options.backbone,
+        threads=options.threads,
+    )  # fmt: skip
+    with contextlib.ExitStack() as stack:
+        with progress.stage(f"open {', '.join(models)}"):
+            stack.enter_context(predictor)
+        for line in filter(None, map(str.strip, sys.stdin)):
+            yield _answered(predictor, line, options.top)
+
+
+def _answered(predictor: Predictor, line: str, top: int) -> StreamedPrediction:
+    image = line[:200]
+    try:
+        image = asked_for(line)
+        return StreamedPrediction(image=image, results=tuple(predictor.answers(predictor.inputs([image]), top)))
+    except EdgepetError as error:
+        return StreamedPrediction(image=image, results=(), error=str(error))
+
+
+def _streamed_screen(report: StreamedPrediction) -> Screen:
+    said = [f"{name} {_cell(each)}" for result in report.results for name, each in result.tasks.items()]
+    yield lines(f"{report.image}  {', '.join(said)}" if report.error is None else report.error)
+
+
+def _has_error(report: StreamedPrediction) -> bool:
+    return report.error is not None
+
+
 def _options(parser: Parser) -> None:
     add = parser.add_argument
-    add("given", nargs="+", metavar="MODEL|INPUT", help="packs and exported models, then images, folders or patterns")
+    told = "packs and exported models, then images, folders or patterns, or - for those that lines of stdin name"
+    add("given", nargs="+", metavar="MODEL|INPUT", help=told)
     told = "what runs them (default: onnxruntime for a pack, an exported model's own)"
     add("--runtime", choices=[TORCH.name, *RUNTIMES], help=told)
     add("--top", type=int, default=1, metavar="K", help="classes to tell of each image (default: %(default)s)")
@@ -220,4 +308,9 @@ def _cell(said: Said) -> str:
     return ", ".join(f"{guess.label} {format_percent(guess.score)}" for guess in said.top)
 
 
-VERB = Verb(options=_options, run=_run, screen=_screen)
+VERB = Verb(
+    options=_options,
+    run=_run,
+    screen=_screen,
+    stream=Stream(asked=_is_streamed, run=_stream, screen=_streamed_screen, failed=_has_error),
+)
