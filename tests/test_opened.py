@@ -255,6 +255,20 @@ def test_a_task_in_slots_is_merged_once_that_pays(
     assert merged[0].score == pytest.approx(in_slots[0].score, abs=1e-5)
 
 
+def test_a_second_task_of_one_form_does_not_merge_at_once(
+    device: Device, tasks: Tasks, paths: list[Path], tmp_path: Path
+) -> None:
+    write_pack(tmp_path / "twin.pet", replace(read_pack(tasks.shapes).delta, task="twin"))
+    device.install(tmp_path / "twin.pet")
+
+    with (
+        device.open("shapes", memory_bytes=10**9, threads=1),
+        device.open("twin", memory_bytes=10**9, threads=1) as twin,
+    ):
+        twin.predict(paths[:2])
+        assert twin.events == ()
+
+
 def test_without_a_limit_a_task_stays_in_slots(
     device: Device, paths: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:

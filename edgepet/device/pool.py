@@ -75,14 +75,12 @@ class Pool:
         if precision == "int8" and mode == "merged":
             fix = "export the task, whose int8 is then its own"
             raise InputError(option("mode"), "is slots in int8: all tasks share the codes", got=mode, fix=fix)
-        self.row, self.precision, self.mode = (
-            shared_runtime(runtime, purpose="a pack on a shared backbone"),
-            precision,
-            mode,
-        )
+        self.row = shared_runtime(runtime, purpose="a pack on a shared backbone")
+        self.precision, self.mode = precision, mode
         self.events, self.holders = list[Event](), 0
         self._store, self.threads, self._memory = store, threads, memory_bytes
         self._networks, self._int8 = dict[object, PartRunner](), dict[object, SharedInt8]()
+        self._prices = dict[object, float]()  # seconds that the network of a form took to open
         self._own, self._lock, self._clock = list[_Own](), threading.RLock(), 0
 
     def open(self, pack: Pack) -> TaskNetwork:
@@ -116,6 +114,14 @@ class Pool:
                 own.used = self._clock
                 self._admit(own, "slots have cost as much as folding")
         return time.perf_counter() - began
+
+    def forget(self, own: _Own) -> None:
+        """Close a task's own network, for good."""
+        with own.lock, self._lock:
+            if own.network is not None:
+                own.network.close()
+            own.network = None
+            self._own = [each for each in self._own if each is not own]
 
     def hold(self) -> None:
         """Count one more who opens tasks on it."""
@@ -160,15 +166,15 @@ class Pool:
                 raise
             return self._alone(own)
         form = graph.folder, graph.stem, tuple((name, value.shape) for name, value in sorted(fitted.slots.items()))
-        began = time.perf_counter()
         if form not in self._networks:
+            began = time.perf_counter()
             self._networks[form] = opened(self.row, fitted.part, {}, self.threads)
-        price = time.perf_counter() - began
+            self._prices[form] = time.perf_counter() - began
         bound = self._networks[form].bind(fitted.slots)
         if self._memory is None:
             return bound
         cost = PRODUCTS_COST if any(name.endswith(RIGHT) for name in fitted.slots) else SCALES_COST
-        return _Renting(self, own, bound, cost, price)
+        return _Renting(self, own, bound, cost, self._prices[form])
 
     def _alone(self, own: _Own) -> Runner:
         self._clock += 1
@@ -238,10 +244,7 @@ class _Alone:
 
     def close(self) -> None:
         """Give the network back."""
-        with self._own.lock:
-            if self._own.network is not None:
-                self._own.network.close()
-            self._own.network = None
+        self._pool.forget(self._own)
 
 
 class _Renting:
@@ -272,4 +275,4 @@ class _Renting:
     def close(self) -> None:
         """Give the slots and the network back."""
         self._slots.close()
-        _Alone(self._pool, self._own).close()
+        self._pool.forget(self._own)
