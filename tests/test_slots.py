@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -27,7 +26,7 @@ from edgepet.graphs.parts import part_of
 from edgepet.methods import SSF, LinearProbe, LoRA
 from edgepet.methods.depth import in_blocks
 from edgepet.spec import NpArray
-from tests.flow import RUNTIMES, Network
+from tests.flow import RUNTIMES, Network, needs_openvino
 from tests.methods import EXAMPLES
 from tests.tiny import SETTINGS, random_images
 
@@ -199,7 +198,10 @@ def test_the_last_cut_before_a_change_is_chosen(file: OnnxFile) -> None:
 
 @pytest.mark.parametrize(
     ("runtime", "example"),
-    [*itertools.product(["onnxruntime"], EXAMPLES), *itertools.product(RUNTIMES[1:], ("ssf", "lora", "repadapter"))],
+    [
+        *(("onnxruntime", example) for example in EXAMPLES),
+        *(pytest.param("openvino", example, marks=needs_openvino) for example in ("ssf", "lora", "repadapter")),
+    ],
 )
 def test_a_task_in_slots_answers_as_merged_or_has_to_be_folded(vit: Network, runtime: str, example: str) -> None:
     delta = vit.task(EXAMPLES[example])

@@ -153,7 +153,7 @@ class OpenVinoPart:
     ) -> None:
         model, order = _with_tensors(part, tensors), tuple[str, ...]()
         if part.slots:
-            model, order = _stateful(model, part.reads)
+            model, order = _stateful(model, part.reads, plain=part.precision == "fp32")
         self._order = order
         self._compiled, self._part = _compile(model, threads, precision, where=part.reads), part
 
@@ -258,17 +258,18 @@ def _compile(model: _OpenVino, threads: int | None, precision: Precision, *, whe
         return core().compile_model(model, "CPU", _config(threads, precision))
 
 
-def _stateful(model: _OpenVino, reads: str) -> tuple[_OpenVino, tuple[str, ...]]:
+def _stateful(model: _OpenVino, reads: str, *, plain: bool = False) -> tuple[_OpenVino, tuple[str, ...]]:
     """``model`` with its inputs beside ``reads`` in one state variable, whose value a request keeps from call to call;
     and the order in which it holds them. One, since each costs its copies at every call.
 
     What is multiplied as a matrix stays an input: OpenVINO 2026.4 multiplies by other memory than a piece of a state.
+    With ``plain`` all stays one that is not read number by number, whatever becomes of it behind.
     """
     opset, openvino = _openvino().opset13, _openvino()
     inputs = {parameter.get_friendly_name(): parameter for parameter in model.get_parameters()}
     images = inputs.pop(reads)
     slots = {name: slot for name, slot in inputs.items() if slot.output(0).get_target_inputs()}  # padded: no shift
-    left = {name: slot for name, slot in slots.items() if not _is_elementwise(slot)}
+    left = {name: slot for name, slot in slots.items() if not _is_elementwise(slot, plain=plain)}
     slots = {name: slot for name, slot in slots.items() if name not in left}
     if not slots:
         return openvino.Model(model.get_results(), [images, *left.values()], "slots"), ()
@@ -286,10 +287,10 @@ def _stateful(model: _OpenVino, reads: str) -> tuple[_OpenVino, tuple[str, ...]]
     return stateful, tuple(slots)
 
 
-def _is_elementwise(slot: _OpenVino) -> bool:
-    """Whether every operation that reads it takes it number by number; norms come apart into such ones."""
-    readers = [target.get_node().get_type_name() for target in slot.output(0).get_target_inputs()]
-    return not _MULTIPLIED.intersection(readers)
+def _is_elementwise(slot: _OpenVino, *, plain: bool) -> bool:
+    """Whether no operation that reads it multiplies it as a matrix; ``plain``: whether all take it number by number."""
+    readers = {target.get_node().get_type_name() for target in slot.output(0).get_target_inputs()}
+    return readers <= _ELEMENTWISE if plain else not _MULTIPLIED & readers
 
 
 def _fused(cut: _OpenVino, shape: tuple[int, ...], target: _OpenVino) -> _OpenVino:
