@@ -66,7 +66,7 @@ class Amount:
     together: int
 
 
-LONG = Amount(sizes=(112, 224), runs=3, rounds=60, further=8, together=10)
+LONG = Amount(sizes=(112, 224), runs=2, rounds=40, further=8, together=10)
 SHORT = Amount(sizes=(112,), runs=2, rounds=2, further=2, together=3)
 
 
