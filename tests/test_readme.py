@@ -52,7 +52,7 @@ def test_every_command_of_the_walk_through_ends_well(
 
     codes = {command: main(shlex.split(command)[1:]) for command in walk_through()}
 
-    assert len(codes) == 13
+    assert len(codes) == 14
     assert codes == dict.fromkeys(codes, 0)
     shown = capsys.readouterr().out
     assert "tuned for saliency by its publisher and weaker for it; not DINOv2-S" in shown
