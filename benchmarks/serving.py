@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from adapters import OrtAdapters, hotswapped
 from harness import SETTLE_S, WARMUP, asked, parser_of, source, write_result
-from shared_int8 import resident, switching
+from shared_int8 import resident
 
 from edgepet.deltas.delta import Delta
 from edgepet.device.runner import BoundPart, Runner
@@ -35,7 +35,7 @@ from edgepet.device.runtimes import RUNTIMES, SHARED_RUNTIMES, shared_runtime
 from edgepet.device.together import Fitted, Together, fit, opened
 from edgepet.graphs.base import BaseGraph
 from edgepet.graphs.parts import part_of
-from edgepet.measuring.latency import Candidate, measure, ratio, ratio_of_runs
+from edgepet.measuring.latency import Candidate, measure, ratio, ratio_of_runs, switching_ms
 from edgepet.methods import SSF, LinearProbe, LoRA, Method
 from edgepet.methods.depth import in_blocks
 from edgepet.reports.tables import Column, Table, format_bytes, markdown
@@ -298,7 +298,7 @@ def changing(
         return 1e3 * (time.perf_counter() - began)
     fitted = [fit(graph, delta, form) for delta in deltas]
     network = opened(shared_runtime(runtime, purpose="a benchmark"), fitted[0].part, {}, THREADS)
-    return switching([network.bind(each.slots) for each in fitted], images, 4 * amount.rounds)
+    return switching_ms([network.bind(each.slots) for each in fitted], images, 4 * amount.rounds)
 
 
 def median_ms(call: Callable[[], object], amount: Amount) -> float:

@@ -15,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,9 +33,9 @@ from edgepet.device.runtime import SharedInt8, open_task
 from edgepet.files import sha256_file
 from edgepet.graphs.int8 import Int8Graph, open_int8
 from edgepet.graphs.slots import task_slots
-from edgepet.measuring.latency import Candidate, measure, ratio, ratio_of_runs
+from edgepet.measuring.latency import Candidate, measure, ratio, ratio_of_runs, switching_ms
+from edgepet.measuring.machine import resident_bytes
 from edgepet.proving.subject import Subject
-from edgepet.spec import NpArray
 
 RUNTIMES = {"onnxruntime": "onnx", "openvino": "openvino"}
 THREADS = 2
@@ -165,21 +165,8 @@ def latency(folder: Path, runtime: str, amount: Amount) -> dict[str, object]:
         "ratios": {f"{a} / {b}": ratio(report, rows[a], rows[b]).median for a, b in pairs},
         "p50_ms": {name: row.p50_ms for name, row in rows.items()},
         "bind_ms": bind_ms,
-        "switch_ms": switching(bound, images, 4 * amount.rounds),
+        "switch_ms": switching_ms(bound, images, 4 * amount.rounds),
     }
-
-
-def switching(bound: Sequence[Runner], images: NpArray, turns: int) -> float:
-    """What a call costs more where every call is another task's than the last: medians of many."""
-    for network in bound:
-        network(images)
-    times: dict[str, list[float]] = {"same": [], "other": []}
-    for turn in range(turns):
-        network = bound[turn // 2 % len(bound)]  # each task twice: the first call of a pair has changed it
-        began = time.perf_counter()
-        network(images)
-        times["same" if turn % 2 else "other"].append(1e3 * (time.perf_counter() - began))
-    return float(np.median(times["other"]) - np.median(times["same"]))
 
 
 def memory(folder: Path, runtime: str, amount: Amount) -> dict[str, object]:
@@ -202,8 +189,7 @@ def memory(folder: Path, runtime: str, amount: Amount) -> dict[str, object]:
 
 def resident() -> int:
     """Proportional set size of this process."""
-    lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
-    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("Pss:"))
+    return resident_bytes() or 0
 
 
 def code_differences(pack: Path, graph: Int8Graph) -> dict[str, int]:

@@ -56,25 +56,18 @@ def pictures_of(given: Picture | Iterable[Picture], *, clips: bool = False) -> t
     """
     alone = isinstance(given, (str, Path, Image.Image, np.ndarray))
     several: Sequence[object] = [given] if alone else list(given)  # type: ignore[arg-type]
-    found = list[Input]()
+    once = dict[object, Input]()
     for number, each in enumerate(several):
         if isinstance(each, (str, Path)):
-            found += [Input(path.name, path) for path in inputs_of([each], clips=clips)]
+            for path in inputs_of([each], clips=clips):
+                once.setdefault(path, Input(path.name, path))
         elif isinstance(each, (Image.Image, np.ndarray)):
-            found.append(Input(str(number), each))
+            once[number] = Input(str(number), each)
         else:
             raise InputError(f"image {number}", "must be a path, a PIL image or an array", got=type(each).__name__)
-    paths = dict[Path, None]()
-    once = list[Input]()
-    for one in found:
-        if isinstance(one.picture, Path):
-            if one.picture in paths:
-                continue
-            paths[one.picture] = None
-        once.append(one)
     if not once:
         raise InputError("images", "needs an image", got="none")
-    return tuple(once)
+    return tuple(once.values())
 
 
 def asked_for(line: str) -> str:

@@ -168,6 +168,19 @@ def ratio_of_runs(runs: Sequence[float]) -> Ratio:
     return _bootstrap(np.array(runs, np.float64))
 
 
+def switching_ms(networks: Sequence[Network], images: NpArray, turns: int) -> float:
+    """Milliseconds that a call costs more behind another network's call than behind its own: medians of ``turns``."""
+    for network in networks:
+        network(images)
+    times: dict[bool, list[float]] = {False: [], True: []}
+    for turn in range(turns):
+        network = networks[turn // 2 % len(networks)]  # each twice: the first call of a pair has changed it
+        began = perf_counter_ns()
+        network(images)
+        times[turn % 2 == 0].append((perf_counter_ns() - began) / 1e6)
+    return float(np.median(times[True]) - np.median(times[False]))
+
+
 def _open(candidate: Candidate, images: NpArray, settle_s: float, closing: ExitStack) -> _Ready:
     network, open_ns = _timed(candidate.open, settle_s)
     close = getattr(network, "close", None)

@@ -99,6 +99,12 @@ def environment() -> Environment:
     )
 
 
+def resident_bytes() -> int | None:
+    """Proportional set size of this process, None where the system does not say."""
+    found = re.search(r"^Pss:\s+(\d+) kB", _read(Path("/proc/self/smaps_rollup")) or "", re.MULTILINE)
+    return None if found is None else 1024 * int(found[1])
+
+
 def free_memory_bytes() -> int:
     """Bytes that processes can have now without swapping, of the machine or of this container, whichever are less.
 

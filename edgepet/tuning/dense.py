@@ -14,7 +14,6 @@ from edgepet.deltas.delta import NO_CLASSIFIER, Delta, JudgedHead, Score
 from edgepet.deltas.merge import fold_all, task_tensors
 from edgepet.methods import Method
 from edgepet.methods.method import unflatten
-from edgepet.methods.settings import stored
 from edgepet.networks.backbone import Backbone
 from edgepet.networks.graft import grafted, in_torch
 from edgepet.networks.head_forms import HeadForm
@@ -23,7 +22,7 @@ from edgepet.networks.heads import HeadNetwork
 from edgepet.networks.maps import taking
 from edgepet.spec import NpArray
 from edgepet.tuning.fake_quant import FakeQuant
-from edgepet.tuning.model import TunedModel
+from edgepet.tuning.model import TunedModel, lowered
 from edgepet.tuning.noise import Noise
 
 HEAD = "mask"  # the name of the one head that a training makes
@@ -106,22 +105,10 @@ def extract_dense(
     Raises:
         InputError: ``task``, ``labels`` or branches are none that a ``Delta`` can have.
     """
-    tuned = unflatten(model.arrays(), model.sites)
-    return Delta(
-        task=task,
-        backbone=backbone.label,
-        fingerprint=backbone.fingerprint,
-        updates=model.method.lower(backbone.tensors, model.sites, tuned),
-        branches=model.branches(tuned),
-        head=NO_CLASSIFIER,
-        labels=(),
-        preprocess=backbone.preprocess,
-        method=model.method.name,
-        settings=stored(model.method),
-        training=dict(training or {}),
-        val=Score(top1=0.0, n=0),
-        licences=(backbone.licence,),
-        heads=(JudgedHead(head=model.form.lower(HEAD, labels).astype(np.float32), miou=0.0, n=0),),
+    judged = JudgedHead(head=model.form.lower(HEAD, labels).astype(np.float32), miou=0.0, n=0)
+    none = Score(top1=0.0, n=0)
+    return lowered(
+        model, backbone, task=task, training=training, head=NO_CLASSIFIER, labels=(), val=none, heads=(judged,)
     )
 
 

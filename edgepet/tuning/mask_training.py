@@ -15,7 +15,7 @@ import torch
 
 from edgepet.canonical import canonical_json
 from edgepet.deltas.delta import Delta
-from edgepet.errors import CheckError, InputError, option
+from edgepet.errors import InputError, option
 from edgepet.files import require_space
 from edgepet.images.held import Shape, Turn, features_folder, hold, load_held, pixels_folder
 from edgepet.images.mask_folders import open_masks
@@ -23,7 +23,6 @@ from edgepet.images.masks import MaskSet, check_masks, require_classes, squashed
 from edgepet.images.notes import passed_over, tell_nobody
 from edgepet.images.preprocess import normalize
 from edgepet.measuring.machine import free_memory_bytes
-from edgepet.measuring.parity import ALGEBRA
 from edgepet.methods import Method, configure
 from edgepet.methods.settings import stored
 from edgepet.networks.backbone import Backbone
@@ -36,6 +35,7 @@ from edgepet.tuning.dense import DenseModel, dense_algebra_error, extract_dense
 from edgepet.tuning.fit import Fit, Plan
 from edgepet.tuning.joint import joint_augmentations
 from edgepet.tuning.mask_fit import Losses, MaskedPixels, fill_rows, fit_masks
+from edgepet.tuning.model import require_algebra
 from edgepet.tuning.processes import Processes
 from edgepet.tuning.recipes import head_form
 from edgepet.tuning.remembered import Place, no_room
@@ -240,16 +240,9 @@ def _remembered(
 
 
 def _prove(model: DenseModel, backbone: Backbone, pixels: NpArray) -> tuple[float, float]:
-    max_abs, largest = dense_algebra_error(model, backbone, normalize(pixels[:ALGEBRA_IMAGES], backbone.preprocess))
-    limit = ALGEBRA * largest
-    if not max_abs <= limit:
-        raise CheckError(
-            model.method.name,
-            f"merged network with its head and the tuned one must agree within {limit:.1e} in float64",
-            got=f"{max_abs:.1e}",
-            fix="this is a fault of a lowering: report it",
-        )
-    return max_abs, limit
+    error = dense_algebra_error(model, backbone, normalize(pixels[:ALGEBRA_IMAGES], backbone.preprocess))
+    compared = "merged network with its head and the tuned one"
+    return require_algebra(model.method.name, *error, compared, "a lowering")
 
 
 def _identity(

@@ -11,10 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from edgepet.deltas.branches import ATTENTION, Branch
-from edgepet.deltas.delta import Delta, Head, Score
+from edgepet.deltas.delta import Delta, Head, JudgedHead, Score
 from edgepet.deltas.merge import fold_all, fold_each
 from edgepet.deltas.updates import apart, keeps_codes
+from edgepet.errors import CheckError
 from edgepet.images.batches import in_batches
+from edgepet.measuring.parity import ALGEBRA
 from edgepet.methods import ActivationPath, Branching, Method
 from edgepet.methods.method import InUnits, flatten, unflatten
 from edgepet.methods.settings import stored
@@ -285,6 +287,21 @@ def extract(
     Raises:
         InputError: ``task``, ``labels`` or branches are none that a ``Delta`` can have.
     """
+    return lowered(model, backbone, task=task, training=training, head=model.head(), labels=labels, val=val)
+
+
+def lowered(
+    model: TunedModel,
+    backbone: Backbone,
+    *,
+    task: str,
+    training: Mapping[str, object] | None,
+    head: Head,
+    labels: tuple[str, ...],
+    val: Score,
+    heads: tuple[JudgedHead, ...] = (),
+) -> Delta:
+    """As ``extract``, with these heads."""
     tuned = unflatten(model.arrays(), model.sites)
     return Delta(
         task=task,
@@ -292,7 +309,7 @@ def extract(
         fingerprint=backbone.fingerprint,
         updates=model.method.lower(backbone.tensors, model.sites, tuned),
         branches=model.branches(tuned),
-        head=model.head(),
+        head=head,
         labels=labels,
         preprocess=backbone.preprocess,
         method=model.method.name,
@@ -300,7 +317,24 @@ def extract(
         training=dict(training or {}),
         val=val,
         licences=(backbone.licence,),
+        heads=heads,
     )
+
+
+def require_algebra(method: str, max_abs: float, largest: float, compared: str, fault_of: str) -> tuple[float, float]:
+    """Refuse a lowering that changes logits, the ``largest`` of them, by ``max_abs``.
+
+    Returns:
+        The difference, and what it may be.
+
+    Raises:
+        CheckError: it is more.
+    """
+    limit = ALGEBRA * largest
+    if not max_abs <= limit:
+        what, fix = f"{compared} must agree within {limit:.1e} in float64", f"this is a fault of {fault_of}: report it"
+        raise CheckError(method, what, got=f"{max_abs:.1e}", fix=fix)
+    return max_abs, limit
 
 
 def algebra_error(model: TunedModel, backbone: Backbone, images: NpArray) -> tuple[float, float]:

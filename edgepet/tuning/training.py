@@ -16,7 +16,7 @@ from torch.nn import functional
 
 from edgepet.canonical import canonical_json
 from edgepet.deltas.delta import Delta, Score
-from edgepet.errors import CheckError, InputError, option
+from edgepet.errors import InputError, option
 from edgepet.exporters.trace import base_graph
 from edgepet.files import cache_folder, made_cache, require_only, require_place, require_space
 from edgepet.graphs.base import WEIGHTS, graph_folder
@@ -25,7 +25,6 @@ from edgepet.images.notes import Tell, tell_nobody, tell_of
 from edgepet.images.preprocess import normalize
 from edgepet.images.sets import ImageSet, few_shots, open_split
 from edgepet.measuring.machine import free_memory_bytes
-from edgepet.measuring.parity import ALGEBRA
 from edgepet.methods import Method, STAdapter, configure
 from edgepet.methods.settings import stored
 from edgepet.networks.backbone import Backbone
@@ -39,7 +38,7 @@ from edgepet.tuning.computing import device_of
 from edgepet.tuning.consistency import require_differences, table_bytes
 from edgepet.tuning.fake_quant import FakeQuant
 from edgepet.tuning.fit import Fit, LabelledPixels, Plan, fit
-from edgepet.tuning.model import TunedModel, algebra_error, extract
+from edgepet.tuning.model import TunedModel, algebra_error, extract, require_algebra
 from edgepet.tuning.optimizers import require_optimizer, require_schedule
 from edgepet.tuning.options import TrainOptions
 from edgepet.tuning.processes import Processes
@@ -330,16 +329,8 @@ def _rehearse(training: Training, backbone: Backbone, model: TunedModel, images:
 
 
 def _prove(model: TunedModel, backbone: Backbone, pixels: NpArray) -> tuple[float, float]:
-    max_abs, largest = algebra_error(model, backbone, normalize(pixels[:ALGEBRA_IMAGES], backbone.preprocess))
-    limit = ALGEBRA * largest
-    if not max_abs <= limit:
-        raise CheckError(
-            model.method.name,
-            f"merged and tuned network must agree within {limit:.1e} in float64",
-            got=f"{max_abs:.1e}",
-            fix="this is a fault of the method's lowering: report it",
-        )
-    return max_abs, limit
+    error = algebra_error(model, backbone, normalize(pixels[:ALGEBRA_IMAGES], backbone.preprocess))
+    return require_algebra(model.method.name, *error, "merged and tuned network", "the method's lowering")
 
 
 def _identity(

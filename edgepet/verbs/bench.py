@@ -11,7 +11,7 @@ import numpy as np
 
 from edgepet.device.runtimes import RUNTIMES, SHARED_RUNTIMES
 from edgepet.errors import InputError, option
-from edgepet.measuring.latency import SETTLE_S, BenchReport, Candidate, measure
+from edgepet.measuring.latency import SETTLE_S, BenchReport, Candidate, LatencyRow, measure
 from edgepet.measuring.machine import TORCH, environment
 from edgepet.networks.backbone import AnyBackbone
 from edgepet.proving.sources import open_source
@@ -117,23 +117,28 @@ def _run(options: Options, progress: Progress) -> BenchReport:
         )
 
 
+def latency_table(title: str, what: str, rows: Sequence[LatencyRow]) -> Table:
+    """A row for each candidate; ``what`` they are."""
+    cells = [
+        (
+            row.model,
+            row.runtime,
+            row.precision,
+            row.mode,
+            *map(format_ms, (row.p50_ms, row.p90_ms, row.p99_ms, row.open_ms, row.first_ms)),
+            "noisy" if row.noisy else "",
+        )
+        for row in rows
+    ]
+    columns = (*left(what, "runtime", "precision", "mode"), *right("p50", "p90", "p99", "open", "first"), *left(""))
+    return Table(title, columns, cells)
+
+
 def screen(report: BenchReport) -> Screen:
     """A row for each candidate, and what the machine did meanwhile."""
-    rows = [
-        (
-            r.model,
-            r.runtime,
-            r.precision,
-            r.mode,
-            *map(format_ms, (r.p50_ms, r.p90_ms, r.p99_ms, r.open_ms, r.first_ms)),
-            "noisy" if r.noisy else "",
-        )
-        for r in report.rows
-    ]
     first, here = report.rows[0], report.environment
-    columns = (*left("model", "runtime", "precision", "mode"), *right("p50", "p90", "p99", "open", "first"), *left(""))
     title = f"latency, batch {first.batch}, {first.threads} threads, {first.n} interleaved rounds"
-    yield Table(title, columns, rows)
+    yield latency_table(title, "model", report.rows)
     yield lines(
         f"  {here.cpu}, load {here.load_1m}; one inference after another; 'noisy': the middle half"
         " of the rounds spreads over more than 10 % of p50"

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import re
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,15 +13,15 @@ from edgepet.device.runtimes import DEFAULT
 from edgepet.device.serving import Device
 from edgepet.device.together import Shared
 from edgepet.errors import InputError
-from edgepet.measuring.latency import Candidate, LatencyRow, Network, measure
-from edgepet.measuring.machine import Environment, environment
+from edgepet.measuring.latency import Candidate, LatencyRow, Network, measure, switching_ms
+from edgepet.measuring.machine import Environment, environment, resident_bytes
 from edgepet.reports.screen import Screen, lines
-from edgepet.reports.tables import Table, format_bytes, format_ms, left, right
+from edgepet.reports.tables import format_bytes
 from edgepet.spec import FilePath, NpArray
+from edgepet.verbs.bench import latency_table
 from edgepet.verbs.verb import MOST_THREADS, at_least_one
 
 TOGETHER = "all together"  # a row's model: every task on one image
-_PSS = re.compile(r"^Pss:\s+(\d+) kB", re.MULTILINE)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,19 +70,19 @@ def bench(
         raise InputError(str(store), "has no task to time", fix="edgepet device install")
     settings: dict[str, Any] = {"runtime": runtime, "precision": precision, "mode": mode, "threads": count}
     with Device(store) as counted:
-        before = _resident()
+        before = resident_bytes()
         opened = [counted.open(names[0], **settings)]
         shapes = {opened[0].preprocess.input_shape}
         images = np.random.default_rng(0).standard_normal((1, *shapes.pop()), dtype=np.float32)
         opened[0](images)
-        first = _resident()
+        first = resident_bytes()
         for name in names[1:]:
             opened.append(counted.open(name, **settings))
             if opened[-1].preprocess.input_shape != images.shape[1:]:
                 raise InputError(f"task {name!r}", "looks at images of another size", fix="time it by itself")
             opened[-1](images)
-        last = _resident()
-        switch_ms = _switching(opened, images, 4 * rounds) if len(opened) > 1 else None
+        last = resident_bytes()
+        switch_ms = switching_ms(opened, images, 4 * rounds) if len(opened) > 1 else None
     candidates = [_candidate(name, partial(device.open, name, **settings), settings) for name in names]
     shared = tuple[Shared, ...]()
     if len(names) > 1:
@@ -124,42 +121,11 @@ def _candidate(name: str, opener: Callable[[], Network], settings: dict[str, Any
     )
 
 
-def _switching(opened: Sequence[Network], images: NpArray, turns: int) -> float:
-    """Medians of calls behind another task's call and behind the same task's, and their difference, in ms."""
-    times: dict[bool, list[float]] = {False: [], True: []}
-    for turn in range(turns):
-        network = opened[turn // 2 % len(opened)]  # each task twice: the first call of a pair has changed it
-        began = time.perf_counter()
-        network(images)
-        times[turn % 2 == 0].append(1e3 * (time.perf_counter() - began))
-    return float(np.median(times[True]) - np.median(times[False]))
-
-
-def _resident() -> int | None:
-    """Proportional set size of this process in bytes."""
-    try:
-        found = _PSS.search(Path("/proc/self/smaps_rollup").read_text())
-    except OSError:
-        return None
-    return None if found is None else 1024 * int(found[1])
-
-
 def screen(report: DeviceBenchReport) -> Screen:
     """A row for each task, and what they share and take."""
-    rows = [
-        (
-            row.model,
-            row.runtime,
-            row.precision,
-            row.mode,
-            *map(format_ms, (row.p50_ms, row.p90_ms, row.p99_ms, row.open_ms, row.first_ms)),
-            "noisy" if row.noisy else "",
-        )
-        for row in report.rows
-    ]
     first = report.rows[0]
-    columns = (*left("task", "runtime", "precision", "mode"), *right("p50", "p90", "p99", "open", "first"), *left(""))
-    yield Table(f"latency of an image, {first.threads} threads, {first.n} interleaved rounds", columns, rows)
+    title = f"latency of an image, {first.threads} threads, {first.n} interleaved rounds"
+    yield latency_table(title, "task", report.rows)
     over, switch = report.together_over_sum, report.switch_ms
     yield lines(
         None if over is None else f"  all tasks on one image take {over:.2f} of the sum of each by itself",
