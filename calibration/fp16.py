@@ -15,12 +15,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from edgepet.calibration.observe import at_once
+from edgepet.calibration.observe import watched
 from edgepet.calibration.rewriting import folded
 from edgepet.calibration.writer import GraphWriter, copied, require_valid
 from edgepet.device.onnxruntime import open_model
 from edgepet.errors import CheckError, InputError, require
-from edgepet.graphs.base import INPUT
 from edgepet.spec import NpArray
 
 if TYPE_CHECKING:
@@ -123,15 +122,13 @@ def _ranges(model: ModelProto, images: NpArray, where: str) -> dict[str, float]:
     session = open_model(model, names)
     ranges: dict[str, float] = {}
     padded = {node.output[0] for node in model.graph.node if node.op_type == "Pad"}  # with -inf before a maximum
-    step = at_once(session, names, images[:1])
-    for start in range(0, len(images), step):
-        for name, value in zip(names, session.run(names, {INPUT: images[start : start + step]}), strict=True):
-            if value.dtype == np.float32:
-                seen = value[np.isfinite(value)] if name in padded else value
-                largest = float(np.abs(seen).max(initial=0.0))
-                if not np.isfinite(largest):
-                    raise InputError(where, f"must stay finite in fp32 on the calibration images: {name}", got=largest)
-                ranges[name] = max(ranges.get(name, 0.0), largest)
+    for name, value, _ in watched(session, names, images):
+        if value.dtype == np.float32:
+            seen = value[np.isfinite(value)] if name in padded else value
+            largest = float(np.abs(seen).max(initial=0.0))
+            if not np.isfinite(largest):
+                raise InputError(where, f"must stay finite in fp32 on the calibration images: {name}", got=largest)
+            ranges[name] = max(ranges.get(name, 0.0), largest)
     return ranges
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, TypeAlias
 
@@ -12,13 +12,15 @@ from edgepet.calibration.layers import Layer
 from edgepet.device.onnxruntime import ModelSession, open_model
 from edgepet.errors import InputError, option
 from edgepet.graphs.base import INPUT
+from edgepet.measuring.machine import free_memory_bytes
 from edgepet.spec import NpArray
 
 if TYPE_CHECKING:
     from onnx import ModelProto
 
 ROWS = 4096  # of one tensor, drawn evenly from all images: enough for histograms and means of channels
-MOST_IMAGES, MOST_BYTES = 4, 1 << 30  # of one step: every watched tensor is held at once
+MOST_IMAGES, MOST_BYTES = 4, 1 << 30  # of one step, where a machine has no more to spare
+LIKELY = 16  # times the bytes of an image: a tensor of it, before it is measured
 Seen: TypeAlias = "Mapping[str, Activations]"
 
 
@@ -54,35 +56,58 @@ def observe(
     """
     axes = {layer.reads: layer.channel_axis for layer in layers}
     others = {name: axis for name, axis in (also or {}).items() if name not in axes}
-    around = dict.fromkeys((*(name for layer in layers for name in (layer.reads, layer.puts_out)), *others))
-    names = [name for name in around if name != INPUT]
-    session = open_model(model, names)
+    put_out = (layer.puts_out for layer in layers)
+    names = list(dict.fromkeys((*axes, *others, *put_out)))
+    session = open_model(model, [name for name in names if name != INPUT])
     gathered: dict[str, list[Activations]] = {}
     rng, other = np.random.default_rng(0), np.random.default_rng(1)  # what layers read is drawn alike with and without
-    step = at_once(session, names, images[:1])
-    for start in range(0, len(images), step):
-        batch = images[start : start + step]
-        values = dict(zip(names, session.run(names, {INPUT: batch}), strict=True)) | {INPUT: batch}
-        for name, value in values.items():
-            if not np.isfinite(value).all():
-                fix = f"train again with a lower {option('lr')}, or look at the images"
-                what = "must stay finite on the calibration images"
-                raise InputError(f"{where}: {name}", what, got="NaN or infinity", fix=fix)
-        each = max(1, ROWS * len(batch) // len(images))
-        for name, axis in axes.items():
-            gathered.setdefault(name, []).append(_drawn(values[name], axis, each, rng))
-        for name, axis in others.items():
-            gathered.setdefault(name, []).append(_drawn(values[name], axis, each, other))
+    for name, value, count in watched(session, names, images):
+        if not np.isfinite(value).all():
+            fix = f"train again with a lower {option('lr')}, or look at the images"
+            what = "must stay finite on the calibration images"
+            raise InputError(f"{where}: {name}", what, got="NaN or infinity", fix=fix)
+        each = max(1, ROWS * count // len(images))
+        if name in axes:
+            gathered.setdefault(name, []).append(_drawn(value, axes[name], each, rng))
+        elif name in others:
+            gathered.setdefault(name, []).append(_drawn(value, others[name], each, other))
     return {name: _joined(parts) for name, parts in gathered.items()}
 
 
-def at_once(session: ModelSession, names: Sequence[str], image: NpArray) -> int:
-    """How many images to run at once, so that the tensors ``names`` of all of them take little memory.
+def watched(session: ModelSession, names: Sequence[str], images: NpArray) -> Iterator[tuple[str, NpArray, int]]:
+    """Each of the tensors ``names``, of how many of ``images`` (n, 3, H, W); then of the next images.
 
-    ``image`` (1, ...) is one of them: large images on a network of many maps take gigabytes each.
+    As few are held at once as memory asks for: of one large image on a network of many maps all take tens of gigabytes,
+    which is then run again for every part of them.
     """
-    size = sum(value.nbytes for value in session.run(names, {INPUT: image}))
-    return max(1, min(MOST_IMAGES, MOST_BYTES // max(1, size)))
+    first = images[:1]
+    sizes = {name: first.nbytes if name == INPUT else 0 for name in names}
+    for part in _split(names, lambda name: LIKELY * first.nbytes, MOST_BYTES):
+        sizes |= {name: value.nbytes for name, value in _values(session, part, first).items()}
+    step = max(1, min(MOST_IMAGES, MOST_BYTES // max(1, sum(sizes.values()))))
+    parts = _split(names, lambda name: step * sizes[name], max(MOST_BYTES, free_memory_bytes() // 4))
+    for start in range(0, len(images), step):
+        batch = images[start : start + step]
+        for part in parts:
+            yield from ((name, value, len(batch)) for name, value in _values(session, part, batch).items())
+
+
+def _values(session: ModelSession, names: Sequence[str], batch: NpArray) -> dict[str, NpArray]:
+    inner = [name for name in names if name != INPUT]
+    found = dict(zip(inner, session.run(inner, {INPUT: batch}), strict=True)) if inner else {}
+    return {name: batch if name == INPUT else found[name] for name in names}
+
+
+def _split(names: Sequence[str], size: Callable[[str], int], most: int) -> list[list[str]]:
+    """``names`` in order, in parts that are no larger than ``most`` or are one name."""
+    parts, held = list[list[str]](), 0
+    for name in names:
+        if not parts or held + size(name) > most:
+            parts.append([])
+            held = 0
+        parts[-1].append(name)
+        held += size(name)
+    return parts
 
 
 def _drawn(value: NpArray, axis: int, count: int, rng: np.random.Generator) -> Activations:

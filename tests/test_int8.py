@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +10,13 @@ import numpy as np
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
+from edgepet.calibration import observe as observe_module
 from edgepet.calibration.layers import Graph, find_layers
 from edgepet.calibration.observe import observe
 from edgepet.calibration.qdq import Int8Recipe, observed_smoothing
 from edgepet.calibration.rewriting import folded
 from edgepet.calibration.search import Calibration
-from edgepet.device.onnxruntime import OnnxRuntime, open_session
+from edgepet.device.onnxruntime import ModelSession, OnnxRuntime, open_session
 from edgepet.errors import InputError
 from edgepet.exporters.onnx import serialize, write_onnx
 from edgepet.exporters.portable import make_plain
@@ -456,6 +457,29 @@ def test_of_many_places_some_are_drawn_and_the_extremes_of_all_are_kept() -> Non
 
     assert seen.rows.shape == (4096, 3)  # of 8192 places
     assert seen.most.tolist() == np.maximum(images, 0).max(axis=(0, 2, 3)).tolist()
+
+
+def test_where_memory_is_short_some_tensors_are_observed_at_a_time(
+    networks: Callable[[str], Network], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = observed(networks("test_efficientnet"))
+    runs, run = list[int](), ModelSession.run
+
+    def counted(session: ModelSession, outputs: list[str], feed: Mapping[str, NpArray]) -> list[NpArray]:
+        values = run(session, outputs, feed)
+        runs.append(sum(value.nbytes for value in values))
+        return values
+
+    monkeypatch.setattr(ModelSession, "run", counted)
+    monkeypatch.setattr(observe_module, "MOST_BYTES", 1 << 16)
+    monkeypatch.setattr(observe_module, "free_memory_bytes", lambda: 4 << 17)
+    few = observed(networks("test_efficientnet"))
+
+    assert len(runs) > 2 * len(CALIBRATION)
+    assert max(runs) <= 1 << 17
+    for name, seen in plain.seen.items():
+        assert np.array_equal(few.seen[name].least, seen.least), name
+        assert np.array_equal(few.seen[name].most, seen.most), name
 
 
 @pytest.mark.parametrize("settings", [{"transB": 0}, {"alpha": 2.0}, {"transA": 1}])
