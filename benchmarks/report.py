@@ -15,7 +15,7 @@ from harness import HERE, RESULTS, TABLES, asked, parser_of, source
 from packs import pack_tables
 from serving import serving_tables
 from store import store_table
-from trials import trial_tables
+from trial_pages import trial_tables
 
 from edgepet.reports.tables import Column, Table, format_bytes, format_number, format_percent, markdown
 

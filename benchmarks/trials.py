@@ -1,5 +1,7 @@
 """What methods are worth by test top-1: with and without PACE, on some blocks, on few images, begun on other tasks.
 
+Beside it how far logits are after one epoch of few images, and where ``edgepet sites`` would tune.
+
     python benchmarks/trials.py --dir DIR                   # all tables; many hours on 2 cores
     python benchmarks/trials.py --dir DIR --only few-shots  # one of them
     python benchmarks/trials.py --dir DIR --only speed      # images per second, on a machine that does nothing else
@@ -15,7 +17,7 @@ import argparse
 import itertools
 import json
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -31,15 +33,18 @@ from harness import (
     Training,
     asked,
     draw,
+    finished,
+    images_of,
+    measuring_job,
+    pack_of,
     parser_of,
-    source,
     trained,
     write_result,
 )
 
 from edgepet import TrainOptions, train
 from edgepet.networks.loading import load_backbone
-from edgepet.reports.tables import Column, Table, format_bytes, format_percent, markdown
+from edgepet.reports.progress import Progress
 
 VIT, CONVNET = "vit-small", "efficientnet-lite0"
 TASKS = ("landcover", "digits", "cards", "fashion")
@@ -53,6 +58,9 @@ SHOTS, DRAWS, FEW_TASKS = (5, 20, 80), (0, 1, 2), ("landcover", "digits")
 BROAD, NARROW = ("materials", "emoji", "fashion"), ("landcover", "digits")
 FEWEST, NARROW_DRAWS, PRETRAINED = (1, 2, 4, 8), (0, 1, 2, 3, 4), ("vpt-deep", "ssf")
 FEW_TEST = 500  # test images where many draws are trained
+LONG: tuple[dict[str, Any], ...] = ({}, {"consistency": "cheap,sigma=2,weight=0.5"})
+LONG_EPOCHS = 100  # PACE's authors train for as long
+SITES_TASK, SITES_METHOD = "landcover", "lora"
 SPEED_SHOTS, SPEED_EPOCHS, ROUNDS = 16, 3, 5
 
 
@@ -97,6 +105,27 @@ def pretrained() -> Iterator[Training]:
         yield replace(own, init=Pretraining(tasks=BROAD, backbone=VIT, method=method, image_size=IMAGE_SIZES[VIT]))
 
 
+def starts() -> Iterator[Training]:
+    """One epoch of few images on a ConvNet: a method that begins badly has logits of hundreds then."""
+    for task, shots, method in itertools.product(FEW_TASKS, SHOTS, ("ssf", "conv-adapter")):
+        yield Training(
+            task=task, backbone=CONVNET, method=method, image_size=SMALLER[CONVNET], shots=shots, epochs=1,
+            test_cap=FEW_TEST, scored=True,
+        )  # fmt: skip
+
+
+def at_length() -> Iterator[Training]:
+    """PACE's cheap form and its host, for as many epochs as its authors train."""
+    for options in LONG:
+        yield replace(_on_vit(TASKS[0], "ssf"), epochs=LONG_EPOCHS, options=options)
+
+
+def sited() -> Iterator[Training]:
+    """A method where it goes by itself; ``chosen`` are the same where ``edgepet sites`` says."""
+    for seed in SEEDS:
+        yield _on_vit(SITES_TASK, SITES_METHOD, seed=seed)
+
+
 def _on_vit(task: str, method: str, *, seed: int = 0) -> Training:
     return Training(task=task, backbone=VIT, method=method, image_size=IMAGE_SIZES[VIT], seed=seed, scored=True)
 
@@ -106,8 +135,10 @@ TABLES: dict[str, Callable[[], Iterator[Training]]] = {
     "depth": depth,
     "few-shots": few_shots,
     "pretrained": pretrained,
+    "starts": starts,
+    "long": at_length,
 }
-SPEED = "speed"
+SPEED, SITES = "speed", "sites"
 
 
 # -------------------------------------------------------------------------------------------------------------- running
@@ -116,7 +147,7 @@ SPEED = "speed"
 def parser() -> argparse.ArgumentParser:
     """The arguments of this benchmark."""
     made = parser_of(__doc__)
-    made.add_argument("--only", choices=(*TABLES, SPEED), help="one table")
+    made.add_argument("--only", choices=(*TABLES, SITES, SPEED), help="one table")
     return made
 
 
@@ -126,13 +157,16 @@ def main() -> None:
     run = asked(options)
     if options.only in (None, SPEED):
         write_result(run, "trials-speed", speed(run))
-    for table in TABLES if options.only is None else {options.only} - {SPEED}:
+    if options.only in (None, SITES):
+        sites(run)
+    for table in TABLES if options.only is None else {options.only} - {SPEED, SITES}:
         trainings = list(TABLES[table]())
         if run.quick:
             trainings = [_smallest(trainings[-1])]
         rows = list[dict[str, object]]()
         for each in trainings:
-            rows.append(row(*trained(run, [each])))
+            (made,) = trained(run, [each])
+            rows.append({**row(made), **(far(run, made) if table == "starts" else {})})
             write_result(run, f"trials-{table}", {"trainings": len(trainings), "rows": rows})
 
 
@@ -169,6 +203,56 @@ def speed(run: Asked) -> dict[str, object]:
     }
 
 
+def far(run: Asked, made: Trained) -> Mapping[str, object]:
+    """The largest logit of a pack, of the images of val."""
+    (found,) = finished(run, [measuring_job("trials:largest_logit", made)])
+    return found.report
+
+
+def largest_logit(specification: Mapping[str, Any], folder: Path) -> dict[str, object]:
+    """``far``, as a job."""
+    from edgepet import read_pack
+    from edgepet.images.preprocess import normalize
+    from edgepet.images.sets import load_set, open_split
+    from edgepet.networks.merged import merged_logits
+
+    delta, data = read_pack(pack_of(specification, folder)).delta, images_of(specification, folder)
+    backbone = load_backbone(delta.backbone, image_size=delta.preprocess.image_size)
+    pixels, _ = load_set(open_split(data, "val"), delta.preprocess)
+    return {"largest_logit": float(np.abs(merged_logits(backbone, delta, normalize(pixels, delta.preprocess))).max())}
+
+
+def sites(run: Asked) -> None:
+    """Where ``edgepet sites`` would tune a method, and what that is worth beside its own places, of equal kilobytes."""
+    own = list(sited())
+    if run.quick:
+        own = [replace(_smallest(own[-1]), image_size=28)]  # four patches
+    (first,) = trained(run, own[:1])
+    job = measuring_job("trials:measured_sites", first, method=SITES_METHOD, images=4 if run.quick else None)
+    (found,) = finished(run, [job])
+    chosen = [replace(each, settings=found.report["settings"]) for each in own]
+    rows = list[dict[str, object]]()
+    for each in (*own, *chosen):
+        rows.append(row(*trained(run, [each])))
+        write_result(run, "trials-sites", {**found.report, "trainings": 2 * len(own), "rows": rows})
+
+
+def measured_sites(specification: Mapping[str, Any], folder: Path) -> dict[str, object]:
+    """The table of ``edgepet sites``, what it chooses within the bytes that the method takes by itself, its seconds."""
+    import edgepet
+    from edgepet.reports.as_json import to_json
+
+    delta = edgepet.read_pack(pack_of(specification, folder)).delta
+    few = {} if specification["images"] is None else {"images": specification["images"]}
+    with Progress() as progress, progress.stages() as stage:
+        report = edgepet.sites(
+            images_of(specification, folder), delta.backbone, method=specification["method"],
+            image_size=delta.preprocess.image_size, stage=stage, **few,
+        )  # fmt: skip
+    places = {"on": ",".join(report.on), "blocks": report.blocks or ""}
+    return {"sites": to_json(report), "settings": {name: value for name, value in places.items() if value}}
+
+
 def _smallest(training: Training) -> Training:
     init = None if training.init is None else replace(training.init, tasks=("digits",), epochs=1, few=FEW)
     return replace(training, task="digits", epochs=1, shots=2, few=FEW, init=init)
@@ -196,81 +280,6 @@ def row(made: Trained) -> dict[str, object]:
         "test_top1": report["test_top1"],
         "test_n": report["test_n"],
     }
-
-
-# --------------------------------------------------------------------------------------------------------------- pages
-
-
-def trial_tables(results: Mapping[str, Any]) -> str:
-    """The tables of all trials that there are results of."""
-    made = {"methods": methods_table, "depth": depth_table, "few-shots": shots_table, "pretrained": shots_table}
-    known = {name: results[f"trials-{name}"] for name in made if f"trials-{name}" in results}
-    return "\n".join(made[name](found, results.get("trials-speed")) for name, found in known.items())
-
-
-def methods_table(result: Mapping[str, Any], timed: Mapping[str, Any] | None) -> str:
-    """A row for each method, with PACE or without."""
-    told = (
-        "Test top-1 after 800 images at each method's defaults; of several seeds the mean, and the lowest and highest."
-    )
-    return _by_task("Methods on four tasks, demo:vit-small at 112 px", told, result, timed)
-
-
-def depth_table(result: Mapping[str, Any], timed: Mapping[str, Any] | None) -> str:
-    """A row for each method and range of blocks."""
-    told = "Test top-1 after 800 images at defaults, one seed."
-    return _by_task("Only some of the blocks, demo:vit-small at 112 px", told, result, timed)
-
-
-def _by_task(title: str, told: str, result: Mapping[str, Any], timed: Mapping[str, Any] | None) -> str:
-    rows, tasks = result["rows"], [task for task in TASKS if any(row["task"] == task for row in result["rows"])]
-    speeds = {_name(row): row["images_per_second"] for row in timed["rows"]} if timed else {}
-    shown = []
-    for name in dict.fromkeys(map(_name, rows)):
-        of = [row for row in rows if _name(row) == name]
-        top1 = {task: [row["test_top1"] for row in of if row["task"] == task] for task in tasks}
-        means = [np.mean(found) for found in top1.values() if found]
-        mean = format_percent(float(np.mean(means))) if len(means) == len(tasks) else ""
-        speed = f"{speeds[name]:.0f}" if name in speeds else ""
-        pack = format_bytes(max(row["pack_bytes"] for row in of))
-        shown.append((name, *map(_spread, top1.values()), mean, pack, speed))
-    numbers = (*tasks, "mean", "largest pack", "images/s")
-    columns = (Column("method"), *(Column(name, right=True) for name in numbers))
-    sources = " ".join(source(each) for each in (result, timed) if each)
-    return f"{markdown(Table(title, columns, shown))}\n{told}{_left(result)} {sources}\n"
-
-
-def shots_table(result: Mapping[str, Any], timed: Mapping[str, Any] | None) -> str:
-    """A row for each task and method, a column for each number of images."""
-    del timed
-    rows, shots = result["rows"], sorted({row["shots"] for row in result["rows"]})
-    shown = []
-    for task, name in sorted({(row["task"], _name(row)) for row in rows}):
-        of = [row for row in rows if (row["task"], _name(row)) == (task, name)]
-        shown.append((task, name, *(_spread([row["test_top1"] for row in of if row["shots"] == n]) for n in shots)))
-    first = rows[0]
-    title = f"Images of each class, {first['backbone']} at {first['image_size']} px"
-    columns = (Column("task"), Column("method"), *(Column(str(n), right=True) for n in shots))
-    told = f"Test top-1 of {first['test_n']} images; mean of the draws of images, and the lowest and highest."
-    return f"{markdown(Table(title, columns, shown))}\n{told}{_left(result)} {source(result)}\n"
-
-
-def _name(row: Mapping[str, Any]) -> str:
-    settings = "".join(f", {key} {value}" for key, value in row["settings"].items())
-    begun = f", begun on {', '.join(row['init'])}" if row.get("init") else ""
-    return f"{row['method']}{' + PACE' if 'consistency' in row['options'] else ''}{settings}{begun}"
-
-
-def _spread(found: Sequence[float]) -> str:
-    if not found:
-        return ""
-    mean = format_percent(float(np.mean(found)))
-    return mean if len(found) == 1 else f"{mean} ({format_percent(min(found))} to {format_percent(max(found))})"
-
-
-def _left(result: Mapping[str, Any]) -> str:
-    left = result["trainings"] - len(result["rows"])
-    return f" {left} of {result['trainings']} trainings are still to be made." if left else ""
 
 
 if __name__ == "__main__":
