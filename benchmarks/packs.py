@@ -38,16 +38,18 @@ from harness import (
 )
 
 from edgepet.reports.tables import Column, Table, format_bytes, format_percent, markdown
-from edgepet.spec import NpArray
+from edgepet.spec import NpArray, Tensors
 
 if TYPE_CHECKING:
+    from edgepet.deltas.delta import Delta
     from edgepet.networks.backbone import Backbone
 
 VIT = "vit-small"
 TASKS = ("landcover", "digits", "cards", "fashion")
 METHODS = ("linear-probe", "ssf", "lora", "consolidator", "fact-tt", "fact-tk", "bi-lora", "uni-lora", "full")
 TINY: dict[str, dict[str, Any]] = {"fact-tt": {"rank": 4}, "bi-lora": {"rank": 1}}  # for ten kilobytes
-CODED = ("fp16", "int8", "int4", "int2")
+CODED = ("int8", "int4", "int2")  # a pack is trained in fp16
+JUDGED, JUDGED_SSF = 1000, 2000  # test images that a codec is judged on
 MAX_DROP = 0.5  # points on val that auto may lose
 ROUNDS = 31
 NETWORKS = ("vit_small_patch16_224", "vit_base_patch16_224")
@@ -92,7 +94,14 @@ def codecs(run: Asked) -> None:
     rows = list[dict[str, object]]()
     for each in every:
         (made,) = trained(run, [each])
-        job = measuring_job("packs:recode", made, codecs=list(CODED), max_drop=99 if run.quick else MAX_DROP)
+        job = measuring_job(
+            "packs:recode",
+            made,
+            method=each.method,
+            codecs=list(CODED),
+            max_drop=99 if run.quick else MAX_DROP,
+            images=JUDGED_SSF if each.method == "ssf" else JUDGED,
+        )
         (coded,) = finished(run, [job])
         report = made.result.report
         rows.append(
@@ -117,15 +126,16 @@ def recode(specification: Mapping[str, Any], folder: Path) -> dict[str, object]:
     from edgepet.images.preprocess import normalize
     from edgepet.images.sets import load_set, open_split
     from edgepet.networks.loading import load_backbone
-    from edgepet.networks.merged import merged_logits
+    from edgepet.packs.pack import encode_pack
     from edgepet.reports.as_json import to_json
 
     source_pack, data = pack_of(specification, folder), images_of(specification, folder)
     delta = read_pack(source_pack).delta
     backbone = load_backbone(delta.backbone, image_size=delta.preprocess.image_size)
     pixels, labels = load_set(open_split(data, "test"), delta.preprocess)
-    images = normalize(pixels, delta.preprocess)
-    before = merged_logits(backbone, delta, images)
+    some = np.linspace(0, len(labels) - 1, min(len(labels), specification["images"])).astype(int)  # of all classes
+    images, labels = normalize(pixels[some], delta.preprocess), labels[some]
+    before = logits_on_device(backbone, delta, images)
     found: dict[str, object] = {"bytes_trained": source_pack.stat().st_size}
     for codec in (*specification["codecs"], "auto"):
         budget = {"data": data, "max_drop": specification["max_drop"]} if codec == "auto" else {}
@@ -135,13 +145,48 @@ def recode(specification: Mapping[str, Any], folder: Path) -> dict[str, object]:
         except EdgepetError as refusal:
             found[codec] = {"refused": str(refusal).partition("\n")[0]}
             continue
-        after = merged_logits(backbone, read_pack(output).delta, images)
+        after = logits_on_device(backbone, read_pack(output).delta, images)
         found[codec] = {
             "bytes": report.bytes,
             "planes": {each.name: each.format for each in report.planes},
             "drop": to_json(drop_between(before, after, labels)),
         }
+    if specification["method"] == "full":
+        signs = encode_pack(signed(delta, backbone.tensors), codec="fp16")
+        after = logits_on_device(backbone, read_pack(signs).delta, images)
+        found["signs"] = {"bytes": len(signs), "drop": to_json(drop_between(before, after, labels))}
     return found | _as_peft(source_pack, backbone)
+
+
+def logits_on_device(backbone: Backbone, delta: Delta, images: NpArray) -> NpArray:
+    """Logits (n, C) as a device's ONNX Runtime puts them out, the task merged."""
+    from edgepet.deltas.merge import merge
+    from edgepet.device.onnxruntime import OnnxRuntime
+    from edgepet.exporters.trace import base_graph
+    from edgepet.images.batches import batched
+
+    graph = base_graph(backbone, delta.branches)
+    merged = merge(graph.base, delta)
+    with OnnxRuntime.of_graph(graph, {name: merged[name] for name in delta.targets}) as runner:
+        return delta.head(batched(runner, images))
+
+
+def signed(delta: Delta, weights: Tensors) -> Delta:
+    """Full fine-tuning as the sign of each change of a matrix times a scale of its row, the mean change there.
+
+    That scale is the nearest in squares (Rastegari et al. 2016, XNOR-Net, arXiv:1603.05279, section 3.1).
+    """
+    from edgepet.deltas.expressions import Binary, Scaled
+    from edgepet.deltas.updates import Add, Replace, Targeted
+
+    def of(each: Targeted) -> Targeted:
+        if not isinstance(each.update, Replace) or each.update.value.ndim != 2:
+            return each
+        change = each.update.value.astype(np.float32) - weights[each.target.tensor]
+        signs = Binary(bits=change > 0, levels=np.array([-1, 1], np.float32))
+        return Targeted(each.target, Add(Scaled(c=np.abs(change).mean(axis=1), base=signs)))
+
+    return replace(delta, updates=tuple(map(of, delta.updates)))
 
 
 def _as_peft(source_pack: Path, backbone: Any) -> dict[str, object]:
@@ -264,12 +309,13 @@ def codecs_table(result: Mapping[str, Any]) -> str:
             if (row["method"], tuple(sorted(row["settings"].items()))) == (method, settings)
         ]
         told = f"{method}{''.join(f', {key} {value}' for key, value in settings)}"
-        cells = [_cell([row[codec] for row in of]) for codec in (*CODED, "auto")]
+        cells = [_cell([row[codec] for row in of if codec in row]) for codec in (*CODED, "auto", "signs")]
+        trained = format_bytes(int(np.mean([row["bytes_trained"] for row in of])))
         peft = [row["peft_zstd19_bytes"] for row in of if "peft_zstd19_bytes" in row]
         top1 = format_percent(float(np.mean([row["test_top1"] for row in of])))
         beside = format_bytes(int(np.mean(peft))) if peft else ""
-        rows.append((told, str(len(of)), top1, *cells, beside))
-    numbers = ("tasks", "top-1", *CODED, "auto", "PEFT, zstd 19")
+        rows.append((told, str(len(of)), top1, trained, *cells, beside))
+    numbers = ("tasks", "top-1", "fp16", *CODED, "auto", "signs", "PEFT, zstd 19")
     columns = (Column("method"), *(Column(name, right=True) for name in numbers))
     left = result["trainings"] - len(result["rows"])
     told = (
@@ -282,6 +328,8 @@ def codecs_table(result: Mapping[str, Any]) -> str:
 
 def _cell(found: Sequence[Mapping[str, Any]]) -> str:
     known = [each for each in found if "bytes" in each]
+    if not found:
+        return ""
     if len(known) < len(found):
         return "refused"
     points = float(np.mean([each["drop"]["points"] for each in known]))
