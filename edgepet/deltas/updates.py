@@ -236,10 +236,14 @@ def fold(targeted: Targeted, tensor: Array, weight: Array | None = None, *, own:
         return update.fold(part, _cut(weight, update.reads)) if isinstance(update, Push) else update.fold(part)
 
     matrix = _matrix(tensor)
-    if not blocked:
+    in_place = isinstance(update, LowRank) and isinstance(matrix, np.ndarray)
+    if not blocked and not in_place:
         return changed(matrix).reshape(tensor.shape)
     whole = matrix if own else matrix * 1
-    whole[_block(target, matrix)] = changed(_cut(tensor, target))
+    if isinstance(update, LowRank) and in_place:
+        update.fold_into(whole[_block(target, matrix)])
+    else:
+        whole[_block(target, matrix)] = changed(_cut(tensor, target))
     return whole.reshape(tensor.shape)
 
 
