@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 ROOT = Path(__file__).parent.parent
-SCRIPTS = sorted(path.stem for path in (ROOT / "benchmarks").glob("*.py") if path.stem not in ("adapters", "harness"))
+SCRIPTS = sorted(path.stem for path in (ROOT / "benchmarks").glob("*.py") if path.stem not in ("adapters", "serving_many", "harness"))
 RESULTS = sorted((ROOT / "benchmarks" / "results").glob("*.json"))
 
 

@@ -269,7 +269,11 @@ def _stateful(model: _OpenVino, reads: str, *, plain: bool = False) -> tuple[_Op
     inputs = {parameter.get_friendly_name(): parameter for parameter in model.get_parameters()}
     images = inputs.pop(reads)
     slots = {name: slot for name, slot in inputs.items() if slot.output(0).get_target_inputs()}  # padded: no shift
-    left = {name: slot for name, slot in slots.items() if not _is_elementwise(slot, plain=plain)}
+    left = {
+        name: slot
+        for name, slot in slots.items()
+        if slot.get_partial_shape().is_dynamic or not _is_elementwise(slot, plain=plain)
+    }  # one for each image of a batch cannot lie in a state
     slots = {name: slot for name, slot in slots.items() if name not in left}
     if not slots:
         return openvino.Model(model.get_results(), [images, *left.values()], "slots"), ()
