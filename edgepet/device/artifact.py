@@ -166,8 +166,9 @@ def read_artifact(folder: Path) -> Artifact:
 
 
 def open_artifact(
-    folder: Path, artifact: Artifact, *, threads: int | None = None, precision: Precision = "fp32"
-) -> Runner:
+    folder: Path, artifact: Artifact, *, threads: int | None = None, precision: Precision = "fp32",
+    device: str | None = None,
+) -> Runner:  # fmt: skip
     """Open the model in ``folder`` on the runtime of its format; it takes images and puts out logits (n, C).
 
     Of its files only a TensorRT engine is hashed here, see ``manifest.damaged``.
@@ -175,12 +176,14 @@ def open_artifact(
     Args:
         threads: None is all cores; a GPU takes none.
         precision: what a model of floats is computed in, one that its runtime ``computes`` in.
+        device: one of ``DEVICES``; None is the runtime's usual one.
 
     Raises:
-        InputError: the runtime cannot read it, or it is another engine's.
+        InputError: the runtime has no such device, cannot read it, or it is another engine's.
         MissingError: the runtime, or a GPU, is not here.
     """
-    return FORMATS[artifact.format].open_model(folder, threads, precision)
+    row = FORMATS[artifact.format].on(device)
+    return row.open_model(folder, threads, precision, row.where)
 
 
 def _versions(table: ObjectReader) -> dict[str, object]:

@@ -9,7 +9,7 @@ import numpy as np
 
 from edgepet.deltas.delta import Delta, Head
 from edgepet.device.runner import BoundPart
-from edgepet.device.runtimes import DEFAULT, RUNTIMES, shared_runtime
+from edgepet.device.runtimes import DEFAULT, RUNTIMES, Runtime, shared_runtime
 from edgepet.device.together import fit_int8, opened
 from edgepet.errors import InputError
 from edgepet.graphs.base import BaseGraph
@@ -27,7 +27,7 @@ class Mixed:
     """A network that takes one task for each image. A context manager."""
 
     def __init__(
-        self, mixture: Mixture, slots: Mapping[str, _Slots], heads: Mapping[str, Head], *, runtime: str,
+        self, mixture: Mixture, slots: Mapping[str, _Slots], heads: Mapping[str, Head], *, runtime: str | Runtime,
         threads: int | None = None,
     ) -> None:  # fmt: skip
         """Open it; ``threads`` None is all cores.
@@ -93,7 +93,7 @@ class Mixable:
 
 
 def mix(
-    graph: BaseGraph | Int8Graph, tasks: Mapping[str, Delta], *, runtime: str, threads: int | None = None
+    graph: BaseGraph | Int8Graph, tasks: Mapping[str, Delta], *, runtime: str | Runtime, threads: int | None = None
 ) -> Mixable:
     """Open one network for as many of ``tasks`` as can share a call; ``threads`` None is all cores.
 
@@ -101,10 +101,11 @@ def mix(
         InputError: a task does not fit; else as ``Mixed``.
         MissingError: the runtime is not installed.
     """
-    part, own, why = part_of(graph, runtime), dict[str, _Slots](), dict[str, str]()
+    row = shared_runtime(runtime, purpose="one batch of several tasks")
+    part, own, why = part_of(graph, row.name), dict[str, _Slots](), dict[str, str]()
     for name, delta in tasks.items():
         try:
-            own[name] = _slots_of(graph, part, delta, runtime)
+            own[name] = _slots_of(graph, part, delta, row.name)
         except (UnslottedError, UnmixedError) as error:
             why[name] = _told(error)
     while len(own) > 1:
@@ -120,7 +121,7 @@ def mix(
             continue
         heads = {name: tasks[name].head.in_float32 for name in own}
         by_task = dict(zip(own, same, strict=True))
-        return Mixable(network=Mixed(mixture, by_task, heads, runtime=runtime, threads=threads), unmixed=why)
+        return Mixable(network=Mixed(mixture, by_task, heads, runtime=row, threads=threads), unmixed=why)
     return Mixable(network=None, unmixed=why)
 
 

@@ -278,7 +278,7 @@ class OpenTasks:
                 graph = self._graph(served.pack)
                 groups.setdefault((graph.folder, graph.stem), (graph, {}))[1][task] = served.pack.delta
             for graph, deltas in groups.values():
-                found = mix(graph, deltas, runtime=self._pool.row.name, threads=self._pool.threads)
+                found = mix(graph, deltas, runtime=self._pool.row, threads=self._pool.threads)
                 self._unmixed |= found.unmixed
                 if found.network is not None:
                     self._mixed |= dict.fromkeys(found.network.tasks, found.network)
@@ -289,7 +289,7 @@ class OpenTasks:
 
     def _placed(self, store: Store, tasks: Sequence[str]) -> dict[str, tuple[str, TaskNetwork]]:
         """The networks of active packs that share something, with the sha256 of their pack."""
-        place, now = place_of(self._pool.row.name, self._pool.precision), store.now()
+        place, now = place_of(self._pool.row, self._pool.precision), store.now()
         groups = dict[object, tuple[BaseGraph | Int8Graph, dict[str, tuple[Pack, Fitted]]]]()
         for task in tasks:
             installed = serving(now, task, place, str(store.root))
@@ -298,12 +298,12 @@ class OpenTasks:
                 graph = self._graph(pack)
                 key = graph.folder, graph.stem, pack.delta.preprocess
                 groups.setdefault(key, (graph, {}))[1][task] = pack, self._fitted(graph, pack)
-        placed, row = dict[str, tuple[str, TaskNetwork]](), self._pool.row.name
+        placed, row = dict[str, tuple[str, TaskNetwork]](), self._pool.row
         for graph, members in groups.values():
             if len(members) > 1:
                 fitted = {task: each for task, (_, each) in members.items()}
-                own = own_slots(graph, row) if isinstance(graph, Int8Graph) else {}
-                together = Together(part_of(graph, row), own, fitted, runtime=row, threads=self._pool.threads)
+                own = own_slots(graph, row.name) if isinstance(graph, Int8Graph) else {}
+                together = Together(part_of(graph, row.name), own, fitted, runtime=row, threads=self._pool.threads)
                 self._together.append(together)
                 placed |= {task: (pack.sha256, together.of(task)) for task, (pack, _) in members.items()}
         return placed
@@ -321,6 +321,6 @@ def served_by(store: Store, task: str, pool: Pool, placed: tuple[str, TaskNetwor
         here = placed is not None and placed[0] == pack.sha256
         network = placed[1] if placed is not None and here else pool.open(pack)
         precision: StoredPrecision = "int8" if pool.precision == "int8" else "fp32"
-        return answering(store, pack, network, pool.row.name, precision, asked=asked)
+        return answering(store, pack, network, pool.row, precision, asked=asked)
 
-    return Served(store, task, pool.row.name, pool.precision, opener)
+    return Served(store, task, pool.row, pool.precision, opener)

@@ -23,6 +23,7 @@ from edgepet.verbs.verb import (
     Parser,
     Stream,
     Verb,
+    device_option,
     names,
     pack_precision_option,
     size_bytes,
@@ -58,6 +59,7 @@ def _run_options(parser: Parser) -> None:
         "--top", type=int, default=1, metavar="K", help="classes to tell of each image (default: %(default)s)"
     )
     threads_option(parser)
+    device_option(parser)
 
 
 def _run_run(options: Options, progress: Progress) -> DeviceRun:
@@ -66,6 +68,7 @@ def _run_run(options: Options, progress: Progress) -> DeviceRun:
         return Device(Path(options.store)).run(
             tasks[0] if len(tasks) == 1 else tasks, options.images, runtime=options.runtime, threads=options.threads,
             precision=options.precision, mode=options.mode, memory_bytes=options.memory_bytes, top=options.top,
+            device=options.device,
         )  # fmt: skip
 
 
@@ -108,7 +111,7 @@ def _run_stream(options: Options, progress: Progress) -> Iterator[StreamedRun]:
     with progress.stage(f"device run: open {', '.join(tasks)}"):
         opened = Device(Path(options.store)).open_all(
             tasks, runtime=options.runtime, threads=options.threads, precision=options.precision, mode=options.mode,
-            memory_bytes=options.memory_bytes,
+            memory_bytes=options.memory_bytes, device=options.device,
         )  # fmt: skip
     with opened:
         for line in map(str.strip, sys.stdin):
