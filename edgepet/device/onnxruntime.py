@@ -48,6 +48,7 @@ _PROVIDERS = {  # the first one that is there
 }
 _EXACT = {_CUDA: {"use_tf32": 0}}  # which would round what it multiplies to ten bits
 _FOLDER = "session.model_external_initializers_file_folder_path"
+_ANY = 32  # pixels of a side of any size
 _SILENT = 4  # what ONNX Runtime would log comes back as an error; that nothing reads a tensor is no news
 _INT8 = frozenset(
     (
@@ -171,6 +172,7 @@ class OnnxRuntime:
         self._shape = tuple(side if isinstance(side, int) else None for side in entry.shape)
         self.executed: Precision = "fp32"
         self._entry, self._path = entry, path
+        self._dtype = "uint8" if entry.type == "tensor(uint8)" else "float32"
 
     @property
     def evidence(self) -> Mapping[str, object]:
@@ -178,7 +180,7 @@ class OnnxRuntime:
         how many layers multiplied int8 codes or floats.
         """
         asked: dict[str, object] = {"input": self._entry.type, "providers": self._session.get_providers()}
-        return asked if self._path is None else {**asked, **_profiled(self._path, self._shape)}
+        return asked if self._path is None else {**asked, **_profiled(self._path, self._shape, self._dtype)}
 
     @classmethod
     def of_model(cls, path: Path, *, threads: int | None = None, provider: str = _CPU) -> OnnxRuntime:
@@ -205,7 +207,7 @@ class OnnxRuntime:
         return cls(session, where=graph.backbone, held=held)
 
     def __call__(self, images: NpArray) -> NpArray:
-        check_images(images, self._shape, where=self._where)
+        check_images(images, self._shape, where=self._where, dtype=self._dtype)
         with _running(self._where):
             output: NpArray = self._session.run(None, {INPUT: images})[0]
         return output
@@ -333,15 +335,17 @@ class BoundOnnxRuntime:
         self._session = self._binding = self._held = None
 
 
-def _profiled(path: Path, shape: tuple[int | None, ...]) -> dict[str, object]:
+def _profiled(path: Path, shape: tuple[int | None, ...], dtype: str = "float32") -> dict[str, object]:
     """Nodes that ran, by the type of their first input: ONNX Runtime casts what it has no kernel for, and says so."""
     with tempfile.TemporaryDirectory() as folder:
         session = open_session(path, profile=Path(folder) / "profile")
         feed = {
             entry.name: np.ones([side if isinstance(side, int) else 1 for side in entry.shape], np.float32)
             for entry in session.get_inputs()
+            if entry.name != INPUT
         }
-        session.run(None, feed | {INPUT: np.zeros([side or 1 for side in shape], np.float32)})
+        images = np.zeros([1, *(side or _ANY for side in shape[1:])], dtype)
+        session.run(None, feed | {INPUT: images})
         events = json.loads(Path(session.end_profiling()).read_text())
     kinds, layers = Counter[str](), Counter[str]()
     for event in events:

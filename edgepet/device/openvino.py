@@ -51,6 +51,7 @@ class OpenVino:
         compiled = _compile(model, threads, precision, device, where=where)
         self._request, self._where = compiled.create_infer_request(), where
         self._shape = tuple(None if side.is_dynamic else side.get_length() for side in compiled.input(0).partial_shape)
+        self._dtype = "uint8" if compiled.input(0).element_type.get_type_name() == "u8" else "float32"
         self._hint = compiled.get_property("INFERENCE_PRECISION_HINT").get_type_name()
         self.executed = _PRECISIONS[self._hint]
         self._compiled = compiled
@@ -85,7 +86,7 @@ class OpenVino:
         return cls(model, where=graph.backbone, threads=threads, precision=precision, device=device)
 
     def __call__(self, images: NpArray) -> NpArray:
-        check_images(images, self._shape, where=self._where)
+        check_images(images, self._shape, where=self._where, dtype=self._dtype)
         with _refusing(self._where, _NOT_RUN):
             output: NpArray = self._request.infer({INPUT: images})[0].copy()
         return output
