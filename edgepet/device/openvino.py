@@ -244,7 +244,7 @@ def _kept_int8(graph: Int8Graph, threads: int | None, store: Path, device: str) 
         "form": 1, "openvino": package.get_version(), "cpu": [here.cpu, *here.cpu_features], "threads": threads,
         "files": {name: digest for name, (digest, _) in graph.files.items()}, "device": device,
     }  # fmt: skip
-    data, kept = derived(store, f"openvino {graph.folder.name} {graph.stem} {threads} {device}", made_of, compiled)
+    data, kept = derived(store, "openvino", f"{graph.folder.name} {graph.stem} {threads} {device}", made_of, compiled)
     if not kept:
         return made[0]
     start = 8 + int.from_bytes(data[:8], "little")

@@ -52,7 +52,6 @@ class Runtime:
     open_graph: _GraphOpener | None = None
     open_int8: _Int8Opener | None = None
     open_part: _PartOpener | None = None
-    derives: bool = False  # whether a store's cache keeps what it compiled
 
     @property
     def shares_backbone(self) -> bool:
@@ -190,7 +189,6 @@ RUNTIMES: dict[str, Runtime] = {
         open_graph=_openvino_graph,
         open_int8=_openvino_int8,
         open_part=_openvino_part,
-        derives=True,
     ),
     "tensorrt": Runtime(
         name="tensorrt",
