@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from adapters import OrtAdapters, hotswapped
 from harness import SETTLE_S, WARMUP, asked, parser_of, source, write_result
+from serving_many import batch_of_eight, batch_table
 from shared_int8 import resident
 
 from edgepet.deltas.delta import Delta
@@ -91,6 +92,7 @@ def main() -> None:
         for runtime in SHARED_RUNTIMES:
             several = [process("latency", size, runtime, options.quick) for _ in range(amount.runs)]
             ten = [process("ten", size, runtime, options.quick) for _ in range(amount.runs)]
+            eight = [process("eight", size, runtime, options.quick) for _ in range(amount.runs)]
             cells.append(
                 {
                     "image_size": size,
@@ -98,6 +100,7 @@ def main() -> None:
                     "forms": over_runs(several),
                     "memory": process("memory", size, runtime, options.quick),
                     "ten": {name: ratio_of_runs([each[name] for each in ten]) for name in ten[0]},
+                    "eight": {name: ratio_of_runs([each[name] for each in eight]) for name in eight[0]},
                 }
             )
             print(f"{size} px {runtime}", flush=True)
@@ -206,8 +209,14 @@ def adapters(size: int, runtime: str, amount: Amount) -> dict[str, Any]:
     return {name: row | {"switch_ms": row.get("switch_ms", 0.0)} for name, row in rows.items() if name != "plain"}
 
 
+def eight(size: int, runtime: str, amount: Amount) -> dict[str, Any]:
+    """Eight tasks in one batch of eight."""
+    backbone, graph = on(size)
+    return batch_of_eight(backbone, graph, drawn, runtime, threads=THREADS, rounds=amount.rounds)
+
+
 CELLS: dict[str, Callable[[int, str, Amount], dict[str, Any]]] = {
-    "latency": latency, "memory": memory, "ten": ten, "adapters": adapters,
+    "latency": latency, "memory": memory, "ten": ten, "eight": eight, "adapters": adapters,
 }  # fmt: skip
 
 
@@ -350,6 +359,7 @@ def serving_tables(results: Mapping[str, Any]) -> str:
     )
     return (
         f"{markdown(Table('One task, kept open', columns, rows))}\n{told}\n\n"
+        f"{batch_table(result['cells'])}"
         f"{markdown(Table('Ten tasks on one image', ten_columns, ten_rows))}\n{ten_told} {source(result)}\n"
     )
 

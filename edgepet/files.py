@@ -15,6 +15,7 @@ import secrets
 import shutil
 import stat
 from collections.abc import Collection, Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 from edgepet import disk
@@ -342,6 +343,39 @@ def folder_bytes(path: Path) -> int:
         with contextlib.suppress(FileNotFoundError):  # removed meanwhile
             found += item.stat().st_size if item.is_file() else 0
     return found
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DiskUse:
+    """What a folder takes: ``files`` and ``folders`` are the bytes that files and folders say, together what ``du
+    --apparent-size`` counts; ``blocks`` what is allocated for both, ``du``'s own count. A file with several names in it
+    counts once. ``linked`` are bytes of files that have a name elsewhere too: with it, they are on the disk once.
+    """
+
+    files: int
+    folders: int
+    blocks: int
+    linked: int
+
+
+def disk_use(path: Path) -> DiskUse:
+    """Count ``path`` and all below it; what is removed meanwhile is left out."""
+    seen, files, folders, blocks, linked = dict[tuple[int, int], int](), 0, 0, 0, 0
+    for item in (path, *path.rglob("*")):
+        with contextlib.suppress(FileNotFoundError):
+            told = item.lstat()
+            key = told.st_dev, told.st_ino
+            seen[key] = seen.get(key, 0) + 1
+            if seen[key] > 1:
+                linked -= told.st_size if seen[key] == told.st_nlink else 0
+                continue
+            blocks += 512 * getattr(told, "st_blocks", -(-told.st_size // 512))
+            if stat.S_ISDIR(told.st_mode):
+                folders += told.st_size
+            else:
+                files += told.st_size
+                linked += told.st_size if told.st_nlink > 1 else 0
+    return DiskUse(files=files, folders=folders, blocks=blocks, linked=linked)
 
 
 def cache_folder() -> Path:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Protocol
 
+from edgepet.device.artifact import Takes
 from edgepet.device.runtimes import Format
 from edgepet.spec import FilePath, StoredPrecision
 
@@ -21,6 +22,7 @@ class ExportOptions:
     ``precision`` "auto" is the fastest of the three that this machine can run within the budget. ``calib`` is a folder
     of labelled images: ranges are measured on ``calib_images`` of them; int8 needs it, fp16 takes what the export is
     compared on without. ``max_drop`` is how many points of top-1 int8 may lose; None only reports them.
+    With ``input`` "uint8" models take pictures and normalise them inside, with ``resize`` those of any size.
     ``opset`` is an older one for ONNX files, from 13, that older parsers read; None is that of traced graphs.
     """
 
@@ -33,6 +35,15 @@ class ExportOptions:
     calib_images: int = 256
     max_drop: float | None = None
     opset: int | None = None
+    input: Literal["float32", "uint8"] = "float32"
+    resize: bool = False
+
+    @property
+    def takes(self) -> Takes:
+        """What the models are to take."""
+        if self.input == "float32":
+            return "float32"
+        return "uint8, any size" if self.resize else "uint8"
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +68,8 @@ class Exporter(Protocol):
         """Write ``model``, which is in ``precision`` and is not touched, into the empty ``folder``.
 
         Args:
-            model: takes "images" (batch, 3, H, W), or with an axis of frames, and puts out "logits" (batch, C).
+            model: takes "images" (batch, 3, H, W), or with an axis of frames, or pictures as of ``taking_pixels``, and
+                puts out "logits" (batch, C).
             task: its name, for errors.
 
         Raises:

@@ -274,7 +274,7 @@ def _parse(trt: Trt, builder: Trt, onnx_model: bytes | Path) -> tuple[Trt, Trt]:
 
 
 def _tensors(trt: Trt, network: Trt, precision: StoredPrecision) -> tuple[TensorSpec, TensorSpec]:
-    """Input and output, both fp32."""
+    """Input and output, both fp32, or the input pictures in uint8."""
     ports = [network.get_input(index) for index in range(network.num_inputs)]
     ports += [network.get_output(index) for index in range(network.num_outputs)]
     found = [(port.name, tuple(port.shape)) for port in ports]
@@ -285,11 +285,14 @@ def _tensors(trt: Trt, network: Trt, precision: StoredPrecision) -> tuple[Tensor
             needs = "needs one input images (batch, [frames,] 3, H, W) and one output (batch, C), only the batch free"
             raise InputError("ONNX model", needs, got=", ".join(f"{name} {shape}" for name, shape in found))
     for port in ports:
-        if port.dtype != trt.float32:
+        if port.dtype != trt.float32 and not (port is ports[0] and port.dtype == trt.uint8):
             raise InputError(
                 f"ONNX tensor {port.name!r}", f"must be fp32 in an {precision} engine", got=port.dtype.name
             )
-    takes, gives = (TensorSpec(name=name, dtype="float32", shape=shape) for name, shape in found)
+    dtypes = ("uint8" if ports[0].dtype == trt.uint8 else "float32", "float32")
+    takes, gives = (
+        TensorSpec(name=name, dtype=dtype, shape=shape) for dtype, (name, shape) in zip(dtypes, found, strict=True)
+    )
     return takes, gives
 
 

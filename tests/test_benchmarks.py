@@ -17,9 +17,8 @@ from typing import Any
 import pytest
 
 ROOT = Path(__file__).parent.parent
-SCRIPTS = sorted(
-    path.stem for path in (ROOT / "benchmarks").glob("*.py") if path.stem not in ("adapters", "harness", "trial_pages")
-)
+PARTS = ("adapters", "harness", "serving_many", "trial_pages")  # of other benchmarks
+SCRIPTS = sorted(path.stem for path in (ROOT / "benchmarks").glob("*.py") if path.stem not in PARTS)
 RESULTS = sorted((ROOT / "benchmarks" / "results").glob("*.json"))
 
 

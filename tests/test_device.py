@@ -262,12 +262,12 @@ def test_derived_data_of_another_processor_are_made_again_and_what_was_damaged_t
     def of(cpu: str) -> Callable[[], bytes]:
         return lambda: made.append(cpu) or cpu.encode()  # type: ignore[func-returns-value]
 
-    first = derived(tmp_path, "graph", {"cpu": "one"}, of("one"))
-    again = derived(tmp_path, "graph", {"cpu": "one"}, of("one"))
-    other = derived(tmp_path, "graph", {"cpu": "two"}, of("two"))
+    first = derived(tmp_path, "openvino", "graph", {"cpu": "one"}, of("one"))
+    again = derived(tmp_path, "openvino", "graph", {"cpu": "one"}, of("one"))
+    other = derived(tmp_path, "openvino", "graph", {"cpu": "two"}, of("two"))
     (kept,) = (tmp_path / "cache" / "derived").iterdir()  # the one processor's are gone
     flip(kept)
-    mended = derived(tmp_path, "graph", {"cpu": "two"}, of("two"))
+    mended = derived(tmp_path, "openvino", "graph", {"cpu": "two"}, of("two"))
 
     assert (first, again, other, mended) == ((b"one", False), (b"one", True), (b"two", False), (b"two", False))
     assert made == ["one", "two", "two"]

@@ -19,6 +19,11 @@ from tests.interpreters import DEVICE, block, python
 GUIDE = Path(__file__).parents[1] / "docs" / "guide" / "on-the-device.md"
 BLOCK = re.compile(r"^```(bash|python)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
+FED = {  # what stands before a pipe
+    "": "", "capture": "a.jpg\n",
+    "batch": '[{"image": "a.jpg", "task": "birds"}, {"image": "b.jpg", "task": "flowers"}]\n',
+}  # fmt: skip
+
 
 def test_the_guide_of_the_device_is_what_happens(tasks: Tasks, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("cryptography", reason="the guide signs a pack")
@@ -42,7 +47,7 @@ def test_the_guide_of_the_device_is_what_happens(tasks: Tasks, tmp_path: Path, m
             continue
         for written in text.splitlines():
             fed, _, line = written.rpartition(" | ")
-            monkeypatch.setattr("sys.stdin", io.StringIO("a.jpg\n" if fed else ""))
+            monkeypatch.setattr("sys.stdin", io.StringIO(FED[fed]))
             program, *arguments = shlex.split(line)
             assert program == "edgepet", line
             done = edgepet(*arguments)
@@ -50,5 +55,5 @@ def test_the_guide_of_the_device_is_what_happens(tasks: Tasks, tmp_path: Path, m
             commands += 1
 
     assert commands >= 18
-    assert [len(printed.splitlines()) for printed in programs] == [4, 2, 3]
+    assert [len(printed.splitlines()) for printed in programs] == [4, 2, 3, 4]
     assert "device" not in programs[0]  # no class, no path: numbers, names and scores

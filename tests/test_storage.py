@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -9,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from edgepet import read_pack, storage, write_pack
+from edgepet.device.caches import derived
 from edgepet.device.store import Store
 from edgepet.errors import InputError
 from edgepet.verbs.storage import RuntimeBytes, TaskBytes, account
@@ -66,7 +70,10 @@ def test_every_runtime_says_what_it_keeps_and_what_was_run(full_store: Store) ->
     report = account(full_store)
     ran = {"tasks_run": 2, "note": "every task was run from this folder"}
     absent = {"tasks_run": 0, "note": "not run: needs the package 'openvino'"}
-    shared = {"shares_backbone": True, "total_bytes": report.shared_total_bytes, "ratio": report.ratio}
+    shared = {
+        "shares_backbone": True, "total_bytes": report.shared_total_bytes, "ratio": report.ratio,
+        "apparent_bytes": report.apparent_bytes,
+    }  # fmt: skip
 
     assert report.per_runtime == (
         RuntimeBytes(runtime="onnxruntime", **shared, **ran),
@@ -88,6 +95,60 @@ def test_a_runtime_that_is_not_here_was_not_run(full_store: Store, monkeypatch: 
     row = account(full_store).per_runtime[1]
 
     assert (row.runtime, row.tasks_run, row.note) == ("openvino", 0, "not run: needs the package 'openvino'")
+
+
+def du(folder: Path, *words: str) -> int:
+    """What the system's own ``du`` says."""
+    program = shutil.which("du")
+    if program is None:
+        pytest.skip("this machine has no du")
+    done = subprocess.run(
+        [program, "-s", "--block-size=1", *words, str(folder)], capture_output=True, text=True, check=True
+    )
+    return int(done.stdout.split()[0])
+
+
+def test_a_store_takes_what_du_says(full_store: Store) -> None:
+    report = account(full_store)
+
+    assert report.apparent_bytes == du(full_store.root, "--apparent-size")
+    assert report.disk_bytes == du(full_store.root)
+    assert {row.apparent_bytes for row in report.per_runtime} == {report.apparent_bytes, None}
+
+
+def test_each_runtime_takes_what_du_says_of_a_store_that_it_has_for_itself(full_store: Store, tmp_path: Path) -> None:
+    """What one runtime derived, the other does without."""
+    for runtime, size in (("onnxruntime", 5000), ("openvino", 70_001)):
+        made = {"of": runtime}
+        assert derived(full_store.root, runtime, "a network", made, lambda size=size: bytes(size)) == (
+            bytes(size),
+            False,
+        )
+
+    rows = {row.runtime: row for row in account(full_store).per_runtime}
+
+    for runtime, other in (("onnxruntime", "openvino"), ("openvino", "onnxruntime")):
+        own = tmp_path / runtime
+        shutil.copytree(full_store.root, own)
+        for path in (own / "cache" / "derived").glob(f"{other}-*"):
+            path.unlink()
+        assert rows[runtime].apparent_bytes == du(own, "--apparent-size")
+        assert rows[runtime].total_bytes == bytes_below(own)
+
+
+def test_bytes_that_the_disk_has_once_with_the_cache_are_told(full_store: Store, tasks: Tasks, tmp_path: Path) -> None:
+    linked = sum(
+        path.stat().st_size for path in full_store.root.rglob("*") if path.is_file() and path.stat().st_nlink > 1
+    )
+    assert account(full_store).linked_bytes == linked
+
+    elsewhere = tmp_path / "copied"
+    shutil.copytree(full_store.root, elsewhere)
+    assert account(Store(elsewhere)).linked_bytes == 0
+    within = elsewhere / "cache" / "again"
+    os.link(next(elsewhere.glob("packs/*.pet")), within)
+    report = account(Store(elsewhere))
+    assert (report.linked_bytes, report.apparent_bytes) == (0, du(elsewhere, "--apparent-size"))
 
 
 def test_devices_multiply_both_sides(full_store: Store) -> None:

@@ -9,16 +9,19 @@ import base64
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import cast
+from typing import Literal, TypeAlias, cast
 
 import numpy as np
 
 from edgepet.canonical import canonical_json
+from edgepet.device.pixels import FromPixels
 from edgepet.device.runner import Runner
 from edgepet.device.runtimes import FORMATS, Format
 from edgepet.errors import EdgepetError, InputError
 from edgepet.files import write_file
 from edgepet.graphs.manifest import Listed, listed_files, read_manifest
+from edgepet.images.pixels import pixels_of
+from edgepet.images.preprocess import normalize
 from edgepet.measuring.parity import Against, Inputs, Parity
 from edgepet.packs.codecs import CODECS
 from edgepet.spec import NpArray, Precision, Preprocess, StoredPrecision, read_preprocess
@@ -26,6 +29,10 @@ from edgepet.strict import ObjectReader
 
 FORMAT, VERSION = "edgepet-artifact", 1
 MANIFEST = "artifact.json"
+
+
+Takes: TypeAlias = Literal["float32", "uint8", "uint8, any size"]
+TAKES: tuple[Takes, ...] = ("float32", "uint8", "uint8, any size")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -38,10 +45,13 @@ class Probe:
     seed: int
     logits: NpArray
 
-    def images(self, preprocess: Preprocess) -> NpArray:
-        """The inputs again: standard normal, float32 (n, 3, H, W), or (n, frames, 3, H, W)."""
+    def images(self, preprocess: Preprocess, *, pictures: bool = False) -> NpArray:
+        """The inputs again: standard normal, float32 (n, 3, H, W), or (n, frames, 3, H, W); ``pictures``: the nearest
+        that pixels of 8 bits can be.
+        """
         shape = (len(self.logits), *preprocess.input_shape)
-        return np.random.default_rng(self.seed).standard_normal(shape, dtype=np.float32)
+        drawn = np.random.default_rng(self.seed).standard_normal(shape, dtype=np.float32)
+        return normalize(pixels_of(drawn, preprocess), preprocess) if pictures else drawn
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -51,7 +61,8 @@ class Artifact:
     ``labels`` are in the order of the logits. ``codec`` is the pack's, ``branches`` how many stayed in the graph.
     ``files`` are name -> (hex sha256, size in bytes), ``versions`` package -> version of what wrote it. ``parity`` is
     None where nothing was run. ``evidence`` says how its precision is known: what is stored, what was executed, and
-    what stayed fp32 and why.
+    what stayed fp32 and why. ``takes`` is what the model does: preprocessed float32 images, pictures of its size, uint8
+    (n, H, W, 3), or of any size, which it resizes.
     """
 
     task: str
@@ -73,6 +84,7 @@ class Artifact:
     parity: Parity | None
     probe: Probe
     evidence: Mapping[str, object]
+    takes: Takes = "float32"
 
 
 def files_of(folder: Path) -> tuple[str, ...]:
@@ -120,6 +132,8 @@ def write_artifact(folder: Path, artifact: Artifact) -> None:
         "probe": probe,
         "evidence": artifact.evidence,
     }
+    if artifact.takes != "float32":  # a key that earlier readers refuse: they would feed it floats
+        manifest["takes"] = artifact.takes
     write_file(folder / MANIFEST, canonical_json(manifest))
 
 
@@ -155,6 +169,7 @@ def read_artifact(folder: Path) -> Artifact:
         parity=_parity(table),
         probe=_probe(table.nested("probe")),
         evidence=_evidence(table),
+        takes=cast(Takes, table.text("takes", choices=TAKES)) if table.has("takes") else "float32",
     )
     for part in (backbone, pack, table):
         part.end()
@@ -166,21 +181,29 @@ def read_artifact(folder: Path) -> Artifact:
 
 
 def open_artifact(
-    folder: Path, artifact: Artifact, *, threads: int | None = None, precision: Precision = "fp32"
-) -> Runner:
+    folder: Path, artifact: Artifact, *, threads: int | None = None, precision: Precision = "fp32",
+    device: str | None = None,
+) -> Runner:  # fmt: skip
     """Open the model in ``folder`` on the runtime of its format; it takes images and puts out logits (n, C).
+
+    One that takes pictures is given preprocessed images all the same, see ``FromPixels``.
 
     Of its files only a TensorRT engine is hashed here, see ``manifest.damaged``.
 
     Args:
         threads: None is all cores; a GPU takes none.
         precision: what a model of floats is computed in, one that its runtime ``computes`` in.
+        device: one of ``DEVICES``; None is the runtime's usual one.
 
     Raises:
-        InputError: the runtime cannot read it, or it is another engine's.
+        InputError: the runtime has no such device, cannot read it, or it is another engine's.
         MissingError: the runtime, or a GPU, is not here.
     """
-    return FORMATS[artifact.format].open_model(folder, threads, precision)
+    row = FORMATS[artifact.format].on(device)
+    runner = row.open_model(folder, threads, precision, row.where)
+    if artifact.takes == "float32":
+        return runner
+    return FromPixels(runner, artifact.preprocess, resizes=artifact.takes != "uint8")
 
 
 def _versions(table: ObjectReader) -> dict[str, object]:

@@ -1,7 +1,8 @@
 """Data that a runtime derives and that can be made again: kept in a store by what it was made of and for.
 
-<root>/cache/derived/<subject>-<key>-<sha256>.bin     ``key`` is of everything that decides the bytes: the content that
-                                                      they are of, the runtime's version, the processor
+<root>/cache/derived/<maker>-<subject>-<key>-<sha256>.bin     ``key`` is of everything that decides the bytes: the
+                                                              content that they are of, the runtime's version, the
+                                                              processor; ``maker`` is the runtime
 
 A file is opened only where its bytes have the digest in its name; one with another key, of another processor say, is
 thrown away when its subject is made again.
@@ -19,23 +20,26 @@ from edgepet.canonical import canonical_json
 from edgepet.errors import EdgepetError
 from edgepet.files import folder_bytes, made_folder, read_file, write_file
 
-_NAME = re.compile(r"([0-9a-f]{16})-([0-9a-f]{16})-([0-9a-f]{64})\.bin")
+_NAME = re.compile(r"(?:[a-z0-9]{1,32}-)?([0-9a-f]{16})-([0-9a-f]{16})-([0-9a-f]{64})\.bin")  # once without a maker
 _STAMP = re.compile(r".+\.json")
 
 
-def derived(root: Path, subject: str, made_of: Mapping[str, object], make: Callable[[], bytes]) -> tuple[bytes, bool]:
+def derived(
+    root: Path, maker: str, subject: str, made_of: Mapping[str, object], make: Callable[[], bytes]
+) -> tuple[bytes, bool]:
     """The bytes that ``make`` gives for ``made_of``: from the cache of the store ``root`` where they are whole there.
 
     Where nothing can be written they are made each time.
 
     Args:
+        maker: whose they are, a runtime's name.
         subject: what they are for; only its newest are kept.
         made_of: everything that decides them.
 
     Returns:
         The bytes, and whether they were there.
     """
-    folder, digits, key = root / "cache" / "derived", _digits(subject), _digits(made_of)
+    folder, digits, key = root / "cache" / "derived", f"{maker}-{_digits(subject)}", _digits(made_of)
     found = sorted(folder.glob(f"{digits}-{key}-*.bin")) if folder.is_dir() else []
     for path in found:
         match = _NAME.fullmatch(path.name)
@@ -59,6 +63,12 @@ def derived(root: Path, subject: str, made_of: Mapping[str, object], make: Calla
     except EdgepetError:
         pass
     return data, False
+
+
+def derived_bytes(root: Path, maker: str) -> int:
+    """Bytes on disk of what ``maker`` derived in the store ``root``."""
+    folder = root / "cache" / "derived"
+    return sum(path.stat().st_size for path in folder.glob(f"{maker}-*.bin")) if folder.is_dir() else 0
 
 
 def clear_cache(root: Path) -> int:

@@ -1,4 +1,4 @@
-"""ONNX Runtime on the CPU: exported models, and a base graph with a task's tensors laid over it."""
+"""ONNX Runtime, on the CPU or another provider: exported models, and a base graph with a task's tensors over it."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ import onnxruntime
 
 from edgepet.device.refusals import refusing_model, require_images_alone
 from edgepet.device.runner import check_images, require_slots
+from edgepet.errors import InputError
 from edgepet.graphs.base import INPUT, BaseGraph
 from edgepet.graphs.int8 import Int8Graph
 from edgepet.graphs.parts import Part
@@ -38,8 +39,16 @@ _UNREADABLE: tuple[type[Exception], ...] = (
     *_REFUSALS,
     ValueError,
 )  # words of a file that are no UTF-8 are a ValueError
-_PACKAGE = "onnxruntime"
+_PACKAGE, _CPU, _CUDA = "onnxruntime", "CPUExecutionProvider", "CUDAExecutionProvider"
+_PROVIDERS = {  # the first one that is there
+    "cpu": (_CPU,),
+    "gpu": (_CUDA, "MIGraphXExecutionProvider", "ROCMExecutionProvider", "DmlExecutionProvider"),
+    "npu": ("QNNExecutionProvider", "VitisAIExecutionProvider"),
+    "cuda": (_CUDA,),
+}
+_EXACT = {_CUDA: {"use_tf32": 0}}  # which would round what it multiplies to ten bits
 _FOLDER = "session.model_external_initializers_file_folder_path"
+_ANY = 32  # pixels of a side of any size
 _SILENT = 4  # what ONNX Runtime would log comes back as an error; that nothing reads a tensor is no news
 _INT8 = frozenset(
     (
@@ -60,8 +69,9 @@ def open_session(
     tensors: Mapping[str, NpArray] | None = None,
     folder: Path | None = None,
     profile: Path | None = None,
+    provider: str = _CPU,
 ) -> Session:
-    """An ``onnxruntime.InferenceSession`` on the CPU.
+    """An ``onnxruntime.InferenceSession``.
 
     Args:
         model: an ONNX file, or the bytes of one, whose weights are then inside or in ``folder``.
@@ -71,9 +81,10 @@ def open_session(
             ``add_external_initializers``: ``add_initializer`` is silently ignored for a weight whose consumer is folded
             when the session is made.
         profile: what the name of a file of events begins with, which ``end_profiling`` writes.
+        provider: what runs all that it can; the CPU runs the rest.
 
     Raises:
-        InputError: ONNX Runtime refuses the model, or a tensor in place of one of its own.
+        InputError: ONNX Runtime refuses the model, a tensor in place of one of its own, or the provider.
     """
     options = onnxruntime.SessionOptions()
     options.log_severity_level = _SILENT
@@ -91,7 +102,22 @@ def open_session(
     what, copied = "cannot be opened by ONNX Runtime", not isinstance(model, bytes)
     with refusing_model(where, what, _UNREADABLE, package=_PACKAGE, copied=copied):
         # without the library's fallback, which prints and tries the same provider again
-        return onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"], enable_fallback=0)
+        providers = [_CPU] if provider == _CPU else [(provider, _EXACT.get(provider, {})), _CPU]
+        session = onnxruntime.InferenceSession(source, options, providers=providers, enable_fallback=0)
+    if provider not in session.get_providers():
+        what = "does not start on this machine"
+        raise InputError(provider, what, fix="install its driver and libraries, or run on the CPU")
+    return session
+
+
+def devices() -> dict[str, str]:
+    """Providers of this ONNX Runtime by our names of devices: "cpu", and those of "gpu", "npu", "cuda" that it has.
+
+    Whether the machine has what a provider needs shows when a session is made.
+    """
+    here = onnxruntime.get_available_providers()
+    found = {name: next((each for each in able if each in here), None) for name, able in _PROVIDERS.items()}
+    return {name: provider for name, provider in found.items() if provider is not None}
 
 
 def _running(where: str) -> AbstractContextManager[None]:
@@ -146,6 +172,7 @@ class OnnxRuntime:
         self._shape = tuple(side if isinstance(side, int) else None for side in entry.shape)
         self.executed: Precision = "fp32"
         self._entry, self._path = entry, path
+        self._dtype = "uint8" if entry.type == "tensor(uint8)" else "float32"
 
     @property
     def evidence(self) -> Mapping[str, object]:
@@ -153,19 +180,21 @@ class OnnxRuntime:
         how many layers multiplied int8 codes or floats.
         """
         asked: dict[str, object] = {"input": self._entry.type, "providers": self._session.get_providers()}
-        return asked if self._path is None else {**asked, **_profiled(self._path, self._shape)}
+        return asked if self._path is None else {**asked, **_profiled(self._path, self._shape, self._dtype)}
 
     @classmethod
-    def of_model(cls, path: Path, *, threads: int | None = None) -> OnnxRuntime:
+    def of_model(cls, path: Path, *, threads: int | None = None, provider: str = _CPU) -> OnnxRuntime:
         """Open an exported ONNX file.
 
         Raises:
             InputError: it is not a model that this ONNX Runtime reads.
         """
-        return cls(open_session(path, threads=threads), where=str(path), path=path)
+        return cls(open_session(path, threads=threads, provider=provider), where=str(path), path=path)
 
     @classmethod
-    def of_graph(cls, graph: BaseGraph, tensors: Mapping[str, NpArray], *, threads: int | None = None) -> OnnxRuntime:
+    def of_graph(
+        cls, graph: BaseGraph, tensors: Mapping[str, NpArray], *, threads: int | None = None, provider: str = _CPU
+    ) -> OnnxRuntime:
         """Open ``graph`` with ``tensors`` in place of the backbone's; all others are read from its files.
 
         ``tensors`` are read where they lie: they must stay as they are while it is open.
@@ -174,10 +203,11 @@ class OnnxRuntime:
             InputError: ONNX Runtime cannot open the graph with them.
         """
         held = {name: np.asarray(tensor, order="C") for name, tensor in tensors.items()}
-        return cls(open_session(graph.model_path, threads=threads, tensors=held), where=graph.backbone, held=held)
+        session = open_session(graph.model_path, threads=threads, tensors=held, provider=provider)
+        return cls(session, where=graph.backbone, held=held)
 
     def __call__(self, images: NpArray) -> NpArray:
-        check_images(images, self._shape, where=self._where)
+        check_images(images, self._shape, where=self._where, dtype=self._dtype)
         with _running(self._where):
             output: NpArray = self._session.run(None, {INPUT: images})[0]
         return output
@@ -207,10 +237,11 @@ class SharedOnnxRuntime:
     runtime = "onnxruntime"
 
     def __init__(
-        self, graph: Int8Graph, *, threads: int | None = None, codes: Mapping[str, NpArray] | None = None
-    ) -> None:
+        self, graph: Int8Graph, *, threads: int | None = None, codes: Mapping[str, NpArray] | None = None,
+        provider: str = _CPU,
+    ) -> None:  # fmt: skip
         self._held, self._path = codes, graph.model_path(self.runtime)
-        self._session = open_session(self._path, threads=threads, tensors=codes)
+        self._session = open_session(self._path, threads=threads, tensors=codes, provider=provider)
         self._shape = graph.preprocess.input_shape
 
     def bind(self, slots: Slots) -> BoundOnnxRuntime:
@@ -234,9 +265,11 @@ class OnnxRuntimePart:
 
     runtime = "onnxruntime"
 
-    def __init__(self, part: Part, tensors: Tensors, *, threads: int | None = None) -> None:
+    def __init__(self, part: Part, tensors: Tensors, *, threads: int | None = None, provider: str = _CPU) -> None:
         held = {name: np.asarray(tensor, order="C") for name, tensor in tensors.items()}
-        self._session = open_session(part.file.encoded(), threads=threads, tensors=held, folder=part.folder)
+        self._session = open_session(
+            part.file.encoded(), threads=threads, tensors=held, folder=part.folder, provider=provider
+        )
         self._part = part
         self._held: Tensors | None = held
 
@@ -302,15 +335,17 @@ class BoundOnnxRuntime:
         self._session = self._binding = self._held = None
 
 
-def _profiled(path: Path, shape: tuple[int | None, ...]) -> dict[str, object]:
+def _profiled(path: Path, shape: tuple[int | None, ...], dtype: str = "float32") -> dict[str, object]:
     """Nodes that ran, by the type of their first input: ONNX Runtime casts what it has no kernel for, and says so."""
     with tempfile.TemporaryDirectory() as folder:
         session = open_session(path, profile=Path(folder) / "profile")
         feed = {
             entry.name: np.ones([side if isinstance(side, int) else 1 for side in entry.shape], np.float32)
             for entry in session.get_inputs()
+            if entry.name != INPUT
         }
-        session.run(None, feed | {INPUT: np.zeros([side or 1 for side in shape], np.float32)})
+        images = np.zeros([1, *(side or _ANY for side in shape[1:])], dtype)
+        session.run(None, feed | {INPUT: images})
         events = json.loads(Path(session.end_profiling()).read_text())
     kinds, layers = Counter[str](), Counter[str]()
     for event in events:

@@ -10,7 +10,9 @@ from types import TracebackType
 
 import numpy as np
 
+from edgepet.deltas.delta import Delta
 from edgepet.device.generations import serving
+from edgepet.device.mixed import Mixed, mix
 from edgepet.device.pool import Event, Pool
 from edgepet.device.runtime import TaskNetwork
 from edgepet.device.served import Answer, Served, answering, place_of
@@ -24,6 +26,8 @@ from edgepet.images.inputs import Input, Picture, pictures_of
 from edgepet.images.preprocess import normalize
 from edgepet.packs.pack import Pack
 from edgepet.spec import NpArray, Preprocess, StoredPrecision
+
+IMAGES_OF_A_CALL = 16  # of one batch at most, whatever is asked at once
 
 
 class OpenTask:
@@ -110,7 +114,9 @@ class OpenTasks:
         began = time.perf_counter()
         pool.hold()
         self._pool, self._lock, self._open = pool, threading.RLock(), True
-        self._together, self._served = list[Together](), dict[str, Served]()
+        self._together, self._served, self._store = list[Together](), dict[str, Served](), store
+        self._mixed: dict[str, Mixed] | None = None
+        self._unmixed = dict[str, str]()
         try:
             placed = self._placed(store, tasks)
             for task in tasks:
@@ -148,6 +154,37 @@ class OpenTasks:
         with self._lock:
             return tuple(self._all(image, top) for image in pictures_of(images, clips=clips.pop()))
 
+    @property
+    def unmixed(self) -> dict[str, str]:
+        """Tasks that ``predict_each`` cannot ask in one call with others, and why not."""
+        with self._lock:
+            self._mixing()
+            return dict(self._unmixed)
+
+    def predict_each(self, images: Iterable[Picture], tasks: Sequence[str], *, top: int = 1) -> tuple[Answer, ...]:
+        """What of each of ``images`` its own task says, the one at the same place in ``tasks``.
+
+        Images of tasks on one backbone go through it in one call, at most ``IMAGES_OF_A_CALL``; those of a task in
+        ``unmixed`` by themselves.
+
+        Raises:
+            CheckError: an answer is not finite, and no pack before it gives one.
+            InputError: an image cannot be read or is several, or a task that is not open here.
+        """
+        given = list(images)
+        if len(given) != len(tasks):
+            raise InputError("tasks", f"needs one for each of {len(given)} images", got=len(tasks))
+        with self._lock:
+            unknown = [task for task in tasks if task not in self._served]
+            if unknown:
+                got, fix = repr(unknown[0]), f"open it with the others: {', '.join(self._served)}"
+                raise InputError("tasks", "names a task that is not open here", got=got, fix=fix)
+            asked = [
+                (self._picture(image, task, number), task)
+                for number, (image, task) in enumerate(zip(given, tasks, strict=True))
+            ]
+            return self._each(asked, top)
+
     def logits(self, images: NpArray) -> dict[str, NpArray]:
         """Logits, float32 (n, C), of every task for preprocessed float32 images (n, 3, H, W) that all of them take.
 
@@ -167,7 +204,9 @@ class OpenTasks:
                 served.close()
             for together in self._together:
                 together.close()
-            self._served, self._together = {}, []
+            for mixed in set((self._mixed or {}).values()):
+                mixed.close()
+            self._served, self._together, self._mixed = {}, [], None
             if self._open:
                 self._open = False
                 self._pool.release()
@@ -198,23 +237,73 @@ class OpenTasks:
             )
         return answers
 
+    def _picture(self, image: Picture, task: str, number: int) -> Input:
+        found = pictures_of(image, clips=self._served[task].pack.delta.preprocess.frames > 1)
+        if len(found) > 1:
+            raise InputError(f"image {number}", "must be one image, for one task", got=f"{len(found)} images")
+        return found[0]
+
+    def _each(self, asked: Sequence[tuple[Input, str]], top: int) -> tuple[Answer, ...]:
+        networks, answers = self._mixing(), dict[int, Answer]()
+        together = dict[int, tuple[Mixed, list[int]]]()
+        for place, (_, task) in enumerate(asked):
+            if task in networks and self._served[task].fell_back is None:
+                together.setdefault(id(networks[task]), (networks[task], []))[1].append(place)
+        for network, places in together.values():
+            for start in range(0, len(places), IMAGES_OF_A_CALL):
+                some = places[start : start + IMAGES_OF_A_CALL]
+                tasks = [asked[place][1] for place in some]
+                for place, logits in zip(some, network(self._prepared([asked[p] for p in some]), tasks), strict=True):
+                    if np.isfinite(logits).all():
+                        image, task = asked[place]
+                        answers[place] = self._served[task].said(image.name, logits, top)
+        return tuple(
+            answers[place] if place in answers else self._served[task].answer(image, top)
+            for place, (image, task) in enumerate(asked)
+        )
+
+    def _prepared(self, asked: Sequence[tuple[Input, str]]) -> NpArray:
+        """Images as their tasks take them, (n, 3, H, W)."""
+        made = list[NpArray]()
+        for image, task in asked:
+            preprocess = self._served[task].pack.delta.preprocess
+            made.append(normalize(image.pixels(preprocess)[None], preprocess))
+        return np.concatenate(made)
+
+    def _mixing(self) -> dict[str, Mixed]:
+        """The network that takes a batch of several tasks, by task; made when it is first asked for."""
+        if self._mixed is None:
+            self._mixed, groups = {}, dict[object, tuple[BaseGraph | Int8Graph, dict[str, Delta]]]()
+            for task, served in self._served.items():
+                graph = self._graph(served.pack)
+                groups.setdefault((graph.folder, graph.stem), (graph, {}))[1][task] = served.pack.delta
+            for graph, deltas in groups.values():
+                found = mix(graph, deltas, runtime=self._pool.row, threads=self._pool.threads)
+                self._unmixed |= found.unmixed
+                if found.network is not None:
+                    self._mixed |= dict.fromkeys(found.network.tasks, found.network)
+        return self._mixed
+
+    def _graph(self, pack: Pack) -> BaseGraph | Int8Graph:
+        return self._store.int8_of(pack) if self._pool.precision == "int8" else self._store.graph_of(pack)
+
     def _placed(self, store: Store, tasks: Sequence[str]) -> dict[str, tuple[str, TaskNetwork]]:
         """The networks of active packs that share something, with the sha256 of their pack."""
-        place, now = place_of(self._pool.row.name, self._pool.precision), store.now()
+        place, now = place_of(self._pool.row, self._pool.precision), store.now()
         groups = dict[object, tuple[BaseGraph | Int8Graph, dict[str, tuple[Pack, Fitted]]]]()
         for task in tasks:
             installed = serving(now, task, place, str(store.root))
             with contextlib.suppress(EdgepetError):  # said when it is opened by itself
                 pack = store.pack_of(task, installed)
-                graph = store.int8_of(pack) if self._pool.precision == "int8" else store.graph_of(pack)
+                graph = self._graph(pack)
                 key = graph.folder, graph.stem, pack.delta.preprocess
                 groups.setdefault(key, (graph, {}))[1][task] = pack, self._fitted(graph, pack)
-        placed, row = dict[str, tuple[str, TaskNetwork]](), self._pool.row.name
+        placed, row = dict[str, tuple[str, TaskNetwork]](), self._pool.row
         for graph, members in groups.values():
             if len(members) > 1:
                 fitted = {task: each for task, (_, each) in members.items()}
-                own = own_slots(graph, row) if isinstance(graph, Int8Graph) else {}
-                together = Together(part_of(graph, row), own, fitted, runtime=row, threads=self._pool.threads)
+                own = own_slots(graph, row.name) if isinstance(graph, Int8Graph) else {}
+                together = Together(part_of(graph, row.name), own, fitted, runtime=row, threads=self._pool.threads)
                 self._together.append(together)
                 placed |= {task: (pack.sha256, together.of(task)) for task, (pack, _) in members.items()}
         return placed
@@ -232,6 +321,6 @@ def served_by(store: Store, task: str, pool: Pool, placed: tuple[str, TaskNetwor
         here = placed is not None and placed[0] == pack.sha256
         network = placed[1] if placed is not None and here else pool.open(pack)
         precision: StoredPrecision = "int8" if pool.precision == "int8" else "fp32"
-        return answering(store, pack, network, pool.row.name, precision, asked=asked)
+        return answering(store, pack, network, pool.row, precision, asked=asked)
 
-    return Served(store, task, pool.row.name, pool.precision, opener)
+    return Served(store, task, pool.row, pool.precision, opener)

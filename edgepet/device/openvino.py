@@ -1,10 +1,9 @@
-"""OpenVINO on the CPU. The precision that runs is set here and read back: on AMX its own default is bf16."""
+"""OpenVINO, by default on the CPU. The precision that runs is set here and read back: on AMX its own is bf16."""
 
 from __future__ import annotations
 
 import contextlib
 import io
-import math
 import threading
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -19,6 +18,7 @@ import numpy as np
 
 from edgepet.canonical import canonical_json, parse_json
 from edgepet.device.caches import derived
+from edgepet.device.openvino_slots import stateful
 from edgepet.device.refusals import refusing_model, require_images_alone
 from edgepet.device.runner import check_images, require_slots
 from edgepet.errors import InputError, require
@@ -33,10 +33,9 @@ from edgepet.spec import NpArray, Precision, Tensors
 _OpenVino: TypeAlias = Any  # the module, or an object of it: it says no types
 _TYPES: dict[Precision, str] = {"fp32": "f32", "bf16": "bf16"}  # OpenVINO's own words
 _PRECISIONS: dict[str, Precision] = {"f32": "fp32", "bf16": "bf16", "f16": "fp16"}
+_CPU = "CPU"
 _NOT_RUN = "cannot be run by OpenVINO"
 _LAYERS = frozenset(("Convolution", "FullyConnected", "MatMul"))
-_MULTIPLIED = frozenset(("Convolution", "GroupConvolution", "MatMul"))
-_ELEMENTWISE = frozenset(("Add", "Multiply", "Subtract", "Divide"))
 
 
 class OpenVino:
@@ -44,12 +43,15 @@ class OpenVino:
 
     runtime = "openvino"
 
-    def __init__(self, model: _OpenVino, *, where: str, threads: int | None, precision: Precision) -> None:
+    def __init__(
+        self, model: _OpenVino, *, where: str, threads: int | None, precision: Precision, device: str = _CPU
+    ) -> None:
         takes = [INPUT if INPUT in port.names else min(port.names, default="a nameless one") for port in model.inputs]
         require_images_alone(takes, where=where)
-        compiled = _compile(model, threads, precision, where=where)
+        compiled = _compile(model, threads, precision, device, where=where)
         self._request, self._where = compiled.create_infer_request(), where
         self._shape = tuple(None if side.is_dynamic else side.get_length() for side in compiled.input(0).partial_shape)
+        self._dtype = "uint8" if compiled.input(0).element_type.get_type_name() == "u8" else "float32"
         self._hint = compiled.get_property("INFERENCE_PRECISION_HINT").get_type_name()
         self.executed = _PRECISIONS[self._hint]
         self._compiled = compiled
@@ -60,18 +62,20 @@ class OpenVino:
         return {"hint": self._hint, **_executed(self._compiled)}
 
     @classmethod
-    def of_model(cls, path: Path, *, threads: int | None = None, precision: Precision = "fp32") -> OpenVino:
+    def of_model(
+        cls, path: Path, *, threads: int | None = None, precision: Precision = "fp32", device: str = _CPU
+    ) -> OpenVino:
         """Open an exported IR (``.xml``) or ONNX file, to compute what is float in it in "fp32" or "bf16".
 
         Raises:
             InputError: it is not a model that this OpenVINO reads.
             MissingError: OpenVINO is not installed.
         """
-        return cls(_read(path), where=str(path), threads=threads, precision=precision)
+        return cls(_read(path), where=str(path), threads=threads, precision=precision, device=device)
 
     @classmethod
     def of_graph(cls, graph: BaseGraph, tensors: Mapping[str, NpArray], *, threads: int | None = None,
-                 precision: Precision = "fp32") -> OpenVino:  # fmt: skip
+                 precision: Precision = "fp32", device: str = _CPU) -> OpenVino:  # fmt: skip
         """Open ``graph`` with ``tensors`` in place of the backbone's constants of the same names.
 
         Raises:
@@ -79,10 +83,10 @@ class OpenVino:
             MissingError: OpenVINO is not installed.
         """
         model = _with_constants(_read(graph.model_path), tensors, graph.model_path)
-        return cls(model, where=graph.backbone, threads=threads, precision=precision)
+        return cls(model, where=graph.backbone, threads=threads, precision=precision, device=device)
 
     def __call__(self, images: NpArray) -> NpArray:
-        check_images(images, self._shape, where=self._where)
+        check_images(images, self._shape, where=self._where, dtype=self._dtype)
         with _refusing(self._where, _NOT_RUN):
             output: NpArray = self._request.infer({INPUT: images})[0].copy()
         return output
@@ -120,11 +124,12 @@ class SharedOpenVino:
         threads: int | None = None,
         codes: Mapping[str, NpArray] | None = None,
         store: Path | None = None,
+        device: str = _CPU,
     ) -> None:
         if store is None or codes:
-            self._compiled, self._order = _compiled_int8(graph, threads, codes or {})
+            self._compiled, self._order = _compiled_int8(graph, threads, codes or {}, device)
         else:
-            self._compiled, self._order = _kept_int8(graph, threads, store)
+            self._compiled, self._order = _kept_int8(graph, threads, store, device)
         self._graph, self._shape = graph, graph.preprocess.input_shape
 
     def bind(self, slots: Slots) -> BoundOpenVino:
@@ -149,13 +154,14 @@ class OpenVinoPart:
     runtime = "openvino"
 
     def __init__(
-        self, part: Part, tensors: Tensors, *, threads: int | None = None, precision: Precision = "fp32"
-    ) -> None:
+        self, part: Part, tensors: Tensors, *, threads: int | None = None, precision: Precision = "fp32",
+        device: str = _CPU,
+    ) -> None:  # fmt: skip
         model, order = _with_tensors(part, tensors), tuple[str, ...]()
         if part.slots:
-            model, order = _stateful(model, part.reads, plain=part.precision == "fp32")
+            model, order = stateful(model, part.reads, plain=part.precision == "fp32")
         self._order = order
-        self._compiled, self._part = _compile(model, threads, precision, where=part.reads), part
+        self._compiled, self._part = _compile(model, threads, precision, device, where=part.reads), part
 
     def bind(self, values: Mapping[str, NpArray]) -> BoundOpenVino:
         """Ready to run: a request of its own, whose state is these slots."""
@@ -210,15 +216,15 @@ class BoundOpenVino:
 
 
 def _compiled_int8(
-    graph: Int8Graph, threads: int | None, codes: Mapping[str, NpArray]
+    graph: Int8Graph, threads: int | None, codes: Mapping[str, NpArray], device: str
 ) -> tuple[_OpenVino, tuple[str, ...]]:
     """The int8 backbone, compiled, and the order of the slots in its state."""
     path = graph.model_path("openvino")
-    stateful, order = _stateful(_with_constants(_read(path), codes, path), INPUT)
-    return _compile(stateful, threads, "fp32", where=str(path)), order
+    model, order = stateful(_with_constants(_read(path), codes, path), INPUT)
+    return _compile(model, threads, "fp32", device, where=str(path)), order
 
 
-def _kept_int8(graph: Int8Graph, threads: int | None, store: Path) -> tuple[_OpenVino, tuple[str, ...]]:
+def _kept_int8(graph: Int8Graph, threads: int | None, store: Path, device: str) -> tuple[_OpenVino, tuple[str, ...]]:
     """As ``_compiled_int8`` without own codes, from the store's cache where it is there.
 
     OpenVINO checks nothing of what it exported, so the cache has a digest; and it does not say whether it was compiled
@@ -227,7 +233,7 @@ def _kept_int8(graph: Int8Graph, threads: int | None, store: Path) -> tuple[_Ope
     made, package = list[tuple[_OpenVino, tuple[str, ...]]](), _openvino()
 
     def compiled() -> bytes:
-        network, order = _compiled_int8(graph, threads, {})
+        network, order = _compiled_int8(graph, threads, {}, device)
         made.append((network, order))
         names = canonical_json(list(order))
         blob: bytes = network.export_model().getvalue()
@@ -236,80 +242,26 @@ def _kept_int8(graph: Int8Graph, threads: int | None, store: Path) -> tuple[_Ope
     here = environment()
     made_of = {
         "form": 1, "openvino": package.get_version(), "cpu": [here.cpu, *here.cpu_features], "threads": threads,
-        "files": {name: digest for name, (digest, _) in graph.files.items()},
+        "files": {name: digest for name, (digest, _) in graph.files.items()}, "device": device,
     }  # fmt: skip
-    data, kept = derived(store, f"openvino {graph.folder.name} {graph.stem} {threads}", made_of, compiled)
+    data, kept = derived(store, "openvino", f"{graph.folder.name} {graph.stem} {threads} {device}", made_of, compiled)
     if not kept:
         return made[0]
     start = 8 + int.from_bytes(data[:8], "little")
     with contextlib.suppress(RuntimeError):
-        network = core().import_model(io.BytesIO(data[start:]), "CPU", _config(threads, "fp32"))
+        network = core().import_model(io.BytesIO(data[start:]), device, _config(threads, "fp32", device))
         return network, tuple(parse_json(data[8:start]))
-    return _compiled_int8(graph, threads, {})  # a build of OpenVINO that calls itself the same
+    return _compiled_int8(graph, threads, {}, device)  # a build of OpenVINO that calls itself the same
 
 
-def _config(threads: int | None, precision: Precision) -> dict[str, object]:
+def _config(threads: int | None, precision: Precision, device: str) -> dict[str, object]:
     config: dict[str, object] = {"INFERENCE_PRECISION_HINT": _TYPES[precision], "PERFORMANCE_HINT": "LATENCY"}
-    return config if threads is None else config | {"INFERENCE_NUM_THREADS": threads}
+    return config if threads is None or device != _CPU else config | {"INFERENCE_NUM_THREADS": threads}
 
 
-def _compile(model: _OpenVino, threads: int | None, precision: Precision, *, where: str) -> _OpenVino:
+def _compile(model: _OpenVino, threads: int | None, precision: Precision, device: str, *, where: str) -> _OpenVino:
     with _refusing(where, "cannot be compiled by OpenVINO"):
-        return core().compile_model(model, "CPU", _config(threads, precision))
-
-
-def _stateful(model: _OpenVino, reads: str, *, plain: bool = False) -> tuple[_OpenVino, tuple[str, ...]]:
-    """``model`` with its inputs beside ``reads`` in one state variable, whose value a request keeps from call to call;
-    and the order in which it holds them. One, since each costs its copies at every call.
-
-    What is multiplied as a matrix stays an input: OpenVINO 2026.4 multiplies by other memory than a piece of a state.
-    With ``plain`` all stays one that is not read number by number, whatever becomes of it behind.
-    """
-    opset, openvino = _openvino().opset13, _openvino()
-    inputs = {parameter.get_friendly_name(): parameter for parameter in model.get_parameters()}
-    images = inputs.pop(reads)
-    slots = {name: slot for name, slot in inputs.items() if slot.output(0).get_target_inputs()}  # padded: no shift
-    left = {name: slot for name, slot in slots.items() if not _is_elementwise(slot, plain=plain)}
-    slots = {name: slot for name, slot in slots.items() if name not in left}
-    if not slots:
-        return openvino.Model(model.get_results(), [images, *left.values()], "slots"), ()
-    sizes = [math.prod(slot.get_output_shape(0)) for slot in slots.values()]
-    info = openvino.op.util.VariableInfo()
-    info.data_shape, info.data_type = openvino.PartialShape([sum(sizes)]), openvino.Type.f32
-    info.variable_id = "slots"
-    variable = openvino.op.util.Variable(info)
-    read = opset.read_value(openvino.op.Constant(np.ones(sum(sizes), np.float32)), variable)
-    cut = opset.variadic_split(read, opset.constant(np.int64(0)), opset.constant(np.array(sizes, np.int64)))
-    for place, slot in enumerate(slots.values()):
-        for target in slot.output(0).get_target_inputs():
-            target.replace_source_output(_fused(cut.output(place), tuple(slot.get_output_shape(0)), target))
-    stateful = openvino.Model(model.get_results(), [opset.assign(read, variable)], [images, *left.values()], "slots")
-    return stateful, tuple(slots)
-
-
-def _is_elementwise(slot: _OpenVino, *, plain: bool) -> bool:
-    """Whether no operation that reads it multiplies it as a matrix; ``plain``: whether all take it number by number."""
-    readers = {target.get_node().get_type_name() for target in slot.output(0).get_target_inputs()}
-    return readers <= _ELEMENTWISE if plain else not _MULTIPLIED & readers
-
-
-def _fused(cut: _OpenVino, shape: tuple[int, ...], target: _OpenVino) -> _OpenVino:
-    """A piece of the state in ``shape``, in a form that ``target`` can be fused with its neighbours in.
-
-    OpenVINO 2026.4 does not fuse an element-wise operation that reads a piece, but one that reads a reshaped piece. It
-    keeps a convolution's output with channels last only if most of what is multiplied or added lies so, and only
-    convolutions lay out vectors so: hence a depthwise one with ones, without which a ConvNet is twice as slow. Where a
-    map is one pixel, it would take the addition for a residual one, of equal shapes whatever the batch.
-    """
-    opset, reader = _openvino().opset13, target.get_node()
-    puts_out = reader.get_output_partial_shape(0)
-    if reader.get_type_name() in _ELEMENTWISE:
-        shape = (*[1] * (len(puts_out) - len(shape)), *shape)
-    piece = opset.reshape(cut, opset.constant(np.array(shape, np.int64)), False)
-    if len(shape) == 4 and shape[1] > 1 and [side.get_length() for side in list(puts_out)[2:]] != [1, 1]:
-        ones = opset.constant(np.ones((shape[1], 1, 1, 1, 1), np.float32))
-        piece = opset.group_convolution(piece, ones, [1, 1], [0, 0], [0, 0], [1, 1])
-    return piece.output(0)
+        return core().compile_model(model, device, _config(threads, precision, device))
 
 
 def _with_tensors(part: Part, tensors: Tensors) -> _OpenVino:
@@ -355,6 +307,16 @@ def _executed(compiled: _OpenVino) -> dict[str, object]:
             if str(facts["layerType"].astype(str)) in _LAYERS:
                 layers["int8" if precision in ("i8", "u8") else "float"] += 1
     return {"executed_nodes": dict(sorted(kinds.items())), "layers": dict(sorted(layers.items()))}
+
+
+def devices() -> dict[str, str]:
+    """What OpenVINO finds on this machine, by our names: "cpu", "gpu", "npu"; of several of a kind the first.
+
+    Raises:
+        MissingError: OpenVINO is not installed.
+    """
+    kinds = {name.partition(".")[0]: name for name in reversed(core().available_devices)}
+    return {kind.lower(): name for kind, name in kinds.items() if kind in (_CPU, "GPU", "NPU")}
 
 
 def core() -> _OpenVino:

@@ -61,12 +61,12 @@ class Pool:
 
     def __init__(
         self, store: Store, *, runtime: str, precision: str = "fp32", mode: str = "auto", threads: int | None = None,
-        memory_bytes: int | None = None,
+        memory_bytes: int | None = None, device: str | None = None,
     ) -> None:  # fmt: skip
         """Open nothing yet; ``threads`` None is all cores, ``memory_bytes`` None no limit, and no merging in "auto".
 
         Raises:
-            InputError: no such runtime, precision or mode.
+            InputError: no such runtime, precision, mode or device.
         """
         if precision not in ("fp32", "int8"):
             raise InputError(option("precision"), "is fp32 or int8 for a pack", got=repr(precision))
@@ -75,7 +75,7 @@ class Pool:
         if precision == "int8" and mode == "merged":
             fix = "export the task, whose int8 is then its own"
             raise InputError(option("mode"), "is slots in int8: all tasks share the codes", got=mode, fix=fix)
-        self.row = shared_runtime(runtime, purpose="a pack on a shared backbone")
+        self.row = shared_runtime(runtime, purpose="a pack on a shared backbone", device=device)
         self.precision, self.mode = precision, mode
         self.events, self.holders = list[Event](), 0
         self._store, self.threads, self._memory = store, threads, memory_bytes
@@ -152,7 +152,7 @@ class Pool:
         key = graph.folder, graph.stem
         if key not in self._int8:
             place = self._store.deriving(graph.weights_bytes)
-            self._int8[key] = SharedInt8(graph, runtime=self.row.name, threads=self.threads, store=place)
+            self._int8[key] = SharedInt8(graph, runtime=self.row, threads=self.threads, store=place)
         return self._int8[key].bind(pack.delta)
 
     def _features(self, graph: BaseGraph, delta: Delta) -> Runner:
@@ -189,7 +189,7 @@ class Pool:
         def folded() -> Runner:
             tensors = task_tensors(graph.base, delta)
             over = {name: tensors[name] for name in changed}
-            return open_features(graph, over, runtime=self.row.name, threads=self.threads)
+            return open_features(graph, over, runtime=self.row, threads=self.threads)
 
         size = graph.weights_bytes + sum(graph.base.tensors[name].nbytes for name in delta.targets)
         own = _Own(delta.task, size, folded)

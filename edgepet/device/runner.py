@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Protocol
 
-import numpy as np
-
 from edgepet.errors import InputError
 from edgepet.graphs.slots import Slots
 from edgepet.spec import NpArray, Precision
@@ -89,20 +87,20 @@ def require_slots(names: Iterable[str], slots: Mapping[str, NpArray]) -> None:
         raise InputError("int8 backbone", "asks for a slot that its description has not", got=missing[0], fix=fix)
 
 
-def check_images(images: NpArray, shape: tuple[int | None, ...], *, where: str) -> None:
+def check_images(images: NpArray, shape: tuple[int | None, ...], *, where: str, dtype: str = "float32") -> None:
     """Refuse a batch that the network would not take; None in ``shape`` is any size.
 
     Raises:
-        InputError: another dtype than float32, or another shape.
+        InputError: another dtype than ``dtype``, or another shape.
     """
     fits = images.ndim == len(shape) and all(
         want is None or have == want for have, want in zip(images.shape, shape, strict=True)
     )
-    if not fits or images.dtype != np.float32:
+    if not fits or images.dtype != dtype:
         wanted = ", ".join("n" if side is None else str(side) for side in shape)
         raise InputError(
             where,
-            f"takes float32 images ({wanted})",
+            f"takes {dtype} images ({wanted})",
             got=f"{images.dtype.name} {tuple(images.shape)}",
             fix="preprocess the images with the artefact's own preprocessing",
         )

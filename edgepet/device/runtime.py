@@ -11,7 +11,7 @@ from edgepet.deltas.branches import named_tensors
 from edgepet.deltas.delta import Delta, Head
 from edgepet.deltas.merge import task_tensors
 from edgepet.device.runner import Runner, SharedRunner
-from edgepet.device.runtimes import DEFAULT, shared_runtime
+from edgepet.device.runtimes import DEFAULT, Runtime, shared_runtime
 from edgepet.errors import CheckError, InputError, option
 from edgepet.graphs.base import BaseGraph
 from edgepet.graphs.int8 import Int8Graph, require_codes
@@ -62,7 +62,7 @@ def require_finite(logits: NpArray, where: str) -> NpArray:
     return logits
 
 
-def open_task(graph: BaseGraph, delta: Delta, *, runtime: str = DEFAULT, threads: int | None = None,
+def open_task(graph: BaseGraph, delta: Delta, *, runtime: str | Runtime = DEFAULT, threads: int | None = None,
               precision: Precision = "fp32") -> TaskNetwork:  # fmt: skip
     """Fold ``delta`` into ``graph``'s tensors and open the result; tensors that did not change are read from its files.
 
@@ -84,8 +84,10 @@ def open_task(graph: BaseGraph, delta: Delta, *, runtime: str = DEFAULT, threads
     return TaskNetwork(features, delta.head.in_float32)
 
 
-def open_features(graph: BaseGraph, tensors: Mapping[str, NpArray], *, runtime: str, threads: int | None = None,
-                  precision: Precision = "fp32") -> Runner:  # fmt: skip
+def open_features(
+    graph: BaseGraph, tensors: Mapping[str, NpArray], *, runtime: str | Runtime, threads: int | None = None,
+    precision: Precision = "fp32",
+) -> Runner:  # fmt: skip
     """Open ``graph`` itself, with ``tensors`` in place of the backbone's: images to pooled features (n, d).
 
     Raises:
@@ -94,8 +96,8 @@ def open_features(graph: BaseGraph, tensors: Mapping[str, NpArray], *, runtime: 
     """
     row = shared_runtime(runtime, purpose="a pack on a shared backbone")
     if precision not in row.computes or row.open_graph is None:
-        raise InputError(option("precision"), f"is one of {', '.join(row.computes)} on {runtime}", got=repr(precision))
-    return row.open_graph(graph, tensors, threads, precision)
+        raise InputError(option("precision"), f"is one of {', '.join(row.computes)} on {row.name}", got=repr(precision))
+    return row.open_graph(graph, tensors, threads, precision, row.where)
 
 
 class SharedInt8:
@@ -105,7 +107,12 @@ class SharedInt8:
     """
 
     def __init__(
-        self, graph: Int8Graph, *, runtime: str = DEFAULT, threads: int | None = None, store: Path | None = None
+        self,
+        graph: Int8Graph,
+        *,
+        runtime: str | Runtime = DEFAULT,
+        threads: int | None = None,
+        store: Path | None = None,
     ) -> None:
         """Hash the file of codes, and open the backbone; ``threads`` None is all cores.
 
@@ -124,7 +131,7 @@ class SharedInt8:
     def _open(self, codes: Mapping[str, NpArray]) -> SharedRunner:
         if self._row.open_int8 is None:
             raise InputError(option("runtime"), f"has no int8 backbone on {self._row.name}")
-        return self._row.open_int8(self.graph, self._threads, codes, self._store)
+        return self._row.open_int8(self.graph, self._threads, codes, self._store, self._row.where)
 
     def bind(self, delta: Delta, *, alone: bool = False) -> TaskNetwork:
         """A task, ready to run; from one bound task to another there is nothing to switch.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, TypeAlias
 
@@ -17,10 +17,12 @@ from edgepet.spec import NpArray, Precision, Tensors
 
 Format: TypeAlias = Literal["onnx", "openvino", "tensorrt"]
 
-_ModelOpener: TypeAlias = Callable[[Path, "int | None", Precision], Runner]
-_GraphOpener: TypeAlias = Callable[[BaseGraph, Tensors, "int | None", Precision], Runner]
-_PartOpener: TypeAlias = Callable[[Part, Tensors, "int | None"], PartRunner]
-_Int8Opener: TypeAlias = Callable[[Int8Graph, "int | None", Mapping[str, NpArray], "Path | None"], SharedRunner]
+DEVICES = ("cpu", "gpu", "npu", "cuda")
+
+_ModelOpener: TypeAlias = Callable[[Path, "int | None", Precision, str], Runner]
+_GraphOpener: TypeAlias = Callable[[BaseGraph, Tensors, "int | None", Precision, str], Runner]
+_PartOpener: TypeAlias = Callable[[Part, Tensors, "int | None", str], PartRunner]
+_Int8Opener: TypeAlias = Callable[[Int8Graph, "int | None", Mapping[str, NpArray], "Path | None", str], SharedRunner]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,87 +35,133 @@ class Runtime:
     traced backbone and the tensors that stand in place of its own; ``open_int8`` the int8 backbone, codes that
     stand in place of its own, and a store whose cache may hold what the runtime derives; ``open_part`` a stretch of
     either and tensors in place of its own, in fp32 or on codes. The last three openers are None where an engine holds
-    its own weights.
+    its own weights. Each takes last what the runtime calls the device, the row's own ``where``.
+
+    ``devices`` are what this machine has of ``DEVICES``, and how the runtime calls them. The first one is where the row
+    runs unless it is ``on`` another ``device``.
     """
 
     name: str
     format: Format
     engines: tuple[Engine, ...]
     computes: tuple[Precision, ...]
+    devices: Callable[[], Mapping[str, str]]
+    where: str
     open_model: _ModelOpener
+    device: str = "cpu"
     open_graph: _GraphOpener | None = None
     open_int8: _Int8Opener | None = None
     open_part: _PartOpener | None = None
-    derives: bool = False  # whether a store's cache keeps what it compiled
 
     @property
     def shares_backbone(self) -> bool:
         """Whether every task runs from one folder with one backbone."""
         return self.open_graph is not None
 
+    @property
+    def place(self) -> str:
+        """The runtime, with the device where that is not its usual one: where a pack may be served or not."""
+        usual = self.device == RUNTIMES[self.name].device
+        return self.name if usual else f"{self.name} {self.device}"
+
+    def on(self, device: str | None) -> Runtime:
+        """The row for another device; None leaves it.
+
+        Raises:
+            InputError: this machine has none that the runtime could run on.
+            MissingError: the runtime is not installed.
+        """
+        if device is None or device == self.device:
+            return self
+        here = self.devices()
+        if device not in here:
+            what = f"is none that {self.name} has on this machine"
+            raise InputError(option("device"), what, got=repr(device), fix=f"use one of: {', '.join(here)}")
+        return replace(self, device=device, where=here[device])
+
 
 # A runtime is imported when it is first opened: each takes a part of a second, and none has to be installed.
 
 
-def _onnxruntime_model(folder: Path, threads: int | None, precision: Precision) -> Runner:
+def _onnxruntime_devices() -> Mapping[str, str]:
+    from edgepet.device.onnxruntime import devices
+
+    return devices()
+
+
+def _onnxruntime_model(folder: Path, threads: int | None, precision: Precision, where: str) -> Runner:
     from edgepet.device.onnxruntime import OnnxRuntime
 
     del precision  # it computes what the file says
-    return OnnxRuntime.of_model(folder / "model.onnx", threads=threads)
+    return OnnxRuntime.of_model(folder / "model.onnx", threads=threads, provider=where)
 
 
-def _onnxruntime_graph(graph: BaseGraph, tensors: Tensors, threads: int | None, precision: Precision) -> Runner:
+def _onnxruntime_graph(
+    graph: BaseGraph, tensors: Tensors, threads: int | None, precision: Precision, where: str
+) -> Runner:
     from edgepet.device.onnxruntime import OnnxRuntime
 
     del precision
-    return OnnxRuntime.of_graph(graph, tensors, threads=threads)
+    return OnnxRuntime.of_graph(graph, tensors, threads=threads, provider=where)
 
 
 def _onnxruntime_int8(
-    graph: Int8Graph, threads: int | None, codes: Mapping[str, NpArray], store: Path | None
+    graph: Int8Graph, threads: int | None, codes: Mapping[str, NpArray], store: Path | None, where: str
 ) -> SharedRunner:
     from edgepet.device.onnxruntime import SharedOnnxRuntime
 
     del store  # its file is what it would keep
-    return SharedOnnxRuntime(graph, threads=threads, codes=codes)
+    return SharedOnnxRuntime(graph, threads=threads, codes=codes, provider=where)
 
 
-def _onnxruntime_part(part: Part, tensors: Tensors, threads: int | None) -> PartRunner:
+def _onnxruntime_part(part: Part, tensors: Tensors, threads: int | None, where: str) -> PartRunner:
     from edgepet.device.onnxruntime import OnnxRuntimePart
 
-    return OnnxRuntimePart(part, tensors, threads=threads)
+    return OnnxRuntimePart(part, tensors, threads=threads, provider=where)
 
 
-def _openvino_model(folder: Path, threads: int | None, precision: Precision) -> Runner:
+def _openvino_devices() -> Mapping[str, str]:
+    from edgepet.device.openvino import devices
+
+    return devices()
+
+
+def _openvino_model(folder: Path, threads: int | None, precision: Precision, where: str) -> Runner:
     from edgepet.device.openvino import OpenVino
 
-    return OpenVino.of_model(folder / "model.xml", threads=threads, precision=precision)
+    return OpenVino.of_model(folder / "model.xml", threads=threads, precision=precision, device=where)
 
 
-def _openvino_graph(graph: BaseGraph, tensors: Tensors, threads: int | None, precision: Precision) -> Runner:
+def _openvino_graph(
+    graph: BaseGraph, tensors: Tensors, threads: int | None, precision: Precision, where: str
+) -> Runner:
     from edgepet.device.openvino import OpenVino
 
-    return OpenVino.of_graph(graph, tensors, threads=threads, precision=precision)
+    return OpenVino.of_graph(graph, tensors, threads=threads, precision=precision, device=where)
 
 
 def _openvino_int8(
-    graph: Int8Graph, threads: int | None, codes: Mapping[str, NpArray], store: Path | None
+    graph: Int8Graph, threads: int | None, codes: Mapping[str, NpArray], store: Path | None, where: str
 ) -> SharedRunner:
     from edgepet.device.openvino import SharedOpenVino
 
-    return SharedOpenVino(graph, threads=threads, codes=codes, store=store)
+    return SharedOpenVino(graph, threads=threads, codes=codes, store=store, device=where)
 
 
-def _openvino_part(part: Part, tensors: Tensors, threads: int | None) -> PartRunner:
+def _openvino_part(part: Part, tensors: Tensors, threads: int | None, where: str) -> PartRunner:
     from edgepet.device.openvino import OpenVinoPart
 
-    return OpenVinoPart(part, tensors, threads=threads)
+    return OpenVinoPart(part, tensors, threads=threads, device=where)
 
 
-def _tensorrt_model(folder: Path, threads: int | None, precision: Precision) -> Runner:
+def _tensorrt_devices() -> Mapping[str, str]:
+    return {"gpu": "", "cuda": ""}
+
+
+def _tensorrt_model(folder: Path, threads: int | None, precision: Precision, where: str) -> Runner:
     from edgepet.device.tensorrt import open_engine
 
-    del threads, precision  # a GPU's, and the engine's own
+    del threads, precision, where  # a GPU's, and the engine's own
     return open_engine(folder)
 
 
@@ -123,6 +171,8 @@ RUNTIMES: dict[str, Runtime] = {
         format="onnx",
         engines=(Engine(name="onnxruntime", module="onnxruntime"),),
         computes=("fp32",),
+        devices=_onnxruntime_devices,
+        where="CPUExecutionProvider",
         open_model=_onnxruntime_model,
         open_graph=_onnxruntime_graph,
         open_int8=_onnxruntime_int8,
@@ -133,11 +183,12 @@ RUNTIMES: dict[str, Runtime] = {
         format="openvino",
         engines=(Engine(name="openvino", module="openvino", extra="openvino"),),
         computes=("fp32", "bf16"),
+        devices=_openvino_devices,
+        where="CPU",
         open_model=_openvino_model,
         open_graph=_openvino_graph,
         open_int8=_openvino_int8,
         open_part=_openvino_part,
-        derives=True,
     ),
     "tensorrt": Runtime(
         name="tensorrt",
@@ -154,6 +205,9 @@ RUNTIMES: dict[str, Runtime] = {
             Engine(name="tensorrt-rtx", module="tensorrt_rtx", extra="tensorrt-rtx"),
         ),
         computes=("fp32",),
+        devices=_tensorrt_devices,
+        where="",
+        device="gpu",
         open_model=_tensorrt_model,
     ),
 }
@@ -164,13 +218,14 @@ ENGINES: tuple[Engine, ...] = (*(engine for row in RUNTIMES.values() for engine 
 FORMATS: dict[Format, Runtime] = {row.format: row for row in RUNTIMES.values()}
 
 
-def shared_runtime(name: str, *, purpose: str) -> Runtime:
-    """The row of a runtime that can run every task on one backbone.
+def shared_runtime(runtime: str | Runtime, *, purpose: str, device: str | None = None) -> Runtime:
+    """The row of a runtime that can run every task on one backbone, a row itself as it is; on ``device`` if given.
 
     Raises:
-        InputError: no runtime of this name can; the message says for what (``purpose``).
+        InputError: no runtime of this name can; the message says for what (``purpose``). Or as ``Runtime.on``.
+        MissingError: a device is asked for and the runtime is not installed.
     """
-    row = RUNTIMES.get(name)
+    row = runtime if isinstance(runtime, Runtime) else RUNTIMES.get(runtime)
     if row is None or not row.shares_backbone:
-        raise InputError(option("runtime"), f"is one of {', '.join(SHARED_RUNTIMES)} for {purpose}", got=repr(name))
-    return row
+        raise InputError(option("runtime"), f"is one of {', '.join(SHARED_RUNTIMES)} for {purpose}", got=repr(runtime))
+    return row.on(device)

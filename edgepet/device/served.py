@@ -10,7 +10,7 @@ import numpy as np
 
 from edgepet.device.generations import Installed, serving
 from edgepet.device.runtime import SharedInt8, TaskNetwork, open_task, require_probe, scores_of
-from edgepet.device.runtimes import shared_runtime
+from edgepet.device.runtimes import Runtime, shared_runtime
 from edgepet.device.store import Store
 from edgepet.errors import CheckError, EdgepetError, InputError, MissingError, option
 from edgepet.graphs.slots import task_ranges
@@ -49,7 +49,7 @@ class Answer:
 class Served:
     """A task at one place, open: its active pack, or the one before where that fails. A context manager."""
 
-    def __init__(self, store: Store, task: str, runtime: str, precision: str, opener: Opener) -> None:
+    def __init__(self, store: Store, task: str, runtime: str | Runtime, precision: str, opener: Opener) -> None:
         shared_runtime(runtime, purpose="a pack on a shared backbone")
         if precision not in ("fp32", "int8"):
             raise InputError(option("precision"), "is fp32 or int8 for a pack", got=repr(precision))
@@ -136,9 +136,9 @@ class Served:
             self._store.refuse(self._task, failed.sha256, self._place, said(error))
 
 
-def place_of(runtime: str, precision: str) -> str:
-    """Where a pack is served or not, as stores write it: ``openvino int8``."""
-    return f"{runtime} {precision}"
+def place_of(runtime: str | Runtime, precision: str) -> str:
+    """Where a pack is served or not, as stores write it: ``openvino int8``, or ``openvino gpu int8``."""
+    return f"{runtime if isinstance(runtime, str) else runtime.place} {precision}"
 
 
 def open_pack(
@@ -168,7 +168,13 @@ def open_pack(
 
 
 def answering(
-    store: Store, pack: Pack, network: TaskNetwork, runtime: str, precision: StoredPrecision, *, asked: bool = False
+    store: Store,
+    pack: Pack,
+    network: TaskNetwork,
+    runtime: str | Runtime,
+    precision: StoredPrecision,
+    *,
+    asked: bool = False,
 ) -> TaskNetwork:
     """``network``, once it has answered the pack's probe; it is closed where it has not."""
     key = str(store.root.absolute()), pack.sha256, place_of(runtime, precision)

@@ -181,7 +181,7 @@ class Device:
 
     def open(
         self, task: str, *, runtime: str = DEFAULT, threads: int | None = None, precision: str = "fp32",
-        mode: str = "auto", memory_bytes: int | None = None,
+        mode: str = "auto", memory_bytes: int | None = None, device: str | None = None,
     ) -> OpenTask:  # fmt: skip
         """Open an installed task in "fp32" or "int8", to be asked again and again; close it, or use ``with``.
 
@@ -192,24 +192,25 @@ class Device:
             mode: "slots", its delta beside the backbone; "merged", folded into weights of its own; or "auto", as
                 ``Pool`` decides.
             memory_bytes: for networks of merged tasks.
+            device: "cpu", "gpu", "npu" or "cuda"; None is the runtime's usual one.
 
         Raises:
             CheckError: no pack of it is served on this runtime.
-            InputError: no such task, runtime, precision or mode, no backbone for it, or a file that is damaged.
+            InputError: no such task, runtime, precision, mode or device, no backbone for it, or a file that is damaged.
             MissingError: the runtime is not installed.
         """
-        pool = self._pool(runtime, precision, mode, threads, memory_bytes)
+        pool = self._pool(runtime, precision, mode, threads, memory_bytes, device)
         return OpenTask(Store(Path(self.store)), task, pool)
 
     def open_all(
         self, tasks: Sequence[str] = (), *, runtime: str = DEFAULT, threads: int | None = None,
-        precision: str = "fp32", mode: str = "auto", memory_bytes: int | None = None,
+        precision: str = "fp32", mode: str = "auto", memory_bytes: int | None = None, device: str | None = None,
     ) -> OpenTasks:  # fmt: skip
         """Open several tasks, or all, that look at the same pictures: what none of them changes is computed once.
 
         Else as ``open``.
         """
-        store, pool = Store(Path(self.store)), self._pool(runtime, precision, mode, threads, memory_bytes)
+        store, pool = Store(Path(self.store)), self._pool(runtime, precision, mode, threads, memory_bytes, device)
         return OpenTasks(store, tuple(tasks) or store.tasks(), pool)
 
     def close(self) -> None:
@@ -224,20 +225,23 @@ class Device:
     def __exit__(self, *error: object) -> None:
         self.close()
 
-    def _pool(self, runtime: str, precision: str, mode: str, threads: int | None, memory_bytes: int | None) -> Pool:
+    def _pool(
+        self, runtime: str, precision: str, mode: str, threads: int | None, memory_bytes: int | None,
+        device: str | None,
+    ) -> Pool:  # fmt: skip
         """The networks that tasks opened with the same settings share."""
-        key = runtime, precision, mode, threads, memory_bytes
+        key = runtime, precision, mode, threads, memory_bytes, device
         if key not in self._pools or not self._pools[key].holders:
             self._pools[key] = Pool(
                 Store(Path(self.store)), runtime=runtime, precision=precision, mode=mode, threads=threads,
-                memory_bytes=memory_bytes,
+                memory_bytes=memory_bytes, device=device,
             )  # fmt: skip
         return self._pools[key]
 
     def run(
         self, task: str | Sequence[str], images: Iterable[FilePath], *, runtime: str = DEFAULT,
         threads: int | None = None, precision: str = "fp32", mode: str = "auto", memory_bytes: int | None = None,
-        top: int = 1,
+        top: int = 1, device: str | None = None,
     ) -> DeviceRun:  # fmt: skip
         """Classify images, folders of them, or patterns, with an installed task, or with several of them at once.
 
@@ -250,6 +254,7 @@ class Device:
         began, given, shared = time.perf_counter(), list(images), tuple[Shared, ...]()
         settings: dict[str, Any] = {
             "runtime": runtime, "threads": threads, "precision": precision, "mode": mode, "memory_bytes": memory_bytes,
+            "device": device,
         }  # fmt: skip
         if isinstance(task, str):
             with self.open(task, **settings) as alone:

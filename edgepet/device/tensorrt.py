@@ -138,10 +138,11 @@ def deserialize(trt: Trt, path: Path, sidecar: Sidecar) -> tuple[Trt, str]:
     if engine is None:
         return None, next(iter(log.errors), "no message")
     names = [engine.get_tensor_name(index) for index in range(engine.num_io_tensors)]
-    found = {n: (tuple(engine.get_tensor_shape(n)), engine.get_tensor_dtype(n) == trt.float32) for n in names}
-    wanted = {tensor.name: (tensor.shape, True) for tensor in (sidecar.input, sidecar.output)}
+    types = {trt.float32: "float32", trt.uint8: "uint8"}
+    found = {n: (tuple(engine.get_tensor_shape(n)), types.get(engine.get_tensor_dtype(n))) for n in names}
+    wanted = {tensor.name: (tensor.shape, tensor.dtype) for tensor in (sidecar.input, sidecar.output)}
     if found != wanted:
-        raise InputError(str(path), f"needs (shape, is float32) to be {wanted}", got=found)
+        raise InputError(str(path), f"needs (shape, type) to be {wanted}", got=found)
     return engine, ""
 
 
@@ -202,7 +203,8 @@ class TensorrtRunner:
         self._context: Trt = engine.create_execution_context()
         if self._context is None:
             raise InputError(where, "TensorRT must make an execution context", fix="free some GPU memory")
-        sizes = (4 * sidecar.max_batch * math.prod(t.shape[1:]) for t in (sidecar.input, sidecar.output))
+        ports = (sidecar.input, sidecar.output)
+        sizes = (np.dtype(t.dtype).itemsize * sidecar.max_batch * math.prod(t.shape[1:]) for t in ports)
         self._images, self._logits = (cuda.allocate(size) for size in sizes)
         self._context.set_tensor_address(sidecar.input.name, self._images.value)
         self._context.set_tensor_address(sidecar.output.name, self._logits.value)
@@ -210,13 +212,13 @@ class TensorrtRunner:
     def __call__(self, images: NpArray) -> NpArray:
         """Logits (n, C) of float32 ``images`` (n, 3, H, W), in as many runs of at most ``max_batch`` as it takes.
 
-        Clips are (n, frames, 3, H, W).
+        Clips are (n, frames, 3, H, W), pictures uint8 (n, H, W, 3) where the engine takes those.
 
         Raises:
             InputError: another dtype or image size, or a run that TensorRT or CUDA did not finish.
         """
         takes, gives, step = self._sidecar.input, self._sidecar.output, self._sidecar.max_batch
-        check_images(images, (None, *takes.shape[1:]), where=self._where)
+        check_images(images, (None, *takes.shape[1:]), where=self._where, dtype=takes.dtype)
         cuda, context, pointer = self._cuda, self._context, ctypes.c_void_p
         logits = np.empty((len(images), *gives.shape[1:]), np.float32)
         for start in range(0, len(images), step):
@@ -266,7 +268,7 @@ def open_engine(folder: Path, *, stem: str = "model") -> TensorrtRunner:
 
 def _read_tensor(table: ObjectReader, *, ranks: tuple[int, ...]) -> TensorSpec:
     name, shape = table.text("name"), table.integers("shape", least=-1)
-    dtype = table.text("dtype", choices=("float32",))
+    dtype = table.text("dtype", choices=("float32", "uint8"))
     table.end()
     if len(shape) not in ranks or shape[0] != -1 or min(shape[1:]) < 1:
         needs = f"needs -1 and {' or '.join(str(rank - 1) for rank in ranks)} sizes"

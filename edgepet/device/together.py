@@ -125,7 +125,7 @@ class Together:
     """
 
     def __init__(
-        self, trunk: Part, own: Mapping[str, NpArray], tasks: Mapping[str, Fitted], *, runtime: str,
+        self, trunk: Part, own: Mapping[str, NpArray], tasks: Mapping[str, Fitted], *, runtime: str | Runtime,
         threads: int | None = None,
     ) -> None:  # fmt: skip
         """Open everything; ``threads`` None is all cores.
@@ -138,7 +138,7 @@ class Together:
             MissingError: the runtime is not installed.
         """
         self._row, self._threads = shared_runtime(runtime, purpose="tasks together"), threads
-        self.runtime, self.executed = runtime, trunk.precision
+        self.runtime, self.executed = self._row.name, trunk.precision
         self._tasks, self._networks = dict(tasks), dict[object, PartRunner]()
         self._whole, self._steps = dict[str, BoundPart](), list[_Step]()
         try:
@@ -250,7 +250,7 @@ def opened(row: Runtime, part: Part, tensors: Mapping[str, NpArray], threads: in
     """
     if row.open_part is None:
         raise InputError(option("runtime"), f"opens no stretch of a graph on {row.name}")
-    return row.open_part(part, tensors, threads)
+    return row.open_part(part, tensors, threads, row.where)
 
 
 class _OneOf:

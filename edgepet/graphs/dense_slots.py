@@ -12,7 +12,7 @@ torch nor ``onnx`` is needed.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -81,6 +81,38 @@ def slots_of(slots: Iterable[str]) -> frozenset[str]:
     """The weights that have slots around their product."""
     ends = (STEPS, INPUTS, LEFT)
     return frozenset(name.removesuffix(end) for name in slots for end in ends if name.endswith(end))
+
+
+def alike(graph: BaseGraph, file: OnnxFile, tasks: Sequence[Mapping[str, NpArray]]) -> list[dict[str, NpArray]]:
+    """Slots of tasks as slots of the same names and shapes: what a task leaves as it is does nothing in its slots.
+
+    Ranks are filled up with zeros to the largest. ``tasks`` are not modified.
+    """
+    tensors, products = graph.base.tensors, _products(file)
+    plain, shapes = dict(tensors), dict[str, tuple[int, ...]]()
+    own = dict[str, str]()  # slots of biases that a node around itself adds, by the bias
+    for weight in sorted(slots_of(name for task in tasks for name in task)):
+        bias = products[weight].bias
+        if bias is not None:
+            own[bias] = weight + BIAS
+            shapes[own[bias]] = (len(tensors[bias]), *[1] * (tensors[weight].ndim - 2))
+            plain[own[bias]] = tensors[bias]
+    given = [{own.get(name, name): slot for name, slot in task.items()} for task in tasks]
+    for name, slot in ((name, slot) for task in given for name, slot in task.items()):
+        if name not in own.values():
+            held = shapes.get(name, slot.shape)
+            shapes[name] = tuple(max(pair) for pair in zip(held, slot.shape, strict=True))
+    return [{name: _filled(task.get(name), name, shape, plain) for name, shape in shapes.items()} for task in given]
+
+
+def _filled(slot: NpArray | None, name: str, shape: tuple[int, ...], plain: Mapping[str, NpArray]) -> NpArray:
+    """A slot in ``shape``; None is the backbone's own, that of a factor ones and of low rank zeros."""
+    found = plain.get(name) if slot is None else slot
+    if found is None:
+        return (np.ones if name.endswith((STEPS, INPUTS)) else np.zeros)(shape, np.float32)
+    if name.endswith((LEFT, RIGHT)):
+        found = np.pad(found, [(0, wide - side) for side, wide in zip(found.shape, shape, strict=True)])
+    return np.ascontiguousarray(found.reshape(shape), np.float32)
 
 
 def with_slots(file: OnnxFile, shapes: Mapping[str, tuple[int, ...]]) -> OnnxFile:

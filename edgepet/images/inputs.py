@@ -70,6 +70,25 @@ def pictures_of(given: Picture | Iterable[Picture], *, clips: bool = False) -> t
     return tuple(once.values())
 
 
+def asked_pairs(line: str) -> list[tuple[str, str]] | None:
+    """Images with the task of each, where a line asks so: an object with ``image`` and ``task``, or a list of such.
+
+    Raises:
+        InputError: it is no JSON, or a list of anything else.
+    """
+    if line[:1] not in ("{", "["):
+        return None
+    given = _parsed(line)
+    if isinstance(given, dict) and "task" not in given:
+        return None
+    pairs = given if isinstance(given, list) else [given]
+    found = [(each.get("image"), each.get("task")) if isinstance(each, dict) else (None, None) for each in pairs]
+    whole = [(image, task) for image, task in found if isinstance(image, str) and isinstance(task, str)]
+    if not whole or len(whole) < len(pairs):
+        raise InputError("line", 'needs objects with "image" and "task"', got=repr(line[:80]))
+    return whole
+
+
 def asked_for(line: str) -> str:
     """The image that a line asks for: JSON, a text or an object with ``image``, or else the line itself.
 
@@ -78,14 +97,18 @@ def asked_for(line: str) -> str:
     """
     if line[:1] not in ("{", '"'):
         return line
-    try:
-        given = parse_json(line)
-    except (ValueError, RecursionError) as error:
-        raise InputError("line", "is no JSON", got=error) from error
+    given = _parsed(line)
     image = given.get("image") if isinstance(given, dict) else given
     if not isinstance(image, str):
         raise InputError("line", 'needs a text, or an object with "image"', got=repr(line[:80]))
     return image
+
+
+def _parsed(line: str) -> object:
+    try:
+        return parse_json(line)
+    except (ValueError, RecursionError) as error:
+        raise InputError("line", "is no JSON", got=error) from error
 
 
 def inputs_of(given: Iterable[FilePath], *, clips: bool = False) -> tuple[Path, ...]:

@@ -68,7 +68,7 @@ def load_pixels(path: Path, preprocess: Preprocess) -> Pixels:
             raise _unreadable(path, f"{told} values, which would be cut off at 255")
         with _LARGE if file.width * file.height > LARGE_PIXELS else contextlib.nullcontext():
             image = _rgb(file, preprocess)
-    height, width = _resized(image.height, image.width, preprocess)
+    height, width = resized(image.height, image.width, preprocess)
     if height * width > _MOST_RESIZED_PIXELS:
         raise InputError(
             str(path),
@@ -159,10 +159,10 @@ def to_pixels(image: Image.Image, preprocess: Preprocess) -> Pixels:
 
 def _fitted(image: Image.Image, preprocess: Preprocess) -> Pixels:
     """An upright RGB image, resized and cropped."""
-    height, width = _resized(image.height, image.width, preprocess)
+    height, width = resized(image.height, image.width, preprocess)
     image = image.resize((width, height), _RESAMPLING[preprocess.interpolation])
     crop_height, crop_width = preprocess.image_size
-    top, left = _crop_start(height, crop_height), _crop_start(width, crop_width)
+    top, left = crop_start(height, crop_height), crop_start(width, crop_width)
     return np.array(image.crop((left, top, left + crop_width, top + crop_height)), dtype=np.uint8)
 
 
@@ -218,7 +218,7 @@ def _orientation(image: Image.Image) -> int:
     return 1
 
 
-def _resized(height: int, width: int, preprocess: Preprocess) -> tuple[int, int]:
+def resized(height: int, width: int, preprocess: Preprocess) -> tuple[int, int]:
     """The (height, width) before the crop, with the rounding of timm's three branches."""
     to_height, to_width = (math.floor(edge / preprocess.crop_fraction) for edge in preprocess.image_size)
     if preprocess.crop == "squash":
@@ -231,7 +231,7 @@ def _resized(height: int, width: int, preprocess: Preprocess) -> tuple[int, int]
     return round(height / ratio), round(width / ratio)
 
 
-def _crop_start(edge: int, crop: int) -> int:
+def crop_start(edge: int, crop: int) -> int:
     """Where a centre crop starts; negative where the image is smaller, which ``Image.crop`` fills with black."""
     return -((crop - edge) // 2) if crop > edge else round((edge - crop) / 2)
 

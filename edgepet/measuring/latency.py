@@ -43,6 +43,7 @@ class Candidate:
     precision: str
     mode: str
     open: Callable[[], Network]
+    device: str = "cpu"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,6 +69,7 @@ class LatencyRow:
     first_ms: float
     noisy: bool
     times_ms: tuple[float, ...]
+    device: str = "cpu"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -223,6 +225,7 @@ def _row(candidate: Candidate, ready: _Ready, times_ms: NpArray, *, threads: int
         first_ms=ready.first_ns / 1e6,
         noisy=p75 - p25 > NOISY * p50,
         times_ms=tuple(times_ms.tolist()),
+        device=candidate.device,
     )
 
 

@@ -5,13 +5,21 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import cast
 
+import numpy as np
+from PIL import Image
+
 from edgepet.device.artifact import Artifact
+from edgepet.device.pixels import FromPixels
 from edgepet.device.runner import Runner
 from edgepet.errors import CheckError
 from edgepet.images.batches import batched
+from edgepet.images.preprocess import normalize, to_pixels
 from edgepet.measuring.parity import SAME_CODES, Parity, compare, require_parity
 from edgepet.proving.subject import Subject
-from edgepet.spec import NpArray
+from edgepet.spec import NpArray, StoredPrecision
+
+RESIZED: dict[StoredPrecision, float] = {"fp32": 0.01, "fp16": 0.03, "int8": 0.1}  # parts of the largest logit
+_SIZES = ((300, 401), (97, 64))  # pixels of the pictures, height and width: one is made smaller, one wider
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,6 +40,30 @@ def check_probe(artifact: Artifact, got: NpArray) -> Check:
     stored = SAME_CODES if artifact.precision == "int8" else artifact.precision
     parity = compare(artifact.probe.logits, got, stored=stored, inputs="synthetic", against="merged")
     return Check(name="probe", ok=parity.ok, value=parity.max_abs, limit=cast(float, parity.limit))
+
+
+def probe_images(artifact: Artifact) -> NpArray:
+    """The probe's images, as the artefact can take them."""
+    return artifact.probe.images(artifact.preprocess, pictures=artifact.takes != "float32")
+
+
+def check_resizing(artifact: Artifact, runner: Runner) -> list[Check]:
+    """Of a model that resizes, its answers to pictures of other sizes against those to what Pillow makes of them.
+
+    ``value`` is the largest difference, ``limit`` a part of the largest logit: single pixels are one level off.
+    """
+    if not isinstance(runner, FromPixels) or artifact.takes != "uint8, any size":
+        return []
+    rng, found, most = np.random.default_rng(artifact.probe.seed), list[float](), 0.0
+    for height, width in _SIZES:
+        coarse = Image.fromarray(rng.integers(0, 256, (height // 8, width // 8, 3), dtype=np.uint8))
+        picture = coarse.resize((width, height), Image.Resampling.BICUBIC)
+        own = runner.runner(np.asarray(picture)[None])
+        expected = runner(normalize(to_pixels(picture, artifact.preprocess)[None], artifact.preprocess))
+        found.append(float(np.abs(own - expected).max()))
+        most = max(most, float(np.abs(expected).max()))
+    value, limit = max(found), RESIZED[artifact.precision] * most
+    return [Check(name="resizing", ok=value <= limit, value=value, limit=limit)]
 
 
 def check_data(artifact: Artifact, merged: NpArray, got: NpArray) -> Check:
@@ -62,7 +94,11 @@ def prove(subject: Subject, artifact: Artifact, runner: Runner, *, where: str) -
     require_parity(merged, where)
     parity = subject.judge(got, precision=artifact.precision)
     require_parity(parity, where)
-    probe = check_probe(artifact, runner(artifact.probe.images(artifact.preprocess)))
+    probe = check_probe(artifact, runner(probe_images(artifact)))
     if not probe.ok:
         raise CheckError(where, f"must repeat its probe within {probe.limit:.1e}", got=f"{probe.value:.1e}")
+    for resized in check_resizing(artifact, runner):
+        if not resized.ok:
+            what = f"must answer a picture of another size within {resized.limit:.1e} of what Pillow makes of it"
+            raise CheckError(where, what, got=f"{resized.value:.1e}")
     return parity

@@ -9,11 +9,12 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from edgepet.calibration.fp16 import stored_types
-from edgepet.device.artifact import Artifact, Probe, files_of, open_artifact, write_artifact
+from edgepet.device.artifact import Artifact, Probe, Takes, files_of, open_artifact, write_artifact
 from edgepet.device.runtimes import Format
 from edgepet.errors import CheckError, MissingError, option
 from edgepet.exporters import EXPORTERS
 from edgepet.exporters.exporter import ExportOptions
+from edgepet.exporters.pixels import taking_pixels
 from edgepet.files import folder_bytes, move_folder, new_folder, require_space, scratch_folder
 from edgepet.graphs.manifest import listing
 from edgepet.proving.checks import prove
@@ -22,6 +23,7 @@ from edgepet.proving.precision import Model, fastest, in_precision
 from edgepet.proving.subject import Subject
 from edgepet.spec import StoredPrecision
 
+_ENDS: dict[Takes, str] = {"float32": "", "uint8": "-uint8", "uint8, any size": "-uint8-resize"}
 SHARE = {"fp32": 1.0, "fp16": 0.5, "int8": 0.25, "auto": 1.75}  # of the backbone's bytes, at least
 
 
@@ -46,9 +48,9 @@ def export_task(subject: Subject, folder: Path, options: ExportOptions, stage: C
     return made
 
 
-def place_of(folder: Path, task: str, name: Format, precision: str) -> Path:
+def place_of(folder: Path, task: str, name: Format, precision: str, takes: Takes = "float32") -> Path:
     """The folder of an artefact below ``folder``."""
-    return folder / f"{task}-{name}-{precision}"
+    return folder / f"{task}-{name}-{precision}{_ENDS[takes]}"
 
 
 def _fastest(subject: Subject, folder: Path, options: ExportOptions, stage: Callable[[str], None]) -> list[Exported]:
@@ -62,7 +64,7 @@ def _fastest(subject: Subject, folder: Path, options: ExportOptions, stage: Call
     chosen = []
     for name in options.to:
         made, out = dict[StoredPrecision, Exported](), list(unfit)
-        with scratch_folder(place_of(folder, subject.delta.task, name, "auto")) as scratch:
+        with scratch_folder(place_of(folder, subject.delta.task, name, "auto", options.takes)) as scratch:
             for precision, model in models.items():
                 stage(f"{subject.delta.task} to {name}, {precision}")
                 try:
@@ -73,7 +75,7 @@ def _fastest(subject: Subject, folder: Path, options: ExportOptions, stage: Call
                 raise CheckError(option("precision", "auto"), "needs one precision that passes its checks", got="none")
             stage(f"{subject.delta.task} to {name}: measure")
             precision, why = _best(made)
-            place = place_of(folder, subject.delta.task, name, precision)
+            place = place_of(folder, subject.delta.task, name, precision, options.takes)
             move_folder(made[precision].path, place, only=files_of(place))
         chosen.append(replace(made[precision], path=place, why="; ".join([why, *out])))
     return chosen
@@ -97,10 +99,13 @@ def _best(made: Mapping[StoredPrecision, Exported]) -> tuple[StoredPrecision, st
 
 def _export_one(subject: Subject, model: Model, name: Format, folder: Path, options: ExportOptions) -> Exported:
     delta = subject.delta
-    path = place_of(folder, delta.task, name, model.precision)
+    path = place_of(folder, delta.task, name, model.precision, options.takes)
     with new_folder(path, only=files_of(path)) as scratch:
         began = time.perf_counter()
-        written = EXPORTERS[name](model.proto, model.precision, scratch, options, delta.task)
+        proto = model.proto
+        if options.takes != "float32":
+            proto = taking_pixels(proto, delta.preprocess, resize=options.resize, where=delta.task)
+        written = EXPORTERS[name](proto, model.precision, scratch, options, delta.task)
         seconds = model.seconds + time.perf_counter() - began
         began = time.perf_counter()
         artifact = Artifact(
@@ -129,6 +134,7 @@ def _export_one(subject: Subject, model: Model, name: Format, folder: Path, opti
                 "calibration": model.calibration,
                 **({"int8": model.int8} if model.int8 else {}),
             },
+            takes=options.takes,
         )
         artifact = _verified(subject, artifact, scratch, path)
         write_artifact(scratch, artifact)
@@ -147,7 +153,7 @@ def _probe(subject: Subject, model: Model) -> Probe:
     """Answers to noise: those of the merged network, or where codes decide, those of the same codes in ONNX Runtime."""
     if model.precision != "int8":
         return subject.probe
-    return replace(subject.probe, logits=model.logits(subject.probe.images(subject.delta.preprocess)))
+    return replace(subject.probe, logits=model.logits(subject.probe_images))
 
 
 def _verified(subject: Subject, artifact: Artifact, scratch: Path, path: Path) -> Artifact:

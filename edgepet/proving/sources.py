@@ -11,7 +11,7 @@ from edgepet.deltas.delta import Delta
 from edgepet.device.artifact import MANIFEST, Artifact, open_artifact, read_artifact
 from edgepet.device.runner import Runner
 from edgepet.device.runtime import SharedInt8, TaskNetwork, open_task
-from edgepet.device.runtimes import DEFAULT, FORMATS, RUNTIMES, SHARED_RUNTIMES, Runtime
+from edgepet.device.runtimes import DEFAULT, FORMATS, RUNTIMES, SHARED_RUNTIMES, Runtime, shared_runtime
 from edgepet.device.together import Together, fit_lightly, own_slots
 from edgepet.errors import InputError, option, require
 from edgepet.graphs.base import BaseGraph, open_graph
@@ -46,45 +46,53 @@ class PackSource:
         self.pack: Pack = read_pack(path)
         self.labels, self.preprocess = self.pack.delta.labels, self.pack.delta.preprocess
 
-    def open(self, runtime: str | None, precision: str, backbone: AnyBackbone, threads: int | None) -> Opened:
+    def open(
+        self, runtime: str | None, precision: str, backbone: AnyBackbone, threads: int | None,
+        device: str | None = None,
+    ) -> Opened:  # fmt: skip
         """Open it on a runtime, by default ONNX Runtime, in "fp32", or "int8": on the int8 backbone.
 
         Args:
             backbone: what the graph is made of where none is there, or torch runs; None is the pack's own.
             threads: None is all cores.
+            device: one of ``DEVICES``; None is the runtime's usual one.
 
         Raises:
             BackboneError: ``backbone`` is not the pack's.
-            InputError: no such runtime or precision, or the pack has no graph here.
+            InputError: no such runtime, precision or device, or the pack has no graph here.
             MissingError: the runtime is not installed.
         """
         name, delta = runtime or DEFAULT, self.pack.delta
         if precision not in ("fp32", "int8"):
             raise InputError(option("precision"), "is fp32 or int8 for a pack", got=repr(precision))
-        network: TaskNetwork | TorchNetwork
-        if precision == "int8":
-            shared = SharedInt8(int8_graph_of(self.path, delta, backbone), runtime=name, threads=threads)
-            network = shared.bind(delta)
-        elif name == TORCH.name:
+        if name == TORCH.name and precision == "fp32":
+            require_cpu(device)
             return Opened(network=self._torch(backbone, self._mode, threads)(), runtime=name, precision="fp32")
+        row = shared_runtime(name, purpose="a pack on a shared backbone", device=device)
+        if precision == "int8":
+            shared = SharedInt8(int8_graph_of(self.path, delta, backbone), runtime=row, threads=threads)
+            network = shared.bind(delta)
         else:
-            network = open_task(graph_of(self.path, delta, backbone), delta, runtime=name, threads=threads)
+            network = open_task(graph_of(self.path, delta, backbone), delta, runtime=row, threads=threads)
         return Opened(network=network, runtime=name, precision=network.executed)
 
-    def candidates(self, runtimes: Sequence[str], threads: int, plain: bool, backbone: AnyBackbone) -> list[Candidate]:
+    def candidates(
+        self, runtimes: Sequence[str], threads: int, plain: bool, backbone: AnyBackbone, device: str | None = None
+    ) -> list[Candidate]:
         """What of it can be timed on each runtime, in each precision; ``plain`` adds the backbone itself.
 
         Raises:
-            BackboneError, InputError: as ``graph_of``.
+            BackboneError, InputError: as ``graph_of`` and ``Runtime.on``.
             MissingError: torch is asked for and not installed.
         """
         found = []
         for name in runtimes:
             row = RUNTIMES.get(name)
             if name == TORCH.name:
+                require_cpu(device)
                 found += self._in_torch(threads, plain, backbone)
             elif row is not None and row.shares_backbone:
-                found += self._on(row, threads, plain, backbone)
+                found += self._on(row.on(device), threads, plain, backbone)
         return found
 
     @property
@@ -94,37 +102,41 @@ class PackSource:
     def _on(self, row: Runtime, threads: int, plain: bool, backbone: AnyBackbone) -> list[Candidate]:
         def opener(delta: Delta, precision: Precision) -> Callable[[], Network]:
             graph = graph_of(self.path, delta, backbone)
-            return lambda: open_task(graph, delta, runtime=row.name, threads=threads, precision=precision)
+            return lambda: open_task(graph, delta, runtime=row, threads=threads, precision=precision)
 
         modes = {self._mode: self.pack.delta}
         if plain:  # the backbone with the task's head and nothing else of it: the head is no cost of a method
             modes["plain"] = replace(self.pack.delta, updates=(), branches=())
         found = []
         for precision in row.computes:
-            found += [self._candidate(row.name, precision, m, opener(d, precision)) for m, d in modes.items()]
+            found += [self._candidate(row, precision, m, opener(d, precision)) for m, d in modes.items()]
             if precision == row.computes[0] and self.pack.delta.int8 is not None:
-                found.append(self._candidate(row.name, "int8", "shared", self._on_codes(row.name, threads, backbone)))
+                found.append(self._candidate(row, "int8", "shared", self._on_codes(row, threads, backbone)))
         return found
 
-    def _on_codes(self, name: str, threads: int, backbone: AnyBackbone) -> Callable[[], Network]:
+    def _on_codes(self, row: Runtime, threads: int, backbone: AnyBackbone) -> Callable[[], Network]:
         """The task on the int8 backbone that other tasks may share."""
 
         def opener() -> Network:
             graph = int8_graph_of(self.path, self.pack.delta, backbone)
-            return SharedInt8(graph, runtime=name, threads=threads).bind(self.pack.delta)
+            return SharedInt8(graph, runtime=row, threads=threads).bind(self.pack.delta)
 
         return opener
 
     def _in_torch(self, threads: int, plain: bool, backbone: AnyBackbone) -> list[Candidate]:
         tuned = subject_in_torch(self.path, backbone).work is not None
         modes = [*(["tuned"] if tuned else []), self._mode, *(["plain"] if plain else [])]
-        return [self._candidate(TORCH.name, "fp32", mode, self._torch(backbone, mode, threads)) for mode in modes]
+        return [self._candidate(None, "fp32", mode, self._torch(backbone, mode, threads)) for mode in modes]
 
     def _torch(self, backbone: AnyBackbone, mode: str, threads: int | None) -> Callable[[], TorchNetwork]:
         return lambda: TorchNetwork(subject_in_torch(self.path, backbone), mode, threads=threads)
 
-    def _candidate(self, runtime: str, precision: Precision, mode: str, opener: Callable[[], Network]) -> Candidate:
-        return Candidate(model=self.path.name, runtime=runtime, precision=precision, mode=mode, open=opener)
+    def _candidate(
+        self, row: Runtime | None, precision: Precision, mode: str, opener: Callable[[], Network]
+    ) -> Candidate:
+        """On a runtime, or None for torch."""
+        name, device = (TORCH.name, "cpu") if row is None else (row.name, row.device)
+        return Candidate(model=self.path.name, runtime=name, precision=precision, mode=mode, open=opener, device=device)
 
 
 class ArtifactSource:
@@ -141,39 +153,58 @@ class ArtifactSource:
         self.preprocess: Preprocess = self.artifact.preprocess
         self._row = FORMATS[self.artifact.format]
 
-    def open(self, runtime: str | None, precision: str, backbone: AnyBackbone, threads: int | None) -> Opened:
+    def open(
+        self, runtime: str | None, precision: str, backbone: AnyBackbone, threads: int | None,
+        device: str | None = None,
+    ) -> Opened:  # fmt: skip
         """Open it; ``runtime`` may only be its own, precision and backbone are in it.
 
         Raises:
-            InputError: another runtime, or one that cannot read it.
+            InputError: another runtime, one without such a device, or one that cannot read it.
             MissingError: the runtime, or a GPU, is not here.
         """
         del precision, backbone
         if runtime not in (None, self._row.name):
             what = f"is a {self.artifact.format} artefact and runs on {self._row.name}"
             raise InputError(str(self.path), what, got=option("runtime", runtime))
-        runner = open_artifact(self.path, self.artifact, threads=threads)
+        runner = open_artifact(self.path, self.artifact, threads=threads, device=device)
         return Opened(network=runner, runtime=self._row.name, precision=_computed(self.artifact, runner))
 
-    def candidates(self, runtimes: Sequence[str], threads: int, plain: bool, backbone: AnyBackbone) -> list[Candidate]:
+    def candidates(
+        self, runtimes: Sequence[str], threads: int, plain: bool, backbone: AnyBackbone, device: str | None = None
+    ) -> list[Candidate]:
         """The model in each precision that its runtime computes it in, where the runtime is asked for."""
         del plain, backbone
+        if self._row.name not in runtimes:
+            return []
+        row = self._row.on(device)
         int8 = self.artifact.precision == "int8"
 
         def opener(precision: Precision) -> Callable[[], Runner]:
-            return lambda: open_artifact(self.path, self.artifact, threads=threads, precision=precision)
+            return lambda: open_artifact(self.path, self.artifact, threads=threads, precision=precision, device=device)
 
         return [
             Candidate(
                 model=self.path.name,
-                runtime=self._row.name,
+                runtime=row.name,
                 precision="int8" if int8 else precision,
                 mode="branches" if self.artifact.branches else "merged",
                 open=opener(precision),
+                device=row.device,
             )
-            for precision in (self._row.computes[:1] if int8 else self._row.computes)
-            if self._row.name in runtimes
+            for precision in (row.computes[:1] if int8 else row.computes)
         ]
+
+
+def require_cpu(device: str | None) -> None:
+    """Refuse another device for torch, which compares here and nothing else.
+
+    Raises:
+        InputError: it is not the CPU.
+    """
+    if device not in (None, "cpu"):
+        what = f"is none that {option('runtime', TORCH.name)} runs on here"
+        raise InputError(option("device"), what, got=repr(device), fix="use one of: cpu")
 
 
 def open_source(path: FilePath) -> PackSource | ArtifactSource:
@@ -193,7 +224,7 @@ def open_source(path: FilePath) -> PackSource | ArtifactSource:
 
 def open_together(
     sources: Mapping[str, PackSource | ArtifactSource], runtime: str | None, precision: str, backbone: AnyBackbone,
-    threads: int | None,
+    threads: int | None, device: str | None = None,
 ) -> list[Together]:  # fmt: skip
     """Packs of one backbone and image size, two or more, opened so that what none of them changes is computed once.
 
@@ -203,6 +234,7 @@ def open_together(
     name = runtime or DEFAULT
     if name not in SHARED_RUNTIMES or precision not in ("fp32", "int8"):
         return []
+    row = RUNTIMES[name].on(device)
     groups = dict[object, tuple[BaseGraph | Int8Graph, dict[str, PackSource]]]()
     for task, source in sources.items():
         if isinstance(source, PackSource):
@@ -214,7 +246,7 @@ def open_together(
         if len(members) > 1:
             fitted = {task: fit_lightly(graph, source.pack.delta, name) for task, source in members.items()}
             own = own_slots(graph, name) if isinstance(graph, Int8Graph) else {}
-            made.append(Together(part_of(graph, name), own, fitted, runtime=name, threads=threads))
+            made.append(Together(part_of(graph, name), own, fitted, runtime=row, threads=threads))
     return made
 
 

@@ -18,6 +18,7 @@ from edgepet.device.artifact import Probe
 from edgepet.errors import InputError, require
 from edgepet.files import made_cache
 from edgepet.graphs.base import WEIGHTS, BaseGraph, graph_folder, open_graph
+from edgepet.images.pixels import pixels_of
 from edgepet.images.preprocess import normalize
 from edgepet.images.sets import ImageSet, load_set, open_split
 from edgepet.measuring.parity import Against, Inputs, Parity, coarser, compare
@@ -40,15 +41,17 @@ class Subject:
     """A pack and all that it can be compared with; torch is touched only when a comparison is asked for.
 
     ``data`` is a folder of labelled images to compare on, or None; ``answers`` as of ``read_pack``.
+    With ``pictures`` noise is the nearest that pixels of 8 bits can be.
 
     Raises:
         PackError, InputError: as ``read_pack``.
     """
 
     def __init__(
-        self, path: FilePath, backbone: AnyBackbone, data: FilePath | None, answers: Collection[str] = ("class",)
-    ) -> None:
-        self.path, self._spec, self.data = Path(path), backbone, data
+        self, path: FilePath, backbone: AnyBackbone, data: FilePath | None, answers: Collection[str] = ("class",), *,
+        pictures: bool = False,
+    ) -> None:  # fmt: skip
+        self.path, self._spec, self.data, self._pictures = Path(path), backbone, data, pictures
         self.pack: Pack = read_pack(self.path, answers=answers)
 
     @property
@@ -138,7 +141,8 @@ class Subject:
             return sample_images(Path(self.data), preprocess), "data"
         if self.work is not None:
             return normalize(self.work.pixels, preprocess), "work"
-        return synthetic_images(preprocess), "synthetic"
+        noise = synthetic_images(preprocess)
+        return normalize(pixels_of(noise, preprocess), preprocess) if self._pictures else noise, "synthetic"
 
     @cached_property
     def reference(self) -> tuple[NpArray, Against]:
@@ -197,7 +201,15 @@ class Subject:
     def probe(self) -> Probe:
         """Seeded noise, and the merged network's float32 answers to it, (4, C)."""
         blank = Probe(seed=PROBE_SEED, logits=np.zeros((PROBE_IMAGES, len(self.delta.labels)), np.float32))
-        return replace(blank, logits=self.merged(blank.images(self.delta.preprocess)).astype(np.float32))
+        return replace(blank, logits=self.merged(self._images_of(blank)).astype(np.float32))
+
+    @property
+    def probe_images(self) -> NpArray:
+        """What ``probe`` has the answers to."""
+        return self._images_of(self.probe)
+
+    def _images_of(self, probe: Probe) -> NpArray:
+        return probe.images(self.delta.preprocess, pictures=self._pictures)
 
 
 def plain_network(subject: Subject, *, merged: bool = True) -> nn.Module:

@@ -18,7 +18,17 @@ from edgepet.proving.sources import open_source
 from edgepet.reports.screen import Screen, lines
 from edgepet.reports.tables import Table, format_ms, left, right
 from edgepet.spec import FilePath
-from edgepet.verbs.verb import MOST_THREADS, Options, Parser, Verb, at_least_one, backbone_option, names, threads_option
+from edgepet.verbs.verb import (
+    MOST_THREADS,
+    Options,
+    Parser,
+    Verb,
+    at_least_one,
+    backbone_option,
+    device_option,
+    names,
+    threads_option,
+)
 
 if TYPE_CHECKING:
     from edgepet.reports.progress import Progress
@@ -38,6 +48,7 @@ def bench(
     settle_s: float = SETTLE_S,
     plain: bool = False,
     backbone: AnyBackbone = None,
+    device: str | None = None,
     tick: Callable[[int], None] | None = None,
 ) -> BenchReport:
     """Latency of packs and artefacts, all candidates in turn in every round; inputs are seeded noise.
@@ -48,10 +59,11 @@ def bench(
     Args:
         runtimes: None is all that are installed.
         threads: None is all cores.
+        device: "cpu", "gpu", "npu" or "cuda", for every model; None is each runtime's usual one.
         tick: told the number of rounds that are done.
 
     Raises:
-        InputError: models of several image sizes, nothing that can run, or no such runtime.
+        InputError: models of several image sizes, nothing that can run, or no such runtime or device.
     """
     at_least_one("threads", threads, MOST_THREADS)
     at_least_one("batch", batch)
@@ -61,10 +73,13 @@ def bench(
     for path in models:
         source = open_source(path)
         sizes.add(source.preprocess.input_shape)
-        candidates += source.candidates(_chosen(runtimes), threads, plain, backbone)
+        candidates += source.candidates(_chosen(runtimes, device), threads, plain, backbone, device)
     if len(sizes) > 1:
         got = ", ".join("x".join(map(str, size)) for size in sorted(sizes))
         raise InputError("bench", "needs models of one image size", got=got)
+    if not candidates and device is not None:
+        has = "; ".join(f"{name}: {', '.join(devices)}" for name, devices in _devices().items())
+        raise InputError(option("device"), f"has nothing to run on it; {has}", got=repr(device))
     if not candidates:
         fix = "name a pack or an artefact, and a runtime that is installed"
         raise InputError("bench", "found nothing to run", fix=fix)
@@ -72,14 +87,22 @@ def bench(
     return measure(candidates, images, threads=threads, rounds=rounds, warmup=warmup, settle_s=settle_s, tick=tick)
 
 
-def _chosen(runtimes: Sequence[str] | None) -> tuple[str, ...]:
-    """The runtimes asked for, else those that are installed; engines are opened only where a model needs them."""
+def _chosen(runtimes: Sequence[str] | None, device: str | None) -> tuple[str, ...]:
+    """The runtimes asked for, else those that are installed and have the device, if one is asked for; engines are
+    opened only where a model needs them.
+    """
     for name in runtimes or ():
         if name not in ALL_RUNTIMES:
             raise InputError(option("runtimes"), f"is one of {', '.join(ALL_RUNTIMES)}", got=repr(name))
     if runtimes is not None:
         return tuple(runtimes)
-    return tuple(name for name in ALL_RUNTIMES if name in ENGINES_ONLY or _installed(name))
+    return tuple(name for name, devices in _devices().items() if device is None or device in devices)
+
+
+def _devices() -> dict[str, tuple[str, ...]]:
+    """Of each runtime that may run, the devices that it has on this machine."""
+    here = [name for name in ALL_RUNTIMES if name in ENGINES_ONLY or _installed(name)]
+    return {name: ("cpu",) if name == TORCH.name else tuple(RUNTIMES[name].devices()) for name in here}
 
 
 def _installed(name: str) -> bool:
@@ -96,6 +119,7 @@ def _options(parser: Parser) -> None:
     told = f"of {', '.join(ALL_RUNTIMES)}, with commas between (default: all that are installed)"
     add("--runtime", dest="runtimes", type=names, default=[], metavar="R[,R]", help=told)
     threads_option(parser)
+    device_option(parser)
     add("--batch", type=int, default=1, metavar="N", help="images of one inference (default: %(default)s)")
     add("--rounds", type=int, default=200, metavar="N", help="timed inferences of each (default: %(default)s)")
     told = "time the backbone's own weights under the head too (default: the models only)"
@@ -113,6 +137,7 @@ def _run(options: Options, progress: Progress) -> BenchReport:
             rounds=options.rounds,
             plain=options.plain,
             backbone=options.backbone,
+            device=options.device,
             tick=lambda done: bar.update(done),
         )
 

@@ -35,6 +35,7 @@ from edgepet.verbs.verb import (
     Options,
     Parser,
     Verb,
+    device_option,
     image_size_option,
     names,
     pack_precision_option,
@@ -184,6 +185,7 @@ def _bench_options(parser: Parser) -> None:
     pack_precision_option(parser)
     add("--mode", default="auto", choices=MODES, help="as for run (default: %(default)s)")
     threads_option(parser)
+    device_option(parser)
     add("--rounds", type=int, default=100, metavar="N", help="timed inferences of each (default: %(default)s)")
 
 
@@ -191,7 +193,8 @@ def _bench_run(options: Options, progress: Progress) -> DeviceBenchReport:
     with progress.bar("device bench", options.rounds) as bar:
         return bench(
             Path(options.store), options.tasks, runtime=options.runtime, precision=options.precision,
-            mode=options.mode, threads=options.threads, rounds=options.rounds, tick=lambda done: bar.update(done),
+            mode=options.mode, threads=options.threads, device=options.device, rounds=options.rounds,
+            tick=lambda done: bar.update(done),
         )  # fmt: skip
 
 

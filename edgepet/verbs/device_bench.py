@@ -50,6 +50,7 @@ def bench(
     precision: str = "fp32",
     mode: str = "auto",
     threads: int | None = None,
+    device: str | None = None,
     rounds: int = 100,
     tick: Callable[[int], None] | None = None,
 ) -> DeviceBenchReport:
@@ -64,31 +65,24 @@ def bench(
     """
     at_least_one("rounds", rounds)
     at_least_one("threads", threads, MOST_THREADS)
-    device = Device(store)
-    names, count = tuple(tasks) or device.tasks(), threads or environment().cores
+    on = Device(store)
+    names, count = tuple(tasks) or on.tasks(), threads or environment().cores
     if not names:
         raise InputError(str(store), "has no task to time", fix="edgepet device install")
-    settings: dict[str, Any] = {"runtime": runtime, "precision": precision, "mode": mode, "threads": count}
-    with Device(store) as counted:
-        before = resident_bytes()
-        opened = [counted.open(names[0], **settings)]
-        shapes = {opened[0].preprocess.input_shape}
-        images = np.random.default_rng(0).standard_normal((1, *shapes.pop()), dtype=np.float32)
-        opened[0](images)
-        first = resident_bytes()
-        for name in names[1:]:
-            opened.append(counted.open(name, **settings))
-            if opened[-1].preprocess.input_shape != images.shape[1:]:
-                raise InputError(f"task {name!r}", "looks at images of another size", fix="time it by itself")
-            opened[-1](images)
-        last = resident_bytes()
-        switch_ms = switching_ms(opened, images, 4 * rounds) if len(opened) > 1 else None
-    candidates = [_candidate(name, partial(device.open, name, **settings), settings) for name in names]
+    settings: dict[str, Any] = {
+        "runtime": runtime,
+        "precision": precision,
+        "mode": mode,
+        "threads": count,
+        "device": device,
+    }
+    images, gained, switch_ms = _counted(store, names, settings, 4 * rounds)
+    candidates = [_candidate(name, partial(on.open, name, **settings), settings) for name in names]
     shared = tuple[Shared, ...]()
     if len(names) > 1:
-        with device.open_all(names, **settings) as together:
+        with on.open_all(names, **settings) as together:
             shared = together.shared
-        candidates.append(_candidate(TOGETHER, lambda: _All(device, names, settings), settings))
+        candidates.append(_candidate(TOGETHER, lambda: _All(on, names, settings), settings))
     report = measure(candidates, images, threads=count, rounds=rounds, warmup=min(10, rounds), tick=tick)
     alone = sum(row.p50_ms for row in report.rows if row.model != TOGETHER)
     return DeviceBenchReport(
@@ -96,10 +90,35 @@ def bench(
         switch_ms=switch_ms,
         together_over_sum=report.rows[-1].p50_ms / alone if len(names) > 1 else None,
         shared=shared,
-        memory_bytes=None if before is None or first is None else first - before,
-        further_bytes=None if first is None or last is None or len(names) < 2 else (last - first) // (len(names) - 1),
+        memory_bytes=gained[0],
+        further_bytes=gained[1],
         environment=report.environment,
     )
+
+
+def _counted(
+    store: FilePath, names: Sequence[str], settings: dict[str, Any], turns: int
+) -> tuple[NpArray, tuple[int | None, int | None], float | None]:
+    """One image of noise that all tasks take; bytes that the process gains for the first task and for each one more,
+    None where the system does not say or there is none; and what a call costs more behind another task's.
+    """
+    with Device(store) as counted:
+        before = resident_bytes()
+        opened = [counted.open(names[0], **settings)]
+        images = np.random.default_rng(0).standard_normal((1, *opened[0].preprocess.input_shape), dtype=np.float32)
+        opened[0](images)
+        first = resident_bytes()
+        for name in names[1:]:
+            opened.append(counted.open(name, **settings))
+            if opened[-1].preprocess.input_shape != images.shape[1:]:
+                raise InputError(f"task {name!r}", "looks at images of another size", fix="time it by itself")
+            opened[-1](images)
+        last, more = resident_bytes(), len(names) - 1
+        gained = (
+            None if before is None or first is None else first - before,
+            None if first is None or last is None or not more else (last - first) // more,
+        )
+        return images, gained, switching_ms(opened, images, turns) if more else None
 
 
 class _All:
@@ -117,8 +136,9 @@ class _All:
 
 def _candidate(name: str, opener: Callable[[], Network], settings: dict[str, Any]) -> Candidate:
     return Candidate(
-        model=name, runtime=settings["runtime"], precision=settings["precision"], mode=settings["mode"], open=opener
-    )
+        model=name, runtime=settings["runtime"], precision=settings["precision"], mode=settings["mode"], open=opener,
+        device=settings["device"] or "cpu",
+    )  # fmt: skip
 
 
 def screen(report: DeviceBenchReport) -> Screen:

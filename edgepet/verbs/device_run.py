@@ -15,7 +15,7 @@ from edgepet.device.runtimes import DEFAULT, SHARED_RUNTIMES
 from edgepet.device.served import Answer
 from edgepet.device.serving import Device, DeviceRun
 from edgepet.errors import EdgepetError
-from edgepet.images.inputs import asked_for
+from edgepet.images.inputs import asked_for, asked_pairs
 from edgepet.reports.screen import Screen, lines
 from edgepet.reports.tables import Table, format_percent, left
 from edgepet.verbs.verb import (
@@ -23,6 +23,7 @@ from edgepet.verbs.verb import (
     Parser,
     Stream,
     Verb,
+    device_option,
     names,
     pack_precision_option,
     size_bytes,
@@ -58,6 +59,7 @@ def _run_options(parser: Parser) -> None:
         "--top", type=int, default=1, metavar="K", help="classes to tell of each image (default: %(default)s)"
     )
     threads_option(parser)
+    device_option(parser)
 
 
 def _run_run(options: Options, progress: Progress) -> DeviceRun:
@@ -66,6 +68,7 @@ def _run_run(options: Options, progress: Progress) -> DeviceRun:
         return Device(Path(options.store)).run(
             tasks[0] if len(tasks) == 1 else tasks, options.images, runtime=options.runtime, threads=options.threads,
             precision=options.precision, mode=options.mode, memory_bytes=options.memory_bytes, top=options.top,
+            device=options.device,
         )  # fmt: skip
 
 
@@ -88,7 +91,10 @@ def _run_screen(report: DeviceRun) -> Screen:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StreamedRun:
-    """What tasks say of the image that a line of stdin asks for, or why they do not; ``ms`` from line to answers."""
+    """What tasks say of the image that a line of stdin asks for, or why they do not; ``ms`` from line to answers.
+
+    A line may name the task of its image, or be a list of such lines: one batch, whose answers come in its order.
+    """
 
     image: str
     results: tuple[Answer, ...]
@@ -105,7 +111,7 @@ def _run_stream(options: Options, progress: Progress) -> Iterator[StreamedRun]:
     with progress.stage(f"device run: open {', '.join(tasks)}"):
         opened = Device(Path(options.store)).open_all(
             tasks, runtime=options.runtime, threads=options.threads, precision=options.precision, mode=options.mode,
-            memory_bytes=options.memory_bytes,
+            memory_bytes=options.memory_bytes, device=options.device,
         )  # fmt: skip
     with opened:
         for line in map(str.strip, sys.stdin):
@@ -116,6 +122,11 @@ def _run_stream(options: Options, progress: Progress) -> Iterator[StreamedRun]:
 def _answered(opened: OpenTasks, line: str, top: int) -> StreamedRun:
     began, image = time.perf_counter(), line[:200]
     try:
+        pairs = asked_pairs(line)
+        if pairs is not None:
+            image = ", ".join(image for image, _ in pairs)
+            told = opened.predict_each([image for image, _ in pairs], [task for _, task in pairs], top=top)
+            return StreamedRun(image=image, results=told, ms=1e3 * (time.perf_counter() - began))
         image = asked_for(line)
         answers = opened.predict(image, top=top)
         results = tuple(answer for each in answers for answer in each.values())

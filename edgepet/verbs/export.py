@@ -55,6 +55,7 @@ if TYPE_CHECKING:
     from edgepet.reports.progress import Progress
 
 DEFAULTS = ExportOptions()
+INPUTS = ("float32", "uint8")
 PRECISIONS = ("fp32", "fp16", "int8", "auto")
 
 
@@ -89,6 +90,7 @@ def export(
         MissingError: a runtime is not installed.
     """
     _check_precision(options)
+    _check_input(options)
     at_least_one("jobs", jobs, most=MOST_JOBS)
     if options.opset is not None:
         if "onnx" not in options.to:
@@ -105,7 +107,7 @@ def export(
     tasks = tasks_of(packs, "export")
     require_place(Path(folder) / "task", makes_parents=True)
     for task in tasks.values():
-        for place in (place_of(Path(folder), task, name, options.precision) for name in options.to):
+        for place in (place_of(Path(folder), task, name, options.precision, options.takes) for name in options.to):
             require_only(place, files_of(place))  # before hours of work, not after
     if jobs is not None and len(tasks) > 1:
         return _export_in_jobs(tasks, Path(folder), backbone, data, options, jobs, stage)
@@ -113,7 +115,12 @@ def export(
     for pack, task in tasks.items():
         own = task if len(tasks) > 1 else None
         images = replace(options, calib=of_task(options.calib, own))
-        artifacts += export_task(Subject(pack, backbone, of_task(data, own)), Path(folder), images, stage)
+        artifacts += export_task(
+            Subject(pack, backbone, of_task(data, own), pictures=options.takes != "float32"),
+            Path(folder),
+            images,
+            stage,
+        )
     return ExportReport(artifacts=tuple(artifacts))
 
 
@@ -142,6 +149,16 @@ def _check_precision(options: ExportOptions) -> None:
     if options.max_drop is not None and options.precision not in ("int8", "auto"):
         what, got = f"is for {option('precision', 'int8')} and auto", option("precision", options.precision)
         raise InputError(option("max_drop"), what, got=got)
+
+
+def _check_input(options: ExportOptions) -> None:
+    if options.input not in INPUTS:
+        raise InputError(option("input"), f"is one of {', '.join(INPUTS)}", got=repr(options.input))
+    if options.resize and options.input != "uint8":
+        raise InputError(option("resize"), f"is for {option('input', 'uint8')}", got=option("input", options.input))
+    if options.resize and "tensorrt" in options.to:
+        what = f"is not for {option('to', 'tensorrt')}, whose engines are built for one size of images"
+        raise InputError(option("resize"), what, fix=f"leave out {option('resize')}, or tensorrt")
 
 
 # ------------------------------------------------------------------------------------------- several at the same time
@@ -214,6 +231,10 @@ def _options(parser: Parser) -> None:
     add("--external-data", action="store_true", help=told)
     told = f"of ONNX files, from {OLDEST}: for parsers that read no newer one (default: {OPSET})"
     add("--opset", type=int, metavar="N", help=told)
+    told = "what models take: preprocessed float32 images, or pictures, normalised inside (default: %(default)s)"
+    add("--input", default=DEFAULTS.input, choices=INPUTS, help=told)
+    told = "with --input uint8, pictures of any size, resized inside (default: of the model's own size)"
+    add("--resize", action="store_true", help=told)
     data_option(parser)
     jobs_option(parser, None)
     output_option(parser, "DIR", "the folder that gets a folder for each model")
@@ -230,6 +251,8 @@ def _run(options: Options, progress: Progress) -> ExportReport:
         max_drop=options.max_drop,
         external_data=options.external_data,
         opset=options.opset,
+        input=options.input,
+        resize=options.resize,
     )
     with progress.stages() as stage:
         return export(

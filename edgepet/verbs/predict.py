@@ -33,6 +33,7 @@ from edgepet.verbs.verb import (
     Verb,
     at_least_one,
     backbone_option,
+    device_option,
     pack_precision_option,
     threads_option,
 )
@@ -89,6 +90,7 @@ def predict(
     top: int = 1,
     backbone: AnyBackbone = None,
     threads: int | None = None,
+    device: str | None = None,
 ) -> PredictReport:
     """What each of ``models`` says of ``inputs``; an image that several of them see alike is decoded once, and what
     several packs have in common of one backbone is computed once.
@@ -100,13 +102,16 @@ def predict(
         precision: of packs, "fp32" or "int8": on the int8 backbone; an artefact has its own.
         top: how many classes to tell, the best first.
         threads: of the runtime; None is all cores.
+        device: "cpu", "gpu", "npu" or "cuda"; None is the runtime's usual one.
 
     Raises:
         InputError: a model or an image that cannot be read, or a runtime that cannot run a model.
         MissingError: the runtime is not installed.
     """
     at_least_one("top", top)
-    with Predictor(models, runtime=runtime, precision=precision, backbone=backbone, threads=threads) as predictor:
+    with Predictor(
+        models, runtime=runtime, precision=precision, backbone=backbone, threads=threads, device=device
+    ) as predictor:
         paths = predictor.inputs(inputs)
         results = [
             each
@@ -121,7 +126,7 @@ class Predictor:
 
     def __init__(
         self, models: Sequence[FilePath], *, runtime: str | None, precision: str, backbone: AnyBackbone,
-        threads: int | None,
+        threads: int | None, device: str | None,
     ) -> None:  # fmt: skip
         at_least_one("threads", threads, MOST_THREADS)
         sources = [open_source(model) for model in models]
@@ -130,7 +135,7 @@ class Predictor:
             raise InputError("models", "take images and clips", fix="ask for them one after the other")
         self._clips, self._closing = frames.pop(), contextlib.ExitStack()
         self._named = dict(zip(_names(sources, models), sources, strict=True))
-        self._given = runtime, precision, backbone, threads
+        self._given = runtime, precision, backbone, threads, device
         self._together, self._opened = list[Together](), dict[str, Opened]()
 
     def __enter__(self) -> Predictor:
@@ -237,7 +242,7 @@ def _stream(options: Options, progress: Progress) -> Iterator[StreamedPrediction
     at_least_one("top", options.top)
     predictor = Predictor(
         models, runtime=options.runtime, precision=options.precision, backbone=options.backbone,
-        threads=options.threads,
+        threads=options.threads, device=options.device,
     )  # fmt: skip
     with contextlib.ExitStack() as stack:
         with progress.stage(f"open {', '.join(models)}"):
@@ -273,6 +278,7 @@ def _options(parser: Parser) -> None:
     add("--top", type=int, default=1, metavar="K", help="classes to tell of each image (default: %(default)s)")
     pack_precision_option(parser)
     threads_option(parser)
+    device_option(parser)
     backbone_option(parser)
 
 
@@ -285,7 +291,7 @@ def _run(options: Options, progress: Progress) -> PredictReport:
     with progress.stage(f"predict: {', '.join(models)}"):
         return predict(
             models, inputs, runtime=options.runtime, precision=options.precision, top=options.top,
-            backbone=options.backbone, threads=options.threads,
+            backbone=options.backbone, threads=options.threads, device=options.device,
         )  # fmt: skip
 
 

@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from edgepet.device.caches import derived_bytes
 from edgepet.device.runtimes import DEFAULT, RUNTIMES, SHARED_RUNTIMES
 from edgepet.device.served import open_pack
 from edgepet.device.store import Store
 from edgepet.errors import InputError, MissingError, option
-from edgepet.files import folder_bytes
+from edgepet.files import disk_use
 from edgepet.graphs.base import BaseGraph
 from edgepet.graphs.int8 import Int8Graph
 from edgepet.graphs.slots import task_slots
@@ -45,7 +46,11 @@ class TaskBytes:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RuntimeBytes:
-    """What all tasks take on one runtime; ``tasks_run`` of them answered from the folder when it was measured."""
+    """What all tasks take on one runtime; ``tasks_run`` of them answered from the folder when it was measured.
+
+    ``total_bytes`` are those of files, without what other runtimes derived; ``apparent_bytes`` with the folders that
+    they lie in, as ``du --apparent-size`` counts.
+    """
 
     runtime: str
     shares_backbone: bool
@@ -53,6 +58,7 @@ class RuntimeBytes:
     ratio: float
     tasks_run: int
     note: str
+    apparent_bytes: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,6 +66,9 @@ class StorageReport:
     """Bytes on disk. ``ratio`` is ``full_total_bytes / shared_total_bytes``; totals are for one device.
 
     ``other_bytes`` are of the store's own: what it says of itself, packs before the active ones, keys, other graphs.
+    ``apparent_bytes`` are what ``du --apparent-size`` counts of the folder, ``disk_bytes`` what ``du`` does. Of these
+    ``linked_bytes`` are in files that have a name outside of it too, in the cache that they came from say: the disk has
+    them once.
     """
 
     precision: str
@@ -75,6 +84,9 @@ class StorageReport:
     devices: int
     fleet_shared_bytes: int
     fleet_full_bytes: int
+    apparent_bytes: int
+    disk_bytes: int
+    linked_bytes: int
 
 
 def storage(
@@ -125,8 +137,8 @@ def account(store: Store, *, devices: int = 1, precision: str = "fp32") -> Stora
     tasks = tuple(_task_bytes(graph, pack) for graph, pack in zip(found, packs, strict=True))
     backbone = sum({graph.folder: graph.weights_bytes for graph in graphs.values()}.values())
     graph_bytes = sum(graph.graph_bytes for graph in graphs.values())
-    shared = folder_bytes(store.root)
-    derived = folder_bytes(store.root / "cache" / "derived")
+    use, derived = disk_use(store.root), {name: derived_bytes(store.root, name) for name in SHARED_RUNTIMES}
+    shared = use.files
     told = backbone + graph_bytes + store.cache_bytes + sum(task.pack_bytes for task in tasks)
     full = sum(task.full_copy_bytes for task in tasks)
     return StorageReport(
@@ -140,14 +152,17 @@ def account(store: Store, *, devices: int = 1, precision: str = "fp32") -> Stora
         full_total_bytes=full,
         ratio=full / shared,
         per_runtime=tuple(
-            _shared(name, ran[name], shared - (0 if row.derives else derived), full)
+            _shared(name, ran[name], shared - sum(derived.values()) + derived[name], full, folders=use.folders)
             if name in ran
             else _engines(name, full)
-            for name, row in RUNTIMES.items()
+            for name in RUNTIMES
         ),
         devices=devices,
         fleet_shared_bytes=devices * shared,
         fleet_full_bytes=devices * full,
+        apparent_bytes=use.files + use.folders,
+        disk_bytes=use.blocks,
+        linked_bytes=use.linked,
     )
 
 
@@ -180,12 +195,13 @@ def _task_bytes(graph: BaseGraph | Int8Graph, pack: Pack) -> TaskBytes:
     )
 
 
-def _shared(runtime: str, ran: int | str, shared: int, full: int) -> RuntimeBytes:
+def _shared(runtime: str, ran: int | str, shared: int, full: int, *, folders: int) -> RuntimeBytes:
     count = ran if isinstance(ran, int) else 0
     note = "every task was run from this folder" if isinstance(ran, int) else f"not run: {ran}"
     return RuntimeBytes(
-        runtime=runtime, shares_backbone=True, total_bytes=shared, ratio=full / shared, tasks_run=count, note=note
-    )
+        runtime=runtime, shares_backbone=True, total_bytes=shared, ratio=full / shared, tasks_run=count, note=note,
+        apparent_bytes=shared + folders,
+    )  # fmt: skip
 
 
 def _engines(runtime: str, full: int) -> RuntimeBytes:
@@ -233,7 +249,9 @@ def screen(report: StorageReport) -> Screen:
     yield lines(
         f"  backbone {format_bytes(report.backbone_bytes)}, graph {format_bytes(report.graph_bytes)},"
         f" caches {format_bytes(report.cache_bytes)}, the store's own"
-        f" {format_bytes(report.other_bytes)}: once for all tasks"
+        f" {format_bytes(report.other_bytes)}: once for all tasks",
+        f"  on disk {format_bytes(report.disk_bytes)}"
+        + (f", {format_bytes(report.linked_bytes)} of them shared with other folders" if report.linked_bytes else ""),
     )
     rows = [
         (

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from edgepet.deltas.delta import require_task
+from edgepet.device.runtimes import DEVICES
 from edgepet.errors import InputError, option
 from edgepet.files import require_file_place
 from edgepet.spec import ImageSize
@@ -116,6 +117,12 @@ def store_option(parser: Parser) -> None:
 def threads_option(parser: Parser) -> None:
     """--threads."""
     parser.add_argument("--threads", type=int, metavar="N", help="threads of the runtime (default: all cores)")
+
+
+def device_option(parser: Parser) -> None:
+    """--device."""
+    told = "what it runs on, where the runtime has one here (default: the CPU, of an engine a GPU)"
+    parser.add_argument("--device", choices=DEVICES, help=told)
 
 
 # ------------------------------------------------------------------------------------------- texts that become values

@@ -12,7 +12,7 @@ from edgepet.files import sha256_file
 from edgepet.graphs.manifest import damaged
 from edgepet.images.batches import batched
 from edgepet.networks.backbone import AnyBackbone
-from edgepet.proving.checks import Check, check_data, check_probe
+from edgepet.proving.checks import Check, check_data, check_probe, check_resizing, probe_images
 from edgepet.proving.subject import Subject
 from edgepet.reports.screen import Screen, lines
 from edgepet.reports.tables import Table, left, right
@@ -58,7 +58,7 @@ def verify(
     except MissingError as error:
         return VerifyReport(ok=True, checks=(files,), reason=f"not run: {error.what}")
     try:
-        checks = [files, check_probe(artifact, runner(artifact.probe.images(artifact.preprocess)))]
+        checks = [files, check_probe(artifact, runner(probe_images(artifact))), *check_resizing(artifact, runner)]
         if data is not None:
             subject = Subject(pack or _find_pack(folder, artifact), backbone, data)
             checks.append(check_data(artifact, subject.merged_reference, batched(runner, subject.images[0])))

@@ -1,0 +1,150 @@
+"""Many tasks at once: cells of ``serving.py`` for a batch of several tasks and for tasks on the int8 backbone.
+
+Not a benchmark by itself. Tasks on the int8 backbone have ranges that are made up: how long a task takes does not
+depend on them.
+"""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from harness import SETTLE_S, WARMUP
+
+from edgepet.deltas.delta import Delta, Int8Ranges
+from edgepet.device.mixed import Mixed, mix
+from edgepet.device.runtimes import shared_runtime
+from edgepet.device.together import Fitted, fit, fit_int8, opened
+from edgepet.graphs.base import BaseGraph, graph_folder, open_graph
+from edgepet.graphs.int8 import Int8Graph
+from edgepet.measuring.latency import Candidate, measure, ratio
+from edgepet.methods import SSF, LoRA, Method
+from edgepet.reports.tables import Column, Table, markdown
+from edgepet.spec import NpArray
+
+if TYPE_CHECKING:
+    from edgepet.networks.backbone import Backbone
+
+BATCH = 8
+MIXED: dict[str, Sequence[Method]] = {
+    "SSF": [SSF()],
+    "LoRA": [LoRA(rank=8, on=("qkv",))],
+    "SSF and LoRA": [SSF(), LoRA(rank=8, on=("qkv",))],
+    "SSF, int8": [SSF()],
+}
+
+
+class Each:
+    """A batch of which each image has its own task, as a network."""
+
+    def __init__(self, mixed: Mixed) -> None:
+        self._mixed = mixed
+
+    def __call__(self, images: NpArray) -> NpArray:
+        return np.stack(self._mixed(images, self._mixed.tasks))
+
+    def close(self) -> None:
+        """Give it back."""
+        self._mixed.close()
+
+
+def batch_of_eight(
+    backbone: Backbone, graph: BaseGraph, drawn: Callable[[Backbone, Method, int], Delta], runtime: str, *,
+    threads: int, rounds: int,
+) -> dict[str, float]:  # fmt: skip
+    """Eight tasks in a batch of eight over a batch of eight of one of them in slots, by what the tasks are."""
+    images, found = np.random.default_rng(0).standard_normal((BATCH, *graph.preprocess.input_shape), np.float32), {}
+    for name, methods in MIXED.items():
+        deltas = {str(k): drawn(backbone, methods[k % len(methods)], k) for k in range(BATCH)}
+        with int8_beside(graph) if name.endswith("int8") else nothing(graph) as on:
+            if isinstance(on, Int8Graph):
+                deltas = {key: with_ranges(on, delta) for key, delta in deltas.items()}
+            found[name] = over_one(on, deltas, images, runtime, threads=threads, rounds=rounds)
+    return found
+
+
+def over_one(
+    graph: BaseGraph | Int8Graph, deltas: Mapping[str, Delta], images: NpArray, runtime: str, *, threads: int,
+    rounds: int,
+) -> float:  # fmt: skip
+    """All of ``deltas`` in one call over a call of the last one alone."""
+    row, last = shared_runtime(runtime, purpose="a benchmark"), list(deltas.values())[-1]
+
+    def each() -> Any:
+        network = mix(graph, deltas, runtime=runtime, threads=threads).network
+        if network is None:
+            raise ValueError(f"tasks of {graph.backbone} share no call")
+        return Each(network)
+
+    def one() -> Any:
+        fitted = fit_any(graph, last, runtime)
+        return opened(row, fitted.part, {}, threads).bind(fitted.slots)
+
+    candidates = [
+        Candidate(model=name, runtime=runtime, precision="fp32", mode="slots", open=opener)
+        for name, opener in (("each", each), ("one", one))
+    ]
+    report = measure(
+        candidates, images, threads=threads, rounds=rounds, warmup=min(WARMUP, rounds), settle_s=SETTLE_S[runtime]
+    )
+    return ratio(report, *report.rows).median
+
+
+def fit_any(graph: BaseGraph | Int8Graph, delta: Delta, runtime: str) -> Fitted:
+    """A task in slots."""
+    return fit_int8(graph, delta, runtime) if isinstance(graph, Int8Graph) else fit(graph, delta, "slots")
+
+
+@contextmanager
+def nothing(graph: BaseGraph) -> Iterator[BaseGraph]:
+    """``graph`` itself."""
+    yield graph
+
+
+@contextmanager
+def int8_beside(graph: BaseGraph) -> Iterator[Int8Graph]:
+    """The int8 backbone of ``graph`` with ranges of noise, in a folder of its own: the user's cache is left alone."""
+    from edgepet.calibration.images import CalibrationImages
+    from edgepet.calibration.slot_graphs import int8_graph
+    from edgepet.images.sets import ImageSet
+
+    class Noise(CalibrationImages):
+        images = held_out_images = np.random.default_rng(1).standard_normal(
+            (8, *graph.preprocess.input_shape), np.float32
+        )
+
+    with tempfile.TemporaryDirectory() as root:
+        folder, none = graph_folder(graph.fingerprint, Path(root)), ImageSet(tuple("ab"), (), ())
+        shutil.copytree(graph.folder, folder, ignore=shutil.ignore_patterns("*int8*"))
+        own = open_graph(graph.fingerprint, graph.preprocess, root=Path(root))
+        noise = Noise(
+            folder=Path(), preprocess=graph.preprocess, measured=none, held_out=none, judged=none, digests={}, seed=0
+        )
+        yield int8_graph(own, lambda: noise, root=Path(root))
+
+
+def with_ranges(graph: Int8Graph, delta: Delta) -> Delta:
+    """A task that brings the backbone's ranges behind its cut as its own."""
+    ranges, before = graph.ranges or (), graph.trunk_reads(delta)
+    trunk = graph.ranges_sha256 if before else None
+    return replace(delta, int8=Int8Ranges(codes=graph.codes_sha256, ranges=tuple(ranges[before:]), trunk=trunk))
+
+
+def batch_table(cells: Sequence[Mapping[str, Any]]) -> str:
+    """Of cells that have it."""
+    rows = [
+        (f"{cell['runtime']}, {cell['image_size']} px", *(f"{cell['eight'][name]['median']:.2f}" for name in MIXED))
+        for cell in cells
+        if "eight" in cell
+    ]
+    if not rows:
+        return ""
+    columns = (Column("where"), *(Column(name, right=True) for name in MIXED))
+    told = "Eight tasks in a batch of eight, each of one image, over a batch of eight of one of them in slots."
+    return f"{markdown(Table('One batch, eight tasks', columns, rows))}\n{told}\n\n"
