@@ -96,7 +96,7 @@ def test_a_stretch_is_what_onnx_extracts(vit: Network, file: OnnxFile) -> None:
 
 
 def test_integers_of_nodes_are_read_and_written(file: OnnxFile) -> None:
-    node = replace(file.nodes[0], other=b"").with_integers(start=0, end=300)
+    node = replace(file.nodes[0], other=b"").with_attributes(start=0, end=300)
 
     message = onnx.NodeProto.FromString(node.encoded())
 

@@ -19,6 +19,7 @@ from edgepet.device.refusals import refusing_model, require_images_alone
 from edgepet.device.runner import check_images, require_slots
 from edgepet.graphs.base import INPUT, BaseGraph
 from edgepet.graphs.int8 import Int8Graph
+from edgepet.graphs.onnx_file import OnnxFile
 from edgepet.graphs.parts import Part
 from edgepet.graphs.slots import Slots
 from edgepet.graphs.tensor_files import lightened, value_of
@@ -300,6 +301,26 @@ class BoundOnnxRuntime:
     def close(self) -> None:
         """Give the slots back; the session stays open."""
         self._session = self._binding = self._held = None
+
+
+class OnnxRuntimeHead:
+    """One session on a head's own graph: maps by name to what it puts out.
+
+    Raises:
+        InputError: ONNX Runtime cannot open it.
+    """
+
+    def __init__(self, file: OnnxFile, *, threads: int | None = None) -> None:
+        self._session = open_session(file.encoded(), threads=threads)
+
+    def __call__(self, given: Mapping[str, NpArray]) -> NpArray:
+        with _running("head"):
+            answer: NpArray = self._session.run(None, dict(given))[0]
+        return answer
+
+    def close(self) -> None:
+        """Give the session back."""
+        self._session = None
 
 
 def _profiled(path: Path, shape: tuple[int | None, ...]) -> dict[str, object]:

@@ -77,6 +77,22 @@ class BoundPart(Runner, Protocol):
         ...
 
 
+class HeadRunner(Protocol):
+    """An open head that reads maps; it is tiny beside the backbone's network."""
+
+    def __call__(self, given: Mapping[str, NpArray]) -> NpArray:
+        """What it answers, float32 (n, C, h, w), for float32 maps (n, channels, height, width), and features, by name.
+
+        Raises:
+            InputError: the runtime cannot run it on them.
+        """
+        ...
+
+    def close(self) -> None:
+        """Give back what it holds; it cannot be called any more."""
+        ...
+
+
 def require_slots(names: Iterable[str], slots: Mapping[str, NpArray]) -> None:
     """Refuse slots that lack one which the graph asks for: its description speaks of other layers.
 

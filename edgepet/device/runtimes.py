@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, TypeAlias
 
-from edgepet.device.runner import PartRunner, Runner, SharedRunner
+from edgepet.device.runner import HeadRunner, PartRunner, Runner, SharedRunner
 from edgepet.errors import InputError, option
 from edgepet.graphs.base import BaseGraph
 from edgepet.graphs.int8 import Int8Graph
+from edgepet.graphs.onnx_file import OnnxFile
 from edgepet.graphs.parts import Part
 from edgepet.measuring.machine import TORCH, Engine
 from edgepet.spec import NpArray, Precision, Tensors
@@ -20,6 +21,7 @@ Format: TypeAlias = Literal["onnx", "openvino", "tensorrt"]
 _ModelOpener: TypeAlias = Callable[[Path, "int | None", Precision], Runner]
 _GraphOpener: TypeAlias = Callable[[BaseGraph, Tensors, "int | None", Precision], Runner]
 _PartOpener: TypeAlias = Callable[[Part, Tensors, "int | None"], PartRunner]
+_HeadOpener: TypeAlias = Callable[[OnnxFile, "int | None"], HeadRunner]
 _Int8Opener: TypeAlias = Callable[[Int8Graph, "int | None", Mapping[str, NpArray], "Path | None"], SharedRunner]
 
 
@@ -32,8 +34,8 @@ class Runtime:
     threads, None for all cores, and one of these precisions: ``open_model`` an artefact's folder; ``open_graph`` a
     traced backbone and the tensors that stand in place of its own; ``open_int8`` the int8 backbone, codes that
     stand in place of its own, and a store whose cache may hold what the runtime derives; ``open_part`` a stretch of
-    either and tensors in place of its own, in fp32 or on codes. The last three openers are None where an engine holds
-    its own weights.
+    either and tensors in place of its own, in fp32 or on codes; ``open_head`` the graph of a head that reads maps. The
+    last four openers are None where an engine holds its own weights.
     """
 
     name: str
@@ -44,6 +46,7 @@ class Runtime:
     open_graph: _GraphOpener | None = None
     open_int8: _Int8Opener | None = None
     open_part: _PartOpener | None = None
+    open_head: _HeadOpener | None = None
     derives: bool = False  # whether a store's cache keeps what it compiled
 
     @property
@@ -84,6 +87,12 @@ def _onnxruntime_part(part: Part, tensors: Tensors, threads: int | None) -> Part
     return OnnxRuntimePart(part, tensors, threads=threads)
 
 
+def _onnxruntime_head(file: OnnxFile, threads: int | None) -> HeadRunner:
+    from edgepet.device.onnxruntime import OnnxRuntimeHead
+
+    return OnnxRuntimeHead(file, threads=threads)
+
+
 def _openvino_model(folder: Path, threads: int | None, precision: Precision) -> Runner:
     from edgepet.device.openvino import OpenVino
 
@@ -110,6 +119,12 @@ def _openvino_part(part: Part, tensors: Tensors, threads: int | None) -> PartRun
     return OpenVinoPart(part, tensors, threads=threads)
 
 
+def _openvino_head(file: OnnxFile, threads: int | None) -> HeadRunner:
+    from edgepet.device.openvino_head import OpenVinoHead
+
+    return OpenVinoHead(file, threads=threads)
+
+
 def _tensorrt_model(folder: Path, threads: int | None, precision: Precision) -> Runner:
     from edgepet.device.tensorrt import open_engine
 
@@ -127,6 +142,7 @@ RUNTIMES: dict[str, Runtime] = {
         open_graph=_onnxruntime_graph,
         open_int8=_onnxruntime_int8,
         open_part=_onnxruntime_part,
+        open_head=_onnxruntime_head,
     ),
     "openvino": Runtime(
         name="openvino",
@@ -137,6 +153,7 @@ RUNTIMES: dict[str, Runtime] = {
         open_graph=_openvino_graph,
         open_int8=_openvino_int8,
         open_part=_openvino_part,
+        open_head=_openvino_head,
         derives=True,
     ),
     "tensorrt": Runtime(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import itertools
 from collections.abc import Collection
@@ -68,13 +69,15 @@ class Subject:
             BackboneError, InputError, MissingError: as ``backbone``, where it has to be traced.
             CheckError: ONNX Runtime answers otherwise than torch.
         """
-        try:
-            return open_graph(delta.fingerprint, delta.preprocess, delta.structure)
-        except InputError:
-            from edgepet.exporters.trace import base_graph
+        needs_maps = bool(delta.heads)
+        with contextlib.suppress(InputError):
+            graph = open_graph(delta.fingerprint, delta.preprocess, delta.structure)
+            if graph.maps or not needs_maps:
+                return graph
+        from edgepet.exporters.trace import base_graph
 
-            made_cache()
-            return base_graph(self.backbone, delta.branches)
+        made_cache()
+        return base_graph(self.backbone, delta.branches, needs_maps=needs_maps)
 
     @cached_property
     def backbone(self) -> Backbone:

@@ -14,8 +14,9 @@ from edgepet.device.runtimes import FORMATS, Format
 from edgepet.errors import InputError, MissingError, option, require
 from edgepet.exporters import EXPORTERS
 from edgepet.exporters.exporter import ExportOptions
-from edgepet.exporters.portable import OLDEST, OPSET, require_opset
+from edgepet.exporters.portable import OLDEST, require_opset
 from edgepet.files import folder_bytes, move_folder, require_only, require_place
+from edgepet.graphs.onnx_file import OPSET
 from edgepet.jobs.job import MEASURED, Result
 from edgepet.measuring.machine import runtimes
 from edgepet.networks.backbone import AnyBackbone
