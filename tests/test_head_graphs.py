@@ -6,7 +6,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +26,7 @@ from edgepet.device.onnxruntime import open_session
 from edgepet.device.runtimes import RUNTIMES, SHARED_RUNTIMES
 from edgepet.errors import InputError
 from edgepet.exporters.trace import base_graph
-from edgepet.graphs.base import BaseGraph, open_graph
+from edgepet.graphs.base import BaseGraph, graph_folder, open_graph
 from edgepet.graphs.head_graph import head_file, with_head, with_mask
 from edgepet.graphs.head_layers import EMITTERS, Emitted, Place, emit
 from edgepet.graphs.onnx_file import OnnxFile, new_file, port
@@ -248,6 +250,12 @@ def changed(graph: BaseGraph, change: Callable[[Any], None]) -> Path:
     return path
 
 
+@pytest.fixture(scope="module")
+def of_tokens(tmp_path_factory: pytest.TempPathFactory) -> BaseGraph:
+    folder = tmp_path_factory.mktemp("of_tokens")
+    return base_graph(tiny_vit(folder, 5), root=folder)
+
+
 def test_a_description_without_maps_is_read_and_made_again_where_they_are_needed(tmp_path: Path) -> None:
     """As earlier versions wrote them: the file of the graph is the same."""
     backbone = tiny_vit(tmp_path, 5)
@@ -275,8 +283,12 @@ def test_a_description_without_maps_is_read_and_made_again_where_they_are_needed
         (lambda maps: maps[0].pop("tensor"), "graph-32.json.maps[0]: needs the key 'tensor'"),
     ],
 )  # fmt: skip
-def test_a_malformed_map_names_the_place(change: Callable[[Any], Any], told: str, tmp_path: Path) -> None:
-    graph = base_graph(tiny_vit(tmp_path, 5), root=tmp_path)
+def test_a_malformed_map_names_the_place(
+    change: Callable[[Any], Any], told: str, of_tokens: BaseGraph, tmp_path: Path
+) -> None:
+    folder = graph_folder(of_tokens.fingerprint, tmp_path)
+    shutil.copytree(of_tokens.folder, folder)
+    graph = replace(of_tokens, folder=folder)
     changed(graph, lambda given: change(given["maps"]))
 
     with pytest.raises(InputError) as error:

@@ -14,9 +14,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from edgepet.deltas.delta import Delta
+from edgepet.device.fitting import fit, opened
 from edgepet.device.runtimes import RUNTIMES as ROWS
 from edgepet.device.runtimes import shared_runtime
-from edgepet.device.together import Together, fit, opened
+from edgepet.device.together import Together
 from edgepet.errors import InputError
 from edgepet.graphs.base import BaseGraph
 from edgepet.graphs.cuts import Cut, cuts, last_before

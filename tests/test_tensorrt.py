@@ -442,7 +442,7 @@ def test_images_go_to_the_gpu_in_batches_and_logits_come_back_in_order(fakes: Fa
     ("engine", "fails", "said", "kind"),
     [
         (None, "", "needs an NVIDIA GPU with compute capability 8.6, 8.9 or 12.0, got no message", MissingError),
-        (FakeEngine(classes=9), "", "needs (shape, is float32) to be", InputError),
+        (FakeEngine(classes=9), "", "needs (shape, type) to be", InputError),
         (FakeEngine(), "cuCtxSetCurrent", "GPU 0: cuCtxSetCurrent must succeed, got CUDA error 1", InputError),
     ],
     ids=["not opened", "other tensors", "CUDA says no"],

@@ -6,18 +6,21 @@ The format is docs/spec/artifact-v1.md; this file is that page in code.
 from __future__ import annotations
 
 import base64
+import math
+import zlib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import cast
+from typing import Literal, cast
 
 import numpy as np
 
 from edgepet.canonical import canonical_json
-from edgepet.device.runner import Runner
+from edgepet.device.runner import ModelRunner
 from edgepet.device.runtimes import FORMATS, Format
 from edgepet.errors import EdgepetError, InputError
 from edgepet.files import write_file
+from edgepet.graphs.head_graph import LOGITS, MASK
 from edgepet.graphs.manifest import Listed, listed_files, read_manifest
 from edgepet.measuring.parity import Against, Inputs, Parity
 from edgepet.packs.codecs import CODECS
@@ -26,17 +29,29 @@ from edgepet.strict import ObjectReader
 
 FORMAT, VERSION = "edgepet-artifact", 1
 MANIFEST = "artifact.json"
+OUTPUTS = (LOGITS, MASK)  # of a model that answers masks, in this order
+_MOST_PLACES = 1 << 24  # of a probe
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class PlacesProbe:
+    """Of a head for masks the label of every place of its map, uint8 (n, h, w), and the largest of all its logits."""
+
+    labels: NpArray
+    largest: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Probe:
     """Seeded noise images, and the float32 logits (n, C) that the model must give them again.
 
-    They are the merged network's in torch, and of an int8 model those of the same codes in ONNX Runtime.
+    They are the merged network's in torch, and of an int8 model those of the same codes in ONNX Runtime. Of masks they
+    are means over places (``deltas.probe.condensed``), with what ``places`` has.
     """
 
     seed: int
     logits: NpArray
+    places: PlacesProbe | None = None
 
     def images(self, preprocess: Preprocess) -> NpArray:
         """The inputs again: standard normal, float32 (n, 3, H, W), or (n, frames, 3, H, W)."""
@@ -48,10 +63,10 @@ class Probe:
 class Artifact:
     """The manifest of one exported model. ``verified`` is false, with a ``reason``, where nothing could run it.
 
-    ``labels`` are in the order of the logits. ``codec`` is the pack's, ``branches`` how many stayed in the graph.
-    ``files`` are name -> (hex sha256, size in bytes), ``versions`` package -> version of what wrote it. ``parity`` is
-    None where nothing was run. ``evidence`` says how its precision is known: what is stored, what was executed, and
-    what stayed fp32 and why.
+    ``labels`` are in the order of the logits, ``answer`` says what they are of: an image, or each of its pixels.
+    ``codec`` is the pack's, ``branches`` how many stayed in the graph. ``files`` are name -> (hex sha256, size in
+    bytes), ``versions`` package -> version of what wrote it. ``parity`` is None where nothing was run. ``evidence``
+    says how its precision is known: what is stored, what was executed, and what stayed fp32 and why.
     """
 
     task: str
@@ -73,6 +88,7 @@ class Artifact:
     parity: Parity | None
     probe: Probe
     evidence: Mapping[str, object]
+    answer: Literal["class", "mask"] = "class"
 
 
 def files_of(folder: Path) -> tuple[str, ...]:
@@ -92,12 +108,15 @@ def write_artifact(folder: Path, artifact: Artifact) -> None:
         InputError: it cannot be written.
     """
     parity = asdict(artifact.parity) if artifact.parity else None
-    if parity and not parity["near_ties"]:
-        del parity["near_ties"]  # there since near ties are told apart: earlier readers take all else
+    for later in ("near_ties", "places"):
+        if parity and not parity[later]:
+            del parity[later]  # there where they say something: earlier readers take all else
+    places = artifact.probe.places
     probe = {
         "seed": artifact.probe.seed,
         "shape": list(artifact.probe.logits.shape),
         "logits": base64.b64encode(np.ascontiguousarray(artifact.probe.logits, "<f4").tobytes()).decode("ascii"),
+        **({} if places is None else {"places": _places_json(places)}),
     }
     manifest = {
         "format": FORMAT,
@@ -119,6 +138,7 @@ def write_artifact(folder: Path, artifact: Artifact) -> None:
         "parity": parity,
         "probe": probe,
         "evidence": artifact.evidence,
+        **({} if artifact.answer == "class" else {"answer": artifact.answer, "outputs": list(OUTPUTS)}),
     }
     write_file(folder / MANIFEST, canonical_json(manifest))
 
@@ -155,6 +175,7 @@ def read_artifact(folder: Path) -> Artifact:
         parity=_parity(table),
         probe=_probe(table.nested("probe")),
         evidence=_evidence(table),
+        answer=_answer(table),
     )
     for part in (backbone, pack, table):
         part.end()
@@ -167,8 +188,10 @@ def read_artifact(folder: Path) -> Artifact:
 
 def open_artifact(
     folder: Path, artifact: Artifact, *, threads: int | None = None, precision: Precision = "fp32"
-) -> Runner:
+) -> ModelRunner:
     """Open the model in ``folder`` on the runtime of its format; it takes images and puts out logits (n, C).
+
+    Of masks they are (n, C, h, w).
 
     Of its files only a TensorRT engine is hashed here, see ``manifest.damaged``.
 
@@ -207,6 +230,7 @@ def _parity(table: ObjectReader) -> Parity | None:
         inputs=cast(Inputs, entry.text("inputs", choices=["data", "work", "synthetic"])),
         against=cast(Against, entry.text("against", choices=["tuned", "merged"])),
         near_ties=entry.integer("near_ties") if entry.has("near_ties") else 0,  # earlier artefacts allowed none
+        places=entry.boolean("places") if entry.has("places") else False,
     )
     entry.end()
     return parity
@@ -218,6 +242,37 @@ def _probe(entry: ObjectReader) -> Probe:
         logits = np.frombuffer(base64.b64decode(entry.text("logits"), validate=True), "<f4").reshape(shape)
     except ValueError as error:
         raise InputError(entry.where, "holds no logits of its shape", got=error) from error
-    probe = Probe(seed=entry.integer("seed"), logits=logits)
+    places = _places(entry.nested("places")) if entry.has("places") else None
+    probe = Probe(seed=entry.integer("seed"), logits=logits, places=places)
     entry.end()
     return probe
+
+
+def _places_json(places: PlacesProbe) -> dict[str, object]:
+    packed = zlib.compress(np.ascontiguousarray(places.labels, np.uint8).tobytes(), 9)
+    text = base64.b64encode(packed).decode("ascii")
+    return {"shape": list(places.labels.shape), "labels": text, "largest": places.largest}
+
+
+def _places(table: ObjectReader) -> PlacesProbe:
+    shape = table.integers("shape", least=1)
+    unpacker, size = zlib.decompressobj(), math.prod(shape)
+    try:
+        packed = base64.b64decode(table.text("labels"), validate=True)
+        data = unpacker.decompress(packed, min(size, _MOST_PLACES) + 1)
+        labels = np.frombuffer(data, np.uint8).reshape(shape)
+    except (ValueError, zlib.error) as error:
+        raise InputError(table.where, "holds no labels of its shape", got=error) from error
+    made = PlacesProbe(labels=labels, largest=table.number("largest"))
+    table.end()
+    return made
+
+
+def _answer(table: ObjectReader) -> Literal["class", "mask"]:
+    """What it answers; an artefact that does not say so answers classes."""
+    if not table.has("answer"):
+        return "class"
+    table.text("answer", choices=["mask"])
+    if table.texts("outputs") != OUTPUTS:
+        raise table.refusal("outputs", f"needs {', '.join(OUTPUTS)}")
+    return "mask"

@@ -146,7 +146,7 @@ class OnnxRuntime:
         (entry,) = session.get_inputs()
         self._shape = tuple(side if isinstance(side, int) else None for side in entry.shape)
         self.executed: Precision = "fp32"
-        self._entry, self._path = entry, path
+        self._entry, self._path, self._names = entry, path, [each.name for each in session.get_outputs()]
 
     @property
     def evidence(self) -> Mapping[str, object]:
@@ -178,10 +178,17 @@ class OnnxRuntime:
         return cls(open_session(graph.model_path, threads=threads, tensors=held), where=graph.backbone, held=held)
 
     def __call__(self, images: NpArray) -> NpArray:
+        return self._run(images, self._names[:1])[0]
+
+    def outputs(self, images: NpArray) -> list[NpArray]:
+        """All that it puts out."""
+        return self._run(images, self._names)
+
+    def _run(self, images: NpArray, names: list[str]) -> list[NpArray]:
         check_images(images, self._shape, where=self._where)
         with _running(self._where):
-            output: NpArray = self._session.run(None, {INPUT: images})[0]
-        return output
+            values: list[NpArray] = self._session.run(names, {INPUT: images})
+        return values
 
     def close(self) -> None:
         """Give the session back."""

@@ -45,6 +45,14 @@ class Runner(Protocol):
         ...
 
 
+class ModelRunner(Runner, Protocol):
+    """An exported model: it puts out logits first, and of a task of masks the mask behind them."""
+
+    def outputs(self, images: NpArray) -> list[NpArray]:
+        """All that it puts out; ``images`` and errors as for calling it."""
+        ...
+
+
 class SharedRunner(Protocol):
     """An open int8 backbone that many tasks are bound to; they put out pooled features."""
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, TypeAlias
 
-from edgepet.device.runner import HeadRunner, PartRunner, Runner, SharedRunner
+from edgepet.device.runner import HeadRunner, ModelRunner, PartRunner, Runner, SharedRunner
 from edgepet.errors import InputError, option
 from edgepet.graphs.base import BaseGraph
 from edgepet.graphs.int8 import Int8Graph
@@ -18,7 +18,7 @@ from edgepet.spec import NpArray, Precision, Tensors
 
 Format: TypeAlias = Literal["onnx", "openvino", "tensorrt"]
 
-_ModelOpener: TypeAlias = Callable[[Path, "int | None", Precision], Runner]
+_ModelOpener: TypeAlias = Callable[[Path, "int | None", Precision], ModelRunner]
 _GraphOpener: TypeAlias = Callable[[BaseGraph, Tensors, "int | None", Precision], Runner]
 _PartOpener: TypeAlias = Callable[[Part, Tensors, "int | None"], PartRunner]
 _HeadOpener: TypeAlias = Callable[[OnnxFile, "int | None"], HeadRunner]
@@ -58,7 +58,7 @@ class Runtime:
 # A runtime is imported when it is first opened: each takes a part of a second, and none has to be installed.
 
 
-def _onnxruntime_model(folder: Path, threads: int | None, precision: Precision) -> Runner:
+def _onnxruntime_model(folder: Path, threads: int | None, precision: Precision) -> ModelRunner:
     from edgepet.device.onnxruntime import OnnxRuntime
 
     del precision  # it computes what the file says
@@ -93,7 +93,7 @@ def _onnxruntime_head(file: OnnxFile, threads: int | None) -> HeadRunner:
     return OnnxRuntimeHead(file, threads=threads)
 
 
-def _openvino_model(folder: Path, threads: int | None, precision: Precision) -> Runner:
+def _openvino_model(folder: Path, threads: int | None, precision: Precision) -> ModelRunner:
     from edgepet.device.openvino import OpenVino
 
     return OpenVino.of_model(folder / "model.xml", threads=threads, precision=precision)
@@ -125,7 +125,7 @@ def _openvino_head(file: OnnxFile, threads: int | None) -> HeadRunner:
     return OpenVinoHead(file, threads=threads)
 
 
-def _tensorrt_model(folder: Path, threads: int | None, precision: Precision) -> Runner:
+def _tensorrt_model(folder: Path, threads: int | None, precision: Precision) -> ModelRunner:
     from edgepet.device.tensorrt import open_engine
 
     del threads, precision  # a GPU's, and the engine's own

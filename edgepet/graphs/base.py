@@ -119,6 +119,12 @@ def require_heads(delta: Delta, width: int, maps: Sequence[GraphMap]) -> None:
         what = f"needs a head for {width} features"
         raise InputError(f"task {delta.task!r}", what, got=tuple(delta.head.weight.shape))
     for each in delta.heads:
+        if not maps and set(each.head.inputs) - {FEATURES}:
+            what, fix = (
+                "needs a graph that lists maps",
+                "bring it again from a host: edgepet device init --for TASK.pet",
+            )
+            raise InputError(f"task {delta.task!r}", what, got="one of before there were any", fix=fix)
         try:
             each.head.shapes([every.map for every in maps], width=width)
         except InputError as error:
