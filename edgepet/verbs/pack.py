@@ -130,13 +130,10 @@ def pack(
     if key is not None:
         require_key(Path(key))
     given = read_file(source)
-    if not is_old(given):
-        made = _recoded(source, codec, backbone, data, max_drop, sequence, stage)
-    elif codec is None:
-        made = _anew(given, source.name, sequence)
+    if is_old(given):
+        made = _anew(given, source.name, codec, sequence)
     else:
-        fix = f"edgepet pack {source.name} -o NEW.pet, then this with NEW.pet"
-        raise InputError(source.name, "was written before version 1 was final", fix=fix)
+        made = _recoded(source, codec, backbone, data, max_drop, sequence, stage)
     signed = made.data if key is None else sign(made.data, Path(key))
     written = read_pack(signed, answers=EVERY)  # what a device would refuse is not written
     write_file(output, signed)
@@ -177,8 +174,11 @@ def _require_together(codec: Asked | None, data: FilePath | None, max_drop: floa
         )
 
 
-def _anew(given: bytes, where: str, sequence: int | None) -> Recoded:
-    """An old pack in the final format, with the very numbers that it had."""
+def _anew(given: bytes, where: str, asked: Asked | None, sequence: int | None) -> Recoded:
+    """An old pack in the final format, with the very numbers that it had: no other codec may be asked for."""
+    if asked is not None:
+        fix = f"edgepet pack {where} -o NEW.pet, then this with NEW.pet"
+        raise InputError(where, "was written before version 1 was final", fix=fix)
     delta, codec = read_old(given, where)
     made = encode_pack(delta, codec=codec, sequence=sequence or 0)
     if not _same(read_pack(made), delta):  # a scale far from one: fp16 has its difference from one less exactly
