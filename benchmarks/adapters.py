@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edgepet.deltas.delta import Delta
+from edgepet.device.fitting import Fitted
 from edgepet.device.onnxruntime import open_session
-from edgepet.device.together import Fitted
 from edgepet.graphs.onnx_file import tensor_of
 from edgepet.spec import NpArray
 

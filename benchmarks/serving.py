@@ -30,10 +30,11 @@ from serving_many import batch_of_eight, batch_table
 from shared_int8 import resident
 
 from edgepet.deltas.delta import Delta
+from edgepet.device.fitting import Fitted, fit, opened
 from edgepet.device.runner import BoundPart, Runner
 from edgepet.device.runtime import open_task
 from edgepet.device.runtimes import RUNTIMES, SHARED_RUNTIMES, shared_runtime
-from edgepet.device.together import Fitted, Together, fit, opened
+from edgepet.device.together import Together
 from edgepet.graphs.base import BaseGraph
 from edgepet.graphs.parts import part_of
 from edgepet.measuring.latency import Candidate, measure, ratio, ratio_of_runs, switching_ms

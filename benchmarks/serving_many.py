@@ -18,9 +18,9 @@ import numpy as np
 from harness import SETTLE_S, WARMUP
 
 from edgepet.deltas.delta import Delta, Int8Ranges
+from edgepet.device.fitting import Fitted, fit, fit_int8, opened
 from edgepet.device.mixed import Mixed, mix
 from edgepet.device.runtimes import shared_runtime
-from edgepet.device.together import Fitted, fit, fit_int8, opened
 from edgepet.graphs.base import BaseGraph, graph_folder, open_graph
 from edgepet.graphs.int8 import Int8Graph
 from edgepet.measuring.latency import Candidate, measure, ratio

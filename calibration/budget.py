@@ -9,11 +9,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from edgepet.deltas.heads import mask_of
 from edgepet.device.onnxruntime import open_model
 from edgepet.errors import CheckError, InputError, option
 from edgepet.graphs.base import INPUT
 from edgepet.images.batches import in_batches
-from edgepet.measuring.parity import INTERVAL_Z
+from edgepet.measuring.overlap import confusion, overlap_lost
+from edgepet.measuring.parity import INTERVAL_Z, by_place
 from edgepet.spec import NpArray
 
 if TYPE_CHECKING:
@@ -27,8 +29,8 @@ MOST_NAMED = 12  # layers in a message
 class Drop:
     """What ``n`` images lose from float to int8.
 
-    ``points`` of top-1, negative for a gain, with the 95 % interval of a paired difference; ``kl`` is the mean
-    Kullback-Leibler divergence of the answers' distributions, in nats.
+    ``points`` of top-1, of masks of mIoU, negative for a gain, with the 95 % interval of a paired difference; ``kl`` is
+    the mean Kullback-Leibler divergence of the answers' distributions, in nats.
     """
 
     points: float
@@ -66,8 +68,28 @@ def drop_between(before: NpArray, after: NpArray, labels: NpArray) -> Drop:
     )
 
 
+def mask_drop(before: NpArray, after: NpArray, truths: NpArray) -> Drop:
+    """``drop_between`` of masks: logits (n, C, h, w) of the same images, whose masks are ``truths`` (n, height, width).
+
+    Pixels that are 255 there are not counted; ``kl`` is of the places of the logits.
+    """
+    classes, size = before.shape[1], (truths.shape[1], truths.shape[2])
+    matrices = [
+        [confusion(mask_of(logits[None], size)[0], truth, classes) for logits, truth in zip(given, truths, strict=True)]
+        for given in (before, after)
+    ]
+    lost, low, high = overlap_lost(*matrices)
+    apart = divergence(before, after)
+    return Drop(points=100 * lost, low=100 * low, high=100 * high, kl=apart, n=len(truths))
+
+
 def divergence(before: NpArray, after: NpArray) -> float:
-    """Mean Kullback-Leibler divergence of softmax(``after``) from softmax(``before``), logits (n, C) both, in nats."""
+    """Mean Kullback-Leibler divergence of softmax(``after``) from softmax(``before``), in nats.
+
+    Logits of both are (n, C), or of masks (n, C, h, w): then the mean is over places too.
+    """
+    if before.ndim == 4:
+        before, after = by_place(before), by_place(after)
     p, q = _log_softmax(before), _log_softmax(after)
     return float(max(0.0, (np.exp(p) * (p - q)).sum(axis=1).mean()))
 

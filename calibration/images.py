@@ -12,9 +12,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Literal, TypeAlias
 
 import numpy as np
 
+from edgepet.calibration.budget import Drop, drop_between
 from edgepet.errors import InputError
 from edgepet.files import sha256_file
 from edgepet.images.folders import class_places, folders_in, split_folders, split_of
@@ -28,6 +30,7 @@ from edgepet.spec import FilePath, NpArray, Preprocess
 LEAST, ENOUGH = 32, 128  # images: below the first it is refused, below the second it is said
 COUNT, HELD_OUT = 256, 0.25  # images at most, and the part of them on which the recipe is chosen
 SEED = 0
+Part: TypeAlias = Literal["judged", "held_out"]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -92,6 +95,15 @@ class CalibrationImages:
             "files": dict(self.digests),
         }
 
+    def lost(self, part: Part, before: NpArray, after: NpArray, order: NpArray) -> Drop:
+        """What logits ``after`` of all images of a part lose of those ``before``, both (n, C).
+
+        Args:
+            order: the model's class for each class of ``images``, integers (C,).
+        """
+        images = self.judged if part == "judged" else self.held_out
+        return drop_between(before, after, order[np.asarray(images.labels)])
+
     def _count(self, label: int) -> int:
         return self.measured.labels.count(label) + self.held_out.labels.count(label)
 
@@ -127,23 +139,33 @@ def calibration_images(
         unlike = format_names(sorted(known.keys() ^ set(judged.classes))[:5])
         raise InputError(str(folder), f"needs the {len(classes)} classes of the task", got=f"a difference in {unlike}")
     source = train if "train" in split_folders(folder, clips=clips) else judged
-    chosen = list(_distinct(source, _in_turn(source, seed), count))
-    if len(chosen) < LEAST:
-        what = f"needs at least {LEAST} different images to calibrate on"
-        raise InputError(str(folder), what, got=f"{len(chosen)} in {len(source)} files", fix="give it more images")
-    digests = {_name(source.paths[i], folder): digest for i, digest in chosen}
+    indices, held, digests = drawn(source, folder, count, seed)
     _require_apart(folder, evaluation, judged, clips)
-    held = min(max(len(source.classes), round(HELD_OUT * len(chosen))), len(chosen) // 2)
-    indices = [i for i, _ in chosen]
     return CalibrationImages(
         folder=folder,
         preprocess=preprocess,
         measured=source.at(sorted(indices[held:])),
         held_out=source.at(sorted(indices[:held])),
         judged=judged,
-        digests=dict(sorted(digests.items())),
+        digests=digests,
         seed=seed,
     )
+
+
+def drawn(source: ImageSet, folder: Path, count: int, seed: int) -> tuple[list[int], int, dict[str, str]]:
+    """At most ``count`` images, class by class in turn: their indices, how many of them are held out, the first ones,
+    and the sha256 of each by its path in ``folder``.
+
+    Raises:
+        InputError: fewer than 32 differ.
+    """
+    chosen = list(_distinct(source, _in_turn(source, seed), count))
+    if len(chosen) < LEAST:
+        what = f"needs at least {LEAST} different images to calibrate on"
+        raise InputError(str(folder), what, got=f"{len(chosen)} in {len(source)} files", fix="give it more images")
+    digests = {_name(source.paths[i], folder): digest for i, digest in chosen}
+    held = min(max(len(source.classes), round(HELD_OUT * len(chosen))), len(chosen) // 2)
+    return [i for i, _ in chosen], held, dict(sorted(digests.items()))
 
 
 def _in_turn(images: ImageSet, seed: int) -> Iterator[int]:

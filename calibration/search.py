@@ -17,7 +17,6 @@ from edgepet.calibration.budget import (
     answers,
     answers_of,
     divergence,
-    drop_between,
     require_resolution,
     within_budget,
 )
@@ -156,17 +155,15 @@ class Calibration:
         images = self._images
         if self._judged is None:
             self._judged = answers_of(self._float, images.judged_batches(BATCH))
-        labels = self._order[np.asarray(images.judged.labels)]
-        return drop_between(self._judged, network(images.judged_batches(BATCH)), labels)
+        return images.lost("judged", self._judged, network(images.judged_batches(BATCH)), self._order)
 
     def sensitivity(self, recipe: Int8Recipe) -> tuple[LayerDrop, ...]:
         """Every layer alone in int8, on the held-out images; that of the largest divergence first."""
-        labels = self._order[np.asarray(self._images.held_out.labels)]
         found = []
         for layer in self.layers:
             others = tuple(other.name for other in self.layers if other is not layer)
             got = answers(self.made(replace(recipe, keep=others)).model, self._images.held_out_images)
-            drop = drop_between(self._held_out, got, labels)
+            drop = self._images.lost("held_out", self._held_out, got, self._order)
             found.append(LayerDrop(name=layer.name, drop=drop.points, kl=drop.kl))
         return tuple(sorted(found, key=lambda layer: -layer.kl))
 
@@ -177,7 +174,7 @@ class Calibration:
             InputError: a budget finer than the images show, or not between 0 and 100.
             CheckError: half of the layers in float do not hold it.
         """
-        if max_drop is not None:
+        if max_drop is not None and self._held_out.ndim == 2:  # of masks pixels count, not images
             require_resolution(max_drop, len(self._images.judged))
         stage("choose an int8 recipe")
         tried = self.choose()

@@ -11,6 +11,8 @@ import numpy as np
 
 from edgepet.canonical import canonical_json
 from edgepet.deltas.delta import Delta
+from edgepet.device.answers import labels_of
+from edgepet.device.map_heads import map_head_of
 from edgepet.device.onnxruntime import open_model
 from edgepet.errors import CheckError, InputError, first_line, option, require
 from edgepet.exporters.constants import compute_constants
@@ -18,6 +20,8 @@ from edgepet.exporters.exporter import ExportOptions, Written
 from edgepet.exporters.portable import in_opset
 from edgepet.files import scratch_folder, write_file, write_parts
 from edgepet.graphs.base import FEATURES, INPUT, LOGITS, BaseGraph
+from edgepet.graphs.head_graph import with_head
+from edgepet.graphs.onnx_file import read_onnx
 from edgepet.graphs.tensor_files import laid_out, lightened, put_inside, stored_bytes
 from edgepet.spec import NpArray, StoredPrecision, Tensors
 
@@ -30,7 +34,7 @@ _HEAD = ("head.weight", "head.bias")
 
 
 def build_model(graph: BaseGraph, tensors: Tensors, delta: Delta) -> ModelProto:
-    """An ``onnx.ModelProto`` that takes images and puts out logits; nothing is traced.
+    """An ``onnx.ModelProto`` that takes images and puts out logits, of masks the mask beside them; nothing is traced.
 
     Args:
         tensors: merged weights, and tensors of branches, for every initializer of ``graph`` that lies in a file.
@@ -41,10 +45,31 @@ def build_model(graph: BaseGraph, tensors: Tensors, delta: Delta) -> ModelProto:
     """
     graph.require_fit(delta)
     onnx = require("onnx", extra="train", purpose="ONNX")
-    model: ModelProto = onnx.load(str(graph.model_path), load_external_data=False)
+    head = map_head_of(delta)
+    model: ModelProto
+    if head is None:
+        model = onnx.load(str(graph.model_path), load_external_data=False)
+    else:
+        size, file = delta.preprocess.image_size, read_onnx(graph.model_path)
+        behind = with_head(file, head.astype(np.float32), graph.maps, graph.width, size)
+        model = onnx.ModelProto.FromString(behind.encoded())
     for tensor in model.graph.initializer:
         if tensor.data_location == tensor.EXTERNAL:
             put_inside(tensor, tensors[tensor.name])
+    if head is None:
+        _put_classifier(model, delta)
+    facts = {"task": delta.task, "labels": list(labels_of(delta)), "preprocess": delta.preprocess.as_json()}
+    facts |= {} if head is None else {"answer": head.answer}
+    for key, fact in facts.items():
+        text = fact if isinstance(fact, str) else canonical_json(fact).decode("utf-8")
+        model.metadata_props.add(key=f"edgepet.{key}", value=text)
+    compute_constants(model, {name for branch in delta.branches if branch.kind == "prompts" for name in branch.named})
+    return model
+
+
+def _put_classifier(model: ModelProto, delta: Delta) -> None:
+    """Put the product of a classifier behind the features of ``model``."""
+    onnx = require("onnx", extra="train", purpose="ONNX")
     for name, value in zip(_HEAD, (delta.head.weight, delta.head.bias), strict=True):
         array = np.ascontiguousarray(value, np.float32)
         model.graph.initializer.append(onnx.numpy_helper.from_array(array, f"edgepet.{name}"))
@@ -54,12 +79,6 @@ def build_model(graph: BaseGraph, tensors: Tensors, delta: Delta) -> ModelProto:
     del model.graph.output[:]
     logits = onnx.helper.make_tensor_value_info(LOGITS, onnx.TensorProto.FLOAT, [batch, len(delta.labels)])
     model.graph.output.append(logits)
-    facts = {"task": delta.task, "labels": list(delta.labels), "preprocess": delta.preprocess.as_json()}
-    for key, fact in facts.items():
-        text = fact if isinstance(fact, str) else canonical_json(fact).decode("utf-8")
-        model.metadata_props.add(key=f"edgepet.{key}", value=text)
-    compute_constants(model, {name for branch in delta.branches if branch.kind == "prompts" for name in branch.named})
-    return model
 
 
 def serialize(model: ModelProto) -> bytes:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, TypeAlias, cast
 import numpy as np
 
 from edgepet.errors import InputError, option, require
+from edgepet.graphs.onnx_file import OPSET
 from edgepet.spec import NpArray
 
 if TYPE_CHECKING:
@@ -20,7 +21,6 @@ if TYPE_CHECKING:
     from onnx import GraphProto, ModelProto, NodeProto
     from onnx.defs import OpSchema
 
-OPSET, IR_VERSION = 20, 10  # of traced graphs: the newest that ONNX Runtime, OpenVINO and TensorRT all read, with int8
 OLDEST = 13  # where steps of quantised weights along an axis begin
 _CONSTANTS = {"value_int": np.int64, "value_ints": np.int64, "value_float": np.float32, "value_floats": np.float32}
 _Rewriting: TypeAlias = "Callable[[_Older, NodeProto], None]"

@@ -101,7 +101,9 @@ def build_engines(
     kind, trt = _library()
     targets = _targets(trt, sms) if kind == "tensorrt-rtx" else (_compute_capability(),)
     start = time.perf_counter()
-    plan, takes, gives, layers = _build(trt, onnx_model, precision, max_batch, targets, portable=kind == "tensorrt-rtx")
+    plan, takes, (gives, *masks), layers = _build(
+        trt, onnx_model, precision, max_batch, targets, portable=kind == "tensorrt-rtx"
+    )
     seconds = time.perf_counter() - start
     sidecar = Sidecar(
         engine=kind,
@@ -115,6 +117,7 @@ def build_engines(
         output=gives,
         max_batch=max_batch,
         precision=precision,
+        mask=masks[0] if masks else None,
     )
     return _write(trt, plan, sidecar, folder, stem=stem, seconds=seconds, layers=layers)
 
@@ -147,7 +150,8 @@ def _write(
 ) -> TensorrtBuild:
     """The engine first: a side-car must never name an engine that is not on the disk yet."""
     write_file(folder / sidecar.file, plan)
-    write_file(folder / f"{stem}.engine.json", canonical_json({"schema": SCHEMA, **asdict(sidecar)}))
+    told = {name: value for name, value in asdict(sidecar).items() if value is not None}
+    write_file(folder / f"{stem}.engine.json", canonical_json({"schema": SCHEMA, **told}))
     return TensorrtBuild(
         engine=sidecar.engine,
         version=sidecar.version,
@@ -232,8 +236,8 @@ def _build(
     targets: Sequence[int],
     *,
     portable: bool,
-) -> tuple[memoryview, TensorSpec, TensorSpec, Mapping[str, int]]:
-    """The serialised engine, its input, output and layers; ``portable`` is what classic TensorRT cannot be."""
+) -> tuple[memoryview, TensorSpec, tuple[TensorSpec, ...], Mapping[str, int]]:
+    """The serialised engine, its input, outputs and layers; ``portable`` is what classic TensorRT cannot be."""
     log = message_log(trt)
     builder = trt.Builder(log)
     log.errors.clear()
@@ -273,27 +277,30 @@ def _parse(trt: Trt, builder: Trt, onnx_model: bytes | Path) -> tuple[Trt, Trt]:
     return network, parser
 
 
-def _tensors(trt: Trt, network: Trt, precision: StoredPrecision) -> tuple[TensorSpec, TensorSpec]:
-    """Input and output, both fp32, or the input pictures in uint8."""
+def _tensors(trt: Trt, network: Trt, precision: StoredPrecision) -> tuple[TensorSpec, tuple[TensorSpec, ...]]:
+    """Input and outputs: fp32, but for pictures and a mask, which are uint8."""
     ports = [network.get_input(index) for index in range(network.num_inputs)]
     ports += [network.get_output(index) for index in range(network.num_outputs)]
     found = [(port.name, tuple(port.shape)) for port in ports]
     match found:
         case [("images", (-1, *sizes)), (_, (-1, classes))] if len(sizes) in (3, 4) and min(*sizes, classes) > 0:
             pass  # images, or clips with an axis of frames
+        case [("images", (-1, _, height, width)), (_, (-1, *sizes)), ("mask", (-1, rows, columns))] if (
+            len(sizes) == 3 and min(sizes) > 0 and (rows, columns) == (height, width)
+        ):
+            pass
         case _:
             needs = "needs one input images (batch, [frames,] 3, H, W) and one output (batch, C), only the batch free"
             raise InputError("ONNX model", needs, got=", ".join(f"{name} {shape}" for name, shape in found))
-    for port in ports:
-        if port.dtype != trt.float32 and not (port is ports[0] and port.dtype == trt.uint8):
-            raise InputError(
-                f"ONNX tensor {port.name!r}", f"must be fp32 in an {precision} engine", got=port.dtype.name
-            )
-    dtypes = ("uint8" if ports[0].dtype == trt.uint8 else "float32", "float32")
-    takes, gives = (
-        TensorSpec(name=name, dtype=dtype, shape=shape) for dtype, (name, shape) in zip(dtypes, found, strict=True)
-    )
-    return takes, gives
+    made = list[TensorSpec]()
+    for port, (name, shape) in zip(ports, found, strict=True):
+        takes_pictures = port is ports[0] and port.dtype == trt.uint8
+        kind = "uint8" if takes_pictures or (name == "mask" and len(shape) == 3) else "float32"
+        if port.dtype != getattr(trt, kind):
+            told = "fp32" if kind == "float32" else kind
+            raise InputError(f"ONNX tensor {name!r}", f"must be {told} in an {precision} engine", got=port.dtype.name)
+        made.append(TensorSpec(name=name, dtype=kind, shape=shape))
+    return made[0], tuple(made[1:])
 
 
 def _layers(trt: Trt, network: Trt, precision: StoredPrecision) -> Mapping[str, int]:
@@ -303,7 +310,7 @@ def _layers(trt: Trt, network: Trt, precision: StoredPrecision) -> Mapping[str, 
         InputError: a layer is of another type than ``precision`` allows, or none has the one that was asked for.
     """
     narrow = {"fp16": {trt.float16}, "int8": {trt.int8}}.get(precision, set())
-    allowed = {trt.float32, trt.int32, trt.int64, trt.bool} | narrow
+    allowed = {trt.float32, trt.int32, trt.int64, trt.bool, trt.uint8} | narrow
     counts = Counter[str]()
     for layer in (network.get_layer(index) for index in range(network.num_layers)):
         puts_out = [layer.get_output(index) for index in range(layer.num_outputs)]

@@ -15,9 +15,9 @@ import numpy as np
 import safetensors.numpy
 
 from edgepet.deltas.branches import ATTENTION, Branch, named_tensors, structure_digest, structure_of
-from edgepet.device.onnxruntime import OnnxRuntime
+from edgepet.deltas.heads import Map
+from edgepet.device.onnxruntime import OnnxRuntime, OnnxRuntimePart
 from edgepet.errors import CheckError, InputError, require
-from edgepet.exporters.portable import IR_VERSION, OPSET
 from edgepet.files import made_folder, write_file
 from edgepet.graphs.base import (
     FEATURES,
@@ -29,6 +29,9 @@ from edgepet.graphs.base import (
     open_graph,
     write_graph_json,
 )
+from edgepet.graphs.maps import GraphMap
+from edgepet.graphs.onnx_file import IR_VERSION, OPSET
+from edgepet.graphs.parts import part_of
 from edgepet.graphs.tensor_files import Place, point_into, safetensors_places
 from edgepet.networks.backbone import Backbone
 from edgepet.networks.forms import explicit_attention
@@ -43,11 +46,14 @@ if TYPE_CHECKING:
 _Ir: TypeAlias = Any  # onnx_ir's model or node, which torch and onnxscript hand on without types
 
 
-def base_graph(backbone: Backbone, branches: Sequence[Branch] = (), *, root: Path | None = None) -> BaseGraph:
+def base_graph(
+    backbone: Backbone, branches: Sequence[Branch] = (), *, root: Path | None = None, needs_maps: bool = False
+) -> BaseGraph:
     """The graph of ``backbone`` with branches of one structure, from the cache or traced now; then checked.
 
     Args:
         branches: their values, in any precision, are left out of the graph: each task brings its own.
+        needs_maps: one that lists no maps, as earlier versions wrote them, is made again.
 
     Raises:
         InputError: torch cannot export an operator of this network, or a tensor of it gets lost or another shape.
@@ -59,7 +65,9 @@ def base_graph(backbone: Backbone, branches: Sequence[Branch] = (), *, root: Pat
     folder = graph_folder(backbone.fingerprint, root)
     if (folder / f"{graph_stem(backbone.preprocess, structure)}.json").is_file():
         with contextlib.suppress(InputError):  # a damaged cache is made again
-            return open_graph(backbone.fingerprint, backbone.preprocess, structure, root=root)
+            found = open_graph(backbone.fingerprint, backbone.preprocess, structure, root=root)
+            if found.maps or not needs_maps:
+                return found
     _make(backbone, branches, folder)
     graph = open_graph(backbone.fingerprint, backbone.preprocess, structure, root=root)
     _check(graph, backbone, branches)
@@ -94,7 +102,7 @@ def _make(backbone: Backbone, branches: Sequence[Branch], folder: Path) -> None:
         files.append(f"{stem}.safetensors")
         write_file(folder / files[-1], safetensors.numpy.save({n: np.asarray(t, order="C") for n, t in tables.items()}))
         places |= safetensors_places(folder / files[-1])
-    model = _traced(backbone, branches)
+    model, maps = _traced(backbone, branches)
     _externalise(model, places, {*backbone.tensors, *named_tensors(branches)} - backbone.unread, backbone)
     write_file(folder / f"{stem}.onnx", model.SerializeToString(deterministic=True))
     facts = {
@@ -107,18 +115,23 @@ def _make(backbone: Backbone, branches: Sequence[Branch], folder: Path) -> None:
         "licence": backbone.licence,
         "branches": structure,
         "versions": {name: version(name) for name in ("torch", "timm", "onnx", "onnxscript")},
+        **({"maps": [each.as_json() for each in maps]} if maps else {}),
     }
     write_graph_json(folder, stem, facts, files)
 
 
-def _traced(backbone: Backbone, branches: Sequence[Branch]) -> ModelProto:
+def _traced(backbone: Backbone, branches: Sequence[Branch]) -> tuple[ModelProto, tuple[GraphMap, ...]]:
+    """The graph that puts out features, and the tensors of it that maps lie in."""
     import torch
 
     from edgepet.networks.graft import Grafted, in_torch
+    from edgepet.networks.maps import layouts_of
 
     require("onnxscript", extra="train", purpose="exporting a graph")
-    wrapped = bool(branches) or backbone.preprocess.frames > 1  # the exporter passes over hooks of what it is given
-    module = Grafted(backbone.module, in_torch(branches)) if wrapped else backbone.module
+    maps = _maps_of(backbone)
+    # The exporter passes over hooks of what it is given.
+    wrapped = bool(branches) or bool(maps) or backbone.preprocess.frames > 1
+    module = Grafted(backbone.module, in_torch(branches), maps) if wrapped else backbone.module
     failures = (torch.onnx.errors.OnnxExporterError, torch._dynamo.exc.TorchDynamoException)
     try:
         try:
@@ -136,8 +149,20 @@ def _traced(backbone: Backbone, branches: Sequence[Branch]) -> ModelProto:
     if wrapped:
         _rename(program.model, {f"tensors.{i}": name for i, name in enumerate(named)})
     _tidy(program.model, {*backbone.tensors, *named})
+    tensors = [str(output.name) for output in program.model.graph.outputs][1:]
+    del program.model.graph.outputs[1:]  # who wants maps puts them out: the file is what it is without them
     traced: ModelProto = program.model_proto
-    return traced
+    layouts = layouts_of(backbone.module, maps, backbone.preprocess.input_shape)
+    placed = zip(maps, tensors, strict=True)
+    return traced, tuple(GraphMap(map=each, tensor=name, layout=layouts[each.name]) for each, name in placed)
+
+
+def _maps_of(backbone: Backbone) -> tuple[Map, ...]:
+    """The maps that the backbone has; a network without any is traced as well."""
+    try:
+        return backbone.maps
+    except InputError:
+        return ()
 
 
 def _rename(model: _Ir, names: Mapping[str, str]) -> None:
@@ -226,20 +251,31 @@ def _check(graph: BaseGraph, backbone: Backbone, branches: Sequence[Branch]) -> 
     import torch
 
     from edgepet.networks.graft import grafted, in_torch
+    from edgepet.networks.maps import taking
 
-    rng = np.random.default_rng(0)
+    rng, names = np.random.default_rng(0), [each.map.name for each in graph.maps]
     images = rng.normal(size=(3, *graph.preprocess.input_shape)).astype(np.float32)
     drawn = {name: rng.normal(0, 0.05, t.shape).astype(np.float32) for name, t in named_tensors(branches).items()}
     planted = in_torch([branch.with_tensors(drawn) for branch in branches])
-    with torch.no_grad(), grafted(backbone.module, planted):
-        expected: NpArray = backbone.module(torch.from_numpy(images)).numpy()
+    maps = [each.map for each in graph.maps]
+    with torch.no_grad(), grafted(backbone.module, planted), taking(backbone.module, maps) as taken:
+        features: NpArray = backbone.module(torch.from_numpy(images)).numpy()
     with OnnxRuntime.of_graph(graph, drawn) as runner:
-        worst = float(np.abs(runner(images) - expected).max())
-    limit = 1e-4 * float(np.abs(expected).max())
+        _require_near(graph, backbone, FEATURES, features, runner(images))
+    if names:
+        network = OnnxRuntimePart(part_of(graph).putting_out(graph.maps, names), drawn)
+        for name, got in zip(names, network.bind({}).outputs(images), strict=True):
+            _require_near(graph, backbone, name, taken[name].numpy(), got)
+        network.close()
+
+
+def _require_near(graph: BaseGraph, backbone: Backbone, name: str, expected: NpArray, got: NpArray) -> None:
+    worst, limit = float(np.abs(got - expected).max()), 1e-4 * float(np.abs(expected).max())
     if not worst <= limit:
         graph.model_path.with_suffix(".json").unlink()
+        what = "" if name == FEATURES else f" in {name}"
         raise CheckError(
-            backbone.spec, f"the traced graph must answer as torch does, within {limit:.1e}", got=f"{worst:.1e}"
+            backbone.spec, f"the traced graph must answer as torch does{what}, within {limit:.1e}", got=f"{worst:.1e}"
         )
 
 

@@ -37,13 +37,15 @@ from edgepet.deltas.expressions import EXPRESSIONS, NESTED, SETTINGS, WINDOWS
 from edgepet.deltas.updates import ATTRIBUTES, FACTORS, NAMES, attributes, factors, generated
 from edgepet.errors import EdgepetError, PackError
 from edgepet.packs.container import UNSIGNED, with_signature
-from edgepet.packs.pack import Pack, encode_pack, read_pack
+from edgepet.packs.pack import EVERY, Pack, encode_pack, read_pack
 from edgepet.spec import NpArray
+from tests.fuzz_heads import counted_places, head_meaning, meaning_of_head
 from tests.packs import deflate, header_bytes, manifest_of, tensors_of
 
 FORMATS = {"fp32": 32, "fp16": 16, "int8": 8, "int4": 4, "int2": 2, "int32": 32, "bits": 8}  # bits of a stored value
 PLAIN = {"F32": "fp32", "I32": "int32", "F16": "fp16", "U8": "bits"}  # in the order of a file
-EXACT = ("int8.ranges", "probe.class", "probe.class.int8")  # planes that are not of the delta
+PROBES = {answer: (f"probe.{answer}", f"probe.{answer}.int8") for answer in ("class", "mask")}  # in fp32, in int8
+EXACT = ("int8.ranges", *PROBES["class"], *PROBES["mask"])  # planes that are not of the delta
 MOST_TEXT, MOST_SECONDS = 2000, 2.0  # of a message, and of reading one of these packs, nearly all below 10 kB
 MOST_MEMORY = 2 << 30  # of a process; NumPy and its libraries take half a gigabyte of addresses
 
@@ -75,7 +77,7 @@ def examined(data: bytes) -> bool:
         Exception: whatever the reader raises beside a refusal.
     """
     try:
-        pack = read_pack(data)
+        pack = read_pack(data, answers=EVERY)
     except EdgepetError as error:
         need(isinstance(error, PackError), f"{type(error).__name__} in place of PackError")
         lines = str(error).split("\n  fix: ")
@@ -93,7 +95,7 @@ def examined(data: bytes) -> bool:
         need(again == data, "one spelling and other bytes")
     else:  # rows may be grouped otherwise, and a number that is whole may have no point
         need(settled(meaning(again)) == settled(told), "another meaning when it is written again")
-        need(meaning_of(read_pack(again)) == meaning(again), "written again and read as something else")
+        need(meaning_of(read_pack(again, answers=EVERY)) == meaning(again), "written again and read as something else")
     return True
 
 
@@ -151,6 +153,7 @@ def meaning_of(pack: Pack) -> dict[str, Any]:
         "labels": list(delta.labels), "licences": list(delta.licences), "val": (delta.val.top1, delta.val.n),
         "preprocess": preprocess, "head": head, "int8": int8, "probes": probes, "sequence": pack.sequence,
         "codec": pack.codec, "updates": updates, "branches": branches, "signature": pack.signature or UNSIGNED,
+        "heads": [meaning_of_head(each, plain) for each in delta.heads],
     }  # fmt: skip
 
 
@@ -200,14 +203,15 @@ def meaning(data: bytes) -> dict[str, Any]:
     pushed = {update[0].partition("[")[0] for update in updates if update[1] == "push"}
     need(not any(read.partition("[")[0] in pushed for u in updates for read in u[3]), "a push of what a push changes")
     need(len({(b[0], b[2]) for b in branches}) == len(branches), "two branches of one kind at one point")
-    head, labels, val = planes.head(manifest["heads"])
+    head, labels, val, heads = planes.heads(listed(manifest["heads"]))
     method = manifest["method"]
     keys(method, "name settings")
     need(len(worded(method["name"])) <= 64, "a long name of a method")
     for value in (method["settings"], manifest["training"]):
         need(isinstance(value, dict) and depth(value) <= 8 and len(dumps(value)) <= 1 << 14, "too much provenance")
     need(0 <= whole(manifest["sequence"]) < 1 << 53, "a sequence number that JSON readers round")
-    probes = planes.probes(manifest["heads"][0]["probe"], len(labels)) if "probe" in manifest["heads"][0] else {}
+    first = manifest["heads"][0]
+    probes = planes.probes(first["probe"], len(first["labels"]), first["answer"]) if "probe" in first else {}
     int8 = planes.ranges(manifest["int8"]) if "int8" in manifest else None
     planes.end()
     need(planes.tensors == whole(told["tensors"]), "another number of tensors than is said")
@@ -218,7 +222,7 @@ def meaning(data: bytes) -> dict[str, Any]:
         "labels": labels, "licences": texts(manifest["licences"], 64), "val": val,
         "preprocess": preprocess(manifest["preprocess"]), "head": head, "int8": int8, "probes": probes,
         "sequence": manifest["sequence"], "codec": planes.codec, "updates": updates, "branches": branches,
-        "signature": manifest["auth"],
+        "signature": manifest["auth"], "heads": heads,
     }  # fmt: skip
 
 
@@ -311,6 +315,23 @@ class Planes:
                 need(all(len(cut[name][0]) == axes for name, axes in kind.tensors.items()), "a branch of other axes")
                 yield [group["kind"], tap, into, group["settings"], cut]
 
+    def heads(self, given: list[Any]) -> tuple[dict[str, Any], list[str], tuple[float, int], list[Any]]:
+        """The classifier as ``head`` has it, nothing where there is none, and the heads that read maps."""
+        need(1 <= len(given) <= 9, "another number of heads")
+        classes = given[0]["answer"] == "class"
+        need(all(each["answer"] != "class" for each in given[1:]), "a classifier that is not the first")
+        others = given[1:] if classes else given
+        none: tuple[Any, Any, Any] = ({"weight": ((0, 0), []), "bias": ((0,), [])}, [], (0.0, 0))
+        made = self.head(given[:1]) if classes else none
+        names = [each["name"] for each in given]
+        need(len(others) <= 8 and len({"class", *names}) == len(names) + (not classes), "too many, or of one name")
+        found = []
+        for place, each in enumerate(others):
+            keys(each, "name answer labels layers val", "" if classes or place else "probe")
+            labels = texts(each["labels"], 255)
+            found.append(head_meaning(each, lambda *told: self.leaf(*told, 0, None), need, labels))
+        return (*made, found)
+
     def head(self, heads: list[Any]) -> tuple[dict[str, Any], list[str], tuple[float, int]]:
         """Weight and bias, labels, and the score."""
         need(len(listed(heads)) == len(listed(heads[0]["layers"])) == 1, "another number of heads or layers")
@@ -328,12 +349,12 @@ class Planes:
         need(0 <= score <= 1 and whole(head["val"]["n"]) >= 0, "a score that is none")
         return cut, labels, (score, head["val"]["n"])
 
-    def probes(self, table: Mapping[str, Any], classes: int) -> dict[str, Any]:
+    def probes(self, table: Mapping[str, Any], classes: int, answer: str) -> dict[str, Any]:
         """What a task answers to images of a seed."""
         keys(table, "", "fp32 int8")
         need(table, "a probe of nothing")
         told = {}
-        for name, plane in (("fp32", "probe.class"), ("int8", "probe.class.int8")):
+        for name, plane in zip(("fp32", "int8"), PROBES[answer], strict=True):
             if name not in table:
                 continue
             keys(table[name], "seed tolerance")
@@ -900,8 +921,7 @@ def counted(manifest: Any, layout: Any, tensors: Mapping[str, NpArray]) -> dict[
     for name, tensor in tensors.items():
         entry = manifest["codecs"].get(name) or [_PLAIN[tensor.dtype.name], tensor.size]
         planes += width(name, entry[0]) * entry[1]
-    for name in ("weight", "bias"):
-        cut.add((name, *manifest["heads"][0]["layers"][0][name]))
+    cut.update(counted_places(manifest["heads"]))
     return {"bytes": planes + sum(made.values()), "tensors": len(cut), "updates": updates}
 
 
@@ -973,7 +993,7 @@ def weighed(data: bytes) -> Weight:
             tracemalloc.start()
         start = time.process_time()
         try:
-            read_pack(data)
+            read_pack(data, answers=EVERY)
         except Exception as error:
             said = str(error) if isinstance(error, PackError) else f"{type(error).__name__}: {error}"
         seconds[traced] = time.process_time() - start

@@ -21,8 +21,26 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from edgepet.deltas.codes import Range
-from edgepet.deltas.delta import Delta, Head, Int8Ranges
+from edgepet.deltas.delta import NO_CLASSIFIER, Delta, Head, Int8Ranges, JudgedHead, Score
 from edgepet.deltas.expressions import Binary, Mix
+from edgepet.deltas.heads import MapHead, Step
+from edgepet.deltas.layers import (
+    Activation,
+    Attend,
+    Concat,
+    Conv,
+    Deconv,
+    Depthwise,
+    Mean,
+    Multiply,
+    Norm,
+    Point,
+    Pool,
+    Regions,
+    Resize,
+    Unit,
+)
+from edgepet.deltas.layers import Add as AddMaps
 from edgepet.deltas.probe import Probe
 from edgepet.deltas.updates import Add, Grouped, LowRank, Replace, Scale, Targeted
 from edgepet.errors import EdgepetError, PackError
@@ -89,8 +107,40 @@ def corpus() -> dict[str, bytes]:
         int8=ranges, probes={"fp32": probe, "int8": probe}, labels=("é", "\U0001f600"), licences=("CC0-1.0",),
         preprocess=Preprocess(image_size=(16, 16), frames=8, orientation="exif"), settings={"rank": [1, {"a": 0.5}]},
     )  # fmt: skip
+    packs |= {f"head-{n}": encode_pack(each, codec=("fp32", "fp16")[n % 2]) for n, each in enumerate(with_heads())}
     packs["whole"] = with_signature(encode_pack(whole, sequence=7), "0a" * 64)
     return packs
+
+
+def with_heads() -> list[Delta]:
+    """Tasks whose heads have every kind of layer between them: beside a classifier, two of them, and one by itself."""
+    weight, kernel = values(2, 2, seed=1), values(2, 2, 3, 3, seed=2)
+    mixed = (
+        ("map.0", "a", Point(weight, values(2, seed=3))), ("a", "b", Norm(values(2, seed=4), values(2, seed=5))),
+        ("b", "c", Depthwise(values(2, 3, 3, seed=6))), ("c", "d", Conv(kernel, values(2, seed=7), 2)),
+        ("d", "e", Deconv(values(2, 2, 2, 2, seed=8))), ("e", "f", Attend(values(1, 3, 2, seed=9), values(1, 3, 2, seed=1))),
+        ("f a", "g", AddMaps()), ("g", "logits", Regions(weight, weight)),
+    )  # fmt: skip
+    plain = (
+        ("map.12", "a", Resize(4, "nearest")), ("a", "b", Pool(2)), ("b", "c", Activation("gelu")), ("c", "d", Unit(0.5)),
+        ("d a a", "e", Concat()), ("e d", "f", Multiply()), ("f", "g", Mean()), ("g features", "h", Concat()),
+        ("h", "logits", Norm(None, None, 1e-3)),
+    )  # fmt: skip
+    heads = [
+        JudgedHead(
+            head=MapHead(
+                name=name, answer="mask", labels=("é", "b"),
+                steps=tuple(Step(layer=layer, reads=tuple(reads.split()), gives=gives) for reads, gives, layer in steps),
+            ),
+            miou=0.5, n=8,
+        )
+        for name, steps in (("mask", mixed), ("other-1", plain))
+    ]  # fmt: skip
+    alone = {"head": NO_CLASSIFIER, "labels": (), "val": Score(top1=0.0, n=0)}
+    probe = Probe(7, values(2, 2, seed=3), 0.25)
+    return [
+        tiny(heads=tuple(heads)), tiny(heads=tuple(heads), **alone), tiny(heads=(heads[0],), probes={"fp32": probe, "int8": probe}, **alone)
+    ]  # fmt: skip
 
 
 CORPUS = corpus()

@@ -170,7 +170,10 @@ def test_who_only_classifies_does_not_take_masks() -> None:
     with pytest.raises(PackError) as error:
         read_pack(data)
 
-    assert str(error.value) == "pack.heads: must answer class here, got mask\n  fix: `edgepet eval` runs it, with torch"
+    assert (
+        str(error.value)
+        == "pack.heads: must answer class here, got mask\n  fix: `edgepet predict`, `edgepet device` and `edgepet eval` take it"
+    )
     with pytest.raises(PackError, match=r"^pack\.heads: must answer class here, got mask"):
         read_pack(encode_pack(make_delta(heads=judged())))
     with pytest.raises(PackError, match=r"^pack\.heads: must answer mask here, got class"):
@@ -209,7 +212,8 @@ MALFORMED: list[tuple[Callable[..., object], str]] = [
     (head(name="class-2", answer="class"), "pack.heads[0].name: needs one of class, got 'class-2'"),
     (head(answer="boxes"), "pack.heads[0].answer: needs one of class, mask, got 'boxes'"),
     (head(name="What"), "pack: head: needs a name of small letters, digits and '-', at most 32, got 'What'"),
-    (head(probe={}), "pack.heads[0]: knows no key 'probe'\n  fix: update edgepet if a newer version wrote this file"),
+    (head(probe={}), "pack.heads[0].probe: needs one of fp32, int8, got {}"),
+    (head(probe={"fp32": {"seed": 1, "tolerance": 1.0}}), "pack: needs the plane 'probe.mask'"),
     (head(labels=["a"]), "pack: what: needs 2 to 255 labels, got 1"),
     (head(labels=["a"] * 256), "pack.heads[0].labels: needs at most 255 texts, got 256"),
     (head(labels=["a", "b", "c" * 257]), f"pack.heads[0].labels[2]: needs at most 256 bytes, got {'c' * 40!r}…"),

@@ -20,8 +20,8 @@ from edgepet.proving.masks import judge_masks
 from edgepet.reports.as_json import to_json
 from edgepet.tuning.recipes import head_form
 from edgepet.tuning.work_folder import read_work
+from tests.flow import RUNTIMES, refused
 from tests.flow import edgepet as command
-from tests.flow import refused
 from tests.mask_folders import NAMES, index_folder, scene
 from tests.tiny import tiny_vit
 
@@ -113,7 +113,7 @@ def test_eval_judges_each_mask_as_large_as_its_image(trained: Any, place: Path) 
     assert [each["name"] for each in said.json["classes"]] == list(NAMES)
     known = [each["iou"] for each in said.json["classes"] if each["iou"] is not None]
     assert said.json["value"] == pytest.approx(sum(known) / len(known))
-    assert (said.json["runtime"], said.json["precision"]) == ("torch", "fp32")
+    assert (said.json["runtime"], said.json["precision"]) == ("onnxruntime", "fp32")
 
 
 def test_val_is_judged_as_eval_judges_it(trained: Any, place: Path) -> None:
@@ -128,29 +128,40 @@ def test_people_see_every_class(trained: Any, place: Path) -> None:
 
     lines = said.out.splitlines()
     assert lines[0].startswith("mIoU ")
-    assert "on 5 images, 3 classes (torch, fp32)" in lines[0]
+    assert "on 5 images, 3 classes (onnxruntime, fp32)" in lines[0]
     assert [line.split(":")[0].strip() for line in lines[-3:]] == list(NAMES)
 
 
 @pytest.mark.parametrize(
-    ("verb", "more"), [("inspect", []), ("export", ["--to", "onnx", "-o", "out"]), ("predict", ["image.png"]), ("storage", [])]
-)  # fmt: skip
-def test_verbs_that_cannot_answer_masks_yet_say_so(verb: str, more: list[str], trained: Any, place: Path) -> None:
+    ("verb", "more"),
+    [
+        ("merge", ["-o", "dense.safetensors"]),
+        ("calibrate", ["--calib", "data"]),
+        ("export-peft", ["-o", "peft"]),
+    ],
+)
+def test_verbs_that_cannot_answer_masks_say_so(verb: str, more: list[str], trained: Any, place: Path) -> None:
     told = refused(3, verb, place / "scene.pet", *more)
 
     assert "scene.pet.heads: must answer class here, got mask" in told
-    assert "`edgepet eval` runs it, with torch" in told
+    assert "`edgepet predict`, `edgepet device` and `edgepet eval` take it" in told
 
 
-@pytest.mark.parametrize(
-    ("more", "told"),
-    [
-        (["--runtime", "onnxruntime"], "--runtime: is torch for a task of masks so far, got 'onnxruntime'\n  fix: leave --runtime out"),
-        (["--precision", "int8"], "--precision: is fp32 for a task of masks so far, got 'int8'\n  fix: leave --precision out"),
-    ],
-)  # fmt: skip
-def test_eval_runs_masks_in_torch_so_far(more: list[str], told: str, trained: Any, place: Path) -> None:
-    assert told in refused(3, "eval", place / "scene.pet", place / "data", *more)
+@pytest.mark.parametrize("runtime", RUNTIMES)
+def test_eval_on_a_runtime_is_what_it_is_in_torch(runtime: str, trained: Any, place: Path) -> None:
+    here: Any = edgepet.evaluate(place / "scene.pet", place / "data", runtime=runtime)
+    in_torch: Any = edgepet.evaluate(place / "scene.pet", place / "data", runtime="torch")
+
+    assert here.runtime == runtime
+    assert here.value == pytest.approx(in_torch.value, abs=1e-4)
+    assert here.pixels == pytest.approx(in_torch.pixels, abs=1e-3)
+
+
+def test_a_pack_of_masks_takes_its_own_probe_along(trained: Any, place: Path) -> None:
+    delta = read_pack(place / "scene.pet", answers=EVERY).delta
+
+    assert delta.probes["fp32"].logits.shape == (4, 3)
+    assert np.abs(delta.probes["fp32"].logits).max() > 0
 
 
 def test_eval_needs_the_classes_of_the_head(trained: Any, place: Path, tmp_path: Path) -> None:

@@ -16,7 +16,8 @@ from onnx import TensorProto, helper, numpy_helper
 from edgepet.device.onnxruntime import open_model, open_session
 from edgepet.errors import InputError
 from edgepet.exporters.onnx import serialize, write_onnx
-from edgepet.exporters.portable import OLDEST, OPSET, REWRITINGS, in_opset, make_plain
+from edgepet.exporters.portable import OLDEST, REWRITINGS, in_opset, make_plain
+from edgepet.graphs.onnx_file import OPSET
 from edgepet.spec import NpArray
 from tests.flow import Tasks, edgepet, needs_openvino, refused
 

@@ -14,9 +14,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from edgepet.deltas.delta import Delta
+from edgepet.device.fitting import fit, opened
 from edgepet.device.runtimes import RUNTIMES as ROWS
 from edgepet.device.runtimes import shared_runtime
-from edgepet.device.together import Together, fit, opened
+from edgepet.device.together import Together
 from edgepet.errors import InputError
 from edgepet.graphs.base import BaseGraph
 from edgepet.graphs.cuts import Cut, cuts, last_before
@@ -96,7 +97,7 @@ def test_a_stretch_is_what_onnx_extracts(vit: Network, file: OnnxFile) -> None:
 
 
 def test_integers_of_nodes_are_read_and_written(file: OnnxFile) -> None:
-    node = replace(file.nodes[0], other=b"").with_integers(start=0, end=300)
+    node = replace(file.nodes[0], other=b"").with_attributes(start=0, end=300)
 
     message = onnx.NodeProto.FromString(node.encoded())
 

@@ -20,10 +20,11 @@ from edgepet.calibration.slot_graphs import int8_graph
 from edgepet.deltas.codes import Range
 from edgepet.deltas.delta import Delta
 from edgepet.device import store as store_module
+from edgepet.device.fitting import fit_int8, own_slots
 from edgepet.device.graph_states import GraphState
 from edgepet.device.runtime import SharedInt8
 from edgepet.device.store import Store
-from edgepet.device.together import Together, fit_int8, own_slots
+from edgepet.device.together import Together
 from edgepet.errors import InputError
 from edgepet.graphs.base import graph_folder, open_graph
 from edgepet.graphs.int8 import CODE, Int8Graph, open_int8, ranges_digest

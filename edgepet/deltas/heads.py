@@ -28,7 +28,7 @@ MOST_CLASSES = 255  # of a mask: its values are bytes, and one says that a pixel
 NOT_COUNTED = 255  # in the truth only: no head answers it
 
 _HEAD = re.compile(r"[a-z][a-z0-9-]{0,31}")
-_MAP = re.compile(r"map\.(?:0|[1-9][0-9]?)")
+MAP_NAME = re.compile(r"map\.(?:0|[1-9][0-9]?)")
 _GIVEN = re.compile(r"[a-z][a-z0-9_]{0,31}")
 
 
@@ -108,7 +108,7 @@ class MapHead:
     def inputs(self) -> tuple[str, ...]:
         """The maps that it reads, and ``features`` where it reads them, sorted by name."""
         read = {name for step in self.steps for name in step.reads}
-        return tuple(sorted(name for name in read if name == FEATURES or _MAP.fullmatch(name)))
+        return tuple(sorted(name for name in read if name == FEATURES or MAP_NAME.fullmatch(name)))
 
     @property
     def stored_values(self) -> int:

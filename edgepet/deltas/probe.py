@@ -14,11 +14,15 @@ from edgepet.deltas.generator import uniform
 from edgepet.spec import NpArray, Preprocess
 
 IMAGES, BLOCKS = 4, 16  # images of a probe, and rows and columns of blocks in each
+_PLACES = 1 << 32  # the generator's first output for places: those for images are before it
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Probe:
-    """What a task answers in one precision: logits (n, C), float32, which a machine may miss by ``tolerance``."""
+    """What a task answers in one precision: logits (n, C), float32, which a machine may miss by ``tolerance``.
+
+    Of a head for masks they are means over places, as ``condensed`` makes them.
+    """
 
     seed: int
     logits: NpArray
@@ -27,6 +31,22 @@ class Probe:
     def images(self, preprocess: Preprocess) -> NpArray:
         """The images that are asked about, as ``probe_images`` makes them."""
         return probe_images(self.seed, preprocess, len(self.logits))
+
+    def told(self, answers: NpArray) -> NpArray:
+        """What a network answers to these images, as ``logits`` are: (n, C)."""
+        return answers if answers.ndim == 2 else condensed(answers, self.seed)
+
+
+def condensed(answers: NpArray, seed: int) -> NpArray:
+    """Logits of every place (n, C, h, w) as one number for each class of each image, float32 (n, C).
+
+    A mean over places, place p with the weight 1 + output 2^32 + p of the generator, a number from -1 to 1: a map that
+    is turned, or moved by a place, has another one.
+    """
+    count, classes, height, width = answers.shape
+    weights = 1 + uniform(seed, _PLACES, height * width)
+    means: NpArray = answers.reshape(count, classes, -1).astype(np.float64) @ weights / (height * width)
+    return means.astype(np.float32)
 
 
 def probe_images(seed: int, preprocess: Preprocess, count: int = IMAGES) -> NpArray:

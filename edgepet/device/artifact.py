@@ -6,6 +6,8 @@ The format is docs/spec/artifact-v1.md; this file is that page in code.
 from __future__ import annotations
 
 import base64
+import math
+import zlib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,10 +17,11 @@ import numpy as np
 
 from edgepet.canonical import canonical_json
 from edgepet.device.pixels import FromPixels
-from edgepet.device.runner import Runner
+from edgepet.device.runner import ModelRunner
 from edgepet.device.runtimes import FORMATS, Format
 from edgepet.errors import EdgepetError, InputError
 from edgepet.files import write_file
+from edgepet.graphs.head_graph import LOGITS, MASK
 from edgepet.graphs.manifest import Listed, listed_files, read_manifest
 from edgepet.images.pixels import pixels_of
 from edgepet.images.preprocess import normalize
@@ -29,6 +32,16 @@ from edgepet.strict import ObjectReader
 
 FORMAT, VERSION = "edgepet-artifact", 1
 MANIFEST = "artifact.json"
+OUTPUTS = (LOGITS, MASK)  # of a model that answers masks, in this order
+_MOST_PLACES = 1 << 24  # of a probe
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class PlacesProbe:
+    """Of a head for masks the label of every place of its map, uint8 (n, h, w), and the largest of all its logits."""
+
+    labels: NpArray
+    largest: float
 
 
 Takes: TypeAlias = Literal["float32", "uint8", "uint8, any size"]
@@ -39,11 +52,13 @@ TAKES: tuple[Takes, ...] = ("float32", "uint8", "uint8, any size")
 class Probe:
     """Seeded noise images, and the float32 logits (n, C) that the model must give them again.
 
-    They are the merged network's in torch, and of an int8 model those of the same codes in ONNX Runtime.
+    They are the merged network's in torch, and of an int8 model those of the same codes in ONNX Runtime. Of masks they
+    are means over places (``deltas.probe.condensed``), with what ``places`` has.
     """
 
     seed: int
     logits: NpArray
+    places: PlacesProbe | None = None
 
     def images(self, preprocess: Preprocess, *, pictures: bool = False) -> NpArray:
         """The inputs again: standard normal, float32 (n, 3, H, W), or (n, frames, 3, H, W); ``pictures``: the nearest
@@ -58,11 +73,12 @@ class Probe:
 class Artifact:
     """The manifest of one exported model. ``verified`` is false, with a ``reason``, where nothing could run it.
 
-    ``labels`` are in the order of the logits. ``codec`` is the pack's, ``branches`` how many stayed in the graph.
-    ``files`` are name -> (hex sha256, size in bytes), ``versions`` package -> version of what wrote it. ``parity`` is
-    None where nothing was run. ``evidence`` says how its precision is known: what is stored, what was executed, and
-    what stayed fp32 and why. ``takes`` is what the model does: preprocessed float32 images, pictures of its size, uint8
-    (n, H, W, 3), or of any size, which it resizes.
+    ``labels`` are in the order of the logits, ``answer`` says what they are of: an image, or each of its pixels.
+    ``codec`` is the pack's, ``branches`` how many stayed in the graph. ``files`` are name -> (hex sha256, size in
+    bytes), ``versions`` package -> version of what wrote it. ``parity`` is None where nothing was run. ``evidence``
+    says how its precision is known: what is stored, what was executed, and what stayed fp32 and why. ``takes`` is what
+    the model does: preprocessed float32 images, pictures of its size, uint8 (n, H, W, 3), or of any size, which it
+    resizes.
     """
 
     task: str
@@ -84,6 +100,7 @@ class Artifact:
     parity: Parity | None
     probe: Probe
     evidence: Mapping[str, object]
+    answer: Literal["class", "mask"] = "class"
     takes: Takes = "float32"
 
 
@@ -104,12 +121,15 @@ def write_artifact(folder: Path, artifact: Artifact) -> None:
         InputError: it cannot be written.
     """
     parity = asdict(artifact.parity) if artifact.parity else None
-    if parity and not parity["near_ties"]:
-        del parity["near_ties"]  # there since near ties are told apart: earlier readers take all else
+    for later in ("near_ties", "places"):
+        if parity and not parity[later]:
+            del parity[later]  # there where they say something: earlier readers take all else
+    places = artifact.probe.places
     probe = {
         "seed": artifact.probe.seed,
         "shape": list(artifact.probe.logits.shape),
         "logits": base64.b64encode(np.ascontiguousarray(artifact.probe.logits, "<f4").tobytes()).decode("ascii"),
+        **({} if places is None else {"places": _places_json(places)}),
     }
     manifest = {
         "format": FORMAT,
@@ -131,6 +151,7 @@ def write_artifact(folder: Path, artifact: Artifact) -> None:
         "parity": parity,
         "probe": probe,
         "evidence": artifact.evidence,
+        **({} if artifact.answer == "class" else {"answer": artifact.answer, "outputs": list(OUTPUTS)}),
     }
     if artifact.takes != "float32":  # a key that earlier readers refuse: they would feed it floats
         manifest["takes"] = artifact.takes
@@ -169,6 +190,7 @@ def read_artifact(folder: Path) -> Artifact:
         parity=_parity(table),
         probe=_probe(table.nested("probe")),
         evidence=_evidence(table),
+        answer=_answer(table),
         takes=cast(Takes, table.text("takes", choices=TAKES)) if table.has("takes") else "float32",
     )
     for part in (backbone, pack, table):
@@ -183,10 +205,11 @@ def read_artifact(folder: Path) -> Artifact:
 def open_artifact(
     folder: Path, artifact: Artifact, *, threads: int | None = None, precision: Precision = "fp32",
     device: str | None = None,
-) -> Runner:  # fmt: skip
+) -> ModelRunner:  # fmt: skip
     """Open the model in ``folder`` on the runtime of its format; it takes images and puts out logits (n, C).
 
-    One that takes pictures is given preprocessed images all the same, see ``FromPixels``.
+    Of masks they are (n, C, h, w). One that takes pictures is given preprocessed images all the same, see
+    ``FromPixels``.
 
     Of its files only a TensorRT engine is hashed here, see ``manifest.damaged``.
 
@@ -230,6 +253,7 @@ def _parity(table: ObjectReader) -> Parity | None:
         inputs=cast(Inputs, entry.text("inputs", choices=["data", "work", "synthetic"])),
         against=cast(Against, entry.text("against", choices=["tuned", "merged"])),
         near_ties=entry.integer("near_ties") if entry.has("near_ties") else 0,  # earlier artefacts allowed none
+        places=entry.boolean("places") if entry.has("places") else False,
     )
     entry.end()
     return parity
@@ -241,6 +265,37 @@ def _probe(entry: ObjectReader) -> Probe:
         logits = np.frombuffer(base64.b64decode(entry.text("logits"), validate=True), "<f4").reshape(shape)
     except ValueError as error:
         raise InputError(entry.where, "holds no logits of its shape", got=error) from error
-    probe = Probe(seed=entry.integer("seed"), logits=logits)
+    places = _places(entry.nested("places")) if entry.has("places") else None
+    probe = Probe(seed=entry.integer("seed"), logits=logits, places=places)
     entry.end()
     return probe
+
+
+def _places_json(places: PlacesProbe) -> dict[str, object]:
+    packed = zlib.compress(np.ascontiguousarray(places.labels, np.uint8).tobytes(), 9)
+    text = base64.b64encode(packed).decode("ascii")
+    return {"shape": list(places.labels.shape), "labels": text, "largest": places.largest}
+
+
+def _places(table: ObjectReader) -> PlacesProbe:
+    shape = table.integers("shape", least=1)
+    unpacker, size = zlib.decompressobj(), math.prod(shape)
+    try:
+        packed = base64.b64decode(table.text("labels"), validate=True)
+        data = unpacker.decompress(packed, min(size, _MOST_PLACES) + 1)
+        labels = np.frombuffer(data, np.uint8).reshape(shape)
+    except (ValueError, zlib.error) as error:
+        raise InputError(table.where, "holds no labels of its shape", got=error) from error
+    made = PlacesProbe(labels=labels, largest=table.number("largest"))
+    table.end()
+    return made
+
+
+def _answer(table: ObjectReader) -> Literal["class", "mask"]:
+    """What it answers; an artefact that does not say so answers classes."""
+    if not table.has("answer"):
+        return "class"
+    table.text("answer", choices=["mask"])
+    if table.texts("outputs") != OUTPUTS:
+        raise table.refusal("outputs", f"needs {', '.join(OUTPUTS)}")
+    return "mask"

@@ -18,7 +18,7 @@ from edgepet.device.generations import Generation, as_json, from_json
 from edgepet.device.graph_states import GraphState
 from edgepet.errors import EdgepetError, InputError, refusing
 from edgepet.files import made_folder, read_file, sha256_file, write_file
-from edgepet.graphs.base import BaseGraph
+from edgepet.graphs.base import BaseGraph, graph_at
 from edgepet.graphs.int8 import Int8Graph
 from edgepet.graphs.manifest import Listed, damaged, is_whole, listed_files, read_manifest
 
@@ -189,10 +189,14 @@ def damaged_files(root: Path, name: str, graph: GraphState) -> list[Path]:
     return [path.parent / each for each in sorted(wrong)]
 
 
-def adds_ranges(root: Path, name: str, kept: GraphState, graph: BaseGraph | Int8Graph) -> bool:
-    """Whether ``graph``, which comes, is the one that is here but for ranges of its own, which that lacks."""
-    lacks = kept.ranges is None and isinstance(graph, Int8Graph) and graph.ranges is not None
-    return lacks and dict(listed(root / "backbones" / name)) == dict(graph.files)
+def adds_to(root: Path, name: str, kept: GraphState, graph: BaseGraph | Int8Graph) -> bool:
+    """Whether ``graph``, which comes, is the one that is here but for what that lacks: ranges of its own, or maps."""
+    path = root / "backbones" / name
+    if isinstance(graph, Int8Graph):
+        lacks = kept.ranges is None and graph.ranges is not None
+    else:
+        lacks = bool(graph.maps) and not graph_at(path).maps
+    return lacks and dict(listed(path)) == dict(graph.files)
 
 
 def _folders(path: Path) -> list[Path]:

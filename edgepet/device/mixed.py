@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from edgepet.deltas.delta import Delta, Head
+from edgepet.device.fitting import fit_int8, opened
 from edgepet.device.runner import BoundPart
 from edgepet.device.runtimes import DEFAULT, RUNTIMES, Runtime, shared_runtime
-from edgepet.device.together import fit_int8, opened
 from edgepet.errors import InputError
 from edgepet.graphs.base import BaseGraph
 from edgepet.graphs.dense_slots import UnslottedError, alike, dense_slots

@@ -20,6 +20,7 @@ from edgepet.device.runner import check_images, require_slots
 from edgepet.errors import InputError
 from edgepet.graphs.base import INPUT, BaseGraph
 from edgepet.graphs.int8 import Int8Graph
+from edgepet.graphs.onnx_file import OnnxFile
 from edgepet.graphs.parts import Part
 from edgepet.graphs.slots import Slots
 from edgepet.graphs.tensor_files import lightened, value_of
@@ -171,7 +172,7 @@ class OnnxRuntime:
         (entry,) = session.get_inputs()
         self._shape = tuple(side if isinstance(side, int) else None for side in entry.shape)
         self.executed: Precision = "fp32"
-        self._entry, self._path = entry, path
+        self._entry, self._path, self._names = entry, path, [each.name for each in session.get_outputs()]
         self._dtype = "uint8" if entry.type == "tensor(uint8)" else "float32"
 
     @property
@@ -207,10 +208,17 @@ class OnnxRuntime:
         return cls(session, where=graph.backbone, held=held)
 
     def __call__(self, images: NpArray) -> NpArray:
+        return self._run(images, self._names[:1])[0]
+
+    def outputs(self, images: NpArray) -> list[NpArray]:
+        """All that it puts out."""
+        return self._run(images, self._names)
+
+    def _run(self, images: NpArray, names: list[str]) -> list[NpArray]:
         check_images(images, self._shape, where=self._where, dtype=self._dtype)
         with _running(self._where):
-            output: NpArray = self._session.run(None, {INPUT: images})[0]
-        return output
+            values: list[NpArray] = self._session.run(names, {INPUT: images})
+        return values
 
     def close(self) -> None:
         """Give the session back."""
@@ -333,6 +341,26 @@ class BoundOnnxRuntime:
     def close(self) -> None:
         """Give the slots back; the session stays open."""
         self._session = self._binding = self._held = None
+
+
+class OnnxRuntimeHead:
+    """One session on a head's own graph: maps by name to what it puts out.
+
+    Raises:
+        InputError: ONNX Runtime cannot open it.
+    """
+
+    def __init__(self, file: OnnxFile, *, threads: int | None = None, provider: str = _CPU) -> None:
+        self._session = open_session(file.encoded(), threads=threads, provider=provider)
+
+    def __call__(self, given: Mapping[str, NpArray]) -> NpArray:
+        with _running("head"):
+            answer: NpArray = self._session.run(None, dict(given))[0]
+        return answer
+
+    def close(self) -> None:
+        """Give the session back."""
+        self._session = None
 
 
 def _profiled(path: Path, shape: tuple[int | None, ...], dtype: str = "float32") -> dict[str, object]:

@@ -11,13 +11,16 @@ from types import TracebackType
 import numpy as np
 
 from edgepet.deltas.delta import Delta
+from edgepet.device.answers import labels_of
+from edgepet.device.fitting import Fitted, fit, fit_lightly, own_slots
 from edgepet.device.generations import serving
+from edgepet.device.map_heads import map_head_of
 from edgepet.device.mixed import Mixed, mix
 from edgepet.device.pool import Event, Pool
 from edgepet.device.runtime import TaskNetwork
-from edgepet.device.served import Answer, Served, answering, place_of
+from edgepet.device.served import AnyAnswer, Served, answering, place_of
 from edgepet.device.store import Store
-from edgepet.device.together import Fitted, Shared, Together, fit, fit_lightly, own_slots
+from edgepet.device.together import Shared, Together
 from edgepet.errors import EdgepetError, InputError
 from edgepet.graphs.base import BaseGraph
 from edgepet.graphs.int8 import Int8Graph
@@ -49,8 +52,8 @@ class OpenTask:
 
     @property
     def labels(self) -> tuple[str, ...]:
-        """Its classes, in the order of its logits."""
-        return self._served.pack.delta.labels
+        """Its classes, in the order of its logits; value n of a mask is class n."""
+        return labels_of(self._served.pack.delta)
 
     @property
     def preprocess(self) -> Preprocess:
@@ -72,7 +75,7 @@ class OpenTask:
         """What was merged and evicted for it and those that it shares networks with."""
         return tuple(self._pool.events)
 
-    def predict(self, images: Picture | Iterable[Picture], *, top: int = 1) -> tuple[Answer, ...]:
+    def predict(self, images: Picture | Iterable[Picture], *, top: int = 1) -> tuple[AnyAnswer, ...]:
         """An answer to each of ``images``: files, folders, patterns, PIL images, and uint8 arrays (H, W, 3), RGB.
 
         Raises:
@@ -83,7 +86,10 @@ class OpenTask:
             return self._served.answers(pictures_of(images, clips=self.preprocess.frames > 1), top)
 
     def __call__(self, images: NpArray) -> NpArray:
-        """Logits, float32 (n, C), of preprocessed float32 images (n, 3, H, W), or clips. Raises as ``predict``."""
+        """Logits, float32 (n, C), of preprocessed float32 images (n, 3, H, W), or clips; of masks (n, C, h, w).
+
+        Raises as ``predict``.
+        """
         return self._served.network(images)
 
     def close(self) -> None:
@@ -146,7 +152,7 @@ class OpenTasks:
         """Why a pack that answers is not the one that is active, by task."""
         return {task: served.fell_back for task, served in self._served.items() if served.fell_back is not None}
 
-    def predict(self, images: Picture | Iterable[Picture], *, top: int = 1) -> tuple[Mapping[str, Answer], ...]:
+    def predict(self, images: Picture | Iterable[Picture], *, top: int = 1) -> tuple[Mapping[str, AnyAnswer], ...]:
         """What every task says of each of ``images``, by the task's name; else as ``OpenTask.predict``."""
         clips = {served.pack.delta.preprocess.frames > 1 for served in self._served.values()}
         if len(clips) != 1:
@@ -161,7 +167,7 @@ class OpenTasks:
             self._mixing()
             return dict(self._unmixed)
 
-    def predict_each(self, images: Iterable[Picture], tasks: Sequence[str], *, top: int = 1) -> tuple[Answer, ...]:
+    def predict_each(self, images: Iterable[Picture], tasks: Sequence[str], *, top: int = 1) -> tuple[AnyAnswer, ...]:
         """What of each of ``images`` its own task says, the one at the same place in ``tasks``.
 
         Images of tasks on one backbone go through it in one call, at most ``IMAGES_OF_A_CALL``; those of a task in
@@ -219,7 +225,7 @@ class OpenTasks:
     ) -> None:
         self.close()
 
-    def _all(self, image: Input, top: int) -> dict[str, Answer]:
+    def _all(self, image: Input, top: int) -> dict[str, AnyAnswer]:
         prepared, logits = list[tuple[Preprocess, NpArray]](), dict[str, NpArray]()
         for together in self._together:
             preprocess = self._served[together.tasks[0]].pack.delta.preprocess
@@ -228,7 +234,7 @@ class OpenTasks:
                 images = normalize(image.pixels(preprocess)[None], preprocess)
                 prepared.append((preprocess, images))
             logits |= together(images)
-        answers = dict[str, Answer]()
+        answers = dict[str, AnyAnswer]()
         for task, served in self._served.items():
             found = logits.get(task)
             whole = found is not None and served.fell_back is None and np.isfinite(found).all()
@@ -243,8 +249,8 @@ class OpenTasks:
             raise InputError(f"image {number}", "must be one image, for one task", got=f"{len(found)} images")
         return found[0]
 
-    def _each(self, asked: Sequence[tuple[Input, str]], top: int) -> tuple[Answer, ...]:
-        networks, answers = self._mixing(), dict[int, Answer]()
+    def _each(self, asked: Sequence[tuple[Input, str]], top: int) -> tuple[AnyAnswer, ...]:
+        networks, answers = self._mixing(), dict[int, AnyAnswer]()
         together = dict[int, tuple[Mixed, list[int]]]()
         for place, (_, task) in enumerate(asked):
             if task in networks and self._served[task].fell_back is None:
@@ -275,6 +281,9 @@ class OpenTasks:
         if self._mixed is None:
             self._mixed, groups = {}, dict[object, tuple[BaseGraph | Int8Graph, dict[str, Delta]]]()
             for task, served in self._served.items():
+                if map_head_of(served.pack.delta) is not None:
+                    self._unmixed[task] = "its head reads maps"
+                    continue
                 graph = self._graph(served.pack)
                 groups.setdefault((graph.folder, graph.stem), (graph, {}))[1][task] = served.pack.delta
             for graph, deltas in groups.values():
@@ -295,6 +304,8 @@ class OpenTasks:
             installed = serving(now, task, place, str(store.root))
             with contextlib.suppress(EdgepetError):  # said when it is opened by itself
                 pack = store.pack_of(task, installed)
+                if map_head_of(pack.delta) is not None:
+                    continue  # what puts out maps is no trunk of features
                 graph = self._graph(pack)
                 key = graph.folder, graph.stem, pack.delta.preprocess
                 groups.setdefault(key, (graph, {}))[1][task] = pack, self._fitted(graph, pack)

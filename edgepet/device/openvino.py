@@ -86,10 +86,14 @@ class OpenVino:
         return cls(model, where=graph.backbone, threads=threads, precision=precision, device=device)
 
     def __call__(self, images: NpArray) -> NpArray:
+        return self.outputs(images)[0]
+
+    def outputs(self, images: NpArray) -> list[NpArray]:
+        """All that it puts out."""
         check_images(images, self._shape, where=self._where, dtype=self._dtype)
         with _refusing(self._where, _NOT_RUN):
-            output: NpArray = self._request.infer({INPUT: images})[0].copy()
-        return output
+            result = self._request.infer({INPUT: images})
+            return [result[place].copy() for place in range(len(result))]
 
     def close(self) -> None:
         """Give the compiled model back."""

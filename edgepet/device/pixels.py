@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from edgepet.device.runner import Runner, check_images
+from edgepet.device.runner import ModelRunner, check_images
 from edgepet.images.pixels import pixels_of, uncropped
 from edgepet.spec import NpArray, Preprocess
 
@@ -16,7 +16,7 @@ class FromPixels:
     size that resizing leaves as it is.
     """
 
-    def __init__(self, runner: Runner, preprocess: Preprocess, *, resizes: bool) -> None:
+    def __init__(self, runner: ModelRunner, preprocess: Preprocess, *, resizes: bool) -> None:
         self.runner, self._preprocess, self._resizes = runner, preprocess, resizes
         self.runtime, self.executed = runner.runtime, runner.executed
 
@@ -31,9 +31,13 @@ class FromPixels:
         Raises:
             InputError: another dtype or shape.
         """
+        return self.outputs(images)[0]
+
+    def outputs(self, images: NpArray) -> list[NpArray]:
+        """All that the model puts out; else as for calling it."""
         check_images(images, (None, *self._preprocess.input_shape), where=self.runtime)
         pixels = pixels_of(images, self._preprocess)
-        return self.runner(uncropped(pixels, self._preprocess) if self._resizes else pixels)
+        return self.runner.outputs(uncropped(pixels, self._preprocess) if self._resizes else pixels)
 
     def close(self) -> None:
         """Give the model back."""

@@ -8,14 +8,14 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal, TypeAlias
 
-from edgepet.deltas.branches import named_tensors
 from edgepet.deltas.delta import Delta
-from edgepet.deltas.merge import task_tensors
-from edgepet.device.runner import PartRunner, Runner
-from edgepet.device.runtime import SharedInt8, TaskNetwork, open_features
+from edgepet.deltas.heads import MapHead
+from edgepet.device.fitting import fit, opened
+from edgepet.device.map_heads import map_head_of, open_head
+from edgepet.device.runner import BoundPart, PartRunner, Runner
+from edgepet.device.runtime import SharedInt8, TaskNetwork, network_of, open_folded
 from edgepet.device.runtimes import shared_runtime
 from edgepet.device.store import Store
-from edgepet.device.together import fit, opened
 from edgepet.errors import InputError, option
 from edgepet.graphs.base import BaseGraph
 from edgepet.graphs.dense_slots import RIGHT, UnslottedError
@@ -95,7 +95,7 @@ class Pool:
             if self.precision == "int8":
                 return self._on_codes(pack)
             graph = self._store.graph_of(pack)
-            return TaskNetwork(self._features(graph, pack.delta), pack.delta.head.in_float32)
+            return network_of(self._runner(graph, pack.delta), pack.delta)
 
     def run(self, own: _Own, images: NpArray) -> NpArray:
         """The features of a task on its own network, which is opened where it is not open."""
@@ -155,7 +155,7 @@ class Pool:
             self._int8[key] = SharedInt8(graph, runtime=self.row, threads=self.threads, store=place)
         return self._int8[key].bind(pack.delta)
 
-    def _features(self, graph: BaseGraph, delta: Delta) -> Runner:
+    def _runner(self, graph: BaseGraph, delta: Delta) -> Runner:
         own = self._known(graph, delta)
         if self.mode == "merged":
             return self._alone(own)
@@ -165,16 +165,22 @@ class Pool:
             if self.mode == "slots":
                 raise
             return self._alone(own)
-        form = graph.folder, graph.stem, tuple((name, value.shape) for name, value in sorted(fitted.slots.items()))
+        head = map_head_of(delta)
+        shapes = tuple((name, value.shape) for name, value in sorted(fitted.slots.items()))
+        form = graph.folder, graph.stem, shapes, () if head is None else head.inputs
         if form not in self._networks:
             began = time.perf_counter()
             self._networks[form] = opened(self.row, fitted.part, {}, self.threads)
             self._prices[form] = time.perf_counter() - began
-        bound = self._networks[form].bind(fitted.slots)
+        part = self._networks[form].bind(fitted.slots)
+        bound = part if head is None else self._behind(part, graph, head)
         if self._memory is None:
             return bound
         cost = PRODUCTS_COST if any(name.endswith(RIGHT) for name in fitted.slots) else SCALES_COST
         return _Renting(self, own, bound, cost, self._prices[form])
+
+    def _behind(self, part: BoundPart, graph: BaseGraph, head: MapHead) -> Runner:
+        return open_head(self.row, head, graph.maps, graph.width, part, threads=self.threads)
 
     def _alone(self, own: _Own) -> Runner:
         self._clock += 1
@@ -184,12 +190,9 @@ class Pool:
 
     def _known(self, graph: BaseGraph, delta: Delta) -> _Own:
         """A network of ``delta``'s own, not open yet; what a runtime takes of it is about all of its weights."""
-        changed = (*delta.targets, *named_tensors(delta.branches))
 
         def folded() -> Runner:
-            tensors = task_tensors(graph.base, delta)
-            over = {name: tensors[name] for name in changed}
-            return open_features(graph, over, runtime=self.row, threads=self.threads)
+            return open_folded(graph, delta, runtime=self.row, threads=self.threads)
 
         size = graph.weights_bytes + sum(graph.base.tensors[name].nbytes for name in delta.targets)
         own = _Own(delta.task, size, folded)

@@ -43,6 +43,14 @@ class Runner(Protocol):
         ...
 
 
+class ModelRunner(Runner, Protocol):
+    """An exported model: it puts out logits first, and of a task of masks the mask behind them."""
+
+    def outputs(self, images: NpArray) -> list[NpArray]:
+        """All that it puts out; ``images`` and errors as for calling it."""
+        ...
+
+
 class SharedRunner(Protocol):
     """An open int8 backbone that many tasks are bound to; they put out pooled features."""
 
@@ -72,6 +80,22 @@ class BoundPart(Runner, Protocol):
 
     def outputs(self, images: NpArray) -> list[NpArray]:
         """All that it puts out; ``images`` as for calling it."""
+        ...
+
+
+class HeadRunner(Protocol):
+    """An open head that reads maps; it is tiny beside the backbone's network."""
+
+    def __call__(self, given: Mapping[str, NpArray]) -> NpArray:
+        """What it answers, float32 (n, C, h, w), for float32 maps (n, channels, height, width), and features, by name.
+
+        Raises:
+            InputError: the runtime cannot run it on them.
+        """
+        ...
+
+    def close(self) -> None:
+        """Give back what it holds; it cannot be called any more."""
         ...
 
 

@@ -10,6 +10,8 @@ import numpy as np
 from edgepet.deltas.branches import named_tensors
 from edgepet.deltas.delta import Delta, Head
 from edgepet.deltas.merge import task_tensors
+from edgepet.device.fitting import fit, opened
+from edgepet.device.map_heads import map_head_of, open_head
 from edgepet.device.runner import Runner, SharedRunner
 from edgepet.device.runtimes import DEFAULT, Runtime, shared_runtime
 from edgepet.errors import CheckError, InputError, option
@@ -22,10 +24,12 @@ from edgepet.spec import NpArray, Precision, StoredPrecision
 class TaskNetwork:
     """A base graph with one task folded in, and the task's head; a context manager.
 
-    It takes images as ``Runner`` does, and puts out logits, float32 (n, C); an InputError where they are not finite.
+    It takes images as ``Runner`` does, and puts out logits, float32 (n, C), of masks (n, C, h, w) at the head's own
+    stride; a CheckError where they are not finite.
     """
 
-    def __init__(self, features: Runner, head: Head, *, alone_on: Sequence[SharedRunner] = ()) -> None:
+    def __init__(self, features: Runner, head: Head | None, *, alone_on: Sequence[SharedRunner] = ()) -> None:
+        # ``head`` None: what runs puts out what the task answers.
         # ``alone_on``: backbones that no other task runs on are closed with the task.
         self._features, self._head, self._alone_on = features, head, alone_on
         self.runtime, self.executed = features.runtime, features.executed
@@ -36,7 +40,8 @@ class TaskNetwork:
         return self._features.evidence
 
     def __call__(self, images: NpArray) -> NpArray:
-        return require_finite(self._head(self._features(images)), f"{self.runtime}, {self.executed}")
+        given = self._features(images)
+        return require_finite(self._head(given) if self._head else given, f"{self.runtime}, {self.executed}")
 
     def close(self) -> None:
         """Give the network back; one that tasks share stays open."""
@@ -78,10 +83,33 @@ def open_task(graph: BaseGraph, delta: Delta, *, runtime: str | Runtime = DEFAUL
         MissingError: the runtime is not installed.
     """
     graph.require_fit(delta)
-    tensors = task_tensors(graph.base, delta)
-    changed = {name: tensors[name] for name in (*delta.targets, *named_tensors(delta.branches))}
-    features = open_features(graph, changed, runtime=runtime, threads=threads, precision=precision)
-    return TaskNetwork(features, delta.head.in_float32)
+    return network_of(open_folded(graph, delta, runtime=runtime, threads=threads, precision=precision), delta)
+
+
+def network_of(runner: Runner, delta: Delta) -> TaskNetwork:
+    """The network of a task, of what puts out its features or, where its head reads maps, what that answers."""
+    return TaskNetwork(runner, delta.head.in_float32 if map_head_of(delta) is None else None)
+
+
+def open_folded(graph: BaseGraph, delta: Delta, *, runtime: str | Runtime, threads: int | None = None,
+                precision: Precision = "fp32") -> Runner:  # fmt: skip
+    """A task on a network of its own, folded into ``graph``'s tensors: its features, or what its head makes of maps.
+
+    Raises:
+        InputError: maps are asked for in another precision than fp32; else as ``open_task``.
+    """
+    head = map_head_of(delta)
+    if head is None:
+        tensors = task_tensors(graph.base, delta)
+        changed = {name: tensors[name] for name in (*delta.targets, *named_tensors(delta.branches))}
+        return open_features(graph, changed, runtime=runtime, threads=threads, precision=precision)
+    row = shared_runtime(runtime, purpose="a pack on a shared backbone")
+    if precision != "fp32":
+        raise InputError(option("precision"), "is fp32 for a head that reads maps", got=repr(precision))
+    fitted = fit(graph, delta, "merged")
+    network = opened(row, fitted.part, fitted.tensors, threads)
+    bound = network.bind({})
+    return open_head(row, head, graph.maps, graph.width, bound, threads=threads, closes=(network,))
 
 
 def open_features(
@@ -167,7 +195,7 @@ def require_probe(network: TaskNetwork, delta: Delta, precision: StoredPrecision
     probe = delta.probes.get(precision)
     if probe is None:
         return
-    apart = float(np.abs(network(probe.images(delta.preprocess)) - probe.logits).max())
+    apart = float(np.abs(probe.told(network(probe.images(delta.preprocess))) - probe.logits).max())
     if not apart <= probe.tolerance:
         raise CheckError(
             f"task {delta.task!r} on {network.runtime}, {precision}",

@@ -7,10 +7,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, TypeAlias
 
-from edgepet.device.runner import PartRunner, Runner, SharedRunner
+from edgepet.device.runner import HeadRunner, ModelRunner, PartRunner, Runner, SharedRunner
 from edgepet.errors import InputError, option
 from edgepet.graphs.base import BaseGraph
 from edgepet.graphs.int8 import Int8Graph
+from edgepet.graphs.onnx_file import OnnxFile
 from edgepet.graphs.parts import Part
 from edgepet.measuring.machine import TORCH, Engine
 from edgepet.spec import NpArray, Precision, Tensors
@@ -19,9 +20,10 @@ Format: TypeAlias = Literal["onnx", "openvino", "tensorrt"]
 
 DEVICES = ("cpu", "gpu", "npu", "cuda")
 
-_ModelOpener: TypeAlias = Callable[[Path, "int | None", Precision, str], Runner]
+_ModelOpener: TypeAlias = Callable[[Path, "int | None", Precision, str], ModelRunner]
 _GraphOpener: TypeAlias = Callable[[BaseGraph, Tensors, "int | None", Precision, str], Runner]
 _PartOpener: TypeAlias = Callable[[Part, Tensors, "int | None", str], PartRunner]
+_HeadOpener: TypeAlias = Callable[[OnnxFile, "int | None", str], HeadRunner]
 _Int8Opener: TypeAlias = Callable[[Int8Graph, "int | None", Mapping[str, NpArray], "Path | None", str], SharedRunner]
 
 
@@ -34,8 +36,9 @@ class Runtime:
     threads, None for all cores, and one of these precisions: ``open_model`` an artefact's folder; ``open_graph`` a
     traced backbone and the tensors that stand in place of its own; ``open_int8`` the int8 backbone, codes that
     stand in place of its own, and a store whose cache may hold what the runtime derives; ``open_part`` a stretch of
-    either and tensors in place of its own, in fp32 or on codes. The last three openers are None where an engine holds
-    its own weights. Each takes last what the runtime calls the device, the row's own ``where``.
+    either and tensors in place of its own, in fp32 or on codes; ``open_head`` the graph of a head that reads maps. The
+    last four openers are None where an engine holds its own weights. Each takes last what the runtime calls the device,
+    the row's own ``where``.
 
     ``devices`` are what this machine has of ``DEVICES``, and how the runtime calls them. The first one is where the row
     runs unless it is ``on`` another ``device``.
@@ -52,6 +55,7 @@ class Runtime:
     open_graph: _GraphOpener | None = None
     open_int8: _Int8Opener | None = None
     open_part: _PartOpener | None = None
+    open_head: _HeadOpener | None = None
 
     @property
     def shares_backbone(self) -> bool:
@@ -89,7 +93,7 @@ def _onnxruntime_devices() -> Mapping[str, str]:
     return devices()
 
 
-def _onnxruntime_model(folder: Path, threads: int | None, precision: Precision, where: str) -> Runner:
+def _onnxruntime_model(folder: Path, threads: int | None, precision: Precision, where: str) -> ModelRunner:
     from edgepet.device.onnxruntime import OnnxRuntime
 
     del precision  # it computes what the file says
@@ -120,13 +124,19 @@ def _onnxruntime_part(part: Part, tensors: Tensors, threads: int | None, where: 
     return OnnxRuntimePart(part, tensors, threads=threads, provider=where)
 
 
+def _onnxruntime_head(file: OnnxFile, threads: int | None, where: str) -> HeadRunner:
+    from edgepet.device.onnxruntime import OnnxRuntimeHead
+
+    return OnnxRuntimeHead(file, threads=threads, provider=where)
+
+
 def _openvino_devices() -> Mapping[str, str]:
     from edgepet.device.openvino import devices
 
     return devices()
 
 
-def _openvino_model(folder: Path, threads: int | None, precision: Precision, where: str) -> Runner:
+def _openvino_model(folder: Path, threads: int | None, precision: Precision, where: str) -> ModelRunner:
     from edgepet.device.openvino import OpenVino
 
     return OpenVino.of_model(folder / "model.xml", threads=threads, precision=precision, device=where)
@@ -154,11 +164,17 @@ def _openvino_part(part: Part, tensors: Tensors, threads: int | None, where: str
     return OpenVinoPart(part, tensors, threads=threads, device=where)
 
 
+def _openvino_head(file: OnnxFile, threads: int | None, where: str) -> HeadRunner:
+    from edgepet.device.openvino_head import OpenVinoHead
+
+    return OpenVinoHead(file, threads=threads, device=where)
+
+
 def _tensorrt_devices() -> Mapping[str, str]:
     return {"gpu": "", "cuda": ""}
 
 
-def _tensorrt_model(folder: Path, threads: int | None, precision: Precision, where: str) -> Runner:
+def _tensorrt_model(folder: Path, threads: int | None, precision: Precision, where: str) -> ModelRunner:
     from edgepet.device.tensorrt import open_engine
 
     del threads, precision, where  # a GPU's, and the engine's own
@@ -177,6 +193,7 @@ RUNTIMES: dict[str, Runtime] = {
         open_graph=_onnxruntime_graph,
         open_int8=_onnxruntime_int8,
         open_part=_onnxruntime_part,
+        open_head=_onnxruntime_head,
     ),
     "openvino": Runtime(
         name="openvino",
@@ -189,6 +206,7 @@ RUNTIMES: dict[str, Runtime] = {
         open_graph=_openvino_graph,
         open_int8=_openvino_int8,
         open_part=_openvino_part,
+        open_head=_openvino_head,
     ),
     "tensorrt": Runtime(
         name="tensorrt",

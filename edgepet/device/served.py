@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from typing import TypeAlias
 
 import numpy as np
 
+from edgepet.device.answers import Answer, MaskAnswer, classified, labels_of, masked
 from edgepet.device.generations import Installed, serving
-from edgepet.device.runtime import SharedInt8, TaskNetwork, open_task, require_probe, scores_of
+from edgepet.device.map_heads import map_head_of
+from edgepet.device.runtime import SharedInt8, TaskNetwork, open_task, require_probe
 from edgepet.device.runtimes import Runtime, shared_runtime
 from edgepet.device.store import Store
 from edgepet.errors import CheckError, EdgepetError, InputError, MissingError, option
@@ -21,29 +23,8 @@ from edgepet.spec import NpArray, StoredPrecision
 
 _MOST_SAID = 200  # characters of why a pack is not served, in the store
 _asked = set[tuple[str, str, str]]()  # store, pack and place that this process has asked for the pack's probe
+AnyAnswer: TypeAlias = "Answer | MaskAnswer"
 Opener = Callable[[Pack, bool], TaskNetwork]  # the second: ask it for its probe, whatever was asked before
-
-
-@dataclass(frozen=True, slots=True)
-class Guess:
-    """A label and its softmax score, 0..1."""
-
-    label: str
-    score: float
-
-
-@dataclass(frozen=True, slots=True)
-class Answer:
-    """What ``task`` says of an image: the best label with its softmax score, 0..1, and the best ones in ``top``.
-
-    ``image`` is the name of its file, of a clip's folder, or its number where it was given as a picture.
-    """
-
-    image: str
-    label: str
-    score: float
-    task: str = ""
-    top: tuple[Guess, ...] = ()
 
 
 class Served:
@@ -66,9 +47,14 @@ class Served:
         except EdgepetError as error:
             self._fall_back(error)
 
-    def answers(self, images: Sequence[Input], top: int = 1) -> tuple[Answer, ...]:
+    @property
+    def answers_masks(self) -> bool:
+        """Whether it has a label for every pixel."""
+        return map_head_of(self.pack.delta) is not None
+
+    def answers(self, images: Sequence[Input], top: int = 1) -> tuple[AnyAnswer, ...]:
         """Of all of them by one pack: from the beginning, where it is replaced on the way."""
-        found = list[Answer]()
+        found = list[AnyAnswer]()
         for image in images:
             before = self.installed
             found.append(self.answer(image, top))
@@ -76,25 +62,30 @@ class Served:
                 return self.answers(images, top)
         return tuple(found)
 
-    def answer(self, image: Input, top: int = 1) -> Answer:
+    def answer(self, image: Input, top: int = 1) -> AnyAnswer:
         """Of an image; the pack before gives it where it is the network that fails, not the image."""
         preprocess = self.pack.delta.preprocess
-        images = normalize(image.pixels(preprocess)[None], preprocess)
+        pixels = image.pixels(preprocess)
         try:
-            return self.said(image.name, self.network(images)[0], top)
+            return self._answer(image, pixels, top)
         except EdgepetError as error:
             self.network.close()
             self._fall_back(error)
         if self.pack.delta.preprocess != preprocess:
-            images = normalize(image.pixels(self.pack.delta.preprocess)[None], self.pack.delta.preprocess)
-        return self.said(image.name, self.network(images)[0], top)
+            pixels = image.pixels(self.pack.delta.preprocess)
+        return self._answer(image, pixels, top)
 
     def said(self, image: str, logits: NpArray, top: int = 1) -> Answer:
         """Its answer in words, of one image's logits (C,)."""
-        labels, scores = self.pack.delta.labels, scores_of(logits)
-        best = np.argsort(-scores, kind="stable")[:top]
-        guesses = tuple(Guess(labels[k], float(scores[k])) for k in best)
-        return Answer(image, guesses[0].label, guesses[0].score, self._task, guesses)
+        return classified(image, self._task, self.pack.delta.labels, logits, top)
+
+    def _answer(self, image: Input, pixels: NpArray, top: int) -> AnyAnswer:
+        delta = self.pack.delta
+        logits = self.network(normalize(pixels[None], delta.preprocess))[0]
+        if not self.answers_masks:
+            return self.said(image.name, logits, top)
+        size = image.upright_size(delta.preprocess)
+        return masked(image.name, self._task, labels_of(delta), logits, delta.preprocess, size)
 
     def close(self) -> None:
         """Give the network back."""

@@ -16,7 +16,7 @@ from edgepet.device.opened import OpenTask, OpenTasks
 from edgepet.device.pool import Event, Pool
 from edgepet.device.runtime import SharedInt8, TaskNetwork
 from edgepet.device.runtimes import DEFAULT, SHARED_RUNTIMES, shared_runtime
-from edgepet.device.served import Answer, Served, answering, open_pack, place_of, said
+from edgepet.device.served import AnyAnswer, Served, answering, open_pack, place_of, said
 from edgepet.device.store import Store
 from edgepet.device.together import Shared
 from edgepet.errors import EdgepetError, InputError, MissingError
@@ -33,7 +33,7 @@ class DeviceRun:
     ``shared`` is what was computed once for several tasks, ``events`` what was merged and evicted.
     """
 
-    results: tuple[Answer, ...]
+    results: tuple[AnyAnswer, ...]
     open_ms: float
     latency_ms: float
     sequence: int = 0

@@ -25,7 +25,7 @@ from edgepet.deltas.merge import task_tensors
 from edgepet.device.caches import clear_cache
 from edgepet.device.generation_files import (
     BRING,
-    adds_ranges,
+    adds_to,
     clear,
     damaged_files,
     is_own,
@@ -54,7 +54,7 @@ from edgepet.graphs.int8 import Int8Graph, int8_at
 from edgepet.graphs.manifest import put_stamp
 from edgepet.graphs.slots import task_slots
 from edgepet.locks import held_alone
-from edgepet.packs.pack import Pack, read_pack
+from edgepet.packs.pack import EVERY, Pack, read_pack
 from edgepet.packs.signatures import PUBLIC, Signer, public_key, signed_with
 from edgepet.spec import StoredPrecision
 
@@ -103,7 +103,7 @@ class Store:
             raise InputError(str(path), "is damaged or missing", got=error.got, fix=fix) from error
         if hashlib.sha256(data).hexdigest() != installed.sha256:
             raise InputError(str(path), "is damaged or missing", got="another sha256 than its name", fix=fix)
-        pack = read_pack(data)
+        pack = read_pack(data, answers=EVERY)
         if pack.delta.task != task:
             raise InputError(str(path), f"must hold the task {task!r}", got=repr(pack.delta.task), fix=fix)
         return pack
@@ -172,7 +172,7 @@ class Store:
     def add_graph(self, graph: BaseGraph | Int8Graph) -> None:
         """Bring a backbone and one graph of it, from the cache say; what is there already and whole stays.
 
-        An int8 backbone that has no ranges of its own yet takes those that come.
+        An int8 backbone that has no ranges of its own yet takes those that come, and a graph without maps takes maps.
 
         Raises:
             InputError: a file of it cannot be read or is damaged, the store not written, or its quota too small.
@@ -183,7 +183,7 @@ class Store:
         with self._changing() as now:
             kept, fresh = now.graphs.get(name), state_of(graph, digest)
             other = kept if kept is not None and kept.sha256 != digest else None
-            if other and not damaged_files(self.root, name, other) and not adds_ranges(self.root, name, other, graph):
+            if other and not damaged_files(self.root, name, other) and not adds_to(self.root, name, other, graph):
                 return
             target = graph_folder(graph.fingerprint, self.root)
             coming = sum(size for each, (_, size) in graph.files.items() if not (target / each).exists())
@@ -226,7 +226,7 @@ class Store:
         data = source if isinstance(source, bytes) else read_file(source)
         where = "pack" if isinstance(source, bytes) else source.name
         signed = self._signer(data, where)
-        pack = read_pack(data, where=where)
+        pack = read_pack(data, where=where, answers=EVERY)
         candidate, task = candidate_of(pack, signed), pack.delta.task
         installing(self._required(self.now()), candidate, {}, older=older)
         precisions = self.precisions(pack)

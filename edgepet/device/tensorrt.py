@@ -46,7 +46,7 @@ class Sidecar:
 
     ``version`` is the library's. ``sms`` are the compute capabilities built for (86 is 8.6). ``size_bytes`` and
     ``sha256`` are the engine's, ``source_sha256`` is of the ONNX model that it was built from. ``max_batch`` counts
-    images.
+    images. ``mask`` is what it puts out beside logits for a task of masks, None for one of classes.
     """
 
     engine: Engine
@@ -60,6 +60,12 @@ class Sidecar:
     output: TensorSpec
     max_batch: int
     precision: StoredPrecision
+    mask: TensorSpec | None = None
+
+    @property
+    def outputs(self) -> tuple[TensorSpec, ...]:
+        """What it puts out: logits, and of a task of masks the mask."""
+        return (self.output,) if self.mask is None else (self.output, self.mask)
 
 
 def read_sidecar(folder: Path, *, stem: str = "model") -> Sidecar:
@@ -85,10 +91,11 @@ def read_sidecar(folder: Path, *, stem: str = "model") -> Sidecar:
         size_bytes=table.integer("size_bytes", least=1),
         sha256=table.text("sha256"),
         source_sha256=table.text("source_sha256"),
-        input=_read_tensor(table.nested("input"), ranks=(4, 5)),
-        output=_read_tensor(table.nested("output"), ranks=(2,)),
+        input=_read_tensor(table.nested("input"), ranks=(4, 5), dtypes=("float32", "uint8")),
+        output=_read_tensor(table.nested("output"), ranks=(2, 4)),
         max_batch=table.integer("max_batch", least=1),
         precision=cast(StoredPrecision, table.text("precision", choices=("fp32", "fp16", "int8"))),
+        mask=_read_tensor(table.nested("mask"), ranks=(3,), dtypes=("uint8",)) if table.has("mask") else None,
     )
     table.end()
     if not sidecar.sms:
@@ -138,9 +145,9 @@ def deserialize(trt: Trt, path: Path, sidecar: Sidecar) -> tuple[Trt, str]:
     if engine is None:
         return None, next(iter(log.errors), "no message")
     names = [engine.get_tensor_name(index) for index in range(engine.num_io_tensors)]
-    types = {trt.float32: "float32", trt.uint8: "uint8"}
-    found = {n: (tuple(engine.get_tensor_shape(n)), types.get(engine.get_tensor_dtype(n))) for n in names}
-    wanted = {tensor.name: (tensor.shape, tensor.dtype) for tensor in (sidecar.input, sidecar.output)}
+    kinds = {trt.float32: "float32", trt.uint8: "uint8"}
+    found = {n: (tuple(engine.get_tensor_shape(n)), kinds.get(engine.get_tensor_dtype(n), "other")) for n in names}
+    wanted = {tensor.name: (tensor.shape, tensor.dtype) for tensor in (sidecar.input, *sidecar.outputs)}
     if found != wanted:
         raise InputError(str(path), f"needs (shape, type) to be {wanted}", got=found)
     return engine, ""
@@ -203,32 +210,39 @@ class TensorrtRunner:
         self._context: Trt = engine.create_execution_context()
         if self._context is None:
             raise InputError(where, "TensorRT must make an execution context", fix="free some GPU memory")
-        ports = (sidecar.input, sidecar.output)
-        sizes = (np.dtype(t.dtype).itemsize * sidecar.max_batch * math.prod(t.shape[1:]) for t in ports)
-        self._images, self._logits = (cuda.allocate(size) for size in sizes)
-        self._context.set_tensor_address(sidecar.input.name, self._images.value)
-        self._context.set_tensor_address(sidecar.output.name, self._logits.value)
+        self._places = dict[str, ctypes.c_uint64]()
+        for tensor in (sidecar.input, *sidecar.outputs):
+            image_bytes = np.dtype(tensor.dtype).itemsize * math.prod(tensor.shape[1:])
+            self._places[tensor.name] = cuda.allocate(sidecar.max_batch * image_bytes)
+            self._context.set_tensor_address(tensor.name, self._places[tensor.name].value)
 
     def __call__(self, images: NpArray) -> NpArray:
         """Logits (n, C) of float32 ``images`` (n, 3, H, W), in as many runs of at most ``max_batch`` as it takes.
 
-        Clips are (n, frames, 3, H, W), pictures uint8 (n, H, W, 3) where the engine takes those.
+        Clips are (n, frames, 3, H, W), pictures uint8 (n, H, W, 3) where the engine takes those, and logits of masks
+        (n, C, h, w).
 
         Raises:
             InputError: another dtype or image size, or a run that TensorRT or CUDA did not finish.
         """
-        takes, gives, step = self._sidecar.input, self._sidecar.output, self._sidecar.max_batch
+        return self.outputs(images)[0]
+
+    def outputs(self, images: NpArray) -> list[NpArray]:
+        """Logits, and of a task of masks the mask, uint8 (n, H, W); else as for calling it."""
+        takes, gives, step = self._sidecar.input, self._sidecar.outputs, self._sidecar.max_batch
         check_images(images, (None, *takes.shape[1:]), where=self._where, dtype=takes.dtype)
         cuda, context, pointer = self._cuda, self._context, ctypes.c_void_p
-        logits = np.empty((len(images), *gives.shape[1:]), np.float32)
+        made = [np.empty((len(images), *tensor.shape[1:]), tensor.dtype) for tensor in gives]
         for start in range(0, len(images), step):
-            batch, part = np.ascontiguousarray(images[start : start + step]), logits[start : start + step]
-            cuda.call("cuMemcpyHtoD_v2", self._images, batch.ctypes.data_as(pointer), ctypes.c_size_t(batch.nbytes))
+            batch, place = np.ascontiguousarray(images[start : start + step]), self._places[takes.name]
+            cuda.call("cuMemcpyHtoD_v2", place, batch.ctypes.data_as(pointer), ctypes.c_size_t(batch.nbytes))
             if not (context.set_input_shape(takes.name, batch.shape) and context.execute_async_v3(cuda.stream.value)):
                 raise InputError(self._where, "TensorRT must run the batch", got=f"a refusal of {batch.shape}")
             cuda.call("cuStreamSynchronize", cuda.stream)
-            cuda.call("cuMemcpyDtoH_v2", part.ctypes.data_as(pointer), self._logits, ctypes.c_size_t(part.nbytes))
-        return logits
+            for tensor, whole in zip(gives, made, strict=True):
+                part, place = whole[start : start + step], self._places[tensor.name]
+                cuda.call("cuMemcpyDtoH_v2", part.ctypes.data_as(pointer), place, ctypes.c_size_t(part.nbytes))
+        return made
 
     def close(self) -> None:
         """Give the device memory back; a second call does nothing."""
@@ -266,9 +280,9 @@ def open_engine(folder: Path, *, stem: str = "model") -> TensorrtRunner:
     return runner
 
 
-def _read_tensor(table: ObjectReader, *, ranks: tuple[int, ...]) -> TensorSpec:
+def _read_tensor(table: ObjectReader, *, ranks: tuple[int, ...], dtypes: tuple[str, ...] = ("float32",)) -> TensorSpec:
     name, shape = table.text("name"), table.integers("shape", least=-1)
-    dtype = table.text("dtype", choices=("float32", "uint8"))
+    dtype = table.text("dtype", choices=dtypes)
     table.end()
     if len(shape) not in ranks or shape[0] != -1 or min(shape[1:]) < 1:
         needs = f"needs -1 and {' or '.join(str(rank - 1) for rank in ranks)} sizes"

@@ -8,97 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, TypeAlias
 
 import numpy as np
 
-from edgepet.deltas.branches import named_tensors
-from edgepet.deltas.delta import Delta, Head
-from edgepet.deltas.merge import task_tensors
+from edgepet.device.fitting import Fitted, opened
 from edgepet.device.runner import BoundPart, PartRunner
 from edgepet.device.runtime import TaskNetwork
 from edgepet.device.runtimes import Runtime, shared_runtime
-from edgepet.errors import InputError, option
-from edgepet.graphs.base import BaseGraph
 from edgepet.graphs.cuts import Cut, last_before
-from edgepet.graphs.dense_slots import UnslottedError, dense_slots
-from edgepet.graphs.int8 import SLOT_FORMS, Int8Graph
-from edgepet.graphs.parts import Boundary, Part, part_of
-from edgepet.graphs.slots import Slots, backbone_slots, task_slots, unit_slots
+from edgepet.graphs.parts import Boundary, Part
 from edgepet.spec import NpArray
-
-Form: TypeAlias = Literal["merged", "slots"]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Fitted:
-    """A task on a graph: ``part`` is all of it, ``tensors`` stand in place of its own, ``slots`` are handed over.
-
-    ``changed`` are the tensors and slots that are not as the backbone's own graph has them.
-    """
-
-    part: Part
-    tensors: Mapping[str, NpArray]
-    slots: Mapping[str, NpArray]
-    changed: frozenset[str]
-    head: Head
-
-
-def fit(graph: BaseGraph, delta: Delta, form: Form) -> Fitted:
-    """A task on the float backbone, folded into its tensors or in slots.
-
-    Raises:
-        InputError: it does not fit, or no slots can hold it.
-    """
-    part, head = part_of(graph), delta.head.in_float32
-    changed = frozenset((*delta.targets, *named_tensors(delta.branches)))
-    if form == "slots":
-        slots = dense_slots(graph, part.file, delta)
-        with_slots = part.with_slots({name: value.shape for name, value in slots.items()})
-        return Fitted(part=with_slots, tensors={}, slots=slots, changed=changed, head=head)
-    graph.require_fit(delta)
-    tensors = task_tensors(graph.base, delta)
-    own = {name: tensors[name] for name in changed if name in part.file.tensors}
-    return Fitted(part=part, tensors=own, slots={}, changed=changed, head=head)
-
-
-def fit_lightly(graph: BaseGraph | Int8Graph, delta: Delta, runtime: str) -> Fitted:
-    """A task in slots where they can hold it, else folded; on the int8 backbone in its form for ``runtime``.
-
-    Raises:
-        BackboneError, InputError: as ``fit`` and ``fit_int8``.
-    """
-    if isinstance(graph, Int8Graph):
-        return fit_int8(graph, delta, runtime)
-    try:
-        return fit(graph, delta, "slots")
-    except UnslottedError:
-        return fit(graph, delta, "merged")
-
-
-def fit_int8(graph: Int8Graph, delta: Delta, runtime: str) -> Fitted:
-    """A task on the int8 backbone, in the form for ``runtime``.
-
-    Raises:
-        BackboneError, InputError: as ``task_slots``.
-    """
-    slots, own = task_slots(graph, delta), own_slots(graph, runtime)
-    values = _in_form(graph, slots, runtime)
-    changed = {name for name, value in values.items() if not np.array_equal(value, own.get(name, np.nan))}
-    return Fitted(
-        part=part_of(graph, runtime), tensors=slots.codes, slots=values, changed=frozenset((*changed, *slots.codes)),
-        head=delta.head.in_float32,
-    )  # fmt: skip
-
-
-def own_slots(graph: Int8Graph, runtime: str) -> dict[str, NpArray]:
-    """The slots of the int8 backbone itself, for a trunk; none where it has no ranges of its own."""
-    slots = backbone_slots(graph)
-    return {} if slots is None else _in_form(graph, slots, runtime)
-
-
-def _in_form(graph: Int8Graph, slots: Slots, runtime: str) -> dict[str, NpArray]:
-    return unit_slots(graph, slots) if SLOT_FORMS[runtime].unit_codes else dict(slots.values)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -239,18 +158,6 @@ class Together:
         if key not in self._networks:
             self._networks[key] = opened(self._row, part, tensors, self._threads)
         return self._networks[key]
-
-
-def opened(row: Runtime, part: Part, tensors: Mapping[str, NpArray], threads: int | None) -> PartRunner:
-    """A stretch of a graph on a runtime, with ``tensors`` in place of its own.
-
-    Raises:
-        InputError: the runtime opens none, or not this one.
-        MissingError: it is not installed.
-    """
-    if row.open_part is None:
-        raise InputError(option("runtime"), f"opens no stretch of a graph on {row.name}")
-    return row.open_part(part, tensors, threads, row.where)
 
 
 class _OneOf:

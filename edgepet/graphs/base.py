@@ -8,13 +8,14 @@
                                          branches' tensors lie among what differs, and each task brings its own
 
 The graph takes images (batch, 3, H, W), or clips (batch, frames, 3, H, W), and puts out pooled features (batch, width);
-a task's head is a product behind it. Reading needs neither torch nor the ``onnx`` package. Making one is
-``edgepet.exporters.trace``. The format is docs/spec/graph-v1.md.
+a classifier is a product behind it. Where the backbone has maps its description says which, and ``maps`` puts them out.
+Reading needs neither torch nor the ``onnx`` package. Making one is ``edgepet.exporters.trace``. The format is
+docs/spec/graph-v1.md.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -26,6 +27,7 @@ from edgepet.deltas.merge import require_backbone
 from edgepet.errors import InputError
 from edgepet.files import cache_folder, write_file
 from edgepet.graphs.manifest import Listed, listed_files, listing, put_stamp, read_manifest, require_whole
+from edgepet.graphs.maps import GraphMap, read_maps
 from edgepet.graphs.tensor_files import Place, _views, safetensors_places
 from edgepet.spec import Base, Preprocess, read_preprocess, spelled_size
 from edgepet.strict import ObjectReader
@@ -41,7 +43,7 @@ class BaseGraph:
 
     ``backbone`` is what its user called it, ``architecture`` timm's name, ``width`` its pooled features.
     ``create_args`` are what ``timm.create_model`` needs besides. ``files`` are name -> (hex sha256, size in bytes).
-    ``structure`` are the digits of its branches, empty where there are none.
+    ``structure`` are the digits of its branches, empty where there are none; ``maps`` those that heads may read.
     """
 
     folder: Path
@@ -54,6 +56,7 @@ class BaseGraph:
     licence: str
     files: Listed
     structure: str = ""
+    maps: tuple[GraphMap, ...] = ()
 
     @property
     def stem(self) -> str:
@@ -80,7 +83,8 @@ class BaseGraph:
 
         Raises:
             BackboneError: it was trained on another backbone.
-            InputError: it was trained at another image size, needs other branches, or its head is for other features.
+            InputError: it was trained at another image size, needs other branches, or a head is for other features or
+                maps.
         """
         require_backbone(self.base, delta)
         if self.preprocess.input_shape != delta.preprocess.input_shape:
@@ -89,9 +93,7 @@ class BaseGraph:
         if self.structure != delta.structure:
             here, there = (f"branches {s}" if s else "no branches" for s in (self.structure, delta.structure))
             raise InputError(f"task {delta.task!r}", f"needs a graph with {there}", got=here)
-        if delta.head.weight.shape[1] != self.width:
-            what = f"needs a head for {self.width} features"
-            raise InputError(f"task {delta.task!r}", what, got=tuple(delta.head.weight.shape))
+        require_heads(delta, self.width, self.maps)
 
     @cached_property
     def places(self) -> dict[str, Place]:
@@ -105,6 +107,28 @@ class BaseGraph:
         """The tensors that the graph computes with, as read-only views of the files."""
         tensors = _views(self.folder, self.places)
         return Base(name=self.backbone, fingerprint=self.fingerprint, tensors=tensors)
+
+
+def require_heads(delta: Delta, width: int, maps: Sequence[GraphMap]) -> None:
+    """Refuse a delta with a head that cannot read what a backbone puts out: ``width`` features, and ``maps``.
+
+    Raises:
+        InputError: it has one.
+    """
+    if delta.labels and delta.head.weight.shape[1] != width:
+        what = f"needs a head for {width} features"
+        raise InputError(f"task {delta.task!r}", what, got=tuple(delta.head.weight.shape))
+    for each in delta.heads:
+        if not maps and set(each.head.inputs) - {FEATURES}:
+            what, fix = (
+                "needs a graph that lists maps",
+                "bring it again from a host: edgepet device init --for TASK.pet",
+            )
+            raise InputError(f"task {delta.task!r}", what, got="one of before there were any", fix=fix)
+        try:
+            each.head.shapes([every.map for every in maps], width=width)
+        except InputError as error:
+            raise InputError(f"task {delta.task!r}: {error.where}", error.what, got=error.got, fix=error.fix) from error
 
 
 def bytes_beside(shared: str, files: Listed, description: Path) -> int:
@@ -171,6 +195,7 @@ def graph_at(path: Path) -> BaseGraph:
         licence=table.text("licence"),
         files=described.files,
         structure=structure_digest(table.sequence("branches")),
+        maps=read_maps(table.nested_list("maps")) if table.has("maps") else (),
     )
     table.end()
     require_fingerprint(graph.fingerprint, path.name)

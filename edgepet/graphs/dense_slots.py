@@ -50,7 +50,7 @@ def dense_slots(graph: BaseGraph, file: OnnxFile, delta: Delta) -> dict[str, NpA
     """What ``delta`` puts into the slots that it needs, float32; their names and shapes are the form of its graph.
 
     Args:
-        file: the graph's, told apart.
+        file: the graph's, told apart, or a part of it: what that does not read takes no slot.
 
     Raises:
         UnslottedError: it changes a weight otherwise than by scales and low rank.
@@ -60,16 +60,17 @@ def dense_slots(graph: BaseGraph, file: OnnxFile, delta: Delta) -> dict[str, NpA
     require_fitting(graph.base, delta)
     tensors, products = graph.base.tensors, _products(file)
     by_tensor, slots = dict[str, list[Targeted]](), dict[str, NpArray]()
-    for targeted in delta.updates:
+    read = [targeted for targeted in delta.updates if targeted.target.tensor in file.tensors]
+    for targeted in read:
         by_tensor.setdefault(targeted.target.tensor, []).append(targeted)
     for name in by_tensor.keys() & products.keys():
         slots |= _layer_slots(f"task {delta.task!r}: {name}", name, tensors[name], by_tensor[name], products[name])
     around = slots_of(slots)
-    others = [targeted for targeted in delta.updates if targeted.target.tensor not in around]
+    others = [targeted for targeted in read if targeted.target.tensor not in around]
     pushes = any(isinstance(targeted.update, Push) for targeted in others)
     folded = fold_all(tensors, delta.updates if pushes else others)
     slots |= {targeted.target.tensor: folded[targeted.target.tensor] for targeted in others}
-    slots |= named_tensors(delta.branches)
+    slots |= {name: tensor for name, tensor in named_tensors(delta.branches).items() if name in file.tensors}
     for name in around:
         bias, axes = products[name].bias, tensors[name].ndim
         if bias is not None:

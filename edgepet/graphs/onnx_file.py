@@ -7,6 +7,7 @@ that this does not need; what is not looked at is carried on as it was. Field nu
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -18,17 +19,20 @@ from edgepet.errors import InputError
 from edgepet.files import read_file
 from edgepet.spec import NpArray
 
+Attribute: TypeAlias = "int | float | str | tuple[int, ...]"
 Shape: TypeAlias = "tuple[int | str | None, ...]"  # of a port: a size, the name of a free one, or a nameless free one
 
-_MODEL_GRAPH = 7
-_GRAPH_NODE, _GRAPH_TENSOR, _GRAPH_INPUT, _GRAPH_OUTPUT = 1, 5, 11, 12
+_MODEL_IR, _MODEL_PRODUCER, _MODEL_GRAPH, _MODEL_OPSET = 1, 2, 7, 8
+_GRAPH_NODE, _GRAPH_NAME, _GRAPH_TENSOR, _GRAPH_INPUT, _GRAPH_OUTPUT = 1, 2, 5, 11, 12
+OPSET, IR_VERSION = 20, 10  # of traced graphs: the newest that ONNX Runtime, OpenVINO and TensorRT all read, with int8
 _NODE_INPUT, _NODE_OUTPUT, _NODE_NAME, _NODE_OPERATOR, _NODE_ATTRIBUTE = 1, 2, 3, 4, 5
-_ATTRIBUTE_NAME, _ATTRIBUTE_INTEGER, _ATTRIBUTE_GRAPH, _ATTRIBUTE_GRAPHS, _ATTRIBUTE_TYPE = 1, 3, 6, 11, 20
-_INTEGER = 2  # onnx.AttributeProto.AttributeType
+_ATTRIBUTE_NAME, _ATTRIBUTE_FLOAT, _ATTRIBUTE_INTEGER, _ATTRIBUTE_TEXT, _ATTRIBUTE_INTEGERS = 1, 2, 3, 4, 8
+_ATTRIBUTE_GRAPH, _ATTRIBUTE_GRAPHS, _ATTRIBUTE_TYPE = 6, 11, 20
+_FLOAT, _INTEGER, _STRING, _INTEGERS = 1, 2, 3, 7  # onnx.AttributeProto.AttributeType
 _TENSOR_DIMS, _TENSOR_TYPE, _TENSOR_NAME = 1, 2, 8
 _PORT_NAME, _PORT_TYPE = 1, 2
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
-_TYPES = {"float32": 1, "int8": 3, "int64": 7}  # onnx.TensorProto.DataType
+_TYPES = {"float32": 1, "uint8": 2, "int8": 3, "int64": 7}  # onnx.TensorProto.DataType
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,12 +64,9 @@ class Node:
                     return int(fields.get(_ATTRIBUTE_INTEGER, 0))
         return default
 
-    def with_integers(self, **attributes: int) -> Node:
-        """The node with these attributes besides its own."""
-        made = (
-            _text(_ATTRIBUTE_NAME, name) + _number(_ATTRIBUTE_INTEGER, value) + _number(_ATTRIBUTE_TYPE, _INTEGER)
-            for name, value in attributes.items()
-        )
+    def with_attributes(self, **attributes: Attribute) -> Node:
+        """The node with these attributes besides its own; integers are not below 0."""
+        made = (_text(_ATTRIBUTE_NAME, name) + _attribute(value) for name, value in attributes.items())
         return replace(self, other=self.other + b"".join(_message(_NODE_ATTRIBUTE, each) for each in made))
 
 
@@ -144,6 +145,18 @@ def parse_onnx(data: bytes, where: str) -> OnnxFile:
     )  # fmt: skip
 
 
+def new_file(
+    name: str, nodes: Iterable[Node], tensors: Mapping[str, bytes], inputs: Mapping[str, bytes],
+    outputs: Mapping[str, bytes],
+) -> OnnxFile:  # fmt: skip
+    """A model that there was not, of the opset and IR version of traced graphs."""
+    opset = _text(1, "") + _number(2, OPSET)
+    return OnnxFile(
+        nodes=tuple(nodes), tensors=tensors, inputs=inputs, outputs=outputs, graph_other=_text(_GRAPH_NAME, name),
+        model_other=_number(_MODEL_IR, IR_VERSION) + _text(_MODEL_PRODUCER, "edgepet") + _message(_MODEL_OPSET, opset),
+    )  # fmt: skip
+
+
 def port(name: str, shape: Shape | None, dtype: str = "float32") -> bytes:
     """The message of an input or output; a ``shape`` of None is any, of any number of axes."""
     tensor = _number(1, _TYPES[dtype])
@@ -162,6 +175,20 @@ def tensor_of(name: str, value: NpArray) -> bytes:
 def shape_of(tensor: bytes) -> tuple[int, ...]:
     """The shape that a tensor's message tells."""
     return tuple(side for _, side in _numbers(tensor, _TENSOR_DIMS))
+
+
+def _attribute(value: Attribute) -> bytes:
+    """An attribute's value and type."""
+    match value:
+        case int():
+            held, kind = _number(_ATTRIBUTE_INTEGER, value), _INTEGER
+        case float():
+            held, kind = _encoded(_ATTRIBUTE_FLOAT << 3 | _FIXED32) + struct.pack("<f", value), _FLOAT
+        case str():
+            held, kind = _text(_ATTRIBUTE_TEXT, value), _STRING
+        case _:
+            held, kind = b"".join(_number(_ATTRIBUTE_INTEGERS, each) for each in value), _INTEGERS
+    return held + _number(_ATTRIBUTE_TYPE, kind)
 
 
 def _side(side: int | str | None) -> bytes:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -10,6 +10,7 @@ from edgepet.graphs.base import FEATURES, INPUT, BaseGraph
 from edgepet.graphs.cuts import Cut, cuts
 from edgepet.graphs.dense_slots import with_slots
 from edgepet.graphs.int8 import Int8Graph
+from edgepet.graphs.maps import GraphMap, putting_out
 from edgepet.graphs.onnx_file import Node, OnnxFile, port, read_onnx
 from edgepet.spec import NpArray, Precision
 
@@ -61,6 +62,14 @@ class Part:
         """The same with a task's slots of these shapes, see ``dense_slots``."""
         return replace(self, file=with_slots(self.file, shapes)) if shapes else self
 
+    def putting_out(self, maps: Iterable[GraphMap], wanted: Sequence[str]) -> Part:
+        """What computes these maps of it, and FEATURES where they are among them, and puts them out in this order.
+
+        Raises:
+            InputError: as ``maps.putting_out``.
+        """
+        return replace(self, file=putting_out(self.file, maps, wanted), puts_out=wanted[0])
+
     def until(self, cut: Cut) -> Part:
         """What lies before ``cut``; it puts out the sizes that go through it as well."""
         ends = {cut.name: port(cut.name, None), **{name: port(name, None, "int64") for name in cut.sizes}}
@@ -72,7 +81,7 @@ class Part:
         """What lies behind a cut. It counts the images where its own beginning has them, not in the whole graph's."""
         name, counts = f"{boundary.name}.images", list[Node]()
         if boundary.sizes:
-            counts.append(Node("Shape", (boundary.name,), (name,)).with_integers(start=0, end=1))
+            counts.append(Node("Shape", (boundary.name,), (name,)).with_attributes(start=0, end=1))
         for size, shape in boundary.sizes.items():
             counts.append(Node("Identity" if shape else "Squeeze", (name,), (size,)))
         begin = port(boundary.name, ("batch", *boundary.shape))

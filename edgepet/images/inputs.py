@@ -16,7 +16,7 @@ from PIL import Image
 from edgepet.canonical import parse_json
 from edgepet.errors import InputError
 from edgepet.images.folders import images_below
-from edgepet.images.preprocess import Pixels, load_input, to_pixels
+from edgepet.images.preprocess import Pixels, load_input, load_upright, to_pixels, to_upright, upright_size
 from edgepet.spec import FilePath, NpArray, Preprocess
 
 Picture: TypeAlias = "FilePath | Image.Image | NpArray"  # a file, or a decoded one; an array is uint8 (H, W, 3), RGB
@@ -35,17 +35,34 @@ class Input:
         Raises:
             InputError: it cannot be read, or is no picture.
         """
+        if isinstance(self.picture, (str, Path)):
+            return load_input(Path(self.picture), preprocess)
+        return to_pixels(self._decoded(preprocess), preprocess)
+
+    def upright(self, preprocess: Preprocess) -> Pixels:
+        """All of the picture as it is seen, (height, width, 3). Raises as ``pixels``."""
+        if isinstance(self.picture, (str, Path)):
+            return load_upright(Path(self.picture), preprocess)
+        return to_upright(self._decoded(preprocess), preprocess)
+
+    def upright_size(self, preprocess: Preprocess) -> tuple[int, int]:
+        """Height and width of what ``upright`` gives. Raises as ``pixels``."""
+        if isinstance(self.picture, (str, Path)):
+            return upright_size(Path(self.picture), preprocess, decode=True)
+        height, width, _ = self.upright(preprocess).shape
+        return height, width
+
+    def _decoded(self, preprocess: Preprocess) -> Image.Image:
+        """A picture that is no file."""
         given = self.picture
-        if isinstance(given, (str, Path)):
-            return load_input(Path(given), preprocess)
-        if preprocess.frames > 1:
+        if isinstance(given, (str, Path)) or preprocess.frames > 1:
             raise InputError(f"image {self.name}", "must be a folder of frames: the task looks at clips")
         if isinstance(given, np.ndarray):
             if given.dtype != np.uint8 or given.ndim != 3 or given.shape[2] != 3 or 0 in given.shape:
                 what, got = "must be uint8 (H, W, 3), RGB", f"{given.dtype.name} {given.shape}"
                 raise InputError(f"image {self.name}", what, got=got)
-            given = Image.fromarray(given)
-        return to_pixels(given, preprocess)
+            return Image.fromarray(given)
+        return given
 
 
 def pictures_of(given: Picture | Iterable[Picture], *, clips: bool = False) -> tuple[Input, ...]:

@@ -6,6 +6,8 @@ counted. None is kept: a thousand of them would fill the memory, and decoding on
 
 from __future__ import annotations
 
+import colorsys
+import io
 import os
 import warnings
 from collections.abc import Callable, Iterable, Sequence
@@ -31,6 +33,7 @@ MOST_CLASSES = 255  # a byte a pixel, and one value that is not counted
 _INDEXED = ("P", "L", "1")  # Pillow's modes of one whole number a pixel
 _LOSSY = ("JPEG", "WEBP")  # WEBP may be either: numbers in it cannot be trusted
 _FEW_VALUES = 5  # in a message
+_COVER = 0.5  # what of a picture a mask's colours hide
 
 
 class Masked(Protocol):
@@ -226,9 +229,35 @@ def write_mask(path: Path, mask: Mask, colours: Sequence[tuple[int, int, int]]) 
     Raises:
         InputError: the file cannot be written.
     """
+    with refusing(path, "could not be written"):
+        path.write_bytes(mask_png(mask, colours))
+
+
+def mask_png(mask: Mask, colours: Sequence[tuple[int, int, int]]) -> bytes:
+    """As ``write_mask``, the bytes of the file."""
     image = Image.fromarray(mask).convert("L")
     image = Image.frombytes("P", image.size, image.tobytes())
     table = [value for colour in colours[:NOT_COUNTED] for value in colour]
     image.putpalette(table + [0] * (3 * NOT_COUNTED - len(table)) + [255, 0, 255])
-    with refusing(path, "could not be written"):
-        image.save(path, format="PNG")
+    made = io.BytesIO()
+    image.save(made, format="PNG")
+    return made.getvalue()
+
+
+def overlay_png(picture: NDArray[np.uint8], mask: Mask, colours: Sequence[tuple[int, int, int]]) -> bytes:
+    """A PNG of ``picture`` (height, width, 3) under the colours of ``mask``, which is as large."""
+    table = np.array([*colours, *[(255, 0, 255)] * (NOT_COUNTED + 1 - len(colours))], np.float32)
+    mixed = (1 - _COVER) * picture + _COVER * table[mask]
+    made = io.BytesIO()
+    Image.fromarray(mixed.round().astype(np.uint8)).save(made, format="PNG")
+    return made.getvalue()
+
+
+def class_colours(count: int) -> tuple[tuple[int, int, int], ...]:
+    """A colour for each of ``count`` classes, told apart as well as so many can be: hues a golden angle apart."""
+    hues = [(0.61803398875 * number) % 1 for number in range(count)]
+    return tuple(
+        (round(255 * red), round(255 * green), round(255 * blue))
+        for number, hue in enumerate(hues)
+        for red, green, blue in [colorsys.hsv_to_rgb(hue, 0.85 - 0.25 * (number % 3 == 2), 0.95 - 0.3 * (number % 2))]
+    )

@@ -62,6 +62,16 @@ def load_pixels(path: Path, preprocess: Preprocess) -> Pixels:
         InputError: the file is missing, damaged or no image, has more than 8 bits a channel or ``MOST_PIXELS``, or is
             so elongated that resizing it would fill the memory.
     """
+    return _fitted(_loaded(path, preprocess), preprocess)
+
+
+def load_upright(path: Path, preprocess: Preprocess) -> Pixels:
+    """All of a file's picture as it is seen, (height, width, 3); raises as ``load_pixels``."""
+    return np.array(_loaded(path, preprocess), dtype=np.uint8)
+
+
+def _loaded(path: Path, preprocess: Preprocess) -> Image.Image:
+    """A file's picture in RGB, turned, which can be resized."""
     with opened(path) as file:
         if file.mode in _WIDE:
             told = "16-bit" if file.format == "PPM" else _WIDE[file.mode]  # Pillow widens these
@@ -76,7 +86,7 @@ def load_pixels(path: Path, preprocess: Preprocess) -> Pixels:
             got=f"{image.width} x {image.height} resized to {width} x {height}",
             fix="crop the image or remove it",
         )
-    return _fitted(image, preprocess)
+    return image
 
 
 @contextlib.contextmanager
@@ -151,10 +161,19 @@ def to_pixels(image: Image.Image, preprocess: Preprocess) -> Pixels:
     Raises:
         InputError: its values are wider than 8 bits.
     """
+    return _fitted(_turned(image, preprocess), preprocess)
+
+
+def to_upright(image: Image.Image, preprocess: Preprocess) -> Pixels:
+    """All of a decoded image as it is seen, (height, width, 3); else as ``to_pixels``."""
+    return np.array(_turned(image, preprocess), dtype=np.uint8)
+
+
+def _turned(image: Image.Image, preprocess: Preprocess) -> Image.Image:
     if image.mode in _WIDE:
         told = f"{_WIDE[image.mode]} values, which would be cut off at 255"
         raise InputError("image", "must have 8 bits a channel", got=told, fix="scale it to 8 bits a channel")
-    return _fitted(_rgb(image, preprocess), preprocess)
+    return _rgb(image, preprocess)
 
 
 def _fitted(image: Image.Image, preprocess: Preprocess) -> Pixels:

@@ -83,6 +83,23 @@ def overlap(matrices: Sequence[Counts], *, seed: int = 0) -> Overlap:
     )
 
 
+def overlap_lost(before: Sequence[Counts], after: Sequence[Counts], *, seed: int = 0) -> tuple[float, float, float]:
+    """What mIoU loses from one row of confusion matrices of the same images to another, and its 95 % interval.
+
+    A fraction of 1, below 0 for a gain. The interval's images are drawn for both at once: the difference is paired.
+    """
+    pairs = np.stack([[_sums(one), _sums(other)] for one, other in zip(before, after, strict=True)])
+    rng, lost = np.random.default_rng(seed), list[float]()
+    for _ in range(_DRAWS):
+        drawn = np.bincount(rng.integers(0, len(pairs), len(pairs)), minlength=len(pairs))
+        both = [_ious(sums) for sums in np.tensordot(drawn, pairs, axes=1)]
+        if all(np.isfinite(each).any() for each in both):
+            lost.append(float(np.nanmean(both[0]) - np.nanmean(both[1])))
+    low, high = np.percentile(lost or [0.0], _TAILS)
+    total = mean_iou(np.sum(before, axis=0)) - mean_iou(np.sum(after, axis=0))
+    return total, float(low), float(high)
+
+
 def _sums(matrix: Counts) -> Counts:
     """Pixels of each class's intersection and union, (2, classes)."""
     hits = np.diagonal(matrix)

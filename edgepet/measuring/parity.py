@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from typing import Literal, TypeAlias
 
 import numpy as np
@@ -72,6 +72,7 @@ class Limit:
     images: float = 1.0
 
 
+MASKS: dict[StoredPrecision, float] = {"fp32": 0.999, "fp16": 0.99, "int8": 0.9}  # labels of places that must stay
 STORED: dict[StoredPrecision, Limit] = {
     "fp32": Limit(relative=1e-4),
     "fp16": Limit(relative=2e-2, top1_agreement=0.99),
@@ -91,6 +92,7 @@ class Parity:
 
     ``near_ties`` of the images are answered otherwise, but were too near to call: the reference's own logit of that
     answer is no further than ``limit`` below its best. ``top1_agreement`` is what was counted, these among the others.
+    Of masks each place of the head's map is judged as an image is: with ``places`` ``n`` counts these.
     """
 
     max_abs: float
@@ -101,6 +103,12 @@ class Parity:
     inputs: Inputs
     against: Against
     near_ties: int = 0
+    places: bool = False
+
+    @property
+    def shown(self) -> list[str]:
+        """The names of what JSON has: ``places`` where it is so."""
+        return [field.name for field in fields(self) if field.name != "places" or self.places]
 
     @property
     def ok(self) -> bool:
@@ -119,8 +127,14 @@ SAME_CODES = Limit(relative=0.1, images=0.5)
 def compare(
     expected: NpArray, got: NpArray, *, stored: StoredPrecision | Limit, inputs: Inputs, against: Against
 ) -> Parity:
-    """Judge logits ``got`` by ``expected``, both (n, C), as ``stored`` allows; NaN is beyond every limit."""
-    limit = stored if isinstance(stored, Limit) else STORED[stored]
+    """Judge logits ``got`` by ``expected``, both (n, C), as ``stored`` allows; NaN is beyond every limit.
+
+    Of masks both are (n, C, h, w), and as many labels must stay as ``MASKS`` says.
+    """
+    limit, places = stored if isinstance(stored, Limit) else STORED[stored], expected.ndim == 4
+    if places:
+        least = limit.top1_agreement if isinstance(stored, Limit) else MASKS[stored]
+        limit, expected, got = replace(limit, top1_agreement=least), by_place(expected), by_place(got)
     expected = expected.astype(np.float64)
     apart = np.abs(expected - got).max(axis=1)
     nearest = math.ceil(limit.images * len(apart))
@@ -138,7 +152,13 @@ def compare(
         inputs=inputs,
         against=against,
         near_ties=0 if allowed is None else int((~same & (margins <= allowed)).sum()),
+        places=places,
     )
+
+
+def by_place(logits: NpArray) -> NpArray:
+    """(n, C, h, w) as (n h w, C)."""
+    return np.moveaxis(logits, 1, -1).reshape(-1, logits.shape[1])
 
 
 def require_parity(parity: Parity, where: str) -> None:
@@ -153,8 +173,9 @@ def require_parity(parity: Parity, where: str) -> None:
         where,
         f"must answer as the {parity.against} network does"
         + ("" if parity.limit is None else f", within {parity.limit:.1e} on logits")
-        + (f" and with {parity.least_agreement:.0%} equal answers" if parity.least_agreement else ""),
-        got=f"{parity.max_abs:.1e} and {parity.top1_agreement:.1%} on {parity.n} images ({parity.inputs})"
+        + (f" and with {100 * parity.least_agreement:.4g}% equal answers" if parity.least_agreement else ""),
+        got=f"{parity.max_abs:.1e} and {parity.top1_agreement:.1%} on {parity.n}"
+        f" {'places of masks' if parity.places else 'images'} ({parity.inputs})"
         + (f", {parity.near_ties} of them too near to call" if parity.near_ties else ""),
         fix="nothing was kept; report this with the pack if the backbone is an ordinary one",
     )

@@ -14,6 +14,8 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 from edgepet.deltas.branches import Branch, named_tensors, ordered
+from edgepet.deltas.heads import Map
+from edgepet.networks.maps import flowing
 
 _Change: TypeAlias = Callable[[Tensor], "Tensor | None"]
 _Settings: TypeAlias = Mapping[str, Any]  # each kind's own, as ``BRANCHES`` declares and packs check them
@@ -57,20 +59,25 @@ def in_torch(branches: Sequence[Branch]) -> list[Branch]:
 
 
 class Grafted(nn.Module):
-    """``module`` with ``branches`` as one network, for tracing; ``tensors`` are called ``names``."""
+    """``module`` with ``branches`` as one network, for tracing; ``tensors`` are called ``names``.
 
-    def __init__(self, module: nn.Module, branches: Sequence[Branch]) -> None:
+    With ``maps`` it puts out a tuple: features, and each map as it flows.
+    """
+
+    def __init__(self, module: nn.Module, branches: Sequence[Branch], maps: Sequence[Map] = ()) -> None:
         super().__init__()
-        self.backbone, self._branches = module, branches
+        self.backbone, self._branches, self._maps = module, branches, maps
         named = named_tensors(branches)
         self.names = tuple(named)
         self.tensors = nn.ParameterList([nn.Parameter(t, requires_grad=False) for t in named.values()])
 
-    def forward(self, images: Tensor) -> Tensor:
+    def forward(self, images: Tensor) -> Tensor | tuple[Tensor, ...]:
         """What ``module`` puts out for ``images``, with the branches in it."""
         named = dict(zip(self.names, self.tensors, strict=True))
-        with grafted(self.backbone, [branch.with_tensors(named) for branch in self._branches]):
-            return cast(Tensor, self.backbone(images))
+        branches = [branch.with_tensors(named) for branch in self._branches]
+        with grafted(self.backbone, branches), flowing(self.backbone, self._maps) as taken:
+            features = cast(Tensor, self.backbone(images))
+        return (features, *(taken[each.name] for each in self._maps)) if self._maps else features
 
 
 def _hook(module: nn.Module, point: str, change: _Change, stack: contextlib.ExitStack) -> None:

@@ -17,7 +17,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias, cast
+from typing import Any, Literal, TypeAlias, cast
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +30,7 @@ DEPTHS = 4  # maps of a network whose blocks all have one stride
 _FINAL_NORM = "norm"  # as timm calls it in transformers and mixers
 _SAME = 1e-4  # of the largest value: one network, run twice in float32
 
+Layout: TypeAlias = Literal["nchw", "nhwc", "tokens"]  # where channels lie, or that patches are tokens
 _Torch: TypeAlias = Any  # what modules put out, and what timm's networks have beside modules
 
 
@@ -81,27 +82,51 @@ def taking(module: nn.Module, maps: Sequence[Map]) -> Iterator[Mapping[str, Tens
     taken = dict[str, Tensor]()
     with contextlib.ExitStack() as stack:
         for each in maps:
-            part = module.get_submodule(each.point.partition(":")[0])
-            stack.callback(part.register_forward_hook(_taker(module, each, taken)).remove)
+            _hook(module, each, lambda x, each: taken.update({each.name: _as_map(module, x, each)}), stack)
         yield taken
 
 
-def _taker(module: nn.Module, each: Map, taken: dict[str, Tensor]) -> Callable[..., None]:
-    def take(part: nn.Module, inputs: tuple[_Torch, ...], output: Tensor) -> None:
-        del part, inputs
-        taken[each.name] = _as_map(module, output, each)
+@contextlib.contextmanager
+def flowing(module: nn.Module, maps: Sequence[Map]) -> Iterator[Mapping[str, Tensor]]:
+    """As ``taking``, but each map as it flows through ``module``, in the layout that ``layouts_of`` tells."""
+    taken = dict[str, Tensor]()
+    with contextlib.ExitStack() as stack:
+        for each in maps:
+            _hook(module, each, lambda x, each: taken.update({each.name: x}), stack)
+        yield taken
 
-    return take
+
+def _hook(module: nn.Module, each: Map, take: Callable[[Tensor, Map], None], stack: contextlib.ExitStack) -> None:
+    def hook(part: nn.Module, inputs: tuple[_Torch, ...], output: Tensor) -> None:
+        del part, inputs
+        take(output, each)
+
+    stack.callback(module.get_submodule(each.point.partition(":")[0]).register_forward_hook(hook).remove)
 
 
 def _as_map(module: nn.Module, x: Tensor, each: Map) -> Tensor:
     """What flows at the point of ``each``, as (n, channels, height, width)."""
-    if x.ndim == 3:  # tokens, the patches behind all others
+    layout = _layout(module, x, each)
+    if layout == "tokens":
         patches = x[:, x.shape[1] - each.height * each.width :]
         return torch.unflatten(patches.transpose(1, 2), 2, (each.height, each.width))
+    return x if layout == "nchw" else x.movedim(-1, 1)
+
+
+def layouts_of(module: nn.Module, maps: Sequence[Map], input_shape: tuple[int, ...]) -> dict[str, Layout]:
+    """How each of the maps flows through ``module``, by name; found by running it."""
+    with torch.no_grad(), flowing(module, maps) as taken:
+        module(torch.zeros(2, *input_shape))
+    return {each.name: _layout(module, taken[each.name], each) for each in maps}
+
+
+def _layout(module: nn.Module, x: Tensor, each: Map) -> Layout:
+    """How a map lies in ``x``, what flows at its point: of tokens the patches are behind all others."""
+    if x.ndim == 3:
+        return "tokens"
     cube = each.channels == each.height == each.width  # where sides do not tell, timm's networks do
     first = getattr(module, "output_fmt", "NCHW") == "NCHW" if cube else tuple(x.shape[1:]) == each.shape
-    return x if first else x.movedim(-1, 1)
+    return "nchw" if first else "nhwc"
 
 
 def _depths(module: nn.Module) -> list[_Depth]:

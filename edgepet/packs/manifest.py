@@ -16,7 +16,7 @@ import numpy as np
 
 from edgepet.canonical import canonical_json
 from edgepet.deltas.codes import LEAST_SCALE, Range
-from edgepet.deltas.delta import MOST_HEADS, NO_CLASSIFIER, Delta, Head, Int8Ranges, Score
+from edgepet.deltas.delta import MOST_HEADS, NO_CLASSIFIER, Delta, Head, Int8Ranges, JudgedHead, Score
 from edgepet.deltas.generator import SEEDS
 from edgepet.deltas.heads import ANSWERS
 from edgepet.deltas.probe import Probe
@@ -33,8 +33,12 @@ Probes: TypeAlias = dict[StoredPrecision, Probe]
 
 FORMAT, VERSION = "edgepet-pack", 1
 HEAD, RANGES, LAYOUT = "head.point", "int8.ranges", "layout"  # planes of a head, of an int8 task, and what is no plane
-PROBES: dict[StoredPrecision, str] = {"fp32": "probe.class", "int8": "probe.class.int8"}
-EXACT = frozenset((RANGES, *PROBES.values()))  # planes that are no part of the delta's numbers: always fp32
+PROBES: dict[str, dict[StoredPrecision, str]] = {  # planes, by what the head answers
+    answer: {"fp32": f"probe.{answer}", "int8": f"probe.{answer}.int8"} for answer in ("class", *ANSWERS)
+}
+EXACT = frozenset(
+    (RANGES, *(plane for planes in PROBES.values() for plane in planes.values()))
+)  # planes that are no part of the delta's numbers: always fp32
 MAX_LABELS = 1 << 16
 MAX_PROVENANCE_BYTES, MAX_DEPTH = 1 << 14, 8  # of what no reader acts on
 MAX_LICENCES, MAX_METHOD = 64, 64
@@ -75,6 +79,7 @@ def write_manifest(
         "layers": [{"kind": "point", **point}],
         "val": {"metric": "top1", "value": delta.val.top1, "n": delta.val.n},
     }
+    heads = [*([head] if delta.labels else ()), *map(dict, maps)]
     manifest: dict[str, object] = {
         "format": FORMAT,
         "version": VERSION,
@@ -83,7 +88,7 @@ def write_manifest(
         "backbone": {"name": delta.backbone, "fingerprint": delta.fingerprint},
         "codecs": {name: plane.stored.as_json() for name, plane in planes.items() if plane.stored.packed},
         "decoded": asdict(told),
-        "heads": [*([head] if delta.labels else ()), *maps],
+        "heads": heads,
         "preprocess": delta.preprocess.as_json() | {"orientation": delta.preprocess.orientation or "none"},
         "method": {"name": delta.method, "settings": dict(delta.settings)},
         "training": dict(delta.training),
@@ -93,7 +98,7 @@ def write_manifest(
         trunk = {} if delta.int8.trunk is None else {"trunk": delta.int8.trunk}
         manifest["int8"] = {"codes": delta.int8.codes, **trunk}
     if delta.probes:
-        head["probe"] = {name: {"seed": each.seed, "tolerance": each.tolerance} for name, each in delta.probes.items()}
+        heads[0]["probe"] = {n: {"seed": each.seed, "tolerance": each.tolerance} for n, each in delta.probes.items()}
     return manifest
 
 
@@ -124,10 +129,7 @@ def read_manifest(parts: Container, where: str, length: int) -> tuple[Delta, dic
     made = planes_bytes({name: plane.stored for name, plane in planes.items()}) + generated_bytes(updates)
     if told.bytes != made:
         raise PackError(f"{where}.decoded.bytes", f"must be the {made} that there are", got=told.bytes)
-    classifiers, others = _split(table)
-    head, labels, val, probes = (
-        _head(classifiers[0], reader) if classifiers else (NO_CLASSIFIER, (), Score(top1=0.0, n=0), {})
-    )
+    head, labels, val, heads, probes = _heads(table, reader)
     backbone, method = table.nested("backbone"), table.nested("method")
     delta = Delta(
         task=table.text("task"),
@@ -145,7 +147,7 @@ def read_manifest(parts: Container, where: str, length: int) -> tuple[Delta, dic
         licences=texts(table, "licences", MAX_LICENCES),
         int8=_int8(table.nested("int8"), reader) if table.has("int8") else None,
         probes=probes,
-        heads=tuple(read_map_head(each, reader) for each in others),
+        heads=heads,
     )
     sequence = table.integer("sequence")
     if sequence > MAX_SEQUENCE:
@@ -214,6 +216,19 @@ def _split(table: ObjectReader) -> tuple[list[ObjectReader], list[ObjectReader]]
     return heads[:1] if first else [], heads[1:] if first else heads
 
 
+def _heads(table: ObjectReader, reader: Reader) -> tuple[Head, tuple[str, ...], Score, tuple[JudgedHead, ...], Probes]:
+    """The classifier, its labels and its score; the heads that read maps; and what the first head was probed for."""
+    classifiers, others = _split(table)
+    if classifiers:
+        head, labels, val, probes = _head(classifiers[0], reader)
+        return head, labels, val, tuple(read_map_head(each, reader) for each in others), probes
+    asked = others[0].nested("probe") if others[0].has("probe") else None
+    heads = tuple(read_map_head(each, reader) for each in others)
+    first = heads[0].head
+    probes = {} if asked is None else _probes(asked, reader, len(first.labels), first.answer)
+    return NO_CLASSIFIER, (), Score(top1=0.0, n=0), heads, probes
+
+
 def _head(head: ObjectReader, reader: Reader) -> tuple[Head, tuple[str, ...], Score, Probes]:
     """The head that is no list of layers: classes by a product of pooled features."""
     head.text("name", choices=["class"])
@@ -227,15 +242,15 @@ def _head(head: ObjectReader, reader: Reader) -> tuple[Head, tuple[str, ...], Sc
     val = head.nested("val")
     val.text("metric", choices=["top1"])
     score = Score(top1=val.number("value"), n=val.integer("n"))
-    probes = _probes(head.nested("probe"), reader, len(bias)) if head.has("probe") else {}
+    probes = _probes(head.nested("probe"), reader, len(bias), "class") if head.has("probe") else {}
     for part in (val, layer, head):
         part.end()
     return Head(weight=weight, bias=bias), labels, score, probes
 
 
-def _probes(table: ObjectReader, reader: Reader, classes: int) -> Probes:
+def _probes(table: ObjectReader, reader: Reader, classes: int, answer: str) -> Probes:
     probes: Probes = {}
-    for precision, plane in PROBES.items():
+    for precision, plane in PROBES[answer].items():
         if not table.has(precision):
             continue
         told, logits = table.nested(precision), reader.whole(plane)
@@ -250,7 +265,7 @@ def _probes(table: ObjectReader, reader: Reader, classes: int) -> Probes:
         probes[precision] = Probe(seed, logits.reshape(images, classes), tolerance)
     table.end()
     if not probes:
-        raise table.refusal("", f"needs one of {', '.join(PROBES)}", {})
+        raise table.refusal("", f"needs one of {', '.join(PROBES[answer])}", {})
     return probes
 
 

@@ -103,7 +103,7 @@ def encode_pack(
     if delta.int8 is not None:
         flat[RANGES] = np.array([(each.scale, each.shift) for each in delta.int8.ranges], np.float32).reshape(-1)
     for precision, probe in delta.probes.items():
-        flat[PROBES[precision]] = probe.logits.astype(np.float32).reshape(-1)
+        flat[PROBES[delta.answers[0]][precision]] = probe.logits.astype(np.float32).reshape(-1)
     made = {
         name: kept[name]
         if name in kept and np.array_equal(kept[name].values, values)
@@ -159,7 +159,7 @@ def read_pack(source: Path | str | bytes, *, where: str | None = None, answers: 
         raise PackError(where, f"{error.where}: {error.what}", got=error.got, fix=error.fix) from error
     others = [answer for answer in delta.answers if answer not in answers]
     if others:
-        fix = "`edgepet eval` runs it, with torch"
+        fix = "`edgepet predict`, `edgepet device` and `edgepet eval` take it"
         raise PackError(f"{where}.heads", f"must answer {' or '.join(answers)} here", got=others[0], fix=fix)
     codecs = {plane.stored.coding.format for name, plane in planes.items() if name not in EXACT} & set(CODECS)
     return Pack(

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import cast
 
 import numpy as np
 from PIL import Image
 
-from edgepet.device.artifact import Artifact
+from edgepet.deltas.heads import mask_of
+from edgepet.deltas.probe import condensed
+from edgepet.device.artifact import Artifact, PlacesProbe, Probe
 from edgepet.device.pixels import FromPixels
-from edgepet.device.runner import Runner
+from edgepet.device.runner import ModelRunner
 from edgepet.errors import CheckError
 from edgepet.images.batches import batched
 from edgepet.images.preprocess import normalize, to_pixels
-from edgepet.measuring.parity import SAME_CODES, Parity, compare, require_parity
+from edgepet.measuring.parity import MASKS, SAME_CODES, STORED, Limit, Parity, compare, require_parity
 from edgepet.proving.subject import Subject
 from edgepet.spec import NpArray, StoredPrecision
 
@@ -38,6 +41,8 @@ def check_probe(artifact: Artifact, got: NpArray) -> Check:
     ``value`` is their largest difference; of an int8 model on the nearer half of the images (``parity.SAME_CODES``).
     """
     stored = SAME_CODES if artifact.precision == "int8" else artifact.precision
+    if artifact.probe.places is not None:
+        return _check_places(artifact.probe, artifact.probe.places, got, stored)
     parity = compare(artifact.probe.logits, got, stored=stored, inputs="synthetic", against="merged")
     return Check(name="probe", ok=parity.ok, value=parity.max_abs, limit=cast(float, parity.limit))
 
@@ -47,7 +52,7 @@ def probe_images(artifact: Artifact) -> NpArray:
     return artifact.probe.images(artifact.preprocess, pictures=artifact.takes != "float32")
 
 
-def check_resizing(artifact: Artifact, runner: Runner) -> list[Check]:
+def check_resizing(artifact: Artifact, runner: ModelRunner) -> list[Check]:
     """Of a model that resizes, its answers to pictures of other sizes against those to what Pillow makes of them.
 
     ``value`` is the largest difference, ``limit`` a part of the largest logit: single pixels are one level off.
@@ -66,19 +71,40 @@ def check_resizing(artifact: Artifact, runner: Runner) -> list[Check]:
     return [Check(name="resizing", ok=value <= limit, value=value, limit=limit)]
 
 
+def _check_places(probe: Probe, places: PlacesProbe, got: NpArray, stored: StoredPrecision | Limit) -> Check:
+    """Of masks: means over places, and the labels of places, of which as many must stay as ``MASKS`` says.
+
+    ``value`` is the largest difference of means; where too many labels changed, the part of them that did.
+    """
+    limits = stored if isinstance(stored, Limit) else STORED[stored]
+    nearest = math.ceil(limits.images * len(got)) - 1  # the last one of those that are asked for
+    limit = (limits.relative or 0.0) * places.largest
+    apart = float(np.sort(np.abs(condensed(got, probe.seed) - probe.logits).max(axis=1))[nearest])
+    least = MASKS["int8" if isinstance(stored, Limit) else stored]
+    changed = (got.argmax(1) != places.labels).mean(axis=(1, 2))
+    other = float(changed.mean() if limits.images == 1 else np.sort(changed)[nearest])
+    if not other <= 1 - least:
+        return Check(name="probe pixels", ok=False, value=other, limit=1 - least)
+    return Check(name="probe", ok=apart <= limit, value=apart, limit=limit)
+
+
 def check_data(artifact: Artifact, merged: NpArray, got: NpArray) -> Check:
     """Logits ``got`` (n, C) of images against those of the merged network, ``merged`` (n, C).
 
     ``value`` is their largest difference; of an int8 model the part of the images whose top-1 differs.
     """
     parity = compare(merged, got, stored=artifact.precision, inputs="data", against="merged")
+    near = parity.limit is None or parity.max_abs <= parity.limit
+    if parity.places and near:  # what is said of masks is said by pixels, where logits are near
+        other = 1 - parity.top1_agreement
+        return Check(name="data pixels", ok=parity.ok, value=other, limit=1 - parity.least_agreement)
     if artifact.precision == "int8":
         value, limit = 1 - parity.top1_agreement, 1 - parity.least_agreement
         return Check(name="data top-1", ok=parity.ok, value=value, limit=limit)
     return Check(name="data", ok=parity.ok, value=parity.max_abs, limit=cast(float, parity.limit))
 
 
-def prove(subject: Subject, artifact: Artifact, runner: Runner, *, where: str) -> Parity:
+def prove(subject: Subject, artifact: Artifact, runner: ModelRunner, *, where: str) -> Parity:
     """Compare an exported model with the merged network, where nothing may be lost, and the tuned one, where storage
     may cost; and with its probe. It runs once on the subject's images and once on the probe's.
 
@@ -96,9 +122,20 @@ def prove(subject: Subject, artifact: Artifact, runner: Runner, *, where: str) -
     require_parity(parity, where)
     probe = check_probe(artifact, runner(probe_images(artifact)))
     if not probe.ok:
-        raise CheckError(where, f"must repeat its probe within {probe.limit:.1e}", got=f"{probe.value:.1e}")
+        what = "must repeat its probe" + (" in pixels" if "pixels" in probe.name else "")
+        raise CheckError(where, f"{what} within {probe.limit:.1e}", got=f"{probe.value:.1e}")
     for resized in check_resizing(artifact, runner):
         if not resized.ok:
             what = f"must answer a picture of another size within {resized.limit:.1e} of what Pillow makes of it"
             raise CheckError(where, what, got=f"{resized.value:.1e}")
+    if artifact.answer == "mask":
+        _require_masks(subject, artifact, batched(lambda batch: runner.outputs(batch)[1], images), where)
     return parity
+
+
+def _require_masks(subject: Subject, artifact: Artifact, got: NpArray, where: str) -> None:
+    """Refuse masks (n, H, W) that a model puts out beside its logits where too many pixels are others than in torch."""
+    expected = mask_of(subject.merged_reference, artifact.preprocess.image_size)
+    same, least = float((expected == got).mean()), MASKS[artifact.precision]
+    if not same >= least:
+        raise CheckError(where, f"must give masks with {100 * least:.4g}% equal pixels", got=f"{same:.2%}")

@@ -8,11 +8,11 @@ from functools import cached_property
 
 import numpy as np
 
-from edgepet.calibration.budget import Drop, drop_between, require_resolution
+from edgepet.calibration.budget import Drop, drop_between, mask_drop, require_resolution
 from edgepet.errors import CheckError, option
 from edgepet.packs.codecs import CODECS, Codec, Coding
 from edgepet.packs.manifest import EXACT
-from edgepet.packs.pack import Pack, encode_pack, read_pack
+from edgepet.packs.pack import EVERY, Pack, encode_pack, read_pack
 from edgepet.proving.probing import probed
 from edgepet.proving.subject import Subject
 from edgepet.spec import NpArray
@@ -25,7 +25,7 @@ CANDIDATES: tuple[Codec, ...] = ("int2", "int4", "int8", "fp16")
 class Recoded:
     """A pack in other codings: its bytes, and how far its answers are from the first one's.
 
-    ``max_abs`` is on logits of ``n`` images; ``drop`` is of top-1, None where no labels are known.
+    ``max_abs`` is on logits of ``n`` images; ``drop`` is of top-1, or of mIoU, None where no labels are known.
     """
 
     data: bytes
@@ -39,7 +39,8 @@ class Recoding:
     """A pack that is stored otherwise.
 
     Args:
-        labels: classes (n,) of the subject's images, None where they have none.
+        labels: classes (n,) of the subject's images, of a task of masks those of their pixels, (n, height, width); None
+            where they have none.
         sequence: of the pack that is made.
     """
 
@@ -55,7 +56,7 @@ class Recoding:
         return self._asked(self._judged({name: Coding.of(codec) for name in self._planes}))
 
     def smallest(self, max_drop: float, labels: NpArray, stage: Callable[[str], None]) -> Recoded:
-        """The smallest codings of the planes that lose at most ``max_drop`` points of top-1 by ``labels`` (n,).
+        """The smallest codings of the planes that lose at most ``max_drop`` points of top-1, or mIoU, by ``labels``.
 
         Each plane is tried alone in each codec, on some of the images. Taking the codec with the smallest sum of bytes
         and error times a number, for larger and larger numbers, gives a row of choices, of which no other is smaller at
@@ -65,7 +66,8 @@ class Recoding:
             InputError: a budget that so few images cannot show.
             CheckError: fp16 does not hold it.
         """
-        require_resolution(max_drop, len(labels))
+        if labels.ndim == 1:
+            require_resolution(max_drop, len(labels))
         tried = [self._alone(name, stage) for name in self._planes]
         found, row = None, choices(tried)
         low, high = 0, len(row) - 1
@@ -94,7 +96,7 @@ class Recoding:
         stage(f"{name} alone")
         made = list[Tried]()
         for codec in CANDIDATES:
-            pack = read_pack(self._encoded({name: Coding.of(codec)}))
+            pack = read_pack(self._encoded({name: Coding.of(codec)}), answers=EVERY)
             if pack.planes[name].stored.coding in [each.coding for each in made]:
                 continue  # too small for codes, or may have none
             error = self._answers(pack, LOOKED_AT) - self._expected[:LOOKED_AT]
@@ -109,26 +111,29 @@ class Recoding:
 
     def _judged(self, codings: Mapping[str, Coding]) -> Recoded:
         data = self._encoded(codings)
-        pack = read_pack(data)
+        pack = read_pack(data, answers=EVERY)
         got = self._answers(pack, None)
         return Recoded(
             data=data,
             codings={name: plane.stored.coding for name, plane in pack.planes.items()},
             max_abs=float(np.abs(got - self._expected).max()),
             n=len(got),
-            drop=None if self._labels is None else drop_between(self._expected, got, self._labels),
+            drop=None if self._labels is None else self._lost(got, self._labels),
         )
 
     def _asked(self, made: Recoded) -> Recoded:
         """With the probe of what is stored now."""
-        pack = read_pack(made.data)
+        pack = read_pack(made.data, answers=EVERY)
         delta = probed(self._subject.backbone, pack.delta)
         return replace(made, data=encode_pack(delta, kept=pack.planes, sequence=self._sequence))
 
     def _answers(self, pack: Pack, count: int | None) -> NpArray:
-        from edgepet.networks.merged import merged_logits
+        from edgepet.tuning.dense import stored_answers
 
-        return merged_logits(self._subject.backbone, pack.delta, self._images[:count])
+        return stored_answers(self._subject.backbone, pack.delta, self._images[:count])
+
+    def _lost(self, got: NpArray, labels: NpArray) -> Drop:
+        return (drop_between if labels.ndim == 1 else mask_drop)(self._expected, got, labels)
 
     @cached_property
     def _expected(self) -> NpArray:

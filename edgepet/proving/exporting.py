@@ -9,7 +9,9 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from edgepet.calibration.fp16 import stored_types
+from edgepet.device.answers import labels_of
 from edgepet.device.artifact import Artifact, Probe, Takes, files_of, open_artifact, write_artifact
+from edgepet.device.map_heads import map_head_of
 from edgepet.device.runtimes import Format
 from edgepet.errors import CheckError, MissingError, option
 from edgepet.exporters import EXPORTERS
@@ -20,7 +22,7 @@ from edgepet.graphs.manifest import listing
 from edgepet.proving.checks import prove
 from edgepet.proving.exported import Exported
 from edgepet.proving.precision import Model, fastest, in_precision
-from edgepet.proving.subject import Subject
+from edgepet.proving.subject import Subject, probe_of
 from edgepet.spec import StoredPrecision
 
 _ENDS: dict[Takes, str] = {"float32": "", "uint8": "-uint8", "uint8, any size": "-uint8-resize"}
@@ -113,7 +115,8 @@ def _export_one(subject: Subject, model: Model, name: Format, folder: Path, opti
             format=name,
             engine=written.engine,
             precision=model.precision,
-            labels=delta.labels,
+            labels=labels_of(delta),
+            answer="class" if map_head_of(delta) is None else "mask",
             preprocess=delta.preprocess,
             backbone=delta.backbone,
             fingerprint=delta.fingerprint,
@@ -153,7 +156,7 @@ def _probe(subject: Subject, model: Model) -> Probe:
     """Answers to noise: those of the merged network, or where codes decide, those of the same codes in ONNX Runtime."""
     if model.precision != "int8":
         return subject.probe
-    return replace(subject.probe, logits=model.logits(subject.probe_images))
+    return probe_of(subject.probe.seed, model.logits(subject.probe_images))
 
 
 def _verified(subject: Subject, artifact: Artifact, scratch: Path, path: Path) -> Artifact:

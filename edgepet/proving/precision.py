@@ -15,12 +15,15 @@ import numpy as np
 from edgepet.calibration.budget import answers
 from edgepet.calibration.fp16 import Kept, to_half
 from edgepet.calibration.images import CalibrationImages, calibration_images
+from edgepet.calibration.mask_images import mask_calibration_images
 from edgepet.calibration.qdq import Int8Recipe
 from edgepet.calibration.search import Calibrated, Calibration
 from edgepet.deltas.codes import Range
 from edgepet.deltas.delta import Delta, Int8Ranges
 from edgepet.deltas.merge import task_tensors
+from edgepet.device.answers import labels_of
 from edgepet.device.artifact import open_artifact, read_artifact
+from edgepet.device.map_heads import map_head_of
 from edgepet.device.runtimes import Format
 from edgepet.errors import InputError, option
 from edgepet.exporters.exporter import ExportOptions
@@ -99,7 +102,8 @@ def _in_half(subject: Subject, proto: ModelProto, options: ExportOptions) -> Mod
         images, source = subject.images
         looked_at: dict[str, object] = {"inputs": source, "n": len(images)}
     else:
-        images = sample_images(Path(options.calib), subject.delta.preprocess)
+        masks = map_head_of(subject.delta) is not None
+        images = sample_images(Path(options.calib), subject.delta.preprocess, masks=masks)
         looked_at = {"inputs": "calib", "n": len(images)}
     half = to_half(proto, images, where=subject.delta.task)
     return Model(proto=half.model, precision="fp16", kept=half.kept, calibration=looked_at)
@@ -139,8 +143,9 @@ def task_images(subject: Subject, options: ExportOptions) -> CalibrationImages:
     Raises:
         InputError: none are given, or they cannot be used.
     """
-    return calibration_images(
-        require_images(options), subject.delta.labels, subject.delta.preprocess, evaluation=subject.data,
+    draw = calibration_images if map_head_of(subject.delta) is None else mask_calibration_images
+    return draw(
+        require_images(options), labels_of(subject.delta), subject.delta.preprocess, evaluation=subject.data,
         count=options.calib_images,
     )  # fmt: skip
 
@@ -272,7 +277,7 @@ def _calibration(
     weights: frozenset[str] | None = None, smooth: Mapping[str, NpArray] | None = None,
     against: ModelProto | None = None, held: Mapping[str, Range] = MappingProxyType({}),
 ) -> Calibration:  # fmt: skip
-    places = class_places(delta.labels)
+    places = class_places(labels_of(delta))
     order = np.array([places[name] for name in images.measured.classes])
     weights = frozenset(graph.base.tensors) if weights is None else weights
     where = f"task {delta.task!r}"

@@ -11,7 +11,7 @@ import numpy as np
 
 from edgepet.calibration.budget import answers
 from edgepet.deltas.delta import Delta
-from edgepet.deltas.probe import Probe, probe_images
+from edgepet.deltas.probe import Probe, condensed, probe_images
 from edgepet.device.runtime import SharedInt8
 from edgepet.graphs.int8 import Int8Graph
 from edgepet.networks.backbone import Backbone
@@ -28,11 +28,12 @@ def probed(backbone: Backbone, delta: Delta) -> Delta:
 
     What it was asked in int8 before is dropped: those answers are of other numbers.
     """
-    from edgepet.networks.merged import merged_logits
+    from edgepet.tuning.dense import stored_answers
 
-    logits = merged_logits(backbone, delta, probe_images(SEEDS[0], delta.preprocess))
+    logits = stored_answers(backbone, delta, probe_images(SEEDS[0], delta.preprocess))
     tolerance = EXACT * max(float(np.abs(logits).max()), 1e-3)
-    return replace(delta, probes={"fp32": Probe(SEEDS[0], logits, tolerance)})
+    told = logits if logits.ndim == 2 else condensed(logits, SEEDS[0])
+    return replace(delta, probes={"fp32": Probe(SEEDS[0], told, tolerance)})
 
 
 def probed_int8(expressed: Expressed, graph: Int8Graph, runtimes: Iterable[str]) -> Delta:

@@ -6,13 +6,17 @@ import importlib.util
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 from edgepet.deltas.delta import Delta
+from edgepet.device.answers import labels_of
 from edgepet.device.artifact import MANIFEST, Artifact, open_artifact, read_artifact
+from edgepet.device.fitting import fit_lightly, own_slots
+from edgepet.device.map_heads import map_head_of
 from edgepet.device.runner import Runner
 from edgepet.device.runtime import SharedInt8, TaskNetwork, open_task
 from edgepet.device.runtimes import DEFAULT, FORMATS, RUNTIMES, SHARED_RUNTIMES, Runtime, shared_runtime
-from edgepet.device.together import Together, fit_lightly, own_slots
+from edgepet.device.together import Together
 from edgepet.errors import InputError, option, require
 from edgepet.graphs.base import BaseGraph, open_graph
 from edgepet.graphs.int8 import Int8Graph, open_int8
@@ -20,7 +24,7 @@ from edgepet.graphs.parts import part_of
 from edgepet.measuring.latency import Candidate, Network
 from edgepet.measuring.machine import TORCH
 from edgepet.networks.backbone import AnyBackbone
-from edgepet.packs.pack import Pack, read_pack
+from edgepet.packs.pack import EVERY, Pack, read_pack
 from edgepet.proving.subject import Subject, TorchNetwork
 from edgepet.spec import FilePath, Precision, Preprocess
 
@@ -43,8 +47,9 @@ class PackSource:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.pack: Pack = read_pack(path)
-        self.labels, self.preprocess = self.pack.delta.labels, self.pack.delta.preprocess
+        self.pack: Pack = read_pack(path, answers=EVERY)
+        self.labels, self.preprocess = labels_of(self.pack.delta), self.pack.delta.preprocess
+        self.answer: Literal["class", "mask"] = "class" if map_head_of(self.pack.delta) is None else "mask"
 
     def open(
         self, runtime: str | None, precision: str, backbone: AnyBackbone, threads: int | None,
@@ -108,7 +113,7 @@ class PackSource:
         if plain:  # the backbone with the task's head and nothing else of it: the head is no cost of a method
             modes["plain"] = replace(self.pack.delta, updates=(), branches=())
         found = []
-        for precision in row.computes:
+        for precision in row.computes if self.answer == "class" else row.computes[:1]:  # heads are computed in fp32
             found += [self._candidate(row, precision, m, opener(d, precision)) for m, d in modes.items()]
             if precision == row.computes[0] and self.pack.delta.int8 is not None:
                 found.append(self._candidate(row, "int8", "shared", self._on_codes(row, threads, backbone)))
@@ -124,7 +129,7 @@ class PackSource:
         return opener
 
     def _in_torch(self, threads: int, plain: bool, backbone: AnyBackbone) -> list[Candidate]:
-        tuned = subject_in_torch(self.path, backbone).work is not None
+        tuned = self.answer == "class" and subject_in_torch(self.path, backbone).work is not None
         modes = [*(["tuned"] if tuned else []), self._mode, *(["plain"] if plain else [])]
         return [self._candidate(None, "fp32", mode, self._torch(backbone, mode, threads)) for mode in modes]
 
@@ -150,6 +155,7 @@ class ArtifactSource:
         self.path = path
         self.artifact: Artifact = read_artifact(path)
         self.labels: tuple[str, ...] = self.artifact.labels
+        self.answer = self.artifact.answer
         self.preprocess: Preprocess = self.artifact.preprocess
         self._row = FORMATS[self.artifact.format]
 
@@ -237,7 +243,7 @@ def open_together(
     row = RUNTIMES[name].on(device)
     groups = dict[object, tuple[BaseGraph | Int8Graph, dict[str, PackSource]]]()
     for task, source in sources.items():
-        if isinstance(source, PackSource):
+        if isinstance(source, PackSource) and source.answer == "class":  # what puts out maps is no trunk of features
             of = int8_graph_of if precision == "int8" else graph_of
             graph = of(source.path, source.pack.delta, backbone)
             groups.setdefault((graph.folder, graph.stem, source.preprocess), (graph, {}))[1][task] = source
@@ -263,7 +269,7 @@ def graph_of(path: Path, delta: Delta, backbone: AnyBackbone = None) -> BaseGrap
     """
     if importlib.util.find_spec(TORCH.module) is None:
         return open_graph(delta.fingerprint, delta.preprocess, delta.structure)
-    return Subject(path, backbone, None).graph_of(delta)
+    return Subject(path, backbone, None, answers=EVERY).graph_of(delta)
 
 
 def int8_graph_of(path: Path, delta: Delta, backbone: AnyBackbone = None) -> Int8Graph:
@@ -290,7 +296,7 @@ def subject_in_torch(path: Path, backbone: AnyBackbone) -> Subject:
         MissingError: torch is not installed.
     """
     require(TORCH.module, extra=str(TORCH.extra), purpose=option("runtime", TORCH.name))
-    return Subject(path, backbone, None)
+    return Subject(path, backbone, None, answers=EVERY)
 
 
 def _computed(artifact: Artifact, runner: Runner) -> Precision:

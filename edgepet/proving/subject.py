@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import itertools
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import replace
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -14,10 +15,13 @@ import numpy as np
 
 from edgepet.deltas.delta import Delta
 from edgepet.deltas.merge import merge, require_backbone, task_tensors
-from edgepet.device.artifact import Probe
+from edgepet.deltas.probe import condensed
+from edgepet.device.artifact import PlacesProbe, Probe
+from edgepet.device.map_heads import map_head_of
 from edgepet.errors import InputError, require
 from edgepet.files import made_cache
 from edgepet.graphs.base import WEIGHTS, BaseGraph, graph_folder, open_graph
+from edgepet.images.mask_folders import open_masks
 from edgepet.images.pixels import pixels_of
 from edgepet.images.preprocess import normalize
 from edgepet.images.sets import ImageSet, load_set, open_split
@@ -29,6 +33,7 @@ from edgepet.spec import FilePath, ImageSize, NpArray, Preprocess, StoredPrecisi
 from edgepet.tuning.work_folder import HELD_OUT, Work, read_work, work_folder
 
 if TYPE_CHECKING:
+    import torch
     from torch import nn
 
     from edgepet.networks.backbone import Backbone
@@ -71,13 +76,15 @@ class Subject:
             BackboneError, InputError, MissingError: as ``backbone``, where it has to be traced.
             CheckError: ONNX Runtime answers otherwise than torch.
         """
-        try:
-            return open_graph(delta.fingerprint, delta.preprocess, delta.structure)
-        except InputError:
-            from edgepet.exporters.trace import base_graph
+        needs_maps = bool(delta.heads)
+        with contextlib.suppress(InputError):
+            graph = open_graph(delta.fingerprint, delta.preprocess, delta.structure)
+            if graph.maps or not needs_maps:
+                return graph
+        from edgepet.exporters.trace import base_graph
 
-            made_cache()
-            return base_graph(self.backbone, delta.branches)
+        made_cache()
+        return base_graph(self.backbone, delta.branches, needs_maps=needs_maps)
 
     @cached_property
     def backbone(self) -> Backbone:
@@ -138,7 +145,7 @@ class Subject:
         """
         preprocess = self.delta.preprocess
         if self.data is not None:
-            return sample_images(Path(self.data), preprocess), "data"
+            return sample_images(Path(self.data), preprocess, masks=map_head_of(self.delta) is not None), "data"
         if self.work is not None:
             return normalize(self.work.pixels, preprocess), "work"
         noise = synthetic_images(preprocess)
@@ -152,7 +159,7 @@ class Subject:
             MissingError: torch is not installed.
         """
         images, _ = self.images
-        if self.work is None:
+        if self.work is None or self.delta.heads:  # of a head that reads maps there is what was lowered alone
             return self.merged_reference, "merged"
         require("torch", extra="train", purpose="comparing with the network in torch")
         from edgepet.tuning.model import logits_of
@@ -169,7 +176,7 @@ class Subject:
         return compare(expected, got, stored=stored, inputs=self.images[1], against=against)
 
     def merged(self, images: NpArray) -> NpArray:
-        """Logits (n, C) of the pack as stored, merged and run by torch.
+        """Logits (n, C) of the pack as stored, merged and run by torch; of masks (n, C, h, w).
 
         Args:
             images: preprocessed float32 (n, 3, H, W), or clips (n, frames, 3, H, W).
@@ -179,9 +186,9 @@ class Subject:
             MissingError: torch is not installed.
         """
         require("torch", extra="train", purpose="comparing with the network in torch")
-        from edgepet.networks.merged import merged_logits
+        from edgepet.tuning.dense import stored_answers
 
-        return merged_logits(self.backbone, self.delta, images)
+        return stored_answers(self.backbone, self.delta, images)
 
     @cached_property
     def dense_weights(self) -> dict[str, NpArray]:
@@ -199,17 +206,22 @@ class Subject:
 
     @cached_property
     def probe(self) -> Probe:
-        """Seeded noise, and the merged network's float32 answers to it, (4, C)."""
-        blank = Probe(seed=PROBE_SEED, logits=np.zeros((PROBE_IMAGES, len(self.delta.labels)), np.float32))
-        return replace(blank, logits=self.merged(self._images_of(blank)).astype(np.float32))
+        """Seeded noise, and the merged network's float32 answers to it, as artefacts keep them."""
+        return probe_of(PROBE_SEED, self.merged(self.probe_images))
 
     @property
     def probe_images(self) -> NpArray:
-        """What ``probe`` has the answers to."""
-        return self._images_of(self.probe)
+        """The noise of ``probe``, as the model takes it."""
+        blank = Probe(seed=PROBE_SEED, logits=np.zeros((PROBE_IMAGES, 1), np.float32))
+        return blank.images(self.delta.preprocess, pictures=self._pictures)
 
-    def _images_of(self, probe: Probe) -> NpArray:
-        return probe.images(self.delta.preprocess, pictures=self._pictures)
+
+def probe_of(seed: int, answers: NpArray) -> Probe:
+    """The probe of a model that answers ``answers`` to the images of ``seed``: (n, C), or of masks (n, C, h, w)."""
+    if answers.ndim == 2:
+        return Probe(seed=seed, logits=answers.astype(np.float32))
+    places = PlacesProbe(labels=answers.argmax(1).astype(np.uint8), largest=float(np.abs(answers).max()))
+    return Probe(seed=seed, logits=condensed(answers, seed), places=places)
 
 
 def plain_network(subject: Subject, *, merged: bool = True) -> nn.Module:
@@ -242,6 +254,17 @@ def branched_network(subject: Subject) -> nn.Module:
     last.load_state_dict({name: torch.from_numpy(value.astype(np.float32)) for name, value in values.items()})
     branches = in_torch([branch.with_tensors(tensors) for branch in subject.delta.branches])
     return torch.nn.Sequential(Grafted(body, branches), last).eval()
+
+
+def _masks_network(subject: Subject, *, plain: bool) -> Callable[[torch.Tensor], torch.Tensor]:
+    """A pack with a head for masks as stored, or with ``plain`` its head alone on the backbone's own maps."""
+    import torch
+
+    from edgepet.tuning.dense import MergedMasks
+
+    delta = replace(subject.delta, updates=(), branches=()) if plain else subject.delta
+    network = MergedMasks(subject.backbone, delta)
+    return lambda images: torch.from_numpy(network(images.numpy()))
 
 
 def tuned_network(subject: Subject) -> TunedModel:
@@ -303,8 +326,10 @@ class TorchNetwork:
         import torch
 
         self._torch, self._threads_before = torch, torch.get_num_threads()
-        self._module: nn.Module | None  # until it is closed
-        if mode == "tuned":
+        self._module: nn.Module | Callable[[torch.Tensor], torch.Tensor] | None  # until it is closed
+        if map_head_of(subject.delta) is not None:
+            self._module = _masks_network(subject, plain=mode == "plain")
+        elif mode == "tuned":
             self._module = tuned_network(subject)
         elif mode == "branches":
             self._module = branched_network(subject)
@@ -315,7 +340,8 @@ class TorchNetwork:
 
     def __call__(self, images: NpArray) -> NpArray:
         with self._torch.inference_mode():
-            output: NpArray = cast("nn.Module", self._module)(self._torch.from_numpy(images)).numpy()
+            module = cast("Callable[[torch.Tensor], torch.Tensor]", self._module)
+            output: NpArray = module(self._torch.from_numpy(images)).numpy()
         return output
 
     def close(self) -> None:
@@ -324,13 +350,15 @@ class TorchNetwork:
         self._torch.set_num_threads(self._threads_before)
 
 
-def sample_images(folder: Path, preprocess: Preprocess) -> NpArray:
+def sample_images(folder: Path, preprocess: Preprocess, *, masks: bool = False) -> NpArray:
     """Preprocessed images (n, 3, H, W) out of the val split of ``folder``, at most 32, spread over its classes.
+
+    ``masks``: it is a folder of images with masks.
 
     Raises:
         InputError: ``folder`` has no val split, or images of it cannot be read.
     """
-    val = open_split(folder, "val", clips=preprocess.frames > 1)
+    val = open_masks(folder, "val").images if masks else open_split(folder, "val", clips=preprocess.frames > 1)
     return normalize(load_set(_sample(val), preprocess)[0], preprocess)
 
 

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 from edgepet.deltas.delta import NO_CLASSIFIER, Delta, JudgedHead, Score
 from edgepet.deltas.merge import fold_all, task_tensors
+from edgepet.device.map_heads import map_head_of
+from edgepet.images.batches import batched
 from edgepet.methods import Method
 from edgepet.methods.method import unflatten
 from edgepet.networks.backbone import Backbone
@@ -20,6 +22,7 @@ from edgepet.networks.head_forms import HeadForm
 from edgepet.networks.head_settings import Form
 from edgepet.networks.heads import HeadNetwork
 from edgepet.networks.maps import taking
+from edgepet.networks.merged import merged_logits
 from edgepet.spec import NpArray
 from edgepet.tuning.fake_quant import FakeQuant
 from edgepet.tuning.model import TunedModel, lowered
@@ -142,6 +145,23 @@ def dense_algebra_error(model: DenseModel, backbone: Backbone, images: NpArray) 
         finally:
             model.float().train(was_training)
     return float(np.abs(expected - got).max()), float(np.abs(expected).max())
+
+
+def stored_answers(backbone: Backbone, delta: Delta, images: NpArray) -> NpArray:
+    """What the one head of ``delta`` answers, as it is stored and run by torch in float32.
+
+    Args:
+        images: preprocessed float32 (n, 3, H, W), or clips (n, frames, 3, H, W).
+
+    Returns:
+        Logits (n, C), of masks (n, C, h, w).
+
+    Raises:
+        BackboneError, InputError: as ``task_tensors`` and ``map_head_of``.
+    """
+    if map_head_of(delta) is None:
+        return merged_logits(backbone, delta, images)
+    return batched(MergedMasks(backbone, delta), images)
 
 
 class MergedMasks:

@@ -13,7 +13,7 @@ from edgepet.errors import InputError, option
 from edgepet.files import folder_bytes, read_file
 from edgepet.graphs.base import BaseGraph
 from edgepet.graphs.int8 import Int8Graph
-from edgepet.packs.pack import read_pack
+from edgepet.packs.pack import EVERY, read_pack
 from edgepet.packs.signatures import PUBLIC
 from edgepet.spec import FilePath, ImageSize
 
@@ -219,7 +219,7 @@ def require_signature(store: FilePath, keys: Sequence[FilePath]) -> TrustReport:
 def _graphs_for(pack: Path, backbone: str | None, precisions: Sequence[str]) -> list[BaseGraph | Int8Graph]:
     from edgepet.proving.sources import graph_of, int8_graph_of
 
-    delta = read_pack(pack).delta
+    delta = read_pack(pack, answers=EVERY).delta
     found: list[BaseGraph | Int8Graph] = []
     if "fp32" in precisions or delta.int8 is None:
         found.append(graph_of(pack, delta, backbone))

@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from edgepet.device.answers import Answer, MaskAnswer
 from edgepet.device.opened import OpenTasks
 from edgepet.device.pool import MODES
 from edgepet.device.runtimes import DEFAULT, SHARED_RUNTIMES
-from edgepet.device.served import Answer
+from edgepet.device.served import AnyAnswer
 from edgepet.device.serving import Device, DeviceRun
 from edgepet.errors import EdgepetError
-from edgepet.images.inputs import asked_for, asked_pairs
+from edgepet.images.inputs import Input, asked_for, asked_pairs, pictures_of
 from edgepet.reports.screen import Screen, lines
 from edgepet.reports.tables import Table, format_percent, left
+from edgepet.verbs.drawings import Drawings, MaskResult, drawing_options, result_of, told
 from edgepet.verbs.verb import (
     Options,
     Parser,
@@ -58,27 +60,49 @@ def _run_options(parser: Parser) -> None:
     parser.add_argument(
         "--top", type=int, default=1, metavar="K", help="classes to tell of each image (default: %(default)s)"
     )
+    drawing_options(parser)
     threads_option(parser)
     device_option(parser)
 
 
 def _run_run(options: Options, progress: Progress) -> DeviceRun:
     tasks: list[str] = options.task
+    drawings = Drawings.of(options.masks, options.draw)
     with progress.stage(f"device run: {', '.join(tasks)}"):
-        return Device(Path(options.store)).run(
+        report = Device(Path(options.store)).run(
             tasks[0] if len(tasks) == 1 else tasks, options.images, runtime=options.runtime, threads=options.threads,
             precision=options.precision, mode=options.mode, memory_bytes=options.memory_bytes, top=options.top,
             device=options.device,
         )  # fmt: skip
+        if not _has_masks(report.results):
+            return report
+        pictures = pictures_of(options.images)
+        drawings.require_names(picture.name for picture in pictures)
+        results: Any = _drawn(report.results, pictures, drawings)  # what JSON says of masks are their files
+        return replace(report, results=results)
+
+
+def _has_masks(answers: Sequence[AnyAnswer | MaskResult]) -> bool:
+    return any(isinstance(answer, MaskAnswer) for answer in answers)
+
+
+def _drawn(
+    answers: Sequence[AnyAnswer | MaskResult], pictures: Sequence[Input], drawings: Drawings
+) -> tuple[AnyAnswer | MaskResult, ...]:
+    """Answers of all tasks to one image after another, those that are masks written to files."""
+    tasks = len(answers) // len(pictures)
+    alone = len({answer.task for answer in answers if isinstance(answer, MaskAnswer)}) == 1
+    return tuple(
+        result_of(answer, pictures[place // tasks], drawings, alone=alone) if isinstance(answer, MaskAnswer) else answer
+        for place, answer in enumerate(answers)
+    )
 
 
 def _run_screen(report: DeviceRun) -> Screen:
     names = list(dict.fromkeys(answer.task for answer in report.results))
     cells: dict[str, list[str]] = {}
     for place, answer in enumerate(report.results):
-        cells.setdefault(f"{place // len(names)} {answer.image}", []).append(
-            ", ".join(f"{guess.label} {format_percent(guess.score)}" for guess in answer.top)
-        )
+        cells.setdefault(f"{place // len(names)} {answer.image}", []).append(_cell(answer))
     rows = [(key.partition(" ")[2], *said) for key, said in cells.items()]
     yield Table("", left("image", *(names if len(names) > 1 else ["label"])), rows)
     yield lines(
@@ -89,6 +113,12 @@ def _run_screen(report: DeviceRun) -> Screen:
     )
 
 
+def _cell(answer: AnyAnswer | MaskResult) -> str:
+    if isinstance(answer, (MaskAnswer, MaskResult)):
+        return told(answer.classes)
+    return ", ".join(f"{guess.label} {format_percent(guess.score)}" for guess in answer.top)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StreamedRun:
     """What tasks say of the image that a line of stdin asks for, or why they do not; ``ms`` from line to answers.
@@ -97,7 +127,7 @@ class StreamedRun:
     """
 
     image: str
-    results: tuple[Answer, ...]
+    results: tuple[AnyAnswer | MaskResult, ...]
     ms: float
     error: str | None = None
 
@@ -108,6 +138,7 @@ def _is_streamed(options: Options) -> bool:
 
 def _run_stream(options: Options, progress: Progress) -> Iterator[StreamedRun]:
     tasks: list[str] = options.task
+    drawings = Drawings.of(options.masks, options.draw)
     with progress.stage(f"device run: open {', '.join(tasks)}"):
         opened = Device(Path(options.store)).open_all(
             tasks, runtime=options.runtime, threads=options.threads, precision=options.precision, mode=options.mode,
@@ -116,10 +147,10 @@ def _run_stream(options: Options, progress: Progress) -> Iterator[StreamedRun]:
     with opened:
         for line in map(str.strip, sys.stdin):
             if line:
-                yield _answered(opened, line, options.top)
+                yield _answered(opened, line, options.top, drawings)
 
 
-def _answered(opened: OpenTasks, line: str, top: int) -> StreamedRun:
+def _answered(opened: OpenTasks, line: str, top: int, drawings: Drawings) -> StreamedRun:
     began, image = time.perf_counter(), line[:200]
     try:
         pairs = asked_pairs(line)
@@ -129,14 +160,20 @@ def _answered(opened: OpenTasks, line: str, top: int) -> StreamedRun:
             return StreamedRun(image=image, results=told, ms=1e3 * (time.perf_counter() - began))
         image = asked_for(line)
         answers = opened.predict(image, top=top)
-        results = tuple(answer for each in answers for answer in each.values())
+        given = tuple(answer for each in answers for answer in each.values())
+        results = _drawn(given, pictures_of(image), drawings) if _has_masks(given) else given
         return StreamedRun(image=image, results=results, ms=1e3 * (time.perf_counter() - began))
     except EdgepetError as error:
         return StreamedRun(image=image, results=(), ms=1e3 * (time.perf_counter() - began), error=str(error))
 
 
 def _streamed_screen(report: StreamedRun) -> Screen:
-    said = [f"{answer.task} {answer.label} {format_percent(answer.score)}" for answer in report.results]
+    said = [
+        f"{answer.task} {answer.label} {format_percent(answer.score)}"
+        if isinstance(answer, Answer)
+        else f"{answer.task} {told(answer.classes)}"
+        for answer in report.results
+    ]
     yield lines(f"{report.image}  {', '.join(said)}" if report.error is None else report.error)
 
 

@@ -21,7 +21,7 @@ from edgepet.proving.sources import open_source
 from edgepet.reports.screen import Screen, lines
 from edgepet.reports.tables import format_names, format_percent
 from edgepet.spec import FilePath, NpArray
-from edgepet.verbs.evaluate_masks import MaskEvalReport, answers_masks, evaluate_masks, mask_eval_screen
+from edgepet.verbs.evaluate_masks import MaskEvalReport, evaluate_masks, mask_eval_screen
 from edgepet.verbs.verb import (
     MOST_THREADS,
     Options,
@@ -90,9 +90,9 @@ def evaluate(
     if split not in SPLITS:
         raise InputError(option("split"), "is train, val or test", got=repr(split))
     at_least_one("threads", threads, MOST_THREADS)
-    if answers_masks(model):
-        return evaluate_masks(Path(model), Path(data), split, runtime, precision, backbone, tell)
     source = open_source(model)
+    if source.answer == "mask":
+        return evaluate_masks(source, Path(data), split, runtime, precision, backbone, threads, tell)
     clips = source.preprocess.frames > 1
     images = open_split(Path(data), split, clips=clips)
     order = _order(images, source.labels, data, model)

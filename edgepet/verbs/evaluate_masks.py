@@ -1,23 +1,19 @@
-"""What ``eval`` says of a task of masks: intersection over union, class by class. In torch so far."""
+"""What ``eval`` says of a task of masks: intersection over union, class by class."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
 
-from edgepet.errors import InputError, option, require
 from edgepet.images.folders import Split
 from edgepet.images.mask_folders import open_masks
-from edgepet.images.masks import MaskSet, check_masks
+from edgepet.images.masks import check_masks
 from edgepet.images.notes import Tell, passed_over
-from edgepet.measuring.machine import TORCH
 from edgepet.networks.backbone import AnyBackbone
-from edgepet.packs.pack import EVERY, read_pack
-from edgepet.proving.masks import judge_masks
-from edgepet.proving.subject import Subject
+from edgepet.proving.masks import judge_masks, require_mask_classes
+from edgepet.proving.sources import ArtifactSource, PackSource
 from edgepet.reports.screen import Screen, lines
-from edgepet.reports.tables import format_names, format_percent
-from edgepet.spec import FilePath
+from edgepet.reports.tables import format_percent
 from edgepet.verbs.train_masks import METRIC, told
 
 
@@ -47,44 +43,28 @@ class MaskEvalReport:
     classes: tuple[ClassScore, ...]
 
 
-def answers_masks(model: FilePath) -> bool:
-    """Whether ``model`` is a pack whose first head answers masks.
-
-    Raises:
-        PackError, InputError: it is a file and no pack.
-    """
-    path = Path(model)
-    return path.is_file() and read_pack(path, answers=EVERY).delta.answers[0] == "mask"
-
-
 def evaluate_masks(
-    model: Path, data: Path, split: Split, runtime: str | None, precision: str, backbone: AnyBackbone, tell: Tell
-) -> MaskEvalReport:
-    """The mIoU of a pack's first head for masks on a split of ``data``.
+    source: PackSource | ArtifactSource, data: Path, split: Split, runtime: str | None, precision: str,
+    backbone: AnyBackbone, threads: int | None, tell: Tell,
+) -> MaskEvalReport:  # fmt: skip
+    """The mIoU of a pack or an exported model that answers masks, on a split of ``data``.
 
     Raises:
-        InputError: another runtime than torch or another precision than fp32, no such split, other classes than the
-            head's, or masks that are none.
+        InputError: a runtime that cannot run it, no such split, other classes than the head's, or masks that are none.
         BackboneError: ``backbone`` is not the pack's.
-        MissingError: torch is not installed.
+        MissingError: the runtime is not installed.
     """
-    for field, value, usual in (("runtime", runtime or TORCH.name, TORCH.name), ("precision", precision, "fp32")):
-        if value != usual:
-            fix = f"leave {option(field)} out"
-            raise InputError(option(field), f"is {usual} for a task of masks so far", got=repr(value), fix=fix)
-    require(TORCH.module, extra=str(TORCH.extra), purpose=f"evaluating {model.name}")
-    from edgepet.tuning.dense import MergedMasks
-
-    subject = Subject(model, backbone, None, answers=EVERY)
-    head = subject.delta.heads[0].head
     images = open_masks(data, split)
-    _require_classes(images, head.labels, data, model)
-    check_masks(images, subject.delta.preprocess)
+    require_mask_classes(images, source.labels, data, source.path.name)
+    check_masks(images, source.preprocess)
     summary = passed_over(data, images.passed_over)
     line = f"{data}: {len(images)} {split} images"
     tell(f"{line}; {summary}" if summary else line, [])
-    network = MergedMasks(subject.backbone, subject.delta)
-    judged = judge_masks(network, images, subject.delta.preprocess, len(head.labels))
+    opened = source.open(runtime, precision, backbone, threads)
+    try:
+        judged = judge_masks(opened.network, images, source.preprocess, len(source.labels))
+    finally:
+        opened.network.close()
     return MaskEvalReport(
         metric=METRIC,
         value=judged.miou,
@@ -92,16 +72,10 @@ def evaluate_masks(
         low=judged.low,
         high=judged.high,
         pixels=judged.pixels,
-        runtime=TORCH.name,
-        precision="fp32",
-        classes=tuple(ClassScore(name=name, iou=iou) for name, iou in zip(head.labels, judged.ious, strict=True)),
+        runtime=opened.runtime,
+        precision=opened.precision,
+        classes=tuple(ClassScore(name=name, iou=iou) for name, iou in zip(source.labels, judged.ious, strict=True)),
     )
-
-
-def _require_classes(images: MaskSet, labels: tuple[str, ...], data: Path, model: Path) -> None:
-    if images.classes != labels:
-        what = f"needs the {len(labels)} classes of {model.name} in their order, {format_names(labels[:5])}"
-        raise InputError(str(data), what, got=format_names(images.classes[:5]))
 
 
 def mask_eval_screen(report: MaskEvalReport) -> Screen:

@@ -14,11 +14,13 @@ from edgepet.device.runtimes import FORMATS, Format
 from edgepet.errors import InputError, MissingError, option, require
 from edgepet.exporters import EXPORTERS
 from edgepet.exporters.exporter import ExportOptions
-from edgepet.exporters.portable import OLDEST, OPSET, require_opset
+from edgepet.exporters.portable import OLDEST, require_opset
 from edgepet.files import folder_bytes, move_folder, require_only, require_place
+from edgepet.graphs.onnx_file import OPSET
 from edgepet.jobs.job import MEASURED, Result
 from edgepet.measuring.machine import runtimes
 from edgepet.networks.backbone import AnyBackbone
+from edgepet.packs.pack import EVERY
 from edgepet.proving.exported import Exported
 from edgepet.proving.exporting import export_task, place_of
 from edgepet.proving.precision import require_images
@@ -116,7 +118,7 @@ def export(
         own = task if len(tasks) > 1 else None
         images = replace(options, calib=of_task(options.calib, own))
         artifacts += export_task(
-            Subject(pack, backbone, of_task(data, own), pictures=options.takes != "float32"),
+            Subject(pack, backbone, of_task(data, own), pictures=options.takes != "float32", answers=EVERY),
             Path(folder),
             images,
             stage,
@@ -322,7 +324,8 @@ def _int8(artifact: Exported) -> str:
     chosen = cast(Mapping[str, object], (artifact.int8 or {})["recipe"])
     executed = cast(Mapping[str, int], artifact.executed.get("layers", {}))
     ran = f"; {artifact.format} ran {executed.get('int8', 0)} of {sum(executed.values())} products on int8 codes"
-    return f"{artifact.task} int8: {lost(artifact.drop)}; {recipe(chosen)}{ran if executed else ''}"
+    told = lost(artifact.drop, "top-1" if artifact.artifact.answer == "class" else "mIoU")
+    return f"{artifact.task} int8: {told}; {recipe(chosen)}{ran if executed else ''}"
 
 
 def recipe(facts: Mapping[str, object]) -> str:
@@ -332,12 +335,12 @@ def recipe(facts: Mapping[str, object]) -> str:
     return f"{smooth}, {facts['estimator']} ranges, {corrected}"
 
 
-def lost(drop: Drop | None) -> str:
-    """Points of top-1 that int8 loses, the interval, and on how many images."""
+def lost(drop: Drop | None, of: str = "top-1") -> str:
+    """Points of top-1, or of what else, that int8 loses, the interval, and on how many images."""
     if drop is None:
         return "not judged"
     reach = f"{drop.low:.2f} to {drop.high:.2f}"
-    return f"loses {drop.points:.2f} points of top-1 ({reach}, n = {drop.n}), divergence {drop.kl:.2g}"
+    return f"loses {drop.points:.2f} points of {of} ({reach}, n = {drop.n}), divergence {drop.kl:.2g}"
 
 
 VERB = Verb(options=_options, run=_run, screen=screen)

@@ -10,10 +10,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from edgepet.deltas.branches import Branch
+from edgepet.deltas.delta import JudgedHead
 from edgepet.deltas.updates import Targeted, factors
 from edgepet.device.artifact import Artifact
 from edgepet.errors import InputError, option
 from edgepet.files import read_file
+from edgepet.packs.map_heads import METRICS
 from edgepet.packs.pack import Pack
 from edgepet.packs.signatures import signer
 from edgepet.proving.sources import PackSource, open_source
@@ -37,6 +39,24 @@ class UpdateCount:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class HeadLine:
+    """A head that reads maps: ``layers`` are kinds of layers in their order, ``values`` the numbers that they carry.
+
+    ``metric`` is "miou", and ``value`` what it was on ``n`` val images, None where it was not judged.
+    """
+
+    name: str
+    answer: str
+    classes: tuple[str, ...]
+    reads: tuple[str, ...]
+    layers: tuple[str, ...]
+    values: int
+    metric: str
+    value: float | None
+    n: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class BackboneName:
     """The backbone that a model was made for, by name and by content."""
 
@@ -51,6 +71,7 @@ class InspectReport:
     ``int8_codes`` is the sha256 of the int8 backbone's codes that a pack has ranges for, ``int8_trunk`` that of the
     backbone's own ranges, where they hold in its trunk. ``signed`` is whether a pack
     has a signature; ``signed_by`` is the trusted key that it is of, None where no folder of such keys was given.
+    ``answer`` is what the first head answers, of a class or a mask, and ``heads`` are those of a pack that read maps.
     ``codecs`` are those of a pack's planes. ``card`` are the files of a model card, where one was asked for.
     """
 
@@ -75,6 +96,8 @@ class InspectReport:
     sequence: int | None = None
     codecs: dict[str, str] | None = None
     card: tuple[Path, Path] | None = None
+    answer: str = "class"
+    heads: tuple[HeadLine, ...] = ()
 
 
 def inspect(path: FilePath, *, trusted: FilePath | None = None, card: FilePath | None = None) -> InspectReport:
@@ -97,6 +120,8 @@ def inspect(path: FilePath, *, trusted: FilePath | None = None, card: FilePath |
     if isinstance(source, PackSource):
         if data is not None and hashlib.sha256(data).hexdigest() != source.pack.sha256:
             raise InputError(str(where), "changed while it was read")
+        if card is not None and source.answer != "class":
+            raise InputError(option("card"), "is of tasks of classes so far", got=f"{where}, which answers masks")
         report = _of_pack(source.pack, signed_by)
         return report if card is None else replace(report, card=write_card(source.pack, signed_by, Path(card)))
     if card is not None:
@@ -115,7 +140,7 @@ def _of_pack(pack: Pack, signed_by: str | None) -> InspectReport:
         backbone=BackboneName(name=delta.backbone, fingerprint=delta.fingerprint),
         updates=_updates(delta.updates),
         branches=_branches(delta.branches),
-        classes=delta.labels,
+        classes=delta.labels or delta.heads[0].head.labels,
         preprocess=delta.preprocess.as_json(),
         bytes_by_kind={**pack.bytes_by_kind, "header": pack.size_bytes - sum(pack.bytes_by_kind.values())},
         val_top1=delta.val.top1 if delta.val.n else None,
@@ -128,6 +153,23 @@ def _of_pack(pack: Pack, signed_by: str | None) -> InspectReport:
         signed=pack.signature is not None,
         sequence=pack.sequence,
         codecs={name: plane.stored.coding.format for name, plane in sorted(pack.planes.items())},
+        answer=delta.answers[0],
+        heads=tuple(map(_head, delta.heads)),
+    )
+
+
+def _head(judged: JudgedHead) -> HeadLine:
+    head = judged.head
+    return HeadLine(
+        name=head.name,
+        answer=head.answer,
+        classes=head.labels,
+        reads=head.inputs,
+        layers=tuple(step.layer.kind for step in head.steps),
+        values=head.stored_values,
+        metric=METRICS[head.answer],
+        value=judged.miou if judged.n else None,
+        n=judged.n,
     )
 
 
@@ -148,6 +190,7 @@ def _of_artifact(artifact: Artifact) -> InspectReport:
         licences=(),
         signed_by=None,
         verified=artifact.verified,
+        answer=artifact.answer,
     )
 
 
@@ -191,7 +234,9 @@ def _signature(report: InspectReport) -> str:
 def _screen(report: InspectReport) -> Screen:
     size = sum(report.bytes_by_kind.values())
     settings = ", ".join(f"{key}={value}" for key, value in report.settings.items())
-    scored = f"val {format_percent(report.val_top1)}" if report.val_top1 is not None else "not scored"
+    judged = [f"val mIoU {format_percent(each.value)}" for each in report.heads if each.value is not None]
+    scored = f"val {format_percent(report.val_top1)}" if report.val_top1 is not None else ""
+    scored = ", ".join(filter(None, [scored, *judged])) or "not scored"
     pack = report.kind == "pack"
     yield lines(
         f"{report.kind} {report.task}  {format_bytes(size)}",
@@ -205,6 +250,12 @@ def _screen(report: InspectReport) -> Screen:
         None if report.verified is None else f"  {'' if report.verified else 'not '}verified when it was made",
         None if report.card is None else f"  wrote {report.card[0]} and {report.card[1]}",
     )
+    headed = [
+        (each.name, each.answer, ", ".join(each.reads), format_number(len(each.layers)), format_number(each.values))
+        for each in report.heads
+    ]
+    if headed:
+        yield Table("heads", (*left("name", "answers", "reads"), *right("layers", "values")), headed)
     for title, counts in (("updates", report.updates), ("branches", report.branches)):
         rows = [(u.kind, format_number(u.count), format_number(u.values)) for u in counts]
         if rows:

@@ -17,7 +17,7 @@ from edgepet.jobs.running import LOCK, run_jobs
 from edgepet.locks import held_alone
 from edgepet.measuring.machine import environment
 from edgepet.networks.backbone import AnyBackbone
-from edgepet.packs.pack import read_pack
+from edgepet.packs.pack import EVERY, read_pack
 from edgepet.proving.subject import Subject
 from edgepet.spec import FilePath
 from edgepet.tuning.work_folder import work_folder
@@ -43,7 +43,7 @@ def tasks_of(packs: Sequence[FilePath], verb: str) -> dict[Path, str]:
     Raises:
         InputError: two are of one task, or a pack cannot be read.
     """
-    read = [(Path(path), read_pack(path).delta.task) for path in packs]
+    read = [(Path(path), read_pack(path, answers=EVERY).delta.task) for path in packs]
     if len({task for _, task in read}) != len(read):
         raise InputError(verb, "needs packs of different tasks", got=", ".join(task for _, task in read))
     return dict(read)
@@ -76,7 +76,7 @@ def make_graphs(
         what = "need a backbone by its name: each runs in a process of its own"
         raise InputError(option("jobs"), what, got=type(backbone).__name__)
     for pack in tasks:
-        subject = Subject(pack, backbone, None)
+        subject = Subject(pack, backbone, None, answers=EVERY)
         subject.check_backbone()
         stage(f"graph of {subject.delta.backbone}")
         use(subject)

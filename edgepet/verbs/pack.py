@@ -11,22 +11,28 @@ import numpy as np
 
 from edgepet.calibration.budget import Drop
 from edgepet.deltas.delta import Delta
+from edgepet.device.answers import labels_of
+from edgepet.device.map_heads import map_head_of
 from edgepet.errors import CheckError, InputError, option, require
 from edgepet.files import read_file, write_file
+from edgepet.images.mask_folders import open_masks
+from edgepet.images.masks import check_masks, read_masks
 from edgepet.images.preprocess import normalize
 from edgepet.images.sets import load_set, open_split
 from edgepet.networks.backbone import AnyBackbone
 from edgepet.packs.codecs import CODECS, Codec, Coding
 from edgepet.packs.container import is_old
 from edgepet.packs.manifest import MAX_SEQUENCE
+from edgepet.packs.map_heads import METRICS
 from edgepet.packs.old import read_old
-from edgepet.packs.pack import Pack, PackCodec, encode_pack, read_pack
+from edgepet.packs.pack import EVERY, Pack, PackCodec, encode_pack, read_pack
 from edgepet.packs.signatures import make_keys, require_key, sign
 from edgepet.proving.coding import Recoded, Recoding
+from edgepet.proving.masks import require_mask_classes
 from edgepet.proving.subject import Subject
 from edgepet.reports.screen import Screen, lines
 from edgepet.reports.tables import Table, format_bytes, format_number, left, right
-from edgepet.spec import FilePath
+from edgepet.spec import FilePath, NpArray
 from edgepet.verbs.verb import (
     Options,
     Parser,
@@ -61,8 +67,8 @@ class PackReport:
     """What ``pack`` wrote.
 
     ``max_abs_diff`` is on logits of ``n`` images, of the pack that was read and the one that was written; where no
-    number was stored otherwise, both are 0. ``top1_drop`` is a fraction of 1, None where no labels were given; ``drop``
-    is the same in points, with its interval.
+    number was stored otherwise, both are 0. ``drop`` is in points of ``metric``, "top1" or "miou", with its interval,
+    None where no labels were given; ``top1_drop`` is the same as a fraction of 1, None of a task of masks too.
     """
 
     path: Path
@@ -76,6 +82,7 @@ class PackReport:
     drop: Drop | None
     sequence: int
     signed: bool
+    metric: str = "top1"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -124,14 +131,11 @@ def pack(
         require_key(Path(key))
     given = read_file(source)
     if is_old(given):
-        if codec is not None:
-            fix = f"edgepet pack {source.name} -o NEW.pet, then this with NEW.pet"
-            raise InputError(source.name, "was written before version 1 was final", fix=fix)
-        made = _anew(given, source.name, sequence)
+        made = _anew(given, source.name, codec, sequence)
     else:
         made = _recoded(source, codec, backbone, data, max_drop, sequence, stage)
     signed = made.data if key is None else sign(made.data, Path(key))
-    written = read_pack(signed)  # what a device would refuse is not written
+    written = read_pack(signed, answers=EVERY)  # what a device would refuse is not written
     write_file(output, signed)
     return PackReport(
         path=output,
@@ -140,7 +144,8 @@ def pack(
         codec=written.codec,
         planes=_planes(written),
         max_abs_diff=made.max_abs,
-        top1_drop=None if made.drop is None else made.drop.points / 100,
+        top1_drop=None if made.drop is None or not written.delta.labels else made.drop.points / 100,
+        metric="top1" if written.delta.labels else METRICS["mask"],
         n=made.n,
         drop=made.drop,
         sequence=written.sequence,
@@ -169,8 +174,11 @@ def _require_together(codec: Asked | None, data: FilePath | None, max_drop: floa
         )
 
 
-def _anew(given: bytes, where: str, sequence: int | None) -> Recoded:
-    """An old pack in the final format, with the very numbers that it had."""
+def _anew(given: bytes, where: str, asked: Asked | None, sequence: int | None) -> Recoded:
+    """An old pack in the final format, with the very numbers that it had: no other codec may be asked for."""
+    if asked is not None:
+        fix = f"edgepet pack {where} -o NEW.pet, then this with NEW.pet"
+        raise InputError(where, "was written before version 1 was final", fix=fix)
     delta, codec = read_old(given, where)
     made = encode_pack(delta, codec=codec, sequence=sequence or 0)
     if not _same(read_pack(made), delta):  # a scale far from one: fp16 has its difference from one less exactly
@@ -192,7 +200,7 @@ def _recoded(
     sequence: int | None,
     stage: Callable[[str], None],
 ) -> Recoded:
-    subject = Subject(source, backbone, data)
+    subject = Subject(source, backbone, data, answers=EVERY)
     number = subject.pack.sequence if sequence is None else sequence
     if codec is None:
         kept = encode_pack(subject.delta, kept=subject.pack.planes, sequence=number)
@@ -201,9 +209,7 @@ def _recoded(
     if data is None:
         images, labels = subject.images[0], None
     else:
-        preprocess = subject.delta.preprocess
-        pixels, labels = load_set(open_split(Path(data), "val", clips=preprocess.frames > 1), preprocess)
-        images = normalize(pixels, preprocess)
+        images, labels = _labelled(Path(data), subject.delta)
     recoding = Recoding(subject, images, labels, number)
     if codec == "auto" and labels is not None and max_drop is not None:
         return recoding.smallest(max_drop, labels, stage)
@@ -213,6 +219,19 @@ def _recoded(
         what, got = f"must lose at most {max_drop:g} points in {codec}", f"{made.drop.points:.2f} on {made.n} images"
         raise CheckError(str(source), what, got=got, fix=f"{option('codec', 'auto')}, or a wider {option('max_drop')}")
     return made
+
+
+def _labelled(data: Path, delta: Delta) -> tuple[NpArray, NpArray]:
+    """The images of the val split of ``data``, and their classes, or those of all pixels."""
+    preprocess = delta.preprocess
+    if map_head_of(delta) is None:
+        pixels, labels = load_set(open_split(data, "val", clips=preprocess.frames > 1), preprocess)
+        return normalize(pixels, preprocess), labels
+    masks = open_masks(data, "val")
+    require_mask_classes(masks, labels_of(delta), data, f"{delta.task}.pet")
+    check_masks(masks, preprocess)
+    pixels, _ = load_set(masks.images, preprocess)
+    return normalize(pixels, preprocess), read_masks(masks.masks, preprocess.image_size)
 
 
 def _planes(pack: Pack) -> tuple[PlaneReport, ...]:
@@ -261,8 +280,9 @@ def _screen(report: PackReport) -> Screen:
         compared = f"logits differ by at most {report.max_abs_diff:.2g} on {report.n} images"
     else:
         drop = report.drop
+        of = "" if report.metric == "top1" else " of mIoU"
         compared = (
-            f"{drop.points:+.2f} points lost ({drop.low:+.2f} to {drop.high:+.2f}) on {drop.n} images,"
+            f"{drop.points:+.2f} points{of} lost ({drop.low:+.2f} to {drop.high:+.2f}) on {drop.n} images,"
             f" logits differ by at most {report.max_abs_diff:.2g}"
         )
     yield lines(

@@ -11,20 +11,23 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from edgepet.device.answers import ClassShare, masked
 from edgepet.device.artifact import MANIFEST
 from edgepet.device.runtime import require_finite, scores_of
 from edgepet.device.runtimes import RUNTIMES
 from edgepet.device.together import Shared, Together
 from edgepet.errors import EdgepetError, InputError
 from edgepet.images.folders import require_readable
-from edgepet.images.inputs import asked_for, inputs_of
-from edgepet.images.preprocess import load_input, normalize
+from edgepet.images.inputs import Input, asked_for, inputs_of
+from edgepet.images.preprocess import load_input, normalize, upright_size
 from edgepet.measuring.machine import TORCH
 from edgepet.networks.backbone import AnyBackbone
 from edgepet.proving.sources import ArtifactSource, Opened, PackSource, open_source, open_together
 from edgepet.reports.screen import Screen, lines
 from edgepet.reports.tables import Table, format_percent, left
 from edgepet.spec import FilePath, NpArray, Preprocess
+from edgepet.verbs.drawings import Drawings, drawing_options
+from edgepet.verbs.drawings import told as told_classes
 from edgepet.verbs.verb import (
     MOST_THREADS,
     Options,
@@ -63,11 +66,20 @@ class Said:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class SaidMask:
+    """What one task says of every pixel of an image: what each class takes, and the files that were written."""
+
+    classes: tuple[ClassShare, ...]
+    mask: Path | None
+    drawn: Path | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Prediction:
     """What every task says of one image, by the task's name."""
 
     image: str
-    tasks: Mapping[str, Said]
+    tasks: Mapping[str, Said | SaidMask]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,6 +103,8 @@ def predict(
     backbone: AnyBackbone = None,
     threads: int | None = None,
     device: str | None = None,
+    masks: FilePath | None = None,
+    draw: FilePath | None = None,
 ) -> PredictReport:
     """What each of ``models`` says of ``inputs``; an image that several of them see alike is decoded once, and what
     several packs have in common of one backbone is computed once.
@@ -103,16 +117,26 @@ def predict(
         top: how many classes to tell, the best first.
         threads: of the runtime; None is all cores.
         device: "cpu", "gpu", "npu" or "cuda"; None is the runtime's usual one.
+        masks: a folder for what tasks of masks answer, index PNGs, and ``draw`` one for images under their colours.
 
     Raises:
-        InputError: a model or an image that cannot be read, or a runtime that cannot run a model.
+        InputError: a model or an image that cannot be read, a runtime that cannot run a model, or images of one name
+            that are to be drawn.
         MissingError: the runtime is not installed.
     """
     at_least_one("top", top)
+    drawings = Drawings.of(masks, draw)
     with Predictor(
-        models, runtime=runtime, precision=precision, backbone=backbone, threads=threads, device=device
+        models,
+        runtime=runtime,
+        precision=precision,
+        backbone=backbone,
+        threads=threads,
+        device=device,
+        drawings=drawings,
     ) as predictor:
         paths = predictor.inputs(inputs)
+        drawings.require_names(path.name for path in paths)
         results = [
             each
             for start in range(0, len(paths), BATCH)
@@ -126,7 +150,7 @@ class Predictor:
 
     def __init__(
         self, models: Sequence[FilePath], *, runtime: str | None, precision: str, backbone: AnyBackbone,
-        threads: int | None, device: str | None,
+        threads: int | None, device: str | None, drawings: Drawings,
     ) -> None:  # fmt: skip
         at_least_one("threads", threads, MOST_THREADS)
         sources = [open_source(model) for model in models]
@@ -135,7 +159,8 @@ class Predictor:
             raise InputError("models", "take images and clips", fix="ask for them one after the other")
         self._clips, self._closing = frames.pop(), contextlib.ExitStack()
         self._named = dict(zip(_names(sources, models), sources, strict=True))
-        self._given = runtime, precision, backbone, threads, device
+        self._given, self._drawings = (runtime, precision, backbone, threads, device), drawings
+        self._alone = sum(source.answer == "mask" for source in sources) == 1
         self._together, self._opened = list[Together](), dict[str, Opened]()
 
     def __enter__(self) -> Predictor:
@@ -177,10 +202,20 @@ class Predictor:
         return [
             Prediction(
                 image=str(path),
-                tasks={name: _said(logits[name][k], source.labels, top) for name, source in self._named.items()},
+                tasks={name: self._said(path, name, logits[name][k], top) for name in self._named},
             )
             for k, path in enumerate(paths)
         ]
+
+    def _said(self, path: Path, name: str, logits: NpArray, top: int) -> Said | SaidMask:
+        source = self._named[name]
+        if source.answer == "class":
+            return _said(logits, source.labels, top)
+        preprocess = source.preprocess
+        size = upright_size(path, preprocess, decode=True)
+        answer = masked(path.name, name, source.labels, logits, preprocess, size)
+        mask, drawn = self._drawings.write(answer, Input(path.name, path), alone=self._alone)
+        return SaidMask(classes=answer.classes, mask=mask, drawn=drawn)
 
 
 def _names(sources: Sequence[PackSource | ArtifactSource], models: Sequence[FilePath]) -> list[str]:
@@ -242,7 +277,7 @@ def _stream(options: Options, progress: Progress) -> Iterator[StreamedPrediction
     at_least_one("top", options.top)
     predictor = Predictor(
         models, runtime=options.runtime, precision=options.precision, backbone=options.backbone,
-        threads=options.threads, device=options.device,
+        threads=options.threads, device=options.device, drawings=Drawings.of(options.masks, options.draw),
     )  # fmt: skip
     with contextlib.ExitStack() as stack:
         with progress.stage(f"open {', '.join(models)}"):
@@ -277,6 +312,7 @@ def _options(parser: Parser) -> None:
     add("--runtime", choices=[TORCH.name, *RUNTIMES], help=told)
     add("--top", type=int, default=1, metavar="K", help="classes to tell of each image (default: %(default)s)")
     pack_precision_option(parser)
+    drawing_options(parser)
     threads_option(parser)
     device_option(parser)
     backbone_option(parser)
@@ -291,7 +327,8 @@ def _run(options: Options, progress: Progress) -> PredictReport:
     with progress.stage(f"predict: {', '.join(models)}"):
         return predict(
             models, inputs, runtime=options.runtime, precision=options.precision, top=options.top,
-            backbone=options.backbone, threads=options.threads, device=options.device,
+            backbone=options.backbone, threads=options.threads, device=options.device, masks=options.masks,
+            draw=options.draw,
         )  # fmt: skip
 
 
@@ -310,7 +347,9 @@ def _screen(report: PredictReport) -> Screen:
     )
 
 
-def _cell(said: Said) -> str:
+def _cell(said: Said | SaidMask) -> str:
+    if isinstance(said, SaidMask):
+        return told_classes(said.classes)
     return ", ".join(f"{guess.label} {format_percent(guess.score)}" for guess in said.top)
 
 

@@ -19,7 +19,7 @@ from edgepet.files import disk_use
 from edgepet.graphs.base import BaseGraph
 from edgepet.graphs.int8 import Int8Graph
 from edgepet.graphs.slots import task_slots
-from edgepet.packs.pack import Pack, read_pack
+from edgepet.packs.pack import EVERY, Pack, read_pack
 from edgepet.proving.sources import graph_of, int8_graph_of
 from edgepet.reports.screen import Screen, lines
 from edgepet.reports.tables import Table, format_bytes, format_ratio, left, right
@@ -106,7 +106,7 @@ def storage(
     with tempfile.TemporaryDirectory(prefix="edgepet-") as folder:
         scratch = Store(Path(folder))
         for path in map(Path, packs):
-            delta = read_pack(path).delta
+            delta = read_pack(path, answers=EVERY).delta
             if delta.task in scratch.tasks():
                 raise InputError("storage", "needs packs of different tasks", got=f"{delta.task!r} twice")
             if precision == "int8":
@@ -185,7 +185,8 @@ def _task_bytes(graph: BaseGraph | Int8Graph, pack: Pack) -> TaskBytes:
         own: int | None = task_slots(graph, pack.delta).own_bytes
     else:
         values, model, own = sum(place.length for place in graph.places.values()), graph.model_path, None
-    head = 4 * (pack.delta.head.weight.size + pack.delta.head.bias.size)
+    values_of_heads = sum(each.head.stored_values for each in pack.delta.heads)
+    head = 4 * (pack.delta.head.weight.size + pack.delta.head.bias.size + values_of_heads)
     return TaskBytes(
         task=pack.delta.task,
         method=pack.delta.method,

@@ -15,6 +15,7 @@ from edgepet.methods.method import count
 from edgepet.packs.codecs import Rounding
 from edgepet.packs.pack import EVERY, encode_pack, read_pack, write_pack
 from edgepet.proving.masks import judge_masks
+from edgepet.proving.probing import probed
 from edgepet.reports.screen import Screen, lines, program
 from edgepet.reports.tables import format_bytes, format_number, format_percent, format_seconds
 from edgepet.tuning.work_folder import HELD_OUT, work_folder, write_work
@@ -102,7 +103,7 @@ def write_masks(output: Path, made: MadeMasks, codec: Rounding) -> None:
     stored = read_pack(encode_pack(made.delta, codec=codec), answers=EVERY)
     judged, (head,) = val_overlap(made, stored.delta), stored.delta.heads
     scored = replace(stored.delta, heads=(replace(head, miou=judged.miou, n=judged.n),))
-    write_pack(output, scored, kept=stored.planes)
+    write_pack(output, probed(made.backbone, scored), kept=stored.planes)
     keep_weights(made.backbone)
     spread = np.random.default_rng(0).permutation(len(made.val))[:HELD_OUT]
     pixels, labels = np.asarray(made.val.pixels[spread]), made.val.labels[spread]
@@ -168,7 +169,7 @@ def mask_screen(report: MaskTrainReport) -> Screen:
         f" {format_seconds(report.seconds)} in all",
         f"  lowered equals tuned in float64: {report.algebra_max_abs:.1e}, limit {report.algebra_limit:.1e}",
         None if report.log_dir is None else f"  logged to {report.log_dir}",
-        f"next: {program()} eval {report.pack} DATA --runtime torch",
+        f"next: {program()} predict {report.pack} IMAGE --draw DIR",
     )
 
 

@@ -12,6 +12,7 @@ from edgepet.files import sha256_file
 from edgepet.graphs.manifest import damaged
 from edgepet.images.batches import batched
 from edgepet.networks.backbone import AnyBackbone
+from edgepet.packs.pack import EVERY
 from edgepet.proving.checks import Check, check_data, check_probe, check_resizing, probe_images
 from edgepet.proving.subject import Subject
 from edgepet.reports.screen import Screen, lines
@@ -60,7 +61,7 @@ def verify(
     try:
         checks = [files, check_probe(artifact, runner(probe_images(artifact))), *check_resizing(artifact, runner)]
         if data is not None:
-            subject = Subject(pack or _find_pack(folder, artifact), backbone, data)
+            subject = Subject(pack or _find_pack(folder, artifact), backbone, data, answers=EVERY)
             checks.append(check_data(artifact, subject.merged_reference, batched(runner, subject.images[0])))
     finally:
         runner.close()

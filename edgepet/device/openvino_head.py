@@ -1,0 +1,34 @@
+"""A head that reads maps on OpenVINO: a graph of its own, compiled from bytes."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping
+
+from edgepet.device.openvino import _compile, _refusing, core
+from edgepet.graphs.onnx_file import OnnxFile
+from edgepet.spec import NpArray
+
+
+class OpenVinoHead:
+    """One compiled head and one request: maps by name to what it puts out.
+
+    Raises:
+        InputError: OpenVINO cannot read or compile it.
+        MissingError: OpenVINO is not installed.
+    """
+
+    def __init__(self, file: OnnxFile, *, threads: int | None = None, device: str = "CPU") -> None:
+        with _refusing("head", "cannot be opened by OpenVINO"):
+            model = core().read_model(file.encoded())
+        self._request = _compile(model, threads, "fp32", device, where="head").create_infer_request()
+        self._lock = threading.Lock()  # a request runs one call
+
+    def __call__(self, given: Mapping[str, NpArray]) -> NpArray:
+        with self._lock, _refusing("head", "cannot be run by OpenVINO"):
+            answer: NpArray = self._request.infer(dict(given))[0].copy()
+        return answer
+
+    def close(self) -> None:
+        """Give the request back."""
+        self._request = None

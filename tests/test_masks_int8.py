@@ -1,0 +1,156 @@
+"""Tasks of masks in int8: exported for each runtime, judged by mIoU, the head in float."""
+
+# ruff: noqa: E501  a row of a table stays on its line
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+import timm
+
+import edgepet
+from edgepet.calibration.budget import divergence, drop_between, mask_drop
+from edgepet.calibration.mask_images import mask_calibration_images
+from edgepet.deltas.heads import mask_of
+from edgepet.device.artifact import open_artifact, read_artifact
+from edgepet.errors import InputError
+from edgepet.exporters.exporter import ExportOptions
+from edgepet.exporters.trace import base_graph
+from edgepet.images.mask_folders import open_masks
+from edgepet.images.masks import squashed
+from edgepet.networks.backbone import Backbone
+from edgepet.networks.head_settings import Form
+from edgepet.packs.pack import EVERY, read_pack
+from edgepet.spec import Preprocess
+from edgepet.tuning.dense import MergedMasks
+from tests.flow import has_openvino, refused
+from tests.mask_folders import index_folder
+from tests.mask_packs import LABELS, mask_backbone, mask_delta, mask_pack
+from tests.tiny import seeded
+
+FORMATS = ("onnx", *(["openvino"] if has_openvino else []))
+
+
+def convnet(folder: Path) -> Backbone:
+    module = seeded(timm.create_model("test_efficientnet", pretrained=False, num_classes=0), 5).eval()
+    return Backbone.from_module(
+        module, name="efficientnet", preprocess=squashed(Preprocess(image_size=(64, 64), orientation="exif"))
+    )
+
+
+MAKERS: dict[str, Callable[[Path], Backbone]] = {"vit": mask_backbone, "convnet": convnet}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return index_folder(tmp_path_factory.mktemp("calib"), train=36, val=6, test=4, size=(40, 48))
+
+
+@pytest.mark.parametrize("network", MAKERS)
+def test_int8_of_masks_is_judged_by_pixels_and_by_miou(network: str, data: Path, tmp_path: Path) -> None:
+    """All layers of the backbone multiply codes, and none of the head."""
+    backbone = MAKERS[network](tmp_path)
+    base_graph(backbone)
+    mask_pack(tmp_path / "ssf.pet", backbone, mask_delta(backbone, "ssf", form=Form(width=8, maps=(2, 3))))
+    options = ExportOptions(to=FORMATS, precision="int8", calib=data)  # type: ignore[arg-type]
+
+    report = edgepet.export([tmp_path / "ssf.pet"], tmp_path / "out", backbone=backbone, data=data, options=options)
+
+    images = np.stack([np.full((3, 64, 64), level, np.float32) for level in (-1, 0, 1)])
+    images += np.random.default_rng(3).normal(0, 0.3, images.shape).astype(np.float32)
+    expected = MergedMasks(backbone, read_pack(tmp_path / "ssf.pet", answers=EVERY).delta)(images)
+    for made in report.artifacts:
+        assert made.verified
+        assert made.drop is not None
+        assert (made.drop.n, made.drop.low <= made.drop.points <= made.drop.high) == (42, True)
+        assert made.parity is not None
+        assert made.parity.top1_agreement >= 0.9
+        runner = open_artifact(made.path, read_artifact(made.path), threads=1)
+        logits, mask = runner.outputs(images)
+        runner.close()
+        assert (mask == mask_of(logits, (64, 64))).mean() >= 0.999
+        assert (mask == mask_of(expected, (64, 64))).mean() >= 0.85
+    model = onnx.load(str(tmp_path / "out/ssf-onnx-int8/model.onnx"))
+    coded = [tensor.name for tensor in model.graph.initializer if tensor.data_type == onnx.TensorProto.INT8]
+    assert len([name for name in coded if name.endswith(".codes")]) > 10
+    assert not [name for name in coded if name.startswith("head.")]
+
+
+def test_what_masks_lose_is_the_difference_of_their_miou() -> None:
+    rng = np.random.default_rng(3)
+    truths = rng.integers(0, 3, (6, 8, 8)).astype(np.uint8)
+    truths[0, 0] = 255
+    exact = np.stack([(truths == label) * 9.0 for label in range(3)], axis=1)
+    worse = exact.copy()
+    worse[:3, :, :, :4] = rng.standard_normal((3, 3, 8, 4))
+
+    drop = mask_drop(exact, worse, truths)
+
+    assert mask_drop(exact, exact, truths) == replace(drop, points=0.0, low=0.0, high=0.0, kl=0.0)
+    ious = []
+    answers = worse.argmax(1)
+    for label in range(3):
+        counted = truths != 255
+        hit = ((answers == label) & (truths == label) & counted).sum()
+        ious.append(hit / ((((answers == label) | (truths == label)) & counted).sum()))
+    assert drop.points == pytest.approx(100 * (1 - np.mean(ious)))
+    assert 0 < drop.low < drop.points < drop.high
+    flat = [np.moveaxis(each, 1, -1).reshape(-1, 3) for each in (exact, worse)]
+    assert drop.kl == pytest.approx(divergence(*flat))
+    assert drop_between(*flat, np.zeros(len(flat[0]), int)).kl == pytest.approx(drop.kl)
+
+
+def test_calibration_images_of_masks_are_drawn_and_written_down(data: Path) -> None:
+    made = mask_calibration_images(data, LABELS, Preprocess(image_size=(32, 32)), count=34)
+    facts: Any = made.facts
+
+    assert (len(made.measured), len(made.held_out), len(made.judged)) == (26, 8, 42)
+    assert (facts["images"], facts["per_class"]) == (34, {})
+    assert set(made.digests) <= {f"images/train/{n:03}.png" for n in range(36)}
+    assert {path.name for path in made.held_out.paths}.isdisjoint(path.name for path in made.measured.paths)
+    assert made.held_out_masks.paths == made.held_out.paths
+    assert (
+        made.judged_masks.paths
+        == made.judged.paths
+        == (*open_masks(data, "train").paths, *open_masks(data, "val").paths)
+    )
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (lambda folder: (folder / "classes.txt").write_text("a\nb\nc\n"), "needs the 3 classes of the task in their order, red, green, blue, got a, b, c"),
+        (lambda folder: [path.unlink() for path in sorted(folder.glob("*/train/*"))[::2]], "needs at least 32 different images to calibrate on, got 18 in 18 files"),
+        (
+            lambda folder: (folder / "images/test/000.png").write_bytes((folder / "images/train/001.png").read_bytes()),
+            "must not overlap the test split of {folder}, got 1 of its images: 001.png is 000.png\n  fix: calibrate on train, so that test can still judge",
+        ),
+    ],
+)  # fmt: skip
+def test_calibration_images_of_masks_that_cannot_be_used_are_refused(
+    change: Callable[[Path], object], told: str, data: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "data"
+    shutil.copytree(data, folder)
+    change(folder)
+
+    with pytest.raises(InputError) as error:
+        mask_calibration_images(folder, LABELS, Preprocess(image_size=(32, 32)))
+    assert told.format(folder=folder) in str(error.value)
+
+
+def test_int8_of_masks_needs_images_with_masks(tmp_path: Path, data: Path) -> None:
+    backbone = mask_backbone(tmp_path)
+    base_graph(backbone)
+    mask_pack(tmp_path / "ssf.pet", backbone, mask_delta(backbone, "ssf"))
+
+    told = refused(3, "export", tmp_path / "ssf.pet", "--precision", "int8", "-o", tmp_path / "out")
+
+    assert "needs calibration images: they are given, never invented" in told
