@@ -22,7 +22,7 @@ from edgepet.device.mixed import mix
 from edgepet.device.runtime import SharedInt8
 from edgepet.device.runtimes import shared_runtime
 from edgepet.device.store import Store
-from edgepet.device.together import fit, opened
+from edgepet.device.fitting import fit, opened
 from edgepet.errors import InputError
 from edgepet.exporters.trace import base_graph
 from edgepet.graphs.base import BaseGraph, graph_folder, open_graph
