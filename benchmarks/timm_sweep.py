@@ -2,6 +2,7 @@
 
     python benchmarks/timm_sweep.py            # about two hours on 2 cores
     python benchmarks/timm_sweep.py swin vgg   # only these
+    python benchmarks/timm_sweep.py --size 384 qwen3_vit   # smaller images, where a network's own take hours
 
 Takes the smallest model of each of timm's modules, with seeded weights: what is asked is whether it can be exported,
 not how well it sees. Each runs in a process of its own, so that one that fails or never ends does not end the others.
@@ -45,6 +46,7 @@ def parser() -> argparse.ArgumentParser:
     made = parser_of(__doc__)
     made.add_argument("families", nargs="*", help="modules of timm.models (default: all)")
     made.add_argument("--limit", type=int, default=LIMIT_S, metavar="S", help="of each family (default: %(default)s)")
+    made.add_argument("--size", type=int, metavar="PX", help="height and width of images (default: the network's own)")
     made.add_argument("--one", action="store_true", help=argparse.SUPPRESS)
     return made
 
@@ -53,13 +55,13 @@ def main() -> None:
     """Examine every family in a process of its own, or one in this one."""
     options = parser().parse_args()
     if options.one:
-        examine(options.families[0])
+        examine(options.families[0], options.size)
         return
     run = asked(options)
     families: list[str] = options.families or (list(QUICK) if run.quick else all_families())
     known: dict[str, Any] = {row["family"]: row for row in earlier(run, "timm-sweep").get("rows", [])}
     for number, family in enumerate(families, start=1):
-        known[family] = apart(family, options.limit)
+        known[family] = apart(family, options.limit, options.size)
         print(f"{number}/{len(families)} {family}: {reason(known[family]) or 'ok'}", flush=True)
         write_result(run, "timm-sweep", {"rows": [known[name] for name in sorted(known)]})
     SWEEP.put(PAGE, table(earlier(run, "timm-sweep")), run.results if run.quick else None)
@@ -72,9 +74,9 @@ def all_families() -> list[str]:
     return sorted({str(timm.models.model_entrypoint(n).__module__).rsplit(".", 1)[-1] for n in timm.list_models()})
 
 
-def apart(family: str, limit_s: int = LIMIT_S) -> dict[str, Any]:
+def apart(family: str, limit_s: int = LIMIT_S, size: int | None = None) -> dict[str, Any]:
     """``examine`` in a process of its own, with a cache of its own; what it had found when it was stopped is kept."""
-    line = [sys.executable, __file__, "--one", family]
+    line = [sys.executable, __file__, "--one", family, *([] if size is None else ["--size", str(size)])]
     with tempfile.TemporaryDirectory() as folder:
         told, place = Path(folder) / "rows", {**os.environ, "EDGEPET_CACHE": folder, "TMPDIR": folder}
         with told.open("w") as out:
@@ -91,18 +93,18 @@ def apart(family: str, limit_s: int = LIMIT_S) -> dict[str, Any]:
     return row if bug is None else row | {"refused": bug}
 
 
-def examine(family: str) -> None:
+def examine(family: str, size: int | None = None) -> None:
     """Print one row, each time as far as it is known: what was found and how far apart the answers were, or who
     refused and why.
     """
     from edgepet.errors import EdgepetError
 
     name, parameters = smallest(family)
-    row: dict[str, Any] = {"family": family, "model": name, "parameters": parameters}
+    row: dict[str, Any] = {"family": family, "model": name, "parameters": parameters, "other_size": size is not None}
     began = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         try:
-            for part in compared(name, Path(folder)):
+            for part in compared(name, Path(folder), size):
                 row |= part
                 print(json.dumps(row), flush=True)
         except EdgepetError as error:
@@ -134,7 +136,7 @@ def smallest(family: str) -> tuple[str, int]:
     return min(sizes.items(), key=lambda item: item[1])
 
 
-def compared(name: str, folder: Path) -> Iterator[dict[str, Any]]:
+def compared(name: str, folder: Path, image_size: int | None = None) -> Iterator[dict[str, Any]]:
     """Sites, algebra, and the largest difference on each runtime as a fraction of the largest answer, part by part."""
     import numpy as np
     import safetensors.torch
@@ -156,7 +158,7 @@ def compared(name: str, folder: Path) -> Iterator[dict[str, Any]]:
     file = folder / "weights.safetensors"
     state = timm.create_model(name, pretrained=False, num_classes=0).state_dict()
     safetensors.torch.save_file({key: tensor.clone() for key, tensor in state.items()}, file)  # twins under both names
-    backbone = load_backbone(f"{name}@{file}")
+    backbone = load_backbone(f"{name}@{file}", image_size=image_size)
     size = backbone.preprocess.image_size
     model = TunedModel(backbone, SSF(), len(LABELS))
     torch.nn.init.normal_(model.linear.weight)
@@ -290,7 +292,7 @@ def table(result: dict[str, Any]) -> str:
         rows.append(
             (
                 row["family"],
-                row.get("model", ""),
+                f"{row['model']} at {row['image_size'][0]} px" if row.get("other_size") else row.get("model", ""),
                 "/".join(str(sites[kind]) for kind in ("linear", "conv", "norm")) if sites else "",
                 number(row, "algebra"),
                 number(row, "onnxruntime"),
