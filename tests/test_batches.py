@@ -14,12 +14,14 @@ from edgepet.spec import NpArray
     [
         ((130, 3, 224, 224), [64, 64, 2]),
         ((5, 3, 32, 32), [5]),
-        ((12, 3, 768, 768), [5, 5, 2]),
+        ((12, 3, 336, 336), [12]),
+        ((12, 3, 384, 384), [7, 5]),
+        ((3, 3, 768, 768), [1, 1, 1]),
         ((3, 3, 4000, 4000), [1, 1, 1]),
         ((20, 8, 3, 224, 224), [8, 8, 4]),  # clips of eight frames
     ],
 )
-def test_a_batch_has_as_many_pixels_as_64_ordinary_images_at_most(shape: tuple[int, ...], sizes: list[int]) -> None:
+def test_a_batch_takes_the_memory_of_64_ordinary_images_at_most(shape: tuple[int, ...], sizes: list[int]) -> None:
     images = np.broadcast_to(np.arange(shape[0], dtype=np.float32).reshape(-1, *[1] * (len(shape) - 1)), shape)
 
     batches = in_batches(images)
@@ -36,6 +38,6 @@ def test_answers_of_batches_come_as_one() -> None:
         seen.append(len(images))
         return images.reshape(len(images), -1)[:, :1]
 
-    got = batched(network, np.arange(6 * 3 * 768 * 768, dtype=np.float32).reshape(6, 3, 768, 768))
+    got = batched(network, np.arange(9 * 3 * 384 * 384, dtype=np.float32).reshape(9, 3, 384, 384))
 
-    assert (got.shape, seen) == ((6, 1), [5, 1])
+    assert (got.shape, seen) == ((9, 1), [7, 2])

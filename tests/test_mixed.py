@@ -18,11 +18,11 @@ from edgepet.calibration.slot_graphs import int8_graph
 from edgepet.deltas.delta import Delta
 from edgepet.deltas.kinds import Add
 from edgepet.deltas.updates import Targeted
+from edgepet.device.fitting import fit, opened
 from edgepet.device.mixed import mix
 from edgepet.device.runtime import SharedInt8
 from edgepet.device.runtimes import shared_runtime
 from edgepet.device.store import Store
-from edgepet.device.fitting import fit, opened
 from edgepet.errors import InputError
 from edgepet.exporters.trace import base_graph
 from edgepet.graphs.base import BaseGraph, graph_folder, open_graph
