@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 from typing import Literal, TypeAlias
 
 from edgepet.deltas.branches import named_tensors
-from edgepet.deltas.delta import Delta
 from edgepet.deltas.merge import task_tensors
 from edgepet.device.runner import PartRunner, Runner
 from edgepet.device.runtime import SharedInt8, TaskNetwork, open_features
@@ -17,6 +16,7 @@ from edgepet.device.runtimes import shared_runtime
 from edgepet.device.store import Store
 from edgepet.device.together import fit, opened
 from edgepet.errors import InputError, option
+from edgepet.files import folder_bytes
 from edgepet.graphs.base import BaseGraph
 from edgepet.graphs.dense_slots import RIGHT, UnslottedError
 from edgepet.packs.pack import Pack
@@ -95,7 +95,7 @@ class Pool:
             if self.precision == "int8":
                 return self._on_codes(pack)
             graph = self._store.graph_of(pack)
-            return TaskNetwork(self._features(graph, pack.delta), pack.delta.head.in_float32)
+            return TaskNetwork(self._features(graph, pack), pack.delta.head.in_float32)
 
     def run(self, own: _Own, images: NpArray) -> NpArray:
         """The features of a task on its own network, which is opened where it is not open."""
@@ -155,8 +155,8 @@ class Pool:
             self._int8[key] = SharedInt8(graph, runtime=self.row, threads=self.threads, store=place)
         return self._int8[key].bind(pack.delta)
 
-    def _features(self, graph: BaseGraph, delta: Delta) -> Runner:
-        own = self._known(graph, delta)
+    def _features(self, graph: BaseGraph, pack: Pack) -> Runner:
+        own, delta = self._known(graph, pack), pack.delta
         if self.mode == "merged":
             return self._alone(own)
         try:
@@ -182,19 +182,32 @@ class Pool:
         self._admit(own, "it is opened")
         return _Alone(self, own)
 
-    def _known(self, graph: BaseGraph, delta: Delta) -> _Own:
-        """A network of ``delta``'s own, not open yet; what a runtime takes of it is about all of its weights."""
-        changed = (*delta.targets, *named_tensors(delta.branches))
+    def _known(self, graph: BaseGraph, pack: Pack) -> _Own:
+        """A network of a pack's own, not open yet; what a runtime takes of it is about all of its weights.
 
-        def folded() -> Runner:
+        Where the store has room, its cache keeps the network: it is folded once.
+        """
+        delta, row = pack.delta, self.row
+
+        def folded() -> dict[str, NpArray]:
+            graph.require_fit(delta)
             tensors = task_tensors(graph.base, delta)
-            over = {name: tensors[name] for name in changed}
-            return open_features(graph, over, runtime=self.row, threads=self.threads)
+            return {name: tensors[name] for name in (*delta.targets, *named_tensors(delta.branches))}
+
+        def network() -> Runner:
+            if row.open_kept is None or row.device != "cpu" or not self._keeps(graph.weights_bytes):
+                return open_features(graph, folded(), runtime=row, threads=self.threads)
+            return row.open_kept(graph, pack.sha256, folded, self._store.root, self.threads)
 
         size = graph.weights_bytes + sum(graph.base.tensors[name].nbytes for name in delta.targets)
-        own = _Own(delta.task, size, folded)
+        own = _Own(delta.task, size, network)
         self._own.append(own)
         return own
+
+    def _keeps(self, size_bytes: int) -> bool:
+        """Whether the store's quota has room for so much more."""
+        quota = self._store.now().quota_bytes
+        return quota is None or folder_bytes(self._store.root) + size_bytes <= quota
 
     def _admit(self, own: _Own, why: str) -> Runner:
         with self._lock:

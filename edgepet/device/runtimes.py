@@ -22,6 +22,7 @@ DEVICES = ("cpu", "gpu", "npu", "cuda")
 _ModelOpener: TypeAlias = Callable[[Path, "int | None", Precision, str], Runner]
 _GraphOpener: TypeAlias = Callable[[BaseGraph, Tensors, "int | None", Precision, str], Runner]
 _PartOpener: TypeAlias = Callable[[Part, Tensors, "int | None", str], PartRunner]
+_KeptOpener: TypeAlias = Callable[[BaseGraph, str, Callable[[], Tensors], Path, "int | None"], Runner]
 _Int8Opener: TypeAlias = Callable[[Int8Graph, "int | None", Mapping[str, NpArray], "Path | None", str], SharedRunner]
 
 
@@ -34,8 +35,10 @@ class Runtime:
     threads, None for all cores, and one of these precisions: ``open_model`` an artefact's folder; ``open_graph`` a
     traced backbone and the tensors that stand in place of its own; ``open_int8`` the int8 backbone, codes that
     stand in place of its own, and a store whose cache may hold what the runtime derives; ``open_part`` a stretch of
-    either and tensors in place of its own, in fp32 or on codes. The last three openers are None where an engine holds
-    its own weights. Each takes last what the runtime calls the device, the row's own ``where``.
+    either and tensors in place of its own, in fp32 or on codes. These three are None where an engine holds its own
+    weights. Each takes last what the runtime calls the device, the row's own ``where``. ``open_kept`` opens a graph on
+    the CPU with tensors of a pack, given by its digest and what folds them, so that a store keeps the network; it is
+    None where that gains nothing.
 
     ``devices`` are what this machine has of ``DEVICES``, and how the runtime calls them. The first one is where the row
     runs unless it is ``on`` another ``device``.
@@ -52,6 +55,7 @@ class Runtime:
     open_graph: _GraphOpener | None = None
     open_int8: _Int8Opener | None = None
     open_part: _PartOpener | None = None
+    open_kept: _KeptOpener | None = None
 
     @property
     def shares_backbone(self) -> bool:
@@ -120,6 +124,14 @@ def _onnxruntime_part(part: Part, tensors: Tensors, threads: int | None, where: 
     return OnnxRuntimePart(part, tensors, threads=threads, provider=where)
 
 
+def _onnxruntime_kept(
+    graph: BaseGraph, pack_sha256: str, fold: Callable[[], Tensors], root: Path, threads: int | None
+) -> Runner:
+    from edgepet.device.onnxruntime_kept import open_kept
+
+    return open_kept(graph, pack_sha256, fold, root, threads=threads)
+
+
 def _openvino_devices() -> Mapping[str, str]:
     from edgepet.device.openvino import devices
 
@@ -177,6 +189,7 @@ RUNTIMES: dict[str, Runtime] = {
         open_graph=_onnxruntime_graph,
         open_int8=_onnxruntime_int8,
         open_part=_onnxruntime_part,
+        open_kept=_onnxruntime_kept,
     ),
     "openvino": Runtime(
         name="openvino",
