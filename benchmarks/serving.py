@@ -146,10 +146,22 @@ def latency(size: int, runtime: str, amount: Amount) -> dict[str, Any]:
     }
     with tempfile.TemporaryDirectory() as folder:
         forms["a file of its own"] = exported(backbone, first, Path(folder), runtime)
+        forms |= kept_forms(graph, first, Path(folder), runtime)
         images = noise(size)
         rows = timed(forms, images, runtime, amount)
     switched = {name: changing(graph, backbone, *FORMS[name], runtime, images, amount) for name in FORMS}
     return {name: row | ({"switch_ms": switched[name]} if name in switched else {}) for name, row in rows.items()}
+
+
+def kept_forms(graph: BaseGraph, delta: Delta, folder: Path, runtime: str) -> dict[str, Callable[[], Runner]]:
+    """The task merged, as a store's cache has kept it; of a runtime that keeps none, none."""
+    opener = RUNTIMES[runtime].open_kept
+    if opener is None:
+        return {}
+    fitted = fit(graph, delta, "merged")
+    again = partial(opener, graph, "0" * 64, lambda: fitted.tensors, folder, THREADS)
+    again().close()
+    return {"merged SSF, kept": again}
 
 
 def memory(size: int, runtime: str, amount: Amount) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from pathlib import Path
 
 from edgepet.bringing import clear_folder
 from edgepet.canonical import canonical_json
+from edgepet.device.kept import clear_merged
 from edgepet.errors import EdgepetError
 from edgepet.files import folder_bytes, made_folder, read_file, write_file
 
@@ -67,14 +68,16 @@ def derived(
 
 def derived_bytes(root: Path, maker: str) -> int:
     """Bytes on disk of what ``maker`` derived in the store ``root``."""
-    folder = root / "cache" / "derived"
-    return sum(path.stat().st_size for path in folder.glob(f"{maker}-*.bin")) if folder.is_dir() else 0
+    folder, merged = root / "cache" / "derived", root / "cache" / "merged"
+    found = sum(path.stat().st_size for path in folder.glob(f"{maker}-*.bin")) if folder.is_dir() else 0
+    return found + (folder_bytes(merged) if maker == "onnxruntime" else 0)
 
 
 def clear_cache(root: Path) -> int:
     """Throw away all derived data of the store ``root``, and the stamps of files. Returns the bytes that were freed."""
     before = folder_bytes(root / "cache")
     clear_folder(root / "cache" / "derived", _NAME)
+    clear_merged(root)
     clear_folder(root / "cache" / "stamps", _STAMP)
     return before - folder_bytes(root / "cache")
 

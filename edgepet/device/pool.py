@@ -8,8 +8,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal, TypeAlias
 
-from edgepet.deltas.delta import Delta
+from edgepet.deltas.branches import named_tensors
 from edgepet.deltas.heads import MapHead
+from edgepet.deltas.merge import task_tensors
 from edgepet.device.fitting import fit, opened
 from edgepet.device.map_heads import map_head_of, open_head
 from edgepet.device.runner import BoundPart, PartRunner, Runner
@@ -17,6 +18,7 @@ from edgepet.device.runtime import SharedInt8, TaskNetwork, network_of, open_fol
 from edgepet.device.runtimes import shared_runtime
 from edgepet.device.store import Store
 from edgepet.errors import InputError, option
+from edgepet.files import folder_bytes
 from edgepet.graphs.base import BaseGraph
 from edgepet.graphs.dense_slots import RIGHT, UnslottedError
 from edgepet.packs.pack import Pack
@@ -95,7 +97,7 @@ class Pool:
             if self.precision == "int8":
                 return self._on_codes(pack)
             graph = self._store.graph_of(pack)
-            return network_of(self._runner(graph, pack.delta), pack.delta)
+            return network_of(self._runner(graph, pack), pack.delta)
 
     def run(self, own: _Own, images: NpArray) -> NpArray:
         """The features of a task on its own network, which is opened where it is not open."""
@@ -155,8 +157,8 @@ class Pool:
             self._int8[key] = SharedInt8(graph, runtime=self.row, threads=self.threads, store=place)
         return self._int8[key].bind(pack.delta)
 
-    def _runner(self, graph: BaseGraph, delta: Delta) -> Runner:
-        own = self._known(graph, delta)
+    def _runner(self, graph: BaseGraph, pack: Pack) -> Runner:
+        own, delta = self._known(graph, pack), pack.delta
         if self.mode == "merged":
             return self._alone(own)
         try:
@@ -188,16 +190,33 @@ class Pool:
         self._admit(own, "it is opened")
         return _Alone(self, own)
 
-    def _known(self, graph: BaseGraph, delta: Delta) -> _Own:
-        """A network of ``delta``'s own, not open yet; what a runtime takes of it is about all of its weights."""
+    def _known(self, graph: BaseGraph, pack: Pack) -> _Own:
+        """A network of a pack's own, not open yet; what a runtime takes of it is about all of its weights.
 
-        def folded() -> Runner:
-            return open_folded(graph, delta, runtime=self.row, threads=self.threads)
+        Where the store has room, its cache keeps the network of a task of classes: it is folded once.
+        """
+        delta, row = pack.delta, self.row
+        keeps = row.open_kept if row.device == "cpu" and map_head_of(delta) is None else None
+
+        def folded() -> dict[str, NpArray]:
+            graph.require_fit(delta)
+            tensors = task_tensors(graph.base, delta)
+            return {name: tensors[name] for name in (*delta.targets, *named_tensors(delta.branches))}
+
+        def network() -> Runner:
+            if keeps is None or not self._keeps(graph.weights_bytes):
+                return open_folded(graph, delta, runtime=row, threads=self.threads)
+            return keeps(graph, pack.sha256, folded, self._store.root, self.threads)
 
         size = graph.weights_bytes + sum(graph.base.tensors[name].nbytes for name in delta.targets)
-        own = _Own(delta.task, size, folded)
+        own = _Own(delta.task, size, network)
         self._own.append(own)
         return own
+
+    def _keeps(self, size_bytes: int) -> bool:
+        """Whether the store's quota has room for so much more."""
+        quota = self._store.now().quota_bytes
+        return quota is None or folder_bytes(self._store.root) + size_bytes <= quota
 
     def _admit(self, own: _Own, why: str) -> Runner:
         with self._lock:

@@ -24,6 +24,7 @@ _ModelOpener: TypeAlias = Callable[[Path, "int | None", Precision, str], ModelRu
 _GraphOpener: TypeAlias = Callable[[BaseGraph, Tensors, "int | None", Precision, str], Runner]
 _PartOpener: TypeAlias = Callable[[Part, Tensors, "int | None", str], PartRunner]
 _HeadOpener: TypeAlias = Callable[[OnnxFile, "int | None", str], HeadRunner]
+_KeptOpener: TypeAlias = Callable[[BaseGraph, str, Callable[[], Tensors], Path, "int | None"], Runner]
 _Int8Opener: TypeAlias = Callable[[Int8Graph, "int | None", Mapping[str, NpArray], "Path | None", str], SharedRunner]
 
 
@@ -38,7 +39,8 @@ class Runtime:
     stand in place of its own, and a store whose cache may hold what the runtime derives; ``open_part`` a stretch of
     either and tensors in place of its own, in fp32 or on codes; ``open_head`` the graph of a head that reads maps. The
     last four openers are None where an engine holds its own weights. Each takes last what the runtime calls the device,
-    the row's own ``where``.
+    the row's own ``where``. ``open_kept`` opens a graph on the CPU with tensors of a pack, given by its digest and what
+    folds them, so that a store keeps the network; it is None where that gains nothing.
 
     ``devices`` are what this machine has of ``DEVICES``, and how the runtime calls them. The first one is where the row
     runs unless it is ``on`` another ``device``.
@@ -56,6 +58,7 @@ class Runtime:
     open_int8: _Int8Opener | None = None
     open_part: _PartOpener | None = None
     open_head: _HeadOpener | None = None
+    open_kept: _KeptOpener | None = None
 
     @property
     def shares_backbone(self) -> bool:
@@ -130,6 +133,14 @@ def _onnxruntime_head(file: OnnxFile, threads: int | None, where: str) -> HeadRu
     return OnnxRuntimeHead(file, threads=threads, provider=where)
 
 
+def _onnxruntime_kept(
+    graph: BaseGraph, pack_sha256: str, fold: Callable[[], Tensors], root: Path, threads: int | None
+) -> Runner:
+    from edgepet.device.onnxruntime_kept import open_kept
+
+    return open_kept(graph, pack_sha256, fold, root, threads=threads)
+
+
 def _openvino_devices() -> Mapping[str, str]:
     from edgepet.device.openvino import devices
 
@@ -194,6 +205,7 @@ RUNTIMES: dict[str, Runtime] = {
         open_int8=_onnxruntime_int8,
         open_part=_onnxruntime_part,
         open_head=_onnxruntime_head,
+        open_kept=_onnxruntime_kept,
     ),
     "openvino": Runtime(
         name="openvino",

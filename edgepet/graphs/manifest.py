@@ -127,5 +127,7 @@ def _stamp(path: Path) -> dict[str, int]:
 
 
 def _stamp_file(path: Path) -> Path:
-    """<root>/cache/stamps/<folder>-<file>.json of <root>/backbones/<folder>/<file>."""
-    return path.parent.parent.parent / "cache" / "stamps" / f"{path.parent.name}-{path.name}.json"
+    """<root>/cache/stamps/<folder>-<file>.json of <root>/backbones/<folder>/<file>, or <root>/cache/merged/…/<file>."""
+    root = path.parent.parent.parent
+    cache = root if path.parent.parent.name == "merged" else root / "cache"
+    return cache / "stamps" / f"{path.parent.name}-{path.name}.json"
