@@ -244,7 +244,8 @@ class OnnxRuntimePart:
 
     def __init__(self, part: Part, tensors: Tensors, *, threads: int | None = None) -> None:
         held = {name: np.asarray(tensor, order="C") for name, tensor in tensors.items()}
-        self._session = open_session(part.file.encoded(), threads=threads, tensors=held, folder=part.folder)
+        self._model = part.file.encoded()
+        self._session = open_session(self._model, threads=threads, tensors=held, folder=part.folder)
         self._part = part
         self._held: Tensors | None = held
 
@@ -252,8 +253,9 @@ class OnnxRuntimePart:
         """Ready to run with these slots, which are handed over once, and must stay as they are while it is bound."""
         part = self._part
         return BoundOnnxRuntime(
-            self._session, values, reads=part.reads, shape=part.shape, executed=part.precision, held=self._held
-        )
+            self._session, values, reads=part.reads, shape=part.shape, executed=part.precision, held=self._held,
+            path=self._model if part.precision == "int8" else None, folder=part.folder,
+        )  # fmt: skip
 
     def close(self) -> None:
         """Give the session back, once nothing that is bound runs any more."""
@@ -267,11 +269,12 @@ class BoundOnnxRuntime:
 
     def __init__(
         self, session: Session, slots: Mapping[str, NpArray], *, reads: str, shape: tuple[int, ...],
-        executed: Precision, held: object, path: Path | None = None,
+        executed: Precision, held: object, path: Path | bytes | None = None, folder: Path | None = None,
     ) -> None:  # fmt: skip
         # The session reads the arrays of the slots where they lie; ``held`` are those that it reads itself.
         self._session, self._binding, self._reads = session, session.io_binding(), reads
-        self._shape, self.executed, self._path = (None, *shape), executed, path
+        # ``path``: the file of the graph, or its bytes with ``folder`` for its weights, to be profiled; None is not.
+        self._shape, self.executed, self._path, self._folder = (None, *shape), executed, path, folder
         asked = [entry.name for entry in session.get_inputs() if entry.name != reads]
         require_slots(asked, slots)
         values = {name: onnxruntime.OrtValue.ortvalue_from_numpy(slots[name]) for name in asked}
@@ -284,9 +287,10 @@ class BoundOnnxRuntime:
 
     @property
     def evidence(self) -> Mapping[str, object]:
-        """Of a whole graph, from a profile of one run with all slots one: layers that multiplied codes, and floats."""
-        providers = {"providers": self._session.get_providers()}
-        return providers if self._path is None else _profiled(self._path, self._shape)
+        """Of codes, from a profile of one run with all slots one: layers that multiplied codes, and floats."""
+        if self._path is None:
+            return {"providers": self._session.get_providers()}
+        return _profiled(self._path, self._shape, reads=self._reads, folder=self._folder)
 
     def __call__(self, images: NpArray) -> NpArray:
         return self.outputs(images)[0]
@@ -330,15 +334,17 @@ class OnnxRuntimeHead:
         self._session = None
 
 
-def _profiled(path: Path, shape: tuple[int | None, ...]) -> dict[str, object]:
+def _profiled(
+    path: Path | bytes, shape: tuple[int | None, ...], *, reads: str = INPUT, folder: Path | None = None
+) -> dict[str, object]:
     """Nodes that ran, by the type of their first input: ONNX Runtime casts what it has no kernel for, and says so."""
-    with tempfile.TemporaryDirectory() as folder:
-        session = open_session(path, profile=Path(folder) / "profile")
+    with tempfile.TemporaryDirectory() as scratch:
+        session = open_session(path, profile=Path(scratch) / "profile", folder=folder)
         feed = {
             entry.name: np.ones([side if isinstance(side, int) else 1 for side in entry.shape], np.float32)
             for entry in session.get_inputs()
         }
-        session.run(None, feed | {INPUT: np.zeros([side or 1 for side in shape], np.float32)})
+        session.run(None, feed | {reads: np.zeros([side or 1 for side in shape], np.float32)})
         events = json.loads(Path(session.end_profiling()).read_text())
     kinds, layers = Counter[str](), Counter[str]()
     for event in events:
