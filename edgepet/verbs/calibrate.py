@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -61,7 +61,7 @@ if TYPE_CHECKING:
 class CalibrateReport:
     """What int8 costs. ``layers`` are alone in int8, the worst first; ``ranges`` have the tensors' names in the graph.
 
-    ``drop`` is of all layers but those that ``recipe`` keeps, on all of train and val.
+    ``drop`` is of all layers but those that ``recipe`` keeps, on all of train and val, in points of ``metric``.
     """
 
     layers: tuple[LayerDrop, ...]
@@ -73,6 +73,11 @@ class CalibrateReport:
     calibration: Mapping[str, object]
     warning: str | None
     metric: str = "top1"
+
+    @property
+    def shown(self) -> list[str]:
+        """The names of what JSON has: ``metric`` where it is not top-1."""
+        return [each.name for each in fields(self) if each.name != "metric" or self.metric != "top1"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
