@@ -45,6 +45,8 @@ from edgepet.graphs.int8 import (
     model_name,
     open_int8,
 )
+from edgepet.graphs.maps import GraphMap
+from edgepet.graphs.onnx_file import read_onnx
 from edgepet.graphs.slots import code_sums, scaled_by_norm, slot_shapes
 from edgepet.graphs.tensor_files import Place, point_into, safetensors_places
 from edgepet.locks import held_alone
@@ -105,6 +107,9 @@ def int8_graph(
     if not path.is_file() or is_older(path, FORMAT, VERSION):
         _make(graph)
     made = open_int8(graph.fingerprint, graph.preprocess, root=root)
+    if not made.maps and (maps := _kept_maps(graph, made)):  # made just now or by an earlier edgepet: all else stays
+        _add(path, made, maps=[each.as_json() for each in maps])
+        made = open_int8(graph.fingerprint, graph.preprocess, root=root)
     if made.ranges is not None or images is None:
         return made
     # Packs are bound to the digest of these ranges: of two processes that want some, one measures.
@@ -117,11 +122,25 @@ def int8_graph(
 
 def _add_ranges(graph: BaseGraph, made: Int8Graph, path: Path, images: CalibrationImages) -> None:
     ranges = backbone_ranges(_structure(graph), graph, made, images.images)
-    facts = parse_json(read_file(path))
     numbers = [number for each in ranges for number in (each.scale, each.shift)]
-    facts |= {"ranges": numbers, "measured": {"n": len(images.images), "sha256": images.facts["sha256"]}}
+    _add(path, made, ranges=numbers, measured={"n": len(images.images), "sha256": images.facts["sha256"]})
+
+
+def _add(path: Path, made: Int8Graph, **told: object) -> None:
+    """Write a description again, with this in it."""
+    facts = parse_json(read_file(path)) | told
     kept = {key: fact for key, fact in facts.items() if key not in ("format", "version", "files")}
-    write_graph_json(graph.folder, made.stem, kept, list(made.files), kind=FORMAT, version=VERSION)
+    write_graph_json(made.folder, made.stem, kept, list(made.files), kind=FORMAT, version=VERSION)
+
+
+def _kept_maps(graph: BaseGraph, made: Int8Graph) -> list[GraphMap]:
+    """The maps of the float graph whose tensors both slot graphs have, as numbers and not over a divisor."""
+    if not graph.maps:
+        return []
+    files = [read_onnx(made.model_path(runtime)) for runtime in SLOT_FORMS]
+    there = [{name for node in file.nodes for name in node.puts_out} for file in files]
+    divided = {layer.reads for layer in made.layers if scaled_by_norm(layer)}
+    return [each for each in graph.maps if all(each.tensor in names for names in there) and each.tensor not in divided]
 
 
 def _make(graph: BaseGraph) -> None:

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -18,19 +19,26 @@ import timm
 import edgepet
 from edgepet.calibration.budget import divergence, drop_between, mask_drop
 from edgepet.calibration.mask_images import mask_calibration_images
+from edgepet.canonical import canonical_json
 from edgepet.deltas.heads import mask_of
 from edgepet.device.artifact import open_artifact, read_artifact
+from edgepet.device.runtime import SharedInt8
+from edgepet.device.store import Store
 from edgepet.errors import InputError
 from edgepet.exporters.exporter import ExportOptions
 from edgepet.exporters.trace import base_graph
+from edgepet.graphs.int8 import int8_at, open_int8
 from edgepet.images.mask_folders import open_masks
 from edgepet.images.masks import squashed
+from edgepet.images.preprocess import normalize
+from edgepet.images.sets import load_set
 from edgepet.networks.backbone import Backbone
 from edgepet.networks.head_settings import Form
 from edgepet.packs.pack import EVERY, read_pack
 from edgepet.spec import Preprocess
 from edgepet.tuning.dense import MergedMasks
-from tests.flow import has_openvino, refused
+from tests.flow import RUNTIMES, has_openvino, refused
+from tests.flow import edgepet as command
 from tests.mask_folders import index_folder
 from tests.mask_packs import LABELS, mask_backbone, mask_delta, mask_pack
 from tests.tiny import seeded
@@ -154,3 +162,91 @@ def test_int8_of_masks_needs_images_with_masks(tmp_path: Path, data: Path) -> No
     told = refused(3, "export", tmp_path / "ssf.pet", "--precision", "int8", "-o", tmp_path / "out")
 
     assert "needs calibration images: they are given, never invented" in told
+
+
+# ------------------------------------------------------------------------------------- on the backbone that tasks share
+
+
+@pytest.fixture(scope="module")
+def shared(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Packs with ranges for the int8 backbone: scales alone, codes of its own, and a head on an early map; their store."""
+    folder = tmp_path_factory.mktemp("shared")
+    backbone = mask_backbone(folder)
+    base_graph(backbone)
+    device = edgepet.Device(folder / "store")
+    forms = {"ssf": Form(width=8), "lora": Form(width=8), "early": Form(name="linear", maps=(1,))}
+    for task, form in forms.items():
+        delta = mask_delta(backbone, "lora" if task == "lora" else "ssf", form=form, task=task)
+        mask_pack(folder / f"{task}.pet", backbone, delta)
+        edgepet.share(folder / f"{task}.pet", data, folder / f"{task}8.pet")
+        Store(folder / "store").add_graph(open_int8(backbone.fingerprint, backbone.preprocess))
+        device.install(folder / f"{task}8.pet")
+    return folder
+
+
+@pytest.mark.parametrize("runtime", RUNTIMES)
+@pytest.mark.parametrize("task", ["ssf", "lora", "early"])
+def test_a_task_of_masks_runs_on_the_codes_that_all_share(task: str, runtime: str, shared: Path, data: Path) -> None:
+    delta = read_pack(shared / f"{task}8.pet", answers=EVERY).delta
+    images = normalize(load_set(open_masks(data, "test").images, delta.preprocess)[0], delta.preprocess)
+    expected = MergedMasks(mask_backbone(shared), delta)(images)
+
+    with edgepet.Device(shared / "store").open(task, runtime=runtime, precision="int8", threads=1) as opened:
+        got = opened(images)
+
+    assert set(delta.probes) == {"fp32", "int8"}
+    assert np.abs(got - expected).max() <= 0.15 * np.abs(expected).max()
+    assert np.abs(got - expected).max() > 1e-4 * np.abs(expected).max()  # or it would be no int8
+    assert (mask_of(got, (64, 64)) == mask_of(expected, (64, 64))).mean() >= 0.9
+
+
+def test_tasks_of_masks_share_one_network_of_codes(shared: Path) -> None:
+    graph = open_int8(mask_backbone(shared).fingerprint, mask_backbone(shared).preprocess)
+    deltas = {task: read_pack(shared / f"{task}8.pet", answers=EVERY).delta for task in ("ssf", "early")}
+    codes = SharedInt8(graph)
+    images = np.zeros((2, 3, 64, 64), np.float32)
+
+    first, early, again = codes.bind(deltas["ssf"]), codes.bind(deltas["early"]), codes.bind(deltas["ssf"])
+    answers = [network(images) for network in (first, early, again)]
+    layers: Any = first.evidence["layers"]
+    codes.close()
+
+    assert np.array_equal(answers[0], answers[2])
+    assert answers[1].shape == (2, 3, 4, 4)
+    assert layers["int8"] >= 24
+    assert [each.map.name for each in graph.maps] == ["map.0", "map.1", "map.2", "map.3"]
+
+
+def test_a_store_whose_int8_backbone_has_no_maps_takes_them(shared: Path, tmp_path: Path) -> None:
+    whole = open_int8(mask_backbone(shared).fingerprint, mask_backbone(shared).preprocess)
+    folder = tmp_path / "source/backbones" / whole.folder.name
+    folder.mkdir(parents=True)
+    for name in (*whole.files, f"{whole.stem}.json"):
+        shutil.copy(whole.folder / name, folder / name)
+    told = json.loads((folder / f"{whole.stem}.json").read_text())
+    del told["maps"]
+    (folder / f"{whole.stem}.json").write_bytes(canonical_json(told))
+    store = Store(tmp_path / "device")
+    store.add_graph(int8_at(folder / f"{whole.stem}.json"))
+
+    with pytest.raises(
+        InputError, match=r"^task 'ssf': needs a graph that lists maps, got one of before there were any"
+    ):
+        edgepet.Device(store.root).install(shared / "ssf8.pet", runtime="onnxruntime")
+    store.add_graph(whole)
+    edgepet.Device(store.root).install(shared / "ssf8.pet", runtime="onnxruntime")
+
+    assert int8_at(store.root / "backbones" / whole.folder.name / f"{whole.stem}.json").maps == whole.maps
+    assert edgepet.Device(store.root).check() == ()
+
+
+def test_the_command_line_calibrates_and_runs_masks_in_int8(shared: Path, data: Path, tmp_path: Path) -> None:
+    said: Any = command("calibrate", shared / "ssf.pet", "--calib", data, "--json", "--quiet").json
+    answered: Any = command(
+        "device", "run", "--store", shared / "store", "ssf", data / "images/test", "--precision", "int8", "--masks", tmp_path,
+        "--json", "--quiet",
+    ).json  # fmt: skip
+
+    assert said["metric"] == "miou"
+    assert len(said["layers"]) > 20
+    assert [each["mask"] for each in answered["results"]] == [str(tmp_path / f"{n:03}.png") for n in range(4)]

@@ -15,7 +15,7 @@ from edgepet.device.map_heads import map_head_of
 from edgepet.device.runner import PartRunner
 from edgepet.device.runtimes import Runtime
 from edgepet.errors import InputError, option
-from edgepet.graphs.base import BaseGraph
+from edgepet.graphs.base import BaseGraph, require_heads
 from edgepet.graphs.dense_slots import UnslottedError, dense_slots
 from edgepet.graphs.int8 import SLOT_FORMS, Int8Graph
 from edgepet.graphs.maps import GraphMap
@@ -82,13 +82,17 @@ def fit_int8(graph: Int8Graph, delta: Delta, runtime: str) -> Fitted:
     """A task on the int8 backbone, in the form for ``runtime``.
 
     Raises:
-        BackboneError, InputError: as ``task_slots``.
+        BackboneError, InputError: as ``task_slots``, and as ``require_heads`` where a head reads maps.
     """
+    if delta.heads:
+        require_heads(delta, graph.width, graph.maps)
     slots, own = task_slots(graph, delta), own_slots(graph, runtime)
     values = _in_form(graph, slots, runtime)
     changed = {name for name, value in values.items() if not np.array_equal(value, own.get(name, np.nan))}
+    part = _read_by(delta, part_of(graph, runtime), graph.maps)
+    codes = {name: value for name, value in slots.codes.items() if name in part.file.tensors}
     return Fitted(
-        part=part_of(graph, runtime), tensors=slots.codes, slots=values, changed=frozenset((*changed, *slots.codes)),
+        part=part, tensors=codes, slots=values, changed=frozenset((*changed, *slots.codes)),
         head=delta.head.in_float32,
     )  # fmt: skip
 

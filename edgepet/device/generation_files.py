@@ -19,7 +19,7 @@ from edgepet.device.graph_states import GraphState
 from edgepet.errors import EdgepetError, InputError, refusing
 from edgepet.files import made_folder, read_file, sha256_file, write_file
 from edgepet.graphs.base import BaseGraph, graph_at
-from edgepet.graphs.int8 import Int8Graph
+from edgepet.graphs.int8 import Int8Graph, int8_at
 from edgepet.graphs.manifest import Listed, damaged, is_whole, listed_files, read_manifest
 
 KEPT = 2  # generations on the disk
@@ -193,7 +193,9 @@ def adds_to(root: Path, name: str, kept: GraphState, graph: BaseGraph | Int8Grap
     """Whether ``graph``, which comes, is the one that is here but for what that lacks: ranges of its own, or maps."""
     path = root / "backbones" / name
     if isinstance(graph, Int8Graph):
-        lacks = kept.ranges is None and graph.ranges is not None
+        same = kept.ranges in (None, graph.ranges_sha256)
+        adds_maps = same and bool(graph.maps) and not int8_at(path).maps
+        lacks = (kept.ranges is None and graph.ranges is not None) or adds_maps
     else:
         lacks = bool(graph.maps) and not graph_at(path).maps
     return lacks and dict(listed(path)) == dict(graph.files)

@@ -20,7 +20,6 @@ from edgepet.device.runner import check_images, require_slots
 from edgepet.errors import InputError
 from edgepet.graphs.base import INPUT, BaseGraph
 from edgepet.graphs.int8 import Int8Graph
-from edgepet.graphs.onnx_file import OnnxFile
 from edgepet.graphs.parts import Part
 from edgepet.graphs.slots import Slots
 from edgepet.graphs.tensor_files import lightened, value_of
@@ -87,8 +86,8 @@ def open_session(
         profile: what the name of a file of events begins with, which ``end_profiling`` writes.
         provider: what runs all that it can; the CPU runs the rest.
         ready: it was saved by another session, and is opened as it is.
-        save: a file for the graph as it is made ready, with its weights in ``save.with_suffix(".bin")``. Not in the form
-            that they are multiplied in: ONNX Runtime 1.32 opens those no faster, and they take twice the bytes.
+        save: a file for the graph as it is made ready, with its weights in ``save.with_suffix(".bin")``. Not in the
+            form that they are multiplied in: ONNX Runtime 1.32 opens those no faster, and they take twice the bytes.
 
     Raises:
         InputError: ONNX Runtime refuses the model, a tensor in place of one of its own, or the provider.
@@ -133,7 +132,8 @@ def devices() -> dict[str, str]:
     return {name: provider for name, provider in found.items() if provider is not None}
 
 
-def _running(where: str) -> AbstractContextManager[None]:
+def running(where: str) -> AbstractContextManager[None]:
+    """What ONNX Runtime refuses while it runs becomes an ``InputError`` with this place."""
     return refusing_model(where, "cannot be run by ONNX Runtime", _REFUSALS, package=_PACKAGE)
 
 
@@ -145,7 +145,7 @@ class ModelSession:
 
     def run(self, outputs: Sequence[str] | None, feed: Mapping[str, NpArray]) -> list[NpArray]:
         """The values named ``outputs``, or all outputs of the model, for these inputs."""
-        with _running("ONNX model"):
+        with running("ONNX model"):
             values: list[NpArray] = self._session.run(outputs, feed)
         return values
 
@@ -228,7 +228,7 @@ class OnnxRuntime:
 
     def _run(self, images: NpArray, names: list[str]) -> list[NpArray]:
         check_images(images, self._shape, where=self._where, dtype=self._dtype)
-        with _running(self._where):
+        with running(self._where):
             values: list[NpArray] = self._session.run(names, {INPUT: images})
         return values
 
@@ -287,9 +287,8 @@ class OnnxRuntimePart:
 
     def __init__(self, part: Part, tensors: Tensors, *, threads: int | None = None, provider: str = _CPU) -> None:
         held = {name: np.asarray(tensor, order="C") for name, tensor in tensors.items()}
-        self._session = open_session(
-            part.file.encoded(), threads=threads, tensors=held, folder=part.folder, provider=provider
-        )
+        self._model = part.file.encoded()
+        self._session = open_session(self._model, threads=threads, tensors=held, folder=part.folder, provider=provider)
         self._part = part
         self._held: Tensors | None = held
 
@@ -297,8 +296,9 @@ class OnnxRuntimePart:
         """Ready to run with these slots, which are handed over once, and must stay as they are while it is bound."""
         part = self._part
         return BoundOnnxRuntime(
-            self._session, values, reads=part.reads, shape=part.shape, executed=part.precision, held=self._held
-        )
+            self._session, values, reads=part.reads, shape=part.shape, executed=part.precision, held=self._held,
+            path=self._model if part.precision == "int8" else None, folder=part.folder,
+        )  # fmt: skip
 
     def close(self) -> None:
         """Give the session back, once nothing that is bound runs any more."""
@@ -312,11 +312,12 @@ class BoundOnnxRuntime:
 
     def __init__(
         self, session: Session, slots: Mapping[str, NpArray], *, reads: str, shape: tuple[int, ...],
-        executed: Precision, held: object, path: Path | None = None,
+        executed: Precision, held: object, path: Path | bytes | None = None, folder: Path | None = None,
     ) -> None:  # fmt: skip
         # The session reads the arrays of the slots where they lie; ``held`` are those that it reads itself.
         self._session, self._binding, self._reads = session, session.io_binding(), reads
-        self._shape, self.executed, self._path = (None, *shape), executed, path
+        # ``path``: the file of the graph, or its bytes with ``folder`` for its weights, to be profiled; None is not.
+        self._shape, self.executed, self._path, self._folder = (None, *shape), executed, path, folder
         asked = [entry.name for entry in session.get_inputs() if entry.name != reads]
         require_slots(asked, slots)
         values = {name: onnxruntime.OrtValue.ortvalue_from_numpy(slots[name]) for name in asked}
@@ -329,9 +330,10 @@ class BoundOnnxRuntime:
 
     @property
     def evidence(self) -> Mapping[str, object]:
-        """Of a whole graph, from a profile of one run with all slots one: layers that multiplied codes, and floats."""
-        providers = {"providers": self._session.get_providers()}
-        return providers if self._path is None else _profiled(self._path, self._shape)
+        """Of codes, from a profile of one run with all slots one: layers that multiplied codes, and floats."""
+        if self._path is None:
+            return {"providers": self._session.get_providers()}
+        return _profiled(self._path, self._shape, reads=self._reads, folder=self._folder)
 
     def __call__(self, images: NpArray) -> NpArray:
         return self.outputs(images)[0]
@@ -340,7 +342,7 @@ class BoundOnnxRuntime:
         """All that it puts out."""
         check_images(images, self._shape, where=self._reads)
         value = onnxruntime.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(images))  # where they lie: not copied
-        with self._lock, _running(self._reads):
+        with self._lock, running(self._reads):
             self._binding.bind_ortvalue_input(self._reads, value)
             self._binding.clear_binding_outputs()  # the last call's has its batch's shape
             for name in self._puts_out:
@@ -355,37 +357,20 @@ class BoundOnnxRuntime:
         self._session = self._binding = self._held = None
 
 
-class OnnxRuntimeHead:
-    """One session on a head's own graph: maps by name to what it puts out.
-
-    Raises:
-        InputError: ONNX Runtime cannot open it.
-    """
-
-    def __init__(self, file: OnnxFile, *, threads: int | None = None, provider: str = _CPU) -> None:
-        self._session = open_session(file.encoded(), threads=threads, provider=provider)
-
-    def __call__(self, given: Mapping[str, NpArray]) -> NpArray:
-        with _running("head"):
-            answer: NpArray = self._session.run(None, dict(given))[0]
-        return answer
-
-    def close(self) -> None:
-        """Give the session back."""
-        self._session = None
-
-
-def _profiled(path: Path, shape: tuple[int | None, ...], dtype: str = "float32") -> dict[str, object]:
+def _profiled(
+    path: Path | bytes, shape: tuple[int | None, ...], dtype: str = "float32", *, reads: str = INPUT,
+    folder: Path | None = None,
+) -> dict[str, object]:  # fmt: skip
     """Nodes that ran, by the type of their first input: ONNX Runtime casts what it has no kernel for, and says so."""
-    with tempfile.TemporaryDirectory() as folder:
-        session = open_session(path, profile=Path(folder) / "profile")
+    with tempfile.TemporaryDirectory() as scratch:
+        session = open_session(path, profile=Path(scratch) / "profile", folder=folder)
         feed = {
             entry.name: np.ones([side if isinstance(side, int) else 1 for side in entry.shape], np.float32)
             for entry in session.get_inputs()
-            if entry.name != INPUT
+            if entry.name != reads
         }
         images = np.zeros([1, *(side or _ANY for side in shape[1:])], dtype)
-        session.run(None, feed | {INPUT: images})
+        session.run(None, feed | {reads: images})
         events = json.loads(Path(session.end_profiling()).read_text())
     kinds, layers = Counter[str](), Counter[str]()
     for event in events:

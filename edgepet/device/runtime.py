@@ -9,10 +9,11 @@ import numpy as np
 
 from edgepet.deltas.branches import named_tensors
 from edgepet.deltas.delta import Delta, Head
+from edgepet.deltas.heads import MapHead
 from edgepet.deltas.merge import task_tensors
-from edgepet.device.fitting import fit, opened
+from edgepet.device.fitting import fit, fit_int8, opened
 from edgepet.device.map_heads import map_head_of, open_head
-from edgepet.device.runner import Runner, SharedRunner
+from edgepet.device.runner import PartRunner, Runner, SharedRunner
 from edgepet.device.runtimes import DEFAULT, Runtime, shared_runtime
 from edgepet.errors import CheckError, InputError, option
 from edgepet.graphs.base import BaseGraph
@@ -155,6 +156,7 @@ class SharedInt8:
         self._row = shared_runtime(runtime, purpose="an int8 backbone")
         self.graph, self._threads, self._store = graph, threads, store
         self._network = self._open({})
+        self._parts = dict[tuple[str, ...], PartRunner]()  # that put out maps, by what they put out
 
     def _open(self, codes: Mapping[str, NpArray]) -> SharedRunner:
         if self._row.open_int8 is None:
@@ -169,14 +171,35 @@ class SharedInt8:
         Raises:
             BackboneError, InputError: as ``task_slots``.
         """
+        head = map_head_of(delta)
+        if head is not None:
+            return self._bind_maps(delta, head, alone=alone)
         slots = task_slots(self.graph, delta)
         own = self._open(slots.codes) if slots.codes else None
         closed = (*((own,) if own else ()), *((self._network,) if alone else ()))
         return TaskNetwork((own or self._network).bind(slots), delta.head.in_float32, alone_on=closed)
 
+    def _bind_maps(self, delta: Delta, head: MapHead, *, alone: bool) -> TaskNetwork:
+        """A task whose head reads maps: those are put out by another network of the same codes."""
+        graph, fitted, own = self.graph, fit_int8(self.graph, delta, self._row.name), list[PartRunner]()
+        if fitted.tensors or head.inputs not in self._parts:
+            part = opened(self._row, fitted.part, fitted.tensors, self._threads)
+            if fitted.tensors:
+                own.append(part)
+            else:
+                self._parts[head.inputs] = part
+        bound = (own[0] if own else self._parts[head.inputs]).bind(fitted.slots)
+        runner = open_head(
+            self._row, head, graph.maps, graph.width, bound, threads=self._threads,
+            closes=(*own, *(self._parts.values() if alone else ())),
+        )  # fmt: skip
+        return TaskNetwork(runner, None, alone_on=(self._network,) if alone else ())
+
     def close(self) -> None:
         """Give the backbone back, once no bound task runs any more."""
         self._network.close()
+        for part in self._parts.values():
+            part.close()
 
 
 def scores_of(logits: NpArray) -> NpArray:

@@ -128,7 +128,7 @@ def _onnxruntime_part(part: Part, tensors: Tensors, threads: int | None, where: 
 
 
 def _onnxruntime_head(file: OnnxFile, threads: int | None, where: str) -> HeadRunner:
-    from edgepet.device.onnxruntime import OnnxRuntimeHead
+    from edgepet.device.onnxruntime_head import OnnxRuntimeHead
 
     return OnnxRuntimeHead(file, threads=threads, provider=where)
 

@@ -30,6 +30,7 @@ from edgepet.errors import InputError
 from edgepet.files import sha256_file
 from edgepet.graphs.base import bytes_beside, graph_folder, graph_stem, read_description, require_fingerprint
 from edgepet.graphs.manifest import Listed
+from edgepet.graphs.maps import GraphMap, read_maps
 from edgepet.graphs.tensor_files import mapped_tensors
 from edgepet.spec import NpArray, Preprocess, spelled_size
 from edgepet.strict import ObjectReader
@@ -99,7 +100,8 @@ class Int8Graph:
     ``codes_sha256`` is of the file of codes: what a task's ranges are bound to. ``vectors`` are backbone tensors that
     every task brings: norms, biases and the like. ``width`` are its pooled features, ``files`` are name -> (hex
     sha256, size in bytes). ``cuts`` are in the graph's order. ``ranges`` are the backbone's own of all its ``reads``,
-    which hold before a task's cut; None where no images were there to measure them on.
+    which hold before a task's cut; None where no images were there to measure them on. ``maps`` are those that heads
+    may read.
     """
 
     folder: Path
@@ -113,6 +115,7 @@ class Int8Graph:
     ranges: tuple[Range, ...] | None
     codes_sha256: str
     files: Listed
+    maps: tuple[GraphMap, ...] = ()
 
     @property
     def stem(self) -> str:
@@ -236,6 +239,7 @@ def int8_at(path: Path) -> Int8Graph:
         ranges=_ranges(table, len(reads_of(layers))) if has_trunks else None,
         codes_sha256=described.files[CODES][0],
         files=described.files,
+        maps=read_maps(table.nested_list("maps")) if table.has("maps") else (),
     )
     table.end()
     require_fingerprint(graph.fingerprint, path.name)

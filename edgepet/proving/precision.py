@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from onnx import ModelProto
 
 Stage = Callable[[str], None]
+UNREAD = Range(scale=1.0)  # of what a head that reads an early map does not need
 AUTO_ROUNDS = 60  # enough to tell precisions apart, which differ by tenths
 AUTO_TIE = 1.05  # of the fastest
 
@@ -210,7 +211,7 @@ def express(
     stored = {name: of.stored for name, of in calibration.made(recipe).ranges.items()}
     ranges = Int8Ranges(
         codes=codes.codes_sha256,
-        ranges=tuple(stored[name] for name in codes.reads[before:]),
+        ranges=tuple(stored.get(name, UNREAD) for name in codes.reads[before:]),
         trunk=None if trunk is None else codes.ranges_sha256,
     )
     return Expressed(

@@ -55,9 +55,11 @@ def probed_int8(expressed: Expressed, graph: Int8Graph, runtimes: Iterable[str])
         tried = []
         for seed in SEEDS:
             images = probe_images(seed, delta.preprocess)
-            first, *others = (network(images) for network in networks)
+            given = [network(images) for network in networks]
+            largest = float(np.abs(given[0]).max())
+            first, *others = (each if each.ndim == 2 else condensed(each, seed) for each in given)
             apart = max((float(np.abs(logits - first).max()) for logits in others), default=0.0)
-            tried.append((apart / float(np.abs(first).max()), seed, first, apart))
-    _, seed, logits, apart = min(tried, key=lambda each: each[:2])
-    tolerance = max(APART * apart, LEAST * float(np.abs(logits).max()))
+            tried.append((apart / largest, seed, first, apart, largest))
+    _, seed, logits, apart, largest = min(tried, key=lambda each: each[:2])
+    tolerance = max(APART * apart, LEAST * largest)
     return replace(delta, probes={**delta.probes, "int8": Probe(seed, logits, tolerance)})

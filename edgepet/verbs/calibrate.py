@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -20,7 +20,7 @@ from edgepet.files import cache_folder, made_folder, move_file, require_other
 from edgepet.graphs.slots import task_slots
 from edgepet.jobs.job import MEASURED
 from edgepet.networks.backbone import AnyBackbone
-from edgepet.packs.pack import write_pack
+from edgepet.packs.pack import EVERY, write_pack
 from edgepet.proving.precision import calibration_of, express, task_images
 from edgepet.proving.probing import probed_int8
 from edgepet.proving.shared_runs import SharedRun, installed, run_shared
@@ -61,7 +61,7 @@ if TYPE_CHECKING:
 class CalibrateReport:
     """What int8 costs. ``layers`` are alone in int8, the worst first; ``ranges`` have the tensors' names in the graph.
 
-    ``drop`` is of all layers but those that ``recipe`` keeps, on all of train and val.
+    ``drop`` is of all layers but those that ``recipe`` keeps, on all of train and val, in points of ``metric``.
     """
 
     layers: tuple[LayerDrop, ...]
@@ -72,6 +72,12 @@ class CalibrateReport:
     held_out: int
     calibration: Mapping[str, object]
     warning: str | None
+    metric: str = "top1"
+
+    @property
+    def shown(self) -> list[str]:
+        """The names of what JSON has: ``metric`` where it is not top-1."""
+        return [each.name for each in fields(self) if each.name != "metric" or self.metric != "top1"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -119,7 +125,7 @@ def calibrate(
         InputError: images that cannot be used, or a budget finer than they show.
         CheckError: half of the layers in float do not hold the budget.
     """
-    subject = Subject(pack, backbone, data)
+    subject = Subject(pack, backbone, data, answers=EVERY)
     chosen = _images(subject, calib, images)
     stage(f"graph of {subject.delta.backbone}")
     calibration = calibration_of(subject, chosen).for_format("onnx")
@@ -134,6 +140,7 @@ def calibrate(
         held_out=len(chosen.held_out),
         calibration=chosen.facts,
         warning=chosen.warning,
+        metric="top1" if subject.delta.labels else "miou",
     )
 
 
@@ -158,10 +165,10 @@ def share(
         InputError: images that cannot be used, or a budget finer than they show.
         CheckError: a runtime answers otherwise than the Q/DQ graph, or the budget does not hold.
     """
-    subject, output = Subject(pack, backbone, data), Path(output)
+    subject, output = Subject(pack, backbone, data, answers=EVERY), Path(output)
     require_pack_place(output)
     chosen = _images(subject, calib, images)
-    if max_drop is not None:
+    if max_drop is not None and subject.delta.labels:  # of masks pixels count, not images
         require_resolution(max_drop, len(chosen.judged))
     stage(f"int8 backbone of {subject.delta.backbone}")
     graph = int8_graph(subject.graph, lambda: chosen)
@@ -343,7 +350,7 @@ def _own(report: CalibrateReport) -> Screen:
     chosen = report.recipe
     yield lines(
         f"  recipe: {recipe(asdict(chosen))}, of {len(report.tried)} tried on the held-out images",
-        f"  all layers in int8: {lost(report.drop)}",
+        f"  all layers in int8: {lost(report.drop, 'top-1' if report.metric == 'top1' else 'mIoU')}",
         f"  in float for the budget: {', '.join(chosen.keep)}" if chosen.keep else None,
         f"  {report.warning}" if report.warning else None,
     )
