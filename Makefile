@@ -3,14 +3,14 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 DEMO_EXTRAS := train,openvino,tensorrt-rtx,demo
-TEST_EXTRAS := $(DEMO_EXTRAS),onnxsim,accelerate,peft,sign,dev
+TEST_EXTRAS := $(DEMO_EXTRAS),onnxsim,accelerate,peft,sign,report,dev
 
 # Two processes, a file of tests in each: most of a test's time is tracing, on one thread.
 TESTS = $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 FAST_TESTS = $(TESTS) -m "not slow"
 COVERED = --cov --cov-report=term  # a fifth of their time
 
-.PHONY: demo test slow check fix bench bench-methods bench-trials clean
+.PHONY: demo test slow check fix bench bench-methods bench-trials report clean
 
 demo: $(VENV)/.demo
 	$(BIN)/edgepet demo --dir demo
@@ -18,7 +18,7 @@ demo: $(VENV)/.demo
 test: $(VENV)/.test
 	$(FAST_TESTS)
 
-slow: $(VENV)/.test
+slow: $(VENV)/.slow
 	$(TESTS) -m slow
 
 check: $(VENV)/.test
@@ -59,8 +59,11 @@ bench-trials: $(VENV)/.bench
 	$(BIN)/python benchmarks/packs.py $(ARGS)
 	$(BIN)/python benchmarks/report.py $(ARGS)
 
+report: $(VENV)/.test
+	$(BIN)/edgepet report benchmarks/results -o report.html
+
 clean:
-	rm -rf $(VENV) demo bench build dist
+	rm -rf $(VENV) demo bench build dist report.html
 
 $(BIN)/python:
 	$(PYTHON) -c 'import sys; sys.exit(None if (3, 11) <= sys.version_info < (3, 14) else "edgepet needs Python 3.11 to 3.13: make PYTHON=python3.12 ...")'
@@ -73,6 +76,10 @@ $(VENV)/.demo: pyproject.toml | $(BIN)/python
 $(VENV)/.test: pyproject.toml | $(BIN)/python
 	$(BIN)/python -m pip install --disable-pip-version-check --quiet --editable '.[$(TEST_EXTRAS)]'
 	touch $@ $(VENV)/.demo
+
+$(VENV)/.slow: pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet --editable '.[$(TEST_EXTRAS),ray]'
+	touch $@ $(VENV)/.test $(VENV)/.demo
 
 $(VENV)/.bench: pyproject.toml | $(BIN)/python
 	$(BIN)/python -m pip install --disable-pip-version-check --quiet --editable '.[$(TEST_EXTRAS),bench]'

@@ -38,6 +38,7 @@ SETTLE_S = {"torch": 0.002, "onnxruntime": 0.05, "openvino": 0.002}
 TEST_CAP, FEW = 2000, 4  # test images of a task at most; images of a class in each split of a quick run
 WARMUP = 20  # untimed rounds, but no more than timed ones
 MODULES = "modules.work"  # what a pretraining leaves
+OF_WHOEVER = ("--dir", "--results", "--ray")  # folders and addresses that a result does not tell
 NATIVE_BF16 = {"amx_bf16", "avx512_bf16", "bf16"}
 
 
@@ -46,12 +47,13 @@ NATIVE_BF16 = {"amx_bf16", "avx512_bf16", "bf16"}
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Asked:
-    """What was asked of a run: ``folder`` holds its jobs, ``results`` takes what it writes."""
+    """What was asked of a run: ``folder`` holds its jobs, ``results`` takes what it writes, ``ray`` is who trains."""
 
     command: str
     quick: bool
     folder: Path
     results: Path
+    ray: str | None = None
 
 
 def parser_of(description: str | None) -> argparse.ArgumentParser:
@@ -60,6 +62,11 @@ def parser_of(description: str | None) -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--quick", action="store_true", help="as little of everything as goes the whole way")
     add("--dir", type=Path, default=Path("bench"), help="where images and packs are kept (%(default)s)")
+    add(
+        "--ray",
+        metavar="ADDRESS",
+        help="train on the nodes of a Ray cluster, auto for this machine's (on this machine)",
+    )
     add("--results", type=Path, help="where results go (benchmarks/results, or a temporary folder when quick)")
     return parser
 
@@ -69,7 +76,7 @@ def asked(options: argparse.Namespace) -> Asked:
     quick: bool = options.quick
     results: Path = options.results or (Path(tempfile.mkdtemp(prefix="edgepet-bench-")) if quick else RESULTS)
     results.mkdir(parents=True, exist_ok=True)
-    return Asked(command=command(sys.argv), quick=quick, folder=options.dir, results=results)
+    return Asked(command=command(sys.argv), quick=quick, folder=options.dir, results=results, ray=options.ray)
 
 
 def command(argv: Sequence[str]) -> str:
@@ -77,9 +84,9 @@ def command(argv: Sequence[str]) -> str:
     told, before = list[str](), ""
     for part in argv[1:]:
         name, equals, value = part.partition("=")
-        if before in ("--dir", "--results"):
+        if before in OF_WHOEVER:
             told.append(before[2:].upper())
-        elif equals and name in ("--dir", "--results"):
+        elif equals and name in OF_WHOEVER:
             told += [name, name[2:].upper()]
         else:
             told.append(f"{name}={Path(value).name}" if equals else Path(part).name)
@@ -198,9 +205,12 @@ def jobs_folder(run: Asked) -> Path:
     return run.folder / "jobs"
 
 
-def finished(run: Asked, jobs: Sequence[Job]) -> tuple[Result, ...]:
-    """The results of ``jobs``; those that are not there yet are made, one after another, with all cores."""
-    return run_jobs(jobs, jobs_folder(run), tell=lambda line: print(line, file=sys.stderr, flush=True))
+def finished(run: Asked, jobs: Sequence[Job], ray: str | None = None) -> tuple[Result, ...]:
+    """The results of ``jobs``; those that are not there yet are made here in turn, with all cores, or on ``ray``.
+
+    What measures times stays here.
+    """
+    return run_jobs(jobs, jobs_folder(run), ray=ray, tell=lambda line: print(line, file=sys.stderr, flush=True))
 
 
 def draw(run: Asked, task: str) -> Path:
@@ -220,24 +230,16 @@ def trained(run: Asked, trainings: Sequence[Training]) -> tuple[Trained, ...]:
     ]
     return tuple(
         Trained(training=each, result=result, data=images[pool.digest].folder / each.task)
-        for each, pool, result in zip(trainings, pools, finished(run, jobs), strict=True)
+        for each, pool, result in zip(trainings, pools, finished(run, jobs, run.ray), strict=True)
     )
 
 
 def short_packs(run: Asked, backbone: str, methods: Sequence[str]) -> list[Path]:
     """Packs of the digits, hardly trained: for what does not depend on a pack's values, as latency does not."""
-    few = FEW if run.quick else None
+    few, size = FEW if run.quick else None, IMAGE_SIZES[backbone]
     trainings = [
-        Training(
-            task="digits",
-            backbone=backbone,
-            method=method,
-            image_size=IMAGE_SIZES[backbone],
-            few=few,
-            epochs=1,
-            shots=2,
-        )
-        for method in methods
+        Training(task="digits", backbone=backbone, method=each, image_size=size, few=few, epochs=1, shots=2)
+        for each in methods
     ]
     return [each.pack for each in trained(run, trainings)]
 
@@ -277,7 +279,7 @@ def _pretrained(run: Asked, asked: Pretraining) -> Result:
         "options": {"epochs": asked.epochs, "precision": _precision()},
         "threads": environment().cores,
     }
-    (made,) = finished(run, [Job(function="harness:pretrain_modules", specification=specification)])
+    (made,) = finished(run, [Job(function="harness:pretrain_modules", specification=specification)], run.ray)
     return made
 
 

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from edgepet.verbs.peft import import_peft as import_peft
     from edgepet.verbs.predict import predict as predict
     from edgepet.verbs.pretrain import pretrain as pretrain
+    from edgepet.verbs.report import report as report
     from edgepet.verbs.sites import sites as sites
     from edgepet.verbs.storage import storage as storage
     from edgepet.verbs.train import train as train
@@ -70,6 +71,7 @@ _HOME = {
     "predict": "edgepet.verbs.predict",
     "pretrain": "edgepet.verbs.pretrain",
     "read_pack": "edgepet.packs.pack",
+    "report": "edgepet.verbs.report",
     "share": "edgepet.verbs.calibrate",
     "sites": "edgepet.verbs.sites",
     "storage": "edgepet.verbs.storage",

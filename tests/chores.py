@@ -40,6 +40,13 @@ def refuse(specification: Mapping[str, Any], folder: Path) -> dict[str, object]:
     raise CheckError("poppies", "must be red", got=specification["colour"], fix="paint them")
 
 
+def copy(specification: Mapping[str, Any], folder: Path) -> dict[str, object]:
+    """A file of another job's result."""
+    name: str = specification["name"]
+    (folder / name).write_bytes((folder.parent / specification["from"] / name).read_bytes())
+    return {}
+
+
 def measure(specification: Mapping[str, Any], folder: Path) -> dict[str, object]:
     """A result, and what will be another number the next time."""
     return {"petals": 4, MEASURED: {"ms": 0.5}}

@@ -46,6 +46,7 @@ VERBS: dict[str, tuple[str, str]] = {  # verb -> where its ``Verb`` is, below ``
     "import-peft": ("peft:IMPORT_PEFT", "a PEFT adapter folder as a pack, compared with PEFT itself"),
     "export-peft": ("peft:EXPORT_PEFT", "a pack as an adapter folder that PEFT loads on the timm model"),
     "device": ("device_actions:GROUP", "the folder on a device: make it, install tasks, run them, go back, check it"),
+    "report": ("report:VERB", "one page of what was measured, with charts, made of result files"),
     "demo": ("demo:VERB", "the whole flow on real data, offline once installed"),
 }
 

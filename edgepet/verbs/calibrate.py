@@ -39,6 +39,7 @@ from edgepet.verbs.many import (
     jobs_option,
     make_graphs,
     of_task,
+    require_several,
     run_packs,
     tasks_of,
 )
@@ -213,6 +214,7 @@ def calibrate_all(
     images: int = 256,
     max_drop: float | None = None,
     jobs: int = 1,
+    ray: str | None = None,
     stage: Callable[[str], None] = lambda name: None,
 ) -> CalibrateAllReport:
     """``calibrate`` several packs, or where a folder is given ``share`` them: each under its own name in there.
@@ -221,6 +223,7 @@ def calibrate_all(
 
     Args:
         jobs: packs at the same time, each in a process of its own. All packs take their places when all are made.
+        ray: the address of a Ray cluster whose nodes run them; they see the same files.
 
     Raises:
         EdgepetError: as ``calibrate`` and ``share``, of the first pack that failed, when all others are done.
@@ -246,7 +249,8 @@ def calibrate_all(
     settings = {"images": images, "max_drop": max_drop, "shared": out is not None}
     results = run_packs(
         "edgepet.verbs.calibrate:calibrate_job", tasks, out / JOBS if out else cache_folder() / "jobs",
-        backbone=backbone, images={"calib": calib, "data": data}, settings=settings, processes=jobs, tell=stage,
+        backbone=backbone, images={"calib": calib, "data": data}, settings=settings, processes=jobs, ray=ray,
+        tell=stage,
     )  # fmt: skip
     told = []
     for (pack, task), result in zip(tasks.items(), results, strict=True):
@@ -300,11 +304,12 @@ def _options(parser: Parser) -> None:
 
 def _run(options: Options, progress: Progress) -> CalibrateReport | ShareReport | CalibrateAllReport:
     packs, data, output = [Path(pack) for pack in options.packs], path(options.data), path(options.output)
+    require_several(options.ray, packs)
     with progress.stages() as stage:
         if len(packs) > 1:
             return calibrate_all(
                 packs, options.calib, output, backbone=options.backbone, data=data, images=options.calib_images,
-                max_drop=options.max_drop, jobs=options.jobs, stage=stage,
+                max_drop=options.max_drop, jobs=options.jobs, ray=options.ray, stage=stage,
             )  # fmt: skip
         if output is not None:
             return share(

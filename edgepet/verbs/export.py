@@ -37,6 +37,7 @@ from edgepet.verbs.many import (
     jobs_option,
     make_graphs,
     of_task,
+    require_several,
     run_packs,
     tasks_of,
 )
@@ -76,6 +77,7 @@ def export(
     data: FilePath | None = None,
     options: ExportOptions = DEFAULTS,
     jobs: int | None = None,
+    ray: str | None = None,
     stage: Callable[[str], None] = lambda name: None,
 ) -> ExportReport:
     """Write one artefact folder per task and format under ``folder``, each compared before it takes its place.
@@ -85,6 +87,7 @@ def export(
     Args:
         jobs: packs at the same time, each in a process of its own; all artefacts take their places when all are made.
             None is one pack after another in this process.
+        ray: the address of a Ray cluster whose nodes run them; they see the same files.
 
     Raises:
         InputError: a pack, backbone or option at fault, or an operator that a runtime does not know.
@@ -98,9 +101,10 @@ def export(
         if "onnx" not in options.to:
             raise InputError(option("opset"), "is for ONNX files", got=option("to", ",".join(options.to)))
         require_opset(options.opset)
-    if jobs is not None and options.precision == "auto":
+    require_several(ray, packs)
+    if (jobs or ray) and options.precision == "auto":
         what = "is not for several at the same time: it measures how fast they are"
-        raise InputError(option("precision", "auto"), what, fix=f"leave out {option('jobs')}")
+        raise InputError(option("precision", "auto"), what, fix=f"leave out {option('ray' if ray else 'jobs')}")
     unknown = [name for name in options.to if name not in EXPORTERS]
     if unknown or not options.to:
         got = repr(unknown[0]) if unknown else "none of them"
@@ -111,8 +115,8 @@ def export(
     for task in tasks.values():
         for place in (place_of(Path(folder), task, name, options.precision, options.takes) for name in options.to):
             require_only(place, files_of(place))  # before hours of work, not after
-    if jobs is not None and len(tasks) > 1:
-        return _export_in_jobs(tasks, Path(folder), backbone, data, options, jobs, stage)
+    if (jobs or ray) and len(tasks) > 1:
+        return _export_in_jobs(tasks, Path(folder), backbone, data, options, jobs or 1, ray, stage)
     artifacts: list[Exported] = []
     for pack, task in tasks.items():
         own = task if len(tasks) > 1 else None
@@ -168,14 +172,14 @@ def _check_input(options: ExportOptions) -> None:
 
 def _export_in_jobs(
     tasks: Mapping[Path, str], folder: Path, backbone: AnyBackbone, data: FilePath | None, options: ExportOptions,
-    processes: int, stage: Callable[[str], None],
+    processes: int, ray: str | None, stage: Callable[[str], None],
 ) -> ExportReport:  # fmt: skip
     """Every pack in a job of its own."""
     make_graphs(tasks, backbone, stage)
     settings = {name: value for name, value in asdict(options).items() if name != "calib"}
     results = run_packs(
         "edgepet.verbs.export:export_job", tasks, folder / JOBS, backbone=backbone,
-        images={"data": data, "calib": options.calib}, settings=settings, processes=processes, tell=stage,
+        images={"data": data, "calib": options.calib}, settings=settings, processes=processes, ray=ray, tell=stage,
     )  # fmt: skip
     artifacts = [_moved(result, folder, told) for result in results for told in result.report["artifacts"]]
     finish(results)
@@ -259,7 +263,7 @@ def _run(options: Options, progress: Progress) -> ExportReport:
     with progress.stages() as stage:
         return export(
             [Path(pack) for pack in options.packs], Path(options.output), backbone=options.backbone,
-            data=path(options.data), options=chosen, jobs=options.jobs, stage=stage,
+            data=path(options.data), options=chosen, jobs=options.jobs, ray=options.ray, stage=stage,
         )  # fmt: skip
 
 

@@ -29,12 +29,17 @@ MOST_JOBS = 64  # of one machine: each holds a backbone
 
 
 def jobs_option(parser: Parser, default: int | None) -> None:
-    """--jobs."""
+    """--jobs and --ray."""
     told = (
         "packs at the same time, each in a process with its share of the cores; a command that was killed goes on"
         f" where it was (default: {default or 'one after another in this process'})"
     )
     parser.add_argument("--jobs", type=int, default=default, metavar="N", help=told)
+    told = (
+        "packs on the nodes of a Ray cluster, which see the same files, auto for this machine's; --jobs N is then how"
+        " many would share this machine (default: on this machine)"
+    )
+    parser.add_argument("--ray", metavar="ADDRESS", help=told)
 
 
 def tasks_of(packs: Sequence[FilePath], verb: str) -> dict[Path, str]:
@@ -47,6 +52,16 @@ def tasks_of(packs: Sequence[FilePath], verb: str) -> dict[Path, str]:
     if len({task for _, task in read}) != len(read):
         raise InputError(verb, "needs packs of different tasks", got=", ".join(task for _, task in read))
     return dict(read)
+
+
+def require_several(ray: str | None, packs: Sequence[FilePath]) -> None:
+    """Refuse a cluster for a single pack, which takes its job in this process.
+
+    Raises:
+        InputError: it is one.
+    """
+    if ray is not None and len(packs) < 2:
+        raise InputError(option("ray"), "is for several packs", got=f"{len(packs)} pack")
 
 
 def of_task(folder: FilePath | None, task: str | None) -> Path | None:
@@ -91,6 +106,7 @@ def run_packs(
     images: Mapping[str, FilePath | None],
     settings: Mapping[str, object],
     processes: int,
+    ray: str | None = None,
     tell: Callable[[str], None],
 ) -> tuple[Result, ...]:
     """Run ``function`` of every pack as a job; results lie below ``place`` until ``finish`` is called.
@@ -100,11 +116,12 @@ def run_packs(
             and the folders of ``images``, each of the task's own.
         tasks: packs, and what each answers.
         images: folders of images, or None, by the names that the specification has for them.
+        ray: the address of a cluster whose nodes run them; each takes as many threads as it would get here.
 
     Raises:
         EdgepetError: of the first pack that failed, when all others are done.
     """
-    tell(f"{len(tasks)} packs, {processes} at the same time")
+    tell(f"{len(tasks)} packs, {f'{processes} at the same time' if ray is None else f'on the Ray cluster at {ray}'}")
     here, digest = environment(), lru_cache(maxsize=None)(folder_sha256)
     threads = max(1, here.cores // min(processes, len(tasks)))
 
@@ -127,7 +144,9 @@ def run_packs(
 
     jobs = [job(path, task) for path, task in tasks.items()]
     try:
-        return run_jobs(jobs, place, processes=processes, per_process=len(jobs), tell=lambda line: tell(_first(line)))
+        return run_jobs(
+            jobs, place, processes=processes, per_process=len(jobs), ray=ray, tell=lambda line: tell(_first(line))
+        )
     except EdgepetError as error:
         done = sum((place / job.digest).is_dir() for job in jobs)  # results are whole, or not there
         kept = f"{done} of {len(jobs)} packs are done and kept in {place}: the same command goes on from there"
@@ -140,17 +159,43 @@ def _first(line: str) -> str:
 
 
 def folder_of(specification: Mapping[str, Any], name: str) -> Path | None:
-    """A folder of images that a job was given, or None."""
+    """A folder of images that a job was given, or None.
+
+    Raises:
+        InputError: other images are there: they have changed since, or this is another machine.
+    """
     given = specification["images"][name]
-    return None if given is None else Path(given["path"])
+    if given is None:
+        return None
+    folder = Path(given["path"])
+    _require_same(folder, given["sha256"], _images_sha256(folder) if folder.is_dir() else "nothing")
+    return folder
+
+
+_images_sha256 = lru_cache(maxsize=None)(folder_sha256)  # a process makes many jobs, on the same images
+
+
+def _require_same(path: Path, wanted: str, found: str) -> None:
+    if found != wanted:
+        fix = "run the command again; nodes of a cluster need the same files under the same paths"
+        raise InputError(str(path), f"is not what the job is of, sha256:{wanted[:12]}", got=found[:12], fix=fix)
 
 
 def begin(specification: Mapping[str, Any]) -> Path:
-    """What every job of a pack begins with: torch takes its share of the cores. Returns the pack."""
+    """What every job of a pack begins with: torch takes its share of the cores. Returns the pack.
+
+    Raises:
+        InputError: another file is there: it has changed since, or this is another machine.
+    """
     import torch
 
     torch.set_num_threads(specification["threads"])
-    return Path(specification["pack"]["path"])
+    pack = Path(specification["pack"]["path"])
+    _require_same(pack, specification["pack"]["sha256"], sha256_file(pack) if pack.is_file() else "nothing")
+    work, wanted = work_folder(pack), specification["work"]
+    if wanted is not None:
+        _require_same(work, wanted, folder_sha256(work) if work.is_dir() else "nothing")
+    return pack
 
 
 def finish(results: Sequence[Result]) -> None:
