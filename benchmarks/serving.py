@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from adapters import OrtAdapters, hotswapped
 from harness import SETTLE_S, WARMUP, asked, parser_of, source, write_result
-from serving_many import batch_of_eight, batch_table
+from serving_many import batch_of_eight, batch_table, many_in_memory, memory_table
 from shared_int8 import resident
 
 from edgepet.deltas.delta import Delta
@@ -66,10 +66,11 @@ class Amount:
     rounds: int
     further: int
     together: int
+    many: int
 
 
-LONG = Amount(sizes=(112, 224), runs=2, rounds=40, further=8, together=10)
-SHORT = Amount(sizes=(112,), runs=2, rounds=2, further=2, together=3)
+LONG = Amount(sizes=(112, 224), runs=2, rounds=40, further=8, together=10, many=50)
+SHORT = Amount(sizes=(112,), runs=2, rounds=2, further=2, together=3, many=3)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -101,6 +102,7 @@ def main() -> None:
                     "forms": over_runs(several),
                     "memory": process("memory", size, runtime, options.quick),
                     "ten": {name: ratio_of_runs([each[name] for each in ten]) for name in ten[0]},
+                    "many": process("many", size, runtime, options.quick),
                     "eight": {name: ratio_of_runs([each[name] for each in eight]) for name in eight[0]},
                 }
             )
@@ -108,7 +110,7 @@ def main() -> None:
     size = amount.sizes[0]
     adapters = over_runs([process("adapters", size, "onnxruntime", options.quick) for _ in range(amount.runs)])
     facts = {"threads": THREADS, "rounds": amount.rounds, "runs": amount.runs, "tasks": amount.together,
-             "cells": cells, "adapters": adapters}  # fmt: skip
+             "many": amount.many, "cells": cells, "adapters": adapters}  # fmt: skip
     write_result(run, "serving", facts)
 
 
@@ -228,8 +230,16 @@ def eight(size: int, runtime: str, amount: Amount) -> dict[str, Any]:
     return batch_of_eight(backbone, graph, drawn, runtime, threads=THREADS, rounds=amount.rounds)
 
 
+def many(size: int, runtime: str, amount: Amount) -> dict[str, Any]:
+    """Fifty tasks in memory."""
+    backbone, graph = on(size)
+    return many_in_memory(
+        backbone, graph, drawn, runtime, threads=THREADS, tasks=amount.many, resident=resident
+    )  # fmt: skip
+
+
 CELLS: dict[str, Callable[[int, str, Amount], dict[str, Any]]] = {
-    "latency": latency, "memory": memory, "ten": ten, "eight": eight, "adapters": adapters,
+    "latency": latency, "memory": memory, "ten": ten, "eight": eight, "many": many, "adapters": adapters,
 }  # fmt: skip
 
 
@@ -372,7 +382,7 @@ def serving_tables(results: Mapping[str, Any]) -> str:
     )
     return (
         f"{markdown(Table('One task, kept open', columns, rows))}\n{told}\n\n"
-        f"{batch_table(result['cells'])}"
+        f"{batch_table(result['cells'])}{memory_table(result['cells'], result.get('many', 0))}"
         f"{markdown(Table('Ten tasks on one image', ten_columns, ten_rows))}\n{ten_told} {source(result)}\n"
     )
 

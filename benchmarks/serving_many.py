@@ -25,7 +25,7 @@ from edgepet.graphs.base import BaseGraph, graph_folder, open_graph
 from edgepet.graphs.int8 import Int8Graph
 from edgepet.measuring.latency import Candidate, measure, ratio
 from edgepet.methods import SSF, LoRA, Method
-from edgepet.reports.tables import Column, Table, markdown
+from edgepet.reports.tables import Column, Table, format_bytes, markdown
 from edgepet.spec import NpArray
 
 if TYPE_CHECKING:
@@ -67,6 +67,38 @@ def batch_of_eight(
                 deltas = {key: with_ranges(on, delta) for key, delta in deltas.items()}
             found[name] = over_one(on, deltas, images, runtime, threads=threads, rounds=rounds)
     return found
+
+
+def many_in_memory(
+    backbone: Backbone, graph: BaseGraph, drawn: Callable[[Backbone, Method, int], Delta], runtime: str, *,
+    threads: int, tasks: int, resident: Callable[[], int],
+) -> dict[str, float]:  # fmt: skip
+    """Bytes that the process gains when many SSF tasks of a store are open and all have been asked.
+
+    In slots beyond the first one, and merged, which may take 256 MB together, beyond none.
+    """
+    from edgepet import Device, write_pack
+    from edgepet.device.store import Store
+
+    with tempfile.TemporaryDirectory() as folder:
+        store = Store(Path(folder) / "store")
+        store.add_graph(graph)
+        for k in range(tasks):
+            write_pack(Path(folder) / "task.pet", drawn(backbone, SSF(), k))
+            store.install(Path(folder) / "task.pet")
+        image, gained = np.zeros((1, *graph.preprocess.input_shape), np.float32), dict[str, float]()
+        for form, memory_bytes in (("merged", 256_000_000), ("slots", None)):
+            with Device(store.root) as device:
+                before, opened = resident(), []
+                for name in device.tasks():
+                    settings: dict[str, Any] = {"mode": form, "memory_bytes": memory_bytes, "threads": threads}
+                    opened.append(device.open(name, runtime=runtime, **settings))
+                    for _ in range(2):
+                        opened[-1](image)
+                    if form == "slots" and len(opened) == 1:
+                        before = resident()
+                gained[form] = resident() - before
+        return gained
 
 
 def over_one(
@@ -134,6 +166,26 @@ def with_ranges(graph: Int8Graph, delta: Delta) -> Delta:
     ranges, before = graph.ranges or (), graph.trunk_reads(delta)
     trunk = graph.ranges_sha256 if before else None
     return replace(delta, int8=Int8Ranges(codes=graph.codes_sha256, ranges=tuple(ranges[before:]), trunk=trunk))
+
+
+def memory_table(cells: Sequence[Mapping[str, Any]], tasks: int) -> str:
+    """Of cells that have it."""
+    rows = [
+        (
+            f"{cell['runtime']}, {cell['image_size']} px",
+            *(format_bytes(round(cell["many"][form])) for form in ("slots", "merged")),
+        )
+        for cell in cells
+        if "many" in cell
+    ]
+    if not rows:
+        return ""
+    columns = (Column("where"), Column("in slots", right=True), Column("merged", right=True))
+    told = (
+        f"What a process gains for {tasks} SSF tasks of a store, all open and asked: in slots beyond the first one,"
+        " merged with `--memory 256MB`."
+    )
+    return f"{markdown(Table('Many tasks in memory', columns, rows))}\n{told}\n\n"
 
 
 def batch_table(cells: Sequence[Mapping[str, Any]]) -> str:

@@ -86,7 +86,7 @@ def open_session(
         profile: what the name of a file of events begins with, which ``end_profiling`` writes.
         provider: what runs all that it can; the CPU runs the rest.
         ready: it was saved by another session, and is opened as it is.
-        save: a file for the graph as it is made ready, with its weights in ``save.with_suffix(".bin")``. Not in the
+        save: a file for the graph as it is made ready, with its weights in ``save.with_suffix(".bin")``, not in the
             form that they are multiplied in: ONNX Runtime 1.32 opens those no faster, and they take twice the bytes.
 
     Raises:

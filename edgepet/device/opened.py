@@ -294,7 +294,7 @@ class OpenTasks:
         return self._mixed
 
     def _graph(self, pack: Pack) -> BaseGraph | Int8Graph:
-        return self._store.int8_of(pack) if self._pool.precision == "int8" else self._store.graph_of(pack)
+        return self._store.int8_of(pack) if self._pool.precision == "int8" else self._pool.graph_of(pack)
 
     def _placed(self, store: Store, tasks: Sequence[str]) -> dict[str, tuple[str, TaskNetwork]]:
         """The networks of active packs that share something, with the sha256 of their pack."""

@@ -82,6 +82,7 @@ class Pool:
         self.events, self.holders = list[Event](), 0
         self._store, self.threads, self._memory = store, threads, memory_bytes
         self._networks, self._int8 = dict[object, PartRunner](), dict[object, SharedInt8]()
+        self._graphs = dict[object, BaseGraph]()
         self._prices = dict[object, float]()  # seconds that the network of a form took to open
         self._own, self._lock, self._clock = list[_Own](), threading.RLock(), 0
 
@@ -96,8 +97,13 @@ class Pool:
         with self._lock:
             if self.precision == "int8":
                 return self._on_codes(pack)
+            return network_of(self._runner(self.graph_of(pack), pack), pack.delta)
+
+    def graph_of(self, pack: Pack) -> BaseGraph:
+        """The graph of a pack, of which all tasks on it share one: each maps the weights' file."""
+        with self._lock:
             graph = self._store.graph_of(pack)
-            return network_of(self._runner(graph, pack), pack.delta)
+            return self._graphs.setdefault((graph.folder, graph.stem), graph)
 
     def run(self, own: _Own, images: NpArray) -> NpArray:
         """The features of a task on its own network, which is opened where it is not open."""
@@ -147,7 +153,7 @@ class Pool:
                 network.close()
             for shared in self._int8.values():
                 shared.close()
-            self._own, self._networks, self._int8 = [], {}, {}
+            self._own, self._networks, self._int8, self._graphs = [], {}, {}, {}
 
     def _on_codes(self, pack: Pack) -> TaskNetwork:
         graph = self._store.int8_of(pack)
