@@ -105,7 +105,7 @@ OPTIONS = {
     "demo": ["--dir"],
 }  # fmt: skip
 NOT_YET_VERBS = {"report"}
-NOT_YET = {("storage", "--backbone"), ("predict", "--draw")}
+NOT_YET = {("storage", "--backbone")}
 VERBS = [verb for verb in OPTIONS if verb not in NOT_YET_VERBS]
 
 
