@@ -106,7 +106,7 @@ OPTIONS = {
     "report": ["-o"],
     "demo": ["--dir"],
 }  # fmt: skip
-NOT_YET = {("storage", "--backbone"), ("predict", "--draw")}
+NOT_YET = {("storage", "--backbone")}
 VERBS = list(OPTIONS)
 
 
