@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -50,12 +50,11 @@ class Result:
         return self.table.nested_list("rows")
 
 
-@dataclass(frozen=True, slots=True)
 class Results:
-    """All results, by name. ``shown`` collects those that a section has drawn from."""
+    """All results, by name. Whoever asks for one shows it: ``shown`` are the names of those."""
 
-    by_name: Mapping[str, Result]
-    shown: set[str] = field(default_factory=set)
+    def __init__(self, by_name: Mapping[str, Result]) -> None:
+        self.by_name, self.shown = by_name, set[str]()
 
     def __iter__(self) -> Iterator[Result]:
         return iter(self.by_name.values())
