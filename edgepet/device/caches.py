@@ -17,6 +17,7 @@ from pathlib import Path
 
 from edgepet.bringing import clear_folder
 from edgepet.canonical import canonical_json
+from edgepet.device.costs import NAME as COST_NAME
 from edgepet.device.kept import clear_merged
 from edgepet.errors import EdgepetError
 from edgepet.files import folder_bytes, made_folder, read_file, write_file
@@ -78,6 +79,7 @@ def clear_cache(root: Path) -> int:
     before = folder_bytes(root / "cache")
     clear_folder(root / "cache" / "derived", _NAME)
     clear_merged(root)
+    clear_folder(root / "cache" / "costs", COST_NAME)
     clear_folder(root / "cache" / "stamps", _STAMP)
     return before - folder_bytes(root / "cache")
 

@@ -6,11 +6,13 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal, TypeAlias
 
 from edgepet.deltas.branches import named_tensors
 from edgepet.deltas.heads import MapHead
 from edgepet.deltas.merge import task_tensors
+from edgepet.device.costs import keep_cost, kept_cost
 from edgepet.device.fitting import fit, opened
 from edgepet.device.map_heads import map_head_of, open_head
 from edgepet.device.runner import BoundPart, PartRunner, Runner
@@ -21,14 +23,16 @@ from edgepet.errors import InputError, option
 from edgepet.files import folder_bytes
 from edgepet.graphs.base import BaseGraph
 from edgepet.graphs.dense_slots import RIGHT, UnslottedError
+from edgepet.measuring.machine import environment
 from edgepet.packs.pack import Pack
 from edgepet.reports.tables import format_bytes
 from edgepet.spec import NpArray, Precision
 
 Mode: TypeAlias = Literal["auto", "merged", "slots"]
 MODES: tuple[Mode, ...] = ("auto", "merged", "slots")
-# What slots cost of a run, as benchmarks/device.py measured on ViT-S: with scales and shifts alone, and with products.
+# What slots cost of a run until it is seen here: that of ViT-S, with scales and shifts alone, and with products.
 SCALES_COST, PRODUCTS_COST = 0.04, 0.10
+SEEN = 3  # runs in slots, and merged, that show it
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -184,8 +188,13 @@ class Pool:
         bound = part if head is None else self._behind(part, graph, head)
         if self._memory is None:
             return bound
-        cost = PRODUCTS_COST if any(name.endswith(RIGHT) for name in fitted.slots) else SCALES_COST
-        return _Renting(self, own, bound, cost, self._prices[form])
+        products = any(name.endswith(RIGHT) for name in fitted.slots)
+        here = environment()
+        of = {
+            "runtime": self.row.place, "cpu": [here.cpu, *here.cpu_features], "threads": self.threads,
+            "backbone": graph.fingerprint, "graph": graph.stem, "products": products,
+        }  # fmt: skip
+        return _Renting(self, own, bound, _Cost(self._store.root, of, products=products), self._prices[form])
 
     def _behind(self, part: BoundPart, graph: BaseGraph, head: MapHead) -> Runner:
         return open_head(self.row, head, graph.maps, graph.width, part, threads=self.threads)
@@ -254,6 +263,32 @@ class Pool:
                 self.events.append(Event(task=each.task, what="evicted", why=f"for {coming.task!r}"))
 
 
+class _Cost:
+    """What slots cost of a run of one backbone here, a fraction: seen where a task has run both ways, once."""
+
+    def __init__(self, root: Path, of: Mapping[str, object], *, products: bool) -> None:
+        self._root, self._of, self._kept = root, of, kept_cost(root, of)
+        self._usual = PRODUCTS_COST if products else SCALES_COST
+        self._seen: dict[str, list[float]] = {"slots": [], "merged": []}
+        self._shape: tuple[int, ...] = ()
+
+    @property
+    def part(self) -> float:
+        """The part of a run in slots."""
+        return self._usual if self._kept is None else self._kept
+
+    def saw(self, form: str, shape: tuple[int, ...], seconds: float) -> None:
+        """One run, of images of this shape: another one begins anew."""
+        if self._kept is not None:
+            return
+        if shape != self._shape:
+            self._seen, self._shape = {"slots": [], "merged": []}, shape
+        self._seen[form] = [*self._seen[form], seconds][-SEEN - 1 :]
+        slots, merged = self._seen["slots"], self._seen["merged"]
+        if min(len(slots), len(merged)) > SEEN:  # the first one after opening is slower
+            self._kept = keep_cost(self._root, self._of, slots_s=min(slots), merged_s=min(merged))
+
+
 class _Alone:
     """A task on a network of its own, which the pool may close meanwhile."""
 
@@ -280,7 +315,7 @@ class _Renting:
 
     executed: Precision = "fp32"
 
-    def __init__(self, pool: Pool, own: _Own, slots: Runner, cost: float, price: float) -> None:
+    def __init__(self, pool: Pool, own: _Own, slots: Runner, cost: _Cost, price: float) -> None:
         # ``cost``: what of a run slots take; ``price``: seconds that a network takes to open.
         self._pool, self._own, self._slots, self._cost, self._price = pool, own, slots, cost, price
         self._spent, self.runtime = 0.0, pool.row.name
@@ -291,11 +326,15 @@ class _Renting:
         return self._slots.evidence
 
     def __call__(self, images: NpArray) -> NpArray:
-        if self._own.network is not None:
-            return self._pool.run(self._own, images)
         began = time.perf_counter()
+        if self._own.network is not None:
+            features = self._pool.run(self._own, images)
+            self._cost.saw("merged", images.shape, time.perf_counter() - began)
+            return features
         features = self._slots(images)
-        self._spent += self._cost * (time.perf_counter() - began)
+        seconds = time.perf_counter() - began
+        self._cost.saw("slots", images.shape, seconds)
+        self._spent += self._cost.part * seconds
         if self._spent >= self._price:
             self._price, self._spent = max(self._price, self._pool.merge(self._own)), 0.0
         return features
