@@ -318,7 +318,11 @@ class BoundOnnxRuntime:
         self._session, self._binding, self._reads = session, session.io_binding(), reads
         # ``path``: the file of the graph, or its bytes with ``folder`` for its weights, to be profiled; None is not.
         self._shape, self.executed, self._path, self._folder = (None, *shape), executed, path, folder
-        asked = [entry.name for entry in session.get_inputs() if entry.name != reads]
+        asked = {
+            entry.name: [side if isinstance(side, int) else None for side in entry.shape]
+            for entry in session.get_inputs()
+            if entry.name != reads
+        }
         require_slots(asked, slots)
         values = {name: onnxruntime.OrtValue.ortvalue_from_numpy(slots[name]) for name in asked}
         for name, value in values.items():

@@ -6,7 +6,7 @@ import contextlib
 import io
 import threading
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import cache
@@ -18,7 +18,7 @@ import numpy as np
 
 from edgepet.canonical import canonical_json, parse_json
 from edgepet.device.caches import derived
-from edgepet.device.openvino_slots import stateful
+from edgepet.device.openvino_slots import Order, stateful
 from edgepet.device.refusals import refusing_model, require_images_alone
 from edgepet.device.runner import check_images, require_slots
 from edgepet.errors import InputError, require
@@ -161,7 +161,7 @@ class OpenVinoPart:
         self, part: Part, tensors: Tensors, *, threads: int | None = None, precision: Precision = "fp32",
         device: str = _CPU,
     ) -> None:  # fmt: skip
-        model, order = _with_tensors(part, tensors), tuple[str, ...]()
+        model, order = _with_tensors(part, tensors), Order()
         if part.slots:
             model, order = stateful(model, part.reads, plain=part.precision == "fp32")
         self._order = order
@@ -185,19 +185,23 @@ class BoundOpenVino:
     runtime = "openvino"
 
     def __init__(
-        self, compiled: _OpenVino, slots: Mapping[str, NpArray], order: Sequence[str], *, reads: str,
+        self, compiled: _OpenVino, slots: Mapping[str, NpArray], order: Order, *, reads: str,
         shape: tuple[int, ...], executed: Precision,
     ) -> None:  # fmt: skip
         self._compiled, self._request = compiled, compiled.create_infer_request()
         self._reads, self._shape, self.executed = reads, (None, *shape), executed
         self._lock = threading.Lock()  # a request runs one call
-        inputs = [port.get_any_name() for port in compiled.inputs]
-        require_slots([name for name in (*order, *inputs) if name != reads], slots)
+        inputs = {port.get_any_name(): port.get_partial_shape() for port in compiled.inputs}
+        beside = {
+            name: [side.get_length() if side.is_static else None for side in shape]
+            for name, shape in inputs.items()
+            if name != reads
+        }
+        require_slots({**order, **beside}, slots)
         for state in self._request.query_state():
             state.state = _openvino().Tensor(np.concatenate([slots[name].ravel() for name in order]))
-        for name in inputs:
-            if name != reads:
-                self._request.set_tensor(name, _openvino().Tensor(np.array(slots[name])))
+        for name in beside:
+            self._request.set_tensor(name, _openvino().Tensor(np.array(slots[name])))
 
     @property
     def evidence(self) -> Mapping[str, object]:
@@ -221,31 +225,31 @@ class BoundOpenVino:
 
 def _compiled_int8(
     graph: Int8Graph, threads: int | None, codes: Mapping[str, NpArray], device: str
-) -> tuple[_OpenVino, tuple[str, ...]]:
-    """The int8 backbone, compiled, and the order of the slots in its state."""
+) -> tuple[_OpenVino, Order]:
+    """The int8 backbone, compiled, and the slots in its state."""
     path = graph.model_path("openvino")
     model, order = stateful(_with_constants(_read(path), codes, path), INPUT)
     return _compile(model, threads, "fp32", device, where=str(path)), order
 
 
-def _kept_int8(graph: Int8Graph, threads: int | None, store: Path, device: str) -> tuple[_OpenVino, tuple[str, ...]]:
+def _kept_int8(graph: Int8Graph, threads: int | None, store: Path, device: str) -> tuple[_OpenVino, Order]:
     """As ``_compiled_int8`` without own codes, from the store's cache where it is there.
 
     OpenVINO checks nothing of what it exported, so the cache has a digest; and it does not say whether it was compiled
     for this processor, so that is in the key.
     """
-    made, package = list[tuple[_OpenVino, tuple[str, ...]]](), _openvino()
+    made, package = list[tuple[_OpenVino, Order]](), _openvino()
 
     def compiled() -> bytes:
         network, order = _compiled_int8(graph, threads, {}, device)
         made.append((network, order))
-        names = canonical_json(list(order))
+        names = canonical_json([[name, list(shape)] for name, shape in order.items()])
         blob: bytes = network.export_model().getvalue()
         return len(names).to_bytes(8, "little") + names + blob
 
     here = environment()
     made_of = {
-        "form": 1, "openvino": package.get_version(), "cpu": [here.cpu, *here.cpu_features], "threads": threads,
+        "form": 2, "openvino": package.get_version(), "cpu": [here.cpu, *here.cpu_features], "threads": threads,
         "files": {name: digest for name, (digest, _) in graph.files.items()}, "device": device,
     }  # fmt: skip
     data, kept = derived(store, "openvino", f"{graph.folder.name} {graph.stem} {threads} {device}", made_of, compiled)
@@ -254,7 +258,7 @@ def _kept_int8(graph: Int8Graph, threads: int | None, store: Path, device: str) 
     start = 8 + int.from_bytes(data[:8], "little")
     with contextlib.suppress(RuntimeError):
         network = core().import_model(io.BytesIO(data[start:]), device, _config(threads, "fp32", device))
-        return network, tuple(parse_json(data[8:start]))
+        return network, {name: tuple(shape) for name, shape in parse_json(data[8:start])}
     return _compiled_int8(graph, threads, {}, device)  # a build of OpenVINO that calls itself the same
 
 

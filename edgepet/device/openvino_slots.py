@@ -10,13 +10,14 @@ import numpy as np
 from edgepet.errors import require
 
 _OpenVino: TypeAlias = Any  # the module, or an object of it: it says no types
+Order = dict[str, tuple[int, ...]]  # slots of a state variable, and their shapes
 _MULTIPLIED = frozenset(("Convolution", "GroupConvolution", "MatMul"))
 _ELEMENTWISE = frozenset(("Add", "Multiply", "Subtract", "Divide"))
 
 
-def stateful(model: _OpenVino, reads: str, *, plain: bool = False) -> tuple[_OpenVino, tuple[str, ...]]:
+def stateful(model: _OpenVino, reads: str, *, plain: bool = False) -> tuple[_OpenVino, Order]:
     """``model`` with its inputs beside ``reads`` in one state variable, whose value a request keeps from call to call;
-    and the order in which it holds them. One, since each costs its copies at every call.
+    and their shapes in the order in which it holds them. One, since each costs its copies at every call.
 
     What is multiplied as a matrix stays an input: OpenVINO 2026.4 multiplies by other memory than a piece of a state.
     With ``plain`` all stays one that is not read number by number, whatever becomes of it behind.
@@ -32,7 +33,7 @@ def stateful(model: _OpenVino, reads: str, *, plain: bool = False) -> tuple[_Ope
     }  # one for each image of a batch cannot lie in a state
     slots = {name: slot for name, slot in slots.items() if name not in left}
     if not slots:
-        return openvino.Model(model.get_results(), [images, *left.values()], "slots"), ()
+        return openvino.Model(model.get_results(), [images, *left.values()], "slots"), {}
     sizes = [math.prod(slot.get_output_shape(0)) for slot in slots.values()]
     info = openvino.op.util.VariableInfo()
     info.data_shape, info.data_type = openvino.PartialShape([sum(sizes)]), openvino.Type.f32
@@ -44,7 +45,7 @@ def stateful(model: _OpenVino, reads: str, *, plain: bool = False) -> tuple[_Ope
         for target in slot.output(0).get_target_inputs():
             target.replace_source_output(_fused(cut.output(place), tuple(slot.get_output_shape(0)), target))
     stateful = openvino.Model(model.get_results(), [opset.assign(read, variable)], [images, *left.values()], "slots")
-    return stateful, tuple(slots)
+    return stateful, {name: tuple(slot.get_output_shape(0)) for name, slot in slots.items()}
 
 
 def _is_elementwise(slot: _OpenVino, *, plain: bool) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 from edgepet.errors import InputError
@@ -99,16 +99,27 @@ class HeadRunner(Protocol):
         ...
 
 
-def require_slots(names: Iterable[str], slots: Mapping[str, NpArray]) -> None:
-    """Refuse slots that lack one which the graph asks for: its description speaks of other layers.
+def require_slots(shapes: Mapping[str, Sequence[int | None]], slots: Mapping[str, NpArray]) -> None:
+    """Refuse slots that lack one which the graph asks for, or have one of another size: its description speaks of other
+    layers, and not every runtime looks before it reads.
+
+    Args:
+        shapes: what the graph asks for, by name; None is any size.
 
     Raises:
-        InputError: one of ``names`` is not in ``slots``.
+        InputError: a slot is not there, or has another shape.
     """
-    missing = [name for name in names if name not in slots]
-    if missing:
-        fix = "delete the int8 graph and make it again"
-        raise InputError("int8 backbone", "asks for a slot that its description has not", got=missing[0], fix=fix)
+    fix = "delete the graph and make it again"
+    for name, shape in shapes.items():
+        if name not in slots:
+            raise InputError("backbone", "asks for a slot that its description has not", got=name, fix=fix)
+        got = slots[name].shape
+        if len(got) != len(shape) or any(want not in (None, have) for want, have in zip(shape, got, strict=True)):
+            raise InputError(f"slot {name}", f"needs the shape {_spelled(shape)}", got=_spelled(got), fix=fix)
+
+
+def _spelled(shape: Sequence[int | None]) -> str:
+    return " x ".join("n" if side is None else str(side) for side in shape) or "of one number"
 
 
 def check_images(images: NpArray, shape: tuple[int | None, ...], *, where: str, dtype: str = "float32") -> None:
