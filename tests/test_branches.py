@@ -82,6 +82,7 @@ SLOW = {
     "adapter behind layer scale", "houlsby", "parallel-adapter", "prefix with norms", "mam", "vpt-shallow, pooled",
     "vpt-deep with norms", "convpass, attention only", "conv-adapter, EfficientNet", "conv-adapter, sequential",
     "conv-adapter, beside residuals", "conv-adapter, behind residuals", "pro-tuning, ConvNeXt", "pro-tuning, ResNet",
+    "adaptformer", "prefix", "vpt-shallow", "conv-adapter, ResNet",
 }  # fmt: skip
 IN_WINDOWS: dict[str, tuple[Method, int]] = {  # and how many places a Swin of two stages and three blocks has
     "adapter": (Adapter(rank=4), 3),

@@ -209,7 +209,9 @@ def test_it_trains_as_many_values_as_its_paper_says(architecture: str, values: i
 # ------------------------------------------------------------------------------------------------ packs and runtimes
 
 
-@pytest.mark.parametrize("method", [STAdapter(rank=8), SSF()], ids=["st-adapter", "ssf"])
+@pytest.mark.parametrize(
+    "method", [STAdapter(rank=8), pytest.param(SSF(), marks=pytest.mark.slow)], ids=["st-adapter", "ssf"]
+)
 def test_every_runtime_answers_as_the_tuned_network(backbone: Backbone, method: Method, tmp_path: Path) -> None:
     model, images = tuned_on(backbone, method), random_clips(3)
     delta = extract(model, backbone, task="moves", labels=CLASSES, val=Score(top1=1.0, n=1))

@@ -62,7 +62,7 @@ def test_a_layer_on_a_runtime_is_its_definition_in_numpy(case: LayerCase, runtim
     opener = RUNTIMES[runtime].open_head
     assert opener is not None
 
-    network = opener(file, 1)
+    network = opener(file, 1, RUNTIMES[runtime].where)
     got = network({f"x{number}": x.astype(np.float32) for number, x in enumerate(case.inputs)})
     network.close()
 
@@ -118,7 +118,7 @@ def test_a_head_by_itself_is_what_it_says_in_numpy_and_in_torch(name: str, runti
     assert opener is not None
 
     file = head_file(head, (FINE, COARSE), 3)
-    got = opener(file, 1)(maps)
+    got = opener(file, 1, RUNTIMES[runtime].where)(maps)
 
     expected = head(maps)
     np.testing.assert_allclose(got, expected, atol=1e-5)
@@ -168,7 +168,7 @@ def test_a_graph_puts_out_the_maps_that_torch_has(traced: tuple[Backbone, BaseGr
     assert opener is not None
     assert tuple(each.map for each in graph.maps) == backbone.maps
 
-    network = opener(part_of(graph).putting_out(graph.maps, names), {}, 1)
+    network = opener(part_of(graph).putting_out(graph.maps, names), {}, 1, RUNTIMES[runtime].where)
     got = dict(zip(names, network.bind({}).outputs(images), strict=True))
     network.close()
 

@@ -136,7 +136,6 @@ def test_people_see_every_class(trained: Any, place: Path) -> None:
     ("verb", "more"),
     [
         ("merge", ["-o", "dense.safetensors"]),
-        ("calibrate", ["--calib", "data"]),
         ("export-peft", ["-o", "peft"]),
     ],
 )

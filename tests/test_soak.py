@@ -55,7 +55,7 @@ needs_proc = pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="c
 
 
 @needs_proc
-@pytest.mark.parametrize("runtime", RUNTIMES)
+@pytest.mark.parametrize("runtime", ["onnxruntime", pytest.param("openvino", marks=pytest.mark.slow)])
 def test_ten_tasks_of_five_methods_are_switched_at_random_in_slots(ten: Path, runtime: str) -> None:
     chosen = random.Random(1)
     with Device(ten) as device:
