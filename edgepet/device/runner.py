@@ -114,8 +114,14 @@ def require_slots(shapes: Mapping[str, Sequence[int | None]], slots: Mapping[str
         if name not in slots:
             raise InputError("backbone", "asks for a slot that its description has not", got=name, fix=fix)
         got = slots[name].shape
-        if len(got) != len(shape) or any(want not in (None, have) for want, have in zip(shape, got, strict=True)):
+        if not _fits(got, shape):
             raise InputError(f"slot {name}", f"needs the shape {_spelled(shape)}", got=_spelled(got), fix=fix)
+
+
+def _fits(got: Sequence[int], shape: Sequence[int | None]) -> bool:
+    if tuple(shape) in ((), (1,)):
+        return tuple(got) in ((), (1,))  # one number either way
+    return len(got) == len(shape) and all(want in (None, have) for want, have in zip(shape, got, strict=True))
 
 
 def _spelled(shape: Sequence[int | None]) -> str:
