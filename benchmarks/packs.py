@@ -160,15 +160,12 @@ def recode(specification: Mapping[str, Any], folder: Path) -> dict[str, object]:
 
 def logits_on_device(backbone: Backbone, delta: Delta, images: NpArray) -> NpArray:
     """Logits (n, C) as a device's ONNX Runtime puts them out, the task merged."""
-    from edgepet.deltas.merge import merge
-    from edgepet.device.onnxruntime import OnnxRuntime
+    from edgepet.device.runtime import open_task
     from edgepet.exporters.trace import base_graph
     from edgepet.images.batches import batched
 
-    graph = base_graph(backbone, delta.branches)
-    merged = merge(graph.base, delta)
-    with OnnxRuntime.of_graph(graph, {name: merged[name] for name in delta.targets}) as runner:
-        return delta.head(batched(runner, images))
+    with open_task(base_graph(backbone, delta.branches), delta) as network:
+        return batched(network, images)
 
 
 def signed(delta: Delta, weights: Tensors) -> Delta:

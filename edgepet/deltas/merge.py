@@ -55,6 +55,16 @@ def task_tensors(base: Base, delta: Delta) -> dict[str, NpArray]:
     return tensors
 
 
+def changed_tensors(base: Base, delta: Delta) -> dict[str, NpArray]:
+    """Of ``task_tensors`` those that are not the backbone's own.
+
+    Raises:
+        BackboneError, InputError: as ``task_tensors``.
+    """
+    tensors = task_tensors(base, delta)
+    return {name: tensors[name] for name in (*delta.targets, *named_tensors(delta.branches))}
+
+
 def require_fitting(base: Base, delta: Delta) -> None:
     """Refuse updates that cannot be folded into ``base``.
 

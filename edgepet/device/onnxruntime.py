@@ -287,9 +287,9 @@ class OnnxRuntimePart:
 
     def __init__(self, part: Part, tensors: Tensors, *, threads: int | None = None, provider: str = _CPU) -> None:
         held = {name: np.asarray(tensor, order="C") for name, tensor in tensors.items()}
-        self._model = part.file.encoded()
-        self._session = open_session(self._model, threads=threads, tensors=held, folder=part.folder, provider=provider)
-        self._part = part
+        model = part.file.encoded()
+        self._session = open_session(model, threads=threads, tensors=held, folder=part.folder, provider=provider)
+        self._part, self._profiled = part, model if part.precision == "int8" else None
         self._held: Tensors | None = held
 
     def bind(self, values: Mapping[str, NpArray]) -> BoundOnnxRuntime:
@@ -297,7 +297,7 @@ class OnnxRuntimePart:
         part = self._part
         return BoundOnnxRuntime(
             self._session, values, reads=part.reads, shape=part.shape, executed=part.precision, held=self._held,
-            path=self._model if part.precision == "int8" else None, folder=part.folder,
+            path=self._profiled, folder=part.folder,
         )  # fmt: skip
 
     def close(self) -> None:

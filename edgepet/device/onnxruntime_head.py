@@ -16,7 +16,7 @@ class OnnxRuntimeHead:
         InputError: ONNX Runtime cannot open it.
     """
 
-    def __init__(self, file: OnnxFile, *, threads: int | None = None, provider: str = "CPUExecutionProvider") -> None:
+    def __init__(self, file: OnnxFile, *, threads: int | None = None, provider: str) -> None:
         self._session = open_session(file.encoded(), threads=threads, provider=provider)
 
     def __call__(self, given: Mapping[str, NpArray]) -> NpArray:

@@ -18,7 +18,7 @@ class OpenVinoHead:
         MissingError: OpenVINO is not installed.
     """
 
-    def __init__(self, file: OnnxFile, *, threads: int | None = None, device: str = "CPU") -> None:
+    def __init__(self, file: OnnxFile, *, threads: int | None = None, device: str) -> None:
         with _refusing("head", "cannot be opened by OpenVINO"):
             model = core().read_model(file.encoded())
         self._request = _compile(model, threads, "fp32", device, where="head").create_infer_request()

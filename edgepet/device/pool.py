@@ -9,13 +9,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, TypeAlias
 
-from edgepet.deltas.branches import named_tensors
-from edgepet.deltas.heads import MapHead
-from edgepet.deltas.merge import task_tensors
+from edgepet.deltas.merge import changed_tensors
 from edgepet.device.costs import keep_cost, kept_cost
 from edgepet.device.fitting import fit, opened
 from edgepet.device.map_heads import map_head_of, open_head
-from edgepet.device.runner import BoundPart, PartRunner, Runner
+from edgepet.device.runner import PartRunner, Runner
 from edgepet.device.runtime import SharedInt8, TaskNetwork, network_of, open_folded
 from edgepet.device.runtimes import shared_runtime
 from edgepet.device.store import Store
@@ -185,7 +183,10 @@ class Pool:
             self._networks[form] = opened(self.row, fitted.part, {}, self.threads)
             self._prices[form] = time.perf_counter() - began
         part = self._networks[form].bind(fitted.slots)
-        bound = part if head is None else self._behind(part, graph, head)
+        if head is None:
+            bound: Runner = part
+        else:
+            bound = open_head(self.row, head, graph.maps, graph.width, part, threads=self.threads)
         if self._memory is None:
             return bound
         products = any(name.endswith(RIGHT) for name in fitted.slots)
@@ -195,9 +196,6 @@ class Pool:
             "backbone": graph.fingerprint, "graph": graph.stem, "products": products,
         }  # fmt: skip
         return _Renting(self, own, bound, _Cost(self._store.root, of, products=products), self._prices[form])
-
-    def _behind(self, part: BoundPart, graph: BaseGraph, head: MapHead) -> Runner:
-        return open_head(self.row, head, graph.maps, graph.width, part, threads=self.threads)
 
     def _alone(self, own: _Own) -> Runner:
         self._clock += 1
@@ -215,8 +213,7 @@ class Pool:
 
         def folded() -> dict[str, NpArray]:
             graph.require_fit(delta)
-            tensors = task_tensors(graph.base, delta)
-            return {name: tensors[name] for name in (*delta.targets, *named_tensors(delta.branches))}
+            return changed_tensors(graph.base, delta)
 
         def network() -> Runner:
             if keeps is None or not self._keeps(graph.weights_bytes):

@@ -7,10 +7,9 @@ from pathlib import Path
 
 import numpy as np
 
-from edgepet.deltas.branches import named_tensors
 from edgepet.deltas.delta import Delta, Head
 from edgepet.deltas.heads import MapHead
-from edgepet.deltas.merge import task_tensors
+from edgepet.deltas.merge import changed_tensors
 from edgepet.device.fitting import fit, fit_int8, opened
 from edgepet.device.map_heads import map_head_of, open_head
 from edgepet.device.runner import PartRunner, Runner, SharedRunner
@@ -101,8 +100,7 @@ def open_folded(graph: BaseGraph, delta: Delta, *, runtime: str | Runtime, threa
     """
     head = map_head_of(delta)
     if head is None:
-        tensors = task_tensors(graph.base, delta)
-        changed = {name: tensors[name] for name in (*delta.targets, *named_tensors(delta.branches))}
+        changed = changed_tensors(graph.base, delta)
         return open_features(graph, changed, runtime=runtime, threads=threads, precision=precision)
     row = shared_runtime(runtime, purpose="a pack on a shared backbone")
     if precision != "fp32":
