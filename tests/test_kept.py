@@ -46,7 +46,7 @@ def test_a_merged_network_is_folded_once_and_has_the_same_bits(device: Device, m
     (place,) = places(device)
     assert sorted(path.name for path in place.iterdir()) == ["kept.json", "model.bin", "model.onnx"]
 
-    monkeypatch.setattr("edgepet.device.pool.task_tensors", no_fold)
+    monkeypatch.setattr("edgepet.device.pool.changed_tensors", no_fold)
     again = merged(Device(device.store))
 
     monkeypatch.undo()
@@ -128,7 +128,7 @@ def test_a_network_that_is_evicted_comes_back_from_the_cache(device: Device, mon
         task: device.open(task, mode="merged", threads=1, memory_bytes=room) for task in ("shapes", "tints")
     }  # fmt: skip
     first = {task: network(IMAGES) for task, network in opened.items()}
-    monkeypatch.setattr("edgepet.device.pool.task_tensors", no_fold)
+    monkeypatch.setattr("edgepet.device.pool.changed_tensors", no_fold)
 
     for task in ("shapes", "tints", "shapes"):
         assert np.array_equal(opened[task](IMAGES), first[task])
