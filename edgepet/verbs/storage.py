@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from edgepet.deltas.branches import named_tensors
 from edgepet.device.caches import derived_bytes
 from edgepet.device.runtimes import DEFAULT, RUNTIMES, SHARED_RUNTIMES
 from edgepet.device.served import open_pack
@@ -181,7 +183,8 @@ def _run_all(store: Store, packs: list[Pack], runtime: str, precision: str) -> i
 
 def _task_bytes(graph: BaseGraph | Int8Graph, pack: Pack) -> TaskBytes:
     if isinstance(graph, Int8Graph):
-        values, model = graph.weights_bytes, graph.model_path(DEFAULT)
+        branches = sum(4 * math.prod(tensor.shape) for tensor in named_tensors(pack.delta.branches).values())
+        values, model = graph.weights_bytes + branches, graph.model_path(DEFAULT)
         own: int | None = task_slots(graph, pack.delta).own_bytes
     else:
         values, model, own = sum(place.length for place in graph.places.values()), graph.model_path, None
