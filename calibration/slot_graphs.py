@@ -169,7 +169,8 @@ def _kept_maps(graph: BaseGraph, made: Int8Graph) -> list[GraphMap]:
 def _make(graph: BaseGraph, plain: Int8Graph | None) -> None:
     """Write the int8 backbone of ``graph``; ``plain`` is that without its branches, where it has any."""
     structure = _structure(graph)
-    layers = find_layers(Graph(structure), graph.places if plain is None else [each.weight for each in plain.layers])
+    coded_there = graph.places if plain is None else frozenset(layer.weight for layer in plain.layers)
+    layers = find_layers(Graph(structure), coded_there)
     if not layers and plain is None:
         raise InputError(graph.backbone, "has no linear layer or convolution that int8 is for")
     folder, stem = graph.folder, int8_stem(graph.preprocess, graph.structure)
