@@ -12,7 +12,8 @@ import argparse
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from harness import IMAGE_SIZES, SETTLE_S, WARMUP, asked, parser_of, short_packs, write_result
+from harness import IMAGE_SIZES, SETTLE_S, WARMUP, asked, parser_of, write_result
+from trainings import short_packs
 
 from edgepet import bench, read_pack
 from edgepet.exporters.trace import base_graph

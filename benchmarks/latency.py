@@ -17,7 +17,8 @@ from pathlib import Path
 from statistics import median_high
 from typing import TypedDict
 
-from harness import IMAGE_SIZES, SETTLE_S, WARMUP, asked, parser_of, short_packs, write_result
+from harness import IMAGE_SIZES, SETTLE_S, WARMUP, asked, parser_of, write_result
+from trainings import short_packs
 
 from edgepet import bench
 from edgepet.exporters.trace import base_graph

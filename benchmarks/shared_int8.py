@@ -21,8 +21,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from harness import SETTLE_S, WARMUP, Asked, Trained, asked, parser_of, trained, write_result
+from harness import SETTLE_S, WARMUP, Asked, asked, parser_of, write_result
 from int8 import FULL, QUICK, Plan, written_with_ranges
+from trainings import Trained, trained
 
 from edgepet import ExportOptions, export, read_pack
 from edgepet.deltas.codes import coded

@@ -9,6 +9,7 @@ import re
 import shlex
 import sys
 import tomllib
+import types
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -17,7 +18,7 @@ from typing import Any
 import pytest
 
 ROOT = Path(__file__).parent.parent
-PARTS = ("adapters", "harness", "serving_many", "trial_pages")  # of other benchmarks
+PARTS = ("adapters", "harness", "serving_many", "trainings", "trial_pages")  # of other benchmarks
 SCRIPTS = sorted(path.stem for path in (ROOT / "benchmarks").glob("*.py") if path.stem not in PARTS)
 RESULTS = sorted((ROOT / "benchmarks" / "results").glob("*.json"))
 
@@ -28,7 +29,7 @@ def as_scripts(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     before = set(sys.modules)
     yield
-    for name in {"harness", *SCRIPTS} - before:
+    for name in {*PARTS, *SCRIPTS} - before:
         sys.modules.pop(name, None)
 
 
@@ -147,3 +148,43 @@ def test_the_sweeps_table_says_how_far_each_precision_is_and_who_refuses_what() 
     assert sweep.relative(row, "int8") == "3e-02/5e-02"
     assert sweep.relative({"family": "coat", "refused": "coat_tiny: cannot be exported"}, "int8") == ""
     assert sweep.reason(row) == "openvino: beyond the limit; fp16, openvino: x: is not finite"
+
+
+def test_a_table_grows_by_what_no_earlier_run_has_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Wherever that ran: threads and precision are the machine's."""
+    trainings: Any = imported("trainings")
+    harness: Any = imported("harness")
+    monkeypatch.setattr(sys, "argv", ["benchmarks/trials.py"])
+    run = harness.Asked(command="a", quick=False, folder=tmp_path, results=tmp_path)
+    methods = ("ssf", "lora", "hta")
+    asked = [trainings.Training(task="digits", backbone="vit-small", method=m, image_size=112) for m in methods]
+
+    def planning(threads: int) -> Any:
+        def plan(_: object, each: Any) -> list[tuple[Any, None]]:
+            options = {"seed": 0, "precision": f"fp{threads}"}
+            spec = [{"method": one.method, "options": options, "threads": threads} for one in each]
+            return [(harness_job(one), None) for one in spec]
+
+        return plan
+
+    def harness_job(specification: dict[str, Any]) -> Any:
+        return trainings.Job(function="trainings:train_pack", specification=specification)
+
+    def add(rows: Any, number: int, threads: int, row: dict[str, object]) -> None:
+        job = planning(threads)(None, [asked[number]])[0][0]
+        rows.add(types.SimpleNamespace(result=types.SimpleNamespace(job=job)), row)
+
+    monkeypatch.setattr(trainings, "planned", planning(1))
+    first = trainings.Rows(run, "table", asked, {"images": 5})
+    add(first, 2, 1, {"top1": 0.3})
+    monkeypatch.setattr(trainings, "planned", planning(2))
+    second = trainings.Rows(run, "table", asked, {"images": 5})
+    assert [each.method for each in second.missing] == ["ssf", "lora"]
+    add(second, 0, 2, {"top1": 0.1})
+    add(first, 1, 1, {"top1": 0.2})  # another run, at the same time
+
+    assert second.missing == ()
+    written = json.loads((tmp_path / "table.json").read_text())
+    assert [row["top1"] for row in written["rows"]] == [0.1, 0.2, 0.3]
+    assert (written["trainings"], written["images"]) == (3, 5)
+    assert len(trainings.Rows(run, "table", asked, {"images": 6}).missing) == 3
