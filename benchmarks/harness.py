@@ -26,7 +26,6 @@ IMAGE_SIZES = {"vit-small": 112, "efficientnet-lite0": 224}
 SMALLER = {"vit-small": 112, "efficientnet-lite0": 128}  # where every method is tried
 # ONNX Runtime's idle threads spin so long that its own next session waits.
 SETTLE_S = {"torch": 0.002, "onnxruntime": 0.05, "openvino": 0.002}
-WARMUP = 20  # untimed rounds, but no more than timed ones
 OF_WHOEVER = ("--dir", "--results", "--ray")  # folders and addresses that a result does not tell
 
 
