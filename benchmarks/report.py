@@ -1,8 +1,8 @@
 """Write the committed results as tables between two marks: ``python benchmarks/report.py``.
 
-README.md gets accuracy, latency and speed, docs/guide/methods.md what was measured of every method, docs/guide/int8.md
-what int8 costs, docs/guide/packs.md what codecs do, and docs/guide/on-the-device.md what a store costs. With
-``--quick`` copies of these pages get them.
+README.md gets accuracy, latency, storage and speed, docs/guide/methods.md what was measured of every method,
+docs/guide/int8.md what int8 costs, docs/guide/packs.md what codecs do, and docs/guide/on-the-device.md what a store
+costs. With ``--quick`` copies of these pages get them.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import Any
 from harness import HERE, RESULTS, TABLES, asked, parser_of, source
 from packs import pack_tables
 from serving import serving_tables
+from storage import storage_table
 from store import store_table
 from trial_pages import trial_tables
 
@@ -54,6 +55,7 @@ def tables() -> str:
         *(accuracy(results[f"accuracy-{name}"]) for name in BACKBONES),
         *(latency(results[f"latency-{name}"]) for name in BACKBONES),
         half(results["half"]),
+        *(storage_table(results[name]) for name in ("storage",) if name in results),
         shared_int8(results["shared-int8"], results["int8"]),
         speed(results["training"], results["export"]),
     ]
