@@ -159,7 +159,7 @@ def storage_table(result: Mapping[str, Any]) -> str:
     pack = max(row.get("pack_bytes", 0) for row in result["rows"])
     told = (
         f"SSF, {result['image_size']} px, packs in {result['codec']} of up to {format_bytes(pack)}; every folder was"
-        " made and counted. Caches are what running every task in slots on ONNX Runtime and OpenVINO leaves in the store."
+        " made and counted. Caches are what running every task in slots on ONNX Runtime and OpenVINO leaves in a store."
     )
     title = f"{result['tasks']} tasks on a disk, {result['backbone']}"
     return f"{markdown(Table(title, columns, rows))}\n{told} {source(result)}\n"
