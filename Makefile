@@ -48,6 +48,7 @@ bench: $(VENV)/.bench $(if $(findstring --quick,$(ARGS)),bench-methods bench-tri
 	$(BIN)/python benchmarks/store.py $(ARGS)
 	$(BIN)/python benchmarks/serving.py $(ARGS)
 	$(BIN)/python benchmarks/storage.py $(ARGS)
+	$(BIN)/python benchmarks/fastest.py $(ARGS)
 	$(BIN)/python benchmarks/compare.py $(ARGS)
 
 bench-methods: $(VENV)/.bench
