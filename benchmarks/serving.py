@@ -66,6 +66,10 @@ class Amount:
     together: int
     many: int
 
+    def costly(self, size: int) -> int:
+        """Rounds of what runs many tasks: at twice the size, of four times the pixels, a quarter."""
+        return max(2, self.rounds * self.sizes[0] ** 2 // size**2)
+
 
 LONG = Amount(sizes=(112, 224), runs=2, rounds=40, further=8, together=10, many=50)
 SHORT = Amount(sizes=(112,), runs=2, rounds=2, further=2, together=3, many=3)
@@ -189,7 +193,7 @@ def ten(size: int, runtime: str, amount: Amount) -> dict[str, Any]:
     """Ten tasks on one image, by where they leave the backbone."""
     backbone, graph = on(size)
     return on_one_image(
-        backbone, graph, drawn, TEN, runtime, threads=THREADS, rounds=amount.rounds, tasks=amount.together
+        backbone, graph, drawn, TEN, runtime, threads=THREADS, rounds=amount.costly(size), tasks=amount.together
     )
 
 
@@ -219,7 +223,7 @@ def adapters(size: int, runtime: str, amount: Amount) -> dict[str, Any]:
 def eight(size: int, runtime: str, amount: Amount) -> dict[str, Any]:
     """Eight tasks in one batch of eight."""
     backbone, graph = on(size)
-    return batch_of_eight(backbone, graph, drawn, runtime, threads=THREADS, rounds=amount.rounds)
+    return batch_of_eight(backbone, graph, drawn, runtime, threads=THREADS, rounds=amount.costly(size))
 
 
 def many(size: int, runtime: str, amount: Amount) -> dict[str, Any]:
