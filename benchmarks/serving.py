@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from adapters import OrtAdapters, hotswapped
-from harness import SETTLE_S, asked, parser_of, source, write_result
+from harness import SETTLE_S, Asked, asked, earlier, parser_of, source, write_result
 from serving_many import batch_of_eight, batch_table, many_in_memory, memory_table, on_one_image, one_image_table
 from shared_int8 import resident
 
@@ -78,6 +78,7 @@ SHORT = Amount(sizes=(112,), runs=2, rounds=2, further=2, together=3, many=3)
 def parser() -> argparse.ArgumentParser:
     """The arguments of this benchmark."""
     made = parser_of(__doc__)
+    made.add_argument("--again", choices=("latency", "eight"), help="measure these cells alone, and keep all others")
     made.add_argument("--only", nargs=3, metavar=("WHAT", "SIZE", "RUNTIME"), help=argparse.SUPPRESS)
     return made
 
@@ -91,17 +92,19 @@ def main() -> None:
         json.dump(CELLS[what](int(size), runtime, amount), sys.stdout)
         return
     run = asked(options)
+    if options.again:
+        again(run, amount, options.again)
+        return
     cells = []
     for size in amount.sizes:
         for runtime in SHARED_RUNTIMES:
-            several = [process("latency", size, runtime, options.quick) for _ in range(amount.runs)]
-            ten = [process("ten", size, runtime, options.quick) for _ in range(amount.runs)]
-            eight = [process("eight", size, runtime, options.quick) for _ in range(amount.runs)]
+            forms, ten = (several(what, size, runtime, run, amount) for what in ("latency", "ten"))
+            eight = several("eight", size, runtime, run, amount)
             cells.append(
                 {
                     "image_size": size,
                     "runtime": runtime,
-                    "forms": over_runs(several),
+                    "forms": over_runs(forms),
                     "memory": process("memory", size, runtime, options.quick),
                     "ten": {name: ratio_of_runs([each[name] for each in ten]) for name in ten[0]},
                     "many": process("many", size, runtime, options.quick),
@@ -114,6 +117,25 @@ def main() -> None:
     facts = {"threads": THREADS, "rounds": amount.rounds, "runs": amount.runs, "tasks": amount.together,
              "many": amount.many, "cells": cells, "adapters": adapters}  # fmt: skip
     write_result(run, "serving", facts)
+
+
+def again(run: Asked, amount: Amount, what: str) -> None:
+    """Measure one kind of cell of an earlier result anew: what differs from process to process, a layout of memory say,
+    may be in all that was found at one time.
+    """
+    result = earlier(run, "serving")
+    for cell in result["cells"]:
+        found = several(what, cell["image_size"], cell["runtime"], run, amount)
+        if what == "latency":
+            cell["forms"] = over_runs(found)
+        else:
+            cell["eight"] = {name: ratio_of_runs([each[name] for each in found]) for name in found[0]}
+    write_result(run, "serving", {key: value for key, value in result.items() if key not in ("command", "environment")})
+
+
+def several(what: str, size: int, runtime: str, run: Asked, amount: Amount) -> list[dict[str, Any]]:
+    """One cell in as many processes as ``amount`` says, one after another."""
+    return [process(what, size, runtime, run.quick) for _ in range(amount.runs)]
 
 
 def process(what: str, size: int, runtime: str, quick: bool) -> dict[str, Any]:
