@@ -35,6 +35,7 @@ from edgepet.files import disk_use, write_file
 from edgepet.graphs.base import BaseGraph
 from edgepet.graphs.int8 import Int8Graph
 from edgepet.methods import SSF
+from edgepet.packs.codecs import Codec
 from edgepet.packs.pack import encode_pack
 from edgepet.reports.tables import Column, Table, format_bytes, format_ratio, markdown
 from edgepet.samples.tasks import build_task
@@ -42,7 +43,8 @@ from edgepet.samples.tasks import build_task
 if TYPE_CHECKING:
     from edgepet.networks.backbone import Backbone
 
-SIZE, CODEC = 112, "int8"
+SIZE = 112
+CODEC: Codec = "int8"
 
 
 @dataclass(frozen=True, slots=True)
