@@ -80,10 +80,8 @@ def codecs(run: Asked, task: str | None) -> None:
     every, judging = list(trainings()), dict(JUDGING)
     if run.quick:
         every, judging = [replace(every[1], task="digits", epochs=1, shots=2, few=FEW)], judging | {"max_drop": 99}
-    rows = Rows(run, "packs-codecs", every, judging)
+    rows = Rows(run, "packs-codecs", every, judging, task=None if run.quick else task)
     for each in rows.missing:
-        if task not in (None, each.task):
-            continue
         (made,) = trained(run, [each])
         images = judging["images_ssf"] if each.method == "ssf" else judging["images"]
         asked = {"codecs": judging["codecs"], "max_drop": judging["max_drop"], "images": images}

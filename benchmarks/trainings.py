@@ -127,35 +127,42 @@ class Rows:
     """The rows of a table that has one for each of ``trainings``, in ``NAME.json``, as many as there are yet.
 
     Several runs may add to one file. A row of an earlier run counts where the training is the same, whatever
-    ``OF_MACHINES`` were, and ``facts``, which are all else that decides a row, are.
+    ``OF_MACHINES`` were, and ``facts``, which are all else that decides a row, are. With ``task`` only its images are
+    drawn and only its rows are missing; those of other tasks stay.
     """
 
     def __init__(
-        self, run: Asked, name: str, trainings: Sequence[Training], facts: Mapping[str, object] | None = None
-    ) -> None:
-        self._run, self._name, self._facts = run, name, dict(facts or {})
-        keys = [_asked(job) for job, _ in planned(run, trainings)]
-        self._trainings = dict(zip(keys, trainings, strict=True))
+        self, run: Asked, name: str, trainings: Sequence[Training], facts: Mapping[str, object] | None = None, *,
+        task: str | None = None,
+    ) -> None:  # fmt: skip
+        self._run, self._name, self._facts, self._count = run, name, dict(facts or {}), len(trainings)
+        self._tasks = list(dict.fromkeys(each.task for each in trainings))
+        own = [each for each in trainings if task in (None, each.task)]
+        self._trainings = dict(zip(map(_asked, (job for job, _ in planned(run, own))), own, strict=True))
+        self._kept = set(self._tasks) - {each.task for each in own}
 
     @property
     def missing(self) -> tuple[Training, ...]:
         """The trainings that have no row yet."""
-        known = self._known()
+        known = {row["training"] for row in self._known()}
         return tuple(each for key, each in self._trainings.items() if key not in known)
 
     def add(self, made: Trained, row: Mapping[str, object]) -> None:
-        """Write the row of a training, in its place."""
+        """Write the row of a training, with its "task", in its place."""
         with held_alone(self._run.results / f".{self._name}.lock", "is being written", wait_s=LOCK_S):
-            rows = self._known() | {_asked(made.result.job): row}
-            ordered = [{"training": key, **rows[key]} for key in self._trainings if key in rows]
-            facts = {**self._facts, "trainings": len(self._trainings), "rows": ordered}
-            write_result(self._run, self._name, facts)
+            key, order = _asked(made.result.job), list(self._trainings)
+            rows = [each for each in self._known() if each["training"] in order and each["training"] != key]
+            rows = sorted([*rows, {"training": key, **row}], key=lambda each: order.index(each["training"]))
+            rows += [each for each in self._known() if each["task"] in self._kept]
+            rows.sort(key=lambda each: self._tasks.index(each["task"]))
+            write_result(self._run, self._name, {**self._facts, "trainings": self._count, "rows": rows})
 
-    def _known(self) -> dict[str, Mapping[str, object]]:
+    def _known(self) -> list[dict[str, Any]]:
         before = earlier(self._run, self._name)
         if any(before.get(key) != json.loads(json.dumps(value)) for key, value in self._facts.items()):
-            return {}
-        return {row["training"]: row for row in before.get("rows", ())}
+            return []
+        found: list[dict[str, Any]] = before.get("rows", [])
+        return found
 
 
 def _asked(job: Job) -> str:

@@ -161,11 +161,10 @@ def main() -> None:
         trainings = list(TABLES[table]())
         if run.quick:
             trainings = [_smallest(trainings[-1])]
-        rows = Rows(run, f"trials-{table}", trainings)
+        rows = Rows(run, f"trials-{table}", trainings, task=None if run.quick else options.task)
         for each in rows.missing:
-            if run.quick or options.task in (None, each.task):
-                (made,) = trained(run, [each])
-                rows.add(made, {**row(made), **(far(run, made) if table == "starts" else {})})
+            (made,) = trained(run, [each])
+            rows.add(made, {**row(made), **(far(run, made) if table == "starts" else {})})
 
 
 def speed(run: Asked) -> dict[str, object]:

@@ -156,35 +156,40 @@ def test_a_table_grows_by_what_no_earlier_run_has_found(tmp_path: Path, monkeypa
     harness: Any = imported("harness")
     monkeypatch.setattr(sys, "argv", ["benchmarks/trials.py"])
     run = harness.Asked(command="a", quick=False, folder=tmp_path, results=tmp_path)
-    methods = ("ssf", "lora", "hta")
-    asked = [trainings.Training(task="digits", backbone="vit-small", method=m, image_size=112) for m in methods]
+    asked = [
+        trainings.Training(task=task, backbone="vit-small", method=method, image_size=112)
+        for task, method in (("digits", "ssf"), ("digits", "lora"), ("cards", "ssf"), ("digits", "hta"))
+    ]
 
-    def planning(threads: int) -> Any:
-        def plan(_: object, each: Any) -> list[tuple[Any, None]]:
+    def on_threads(threads: int) -> Any:
+        def planned(_: object, each: Any) -> list[tuple[Any, None]]:
             options = {"seed": 0, "precision": f"fp{threads}"}
-            spec = [{"method": one.method, "options": options, "threads": threads} for one in each]
-            return [(harness_job(one), None) for one in spec]
+            asked_for = [{"of": [one.task, one.method], "options": options, "threads": threads} for one in each]
+            return [(trainings.Job(function="trainings:train_pack", specification=one), None) for one in asked_for]
 
-        return plan
+        return planned
 
-    def harness_job(specification: dict[str, Any]) -> Any:
-        return trainings.Job(function="trainings:train_pack", specification=specification)
+    def add(rows: Any, number: int, threads: int) -> None:
+        (job, _), *_ = on_threads(threads)(None, [asked[number]])
+        rows.add(
+            types.SimpleNamespace(result=types.SimpleNamespace(job=job)), {"task": asked[number].task, "n": number}
+        )
 
-    def add(rows: Any, number: int, threads: int, row: dict[str, object]) -> None:
-        job = planning(threads)(None, [asked[number]])[0][0]
-        rows.add(types.SimpleNamespace(result=types.SimpleNamespace(job=job)), row)
+    def methods(rows: Any) -> list[tuple[str, str]]:
+        return [(each.task, each.method) for each in rows.missing]
 
-    monkeypatch.setattr(trainings, "planned", planning(1))
+    monkeypatch.setattr(trainings, "planned", on_threads(1))
     first = trainings.Rows(run, "table", asked, {"images": 5})
-    add(first, 2, 1, {"top1": 0.3})
-    monkeypatch.setattr(trainings, "planned", planning(2))
-    second = trainings.Rows(run, "table", asked, {"images": 5})
-    assert [each.method for each in second.missing] == ["ssf", "lora"]
-    add(second, 0, 2, {"top1": 0.1})
-    add(first, 1, 1, {"top1": 0.2})  # another run, at the same time
+    add(first, 3, 1)
+    monkeypatch.setattr(trainings, "planned", on_threads(2))
+    second = trainings.Rows(run, "table", asked, {"images": 5}, task="digits")
+    assert methods(second) == [("digits", "ssf"), ("digits", "lora")]
+    add(first, 2, 1)  # another run, at the same time
+    add(second, 0, 2)
+    assert methods(trainings.Rows(run, "table", asked, {"images": 5})) == [("digits", "lora")]
+    add(second, 1, 2)
 
-    assert second.missing == ()
     written = json.loads((tmp_path / "table.json").read_text())
-    assert [row["top1"] for row in written["rows"]] == [0.1, 0.2, 0.3]
-    assert (written["trainings"], written["images"]) == (3, 5)
-    assert len(trainings.Rows(run, "table", asked, {"images": 6}).missing) == 3
+    assert [row["n"] for row in written["rows"]] == [0, 1, 3, 2]  # by task, in the order of the table
+    assert (written["trainings"], written["images"]) == (4, 5)
+    assert len(trainings.Rows(run, "table", asked, {"images": 6}).missing) == 4
