@@ -47,6 +47,8 @@ bench: $(VENV)/.bench $(if $(findstring --quick,$(ARGS)),bench-methods bench-tri
 	$(BIN)/python benchmarks/timm_sweep.py $(ARGS)
 	$(BIN)/python benchmarks/store.py $(ARGS)
 	$(BIN)/python benchmarks/serving.py $(ARGS)
+	$(BIN)/python benchmarks/storage.py $(ARGS)
+	$(BIN)/python benchmarks/fastest.py $(ARGS)
 	$(BIN)/python benchmarks/compare.py $(ARGS)
 
 bench-methods: $(VENV)/.bench

@@ -15,19 +15,8 @@ import argparse
 from collections.abc import Mapping
 from typing import Any
 
-from harness import (
-    FEW,
-    IMAGE_SIZES,
-    SMALLER,
-    TEST_CAP,
-    Trained,
-    Training,
-    asked,
-    earlier,
-    parser_of,
-    trained,
-    write_result,
-)
+from harness import IMAGE_SIZES, SMALLER, asked, earlier, parser_of, write_result
+from trainings import FEW, TEST_CAP, Trained, Training, trained
 
 from edgepet.methods import METHODS
 from edgepet.networks.loading import load_backbone

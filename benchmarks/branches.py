@@ -12,7 +12,8 @@ import argparse
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from harness import IMAGE_SIZES, SETTLE_S, WARMUP, asked, parser_of, short_packs, write_result
+from harness import IMAGE_SIZES, SETTLE_S, asked, parser_of, write_result
+from trainings import short_packs
 
 from edgepet import bench, read_pack
 from edgepet.exporters.trace import base_graph
@@ -69,7 +70,7 @@ def measured(packs: dict[str, Path], rounds: int) -> list[dict[str, object]]:
     found = {method: _Cells() for method in packs}
     for runtime in RUNTIMES:
         report = bench(
-            list(packs.values()), runtimes=[runtime], rounds=rounds, warmup=min(WARMUP, rounds), plain=True,
+            list(packs.values()), runtimes=[runtime], rounds=rounds, plain=True,
             settle_s=SETTLE_S[runtime],
         )  # fmt: skip
         plain = next(row for row in report.rows if (row.mode, row.precision) == ("plain", "fp32"))

@@ -14,7 +14,8 @@ import time
 from pathlib import Path
 from statistics import median_low
 
-from harness import IMAGE_SIZES, asked, parser_of, short_packs, write_result
+from harness import IMAGE_SIZES, asked, parser_of, write_result
+from trainings import short_packs
 
 from edgepet import ExportOptions, export
 from edgepet.exporters.trace import base_graph

@@ -14,7 +14,8 @@ from collections import Counter
 from pathlib import Path
 
 from accuracy import trainings
-from harness import asked, parser_of, trained, write_result
+from harness import asked, parser_of, write_result
+from trainings import trained
 
 from edgepet import ExportOptions, export, read_pack
 from edgepet.device.runtimes import Format

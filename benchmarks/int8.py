@@ -19,21 +19,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from harness import (
-    IMAGE_SIZES,
-    SMALLER,
-    Asked,
-    Trained,
-    Training,
-    asked,
-    finished,
-    images_of,
-    measuring_job,
-    pack_of,
-    parser_of,
-    trained,
-    write_result,
-)
+from harness import IMAGE_SIZES, SMALLER, Asked, asked, parser_of, write_result
+from trainings import Trained, Training, finished, images_of, measuring_job, pack_of, trained
 
 from edgepet import read_pack
 from edgepet.calibration.fp16 import to_half

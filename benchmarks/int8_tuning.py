@@ -13,8 +13,9 @@ import argparse
 from dataclasses import replace
 from pathlib import Path
 
-from harness import Trained, asked, parser_of, trained, write_result
+from harness import asked, parser_of, write_result
 from int8 import FULL, QUICK, Plan, test_images
+from trainings import Trained, trained
 
 from edgepet.calibration.budget import answers
 from edgepet.calibration.images import calibration_images

@@ -17,7 +17,8 @@ from pathlib import Path
 from statistics import median_high
 from typing import TypedDict
 
-from harness import IMAGE_SIZES, SETTLE_S, WARMUP, asked, parser_of, short_packs, write_result
+from harness import IMAGE_SIZES, SETTLE_S, asked, parser_of, write_result
+from trainings import short_packs
 
 from edgepet import bench
 from edgepet.exporters.trace import base_graph
@@ -82,7 +83,7 @@ def one_run(pack: Path, rounds: int, threads: int) -> Times:
     found = Times(pack=pack.name, method=pack.stem.rpartition("-")[2], ratios={}, p50_ms={})
     for runtime, settle_s in SETTLE_S.items():
         report = bench(
-            [pack], runtimes=[runtime], rounds=rounds, warmup=min(WARMUP, rounds), threads=threads, plain=True,
+            [pack], runtimes=[runtime], rounds=rounds, threads=threads, plain=True,
             settle_s=settle_s,
         )  # fmt: skip
         plain = {row.precision: row for row in report.rows if row.mode == "plain"}

@@ -23,7 +23,8 @@ import numpy as np
 import safetensors.torch
 import timm
 import torch
-from harness import Asked, asked, draw, earlier, parser_of, write_result
+from harness import Asked, asked, earlier, parser_of, write_result
+from trainings import draw
 
 from edgepet.deltas.delta import Delta, Score
 from edgepet.deltas.merge import task_tensors

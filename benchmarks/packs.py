@@ -4,7 +4,8 @@
     python benchmarks/packs.py --dir DIR --only codecs   # bytes and points of top-1 in each codec, on four tasks
     python benchmarks/packs.py --only reading            # a minute, on a machine that does nothing else
 
-The trainings are jobs below DIR, the same as those of ``trials.py``; recoding one is a job as well. Points are paired:
+The trainings are jobs below DIR, the same as those of ``trials.py``; recoding one is a job as well, and what has a row
+in the table's file already is not made again. Points are paired:
 of the same images, by the pack as it was trained and as it is coded. Milliseconds are of NumPy alone, and beside a
 plain copy of the same weights in the same run. Writes ``packs-codecs.json`` and ``packs-reading.json``.
 """
@@ -21,21 +22,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from harness import (
-    FEW,
-    IMAGE_SIZES,
-    Asked,
-    Training,
-    asked,
-    finished,
-    images_of,
-    measuring_job,
-    pack_of,
-    parser_of,
-    source,
-    trained,
-    write_result,
-)
+from harness import IMAGE_SIZES, Asked, asked, parser_of, source, write_result
+from trainings import FEW, Rows, Training, finished, images_of, measuring_job, pack_of, trained
 
 from edgepet.reports.tables import Column, Table, format_bytes, format_percent, markdown
 from edgepet.spec import NpArray, Tensors
@@ -49,8 +37,8 @@ TASKS = ("landcover", "digits", "cards", "fashion")
 METHODS = ("linear-probe", "ssf", "lora", "consolidator", "fact-tt", "fact-tk", "bi-lora", "uni-lora", "full")
 TINY: dict[str, dict[str, Any]] = {"fact-tt": {"rank": 4}, "bi-lora": {"rank": 1}}  # for ten kilobytes
 CODED = ("int8", "int4", "int2")  # a pack is trained in fp16
-JUDGED, JUDGED_SSF = 1000, 2000  # test images that a codec is judged on
-MAX_DROP = 0.5  # points on val that auto may lose
+# On how many test images codecs are judged, and what points on val auto may lose.
+JUDGING: dict[str, Any] = {"codecs": list(CODED), "images": 1000, "images_ssf": 2000, "max_drop": 0.5}
 ROUNDS = 31
 NETWORKS = ("vit_small_patch16_224", "vit_base_patch16_224")
 FOLDED = ("ssf", "lora", "fact-tt", "fact-tk", "consolidator", "rlrr", "hta", "vera", "uni-lora")
@@ -60,6 +48,7 @@ def parser() -> argparse.ArgumentParser:
     """The arguments of this benchmark."""
     made = parser_of(__doc__)
     made.add_argument("--only", choices=("codecs", "reading"), help="one table")
+    made.add_argument("--task", choices=TASKS, help="only the codecs of one task")
     return made
 
 
@@ -70,7 +59,7 @@ def main() -> None:
     if options.only in (None, "reading"):
         write_result(run, "packs-reading", reading(1 if run.quick else ROUNDS))
     if options.only in (None, "codecs"):
-        codecs(run)
+        codecs(run, options.task)
 
 
 # --------------------------------------------------------------------------------------------------------------- codecs
@@ -86,36 +75,28 @@ def trainings() -> Iterator[Training]:
                 yield replace(each, settings=TINY[method])
 
 
-def codecs(run: Asked) -> None:
-    """A row for each training, with what it is and loses in each codec."""
-    every = list(trainings())
+def codecs(run: Asked, task: str | None) -> None:
+    """A row for each training, of one task or all, with what it is and loses in each codec."""
+    every, judging = list(trainings()), dict(JUDGING)
     if run.quick:
-        every = [replace(every[1], task="digits", epochs=1, shots=2, few=FEW)]
-    rows = list[dict[str, object]]()
-    for each in every:
+        every, judging = [replace(every[1], task="digits", epochs=1, shots=2, few=FEW)], judging | {"max_drop": 99}
+    rows = Rows(run, "packs-codecs", every, judging, task=None if run.quick else task)
+    for each in rows.missing:
         (made,) = trained(run, [each])
-        job = measuring_job(
-            "packs:recode",
-            made,
-            method=each.method,
-            codecs=list(CODED),
-            max_drop=99 if run.quick else MAX_DROP,
-            images=JUDGED_SSF if each.method == "ssf" else JUDGED,
-        )
-        (coded,) = finished(run, [job])
+        images = judging["images_ssf"] if each.method == "ssf" else judging["images"]
+        asked = {"codecs": judging["codecs"], "max_drop": judging["max_drop"], "images": images}
+        (coded,) = finished(run, [measuring_job("packs:recode", made, method=each.method, **asked)])
         report = made.result.report
-        rows.append(
-            {
-                "task": each.task,
-                "method": each.method,
-                "settings": dict(each.settings),
-                "stored_values": report["stored_values"],
-                "test_top1": report["test_top1"],
-                "test_n": report["test_n"],
-                **coded.report,
-            }
-        )
-        write_result(run, "packs-codecs", {"trainings": len(every), "max_drop": MAX_DROP, "rows": rows})
+        row = {
+            "task": each.task,
+            "method": each.method,
+            "settings": dict(each.settings),
+            "stored_values": report["stored_values"],
+            "test_top1": report["test_top1"],
+            "test_n": report["test_n"],
+            **coded.report,
+        }
+        rows.add(made, row)
 
 
 def recode(specification: Mapping[str, Any], folder: Path) -> dict[str, object]:

@@ -1,8 +1,8 @@
 """Write the committed results as tables between two marks: ``python benchmarks/report.py``.
 
-README.md gets accuracy, latency and speed, docs/guide/methods.md what was measured of every method, docs/guide/int8.md
-what int8 costs, docs/guide/packs.md what codecs do, and docs/guide/on-the-device.md what a store costs. With
-``--quick`` copies of these pages get them.
+README.md gets accuracy, latency, storage and speed, docs/guide/methods.md what was measured of every method,
+docs/guide/int8.md what int8 costs, docs/guide/packs.md what codecs do, and docs/guide/on-the-device.md what a store
+costs. With ``--quick`` copies of these pages get them.
 """
 
 from __future__ import annotations
@@ -11,9 +11,11 @@ import argparse
 import json
 from typing import Any
 
+from fastest import fastest_table
 from harness import HERE, RESULTS, TABLES, asked, parser_of, source
 from packs import pack_tables
 from serving import serving_tables
+from storage import storage_table
 from store import store_table
 from trial_pages import trial_tables
 
@@ -25,6 +27,7 @@ METHODS, INT8, PACKS, DEVICE = (GUIDE / f"{name}.md" for name in ("methods", "in
 FP32_LIMIT = 1e-4  # edgepet.measuring.parity.STORED["fp32"]
 HALF_LIMIT = 2e-2  # of the largest logit: edgepet.measuring.parity.STORED["fp16"]
 BACKBONES = ("vit-small", "efficientnet-lite0")
+LATER = {"fastest": fastest_table, "storage": storage_table}  # tables of README that may not be measured yet
 BEGIN, END = TABLES.begin, TABLES.end
 
 
@@ -54,6 +57,7 @@ def tables() -> str:
         *(accuracy(results[f"accuracy-{name}"]) for name in BACKBONES),
         *(latency(results[f"latency-{name}"]) for name in BACKBONES),
         half(results["half"]),
+        *(made(results[name]) for name, made in LATER.items() if name in results),
         shared_int8(results["shared-int8"], results["int8"]),
         speed(results["training"], results["export"]),
     ]

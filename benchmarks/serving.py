@@ -25,8 +25,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from adapters import OrtAdapters, hotswapped
-from harness import SETTLE_S, WARMUP, asked, parser_of, source, write_result
-from serving_many import batch_of_eight, batch_table, many_in_memory, memory_table
+from harness import SETTLE_S, Asked, asked, earlier, parser_of, source, write_result
+from serving_many import batch_of_eight, batch_table, many_in_memory, memory_table, on_one_image, one_image_table
 from shared_int8 import resident
 
 from edgepet.deltas.delta import Delta
@@ -34,13 +34,11 @@ from edgepet.device.fitting import Fitted, fit, opened
 from edgepet.device.runner import BoundPart, Runner
 from edgepet.device.runtime import open_task
 from edgepet.device.runtimes import RUNTIMES, SHARED_RUNTIMES, shared_runtime
-from edgepet.device.together import Together
 from edgepet.graphs.base import BaseGraph
-from edgepet.graphs.parts import part_of
 from edgepet.measuring.latency import Candidate, measure, ratio, ratio_of_runs, switching_ms
 from edgepet.methods import SSF, LinearProbe, LoRA, Method
 from edgepet.methods.depth import in_blocks
-from edgepet.reports.tables import Column, Table, format_bytes, markdown
+from edgepet.reports.tables import Column, Table, markdown
 from edgepet.spec import NpArray
 
 if TYPE_CHECKING:
@@ -68,6 +66,10 @@ class Amount:
     together: int
     many: int
 
+    def costly(self, size: int) -> int:
+        """Rounds of what runs many tasks: at twice the size, of four times the pixels, a quarter."""
+        return max(2, self.rounds * self.sizes[0] ** 2 // size**2)
+
 
 LONG = Amount(sizes=(112, 224), runs=2, rounds=40, further=8, together=10, many=50)
 SHORT = Amount(sizes=(112,), runs=2, rounds=2, further=2, together=3, many=3)
@@ -76,6 +78,7 @@ SHORT = Amount(sizes=(112,), runs=2, rounds=2, further=2, together=3, many=3)
 def parser() -> argparse.ArgumentParser:
     """The arguments of this benchmark."""
     made = parser_of(__doc__)
+    made.add_argument("--again", choices=("latency", "eight"), help="measure these cells alone, and keep all others")
     made.add_argument("--only", nargs=3, metavar=("WHAT", "SIZE", "RUNTIME"), help=argparse.SUPPRESS)
     return made
 
@@ -89,17 +92,19 @@ def main() -> None:
         json.dump(CELLS[what](int(size), runtime, amount), sys.stdout)
         return
     run = asked(options)
+    if options.again:
+        again(run, amount, options.again)
+        return
     cells = []
     for size in amount.sizes:
         for runtime in SHARED_RUNTIMES:
-            several = [process("latency", size, runtime, options.quick) for _ in range(amount.runs)]
-            ten = [process("ten", size, runtime, options.quick) for _ in range(amount.runs)]
-            eight = [process("eight", size, runtime, options.quick) for _ in range(amount.runs)]
+            forms, ten = (several(what, size, runtime, run, amount) for what in ("latency", "ten"))
+            eight = several("eight", size, runtime, run, amount)
             cells.append(
                 {
                     "image_size": size,
                     "runtime": runtime,
-                    "forms": over_runs(several),
+                    "forms": over_runs(forms),
                     "memory": process("memory", size, runtime, options.quick),
                     "ten": {name: ratio_of_runs([each[name] for each in ten]) for name in ten[0]},
                     "many": process("many", size, runtime, options.quick),
@@ -112,6 +117,25 @@ def main() -> None:
     facts = {"threads": THREADS, "rounds": amount.rounds, "runs": amount.runs, "tasks": amount.together,
              "many": amount.many, "cells": cells, "adapters": adapters}  # fmt: skip
     write_result(run, "serving", facts)
+
+
+def again(run: Asked, amount: Amount, what: str) -> None:
+    """Measure one kind of cell of an earlier result anew: what differs from process to process, a layout of memory say,
+    may be in all that was found at one time.
+    """
+    result = earlier(run, "serving")
+    for cell in result["cells"]:
+        found = several(what, cell["image_size"], cell["runtime"], run, amount)
+        if what == "latency":
+            cell["forms"] = over_runs(found)
+        else:
+            cell["eight"] = {name: ratio_of_runs([each[name] for each in found]) for name in found[0]}
+    write_result(run, "serving", {key: value for key, value in result.items() if key not in ("command", "environment")})
+
+
+def several(what: str, size: int, runtime: str, run: Asked, amount: Amount) -> list[dict[str, Any]]:
+    """One cell in as many processes as ``amount`` says, one after another."""
+    return [process(what, size, runtime, run.quick) for _ in range(amount.runs)]
 
 
 def process(what: str, size: int, runtime: str, quick: bool) -> dict[str, Any]:
@@ -188,17 +212,11 @@ def memory(size: int, runtime: str, amount: Amount) -> dict[str, Any]:
 
 
 def ten(size: int, runtime: str, amount: Amount) -> dict[str, Any]:
-    """Tasks on one image over as many passes of the backbone, by where they leave it, in slots."""
+    """Ten tasks on one image, by where they leave the backbone."""
     backbone, graph = on(size)
-    plain = open_task(graph, drawn(backbone, LinearProbe(), 0), runtime=runtime, threads=THREADS)
-    found, images = dict[str, Any](), noise(size)
-    for name, method in TEN.items():
-        fitted = {str(k): fit(graph, drawn(backbone, method, k), "slots") for k in range(amount.together)}
-        with Together(part_of(graph), {}, fitted, runtime=runtime, threads=THREADS) as together:
-            forms: dict[str, Any] = {"plain": lambda: plain.__call__, "together": lambda: All(together)}
-            rows = timed(forms, images, runtime, amount)
-        found[name] = rows["together"]["over_plain"] / amount.together
-    return found
+    return on_one_image(
+        backbone, graph, drawn, TEN, runtime, threads=THREADS, rounds=amount.costly(size), tasks=amount.together
+    )
 
 
 def adapters(size: int, runtime: str, amount: Amount) -> dict[str, Any]:
@@ -227,7 +245,7 @@ def adapters(size: int, runtime: str, amount: Amount) -> dict[str, Any]:
 def eight(size: int, runtime: str, amount: Amount) -> dict[str, Any]:
     """Eight tasks in one batch of eight."""
     backbone, graph = on(size)
-    return batch_of_eight(backbone, graph, drawn, runtime, threads=THREADS, rounds=amount.rounds)
+    return batch_of_eight(backbone, graph, drawn, runtime, threads=THREADS, rounds=amount.costly(size))
 
 
 def many(size: int, runtime: str, amount: Amount) -> dict[str, Any]:
@@ -244,18 +262,6 @@ CELLS: dict[str, Callable[[int, str, Amount], dict[str, Any]]] = {
 
 
 # -------------------------------------------------------------------------------------------------------- what is timed
-
-
-class All:
-    """Several tasks on one image, as a network."""
-
-    runtime, executed, evidence = "several", "fp32", dict[str, object]()
-
-    def __init__(self, together: Together) -> None:
-        self._together = together
-
-    def __call__(self, images: NpArray) -> NpArray:
-        return np.concatenate(list(self._together(images).values()), axis=1)
 
 
 def on(size: int) -> tuple[Backbone, BaseGraph]:
@@ -304,7 +310,7 @@ def timed(
     """Milliseconds of each, in turns, and over those of "plain"."""
     candidates = [Candidate(model=n, runtime=runtime, precision="fp32", mode=n, open=o) for n, o in forms.items()]
     report = measure(
-        candidates, images, threads=THREADS, rounds=amount.rounds, warmup=min(WARMUP, amount.rounds),
+        candidates, images, threads=THREADS, rounds=amount.rounds,
         settle_s=SETTLE_S[runtime],
     )  # fmt: skip
     rows = {row.model: row for row in report.rows}
@@ -355,35 +361,23 @@ def serving_tables(results: Mapping[str, Any]) -> str:
     """Both tables, where there is a result."""
     if "serving" not in results:
         return ""
-    result, rows, ten_rows = results["serving"], [], []
+    result, rows = results["serving"], []
     for cell in result["cells"]:
         where = f"{cell['runtime']}, {cell['image_size']} px"
         rows += [row_of(where, form, found) for form, found in cell["forms"].items()]
-        more = cell["memory"]
-        ten_rows.append(
-            (where, *(f"{cell['ten'][name]['median']:.2f}" for name in TEN), format_bytes(more["first_bytes"]),
-             format_bytes(round(more["further_bytes"])))
-        )  # fmt: skip
-    slots = max(cell["memory"]["slots_bytes"] for cell in result["cells"])
     smallest = min(cell["image_size"] for cell in result["cells"])
     rows += [row_of(f"{smallest} px", form, found) for form, found in result["adapters"].items()]
     numbers = ("ms", "of plain", "open ms", "first ms", "switch ms")
     columns = (Column("where"), Column("form"), *(Column(name, right=True) for name in numbers))
-    shared = (*TEN, "memory, first task", "each one more")
-    ten_columns = (Column("where"), *(Column(name, right=True) for name in shared))
     told = (
         f"demo:vit-small, batch 1, {result['threads']} thread; medians of {result['runs']} processes of"
         f" {result['rounds']} interleaved rounds. `plain` is the backbone with a head; PEFT is over torch's own. A"
         " switch is in slots what a call costs more behind another task's, merged folding and opening."
     )
-    ten_told = (
-        f"{result['tasks']} SSF tasks in slots, over as many passes of the plain backbone; memory is of SSF tasks on"
-        f" all blocks, in slots; ONNX Runtime reads the slots where they lie, {format_bytes(slots)} a task more."
-    )
+    many = memory_table(result["cells"], result.get("many", 0))
     return (
         f"{markdown(Table('One task, kept open', columns, rows))}\n{told}\n\n"
-        f"{batch_table(result['cells'])}{memory_table(result['cells'], result.get('many', 0))}"
-        f"{markdown(Table('Ten tasks on one image', ten_columns, ten_rows))}\n{ten_told} {source(result)}\n"
+        f"{batch_table(result['cells'])}{many}{one_image_table(result, list(TEN))} {source(result)}\n"
     )
 
 

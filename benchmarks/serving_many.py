@@ -1,4 +1,4 @@
-"""Many tasks at once: cells of ``serving.py`` for a batch of several tasks and for tasks on the int8 backbone.
+"""Many tasks at once: cells of ``serving.py`` for one image, a batch, and the memory of several tasks.
 
 Not a benchmark by itself. Tasks on the int8 backbone have ranges that are made up: how long a task takes does not
 depend on them.
@@ -15,23 +15,26 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from harness import SETTLE_S, WARMUP
+from harness import SETTLE_S
 
 from edgepet.deltas.delta import Delta, Int8Ranges
-from edgepet.device.fitting import Fitted, fit, fit_int8, opened
+from edgepet.device.fitting import Fitted, fit, fit_int8, opened, own_slots
 from edgepet.device.mixed import Mixed, mix
+from edgepet.device.runtime import SharedInt8, open_task
 from edgepet.device.runtimes import shared_runtime
+from edgepet.device.together import Together
 from edgepet.graphs.base import BaseGraph, graph_folder, open_graph
 from edgepet.graphs.int8 import Int8Graph
+from edgepet.graphs.parts import part_of
 from edgepet.measuring.latency import Candidate, measure, ratio
-from edgepet.methods import SSF, LoRA, Method
+from edgepet.methods import SSF, LinearProbe, LoRA, Method
 from edgepet.reports.tables import Column, Table, format_bytes, markdown
 from edgepet.spec import NpArray
 
 if TYPE_CHECKING:
     from edgepet.networks.backbone import Backbone
 
-BATCH = 8
+BATCH, INT8 = 8, ", int8"
 MIXED: dict[str, Sequence[Method]] = {
     "SSF": [SSF()],
     "LoRA": [LoRA(rank=8, on=("qkv",))],
@@ -54,6 +57,69 @@ class Each:
         self._mixed.close()
 
 
+class All:
+    """Several tasks on one image, as a network."""
+
+    runtime, executed, evidence = "several", "several", dict[str, object]()
+
+    def __init__(self, together: Together) -> None:
+        self._together = together
+
+    def __call__(self, images: NpArray) -> NpArray:
+        return np.concatenate(list(self._together(images).values()), axis=1)
+
+    def close(self) -> None:
+        """Give it back."""
+        self._together.close()
+
+
+def on_one_image(
+    backbone: Backbone, graph: BaseGraph, drawn: Callable[[Backbone, Method, int], Delta],
+    methods: Mapping[str, Method], runtime: str, *, threads: int, rounds: int, tasks: int,
+) -> dict[str, float]:  # fmt: skip
+    """Tasks of each method on one image over as many passes of the plain backbone, in slots, in fp32 and in int8."""
+    image, found = np.random.default_rng(0).standard_normal((1, *graph.preprocess.input_shape), np.float32), {}
+    for precision, beside in (("", nothing), (INT8, int8_beside)):
+        with beside(graph) as on:
+            plain = with_ranges(on, drawn(backbone, LinearProbe(), 0))
+            for name, method in methods.items():
+                deltas = {str(k): with_ranges(on, drawn(backbone, method, k)) for k in range(tasks)}
+                over = over_plain(on, plain, deltas, image, runtime, threads=threads, rounds=rounds)
+                found[name + precision] = over / tasks
+    return found
+
+
+def over_plain(
+    graph: BaseGraph | Int8Graph, plain: Delta, deltas: Mapping[str, Delta], image: NpArray, runtime: str, *,
+    threads: int, rounds: int,
+) -> float:  # fmt: skip
+    """All of ``deltas`` on an image over ``plain``."""
+
+    def together() -> Any:
+        own = own_slots(graph, runtime) if isinstance(graph, Int8Graph) else {}
+        fitted = {name: fit_any(graph, delta, runtime) for name, delta in deltas.items()}
+        return All(Together(part_of(graph, runtime), own, fitted, runtime=runtime, threads=threads))
+
+    def alone() -> Any:
+        if isinstance(graph, Int8Graph):
+            return SharedInt8(graph, runtime=runtime, threads=threads).bind(plain, alone=True)
+        return open_task(graph, plain, runtime=runtime, threads=threads)
+
+    return in_turns(together, alone, image, runtime, threads=threads, rounds=rounds)
+
+
+def in_turns(
+    first: Callable[[], Any], second: Callable[[], Any], images: NpArray, runtime: str, *, threads: int, rounds: int
+) -> float:
+    """Milliseconds of one over those of another."""
+    candidates = [
+        Candidate(model=name, runtime=runtime, precision="fp32", mode="slots", open=opener)
+        for name, opener in (("first", first), ("second", second))
+    ]
+    report = measure(candidates, images, threads=threads, rounds=rounds, settle_s=SETTLE_S[runtime])
+    return ratio(report, *report.rows).median
+
+
 def batch_of_eight(
     backbone: Backbone, graph: BaseGraph, drawn: Callable[[Backbone, Method, int], Delta], runtime: str, *,
     threads: int, rounds: int,
@@ -62,9 +128,8 @@ def batch_of_eight(
     images, found = np.random.default_rng(0).standard_normal((BATCH, *graph.preprocess.input_shape), np.float32), {}
     for name, methods in MIXED.items():
         deltas = {str(k): drawn(backbone, methods[k % len(methods)], k) for k in range(BATCH)}
-        with int8_beside(graph) if name.endswith("int8") else nothing(graph) as on:
-            if isinstance(on, Int8Graph):
-                deltas = {key: with_ranges(on, delta) for key, delta in deltas.items()}
+        with int8_beside(graph) if name.endswith(INT8) else nothing(graph) as on:
+            deltas = {key: with_ranges(on, delta) for key, delta in deltas.items()}
             found[name] = over_one(on, deltas, images, runtime, threads=threads, rounds=rounds)
     return found
 
@@ -118,14 +183,7 @@ def over_one(
         fitted = fit_any(graph, last, runtime)
         return opened(row, fitted.part, {}, threads).bind(fitted.slots)
 
-    candidates = [
-        Candidate(model=name, runtime=runtime, precision="fp32", mode="slots", open=opener)
-        for name, opener in (("each", each), ("one", one))
-    ]
-    report = measure(
-        candidates, images, threads=threads, rounds=rounds, warmup=min(WARMUP, rounds), settle_s=SETTLE_S[runtime]
-    )
-    return ratio(report, *report.rows).median
+    return in_turns(each, one, images, runtime, threads=threads, rounds=rounds)
 
 
 def fit_any(graph: BaseGraph | Int8Graph, delta: Delta, runtime: str) -> Fitted:
@@ -161,8 +219,10 @@ def int8_beside(graph: BaseGraph) -> Iterator[Int8Graph]:
         yield int8_graph(own, lambda: noise, root=Path(root))
 
 
-def with_ranges(graph: Int8Graph, delta: Delta) -> Delta:
-    """A task that brings the backbone's ranges behind its cut as its own."""
+def with_ranges(graph: BaseGraph | Int8Graph, delta: Delta) -> Delta:
+    """A task that, on the int8 backbone, brings the backbone's ranges behind its cut as its own."""
+    if not isinstance(graph, Int8Graph):
+        return delta
     ranges, before = graph.ranges or (), graph.trunk_reads(delta)
     trunk = graph.ranges_sha256 if before else None
     return replace(delta, int8=Int8Ranges(codes=graph.codes_sha256, ranges=tuple(ranges[before:]), trunk=trunk))
@@ -200,3 +260,23 @@ def batch_table(cells: Sequence[Mapping[str, Any]]) -> str:
     columns = (Column("where"), *(Column(name, right=True) for name in MIXED))
     told = "Eight tasks in a batch of eight, each of one image, over a batch of eight of one of them in slots."
     return f"{markdown(Table('One batch, eight tasks', columns, rows))}\n{told}\n\n"
+
+
+def one_image_table(result: Mapping[str, Any], names: Sequence[str]) -> str:
+    """A row for each cell, and one in int8 where that was measured; memory stands beside fp32."""
+    rows = list[tuple[str, ...]]()
+    for cell in result["cells"]:
+        where, more = f"{cell['runtime']}, {cell['image_size']} px", cell["memory"]
+        memory = format_bytes(more["first_bytes"]), format_bytes(round(more["further_bytes"]))
+        for precision, beside in (("", memory), (INT8, ("", ""))):
+            if all(name + precision in cell["ten"] for name in names):
+                over = (f"{cell['ten'][name + precision]['median']:.2f}" for name in names)
+                rows.append((where + precision, *over, *beside))
+    slots = max(cell["memory"]["slots_bytes"] for cell in result["cells"])
+    columns = (Column("where"), *(Column(each, right=True) for each in (*names, "memory, first task", "each one more")))
+    told = (
+        f"{result['tasks']} SSF tasks in slots, over as many passes of the plain backbone in the same precision; memory"
+        " is of SSF tasks on all blocks, in slots; ONNX Runtime reads the slots where they lie,"
+        f" {format_bytes(slots)} a task more."
+    )
+    return f"{markdown(Table('Ten tasks on one image', columns, rows))}\n{told}"

@@ -22,8 +22,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from harness import SETTLE_S, WARMUP, Asked, Trained, asked, parser_of, trained, write_result
+from harness import SETTLE_S, Asked, asked, parser_of, write_result
 from int8 import FULL, QUICK, Plan, written_with_ranges
+from trainings import Trained, trained
 
 from edgepet import ExportOptions, export, read_pack
 from edgepet.deltas.codes import coded
@@ -159,7 +160,7 @@ def latency(folder: Path, runtime: str, amount: Amount) -> dict[str, object]:
     candidates = [Candidate(model=n, runtime=runtime, precision=n, mode=n, open=o) for n, o in opened.items()]
     images = np.random.default_rng(0).standard_normal((1, *delta.preprocess.input_shape), dtype=np.float32)
     report = measure(
-        candidates, images, threads=THREADS, rounds=amount.rounds, warmup=min(WARMUP, amount.rounds),
+        candidates, images, threads=THREADS, rounds=amount.rounds,
         settle_s=SETTLE_S[runtime],
     )  # fmt: skip
     rows = {row.model: row for row in report.rows}

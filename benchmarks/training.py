@@ -21,7 +21,8 @@ import numpy as np
 import safetensors.torch
 import timm
 import torch
-from harness import IMAGE_SIZES, Asked, asked, draw, parser_of, write_result
+from harness import IMAGE_SIZES, Asked, asked, parser_of, write_result
+from trainings import draw
 
 from edgepet.images.held import load_held
 from edgepet.images.preprocess import normalize

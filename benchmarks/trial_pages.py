@@ -51,8 +51,9 @@ def _by_task(title: str, told: str, result: Mapping[str, Any], timed: Mapping[st
         mean = format_percent(float(np.mean(means))) if len(means) == len(tasks) else ""
         speed = f"{speeds[name]:.0f}" if name in speeds else ""
         pack = format_bytes(max(row["pack_bytes"] for row in of))
-        shown.append((name, *map(_spread, top1.values()), mean, pack, speed))
-    numbers = (*tasks, "mean", "largest pack", "images/s")
+        minutes = f"{float(np.median([row['seconds'] for row in of])) / 60:.0f}"
+        shown.append((name, *map(_spread, top1.values()), mean, pack, minutes, speed))
+    numbers = (*tasks, "mean", "largest pack", "minutes", "images/s")
     columns = (Column("method"), *(Column(name, right=True) for name in numbers))
     sources = " ".join(source(each) for each in (result, timed) if each)
     return f"{markdown(Table(title, columns, shown))}\n{told}{_left(result)} {sources}\n"

@@ -3,12 +3,13 @@
 Beside it how far logits are after one epoch of few images, and where ``edgepet sites`` would tune.
 
     python benchmarks/trials.py --dir DIR                   # all tables; many hours on 2 cores
-    python benchmarks/trials.py --dir DIR --only few-shots  # one of them
+    python benchmarks/trials.py --dir DIR --only few-shots  # one of them; --task digits: of one task
     python benchmarks/trials.py --dir DIR --only speed      # images per second, on a machine that does nothing else
 
-Tables are lists of trainings, all of them jobs below DIR: what is there is not trained again, and what an interrupted
-run found is in its file, ``trials-TABLE.json``. Images per second are measured by themselves, in turns, by short
-trainings: the long ones may share the machine. ``report.py`` makes the tables in docs/guide/methods.md.
+Tables are lists of trainings, all of them jobs below DIR: what is there is not trained again, nor what has a row in the
+table's file, ``trials-TABLE.json``, so that many short runs make a long one. Images per second are measured by
+themselves, in turns, by short trainings: the long ones may share the machine. ``report.py`` makes the tables in
+docs/guide/methods.md.
 """
 
 from __future__ import annotations
@@ -23,23 +24,19 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from harness import (
+from harness import IMAGE_SIZES, SMALLER, Asked, asked, earlier, parser_of, write_result
+from trainings import (
     FEW,
-    IMAGE_SIZES,
-    SMALLER,
-    Asked,
     Pretraining,
+    Rows,
     Trained,
     Training,
-    asked,
     draw,
     finished,
     images_of,
     measuring_job,
     pack_of,
-    parser_of,
     trained,
-    write_result,
 )
 
 from edgepet import TrainOptions, train
@@ -148,6 +145,7 @@ def parser() -> argparse.ArgumentParser:
     """The arguments of this benchmark."""
     made = parser_of(__doc__)
     made.add_argument("--only", choices=(*TABLES, SITES, SPEED), help="one table")
+    made.add_argument("--task", choices=TASKS, help="only the trainings of one task")
     return made
 
 
@@ -163,11 +161,10 @@ def main() -> None:
         trainings = list(TABLES[table]())
         if run.quick:
             trainings = [_smallest(trainings[-1])]
-        rows = list[dict[str, object]]()
-        for each in trainings:
+        rows = Rows(run, f"trials-{table}", trainings, task=None if run.quick else options.task)
+        for each in rows.missing:
             (made,) = trained(run, [each])
-            rows.append({**row(made), **(far(run, made) if table == "starts" else {})})
-            write_result(run, f"trials-{table}", {"trainings": len(trainings), "rows": rows})
+            rows.add(made, {**row(made), **(far(run, made) if table == "starts" else {})})
 
 
 def speed(run: Asked) -> dict[str, object]:
@@ -227,14 +224,16 @@ def sites(run: Asked) -> None:
     own = list(sited())
     if run.quick:
         own = [replace(_smallest(own[-1]), image_size=28)]  # four patches
-    (first,) = trained(run, own[:1])
-    job = measuring_job("trials:measured_sites", first, method=SITES_METHOD, images=4 if run.quick else None)
-    (found,) = finished(run, [job])
-    chosen = [replace(each, settings=found.report["settings"]) for each in own]
-    rows = list[dict[str, object]]()
-    for each in (*own, *chosen):
-        rows.append(row(*trained(run, [each])))
-        write_result(run, "trials-sites", {**found.report, "trainings": 2 * len(own), "rows": rows})
+    found = {key: value for key, value in earlier(run, "trials-sites").items() if key in ("sites", "settings")}
+    if not found:
+        (first,) = trained(run, own[:1])
+        job = measuring_job("trials:measured_sites", first, method=SITES_METHOD, images=4 if run.quick else None)
+        found = dict(finished(run, [job])[0].report)
+    chosen = [replace(each, settings=found["settings"]) for each in own]
+    rows = Rows(run, "trials-sites", [*own, *chosen], found)
+    for each in rows.missing:
+        (made,) = trained(run, [each])
+        rows.add(made, row(made))
 
 
 def measured_sites(specification: Mapping[str, Any], folder: Path) -> dict[str, object]:
@@ -279,6 +278,7 @@ def row(made: Trained) -> dict[str, object]:
         "val_top1": report["val_top1"],
         "test_top1": report["test_top1"],
         "test_n": report["test_n"],
+        "seconds": round(made.result.seconds),
     }
 
 

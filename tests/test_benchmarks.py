@@ -9,6 +9,7 @@ import re
 import shlex
 import sys
 import tomllib
+import types
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -17,7 +18,7 @@ from typing import Any
 import pytest
 
 ROOT = Path(__file__).parent.parent
-PARTS = ("adapters", "harness", "serving_many", "trial_pages")  # of other benchmarks
+PARTS = ("adapters", "harness", "serving_many", "trainings", "trial_pages")  # of other benchmarks
 SCRIPTS = sorted(path.stem for path in (ROOT / "benchmarks").glob("*.py") if path.stem not in PARTS)
 RESULTS = sorted((ROOT / "benchmarks" / "results").glob("*.json"))
 
@@ -28,7 +29,7 @@ def as_scripts(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     before = set(sys.modules)
     yield
-    for name in {"harness", *SCRIPTS} - before:
+    for name in {*PARTS, *SCRIPTS} - before:
         sys.modules.pop(name, None)
 
 
@@ -147,3 +148,48 @@ def test_the_sweeps_table_says_how_far_each_precision_is_and_who_refuses_what() 
     assert sweep.relative(row, "int8") == "3e-02/5e-02"
     assert sweep.relative({"family": "coat", "refused": "coat_tiny: cannot be exported"}, "int8") == ""
     assert sweep.reason(row) == "openvino: beyond the limit; fp16, openvino: x: is not finite"
+
+
+def test_a_table_grows_by_what_no_earlier_run_has_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Wherever that ran: threads and precision are the machine's."""
+    trainings: Any = imported("trainings")
+    harness: Any = imported("harness")
+    monkeypatch.setattr(sys, "argv", ["benchmarks/trials.py"])
+    run = harness.Asked(command="a", quick=False, folder=tmp_path, results=tmp_path)
+    asked = [
+        trainings.Training(task=task, backbone="vit-small", method=method, image_size=112)
+        for task, method in (("digits", "ssf"), ("digits", "lora"), ("cards", "ssf"), ("digits", "hta"))
+    ]
+
+    def on_threads(threads: int) -> Any:
+        def planned(_: object, each: Any) -> list[tuple[Any, None]]:
+            options = {"seed": 0, "precision": f"fp{threads}"}
+            asked_for = [{"of": [one.task, one.method], "options": options, "threads": threads} for one in each]
+            return [(trainings.Job(function="trainings:train_pack", specification=one), None) for one in asked_for]
+
+        return planned
+
+    def add(rows: Any, number: int, threads: int) -> None:
+        (job, _), *_ = on_threads(threads)(None, [asked[number]])
+        rows.add(
+            types.SimpleNamespace(result=types.SimpleNamespace(job=job)), {"task": asked[number].task, "n": number}
+        )
+
+    def methods(rows: Any) -> list[tuple[str, str]]:
+        return [(each.task, each.method) for each in rows.missing]
+
+    monkeypatch.setattr(trainings, "planned", on_threads(1))
+    first = trainings.Rows(run, "table", asked, {"images": 5})
+    add(first, 3, 1)
+    monkeypatch.setattr(trainings, "planned", on_threads(2))
+    second = trainings.Rows(run, "table", asked, {"images": 5}, task="digits")
+    assert methods(second) == [("digits", "ssf"), ("digits", "lora")]
+    add(first, 2, 1)  # another run, at the same time
+    add(second, 0, 2)
+    assert methods(trainings.Rows(run, "table", asked, {"images": 5})) == [("digits", "lora")]
+    add(second, 1, 2)
+
+    written = json.loads((tmp_path / "table.json").read_text())
+    assert [row["n"] for row in written["rows"]] == [0, 1, 3, 2]  # by task, in the order of the table
+    assert (written["trainings"], written["images"]) == (4, 5)
+    assert len(trainings.Rows(run, "table", asked, {"images": 6}).missing) == 4

@@ -23,6 +23,7 @@ FEW = " --epochs 2 --batch-size 8 --img-size 64 --train-precision fp32 --device 
 WIDER = {"--max-drop 1": "--max-drop 40", "--max-drop 0.3": "--max-drop 40"}
 
 
+@pytest.mark.slow
 def test_the_guide_of_masks_is_what_happens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     index_folder(tmp_path / "DATA", train=40, val=6, test=4, size=(40, 48))

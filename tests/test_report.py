@@ -402,6 +402,7 @@ def test_without_matplotlib_the_extra_is_named(tmp_path: Path, monkeypatch: pyte
     assert said.err.endswith("fix: pip install 'edgepet[report]'\n")
 
 
+@pytest.mark.slow
 def test_the_commands_of_the_guide_end_well(tasks: Tasks, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shutil.copytree(RESULTS, tmp_path / "benchmarks" / "results")
     shutil.copy(tasks.shapes, tmp_path / "flowers.pet")

@@ -48,7 +48,7 @@ class OpenVino:
     ) -> None:
         takes = [INPUT if INPUT in port.names else min(port.names, default="a nameless one") for port in model.inputs]
         require_images_alone(takes, where=where)
-        compiled = _compile(model, threads, precision, device, where=where)
+        compiled = compile_model(model, threads, precision, device, where=where)
         self._request, self._where = compiled.create_infer_request(), where
         self._shape = tuple(None if side.is_dynamic else side.get_length() for side in compiled.input(0).partial_shape)
         self._dtype = "uint8" if compiled.input(0).element_type.get_type_name() == "u8" else "float32"
@@ -91,7 +91,7 @@ class OpenVino:
     def outputs(self, images: NpArray) -> list[NpArray]:
         """All that it puts out."""
         check_images(images, self._shape, where=self._where, dtype=self._dtype)
-        with _refusing(self._where, _NOT_RUN):
+        with refusing_openvino(self._where, _NOT_RUN):
             result = self._request.infer({INPUT: images})
             return [result[place].copy() for place in range(len(result))]
 
@@ -165,7 +165,7 @@ class OpenVinoPart:
         if part.slots:
             model, order = stateful(model, part.reads)
         self._order = order
-        self._compiled, self._part = _compile(model, threads, precision, device, where=part.reads), part
+        self._compiled, self._part = compile_model(model, threads, precision, device, where=part.reads), part
 
     def bind(self, values: Mapping[str, NpArray]) -> BoundOpenVino:
         """Ready to run: a request of its own, whose state is these slots."""
@@ -214,7 +214,7 @@ class BoundOpenVino:
     def outputs(self, images: NpArray) -> list[NpArray]:
         """All that it puts out."""
         check_images(images, self._shape, where=self._reads)
-        with self._lock, _refusing(self._reads, _NOT_RUN):
+        with self._lock, refusing_openvino(self._reads, _NOT_RUN):
             result = self._request.infer({self._reads: images})
             return [result[place].copy() for place in range(len(result))]
 
@@ -229,7 +229,7 @@ def _compiled_int8(
     """The int8 backbone, compiled, and the slots in its state."""
     path = graph.model_path("openvino")
     model, order = stateful(_with_constants(_read(path), codes, path), INPUT)
-    return _compile(model, threads, "fp32", device, where=str(path)), order
+    return compile_model(model, threads, "fp32", device, where=str(path)), order
 
 
 def _kept_int8(graph: Int8Graph, threads: int | None, store: Path, device: str) -> tuple[_OpenVino, Order]:
@@ -267,8 +267,9 @@ def _config(threads: int | None, precision: Precision, device: str) -> dict[str,
     return config if threads is None or device != _CPU else config | {"INFERENCE_NUM_THREADS": threads}
 
 
-def _compile(model: _OpenVino, threads: int | None, precision: Precision, device: str, *, where: str) -> _OpenVino:
-    with _refusing(where, "cannot be compiled by OpenVINO"):
+def compile_model(model: _OpenVino, threads: int | None, precision: Precision, device: str, *, where: str) -> _OpenVino:
+    """A model that was read, ready to run on ``device``; an InputError of ``where`` where that cannot be."""
+    with refusing_openvino(where, "cannot be compiled by OpenVINO"):
         return core().compile_model(model, device, _config(threads, precision, device))
 
 
@@ -284,7 +285,7 @@ def _with_tensors(part: Part, tensors: Tensors) -> _OpenVino:
         tensors={name: data for name, data in part.file.tensors.items() if name not in ports},
         inputs={**part.file.inputs, **ports},
     )
-    with _refusing(part.reads, "cannot be opened by OpenVINO"):
+    with refusing_openvino(part.reads, "cannot be opened by OpenVINO"):
         model = core().read_model(file.encoded())
     parameters = {parameter.get_friendly_name(): parameter for parameter in model.get_parameters()}
     for name in outside:
@@ -350,9 +351,10 @@ def _openvino() -> _OpenVino:
 
 
 def _read(path: Path) -> _OpenVino:
-    with _refusing(str(path), "cannot be opened by OpenVINO"):
+    with refusing_openvino(str(path), "cannot be opened by OpenVINO"):
         return core().read_model(path)
 
 
-def _refusing(where: str, what: str) -> AbstractContextManager[None]:
+def refusing_openvino(where: str, what: str) -> AbstractContextManager[None]:
+    """``refusing_model`` of OpenVINO's errors."""
     return refusing_model(where, what, RuntimeError, package="openvino")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Mapping
 
-from edgepet.device.openvino import _compile, _refusing, core
+from edgepet.device.openvino import compile_model, core, refusing_openvino
 from edgepet.graphs.onnx_file import OnnxFile
 from edgepet.spec import NpArray
 
@@ -19,13 +19,13 @@ class OpenVinoHead:
     """
 
     def __init__(self, file: OnnxFile, *, threads: int | None = None, device: str) -> None:
-        with _refusing("head", "cannot be opened by OpenVINO"):
+        with refusing_openvino("head", "cannot be opened by OpenVINO"):
             model = core().read_model(file.encoded())
-        self._request = _compile(model, threads, "fp32", device, where="head").create_infer_request()
+        self._request = compile_model(model, threads, "fp32", device, where="head").create_infer_request()
         self._lock = threading.Lock()  # a request runs one call
 
     def __call__(self, given: Mapping[str, NpArray]) -> NpArray:
-        with self._lock, _refusing("head", "cannot be run by OpenVINO"):
+        with self._lock, refusing_openvino("head", "cannot be run by OpenVINO"):
             answer: NpArray = self._request.infer(dict(given))[0].copy()
         return answer
 

@@ -28,6 +28,7 @@ Result = TypeVar("Result")
 NOISY = 0.10  # interquartile range over median: rows that far from steady hide what merging or int8 usually gain
 LEAST_FOR_P99 = 100  # below, the 99th percentile is the maximum
 RESAMPLES = 2000
+WARMUP = 20
 SETTLE_S = 0.05  # ONNX Runtime's idle threads spin for tens of milliseconds and slow whatever runs next
 
 
@@ -102,7 +103,7 @@ def measure(
     *,
     threads: int,
     rounds: int = 200,
-    warmup: int = 20,
+    warmup: int | None = None,
     settle_s: float = SETTLE_S,
     tick: Callable[[int], None] | None = None,
 ) -> BenchReport:
@@ -113,7 +114,7 @@ def measure(
         images: one batch (n, 3, H, W) that every candidate takes.
         threads: written to the rows; a candidate's ``open`` is what sets them.
         rounds: timed rounds; below 100 the rows leave out p99.
-        warmup: untimed rounds before the first timed one.
+        warmup: untimed rounds before the first timed one; None is ``WARMUP``, but no more than timed ones.
         settle_s: seconds of sleep before each timed call, for the spinning worker threads of the one before.
         tick: called after each timed round with the number done, outside of what is timed.
 
@@ -130,7 +131,7 @@ def measure(
     times_ns = np.empty((rounds, len(candidates)), np.int64)
     with ExitStack() as closing:
         ready = [_open(candidate, images, settle_s, closing) for candidate in candidates]
-        for index in range(warmup):
+        for index in range(min(WARMUP, rounds) if warmup is None else warmup):
             _round(ready, images, index, settle_s)
         for index in range(rounds):
             times_ns[index] = _round(ready, images, index, settle_s)

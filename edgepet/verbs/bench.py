@@ -44,7 +44,7 @@ def bench(
     threads: int | None = None,
     batch: int = 1,
     rounds: int = 200,
-    warmup: int = 20,
+    warmup: int | None = None,
     settle_s: float = SETTLE_S,
     plain: bool = False,
     backbone: AnyBackbone = None,

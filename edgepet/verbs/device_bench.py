@@ -83,7 +83,7 @@ def bench(
         with on.open_all(names, **settings) as together:
             shared = together.shared
         candidates.append(_candidate(TOGETHER, lambda: _All(on, names, settings), settings))
-    report = measure(candidates, images, threads=count, rounds=rounds, warmup=min(10, rounds), tick=tick)
+    report = measure(candidates, images, threads=count, rounds=rounds, tick=tick)
     alone = sum(row.p50_ms for row in report.rows if row.model != TOGETHER)
     return DeviceBenchReport(
         rows=report.rows,

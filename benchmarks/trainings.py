@@ -1,0 +1,348 @@
+"""The trainings that benchmarks measure, as jobs: images and packs below ``--dir``, made once, whoever asks first.
+
+What ran is kept when a run is interrupted (``edgepet/jobs``). A table that takes longer than a machine lasts grows by
+``Rows``: what its committed result tells of is not trained again, wherever the rest of it is made.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from harness import IMAGE_SIZES, Asked, earlier, write_result
+
+from edgepet.canonical import canonical_json
+from edgepet.errors import InputError
+from edgepet.files import sha256_file
+from edgepet.jobs.job import Job, Result
+from edgepet.jobs.running import run_jobs
+from edgepet.locks import held_alone
+from edgepet.measuring.machine import environment
+from edgepet.reports.progress import Progress
+from edgepet.samples.tasks import build_task
+from edgepet.samples.weights import WEIGHTS
+
+TEST_CAP, FEW = 2000, 4  # test images of a task at most; images of a class in each split of a quick run
+MODULES = "modules.work"  # what a pretraining leaves
+NATIVE_BF16 = {"amx_bf16", "avx512_bf16", "bf16"}
+OF_MACHINES = ("threads", "precision")  # parts of a job that are as the machine is, and that no table is about
+LOCK_S = 60.0  # how long another run may take to write its row
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pretraining:
+    """A method's tensors, tuned on the classes of several demo tasks together; all else as in ``Training``."""
+
+    tasks: tuple[str, ...]
+    backbone: str
+    method: str
+    image_size: int
+    epochs: int | None = None
+    few: int | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Training:
+    """A pack of a demo task on a demo backbone. ``scored`` judges it on the test split as well.
+
+    ``few`` is how many images of each class are left in each split, None is all. ``settings`` are the method's, as
+    text, ``options`` further ones of ``train``, and ``init`` is what the method's tensors start from.
+    """
+
+    task: str
+    backbone: str
+    method: str
+    image_size: int
+    epochs: int | None = None
+    shots: int | None = None
+    backbone_precision: str = "fp32"
+    test_cap: int = TEST_CAP
+    few: int | None = None
+    scored: bool = False
+    seed: int = 0
+    settings: Mapping[str, str] = field(default_factory=dict)
+    options: Mapping[str, Any] = field(default_factory=dict)
+    init: Pretraining | None = None
+
+    @property
+    def pack_name(self) -> str:
+        """Of the file; the task of a pack is called so as well."""
+        rounded = "" if self.backbone_precision == "fp32" else f"-{self.backbone_precision}"
+        return f"{self.task}-{self.method}{rounded}.pet"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Trained:
+    """A training that is done: its pack, with the work folder beside it, and the images that it was trained on."""
+
+    training: Training
+    result: Result
+    data: Path
+
+    @property
+    def pack(self) -> Path:
+        """The file."""
+        return self.result.folder / self.training.pack_name
+
+
+def jobs_folder(run: Asked) -> Path:
+    """Where results of jobs are."""
+    return run.folder / "jobs"
+
+
+def finished(run: Asked, jobs: Sequence[Job], ray: str | None = None) -> tuple[Result, ...]:
+    """The results of ``jobs``; those that are not there yet are made here in turn, with all cores, or on ``ray``.
+
+    What measures times stays here.
+    """
+    return run_jobs(jobs, jobs_folder(run), ray=ray, tell=lambda line: print(line, file=sys.stderr, flush=True))
+
+
+def draw(run: Asked, task: str) -> Path:
+    """The images of a demo task."""
+    (images,) = finished(run, [_images_job(task, TEST_CAP, FEW if run.quick else None)])
+    return images.folder / task
+
+
+def trained(run: Asked, trainings: Sequence[Training]) -> tuple[Trained, ...]:
+    """Train those that are not trained yet."""
+    begun = {each.init: _pretraining_job(run, each.init) for each in trainings if each.init is not None}
+    finished(run, list(begun.values()), run.ray)
+    jobs = planned(run, trainings)
+    made = finished(run, [job for job, _ in jobs], run.ray)
+    return tuple(
+        Trained(training=each, result=result, data=images.folder / each.task)
+        for each, result, (_, images) in zip(trainings, made, jobs, strict=True)
+    )
+
+
+class Rows:
+    """The rows of a table that has one for each of ``trainings``, in ``NAME.json``, as many as there are yet.
+
+    Several runs may add to one file. A row of an earlier run counts where the training is the same, whatever
+    ``OF_MACHINES`` were, and ``facts``, which are all else that decides a row, are. With ``task`` only its images are
+    drawn and only its rows are missing; those of other tasks stay.
+    """
+
+    def __init__(
+        self, run: Asked, name: str, trainings: Sequence[Training], facts: Mapping[str, object] | None = None, *,
+        task: str | None = None,
+    ) -> None:  # fmt: skip
+        self._run, self._name, self._facts, self._count = run, name, dict(facts or {}), len(trainings)
+        self._tasks = list(dict.fromkeys(each.task for each in trainings))
+        own = [each for each in trainings if task in (None, each.task)]
+        self._trainings = dict(zip(map(_asked, (job for job, _ in planned(run, own))), own, strict=True))
+        self._kept = set(self._tasks) - {each.task for each in own}
+
+    @property
+    def missing(self) -> tuple[Training, ...]:
+        """The trainings that have no row yet."""
+        known = {row["training"] for row in self._known()}
+        return tuple(each for key, each in self._trainings.items() if key not in known)
+
+    def add(self, made: Trained, row: Mapping[str, object]) -> None:
+        """Write the row of a training, with its "task", in its place."""
+        with held_alone(self._run.results / f".{self._name}.lock", "is being written", wait_s=LOCK_S):
+            key, order = _asked(made.result.job), list(self._trainings)
+            rows = [each for each in self._known() if each["training"] in order and each["training"] != key]
+            rows = sorted([*rows, {"training": key, **row}], key=lambda each: order.index(each["training"]))
+            rows += [each for each in self._known() if each["task"] in self._kept]
+            rows.sort(key=lambda each: self._tasks.index(each["task"]))
+            write_result(self._run, self._name, {**self._facts, "trainings": self._count, "rows": rows})
+
+    def _known(self) -> list[dict[str, Any]]:
+        before = earlier(self._run, self._name)
+        if any(before.get(key) != json.loads(json.dumps(value)) for key, value in self._facts.items()):
+            return []
+        found: list[dict[str, Any]] = before.get("rows", [])
+        return found
+
+
+def _asked(job: Job) -> str:
+    """What names a training wherever it runs."""
+    asked: dict[str, Any] = {key: value for key, value in job.specification.items() if key not in OF_MACHINES}
+    asked["options"] = {key: value for key, value in asked["options"].items() if key not in OF_MACHINES}
+    return hashlib.sha256(canonical_json(asked)).hexdigest()[:16]
+
+
+def planned(run: Asked, trainings: Sequence[Training]) -> list[tuple[Job, Result]]:
+    """The job of each training, and the images that it is of, which are drawn."""
+    pools = [_images_job(each.task, each.test_cap, each.few) for each in trainings]
+    images = dict(zip((pool.digest for pool in pools), finished(run, pools), strict=True))
+    begun = {each.init: _pretraining_job(run, each.init) for each in trainings if each.init is not None}
+    return [
+        (_training_job(each, drawn, None if each.init is None else begun[each.init]), drawn)
+        for each, drawn in zip(trainings, (images[pool.digest] for pool in pools), strict=True)
+    ]
+
+
+def short_packs(run: Asked, backbone: str, methods: Sequence[str]) -> list[Path]:
+    """Packs of the digits, hardly trained: for what does not depend on a pack's values, as latency does not."""
+    few, size = FEW if run.quick else None, IMAGE_SIZES[backbone]
+    trainings = [
+        Training(task="digits", backbone=backbone, method=each, image_size=size, few=few, epochs=1, shots=2)
+        for each in methods
+    ]
+    return [each.pack for each in trained(run, trainings)]
+
+
+def measuring_job(function: str, made: Trained, **settings: object) -> Job:
+    """A job that measures a pack, which ``pack_of`` finds there, with its images, which ``images_of`` finds."""
+    name = made.training.pack_name
+    pack = {"job": made.result.job.digest, "name": name, "sha256": made.result.files[name]}
+    data = made.result.job.specification["data"]
+    threads = environment().cores
+    return Job(function=function, specification={"pack": pack, "data": data, "threads": threads, **settings})
+
+
+def pack_of(specification: Mapping[str, Any], folder: Path) -> Path:
+    """The pack that a specification names, beside the folder of this job.
+
+    Raises:
+        InputError: it is not that one.
+    """
+    named = specification["pack"]
+    pack: Path = folder.parent / named["job"] / named["name"]
+    if not pack.is_file() or sha256_file(pack) != named["sha256"]:
+        raise InputError(str(pack), f"needs the pack sha256:{named['sha256'][:12]}")
+    return pack
+
+
+def _images_job(task: str, test_cap: int, few: int | None) -> Job:
+    return Job(function="trainings:draw_images", specification={"task": task, "test_cap": test_cap, "few": few})
+
+
+def _pretraining_job(run: Asked, asked: Pretraining) -> Job:
+    pools = finished(run, [_images_job(task, TEST_CAP, asked.few) for task in asked.tasks])
+    specification = {
+        "data": [_named(task, pool) for task, pool in zip(asked.tasks, pools, strict=True)],
+        "backbone": _network(asked.backbone, asked.image_size),
+        "method": asked.method,
+        "options": {"epochs": asked.epochs, "precision": _precision()},
+        "threads": environment().cores,
+    }
+    return Job(function="trainings:pretrain_modules", specification=specification)
+
+
+def _training_job(training: Training, images: Result, init: Job | None) -> Job:
+    return Job(
+        function="trainings:train_pack",
+        specification={
+            "data": _named(training.task, images),
+            "backbone": _network(training.backbone, training.image_size),
+            "method": training.method,
+            "settings": dict(training.settings),
+            "options": {
+                "epochs": training.epochs,
+                "shots": training.shots,
+                "seed": training.seed,
+                "precision": _precision(),
+                "backbone_precision": training.backbone_precision,
+                **training.options,
+            },
+            "init": None if init is None else init.digest,
+            "pack": training.pack_name,
+            "scored": training.scored,
+            "threads": environment().cores,
+        },
+    )
+
+
+def _named(task: str, images: Result) -> dict[str, object]:
+    return {"job": images.job.digest, "task": task, "pixel_sha256": images.report["pixel_sha256"]}
+
+
+def _network(name: str, image_size: int) -> dict[str, object]:
+    return {"name": f"demo:{name}", "sha256": WEIGHTS[name].sha256, "image_size": image_size}
+
+
+def _precision() -> str:
+    """What this machine trains fastest in, not measured: a job is pure."""
+    return "bf16" if NATIVE_BF16 & set(environment().cpu_features) else "fp32"
+
+
+def draw_images(specification: Mapping[str, Any], folder: Path) -> dict[str, object]:
+    """The images of a demo task, in ``folder/TASK``."""
+    drawn, few = folder / specification["task"], specification["few"]
+    summary = build_task(specification["task"], drawn, test_cap=specification["test_cap"])
+    if few is not None:
+        for images in drawn.glob("*/*/"):
+            for path in sorted(images.iterdir())[few:]:
+                path.unlink()
+    return {"pixel_sha256": summary.pixel_sha256, "counts": summary.counts, "source": summary.source}
+
+
+def pretrain_modules(specification: Mapping[str, Any], folder: Path) -> dict[str, object]:
+    """``folder/modules.work``: what further trainings of the method start from; classes are called TASK-CLASS."""
+    import torch
+
+    from edgepet import pretrain
+    from edgepet.networks.loading import load_backbone
+
+    torch.set_num_threads(specification["threads"])
+    network, data = specification["backbone"], folder / "data"
+    for named in specification["data"]:
+        drawn = images_of({"data": named}, folder)
+        for held in (each for split in ("train", "val") for each in sorted((drawn / split).iterdir())):
+            shutil.copytree(held, data / held.parent.name / f"{named['task']}-{held.name}", copy_function=os.link)
+    with Progress() as progress, progress.training(f"{network['name']} {specification['method']}") as say:
+        report = pretrain(
+            data, load_backbone(network["name"], image_size=network["image_size"]), specification["method"],
+            folder / MODULES, say=say, **specification["options"],
+        )  # fmt: skip
+    shutil.rmtree(data)
+    return {"classes": report.classes, "val_top1": report.val.top1, "val_n": report.val.n}
+
+
+def train_pack(specification: Mapping[str, Any], folder: Path) -> dict[str, object]:
+    """A pack and its work folder, from images that another job drew."""
+    import torch
+
+    from edgepet import evaluate, read_pack, train
+    from edgepet.exporters.trace import base_graph
+    from edgepet.networks.loading import load_backbone
+
+    torch.set_num_threads(specification["threads"])
+    data, network = images_of(specification, folder), specification["backbone"]
+    backbone, pack = load_backbone(network["name"], image_size=network["image_size"]), folder / specification["pack"]
+    init = None if specification["init"] is None else folder.parent / specification["init"] / MODULES
+    with Progress() as progress, progress.training(f"{network['name']} {pack.stem}") as say:
+        report = train(data, backbone, specification["method"], pack, settings=specification["settings"], init=init,
+                       say=say, **specification["options"])  # fmt: skip
+    delta = read_pack(pack).delta
+    found: dict[str, object] = {
+        "backbone": backbone.label,
+        "stored_values": delta.stored_values,
+        "pack_bytes": report.pack_bytes,
+        "epochs": report.epochs,
+        "best_epoch": report.best_epoch,
+        "precision": report.precision,
+        "val_top1": delta.val.top1,
+        "val_n": delta.val.n,
+    }
+    if not specification["scored"]:
+        return found
+    base_graph(backbone, delta.branches)
+    test: Any = evaluate(pack, data)  # of classes
+    return found | {"test_top1": test.top1, "test_n": test.n}
+
+
+def images_of(specification: Mapping[str, Any], folder: Path) -> Path:
+    """The images that a specification names: what another job drew, beside the folder of this one.
+
+    Raises:
+        InputError: they are not those.
+    """
+    named = specification["data"]
+    data: Path = folder.parent / named["job"] / named["task"]
+    found = json.loads((data / "meta.json").read_text())["pixel_sha256"] if data.is_dir() else "nothing"
+    if found != named["pixel_sha256"]:
+        raise InputError(str(data), f"needs the images {named['pixel_sha256'][:12]}", got=found[:12])
+    return data
