@@ -15,6 +15,7 @@ from edgepet.graphs.onnx_file import OnnxFile, new_file, port
 
 LOGITS, MASK = "logits", "mask"
 PREFIX = "head."  # begins all names that a head brings into a graph
+OWN = PREFIX + "Mask."  # and those of what makes a mask: no layer of a head has a capital in its name
 _UINT8 = 2  # onnx.TensorProto.DataType
 
 
@@ -51,9 +52,9 @@ def with_mask(file: OnnxFile, answer: Shape, size: tuple[int, int]) -> OnnxFile:
     out, (_, *sides), resized = Emitted(PREFIX), answer, LOGITS
     if tuple(sides) != size:
         scales = np.array([1, 1, *map(_scale, sides, size)], np.float32)
-        resized = PREFIX + "resized"
-        bilinear(LOGITS, out.tensor("mask.scales", scales), resized, out)
-    best = out.node("ArgMax", [resized], PREFIX + "best", axis=1, keepdims=0)
+        resized = OWN + "resized"
+        bilinear(LOGITS, out.tensor("Mask.scales", scales), resized, out)
+    best = out.node("ArgMax", [resized], OWN + "best", axis=1, keepdims=0)
     out.node("Cast", [best], MASK, to=_UINT8)
     return replace(
         file, nodes=(*file.nodes, *out.nodes), tensors={**file.tensors, **out.tensors},
