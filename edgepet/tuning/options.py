@@ -67,7 +67,7 @@ class TrainOptions:
             ``TASK.pixels`` and ``TASK.features`` beside the pack until it is there. None is half of what is free.
         task: "class" for a folder of class folders, "mask" for images with masks; None is what lies in the folder.
         head: of masks: "mlp", or "linear", with settings as "mlp,width=32,maps=0/1/2,depthwise=true,norm=false"; maps
-            are the backbone's, 0 the finest.
+            are the backbone's, 0 the finest. "mlp,separation=true" tells neighbouring places and regions apart.
         dice: of masks: how much Dice's loss, which sees rare classes, counts beside cross entropy.
         log: where every step is written to: "csv", "tensorboard", "mlflow" and "wandb", the last two on this machine
             unless ``MLFLOW_TRACKING_URI`` or ``WANDB_MODE`` says otherwise.

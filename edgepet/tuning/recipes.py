@@ -156,12 +156,12 @@ def head_form(text: str) -> Form:
     name, given = named("head", text)
     if name not in FORMS:
         raise InputError(where, f"is {' or '.join(FORMS)}", got=repr(name))
-    known = ("maps", "norm") if name == "linear" else ("width", "maps", "depthwise", "norm")
+    known = ("maps", "norm") if name == "linear" else ("width", "maps", "depthwise", "norm", "separation")
     unknown = [key for key in given if key not in known]
     if unknown:
         raise InputError(where, f"{name} knows the settings {', '.join(known)}", got=repr(unknown[0]))
     values = dict[str, Any](given)
-    for key in ("depthwise", "norm"):
+    for key in ("depthwise", "norm", "separation"):
         if not isinstance(values.get(key, False), bool):
             raise InputError(where, f"needs {key}=true or {key}=false", got=values[key])
     if not _is_natural(width := values.get("width", 1)) or not 1 <= width <= MOST_WIDTH:

@@ -69,8 +69,8 @@ def _task_options(parser: Parser) -> None:
     told = "class folders, or images with masks (default: what lies in DATA)"
     add("--task", choices=TASKS, help=told)
     told = (
-        "of masks: mlp or linear, with settings as mlp,width=32,maps=0/1/2,depthwise=true,norm=false; maps are the"
-        " backbone's, 0 the finest (default: %(default)s)"
+        "of masks: mlp or linear, with settings as mlp,width=32,maps=0/1/2,depthwise=true,norm=false,separation=true;"
+        " maps are the backbone's, 0 the finest (default: %(default)s)"
     )
     add("--head", default=own.head, metavar="H", help=told)
     told = "of masks: what Dice's loss counts beside cross entropy (default: %(default)s)"
