@@ -87,7 +87,7 @@ class Match:
 FAINT = 0.05  # the score of boxes that are guesses, of which nothing is asked
 BOXES: dict[StoredPrecision, Match] = {
     "fp32": Match(iou=0.99, score=1e-3, least=0.999),
-    "fp16": Match(iou=0.9, score=2e-2, least=0.99),
+    "fp16": Match(iou=0.95, score=1e-2, least=0.99),
 }  # int8 of boxes is judged by AP alone
 MASKS: dict[StoredPrecision, float] = {"fp32": 0.999, "fp16": 0.99, "int8": 0.9}  # labels of places that must stay
 STORED: dict[StoredPrecision, Limit] = {

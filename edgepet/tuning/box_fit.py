@@ -17,9 +17,9 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
-from torchvision.ops import generalized_box_iou_loss, sigmoid_focal_loss
 
 from edgepet.deltas.detection import SIDES, suppressed
+from edgepet.errors import require
 from edgepet.images.boxes import Boxes
 from edgepet.measuring.average_precision import box_fit
 from edgepet.networks.box_forms import BoxForm
@@ -113,14 +113,15 @@ def detection_loss(given: Tensor, places: Places, scales: Tensor, boxes: Sequenc
         corners[image, there] = torch.from_numpy(each.corners).float()[numbers]
     truth, there = truth.to(device), (objects >= 0).to(device)
     raw = given.float().transpose(1, 2)
-    focal = sigmoid_focal_loss(raw[..., :classes], truth, reduction="none")
+    ops = require("torchvision.ops", extra="train", purpose="the losses of boxes")
+    focal: Tensor = ops.sigmoid_focal_loss(raw[..., :classes], truth, reduction="none")
     total = (focal * (objects != NOT_COUNTED).to(device)[..., None]).sum()
     points = places.points.to(device).expand(len(given), -1, -1)[there]
     target = corners.to(device)[there]
     reach = (scales * places.strides.to(device)).expand(len(given), -1)[there]
     sides = functional.relu(raw[..., classes : classes + SIDES][there] * reach[:, None])
     found = torch.cat([points - sides[:, :2], points + sides[:, 2:]], dim=1)
-    total = total + generalized_box_iou_loss(found, target, reduction="sum")
+    total = total + cast(Tensor, ops.generalized_box_iou_loss(found, target, reduction="sum"))
     left, right = points - target[:, :2], target[:, 2:] - points
     central = (torch.minimum(left, right) / torch.maximum(left, right)).prod(dim=1).sqrt()
     beside = raw[..., -1][there]

@@ -178,7 +178,7 @@ def run_dense(training: Training, processes: Processes, task: DenseTask[SetT, Pi
         )  # fmt: skip
     stage("prove, pack and score")
     proof = _prove(model, backbone, val.pixels)
-    told = {"data": f"sha256:{identity['images']}", "head": str(model.form.form)}
+    told: dict[str, object] = {"data": f"sha256:{identity['images']}", "head": str(model.form.form)}
     told |= {key: value for key, value in losses.items() if key != "weights" and value}
     facts = provenance_of(plan, model, fitted, len(train), None) | told
     delta = extract_dense(model, backbone, task=training.output.stem, labels=train_set.classes, training=facts)

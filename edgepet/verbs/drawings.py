@@ -18,7 +18,7 @@ from edgepet.spec import FilePath
 from edgepet.verbs.verb import Parser
 
 _COLOURS = class_colours(NOT_COUNTED)
-SURE = 0.25  # the score of a box that is drawn, or counted on the screen; JSON has those below too
+SURE = 0.4  # the score of a box that is drawn, or counted on the screen; JSON has those below too
 _MOST_TOLD = 5  # classes of one image, on the screen
 
 
