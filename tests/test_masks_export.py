@@ -127,7 +127,7 @@ def test_an_artefact_is_read_as_it_was_written(place: Path, tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("change", "told"),
     [
-        ({"answer": "boxes"}, "artifact.json.answer: needs one of mask, got 'boxes'"),
+        ({"answer": "text"}, "artifact.json.answer: needs one of mask, boxes, got 'text'"),
         ({"outputs": ["mask"]}, "artifact.json.outputs: needs logits, mask"),
     ],
 )

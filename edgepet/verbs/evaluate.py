@@ -78,7 +78,7 @@ def evaluate(
     backbone: AnyBackbone = None,
     threads: int | None = None,
     tell: Tell = tell_nobody,
-) -> AnyReport:
+) -> EvalReport | MaskEvalReport | BoxEvalReport:
     """Top-1 of a pack or an artefact on a split of ``data``, which may lack classes of the model; of masks their mIoU,
     of boxes their AP.
 

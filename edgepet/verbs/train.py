@@ -116,7 +116,7 @@ def train(
     stage: Callable[[str], None] = lambda name: None,
     tell: Tell = tell_nobody,
     **fields: Any,
-) -> AnyReport:
+) -> TrainReport | MaskTrainReport | BoxTrainReport:
     """Tune ``method`` on the images in ``data`` and write ``output`` (``TASK.pet``) and ``TASK.work`` beside it.
 
     Args:
