@@ -28,7 +28,6 @@ from edgepet.calibration.images import calibration_images
 from edgepet.calibration.qdq import Int8Recipe
 from edgepet.calibration.rewriting import folded
 from edgepet.calibration.search import Tried
-from edgepet.calibration.slot_graphs import int8_graph
 from edgepet.deltas.delta import Delta
 from edgepet.deltas.merge import task_tensors
 from edgepet.device.onnxruntime import OnnxRuntime
@@ -43,7 +42,7 @@ from edgepet.graphs.slots import task_slots
 from edgepet.images.preprocess import normalize
 from edgepet.images.sets import load_set, open_split
 from edgepet.packs.pack import write_pack
-from edgepet.proving.precision import calibration_of, express
+from edgepet.proving.precision import calibration_of, express, int8_of
 from edgepet.proving.subject import Subject
 from edgepet.spec import NpArray
 
@@ -185,7 +184,7 @@ def written_with_ranges(pack: Path, data: Path, output: Path, calib: int) -> tup
     subject = Subject(pack, None, None)
     delta = subject.delta
     chosen = calibration_images(data, delta.labels, delta.preprocess, evaluation=data, count=calib)
-    graph = int8_graph(subject.graph, lambda: chosen)
+    graph = int8_of(subject, images=lambda: chosen)
     expressed = express(delta, subject.graph, graph, chosen, recipe=Int8Recipe()).delta
     write_pack(output, expressed, kept=subject.pack.planes, sequence=subject.pack.sequence)
     return graph, expressed

@@ -261,11 +261,14 @@ def mean_loss(rows: list[dict[str, Any]], key: str) -> float:
 
 def shared_int8(result: dict[str, Any], accuracy: dict[str, Any]) -> str:
     """What a further task on the int8 backbone costs."""
-    rows = []
-    for name, found in result["backbones"].items():
+    rows, told_of = [], {**result["backbones"]}
+    for name, found in result.get("branches", {}).items():  # not in results of before there were any
+        told_of[f"{name}, {found['method']}"] = found
+    for name, found in told_of.items():
         of = [row for row in accuracy["rows"] if (row["backbone"], row["method"]) == (name, "ssf")]
         for runtime, cell in found["latency"].items():
             ratios = cell["ratios"]
+            lost = mean_loss(of, f"shared int8 {runtime}") - mean_loss(of, f"int8 {runtime}") if of else None
             rows.append(
                 (
                     f"{name}, {runtime}",
@@ -276,7 +279,7 @@ def shared_int8(result: dict[str, Any], accuracy: dict[str, Any]) -> str:
                     f"{ratios['shared / fp32']['median']:.2f}",
                     f"{1000 * max(0.0, cell['switch_ms']):.0f} µs",
                     format_bytes(round(found["memory"][runtime]["further_bytes"])),
-                    f"{mean_loss(of, f'shared int8 {runtime}') - mean_loss(of, f'int8 {runtime}'):+.2f}",
+                    "–" if lost is None else f"{lost:+.2f}",
                 )
             )
     numbers = (

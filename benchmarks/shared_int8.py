@@ -2,9 +2,10 @@
 
     python benchmarks/shared_int8.py --dir DIR     # DIR as of benchmarks/int8.py; ten minutes on 2 cores
 
-SSF tasks of one backbone. Latency is of one task in three forms, interleaved, one runtime at a time, since ONNX
-Runtime's idle threads slow whatever else is timed; the median over processes of each process's ratio. Memory is what a
-process gains, proportional set size, for each further task that is bound and run. Writes ``shared-int8.json``.
+SSF tasks of one backbone, and those of a method with branches, which are float beside the same codes. Latency is of one
+task in three forms, interleaved, one runtime at a time, since ONNX Runtime's idle threads slow whatever else is timed;
+the median over processes of each process's ratio. Memory is what a process gains, proportional set size, for each
+further task that is bound and run. Writes ``shared-int8.json``.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -44,16 +45,20 @@ THREADS = 2
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Amount:
-    """Of packs, of rounds in a process, of processes, and of tasks that are bound behind the first one."""
+    """Of packs, of rounds in a process, of processes, and of tasks that are bound behind the first one.
+
+    ``branches`` are methods that stay in the graph, by backbone.
+    """
 
     plan: Plan
+    branches: Mapping[str, str]
     rounds: int
     runs: int
     further: int
 
 
-LONG = Amount(plan=FULL, rounds=100, runs=3, further=20)
-SHORT = Amount(plan=QUICK, rounds=4, runs=2, further=2)
+LONG = Amount(plan=FULL, branches={"vit-small": "convpass"}, rounds=100, runs=3, further=20)
+SHORT = Amount(plan=QUICK, branches={"efficientnet-lite0": "conv-adapter"}, rounds=4, runs=2, further=2)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -73,7 +78,8 @@ def main() -> None:
         return
     run = asked(options)
     facts = {
-        "backbones": {name: backbone(run, amount, name) for name in amount.plan.epochs},
+        "backbones": {name: backbone(run, amount, name, "ssf") for name in amount.plan.epochs},
+        "branches": {name: {"method": m, **backbone(run, amount, name, m)} for name, m in amount.branches.items()},
         "threads": THREADS,
         "rounds": amount.rounds,
         "runs": amount.runs,
@@ -81,9 +87,9 @@ def main() -> None:
     write_result(run, "shared-int8", facts)
 
 
-def backbone(run: Asked, amount: Amount, name: str) -> dict[str, object]:
-    """One backbone's tasks, expressed one after the other against the same file of codes."""
-    made = trained(run, amount.plan.trainings(name, "ssf"))
+def backbone(run: Asked, amount: Amount, name: str, method: str) -> dict[str, object]:
+    """One backbone's tasks of a method, expressed one after the other against the same file of codes."""
+    made = trained(run, amount.plan.trainings(name, method))
     with tempfile.TemporaryDirectory() as folder:
         return measured(made, Path(folder), amount)
 
@@ -115,7 +121,7 @@ def measured(made: tuple[Trained, ...], scratch: Path, amount: Amount) -> dict[s
 def graph_of(pack: Path) -> Int8Graph:
     """The int8 backbone of an expressed pack."""
     delta = read_pack(pack).delta
-    return open_int8(delta.fingerprint, delta.preprocess)
+    return open_int8(delta.fingerprint, delta.preprocess, delta.structure)
 
 
 def process(what: str, runtime: str, folder: Path, amount: Amount) -> dict[str, Any]:

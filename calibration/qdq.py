@@ -109,7 +109,8 @@ def quantize(
     Args:
         graph: of a folded model: batch norms behind convolutions are part of them.
         seen: what ``observe`` saw of ``layers`` on the calibration images.
-        smooth, ranges: divisors (in,) and ranges by tensor, in place of those that ``recipe`` would choose.
+        smooth, ranges: divisors (in,) and ranges by tensor, in place of those that ``recipe`` would choose. A divisor
+            is in the layer norm in front where nothing else reads what that puts out, else a node of its own.
         held: those of some tensors, in place of what either would be.
     """
     chosen, divisors = chosen_layers(graph, layers, seen, recipe, smooth)
@@ -140,6 +141,7 @@ class QdqWriter:
         self._seen, self._smooth, self._ranges = seen, smooth, ranges
         self._ends = {layer.places[-1]: layer for layer in layers}
         self._inside = {place for layer in layers for place in (*layer.places, layer.pad)}
+        self._divided = {layer.reads for layer in layers if layer.norm is None} & smooth.keys()
         self._coded = set[str]()
 
     def model(self) -> ModelProto:
@@ -156,7 +158,7 @@ class QdqWriter:
 
     def _copy(self, node: NodeProto) -> NodeProto:
         made = copied(node)
-        if node.output[0] in self._smooth:
+        if node.output[0] in self._smooth and node.output[0] not in self._divided:
             for position, name in enumerate(node.input[1:], 1):
                 made.input[position] = self._writer.tensor(
                     f"{name}.smoothed", self._graph.value(name) / self._smooth[node.output[0]]
@@ -189,9 +191,12 @@ class QdqWriter:
     def _encoded(self, name: str) -> str:
         """Q and DQ behind a tensor, shifted first where its range is; what they put out is the shifted tensor."""
         source, shift = name, self._ranges[name].shift
+        if name in self._divided and name not in self._coded:  # others read what the layer norm puts out as well
+            by = self._writer.tensor(f"{name}.divisor", self._smooth[name])
+            source = self._writer.node("Div", [source, by], f"{name}.divided")
         if shift and name not in self._coded:
-            source = f"{name}.shifted"
-            self._writer.node("Sub", [name, self._writer.tensor(f"{name}.shift", np.float32(shift))], source)
+            by = self._writer.tensor(f"{name}.shift", np.float32(shift))
+            source = self._writer.node("Sub", [source, by], f"{name}.shifted")
         return self._rounded(name, source, np.int8(0))
 
     def _rounded(self, name: str, source: str, zero: np.generic) -> str:

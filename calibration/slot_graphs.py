@@ -4,6 +4,10 @@ What differs between tasks is an input of the graph, a slot. For ONNX Runtime a 
 (com.microsoft), which ONNX Runtime itself makes of the Q/DQ form where all scales are constants, and whose scales may
 also be inputs; a Q/DQ pair of which one scale is an input would fall back to floats. OpenVINO keeps int8 kernels where
 Q/DQ scales are constants: there every code stands for itself, and the scales lie before and behind the product.
+
+Branches stay as they are, in float, with their tensors as slots. The graph of a structure of branches is over the same
+file of codes, which those know nothing of: where a branch reads what a layer norm puts out as well, the divisor that
+would be in the norm is a node of its own in front of the layer.
 """
 
 from __future__ import annotations
@@ -11,8 +15,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from importlib.metadata import version
+from itertools import takewhile
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import safetensors.numpy
@@ -24,10 +29,11 @@ from edgepet.calibration.layers import Graph, Layer, find_layers
 from edgepet.calibration.rewriting import lifted
 from edgepet.calibration.writer import GraphWriter, settings_of
 from edgepet.canonical import parse_json
+from edgepet.deltas.branches import shapes_of
 from edgepet.deltas.codes import CodedWeight, coded, norm_smoothing
 from edgepet.errors import InputError, require
 from edgepet.files import read_file, write_file
-from edgepet.graphs.base import WEIGHTS, BaseGraph, is_older, write_graph_json
+from edgepet.graphs.base import WEIGHTS, BaseGraph, is_older, open_graph, write_graph_json
 from edgepet.graphs.int8 import (
     CODE,
     CODES,
@@ -93,23 +99,31 @@ def int8_graph(
 ) -> Int8Graph:
     """The int8 backbone of ``graph``, from its folder, or made now where none is or an earlier edgepet made it.
 
+    With branches it stands beside that without them, whose codes and ranges are its own, and which is made first from
+    the graph without branches: that one must be there.
+
     Args:
         images: asked once, where it has no ranges of its own yet: then they are measured on these. With None it stays
             without, and every task on it needs all of its ranges.
         root: of the store that ``graph`` lies in; None for the cache.
 
     Raises:
-        InputError: the backbone has no layer that int8 is for, or branches; a file is damaged or cannot be written; or
-            an activation is not finite.
+        InputError: the backbone has no layer that int8 is for, or branches that read its weights as well; there is no
+            graph without branches; a file is damaged or cannot be written; or an activation is not finite.
         MissingError: it has to be made, and onnx is not installed.
     """
-    path = graph.folder / f"{int8_stem(graph.preprocess)}.json"
+    plain = None
+    if graph.structure:
+        plain = int8_graph(open_graph(graph.fingerprint, graph.preprocess, root=root), images, root=root)
+    path = graph.folder / f"{int8_stem(graph.preprocess, graph.structure)}.json"
     if not path.is_file() or is_older(path, FORMAT, VERSION):
-        _make(graph)
-    made = open_int8(graph.fingerprint, graph.preprocess, root=root)
+        _make(graph, plain)
+    made = open_int8(graph.fingerprint, graph.preprocess, graph.structure, root=root)
     if not made.maps and (maps := _kept_maps(graph, made)):  # made just now or by an earlier edgepet: all else stays
         _add(path, made, maps=[each.as_json() for each in maps])
-        made = open_int8(graph.fingerprint, graph.preprocess, root=root)
+        made = open_int8(graph.fingerprint, graph.preprocess, graph.structure, root=root)
+    if plain is not None:
+        return _with_ranges_of(plain, made, path, root)
     if made.ranges is not None or images is None:
         return made
     # Packs are bound to the digest of these ranges: of two processes that want some, one measures.
@@ -124,6 +138,15 @@ def _add_ranges(graph: BaseGraph, made: Int8Graph, path: Path, images: Calibrati
     ranges = backbone_ranges(_structure(graph), graph, made, images.images)
     numbers = [number for each in ranges for number in (each.scale, each.shift)]
     _add(path, made, ranges=numbers, measured={"n": len(images.images), "sha256": images.facts["sha256"]})
+
+
+def _with_ranges_of(plain: Int8Graph, made: Int8Graph, path: Path, root: Path | None) -> Int8Graph:
+    """The int8 backbone with branches with the ranges of that without, where it has a trunk that they may hold in."""
+    if made.ranges is not None or plain.ranges is None or not made.cuts:
+        return made
+    told = parse_json(read_file(plain.folder / f"{plain.stem}.json"))
+    _add(path, made, ranges=told["ranges"], measured=told["measured"])
+    return open_int8(made.fingerprint, made.preprocess, made.structure, root=root)
 
 
 def _add(path: Path, made: Int8Graph, **told: object) -> None:
@@ -143,27 +166,34 @@ def _kept_maps(graph: BaseGraph, made: Int8Graph) -> list[GraphMap]:
     return [each for each in graph.maps if all(each.tensor in names for names in there) and each.tensor not in divided]
 
 
-def _make(graph: BaseGraph) -> None:
-    if graph.structure:
-        raise InputError(graph.backbone, "has branches here, which the int8 backbone does not take yet")
+def _make(graph: BaseGraph, plain: Int8Graph | None) -> None:
+    """Write the int8 backbone of ``graph``; ``plain`` is that without its branches, where it has any."""
     structure = _structure(graph)
-    layers = find_layers(Graph(structure), graph.places)
-    if not layers:
+    coded_there = graph.places if plain is None else frozenset(layer.weight for layer in plain.layers)
+    layers = find_layers(Graph(structure), coded_there)
+    if not layers and plain is None:
         raise InputError(graph.backbone, "has no linear layer or convolution that int8 is for")
-    folder, stem = graph.folder, int8_stem(graph.preprocess)
-    older = any(is_older(path, FORMAT, OLDEST) for path in folder.glob("*-int8.json"))
-    if older or not (folder / CODES).is_file():
-        write_file(folder / CODES, safetensors.numpy.save(_stored(graph, layers)))
-    files = [CODES, *(name for name in graph.files if name.endswith(".safetensors") and name != WEIGHTS)]
+    folder, stem = graph.folder, int8_stem(graph.preprocess, graph.structure)
+    if plain is None:
+        older = any(is_older(path, FORMAT, OLDEST) for path in folder.glob("*-int8.json"))
+        if older or not (folder / CODES).is_file():
+            write_file(folder / CODES, safetensors.numpy.save(_stored(graph, layers)))
+        files = [CODES, *(name for name in graph.files if name.endswith(".safetensors") and name != WEIGHTS)]
+    else:
+        _require_all(graph, layers, plain)
+        files = [name for name in plain.files if name.endswith(".safetensors")]
     places = {name: place for file in sorted(files) for name, place in safetensors_places(folder / file).items()}
-    described = tuple(_described(layer) for layer in layers)
-    vectors = _vectors(Graph(structure), layers, places)
+    described = tuple(_described(layer, places) for layer in layers)
+    vectors, branches = _vectors(Graph(structure), layers, places), shapes_of(_branches(graph))
     for runtime, form in SLOT_FORMS.items():
-        model = _SlotWriter(structure, layers, described, vectors, places, form).model()
+        model = _SlotWriter(structure, layers, described, {**vectors, **branches}, places, form).model()
         write_file(folder / model_name(stem, runtime), model.SerializeToString(deterministic=True))
         files.append(model_name(stem, runtime))
-    trunks = find_cuts(Graph(structure), layers, graph.places)
+    trunks = takewhile(
+        lambda cut: branches.keys().isdisjoint(cut.tensors), find_cuts(Graph(structure), layers, graph.places)
+    )
     facts = {
+        **({"branches": _branches(graph)} if graph.structure else {}),
         "backbone": graph.backbone,
         "fingerprint": graph.fingerprint,
         "preprocess": graph.preprocess.as_json(),
@@ -176,6 +206,24 @@ def _make(graph: BaseGraph) -> None:
         "versions": {name: version(name) for name in ("edgepet", "onnx")},
     }
     write_graph_json(folder, stem, facts, files, kind=FORMAT, version=VERSION)
+
+
+def _require_all(graph: BaseGraph, layers: tuple[Layer, ...], plain: Int8Graph) -> None:
+    """Refuse branches that make a layer of ``plain`` none: what they compute with its weight too, prompts that go
+    through a block's own projection, needs floats that are not there beside codes.
+    """
+    found = {layer.weight for layer in layers}
+    lost = [layer.weight for layer in plain.layers if layer.weight not in found]
+    if lost:
+        what = f"has branches that are computed with {lost[0]} as well, of which the int8 backbone has codes alone"
+        fix = "run such a task in fp32, or export it: a model of its own has them computed already"
+        raise InputError(graph.backbone, what, fix=fix)
+
+
+def _branches(graph: BaseGraph) -> list[Any]:
+    """The structure of the graph's branches, as its description has it."""
+    found: list[Any] = parse_json(read_file(graph.folder / f"{graph.stem}.json"))["branches"]
+    return found
 
 
 def _structure(graph: BaseGraph) -> ModelProto:
@@ -198,23 +246,25 @@ def _stored(graph: BaseGraph, layers: tuple[Layer, ...]) -> dict[str, NpArray]:
     return stored
 
 
-def _described(layer: Layer) -> Int8Layer:
+def _described(layer: Layer, places: Mapping[str, Place]) -> Int8Layer:
     return Int8Layer(
         name=layer.name, kind=layer.kind, reads=layer.reads, weight=layer.weight, bias=layer.bias, norm=layer.norm,
         batch_norm=layer.batch_norm, epsilon=layer.epsilon, padded=layer.padded,
+        divided=layer.norm is None and layer.weight + DIVISOR in places,
     )  # fmt: skip
 
 
 def _as_json(layer: Int8Layer) -> dict[str, object]:
-    return asdict(layer) | {"norm": list(layer.norm or ()), "batch_norm": list(layer.batch_norm or ())}
+    told = asdict(layer) | {"norm": list(layer.norm or ()), "batch_norm": list(layer.batch_norm or ())}
+    return {key: fact for key, fact in told.items() if key != "divided" or layer.divided}
 
 
-def _vectors(graph: Graph, layers: tuple[Layer, ...], places: Mapping[str, Place]) -> dict[str, int]:
-    """Vectors of the backbone that nodes outside of the layers read, and their lengths: every one is a slot."""
+def _vectors(graph: Graph, layers: tuple[Layer, ...], places: Mapping[str, Place]) -> dict[str, tuple[int, ...]]:
+    """Vectors of the backbone that nodes outside of the layers read, and their shapes: every one is a slot."""
     inside = {place for layer in layers for place in layer.places}
     read = {name for place, node in enumerate(graph.nodes) if place not in inside for name in node.input}
     known = {name: place for name, place in places.items() if name in read and name in graph.initializers}
-    return {name: place.shape[0] for name, place in sorted(known.items()) if len(place.shape) == 1}
+    return {name: place.shape for name, place in sorted(known.items()) if len(place.shape) == 1}
 
 
 class _SlotWriter:
@@ -222,15 +272,15 @@ class _SlotWriter:
 
     def __init__(
         self, structure: ModelProto, layers: tuple[Layer, ...], described: tuple[Int8Layer, ...],
-        vectors: Mapping[str, int], places: Mapping[str, Place], form: SlotForm,
+        beside: Mapping[str, tuple[int, ...]], places: Mapping[str, Place], form: SlotForm,
     ) -> None:  # fmt: skip
+        # ``beside``: the shapes of further slots, vectors and tensors of branches.
         self._onnx = require("onnx", extra="train", purpose="int8")
         self._writer = GraphWriter(structure, purpose="int8")
         self._graph, self._places, self._form = Graph(structure), places, form
         self._ends = {layer.places[-1]: (layer, told) for layer, told in zip(layers, described, strict=True)}
         self._inside = {place for layer in layers for place in (*layer.places, layer.pad)}
-        outs = {layer.weight: places[layer.weight + STEP].shape[0] for layer in layers}
-        self._slots = slot_shapes(described, vectors, outs, form)
+        self._slots = slot_shapes(described, beside, {name: place.shape for name, place in places.items()}, form)
         self._coded = set[str]()
 
     def model(self) -> ModelProto:
@@ -294,7 +344,10 @@ class _SlotWriter:
         if scaled_by_norm(told) or layer.padded:
             return layer.reads
         if layer.reads not in self._coded:
-            self._writer.node("Sub", [layer.reads, f"{layer.reads}.shift"], f"{layer.reads}.centred")
+            source = layer.reads
+            if told.divided:
+                source = self._writer.node("Div", [source, layer.weight + DIVISOR], f"{layer.reads}.divided")
+            self._writer.node("Sub", [source, f"{layer.reads}.shift"], f"{layer.reads}.centred")
         return f"{layer.reads}.centred"
 
     def _dequantized(self, layer: Layer, told: Int8Layer) -> str:

@@ -217,6 +217,26 @@ def test_tasks_of_masks_share_one_network_of_codes(shared: Path) -> None:
     assert [each.map.name for each in graph.maps] == ["map.0", "map.1", "map.2", "map.3"]
 
 
+@pytest.mark.slow
+def test_a_task_of_masks_with_branches_runs_on_the_same_codes(data: Path, tmp_path: Path) -> None:
+    backbone = mask_backbone(tmp_path)
+    base_graph(backbone)  # whose weights are found again
+    pack = mask_pack(tmp_path / "adapted.pet", backbone, mask_delta(backbone, "adaptformer"))
+    edgepet.share(pack, data, tmp_path / "adapted8.pet")
+    delta = read_pack(tmp_path / "adapted8.pet", answers=EVERY).delta
+    store = Store(tmp_path / "store")
+    store.add_graph(open_int8(delta.fingerprint, delta.preprocess, delta.structure))
+    store.install(tmp_path / "adapted8.pet")
+    images = normalize(load_set(open_masks(data, "test").images, delta.preprocess)[0], delta.preprocess)
+    expected = MergedHead(backbone, delta)(images)
+
+    for runtime in ("onnxruntime", *(["openvino"] if has_openvino else [])):
+        with edgepet.Device(store.root).open(delta.task, runtime=runtime, precision="int8", threads=1) as opened:
+            got = opened(images)
+        assert 1e-4 < np.abs(got - expected).max() / np.abs(expected).max() <= 0.15
+        assert (mask_of(got, (64, 64)) == mask_of(expected, (64, 64))).mean() >= 0.9
+
+
 def test_a_store_whose_int8_backbone_has_no_maps_takes_them(shared: Path, tmp_path: Path) -> None:
     whole = open_int8(mask_backbone(shared).fingerprint, mask_backbone(shared).preprocess)
     folder = tmp_path / "source/backbones" / whole.folder.name

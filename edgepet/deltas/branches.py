@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from edgepet.canonical import canonical_json
 from edgepet.errors import InputError
@@ -104,6 +105,15 @@ def structure_of(branches: Iterable[Branch]) -> list[object]:
         [b.kind, b.tap, b.into, dict(b.settings), {name: list(t.shape) for name, t in sorted(b.tensors.items())}]
         for b in ordered(branches)
     ]
+
+
+def shapes_of(structure: Iterable[Sequence[Any]]) -> dict[str, tuple[int, ...]]:
+    """The shape of every tensor of a ``structure_of`` branches, by its name in a graph."""
+    return {
+        f"{into}/{kind}.{name}": tuple(shape)
+        for kind, _, into, _, tensors in structure
+        for name, shape in tensors.items()
+    }
 
 
 def ordered(branches: Iterable[Branch]) -> list[Branch]:

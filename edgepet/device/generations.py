@@ -99,7 +99,7 @@ def candidate_of(pack: Pack, signed: Signer | None) -> Candidate:
         key="" if signed is None else signed.key,
         backbone=delta.backbone,
         dense=f"{digits}/{graph_stem(delta.preprocess, delta.structure)}.json",
-        int8=f"{digits}/{int8_stem(delta.preprocess)}.json",
+        int8=f"{digits}/{int8_stem(delta.preprocess, delta.structure)}.json",
         codes=None if delta.int8 is None else delta.int8.codes,
         trunk=None if delta.int8 is None else delta.int8.trunk,
     )
@@ -158,7 +158,8 @@ def precisions_of(now: Generation, pack: Candidate) -> tuple[StoredPrecision, ..
         raise InputError(f"task {pack.task!r}", what, got=f"{got[:12]} in this store", fix=OTHER_RANGES)
     int8 = pack.codes is not None and here is not None
     if dense is None and not int8:
-        what = f"needs {pack.backbone} as {pack.dense}, which is not in this store"
+        as_either = pack.dense if pack.codes is None else f"{pack.dense} or {pack.int8}"
+        what = f"needs {pack.backbone} as {as_either}, which is not in this store"
         fix = "edgepet device init --store STORE --for TASK.pet on a host, then bring that folder"
         raise InputError(f"task {pack.task!r}", what, fix=fix)
     return (*(("fp32",) if dense else ()), *(("int8",) if int8 else ()))

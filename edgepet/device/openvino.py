@@ -163,7 +163,7 @@ class OpenVinoPart:
     ) -> None:  # fmt: skip
         model, order = _with_tensors(part, tensors), Order()
         if part.slots:
-            model, order = stateful(model, part.reads, plain=part.precision == "fp32")
+            model, order = stateful(model, part.reads)
         self._order = order
         self._compiled, self._part = compile_model(model, threads, precision, device, where=part.reads), part
 

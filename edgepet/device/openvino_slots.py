@@ -11,25 +11,22 @@ from edgepet.errors import require
 
 _OpenVino: TypeAlias = Any  # the module, or an object of it: it says no types
 Order = dict[str, tuple[int, ...]]  # slots of a state variable, and their shapes
-_MULTIPLIED = frozenset(("Convolution", "GroupConvolution", "MatMul"))
 _ELEMENTWISE = frozenset(("Add", "Multiply", "Subtract", "Divide"))
 
 
-def stateful(model: _OpenVino, reads: str, *, plain: bool = False) -> tuple[_OpenVino, Order]:
+def stateful(model: _OpenVino, reads: str) -> tuple[_OpenVino, Order]:
     """``model`` with its inputs beside ``reads`` in one state variable, whose value a request keeps from call to call;
     and their shapes in the order in which it holds them. One, since each costs its copies at every call.
 
-    What is multiplied as a matrix stays an input: OpenVINO 2026.4 multiplies by other memory than a piece of a state.
-    With ``plain`` all stays one that is not read number by number, whatever becomes of it behind.
+    What is not read number by number stays an input, whatever becomes of it behind: OpenVINO 2026.4 multiplies by other
+    memory than a piece of a state where that is a matrix of a product.
     """
     opset, openvino = _openvino().opset13, _openvino()
     inputs = {parameter.get_friendly_name(): parameter for parameter in model.get_parameters()}
     images = inputs.pop(reads)
     slots = {name: slot for name, slot in inputs.items() if slot.output(0).get_target_inputs()}  # padded: no shift
     left = {
-        name: slot
-        for name, slot in slots.items()
-        if slot.get_partial_shape().is_dynamic or not _is_elementwise(slot, plain=plain)
+        name: slot for name, slot in slots.items() if slot.get_partial_shape().is_dynamic or not _is_elementwise(slot)
     }  # one for each image of a batch cannot lie in a state
     slots = {name: slot for name, slot in slots.items() if name not in left}
     if not slots:
@@ -48,10 +45,9 @@ def stateful(model: _OpenVino, reads: str, *, plain: bool = False) -> tuple[_Ope
     return stateful, {name: tuple(slot.get_output_shape(0)) for name, slot in slots.items()}
 
 
-def _is_elementwise(slot: _OpenVino, *, plain: bool) -> bool:
-    """Whether no operation that reads it multiplies it as a matrix; ``plain``: whether all take it number by number."""
-    readers = {target.get_node().get_type_name() for target in slot.output(0).get_target_inputs()}
-    return readers <= _ELEMENTWISE if plain else not _MULTIPLIED & readers
+def _is_elementwise(slot: _OpenVino) -> bool:
+    """Whether all operations that read it take it number by number."""
+    return {target.get_node().get_type_name() for target in slot.output(0).get_target_inputs()} <= _ELEMENTWISE
 
 
 def _fused(cut: _OpenVino, shape: tuple[int, ...], target: _OpenVino) -> _OpenVino:

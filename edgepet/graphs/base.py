@@ -90,9 +90,7 @@ class BaseGraph:
         if self.preprocess.input_shape != delta.preprocess.input_shape:
             here, there = (_size(p) for p in (self.preprocess, delta.preprocess))
             raise InputError(f"task {delta.task!r}", f"was trained at {there}", got=f"a graph of {here}")
-        if self.structure != delta.structure:
-            here, there = (f"branches {s}" if s else "no branches" for s in (self.structure, delta.structure))
-            raise InputError(f"task {delta.task!r}", f"needs a graph with {there}", got=here)
+        require_structure(self.structure, delta)
         require_heads(delta, self.width, self.maps)
 
     @cached_property
@@ -107,6 +105,17 @@ class BaseGraph:
         """The tensors that the graph computes with, as read-only views of the files."""
         tensors = _views(self.folder, self.places)
         return Base(name=self.backbone, fingerprint=self.fingerprint, tensors=tensors)
+
+
+def require_structure(structure: str, delta: Delta) -> None:
+    """Refuse a delta that needs other branches than those of a graph with this ``structure``.
+
+    Raises:
+        InputError: it does.
+    """
+    if structure != delta.structure:
+        here, there = (f"branches {s}" if s else "no branches" for s in (structure, delta.structure))
+        raise InputError(f"task {delta.task!r}", f"needs a graph with {there}", got=here)
 
 
 def require_heads(delta: Delta, width: int, maps: Sequence[GraphMap]) -> None:

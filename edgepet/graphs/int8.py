@@ -4,11 +4,13 @@
     <folder>/graph-112-int8.onnx              structure for ONNX Runtime; what differs between tasks is an input, a slot
     <folder>/graph-112-int8-openvino.onnx     the same for OpenVINO, whose int8 kernels want constant scales
     <folder>/graph-112-int8.json              the layers, the slots, where a trunk may end, and the files' digests
+    <folder>/graph-112-4f1c09ab37de-int8*     the same for tasks with branches of one structure, whose digits these are
 
 A scale and shift of outputs leaves codes alone: W ~ diag(s) C gives diag(g) W ~ diag(g s) C. So a task made of
 out-scales and additions to vectors (SSF, BitFit, norm tuning) is its slots; IA3 is in all layers whose outputs it
 scales, but it scales what the second layer of an MLP reads. Any other delta is folded into what
-the codes stand for and coded again by the same recipe; the codes that changed are that task's own memory. Reading needs
+the codes stand for and coded again by the same recipe; the codes that changed are that task's own memory. Branches are
+computed in float beside the layers, and their tensors are slots. Reading needs
 neither torch nor ``onnx``. The files are made by ``edgepet.calibration.slot_graphs``; their format is
 docs/spec/graph-v1.md.
 """
@@ -16,6 +18,7 @@ docs/spec/graph-v1.md.
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -24,6 +27,7 @@ from typing import Literal
 
 import numpy as np
 
+from edgepet.deltas.branches import structure_digest
 from edgepet.deltas.codes import LEAST_SCALE, CodedWeight, Range
 from edgepet.deltas.delta import Delta
 from edgepet.errors import InputError
@@ -40,6 +44,7 @@ OLDEST = 2  # that is still read: its codes are the same ones, and nothing in it
 CODES = "backbone-int8.safetensors"
 INT8 = "-int8"  # ends the names of its graphs
 CODE, STEP, DIVISOR, SUM = ".codes", ".step", ".divisor", ".sum"  # ends of names in that file
+_DIGITS = re.compile(r"-[0-9a-f]{12}$")  # of a structure of branches, at the end of a stem
 OTHER_RANGES = "bring the int8 backbone of the host that calibrated it, or calibrate it again where this one is from"
 
 
@@ -66,7 +71,8 @@ class Int8Layer:
     """A layer with codes. ``reads`` is the tensor whose range it needs; all other names are of backbone tensors.
 
     ``norm`` are weight and bias of the layer norm in front, ``batch_norm`` weight, bias, mean and variance of the one
-    behind, which has ``epsilon``. ``padded``: it sees zeros around what it reads.
+    behind, which has ``epsilon``. ``padded``: it sees zeros around what it reads. ``divided``: what it reads is divided
+    by its divisor by a node of its own, for a branch reads what the layer norm puts out as well.
     """
 
     name: str
@@ -78,6 +84,7 @@ class Int8Layer:
     batch_norm: tuple[str, str, str, str] | None = None
     epsilon: float = 0.0
     padded: bool = False
+    divided: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -101,7 +108,8 @@ class Int8Graph:
     every task brings: norms, biases and the like. ``width`` are its pooled features, ``files`` are name -> (hex
     sha256, size in bytes). ``cuts`` are in the graph's order. ``ranges`` are the backbone's own of all its ``reads``,
     which hold before a task's cut; None where no images were there to measure them on. ``maps`` are those that heads
-    may read.
+    may read. ``structure`` are the digits of its branches: with branches there are cuts before the first one alone, and
+    ``ranges`` are those of the backbone without them, whose ``reads`` begin alike up to the last cut.
     """
 
     folder: Path
@@ -116,16 +124,23 @@ class Int8Graph:
     codes_sha256: str
     files: Listed
     maps: tuple[GraphMap, ...] = ()
+    structure: str = ""
 
     @property
     def stem(self) -> str:
         """What the names of this image size's files begin with."""
-        return int8_stem(self.preprocess)
+        return int8_stem(self.preprocess, self.structure)
 
     @property
     def reads(self) -> tuple[str, ...]:
         """The tensors that have a range, in the order in which packs store them."""
         return reads_of(self.layers)
+
+    @property
+    def own_ranges(self) -> dict[str, Range]:
+        """The backbone's own ranges by tensor, as far as a trunk may reach; none where it has none."""
+        before = len(self.reads) if not self.structure else max((cut.reads for cut in self.cuts), default=0)
+        return dict(zip(self.reads[:before], (self.ranges or ())[:before], strict=self.ranges is not None))
 
     @property
     def ranges_sha256(self) -> str | None:
@@ -184,9 +199,9 @@ class Int8Graph:
         )
 
 
-def int8_stem(preprocess: Preprocess) -> str:
-    """``graph-112-int8``: what the names of this image size's files begin with."""
-    return f"{graph_stem(preprocess)}{INT8}"
+def int8_stem(preprocess: Preprocess, structure: str = "") -> str:
+    """``graph-112-int8``: what the names of the files of this image size and these branches begin with."""
+    return f"{graph_stem(preprocess, structure)}{INT8}"
 
 
 def model_name(stem: str, runtime: str) -> str:
@@ -194,8 +209,9 @@ def model_name(stem: str, runtime: str) -> str:
     return f"{stem}{SLOT_FORMS[runtime].suffix}.onnx"
 
 
-def open_int8(fingerprint: str, preprocess: Preprocess, *, root: Path | None = None) -> Int8Graph:
-    """Open the int8 backbone, checking its files; see ``manifest.require_whole``.
+def open_int8(fingerprint: str, preprocess: Preprocess, structure: str = "", *, root: Path | None = None) -> Int8Graph:
+    """Open the int8 backbone, or what it is with branches of a structure, checking its files; see
+    ``manifest.require_whole``.
 
     Args:
         preprocess: only its image size and frames count.
@@ -204,12 +220,11 @@ def open_int8(fingerprint: str, preprocess: Preprocess, *, root: Path | None = N
         InputError: it was never made, or by another version, or a file of it is damaged.
     """
     folder = graph_folder(fingerprint, root)
-    path = folder / f"{int8_stem(preprocess)}.json"
+    path = folder / f"{int8_stem(preprocess, structure)}.json"
     if not path.is_file():
         fix = "run `edgepet calibrate TASK.pet --calib DIR -o OUT.pet` where torch is installed"
-        raise InputError(
-            str(folder), f"holds no int8 backbone at {spelled_size(preprocess.image_size)} pixels", fix=fix
-        )
+        wanted = f"{spelled_size(preprocess.image_size)} pixels" + (f" with branches {structure}" if structure else "")
+        raise InputError(str(folder), f"holds no int8 backbone at {wanted}", fix=fix)
     graph = int8_at(path)
     if graph.fingerprint != fingerprint:
         raise _another(path)
@@ -223,10 +238,12 @@ def int8_at(path: Path) -> Int8Graph:
         InputError: it cannot be read, was made by another version, or a file of it is damaged.
     """
     needs = (CODES, *(model_name(path.stem, runtime) for runtime in SLOT_FORMS))
-    may = (f"{path.stem.removesuffix(INT8)}.safetensors",)
+    may = (f"{_DIGITS.sub('', path.stem.removesuffix(INT8))}.safetensors",)  # branches differ in no position table
     described = read_description(path, FORMAT, VERSION, oldest=OLDEST, large=CODES, needs=needs, may=may)
     table = described.table
     layers, has_trunks = tuple(map(_layer, table.nested_list("layers"))), described.version > OLDEST
+    structure = structure_digest(table.sequence("branches")) if table.has("branches") else ""
+    cuts = tuple(map(_cut, table.nested_list("cuts"))) if has_trunks else ()
     graph = Int8Graph(
         folder=path.parent,
         backbone=table.text("backbone"),
@@ -235,11 +252,12 @@ def int8_at(path: Path) -> Int8Graph:
         width=table.integer("width", least=1),
         layers=layers,
         vectors=table.texts("vectors"),
-        cuts=tuple(map(_cut, table.nested_list("cuts"))) if has_trunks else (),
-        ranges=_ranges(table, len(reads_of(layers))) if has_trunks else None,
+        cuts=cuts,
+        ranges=_ranges(table, None if structure else len(reads_of(layers))) if has_trunks else None,
         codes_sha256=described.files[CODES][0],
         files=described.files,
         maps=read_maps(table.nested_list("maps")) if table.has("maps") else (),
+        structure=structure,
     )
     table.end()
     require_fingerprint(graph.fingerprint, path.name)
@@ -258,6 +276,7 @@ def _require_names(graph: Int8Graph, path: Path) -> None:
     """Refuse a description that speaks of tensors which the files do not hold."""
     for layer in graph.layers:
         wanted = [layer.weight + CODE, layer.weight + STEP, layer.weight + SUM]
+        wanted += [layer.weight + DIVISOR] if layer.divided else []
         wanted += [name for name in (layer.bias, *(layer.norm or ()), *(layer.batch_norm or ())) if name is not None]
         missing = [name for name in wanted if name not in graph.tensors]
         if missing:
@@ -273,6 +292,10 @@ def _require_order(graph: Int8Graph, path: Path) -> None:
     if counts != sorted(counts) or not all(0 < count <= len(graph.reads) for count in counts):
         what = f"needs cuts in order, behind 1 to {len(graph.reads)} of what layers read"
         raise InputError(f"{path.name}: cuts", what, got=f"{counts!r:.80}")
+    if graph.ranges is not None and len(graph.ranges) < max(counts, default=0):
+        raise InputError(
+            f"{path.name}: ranges", f"needs those before its last cut, {counts[-1]}", got=len(graph.ranges)
+        )
 
 
 def _cut(table: ObjectReader) -> Cut:
@@ -281,11 +304,12 @@ def _cut(table: ObjectReader) -> Cut:
     return cut
 
 
-def _ranges(table: ObjectReader, reads: int) -> tuple[Range, ...] | None:
+def _ranges(table: ObjectReader, reads: int | None) -> tuple[Range, ...] | None:
+    """``reads`` None: those of a backbone without the branches of this one, however many these are."""
     table.raw("measured")  # on which images: nobody acts on it
     if table.absent("ranges"):
         return None
-    numbers = table.numbers("ranges", count=2 * reads)
+    numbers = table.numbers("ranges", count=2 * (len(table.sequence("ranges")) // 2 if reads is None else reads))
     low = [scale for scale in numbers[::2] if scale < LEAST_SCALE]
     if low:
         raise table.refusal("ranges", "needs scales above 0", got=low[0])
@@ -317,6 +341,7 @@ def _layer(table: ObjectReader) -> Int8Layer:
         batch_norm=(batch_norm[0], batch_norm[1], batch_norm[2], batch_norm[3]) if batch_norm else None,
         epsilon=table.number("epsilon"),
         padded=table.boolean("padded"),
+        divided=table.boolean("divided") if table.has("divided") else False,
     )
     table.end()
     return layer

@@ -10,12 +10,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from edgepet.deltas.branches import named_tensors
 from edgepet.deltas.codes import CodedWeight, Range, coded, per_channel
 from edgepet.deltas.delta import Delta
 from edgepet.deltas.merge import fold_all, fold_each, require_fingerprint
 from edgepet.deltas.updates import Push, Targeted, apart, check, keeps_codes, shape_read_by
 from edgepet.errors import InputError
-from edgepet.graphs.int8 import CODE, OTHER_RANGES, SUM, Int8Graph, Int8Layer, SlotForm
+from edgepet.graphs.base import require_structure
+from edgepet.graphs.int8 import CODE, DIVISOR, OTHER_RANGES, STEP, SUM, Int8Graph, Int8Layer, SlotForm
 from edgepet.spec import NpArray
 
 
@@ -24,13 +26,14 @@ class Slots:
     """What a task puts into ONNX Runtime's graph; ``unit_slots`` makes OpenVINO's of it.
 
     ``values`` are the slots by name, float32: steps and bias (out,) of each layer, one number for each scale and shift,
-    and the backbone's vectors. ``codes`` are its own, int8, in place of tensors of the file, by their name and in their
-    shape there. ``ranges`` are by the tensor that they are of.
+    the backbone's vectors, and the tensors of its ``branches``, whose names these are. ``codes`` are its own, int8, in
+    place of tensors of the file, by their name and in their shape there. ``ranges`` are by the tensor that they are of.
     """
 
     values: Mapping[str, NpArray]
     codes: Mapping[str, NpArray]
     ranges: Mapping[str, Range]
+    branches: tuple[str, ...] = ()
 
     @property
     def own_bytes(self) -> int:
@@ -45,28 +48,32 @@ def task_slots(graph: Int8Graph, delta: Delta) -> Slots:
 
     Raises:
         BackboneError: ``delta`` was trained on another backbone.
-        InputError: it has no ranges for these codes, or branches; an update does not fit, or changes what is a constant
-            of the graph; or a slot is not finite.
+        InputError: it has no ranges for these codes, or other branches; an update does not fit, or changes what is a
+            constant of the graph; or a slot is not finite.
     """
     require_fingerprint(graph.backbone, graph.fingerprint, delta)
+    require_structure(graph.structure, delta)
     ranges = task_ranges(graph, delta)
     folded, codes = _folded(graph, delta)
-    return _slots(graph, folded, codes, ranges, f"task {delta.task!r}")
+    return _slots(graph, folded, codes, ranges, named_tensors(delta.branches), f"task {delta.task!r}")
 
 
 def backbone_slots(graph: Int8Graph) -> Slots | None:
-    """What the backbone itself puts into the graph, with its own ranges: a trunk's; None where it has none."""
+    """What the backbone itself puts into the graph, with its own ranges: a trunk's; None where it has none.
+
+    With branches it is what a trunk reads, before the first one.
+    """
     if graph.ranges is None:
         return None
-    return _slots(graph, {}, {}, dict(zip(graph.reads, graph.ranges, strict=True)), graph.backbone)
+    return _slots(graph, {}, {}, graph.own_ranges, {}, graph.backbone)
 
 
 def _slots(
     graph: Int8Graph, folded: Mapping[str, NpArray], codes: Mapping[str, CodedWeight], ranges: Mapping[str, Range],
-    where: str,
+    branches: Mapping[str, NpArray], where: str,
 ) -> Slots:  # fmt: skip
-    values = {name: folded.get(name, graph.tensors[name]) for name in graph.vectors}
-    for layer in graph.layers:
+    values = {name: folded.get(name, graph.tensors[name]) for name in graph.vectors} | dict(branches)
+    for layer in (each for each in graph.layers if each.reads in ranges):
         fresh = layer.weight in codes
         made = codes[layer.weight] if fresh else graph.coded(layer)
         factor = None if fresh else folded.get(layer.weight)
@@ -77,7 +84,7 @@ def _slots(
     values = {name: np.ascontiguousarray(value, np.float32) for name, value in values.items()}
     laid = {layer.weight: layer.kind == "linear" for layer in graph.layers}
     own = {name + CODE: np.ascontiguousarray(m.codes.T if laid[name] else m.codes) for name, m in codes.items()}
-    return Slots(values=values, codes=own, ranges=ranges)
+    return Slots(values=values, codes=own, ranges=ranges, branches=tuple(branches))
 
 
 def task_ranges(graph: Int8Graph, delta: Delta) -> dict[str, Range]:
@@ -122,8 +129,6 @@ def _folded(graph: Int8Graph, delta: Delta) -> tuple[dict[str, NpArray], dict[st
 
     A push reads what codes stand for: those of the backbone, or the task's, with its factors.
     """
-    if delta.branches:
-        raise InputError(f"task {delta.task!r}", "has branches, which the int8 backbone does not take yet")
     weights = {layer.weight: graph.coded(layer) for layer in graph.layers}
     _require_fitting(graph, delta, weights)
     first, last = apart(delta.updates)
@@ -202,11 +207,12 @@ def code_sums(codes: NpArray) -> NpArray:
 def unit_slots(graph: Int8Graph, slots: Slots) -> dict[str, NpArray]:
     """The same task for the graph in which every code stands for itself: scales lie before and behind the products.
 
-    A layer norm divides by the scale of its range; elsewhere one product and one sum do. Steps and bias of a
-    convolution are (1, out, 1, 1). ``slots`` is not modified.
+    A layer norm divides by the scale of its range; elsewhere one product and one sum do, and where a layer has a
+    divisor of its own that is in the product. Steps and bias of a convolution are (1, out, 1, 1). ``slots`` is not
+    modified.
     """
-    made = {name: slots.values[name] for name in graph.vectors}
-    for layer in graph.layers:
+    made = {name: slots.values[name] for name in (*graph.vectors, *slots.branches)}
+    for layer in (each for each in graph.layers if each.reads in slots.ranges):
         of, values = slots.ranges[layer.reads], slots.values
         made[f"{layer.name}.steps"] = _spread(layer, values[f"{layer.name}.steps"] * np.float32(of.scale))
         made[f"{layer.name}.shifted"] = _spread(layer, values[f"{layer.name}.shifted"])
@@ -214,7 +220,8 @@ def unit_slots(graph: Int8Graph, slots: Slots) -> dict[str, NpArray]:
             norm = layer.norm or ("", "")
             made |= {name: values[name] / np.float32(of.scale) for name in norm}
         else:
-            made[f"{layer.reads}.scale"] = np.array(1 / of.scale, np.float32)
+            by = of.scale * graph.tensors[layer.weight + DIVISOR] if layer.divided else of.scale
+            made[f"{layer.reads}.scale"] = np.array(1 / by, np.float32)
             made[f"{layer.reads}.shift"] = np.array(-of.shift / of.scale, np.float32)
     return made
 
@@ -229,17 +236,19 @@ def _spread(layer: Int8Layer, values: NpArray) -> NpArray:
 
 
 def slot_shapes(
-    layers: Sequence[Int8Layer], vectors: Mapping[str, int], outs: Mapping[str, int], form: SlotForm
-) -> dict[str, tuple[int, ...]]:
+    layers: Sequence[Int8Layer], beside: Mapping[str, tuple[int, ...]], stored: Mapping[str, tuple[int, ...]],
+    form: SlotForm,
+) -> dict[str, tuple[int, ...]]:  # fmt: skip
     """The name and shape of every slot of a graph of this form.
 
-    ``vectors`` are lengths by name, ``outs`` the outputs of layers by their weight.
+    ``beside`` are the shapes of vectors and of branches' tensors, ``stored`` those of the file of codes, by name.
     """
-    shapes: dict[str, tuple[int, ...]] = {name: (size,) for name, size in vectors.items()}
+    shapes = dict(beside)
     for layer in layers:
-        wide = form.unit_codes and layer.kind == "conv"
-        out = (1, outs[layer.weight], 1, 1) if wide else (outs[layer.weight],)
+        wide, (outs,) = form.unit_codes and layer.kind == "conv", stored[layer.weight + STEP]
+        out = (1, outs, 1, 1) if wide else (outs,)
         shapes |= {f"{layer.name}.steps": out, f"{layer.name}.shifted": out}
         if not (form.unit_codes and scaled_by_norm(layer)):
-            shapes |= {f"{layer.reads}.scale": (), f"{layer.reads}.shift": ()}
+            scale = stored[layer.weight + DIVISOR] if form.unit_codes and layer.divided else ()
+            shapes |= {f"{layer.reads}.scale": scale, f"{layer.reads}.shift": ()}
     return shapes

@@ -18,6 +18,7 @@ from edgepet.calibration.images import CalibrationImages, calibration_images
 from edgepet.calibration.mask_images import mask_calibration_images
 from edgepet.calibration.qdq import Int8Recipe
 from edgepet.calibration.search import Calibrated, Calibration
+from edgepet.calibration.slot_graphs import int8_graph
 from edgepet.deltas.codes import Range
 from edgepet.deltas.delta import Delta, Int8Ranges
 from edgepet.deltas.merge import task_tensors
@@ -173,6 +174,24 @@ def require_images(options: ExportOptions) -> FilePath:
         what = "needs calibration images: they are given, never invented"
         raise InputError(option("precision", options.precision), what, fix=fix)
     return options.calib
+
+
+def int8_of(
+    subject: Subject, delta: Delta | None = None, images: Callable[[], CalibrationImages] | None = None
+) -> Int8Graph:
+    """The int8 backbone that a pack runs on, made where it is not there; with branches that without them is as well.
+
+    Args:
+        delta: of the pack's backbone, in place of the pack's own.
+        images: as of ``int8_graph``.
+
+    Raises:
+        BackboneError, InputError, CheckError, MissingError: as ``Subject.graph_of`` and ``int8_graph``.
+    """
+    delta = subject.delta if delta is None else delta
+    if delta.branches:
+        subject.graph_of(replace(delta, branches=()))
+    return int8_graph(subject.graph_of(delta), images)
 
 
 @dataclass(frozen=True, slots=True, eq=False, kw_only=True)

@@ -280,13 +280,13 @@ def int8_graph_of(path: Path, delta: Delta, backbone: AnyBackbone = None) -> Int
         BackboneError, InputError, CheckError: as ``graph_of`` and ``int8_graph``.
     """
     try:
-        return open_int8(delta.fingerprint, delta.preprocess)
+        return open_int8(delta.fingerprint, delta.preprocess, delta.structure)
     except InputError:
         if importlib.util.find_spec(TORCH.module) is None:
             raise
-    from edgepet.calibration.slot_graphs import int8_graph
+    from edgepet.proving.precision import int8_of
 
-    return int8_graph(graph_of(path, delta, backbone))
+    return int8_of(Subject(path, backbone, None, answers=EVERY), delta)
 
 
 def subject_in_torch(path: Path, backbone: AnyBackbone) -> Subject:

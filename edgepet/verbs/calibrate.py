@@ -12,7 +12,6 @@ from edgepet.calibration.budget import Drop, LayerDrop, require_resolution
 from edgepet.calibration.images import CalibrationImages
 from edgepet.calibration.qdq import Int8Recipe
 from edgepet.calibration.search import Tried
-from edgepet.calibration.slot_graphs import int8_graph
 from edgepet.deltas.codes import Range
 from edgepet.errors import CheckError, InputError, option
 from edgepet.exporters.exporter import ExportOptions
@@ -21,7 +20,7 @@ from edgepet.graphs.slots import task_slots
 from edgepet.jobs.job import MEASURED
 from edgepet.networks.backbone import AnyBackbone
 from edgepet.packs.pack import EVERY, write_pack
-from edgepet.proving.precision import calibration_of, express, require_judged, task_images
+from edgepet.proving.precision import calibration_of, express, int8_of, require_judged, task_images
 from edgepet.proving.probing import probed_int8
 from edgepet.proving.shared_runs import SharedRun, installed, run_shared
 from edgepet.proving.subject import Subject
@@ -174,7 +173,7 @@ def share(
     if max_drop is not None and subject.delta.labels:  # of masks pixels count, not images
         require_resolution(max_drop, len(chosen.judged))
     stage(f"int8 backbone of {subject.delta.backbone}")
-    graph = int8_graph(subject.graph, lambda: chosen)
+    graph = int8_of(subject, images=lambda: chosen)
     stage("measure ranges")
     expressed = express(subject.delta, subject.graph, graph, chosen)
     runs = list[SharedRun]()
@@ -241,11 +240,11 @@ def calibrate_all(
             require_other(out / pack.name, *tasks)
 
     def graphs(subject: Subject) -> None:
-        graph = subject.graph
+        _ = subject.graph
         if out is not None:
-            int8_graph(graph)
+            int8_of(subject)
             with contextlib.suppress(InputError):  # of its images: the pack's own job says it
-                int8_graph(graph, lambda: _images(subject, of_task(calib, subject.delta.task), images))
+                int8_of(subject, images=lambda: _images(subject, of_task(calib, subject.delta.task), images))
 
     make_graphs(tasks, backbone, stage, graphs)
     settings = {"images": images, "max_drop": max_drop, "shared": out is not None}

@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
+import math
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from edgepet.deltas.branches import named_tensors
 from edgepet.device.caches import derived_bytes
 from edgepet.device.runtimes import DEFAULT, RUNTIMES, SHARED_RUNTIMES
 from edgepet.device.served import open_pack
 from edgepet.device.store import Store
 from edgepet.errors import InputError, MissingError, option
 from edgepet.files import disk_use
-from edgepet.graphs.base import BaseGraph
-from edgepet.graphs.int8 import Int8Graph
+from edgepet.graphs.base import WEIGHTS, BaseGraph
+from edgepet.graphs.int8 import CODES, Int8Graph
 from edgepet.graphs.slots import task_slots
 from edgepet.packs.pack import EVERY, Pack, read_pack
 from edgepet.proving.sources import graph_of, int8_graph_of
@@ -136,7 +138,7 @@ def account(store: Store, *, devices: int = 1, precision: str = "fp32") -> Stora
     ran = {runtime: _run_all(store, packs, runtime, precision) for runtime in SHARED_RUNTIMES}
     tasks = tuple(_task_bytes(graph, pack) for graph, pack in zip(found, packs, strict=True))
     backbone = sum({graph.folder: graph.weights_bytes for graph in graphs.values()}.values())
-    graph_bytes = sum(graph.graph_bytes for graph in graphs.values())
+    graph_bytes = _beside_weights(graphs.values())
     use, derived = disk_use(store.root), {name: derived_bytes(store.root, name) for name in SHARED_RUNTIMES}
     shared = use.files
     told = backbone + graph_bytes + store.cache_bytes + sum(task.pack_bytes for task in tasks)
@@ -166,6 +168,16 @@ def account(store: Store, *, devices: int = 1, precision: str = "fp32") -> Stora
     )
 
 
+def _beside_weights(graphs: Iterable[BaseGraph | Int8Graph]) -> int:
+    """Bytes that graphs add to their weights; what several of a backbone read, a table of positions, counts once."""
+    files = dict[Path, int]()
+    for graph in graphs:
+        described = graph.folder / f"{graph.stem}.json"
+        files |= {graph.folder / name: size for name, (_, size) in graph.files.items() if name not in (WEIGHTS, CODES)}
+        files[described] = described.stat().st_size
+    return sum(files.values())
+
+
 def _run_all(store: Store, packs: list[Pack], runtime: str, precision: str) -> int | str:
     """How many tasks gave finite answers on ``runtime``, or why none could be tried."""
     for pack in packs:
@@ -181,7 +193,8 @@ def _run_all(store: Store, packs: list[Pack], runtime: str, precision: str) -> i
 
 def _task_bytes(graph: BaseGraph | Int8Graph, pack: Pack) -> TaskBytes:
     if isinstance(graph, Int8Graph):
-        values, model = graph.weights_bytes, graph.model_path(DEFAULT)
+        branches = sum(4 * math.prod(tensor.shape) for tensor in named_tensors(pack.delta.branches).values())
+        values, model = graph.weights_bytes + branches, graph.model_path(DEFAULT)
         own: int | None = task_slots(graph, pack.delta).own_bytes
     else:
         values, model, own = sum(place.length for place in graph.places.values()), graph.model_path, None
