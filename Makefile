@@ -10,7 +10,7 @@ TESTS = $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 FAST_TESTS = $(TESTS) -m "not slow"
 COVERED = --cov --cov-report=term  # a fifth of their time
 
-.PHONY: demo test slow check fix bench bench-methods bench-trials report clean
+.PHONY: demo test slow check fix bench bench-methods bench-trials bench-masks report clean
 
 demo: $(VENV)/.demo
 	$(BIN)/edgepet demo --dir demo
@@ -33,7 +33,7 @@ fix: $(VENV)/.test
 	$(BIN)/ruff format edgepet exporters calibration tests benchmarks
 
 # ARGS=--quick goes through all of both, with as little of everything as goes the whole way, and keeps no result.
-bench: $(VENV)/.bench $(if $(findstring --quick,$(ARGS)),bench-methods bench-trials)
+bench: $(VENV)/.bench $(if $(findstring --quick,$(ARGS)),bench-methods bench-trials bench-masks)
 	$(BIN)/python benchmarks/latency.py $(ARGS)
 	$(BIN)/python benchmarks/export.py $(ARGS)
 	$(BIN)/python benchmarks/training.py $(ARGS)
@@ -60,6 +60,10 @@ bench-methods: $(VENV)/.bench
 bench-trials: $(VENV)/.bench
 	$(BIN)/python benchmarks/trials.py $(ARGS)
 	$(BIN)/python benchmarks/packs.py $(ARGS)
+	$(BIN)/python benchmarks/report.py $(ARGS)
+
+bench-masks: $(VENV)/.bench
+	$(BIN)/python benchmarks/masks.py $(ARGS)
 	$(BIN)/python benchmarks/report.py $(ARGS)
 
 report: $(VENV)/.test

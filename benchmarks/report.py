@@ -13,6 +13,7 @@ from typing import Any
 
 from fastest import fastest_table
 from harness import HERE, RESULTS, TABLES, asked, parser_of, source
+from masks import mask_table
 from packs import pack_tables
 from serving import serving_tables
 from storage import storage_table
@@ -23,7 +24,9 @@ from edgepet.reports.tables import Column, Table, format_bytes, format_number, f
 
 GUIDE = HERE.parent / "docs" / "guide"
 README = HERE.parent / "README.md"
-METHODS, INT8, PACKS, DEVICE = (GUIDE / f"{name}.md" for name in ("methods", "int8", "packs", "on-the-device"))
+METHODS, INT8, PACKS, MASKS, DEVICE = (
+    GUIDE / f"{name}.md" for name in ("methods", "int8", "packs", "masks", "on-the-device")
+)
 FP32_LIMIT = 1e-4  # edgepet.measuring.parity.STORED["fp32"]
 HALF_LIMIT = 2e-2  # of the largest logit: edgepet.measuring.parity.STORED["fp16"]
 BACKBONES = ("vit-small", "efficientnet-lite0")
@@ -44,6 +47,7 @@ def main() -> None:
         METHODS: method_tables(),
         INT8: int8_tables(),
         PACKS: pack_tables(committed()),
+        MASKS: mask_table(committed()),
         DEVICE: "\n".join(filter(None, (store_table(committed()), serving_tables(committed())))),
     }
     for page, made in pages.items():

@@ -308,15 +308,16 @@ def train_pack(specification: Mapping[str, Any], folder: Path) -> dict[str, obje
     from edgepet import evaluate, read_pack, train
     from edgepet.exporters.trace import base_graph
     from edgepet.networks.loading import load_backbone
+    from edgepet.packs.pack import EVERY
 
     torch.set_num_threads(specification["threads"])
     data, network = images_of(specification, folder), specification["backbone"]
     backbone, pack = load_backbone(network["name"], image_size=network["image_size"]), folder / specification["pack"]
     init = None if specification["init"] is None else folder.parent / specification["init"] / MODULES
     with Progress() as progress, progress.training(f"{network['name']} {pack.stem}") as say:
-        report = train(data, backbone, specification["method"], pack, settings=specification["settings"], init=init,
-                       say=say, **specification["options"])  # fmt: skip
-    delta = read_pack(pack).delta
+        report: Any = train(data, backbone, specification["method"], pack, settings=specification["settings"],
+                            init=init, say=say, **specification["options"])  # fmt: skip
+    delta = read_pack(pack, answers=EVERY).delta
     found: dict[str, object] = {
         "backbone": backbone.label,
         "stored_values": delta.stored_values,
@@ -324,13 +325,19 @@ def train_pack(specification: Mapping[str, Any], folder: Path) -> dict[str, obje
         "epochs": report.epochs,
         "best_epoch": report.best_epoch,
         "precision": report.precision,
-        "val_top1": delta.val.top1,
-        "val_n": delta.val.n,
     }
+    if delta.heads:
+        head = {"trainable_params": report.trainable_params, "head_params": report.head_params}
+        found |= head | {"val_miou": report.val.value, "val_n": report.val.n}
+    else:
+        found |= {"val_top1": delta.val.top1, "val_n": delta.val.n}
     if not specification["scored"]:
         return found
     base_graph(backbone, delta.branches)
-    test: Any = evaluate(pack, data)  # of classes
+    test: Any = evaluate(pack, data)
+    if delta.heads:
+        scores = {"miou": test.value, "low": test.low, "high": test.high, "pixels": test.pixels}
+        return found | {f"test_{name}": value for name, value in scores.items()} | {"test_n": test.n}
     return found | {"test_top1": test.top1, "test_n": test.n}
 
 

@@ -49,3 +49,25 @@ def stage_prompt(own: Mapping[str, Tensor], x: Tensor) -> Tensor:
     ]
     hidden = functional.gelu(torch.cat(channels, dim=1))
     return torch.einsum("cr,brhw->bchw", own["out.weight"], hidden) + own["out.bias"][:, None, None]
+
+
+def semantic_prompt(own: Mapping[str, Tensor], x: Tensor, recurrences: int) -> Tensor:
+    """Features to z; so often, z and what slots it is in give what is added to it; z to features. On (B, C, H, W)."""
+    width, slots = len(own["mix"]), len(own["slots"])
+    ends = {"reduce": width, "slots": width + slots, "mix": 2 * width + slots, "conv": 3 * width + slots, "out": None}
+    starts = dict(zip(ends, [0, *ends.values()], strict=False))
+    bias = {name: own["bias"][starts[name] : end] for name, end in ends.items()}
+
+    def product(name: str, given: Tensor) -> Tensor:
+        return torch.einsum("oc,bchw->bohw", own[name], given) + bias[name][:, None, None]
+
+    z = functional.gelu(product("reduce", x))
+    for _ in range(recurrences):
+        raised = product("slots", z).exp()
+        hidden = functional.gelu(product("mix", torch.cat([z, raised / raised.sum(1, keepdim=True)], dim=1)))
+        channels = [
+            functional.conv2d(hidden[:, i : i + 1], own["conv"][i : i + 1], bias["conv"][i : i + 1], padding=1)
+            for i in range(hidden.shape[1])
+        ]
+        z = z + torch.cat(channels, dim=1)
+    return product("out", z)

@@ -307,6 +307,7 @@ class Planes:
         for name, wanted in kind.settings.items():
             value = group["settings"][name]
             need(one_of(value, ACTIVATIONS) if wanted is str else whole(value) >= 0, "a setting that is none")
+            need(name != "recurrences" or 1 <= value <= 8, "too many recurrences, or none")
         for row in listed(group["on"]):
             keys(row, " ".join(("tap", "into", *kind.tensors)))
             taps, intos = expanded(row["tap"]), expanded(row["into"])

@@ -24,13 +24,14 @@ from edgepet.methods import (
     ParallelAdapter,
     Prefix,
     ProTuning,
+    SemanticPrompt,
     VPTDeep,
     VPTShallow,
 )
 from edgepet.networks.backbone import Backbone
 from edgepet.spec import Preprocess
 from edgepet.tuning.model import TunedModel
-from tests.by_hand import ROUNDING, Activation, Values, check, network_of, stage_prompt
+from tests.by_hand import ROUNDING, Activation, Values, check, network_of, semantic_prompt, stage_prompt
 from tests.tiny import random_images, sites_of
 
 SIZE, PATCHES = (48, 64), 12  # 3 x 4 patches of 16 pixels: rows are not columns
@@ -345,3 +346,23 @@ def test_pro_tuning_cuts_a_transformer_into_four_equal_stages() -> None:
     sites = ProTuning().sites(sites_of("vit_small_patch14_dinov2"))
 
     assert [site.name for site in sites] == ["blocks.2", "blocks.5", "blocks.8"]
+
+
+# ------------------------------------------------------------------------------------------ stage-wise prompt matching
+
+
+@pytest.mark.parametrize("recurrences", [1, 3])
+def test_semantic_prompts_are_matched_to_the_patches_between_thirds_of_the_blocks(recurrences: int) -> None:
+    def reference(network: Any, values: Values, images: Tensor) -> Tensor:
+        assert values.keys() == {"blocks.1", "blocks.3"}
+        x = embedded(network, images)
+        for i, block in enumerate(network.blocks):
+            x = plain(block, x)
+            if i in (1, 3):
+                grid = x[:, -PATCHES:].transpose(1, 2).reshape(len(x), 64, 3, 4)
+                prompt = semantic_prompt(values[f"blocks.{i}"], grid, recurrences).flatten(2).transpose(1, 2)
+                x = torch.cat([x[:, :-PATCHES], x[:, -PATCHES:] + prompt], dim=1)
+        return pooled(network, x)
+
+    method = SemanticPrompt(width=6, slots=3, recurrences=recurrences, stages=3)
+    check(method, network_of("test_vit", img_size=SIZE, reg_tokens=2), reference, SIZE)

@@ -22,6 +22,7 @@ from edgepet.methods import (
     ParallelAdapter,
     Prefix,
     ProTuning,
+    SemanticPrompt,
     VPTDeep,
     VPTShallow,
 )
@@ -105,6 +106,12 @@ STARTS: list[tuple[Method, str, str, Judge]] = [
     (ProTuning(), VIT, "conv.weight", even(1 / 5)),
     (ProTuning(), VIT, "out.weight", ZERO),
     (ProTuning(), VIT, "bias", ZERO),
+    (SemanticPrompt(), VIT, "/reduce", even(SMALL**-0.5)),
+    (SemanticPrompt(), VIT, "/slots", even(32**-0.5)),
+    (SemanticPrompt(), VIT, "/mix", even(48**-0.5)),
+    (SemanticPrompt(), VIT, "/conv", even(1 / 3)),
+    (SemanticPrompt(), VIT, "/out", ZERO),
+    (SemanticPrompt(), VIT, "bias", ZERO),
     (BiLoRA(), VIT, "q.b", cut),
 ]
 

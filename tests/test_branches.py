@@ -35,6 +35,7 @@ from edgepet.methods import (
     ParallelAdapter,
     Prefix,
     ProTuning,
+    SemanticPrompt,
     VPTDeep,
     VPTShallow,
 )
@@ -76,13 +77,16 @@ EXAMPLES: dict[str, tuple[Method, str]] = {
     "pro-tuning": (ProTuning(reduction=2), "test_vit"),
     "pro-tuning, ConvNeXt": (ProTuning(reduction=2), "test_convnext"),
     "pro-tuning, ResNet": (ProTuning(reduction=2), "test_resnet"),
+    "semantic-prompt": (SemanticPrompt(width=8, slots=3), "test_vit"),
+    "semantic-prompt, ConvNeXt": (SemanticPrompt(width=8, slots=3), "test_convnext"),
+    "semantic-prompt, ResNet": (SemanticPrompt(width=8, slots=3), "test_resnet"),
 }
 # Whose graphs have the branches of others at other points, ten seconds each to trace and to build for TensorRT.
 SLOW = {
     "adapter behind layer scale", "houlsby", "parallel-adapter", "prefix with norms", "mam", "vpt-shallow, pooled",
     "vpt-deep with norms", "convpass, attention only", "conv-adapter, EfficientNet", "conv-adapter, sequential",
     "conv-adapter, beside residuals", "conv-adapter, behind residuals", "pro-tuning, ConvNeXt", "pro-tuning, ResNet",
-    "adaptformer", "prefix", "vpt-shallow", "conv-adapter, ResNet",
+    "adaptformer", "prefix", "vpt-shallow", "conv-adapter, ResNet", "semantic-prompt", "semantic-prompt, ResNet",
 }  # fmt: skip
 IN_WINDOWS: dict[str, tuple[Method, int]] = {  # and how many places a Swin of two stages and three blocks has
     "adapter": (Adapter(rank=4), 3),
@@ -90,6 +94,8 @@ IN_WINDOWS: dict[str, tuple[Method, int]] = {  # and how many places a Swin of t
     "adaptformer": (AdaptFormer(rank=4), 3),
     "parallel-adapter": (ParallelAdapter(rank=4), 3),
     "pro-tuning": (ProTuning(reduction=2), 2),
+    "semantic-prompt": (SemanticPrompt(width=8, slots=3), 1),
+    "conv-adapter": (ConvAdapter(reduction=4), 3),
 }
 
 
@@ -338,6 +344,8 @@ COUNTS: list[tuple[Method, int, int]] = [  # formulas of the papers, head left o
     (MAM(length=10, rank=8), 92_160 + 78_432, 184_320 + 156_768),
     (Convpass(rank=8), 170_880, 327_552),
     (Convpass(rank=8, attention_only=True), 85_440, 163_776),
+    (SemanticPrompt(slots=10), 81_054, 155_934),
+    (SemanticPrompt(width=64, slots=10), 167_070, 315_678),
 ]
 
 
@@ -346,6 +354,20 @@ def test_a_method_trains_and_stores_as_many_values_as_its_paper_says(method: Met
     for architecture, values in (("vit_small_patch14_dinov2", small), ("vit_base_patch16_224", large)):
         assert count(method, sites_of(architecture), {}) == values
         assert stored_branches(method, sites_of(architecture)) == values
+
+
+@pytest.mark.parametrize(
+    ("architecture", "width", "values"),
+    [("resnet50", 32, 122_654), ("resnet50", 64, 249_630), ("tf_efficientnet_lite0", 32, 17_614),
+     ("tf_efficientnet_lite0", 64, 41_166)],
+)  # fmt: skip
+def test_prompts_between_stages_of_a_convnet_take_as_many_values_as_their_formulas(
+    architecture: str, width: int, values: int
+) -> None:
+    method = SemanticPrompt(width=width, slots=10)
+
+    assert count(method, sites_of(architecture), {}) == values
+    assert stored_branches(method, sites_of(architecture)) == values
 
 
 CONV_COUNTS = [  # of the official code, factors and biases counted

@@ -6,16 +6,19 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 
 from edgepet.deltas.codes import Range
-from edgepet.deltas.delta import Delta, Int8Ranges, Score
+from edgepet.deltas.delta import NO_CLASSIFIER, Delta, Int8Ranges, JudgedHead, Score
+from edgepet.deltas.heads import MapHead, Step
+from edgepet.deltas.layers import Activation, Point
 from edgepet.deltas.updates import Scale, Targeted
 from edgepet.errors import InputError
-from edgepet.packs.pack import Pack, encode_pack, read_pack
+from edgepet.packs.pack import EVERY, Pack, encode_pack, read_pack
 from edgepet.reports.tables import printable
 from edgepet.spec import Preprocess, Target
 from edgepet.verbs.card import SPDX, code, cyclonedx_card, limits, markdown_card
@@ -33,7 +36,21 @@ HOSTILE = (
 
 
 def packed(**changes: Any) -> Pack:
-    return read_pack(encode_pack(make_delta(**changes)))
+    return read(make_delta(**changes))
+
+
+def read(delta: Delta, **asked: Any) -> Pack:
+    return read_pack(encode_pack(delta, **asked), answers=EVERY)
+
+
+def masks(**changes: Any) -> Delta:
+    """A task of two classes of pixels that was judged on eight images."""
+    layers = (Point(np.ones((3, 4), np.float32)), Activation("relu"), Point(np.ones((2, 3), np.float32)))
+    steps = [Step(layer=layer, reads=(read,), gives=gives)
+             for layer, read, gives in zip(layers, ("map.0", "a", "b"), ("a", "b", "c"), strict=True)]  # fmt: skip
+    head = MapHead(name="mask", answer="mask", labels=("sea", "land"), steps=tuple(steps))
+    judged = JudgedHead(head=head, miou=0.525, n=8)
+    return make_delta(head=NO_CLASSIFIER, labels=(), val=Score(top1=0.0, n=0), heads=(judged,), **changes)
 
 
 def several() -> dict[str, Delta]:
@@ -48,6 +65,7 @@ def several() -> dict[str, Delta]:
         "clips": make_delta(preprocess=Preprocess(image_size=(32, 32), frames=8, orientation="none")),
         "known data": make_delta(training={"data": DIGEST, "init": "sha256:", "versions": {"edgepet": "0.1.0"}}),
         "hostile": hostile(),
+        "masks": masks(),
     }
 
 
@@ -147,15 +165,32 @@ A classifier of images into 3 classes: {pack.size_bytes:,} bytes for the backbon
         ("known data", [f"- Images by hash: `{DIGEST}`", '- `init`: `"sha256:"`',
                         '- `versions`: `{"edgepet":"0.1.0"}`']),
         ("one class", ["A classifier of images into 1 class: SIZE bytes for the backbone `tiny`."]),
+        ("masks", ["A mask of every image in 2 classes: SIZE bytes for the backbone `tiny`.",
+                   "- Task: `flowers`, semantic segmentation",
+                   "- Head: 18 values in `point`, `activation`, `point`", "- mIoU on val: 52.5 % of n = 8",
+                   "- Every pixel is given one of the labels: one that shows none of them is not detected.",
+                   "- Labels, in the order of the answers: `sea`, `land`"]),
         ("clips", ["A classifier of clips into 3 classes: SIZE bytes for the backbone `tiny`.", "- `frames`: `8`"]),
     ],
 )  # fmt: skip
 def test_a_card_says_what_only_some_packs_have(name: str, lines: list[str]) -> None:
-    pack = read_pack(encode_pack(SEVERAL[name]))
+    pack = read(SEVERAL[name])
 
     said = markdown_card(pack, None).replace(f"{pack.size_bytes:,}", "SIZE").splitlines()
 
     assert [line for line in lines if line not in said] == []
+
+
+def test_a_card_of_masks_says_nothing_of_classes_of_images() -> None:
+    said, document = markdown_card(read(masks()), None), json.loads(cyclonedx_card(read(masks()), None))
+
+    assert [word for word in ("Top-1", "Wilson", "Every image", "no score", "A classifier") if word in said] == []
+    card = document["components"][0]["modelCard"]
+    assert card["modelParameters"]["task"] == "semantic segmentation"
+    assert card["quantitativeAnalysis"]["performanceMetrics"] == [
+        {"type": "mean intersection over union", "value": "0.5250", "slice": "val, n = 8"}
+    ]
+    assert "Every pixel is given one of the labels" in " ".join(card["considerations"]["technicalLimitations"])
 
 
 def test_a_card_does_not_say_that_known_data_are_unknown() -> None:
@@ -179,7 +214,7 @@ def test_a_score_from_before_codes_is_told_as_one() -> None:
 
 
 def test_nothing_that_a_pack_says_becomes_markdown() -> None:
-    said = markdown_card(read_pack(encode_pack(SEVERAL["hostile"])), "a`b | <i>")
+    said = markdown_card(read(SEVERAL["hostile"]), "a`b | <i>")
 
     blocks = MarkdownIt("commonmark").enable("table").parse(said)
     spans = [span for block in blocks for span in block.children or ()]
@@ -214,7 +249,7 @@ def test_a_card_is_cyclonedx_1_6(name: str) -> None:
     from cyclonedx.schema import SchemaVersion
     from cyclonedx.validation.json import JsonStrictValidator
 
-    said = cyclonedx_card(read_pack(encode_pack(SEVERAL[name])), "key")
+    said = cyclonedx_card(read(SEVERAL[name]), "key")
 
     assert JsonStrictValidator(SchemaVersion.V1_6).validate_str(said) is None
     assert is_read_alike(said)

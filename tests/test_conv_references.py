@@ -1,4 +1,4 @@
-"""Conv-Adapter's four schemes and Pro-tuning in ConvNets that are run by hand, block by block, in float64."""
+"""Conv-Adapter's four schemes, Pro-tuning and prompt matching in ConvNets that are run by hand in float64."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from edgepet.methods import ConvAdapter, ProTuning
+from edgepet.methods import ConvAdapter, ProTuning, SemanticPrompt
 from edgepet.methods.conv_adapter import SCHEMES
-from tests.by_hand import ROUNDING, Activation, Values, check, network_of, stage_prompt
-from tests.tiny import random_images
+from tests.architectures import swin
+from tests.by_hand import ROUNDING, Activation, Values, check, network_of, semantic_prompt, stage_prompt
+from tests.tiny import random_images, seeded, sites_of
 
 SIZE = (64, 96)  # 2 x 3 pixels at the end
 Part: TypeAlias = Callable[[Tensor], Tensor]
@@ -234,3 +235,52 @@ def test_pro_tuning_adds_a_prompt_behind_every_stage(architecture: str) -> None:
         return run(network, images, change)
 
     check(ProTuning(reduction=4), network_of(architecture), reference, SIZE)
+
+
+def test_in_a_swin_an_adapter_is_beside_attention_on_what_its_norm_puts_out() -> None:
+    def reference(network: Any, values: Values, images: Tensor) -> Tensor:
+        assert list(values) == ["layers.0.blocks.0", "layers.0.blocks.1", "layers.1.blocks.0"]
+        x = network.patch_embed(images)
+        for i, stage in enumerate(network.layers):
+            x = stage.downsample(x)
+            for j, block in enumerate(stage.blocks):
+                normed = block.norm1(x)
+                own = values[f"layers.{i}.blocks.{j}"]
+                beside = adapter(own, functional.gelu, 1, normed.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+                x = x + block._attn(normed) + beside
+                x = x + block.mlp(block.norm2(x))
+        return network.norm(x).mean((1, 2))
+
+    check(ConvAdapter(reduction=4), seeded(swin(), 7).eval(), reference, (32, 32))
+
+
+@pytest.mark.parametrize("scheme", SCHEMES[1:])
+def test_other_schemes_have_no_place_in_a_swin(scheme: str) -> None:
+    assert ConvAdapter(scheme=scheme).sites(sites_of("swin_tiny_patch4_window7_224")) == ()
+
+
+def test_where_the_norm_is_behind_attention_there_is_no_place() -> None:
+    assert ConvAdapter().sites(sites_of("swinv2_cr_tiny_224")) == ()
+
+
+BETWEEN = {  # stages of one size of maps, the last three boundaries
+    "test_resnet": ["layer1.0", "layer2.0", "layer3.0"],
+    "test_convnext": ["stages.0.blocks.0", "stages.1.blocks.1", "stages.2.blocks.3"],
+    "test_efficientnet": ["blocks.1.0", "blocks.2.0", "blocks.3.0"],
+}
+
+
+@pytest.mark.parametrize("architecture", NETWORKS)
+def test_semantic_prompts_are_matched_between_stages(architecture: str) -> None:
+    run, block = NETWORKS[architecture]
+
+    def reference(network: Any, values: Values, images: Tensor) -> Tensor:
+        assert list(values) == BETWEEN[architecture]
+
+        def change(name: str, part: Any, x: Tensor) -> Tensor:
+            x = block("none", {}, name, part, x)
+            return x + semantic_prompt(values[name], x, 2) if name in values else x
+
+        return run(network, images, change)
+
+    check(SemanticPrompt(width=6, slots=3), network_of(architecture), reference, SIZE)

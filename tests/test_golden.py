@@ -37,7 +37,18 @@ from edgepet.spec import NpArray
 from edgepet.tuning.checkpoint import Keeper, identity_of
 from edgepet.tuning.work_folder import read_work, write_work
 from tests.flow import RUNTIMES, Artifacts, Tasks, edgepet, has_openvino
-from tests.golden.make import CLASSES, closing_base, closing_updates, decoded, draw, every_branch, every_update, train
+from tests.golden.make import (
+    CLASSES,
+    FIRST_KINDS,
+    FURTHER_KINDS,
+    closing_base,
+    closing_updates,
+    decoded,
+    draw,
+    every_branch,
+    every_update,
+    train,
+)
 
 GOLDEN = Path(__file__).parent / "golden"
 TASKS = GOLDEN / "tasks"
@@ -111,12 +122,16 @@ def test_what_closed_the_vocabulary_folds_as_it_did() -> None:
 
 def test_the_packs_hold_every_update_and_branch_as_it_was() -> None:
     """Else equal bytes might come from reading nothing and writing nothing."""
-    branches = read_pack(GOLDEN / "packs" / "branches.pet").delta.branches
+    branches = [
+        branch
+        for name in ("branches", "further-branches")
+        for branch in read_pack(GOLDEN / "packs" / f"{name}.pet").delta.branches
+    ]
 
     for name, made in (("updates-fp32", every_update()), ("closing-fp32", closing_updates())):
         updates = read_pack(GOLDEN / "packs" / f"{name}.pet").delta.updates
         assert sorted(map(told, updates)) == sorted(map(told, made))
-    for read, made in zip(branches, every_branch(), strict=True):
+    for read, made in zip(branches, every_branch((*FIRST_KINDS, *FURTHER_KINDS)), strict=True):
         assert (read.kind, read.tap, read.into, dict(read.settings)) == (
             made.kind, made.tap, made.into, dict(made.settings),
         )  # fmt: skip

@@ -62,6 +62,9 @@ def in_torch(maps: dict[str, NpArray]) -> dict[str, torch.Tensor]:
     return {name: torch.from_numpy(array) for name, array in maps.items()}
 
 
+APART = "depthwise point activation multiply add point regions add"
+# The finest map's own constant, the mean's kernel, the gate, the last product, regions.
+SEPARATED = 4 + 4 * 9 + 4 + 1 + (3 * 4 + 3) + (3 * 4 + 4 * 4)
 FORMS = [
     (Form(name="linear"), STAGES, 3 * 7 + 3, "point"),
     (Form(name="linear", norm=True), STAGES, 3 * 7 + 3, "norm point"),
@@ -73,6 +76,15 @@ FORMS = [
     (
         Form(width=4, depthwise=True), DEPTHS, 4 * 24 + 4 + 4 * 9 + 4 + 16 + 4 + 3 * 4 + 3,
         "point point point point add activation depthwise activation point activation point",
+    ),
+    (
+        Form(width=4, separation=True, maps=(0, 2)), STAGES, 4 * 12 + 4 + SEPARATED,
+        f"point depthwise point resize add activation {APART}",
+    ),
+    (
+        Form(width=4, separation=True, depthwise=True, norm=True, maps=(0, 3)), DEPTHS,
+        4 * 12 + 4 + 4 * 9 + 4 + 16 + 4 + SEPARATED,
+        f"norm point depthwise norm point add activation depthwise activation point activation {APART}",
     ),
 ]  # fmt: skip
 
@@ -110,10 +122,11 @@ def test_the_values_of_a_head_are_those_that_are_published() -> None:
     assert values(Form(), depths) == 99_018
     assert values(Form(maps=(3,)), depths) == 25_290
     assert values(Form(depthwise=True), depths) == 99_018 + 4_800
+    assert values(Form(maps=(0, 3), separation=True), depths) == 2 * 384 * 64 + 6_155
     assert values(Form(), lite0) == 31_050 - 2 * 64  # published with a bias for each map, which sum to one
 
 
-@pytest.mark.parametrize("form", [Form(name="linear"), Form(width=4, depthwise=True)])
+@pytest.mark.parametrize("form", [Form(name="linear"), Form(width=4, depthwise=True), Form(width=4, separation=True)])
 def test_a_head_begins_at_zero_and_as_its_seed_draws_it(form: Form) -> None:
     one, same, other = (HeadForm(form, STAGES, 3, seed=seed) for seed in (1, 1, 2))
     given = in_torch({name: x.astype(np.float32) for name, x in drawn_maps(STAGES).items()})
@@ -159,6 +172,45 @@ def test_every_number_of_a_form_learns() -> None:
     assert [name for name, p in form.named_parameters() if p.grad is None or not p.grad.any()] == []
 
 
+def test_a_separation_begins_nearly_closed_and_what_is_judged_beside_it_learns_from_the_start() -> None:
+    form = HeadForm(Form(width=4, separation=True), STAGES, 3).eval()
+    given = in_torch({name: x.astype(np.float32) for name, x in drawn_maps(STAGES).items()})
+
+    logits, separated = form.told(given)
+
+    assert separated is not None
+    assert (tuple(separated.affinities.shape), tuple(separated.regions.shape)) == ((3, 3, 8, 12), (3, 3, 3))
+    assert not logits.any()
+    (separated.affinities.square().mean() + separated.regions[:, 0].mean()).backward()
+    assert form.separation is not None
+    beside = {"gate.weight", "queries", "keys.weight", "teller.weight"}  # the rest when these are away from zero
+    learning = {name for name, p in form.separation.named_parameters() if p.grad is not None and p.grad.any()}
+    assert beside <= learning
+
+
+def test_a_separation_takes_a_place_from_its_neighbourhood_and_pools_regions_by_their_queries() -> None:
+    """By hand: one map of one spike, a gate half open, and one class whose query finds the spike."""
+    form = HeadForm(Form(width=2, separation=True), (FINE, MIDDLE), 2).eval().double()
+    module, y = form.separation, torch.zeros(1, 2, 3, 3, dtype=torch.float64)
+    y[0, :, 1, 1] = torch.tensor([9.0, 18.0])
+    assert module is not None
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.zero_()
+        module.queries[0, 0] = 200.0
+        for square in (module.keys, module.values, module.region):
+            square.weight.copy_(torch.eye(2))
+        separated = module(y)
+
+    around = torch.full((3, 3), -0.5, dtype=torch.float64)
+    around[1, 1] = 9 + 0.5 * 8
+    torch.testing.assert_close(separated.maps[0], torch.stack([around, 2 * around]))
+    (first, second), spike = separated.logits[0], separated.maps[0, :, 1, 1]
+    torch.testing.assert_close(first, torch.einsum("c,chw->hw", spike, separated.maps[0]))
+    torch.testing.assert_close(second, torch.einsum("c,chw->hw", separated.maps[0].mean((1, 2)), separated.maps[0]))
+    torch.testing.assert_close(separated.affinities[0, 0], 200 / 2**0.5 * around)
+
+
 def test_a_lowered_head_in_torch_answers_as_in_numpy_and_lets_gradients_through() -> None:
     head: MapHead = moved(HeadForm(Form(width=4), STAGES, 3)).lower("what", LABELS)
     network, given = HeadNetwork(head), in_torch(drawn_maps(STAGES))
@@ -177,6 +229,10 @@ def test_a_lowered_head_in_torch_answers_as_in_numpy_and_lets_gradients_through(
     ("form", "maps", "told"),
     [
         (Form(maps=(3,)), STAGES, "`head`: needs maps that the backbone has, 0 of stride 8, 1 of stride 16, 2 of stride 32, got 3"),
+        (
+            Form(separation=True, maps=(1,)), STAGES,
+            "`head`: needs two maps to separate a fine one from deep ones, got 1\n  fix: name two maps, as maps=0/3",
+        ),
         (
             Form(), (FINE, Map(name="map.1", point="", channels=6, stride=16, height=3, width=6)),
             "`head`: needs maps that fit on one another, got 8x12 at stride 8 and 3x6 at stride 16\n"

@@ -43,14 +43,14 @@ NAMES = [name for name in SHARED_RUNTIMES if name == "onnxruntime" or has_openvi
 
 
 def alone(case: LayerCase) -> OnnxFile:
-    """A graph of one layer; it reads x0, x1, … and gives y."""
+    """A graph of one layer; it reads x0, x1, … and gives head.layer, as it is called in a head."""
     shapes = tuple(x.shape[1:] for x in case.inputs)
     reads, shape = tuple(f"x{number}" for number in range(len(shapes))), case.layer.shape(*shapes)
     out = Emitted("head.")
-    place = Place(reads=reads, gives="y", shapes=shapes, shape=shape, name="layer")
-    emit(Step(layer=case.layer, reads=reads, gives="y"), place, out)
+    place = Place(reads=reads, gives="head.layer", shapes=shapes, shape=shape, name="layer")
+    emit(Step(layer=case.layer, reads=reads, gives="layer"), place, out)
     inputs = {name: port(name, ("batch", *sides)) for name, sides in zip(reads, shapes, strict=True)}
-    return new_file("layer", out.nodes, out.tensors, inputs, {"y": port("y", ("batch", *shape))})
+    return new_file("layer", out.nodes, out.tensors, inputs, {"head.layer": port("head.layer", ("batch", *shape))})
 
 
 @pytest.mark.parametrize("runtime", NAMES)
@@ -237,6 +237,20 @@ def test_a_mask_is_as_large_as_the_input_whatever_its_side(side: int, pixels: in
 
     assert mask.shape == (1, pixels, pixels)
     assert (mask == mask_of(logits, (pixels, pixels))).mean() >= 0.999
+
+
+def test_layers_may_be_called_as_what_makes_the_mask_is() -> None:
+    steps = (
+        step(Point(drawn(1, 2, 2)), "map.0", "best"), step(Resize(2), "best", "mask"),
+        step(Activation("relu"), "mask", "resized"), step(Point(drawn(2, 2, 2)), "resized", "scales"),
+    )  # fmt: skip
+    given = Map(name="map.0", point="a:out", channels=2, stride=32, height=3, width=3)
+    file = head_file(MapHead(name="what", answer="mask", labels=("a", "b"), steps=steps), (given,), 1)
+    session = open_session(with_mask(file, (2, 6, 6), (96, 96)).encoded())
+
+    logits, mask = session.run(["logits", "mask"], {"map.0": drawn(2, 1, 2, 3, 3)})
+
+    assert (mask == mask_of(logits, (96, 96))).mean() >= 0.999
 
 
 # ------------------------------------------------------------------------------------------------------- descriptions

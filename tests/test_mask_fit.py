@@ -17,9 +17,10 @@ from edgepet.images.masks import MaskSet, read_masks, squashed
 from edgepet.images.preprocess import normalize
 from edgepet.images.sets import load_sets
 from edgepet.measuring.overlap import confusion, mean_iou
-from edgepet.methods import SSF, ConvAdapter, Full, LinearProbe, Method, VPTShallow
+from edgepet.methods import SSF, ConvAdapter, Full, LinearProbe, Method, SemanticPrompt, VPTShallow
 from edgepet.networks.backbone import Backbone
 from edgepet.networks.head_settings import Form
+from edgepet.networks.separation import Separated
 from edgepet.packs.pack import EVERY, encode_pack, read_pack
 from edgepet.spec import NpArray, Preprocess
 from edgepet.tuning.dense import DenseModel, MergedHead, dense_algebra_error, extract_dense
@@ -29,12 +30,11 @@ from edgepet.tuning.joint import JointAugmenter, joint_augmentations
 from edgepet.tuning.mask_fit import (
     Losses,
     MaskedPixels,
-    cross_entropy,
-    dice_loss,
     fit_masks,
     miou_and_loss,
     quarter,
 )
+from edgepet.tuning.mask_losses import cross_entropy, dice_loss, interim_loss, separation_loss
 from tests.mask_folders import NAMES, index_folder, scene
 from tests.tiny import seeded, tiny_vit
 
@@ -126,6 +126,39 @@ def test_losses_are_taken_at_a_quarter_of_the_input() -> None:
     assert quarter(Preprocess(image_size=(2, 32))) == (1, 8)
 
 
+def test_interim_maps_are_judged_as_the_mask_is_at_two_fifths() -> None:
+    rng = np.random.default_rng(1)
+    truth = torch.from_numpy(rng.integers(0, 3, (2, 8, 8)))
+    truth[0, :2] = 255
+    coarse, fine = (torch.from_numpy(rng.standard_normal((2, 3, side, side))) for side in (2, 4))
+
+    got = interim_loss([coarse, fine], truth, torch.tensor([1.0, 2.0, 3.0]))
+
+    both = [cross_entropy(logits, truth, torch.tensor([1.0, 2.0, 3.0])) for logits in (coarse, fine)]
+    assert float(got) == pytest.approx(0.4 * float(sum(both)) / 2)
+
+
+def test_a_separation_is_judged_by_pixels_of_each_class_and_by_regions_of_those_that_are_there() -> None:
+    """Two images: one of classes 0 and 2, half of it not counted, and one of class 1."""
+    rng = np.random.default_rng(1)
+    truth = torch.tensor([[[0, 2], [255, 255]], [[1, 1], [1, 1]]])
+    affinities, regions = (torch.from_numpy(rng.standard_normal(shape)).float() for shape in ((2, 3, 2, 2), (2, 3, 3)))
+    separated = Separated(maps=affinities, logits=affinities, affinities=affinities, regions=regions)
+
+    got = separation_loss(separated, truth)
+
+    binary, told = 0.0, 0.0
+    for n, k, y, x in np.ndindex(2, 3, 2, 2):
+        if truth[n, y, x] != 255:
+            s = float(affinities[n, k, y, x])
+            binary += np.log1p(np.exp(-s if truth[n, y, x] == k else s)) / (3 * 4)
+    for n, there in ((0, (0, 2)), (1, (1,))):
+        told -= sum(float(torch.log_softmax(regions[n, k], dim=0)[k]) for k in there) / len(there)
+    assert float(got) == pytest.approx(0.4 * binary + 0.1 * told, rel=1e-5)
+    blank = torch.full_like(truth, 255)
+    assert float(separation_loss(separated, blank)) == 0
+
+
 # -------------------------------------------------------------------------------------------------------- augmentation
 
 
@@ -207,6 +240,45 @@ def test_methods_are_tuned_under_a_head_and_proved_with_it(name: str, convnet: B
     apart, largest = dense_algebra_error(model, convnet, images)
     assert largest > 0
     assert apart <= 1e-9 * largest  # float64: rounding alone
+
+
+@pytest.mark.parametrize("architecture", ["test_vit", "test_resnet"])
+def test_prompts_are_guided_by_interim_masks_that_no_pack_has(
+    architecture: str, convnet: Backbone, folder: Path, tmp_path: Path
+) -> None:
+    given = convnet if architecture == "test_resnet" else tiny_vit(tmp_path, 5)
+    method = SemanticPrompt(width=4, slots=3, recurrences=2)
+    model = DenseModel(given, method, Form(width=8, maps=(0, 1)), 3, seed=1)
+    places = len(model.sites)
+
+    fitted(model, given, folder, epochs=1)
+
+    assert len(model.tellers) == places == 3
+    assert all(p.any() for p in model.tellers.parameters())
+    assert model.interim is None
+    images = normalize(np.stack([scene(seed)[0] for seed in range(2)]), given.preprocess)
+    apart, largest = dense_algebra_error(model, given, images)
+    assert apart <= 1e-9 * largest
+    delta = extract_dense(model, given, task="scene", labels=NAMES)
+    assert delta.stored_values == sum(x.size for x in model.arrays().values())
+    judged = model.train().judged(model.maps(torch.from_numpy(images)))
+    assert [tuple(x.shape[:2]) for x in judged.interim] == [(2, 3)] * (2 * places)  # each place, each recurrence
+    with torch.no_grad():
+        assert not model.eval().judged(model.maps(torch.from_numpy(images))).interim
+
+
+def test_a_separation_is_tuned_over_a_method_and_proved_with_it(convnet: Backbone, folder: Path) -> None:
+    model = DenseModel(convnet, SSF(), Form(width=8, maps=(0, 1), separation=True), 3, seed=1)
+
+    reached, losses = fitted(model, convnet, folder, epochs=6)
+
+    assert reached.val.top1 > 0.4  # chance is about 0.2
+    assert losses[-1] < losses[0]
+    images = normalize(np.stack([scene(seed)[0] for seed in range(2)]), convnet.preprocess)
+    apart, largest = dense_algebra_error(model, convnet, images)
+    assert 0 < apart <= 1e-9 * largest
+    assert model.form.separation is not None
+    assert model.form.separation.teller.weight.any()
 
 
 def test_a_pack_answers_as_the_network_that_was_trained(convnet: Backbone, folder: Path) -> None:

@@ -315,8 +315,14 @@ def test_inspect_says_what_a_head_is(place: Path) -> None:
     assert (head["metric"], head["value"], head["n"]) == ("miou", None, 0)
     assert head["values"] == 8 * 4 * 64 + 8 + 8 * 9 + 8 + 64 + 8 + 3 * 8 + 3
     assert "heads" in command("inspect", place / "deep.pet").out
-    told = refused(3, "inspect", place / "deep.pet", "--card", place / "card.md")
-    assert "--card: is of tasks of classes so far" in told
+
+
+def test_a_task_of_masks_has_a_card(place: Path, tmp_path: Path) -> None:
+    assert command("inspect", place / "deep.pet", "--card", tmp_path / "card.md").code == 0
+
+    said = (tmp_path / "card.md").read_text().splitlines()
+    assert "- Task: `deep`, semantic segmentation" in said
+    assert "- mIoU on val: not scored" in said
 
 
 def test_storage_counts_heads_and_bench_times_them(place: Path) -> None:

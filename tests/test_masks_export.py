@@ -36,6 +36,7 @@ from tests.mask_packs import LABELS, mask_backbone, mask_delta, mask_pack
 from tests.tiny import random_images
 
 FORMATS = ("onnx", *(["openvino"] if has_openvino else []))
+HEAD = Form(width=8, depthwise=True, norm=True, separation=True)  # layers of nearly every kind
 MADE = [(name, precision) for name in FORMATS for precision in ("fp32", "fp16")]
 
 
@@ -45,7 +46,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("export")
     backbone = mask_backbone(folder)
     base_graph(backbone)
-    mask_pack(folder / "ssf.pet", backbone, mask_delta(backbone, "ssf", form=Form(width=8, depthwise=True, norm=True)))
+    mask_pack(folder / "ssf.pet", backbone, mask_delta(backbone, "ssf", form=HEAD))
     index_folder(folder / "data", train=2, val=4, test=3, size=(40, 48))
     for precision in ("fp32", "fp16"):
         edgepet.export([folder / "ssf.pet"], folder / "out", options=ExportOptions(to=FORMATS, precision=precision))  # type: ignore[arg-type]

@@ -245,6 +245,8 @@ def test_what_masks_do_not_do_is_refused(more: dict[str, object], told: str, pla
         ("mlp,width=0", "`head`: needs a width from 1 to 1024, got 0"),
         ("mlp,width=2.5", "`head`: needs a width from 1 to 1024, got 2.5"),
         ("mlp,depthwise=1", "`head`: needs depthwise=true or depthwise=false, got 1"),
+        ("mlp,separation=2", "`head`: needs separation=true or separation=false, got 2"),
+        ("linear,separation=true", "`head`: linear knows the settings maps, norm, got 'separation'"),
         ("mlp,maps=0/0", "`head`: needs numbers of maps, each once, as maps=0/1/2, got 0/0"),
         ("mlp,maps=-1", "`head`: needs numbers of maps, each once, as maps=0/1/2, got -1"),
     ],
@@ -261,6 +263,7 @@ def test_a_head_reads_as_it_is_written() -> None:
         "linear,maps=1/3,norm=true",
         "fcos,width=32,depth=1,maps=1/2/3,norm=false",
         "mlp,width=8,depthwise=true,maps=2,norm=false",
+        "mlp,width=64,depthwise=false,maps=0/3,norm=false,separation=true",
     ):
         assert str(head_form(text)) == text
 

@@ -149,6 +149,17 @@ def test_the_tables_of_int8_are_the_committed_ones(monkeypatch: pytest.MonkeyPat
     assert shown == f"\n\n{report.int8_tables()}\n"
 
 
+def test_the_table_of_masks_is_the_committed_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    monkeypatch.delitem(sys.modules, "report", raising=False)
+    import report
+    from masks import mask_table
+
+    shown = between((ROOT / "docs" / "guide" / "masks.md").read_text(), report.BEGIN, report.END)
+
+    assert shown == f"\n\n{mask_table(report.committed())}\n"
+
+
 def int8_rows() -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = json.loads((RESULTS / "int8.json").read_text())["rows"]
     return rows

@@ -451,7 +451,8 @@ def test_an_unknown_task_lists_the_known(tmp_path: Path) -> None:
         build_task("flowers", tmp_path / "t")
 
     assert str(refused.value) == (
-        "demo:flowers: sample tasks are one of digits, landcover, fashion, elpv, cards, materials, emoji, got 'flowers'"
+        "demo:flowers: sample tasks are one of digits, landcover, landcover_seg, fashion, elpv, cards, materials,"
+        " emoji, got 'flowers'"
     )
 
 

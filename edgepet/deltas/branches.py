@@ -19,6 +19,7 @@ from edgepet.spec import Array
 POINT = re.compile(r"[A-Za-z0-9_]+(?:\.[A-Za-z0-9_]+)*:(?:in|out)")
 ATTENTION = ("key-values", "prompts")  # kinds that go into torch's attention operator
 ACTIVATIONS = ("relu", "gelu", "quick-gelu", "none")
+MOST_RECURRENCES = 8  # each is nodes in a graph
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,20 +36,29 @@ _GRID = {
     "height": int,
     "width": int,
 }  # tokens in front of the patches, and their grid
+_PAIR = Kind(
+    {"conv.weight": 4, "conv.bias": 1, "point.weight": 4, "point.bias": 1},
+    {"stride": int, "padding": int, "dilation": int, "activation": str},
+)
 BRANCHES: dict[str, Kind] = {
     # up act(down x), on the last axis
     "bottleneck": Kind(_BOTTLENECK, {"activation": str}),
     # up act(conv act(down x)), the convolution over the grid of patches; tokens in front are grids of one
     "patch-conv": Kind({**_BOTTLENECK, "conv.weight": 4, "conv.bias": 1}, {**_GRID, "activation": str}),
     # point act(conv x) on (n, C, H, W); as many groups as the convolution puts out channels
-    "conv-pair": Kind(
-        {"conv.weight": 4, "conv.bias": 1, "point.weight": 4, "point.bias": 1},
-        {"stride": int, "padding": int, "dilation": int, "activation": str},
-    ),
+    "conv-pair": _PAIR,
+    # the same on (n, H, W, C)
+    "conv-pair-last": _PAIR,
     # out act(conv act(reduce x)) on (n, C, H, W), or on the patches of (n, N, C) or (n, H, W, C), ``height`` then not 0
     "stage-prompt": Kind(
         {"reduce.weight": 2, "reduce.bias": 1, "conv.weight": 4, "conv.bias": 1, "out.weight": 2, "out.bias": 1},
         {**_GRID, "activation": str},
+    ),
+    # out z; z = gelu(reduce x), then ``recurrences`` times z + conv(gelu(mix [z; softmax(slots z)])), depthwise and on
+    # what stage-prompt is on; the biases of the five in this order in one vector
+    "semantic-prompt": Kind(
+        {"reduce": 2, "slots": 2, "mix": 2, "conv": 4, "out": 2, "bias": 1},
+        {**_GRID, "recurrences": int},
     ),
     # up conv(down x) over the frames of a clip, patches only
     "temporal": Kind({**_BOTTLENECK, "conv.weight": 2, "conv.bias": 1}, {"prefix": int, "frames": int}),
@@ -84,7 +94,8 @@ class Branch:
         """Refuse what no graph could be made of.
 
         Raises:
-            InputError: a point that is none, other tensors or axes than this kind has, or an unknown activation.
+            InputError: a point that is none, other tensors or axes than this kind has, an unknown activation, or more
+                recurrences than it may have.
         """
         kind = BRANCHES[self.kind]
         for point in (self.tap, self.into):
@@ -97,6 +108,10 @@ class Branch:
         activation = self.settings.get("activation", ACTIVATIONS[0])
         if activation not in ACTIVATIONS:
             raise InputError(f"{where}: {self.into}", f"knows {', '.join(ACTIVATIONS)}", got=repr(activation))
+        recurrences = self.settings.get("recurrences", 1)
+        if not 1 <= int(recurrences) <= MOST_RECURRENCES:
+            what = f"{self.kind} recurs 1 to {MOST_RECURRENCES} times"
+            raise InputError(f"{where}: {self.into}", what, got=recurrences)
 
 
 def structure_of(branches: Iterable[Branch]) -> list[object]:

@@ -243,7 +243,7 @@ class Regions(Layer):
 
     Query k finds r_k = Σ over places p of softmax_p(queries_k · x_p) x_p; its channel at p is x_p · (weight r_k).
     ``queries`` (out, in), ``weight`` (in, in). One such layer is a discriminative cross attention with learnt class
-    queries, its projections of keys, values and regions multiplied out: our reading of Shi et al. 2022,
+    queries, its projections of keys, values and regions multiplied out: our reading of Hong et al. 2022,
     arXiv:2212.13764, which has no code.
     """
 

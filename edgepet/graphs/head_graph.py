@@ -30,6 +30,9 @@ def decodes(name: str) -> bool:
     return name in (FOUND, BOXES, SCORES) or name.startswith((f"{FOUND}.", f"{PREFIX}{FOUND}."))
 
 
+OWN = PREFIX + "Mask."  # and those of what makes a mask: no layer of a head has a capital in its name
+
+
 def head_file(head: MapHead, maps: Sequence[Map], width: int) -> OnnxFile:
     """``head`` as a model of its own, float32: maps and features by name to LOGITS (batch, C, h, w), or FOUND.
 
@@ -86,9 +89,9 @@ def with_mask(file: OnnxFile, answer: Shape, size: tuple[int, int]) -> OnnxFile:
     out, (_, *sides), resized = Emitted(PREFIX), answer, LOGITS
     if tuple(sides) != size:
         scales = np.array([1, 1, *map(_scale, sides, size)], np.float32)
-        resized = PREFIX + "resized"
-        bilinear(LOGITS, out.tensor("mask.scales", scales), resized, out)
-    best = out.node("ArgMax", [resized], PREFIX + "best", axis=1, keepdims=0)
+        resized = OWN + "resized"
+        bilinear(LOGITS, out.tensor("Mask.scales", scales), resized, out)
+    best = out.node("ArgMax", [resized], OWN + "best", axis=1, keepdims=0)
     out.node("Cast", [best], MASK, to=_UINT8)
     return replace(
         file, nodes=(*file.nodes, *out.nodes), tensors={**file.tensors, **out.tensors},

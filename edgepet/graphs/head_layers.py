@@ -212,7 +212,7 @@ def _attend(layer: Layer, place: Place, out: Emitted) -> None:
 def _regions(layer: Layer, place: Place, out: Emitted) -> None:
     given, (width, height, wide) = cast(Regions, layer), place.shapes[0]
     flat = out.node(
-        "Reshape", [place.reads[0], out.integers(f"{place.name}.flat", 0, width, height * wide)], place.inner("flat")
+        "Reshape", [place.reads[0], out.integers(f"{place.name}.joined", 0, width, height * wide)], place.inner("flat")
     )
     queries, square = (
         out.tensor(f"{place.name}.queries", given.queries),

@@ -28,6 +28,7 @@ from edgepet.methods.prefix import MAM, Prefix
 from edgepet.methods.pro_tuning import ProTuning
 from edgepet.methods.repadapter import RepAdapter
 from edgepet.methods.rlrr import RLRR
+from edgepet.methods.semantic_prompt import SemanticPrompt
 from edgepet.methods.settings import configure
 from edgepet.methods.ssf import SSF
 from edgepet.methods.st_adapter import STAdapter
@@ -74,6 +75,7 @@ __all__ = [
     "Recipe",
     "RepAdapter",
     "STAdapter",
+    "SemanticPrompt",
     "UniLoRA",
     "VPTDeep",
     "VPTShallow",

@@ -2,7 +2,9 @@
 
 Chen et al. 2022, "Conv-Adapter: Exploring Parameter Efficient Transfer Learning for ConvNets", arXiv:2208.07463,
 section 3.2 and figure 3: a * point(act(conv(x))), the convolution in C / reduction groups of ``reduction`` channels,
-and four schemes of what it reads and where it is added.
+and four schemes of what it reads and where it is added. In a Swin it reads what the first norm of a block puts out, as
+a map, through a 7 x 7 convolution, and is added behind attention, as the official code has it
+(``models/backbones/swin_transformer.py``).
 """
 
 from __future__ import annotations
@@ -31,6 +33,7 @@ _HOSTS: tuple[tuple[tuple[str, ...], str, str], ...] = (
     (("conv_exp", "bn1", "conv_pwl"), "conv_exp", "bn1"),
     (("conv", "bn1"), "conv", "bn1"),
 )
+_WINDOWED, _WINDOWED_SIDE = ("norm1", "attn", "drop_path1", "norm2", "mlp"), 7  # a Swin's block, and its kernel
 
 
 class _Place(NamedTuple):
@@ -42,11 +45,14 @@ class _Place(NamedTuple):
     stride: int
     padding: int
     dilation: int
+    last: bool = False  # channels come last
 
 
 @dataclass(frozen=True, slots=True)
 class ConvAdapter(BranchesOnly):
     """One adapter for every block's k x k convolution or residual, and beside a ConvNeXt's downsampling in parallel.
+
+    Beside the attention of a block on maps (H, W, C), as a Swin has it, it goes in "conv-parallel" alone.
 
     ``reduction`` is the paper's gamma: input channels of a group, the largest divisor of the channels not above it. The
     trained factor a of every output channel is folded into the 1 x 1. Statistics of batch norms stay as they are.
@@ -72,7 +78,8 @@ class ConvAdapter(BranchesOnly):
     def sites(self, layers: Sequence[Site]) -> tuple[Site, ...]:
         """Blocks on maps (C, H, W) with a k x k convolution that is known, and those convolutions, their hosts.
 
-        "conv-parallel" also takes a ConvNeXt's downsampling convolutions. A host has no tensors of its own.
+        "conv-parallel" also takes a ConvNeXt's downsampling convolutions, and blocks of attention on maps (H, W, C). A
+        host has no tensors of its own.
         """
         blocks = [site for site in layers if isinstance(site, Block) and site.on_maps and _host(site)]
         found = {block.name: _convolution(block, layers) for block in blocks if self._reaches(block)}
@@ -83,7 +90,7 @@ class ConvAdapter(BranchesOnly):
             for site in layers
             if (site.kind == "block" and site.name in hosts)
             or (site.kind == "conv" and site.name in hosts.values())
-            or (self.scheme == "conv-parallel" and _downsamples(site))
+            or (self.scheme == "conv-parallel" and (_downsamples(site) or _windowed(site, layers)))
         )
 
     def start(self, sites: Sequence[Site], base: Tensors, rng: np.random.Generator) -> Start:
@@ -113,19 +120,21 @@ class ConvAdapter(BranchesOnly):
         """A "conv-pair" branch for each block and downsampling convolution; GELU in a ConvNeXt, else ReLU.
 
         "conv-parallel" reads what goes into the host and adds behind it, or behind its batch norm and activation where
-        they follow; "conv-sequential" reads and adds there. "residual-parallel" reads what goes into the block and adds
-        to what it puts out; "residual-sequential" reads that and adds to it. ``factor`` is folded into ``point``.
+        they follow; in a Swin it reads what attention does and adds behind that, a "conv-pair-last". "conv-sequential"
+        reads and adds there. "residual-parallel" reads what goes into the block and adds to what it puts out;
+        "residual-sequential" reads that and adds to it. ``factor`` is folded into ``point``.
 
         Raises:
             InputError: as ``start``.
         """
-        gelu = any(site.has("conv_dw", "norm", "mlp") for site in sites if isinstance(site, Block))
+        blocks = [site for site in sites if isinstance(site, Block)]
+        gelu = any(site.has("conv_dw", "norm", "mlp") or not site.on_maps for site in blocks)
         made = []
         for name, place in self._places(sites).items():
             own, factor = tuned[name], tuned[name]["factor"]
             made.append(
                 Branch(
-                    kind="conv-pair",
+                    kind="conv-pair-last" if place.last else "conv-pair",
                     tap=place.tap,
                     into=place.into,
                     settings={
@@ -148,7 +157,11 @@ class ConvAdapter(BranchesOnly):
         """What every adapter reads, where it is added and its shapes, by the site that it belongs to."""
         places: dict[str, _Place] = {}
         for site in sites:
-            if isinstance(site, Block) and (conv := _convolution(site, sites)):
+            if isinstance(site, Block) and not site.on_maps:
+                channels, side = site.points["norm1:out"][-1], _WINDOWED_SIDE
+                tap, into = (_inside(site, point) for point in ("norm1:out", "drop_path1:out"))
+                places[site.name] = _Place(tap, into, channels, channels, side, 1, side // 2, 1, last=True)
+            elif isinstance(site, Block) and (conv := _convolution(site, sites)):
                 places[site.name] = self._place(site, conv)
             elif self.scheme == "conv-parallel" and _downsamples(site):
                 reads = site.in_features * site.groups
@@ -187,6 +200,22 @@ def _convolution(block: Block, layers: Sequence[Site]) -> Site | None:
 
 def _inside(block: Block, point: str) -> str:
     return f"{block.name}{point}" if point.startswith(":") else f"{block.name}.{point}"
+
+
+def _windowed(site: Site, layers: Sequence[Site]) -> bool:
+    """Whether it is a block of attention on maps (H, W, C) whose first norm is in front of the attention."""
+    if not isinstance(site, Block) or site.on_maps or not site.has(*_WINDOWED):
+        return False
+    shapes = {site.points.get(point, ()) for point in ("norm1:out", "drop_path1:out", ":out")}
+    inner = [
+        each.name.removeprefix(f"{site.name}.")
+        for each in layers
+        if each.operates and each.name.startswith(f"{site.name}.")
+    ]
+    ordered = (
+        "norm1" in inner and next(name for name in inner if name == "norm1" or name.startswith("attn.")) == "norm1"
+    )
+    return len(shapes) == 1 and len(shapes.pop()) == 3 and ordered
 
 
 def _downsamples(site: Site) -> bool:

@@ -101,3 +101,16 @@ def token_blocks(layers: Sequence[Site], *children: str, at: Sequence[str]) -> t
 
 def _named(site: Site, endings: Sequence[str]) -> bool:
     return any(f".{site.name}".endswith(f".{ending}") for ending in endings)
+
+
+def grid_of(site: Block) -> tuple[int, int] | None:
+    """Rows and columns of the places that a block puts out, maps or patches; None where it puts out no such thing."""
+    given = site.points.get(":out", ())
+    return (given[1], given[2]) if site.on_maps and len(given) == 3 else site.grid_behind
+
+
+def on_grid(site: Site) -> dict[str, int]:
+    """The settings by which a branch reads what a block puts out: ``height`` and ``width`` are 0 of maps."""
+    block = site if isinstance(site, Block) else None
+    rows, columns = (block.grid_behind if block else None) or (0, 0)
+    return {"prefix": block.prefix if block and block.grid else 0, "height": rows, "width": columns}

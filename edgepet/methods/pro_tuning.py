@@ -17,6 +17,7 @@ import numpy as np
 from edgepet.deltas.branches import Branch
 from edgepet.errors import InputError
 from edgepet.methods.method import BranchesOnly, Recipe, Start
+from edgepet.methods.places import grid_of, on_grid
 from edgepet.methods.starts import uniform
 from edgepet.spec import Block, NpArray, Site, Tensors, Tuned
 
@@ -49,7 +50,7 @@ class ProTuning(BranchesOnly):
 
         A stage is what one container holds; where there is one container, its ``stages`` even parts but the last.
         """
-        blocks = [site for site in layers if isinstance(site, Block) and (site.grid_behind or _puts_out_maps(site))]
+        blocks = [site for site in layers if isinstance(site, Block) and grid_of(site)]
         stages = [list(stage) for _, stage in groupby(blocks, key=lambda block: block.container)]
         if len(stages) > 1:
             return tuple(stage[-1] for stage in stages)
@@ -81,22 +82,13 @@ class ProTuning(BranchesOnly):
 
         Of tokens it reads the patches, and adds nothing to the tokens in front of them.
         """
-        made = []
-        for site in sites:
-            block = site if isinstance(site, Block) else None
-            rows, columns = (block.grid_behind if block else None) or (0, 0)
-            prefix = block.prefix if block and block.grid else 0
-            made.append(
-                Branch(
-                    kind="stage-prompt",
-                    tap=f"{site.name}:out",
-                    into=f"{site.name}:out",
-                    settings={"prefix": prefix, "height": rows, "width": columns, "activation": "gelu"},
-                    tensors=dict(tuned[site.name]),
-                )
+        return tuple(
+            Branch(
+                kind="stage-prompt",
+                tap=f"{site.name}:out",
+                into=f"{site.name}:out",
+                settings={**on_grid(site), "activation": "gelu"},
+                tensors=dict(tuned[site.name]),
             )
-        return tuple(made)
-
-
-def _puts_out_maps(block: Block) -> bool:
-    return block.on_maps and len(block.points.get(":out", ())) == 3
+            for site in sites
+        )

@@ -28,6 +28,7 @@ from edgepet.methods.prefix import MAM, Prefix
 from edgepet.methods.pro_tuning import ProTuning
 from edgepet.methods.repadapter import RepAdapter
 from edgepet.methods.rlrr import RLRR
+from edgepet.methods.semantic_prompt import SemanticPrompt
 from edgepet.methods.ssf import SSF
 from edgepet.methods.st_adapter import STAdapter
 from edgepet.methods.uni_lora import UniLoRA
@@ -70,5 +71,6 @@ METHODS: dict[str, type[Method]] = {
     "convpass": Convpass,
     "conv-adapter": ConvAdapter,
     "pro-tuning": ProTuning,
+    "semantic-prompt": SemanticPrompt,
     "st-adapter": STAdapter,
 }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any, TypeAlias, cast
 
 import numpy as np
@@ -20,6 +21,7 @@ from edgepet.networks.maps import flowing
 _Change: TypeAlias = Callable[[Tensor], "Tensor | None"]
 _Settings: TypeAlias = Mapping[str, Any]  # each kind's own, as ``BRANCHES`` declares and packs check them
 _Torch: TypeAlias = Any  # what torch hands to its hooks and modes: any operator, and anything that it takes or gives
+Interim: TypeAlias = dict[str, list[Tensor]]
 Rows: TypeAlias = tuple[Tensor, Tensor]  # further keys and values, (heads, rows, d / heads) each
 
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -31,10 +33,11 @@ _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 @contextlib.contextmanager
-def grafted(module: nn.Module, branches: Sequence[Branch]) -> Iterator[None]:
+def grafted(module: nn.Module, branches: Sequence[Branch], interim: Interim | None = None) -> Iterator[None]:
     """While the block runs, calls of ``module`` go through ``branches`` too.
 
-    The branches' tensors are torch tensors; gradients flow to them.
+    The branches' tensors are torch tensors; gradients flow to them. ``interim`` is given what branches find on the way
+    and do not put out: by ``into``, of "semantic-prompt" its maps of slots (n, slots, h, w), one a recurrence.
     """
     with contextlib.ExitStack() as stack:
         attention = _Attention()
@@ -44,7 +47,7 @@ def grafted(module: nn.Module, branches: Sequence[Branch]) -> Iterator[None]:
             elif branch.kind == "tokens":
                 _insert_tokens(module, branch, stack)
             else:
-                _add(module, branch, stack)
+                _add(module, branch, stack, interim)
         if attention.attached:
             stack.enter_context(attention)
         yield
@@ -96,8 +99,10 @@ def _hook(module: nn.Module, point: str, change: _Change, stack: contextlib.Exit
     stack.callback(handle.remove)
 
 
-def _add(module: nn.Module, branch: Branch, stack: contextlib.ExitStack) -> None:
+def _add(module: nn.Module, branch: Branch, stack: contextlib.ExitStack, interim: Interim | None) -> None:
     compute, held = _KINDS[branch.kind], list[Tensor]()
+    if interim is not None and branch.kind == "semantic-prompt":
+        compute = partial(_semantic_prompt, found=interim.setdefault(branch.into, []))
 
     def read(x: Tensor) -> None:
         held[:] = [compute(x, branch.tensors, branch.settings)]
@@ -159,19 +164,55 @@ def _conv_pair(x: Tensor, tensors: Mapping[str, Tensor], settings: _Settings) ->
     )
 
 
+def _conv_pair_last(x: Tensor, tensors: Mapping[str, Tensor], settings: _Settings) -> Tensor:
+    return _conv_pair(x.movedim(-1, 1), tensors, settings).movedim(1, -1)
+
+
 def _stage_prompt(x: Tensor, tensors: Mapping[str, Tensor], settings: _Settings) -> Tensor:
-    if x.ndim == 4 and settings["height"] > 0:  # maps (n, H, W, C) are tokens on a grid
-        return torch.unflatten(_stage_prompt(x.flatten(1, 2), tensors, settings), 1, tuple(x.shape[1:3]))
-    act, front = _ACTIVATIONS[settings["activation"]], settings["prefix"]
-    on_tokens = settings["height"] > 0
-    grid = torch.unflatten(x[:, front:].transpose(1, 2), 2, (settings["height"], settings["width"])) if on_tokens else x
-    hidden = act(_point(grid, tensors, "reduce"))
-    kernel = tensors["conv.weight"]
-    hidden = functional.conv2d(hidden, kernel, tensors["conv.bias"], padding="same", groups=kernel.shape[0])
-    out = _point(act(hidden), tensors, "out")
-    if not on_tokens:
-        return out
-    patches = out.flatten(2).transpose(1, 2)
+    act, kernel = _ACTIVATIONS[settings["activation"]], tensors["conv.weight"]
+
+    def prompt(grid: Tensor) -> Tensor:
+        hidden = act(_point(grid, tensors, "reduce"))
+        hidden = functional.conv2d(hidden, kernel, tensors["conv.bias"], padding="same", groups=kernel.shape[0])
+        return _point(act(hidden), tensors, "out")
+
+    return _on_grid(prompt, x, settings)
+
+
+def _semantic_prompt(
+    x: Tensor, tensors: Mapping[str, Tensor], settings: _Settings, found: list[Tensor] | None = None
+) -> Tensor:
+    """Maps of slots are put into ``found``, where it is given."""
+    kernels = {name: tensors[name] for name in ("reduce", "slots", "mix", "conv", "out")}
+    parts = torch.split(tensors["bias"], [len(kernel) for kernel in kernels.values()])
+    biases: dict[str, Tensor] = dict(zip(kernels, parts, strict=True))
+
+    def product(name: str, given: Tensor) -> Tensor:
+        return functional.conv2d(given, kernels[name][:, :, None, None]) + biases[name][:, None, None]
+
+    def prompt(grid: Tensor) -> Tensor:
+        z = functional.gelu(product("reduce", grid))
+        for _ in range(settings["recurrences"]):
+            slots = product("slots", z)
+            if found is not None:
+                found.append(slots)
+            mixed = functional.gelu(product("mix", torch.cat([z, slots.softmax(dim=1)], dim=1)))
+            moved = functional.conv2d(mixed, kernels["conv"], padding="same", groups=len(kernels["conv"]))
+            z = z + moved + biases["conv"][:, None, None]
+        return product("out", z)
+
+    return _on_grid(prompt, x, settings)
+
+
+def _on_grid(prompt: Callable[[Tensor], Tensor], x: Tensor, settings: _Settings) -> Tensor:
+    """What ``prompt`` makes of maps; where ``height`` is not 0, of patches as a map, with zeros in front of them."""
+    if settings["height"] == 0:
+        return prompt(x)
+    if x.ndim == 4:  # maps (n, H, W, C) are tokens on a grid
+        return torch.unflatten(_on_grid(prompt, x.flatten(1, 2), settings), 1, tuple(x.shape[1:3]))
+    front = settings["prefix"]
+    grid = torch.unflatten(x[:, front:].transpose(1, 2), 2, (settings["height"], settings["width"]))
+    patches = prompt(grid).flatten(2).transpose(1, 2)
     return functional.pad(patches, (0, 0, front, 0)) if front else patches
 
 
@@ -194,7 +235,9 @@ _KINDS: dict[str, Callable[[Tensor, Mapping[str, Tensor], _Settings], Tensor]] =
     "bottleneck": _bottleneck,
     "patch-conv": _patch_conv,
     "conv-pair": _conv_pair,
+    "conv-pair-last": _conv_pair_last,
     "stage-prompt": _stage_prompt,
+    "semantic-prompt": _semantic_prompt,
     "temporal": _temporal,
 }
 

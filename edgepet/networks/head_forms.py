@@ -3,7 +3,8 @@
 ``linear`` is a product of one map, or of several. ``mlp`` is the decoder of SegFormer (Xie et al. 2021,
 arXiv:2105.15203, section 3.2): a product of each map to one width, all resized to the finest, fused by another product,
 batch norm, ReLU, classes. Products of products, statistics and batch norms are multiplied out when a head is lowered; a
-product and bilinear resizing commute, so that maps are resized behind it, where they are narrow. Needs ``train``.
+product and bilinear resizing commute, so that maps are resized behind it, where they are narrow. ``separation`` is in
+its own module. Needs ``train``.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from torch.nn import functional
 from edgepet.deltas.heads import Answer, Map, MapHead, Step
 from edgepet.deltas.layers import Activation, Add, Depthwise, Layer, Norm, Point, Resize
 from edgepet.networks.head_settings import Form
+from edgepet.networks.separation import Separated, Separation
 from edgepet.spec import NpArray
 
 LEAST_SCALE = 0.3  # of the root mean square of all channels' deviations
@@ -100,6 +102,7 @@ class HeadForm(MapForm):
                 self.mix = nn.Conv2d(width, width, 1, bias=False)
                 self.mixed = nn.BatchNorm2d(width)
             self.last = nn.Conv2d(width, classes, 1)
+            self.separation = Separation(width, classes) if form.separation else None
         else:
             self.shift = nn.Parameter(torch.zeros(classes))
         self.reset()
@@ -123,19 +126,28 @@ class HeadForm(MapForm):
             else:
                 nn.init.zeros_(self.last.weight)
                 nn.init.zeros_(cast(nn.Parameter, self.last.bias))
+                if self.separation is not None:
+                    self.separation.begin()
 
     def forward(self, given: Mapping[str, Tensor]) -> Tensor:
         """Logits of maps by name."""
+        return self.told(given)[0]
+
+    def told(self, given: Mapping[str, Tensor]) -> tuple[Tensor, Separated | None]:
+        """Logits of maps by name, and of ``separation`` what is judged beside them while it is trained."""
         total = self._level(0, given[self.levels[0].name])
         for number, level in enumerate(self.levels[1:], start=1):
             total = total + self._level(number, given[level.name])
         if self.form.name == "linear":
-            return total + self.shift[:, None, None]
+            return total + self.shift[:, None, None], None
         hidden = functional.relu(self.fused(total))
         if self.form.depthwise:
             hidden = functional.relu(self.gridded(self.grid(hidden)))
             hidden = functional.relu(self.mixed(self.mix(hidden)))
-        return cast(Tensor, self.last(hidden))
+        if self.separation is None:
+            return cast(Tensor, self.last(hidden)), None
+        separated: Separated = self.separation(hidden)
+        return self.last(separated.maps) + separated.logits, separated
 
     def _level(self, number: int, x: Tensor) -> Tensor:
         y = functional.conv2d(
@@ -143,6 +155,8 @@ class HeadForm(MapForm):
         )
         if self.form.name == "mlp":
             y = functional.conv2d(y, cast(Tensor, self.fuse[number].weight)[:, :, None, None])
+            if self.separation is not None and number == 0:
+                y = self.separation.rough(y)
         factor = self.levels[0].height // self.levels[number].height
         return y if factor == 1 else functional.interpolate(y, scale_factor=factor, mode="bilinear")
 
@@ -150,12 +164,14 @@ class HeadForm(MapForm):
 
     def lower(self, name: str, labels: tuple[str, ...]) -> MapHead:
         """What it computes in eval mode as layers with float64 tensors; the form is not modified."""
-        products, bias = self._products()
+        products, biases = self._products()
         if self.form.name == "linear":
-            steps = self._summed(products, bias + array_of(self.shift), last="logits")
+            steps = self._summed(products, biases, array_of(self.shift), last="logits")
             return MapHead(name=name, answer="mask", labels=labels, steps=tuple(steps))
         scale, shift = _folded(self.fused)
-        steps = self._summed([scale[:, None] * each for each in products], scale * bias + shift, last="fused")
+        products, biases = [scale[:, None] * each for each in products], [scale * each for each in biases]
+        rough = None if self.separation is None else self.separation.lowered_rough()
+        steps = self._summed(products, biases, shift, last="fused", rough=rough)
         steps.append(Step(layer=Activation("relu"), reads=("fused",), gives="hidden"))
         if self.form.depthwise:
             scale, shift = _folded(self.gridded)
@@ -167,29 +183,44 @@ class HeadForm(MapForm):
             steps.append(behind(steps, Point(scale[:, None] * array_of(self.mix.weight)[:, :, 0, 0], shift), "mix"))
             steps.append(behind(steps, Activation("relu"), "mixed"))
         last = Point(array_of(self.last.weight)[:, :, 0, 0], array_of(cast(Tensor, self.last.bias)))
-        steps.append(behind(steps, last, "logits"))
+        if self.separation is None or rough is None:
+            steps.append(behind(steps, last, "logits"))
+        else:
+            steps += self.separation.lower(steps[-1].gives, last, rough)
         return MapHead(name=name, answer="mask", labels=labels, steps=tuple(steps))
 
-    def _products(self) -> tuple[list[NpArray], NpArray]:
-        """Each map's product, (width, C), standardisation and fusion within, and the constant of all of them."""
-        products, bias = [], np.zeros(len(array_of(cast(Tensor, self.laterals[0].weight))))
+    def _products(self) -> tuple[list[NpArray], list[NpArray]]:
+        """Each map's product, (width, C), standardisation and fusion within, and its constant, (width,)."""
+        products, biases = [], []
         for number, lateral in enumerate(self.laterals):
             product = array_of(cast(Tensor, lateral.weight)) / array_of(self.get_buffer(f"std{number}"))
             if self.form.name == "mlp":
                 product = array_of(cast(Tensor, self.fuse[number].weight)) @ product
             products.append(product)
-            bias = bias - product @ array_of(self.get_buffer(f"mean{number}"))
-        return products, bias
+            biases.append(-product @ array_of(self.get_buffer(f"mean{number}")))
+        return products, biases
 
-    def _summed(self, products: Sequence[NpArray], bias: NpArray, *, last: str) -> list[Step]:
-        """From maps to the sum of their products at the finest stride; the bias is added where places are fewest."""
+    def _summed(
+        self, products: Sequence[NpArray], biases: Sequence[NpArray], shift: NpArray, *, last: str,
+        rough: Layer | None = None,
+    ) -> list[Step]:  # fmt: skip
+        """From maps to the sum of their products at the finest stride, and ``shift``.
+
+        All constants are added where places are fewest, but for that of the finest map where its product goes through
+        ``rough``: zeros around it are none of its constants.
+        """
+        own = {} if rough is None else {0: biases[0]}
+        own[len(products) - 1] = shift + np.sum(biases[len(own) :], axis=0)
         steps, parts, count = list[Step](), list[str](), len(products)
         for number, (level, product) in enumerate(zip(self.levels, products, strict=True)):
             read, made = level.name, last if count == 1 else f"level_{number}"
             if self.form.norm:
                 steps.append(Step(layer=Norm(eps=EPS), reads=(read,), gives=f"norm_{number}"))
                 read = f"norm_{number}"
-            steps.append(Step(layer=Point(product, bias if number == count - 1 else None), reads=(read,), gives=made))
+            steps.append(Step(layer=Point(product, own.get(number)), reads=(read,), gives=made))
+            if rough is not None and number == 0:
+                steps.append(behind(steps, rough, "local"))
+                made = "local"
             factor = self.levels[0].height // level.height
             if factor > 1:
                 steps.append(Step(layer=Resize(factor), reads=(made,), gives=f"up_{number}"))

@@ -26,7 +26,8 @@ class Form:
     for ``fcos`` those of stride 8 and more, or half of the depths of a plain transformer.
     ``norm`` puts a layer norm without weights on each of them first, as ConvNeXt and HorNet have one there for dense
     tasks. ``width`` is of ``mlp`` and ``fcos``. ``depthwise``, a 3 x 3 convolution of every channel and a product
-    behind the fusion, is of ``mlp``, ``depth``, the number of such pairs in each tower, of ``fcos``.
+    behind the fusion, is of ``mlp``, and so is ``separation`` (``networks.separation``), which reads two maps or more;
+    ``depth``, the number of such pairs in each tower, of ``fcos``.
     """
 
     name: FormName = "mlp"
@@ -35,6 +36,7 @@ class Form:
     depthwise: bool = False
     norm: bool = False
     depth: int = 2
+    separation: bool = False
 
     def __str__(self) -> str:
         maps = ("maps=" + "/".join(map(str, self.maps)),) if self.maps else ()
@@ -43,7 +45,8 @@ class Form:
             "linear": (), "mlp": (width, f"depthwise={str(self.depthwise).lower()}"),
             "fcos": (width, f"depth={self.depth}"),
         }  # fmt: skip
-        return ",".join((self.name, *own[self.name], *maps, f"norm={str(self.norm).lower()}"))
+        separation = ("separation=true",) if self.separation else ()
+        return ",".join((self.name, *own[self.name], *maps, f"norm={str(self.norm).lower()}", *separation))
 
     @property
     def answer(self) -> Answer:
@@ -54,7 +57,8 @@ class Form:
         """Those of ``maps`` that the head reads, finest first.
 
         Raises:
-            InputError: a number that no map has, or maps whose sides are no powers of two of one another.
+            InputError: a number that no map has, one map where ``separation`` needs two, or maps whose sides are no
+                powers of two of one another.
         """
         absent = [number for number in self.maps if number >= len(maps)]
         if absent:
@@ -65,6 +69,9 @@ class Form:
             coarse = [each for each in maps if each.stride >= _COARSE]
             usual = (maps[1::2] if self.is_plain(maps) else coarse) or maps[-1:]
         chosen = [maps[number] for number in sorted(set(self.maps))] or list(usual)
+        if self.separation and len(chosen) < 2:
+            fix = "name two maps, as maps=0/3"
+            raise InputError(option("head"), "needs two maps to separate a fine one from deep ones", got=1, fix=fix)
         first = chosen[0]
         for each in chosen:
             factors = {first.height / each.height, first.width / each.width}

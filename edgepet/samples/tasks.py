@@ -21,11 +21,14 @@ from edgepet.canonical import parse_json
 from edgepet.errors import InputError, refusing
 from edgepet.files import new_folder, read_file, write_file
 from edgepet.samples.collect_drawings import CARDS, EMOJI
-from edgepet.samples.collect_maps import LANDCOVER
+from edgepet.samples.collect_maps import LANDCOVER, LANDCOVER_SEG
 from edgepet.samples.collect_scans import DIGITS, ELPV, FASHION
 from edgepet.samples.collect_textures import MATERIALS
+from edgepet.samples.masked import CONTENTS, MaskTask, drawn_splits, images_of, write_masked
 from edgepet.samples.pools import LabelledImage, Pools, Task
 from edgepet.strict import ObjectReader
+
+_CONTENTS = ("train", "val", "test", "meta.json")  # of a built task of classes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,11 +46,12 @@ class TaskSummary:
 def build_task(name: str, folder: Path, *, test_cap: int | None = 2000) -> TaskSummary:
     """Write ``folder/{train,val,test}/CLASS/*.png`` and ``folder/meta.json``: the same pixels every time.
 
-    The same task, whole and with this ``test_cap`` (None: no cap), is left as it is; another built task is replaced.
+    A task of masks is ``folder/{images,masks}/{train,val,test}/*.png`` and ``folder/classes.txt``. The same task, whole
+    and with this ``test_cap`` (None: no cap), is left as it is; another built task is replaced.
 
     Raises:
-        InputError: no such task, a cap below one image a class, a package file of another release, or a ``folder``
-            that cannot be written or holds something other than a built task.
+        InputError: no such task, a cap below one image a class, a package file of another release, or a ``folder`` that
+            cannot be written or holds something other than a built task.
         MissingError: a package that carries the images is not installed.
     """
     purpose = f"demo:{name}"
@@ -58,16 +62,20 @@ def build_task(name: str, folder: Path, *, test_cap: int | None = 2000) -> TaskS
         raise InputError(purpose, f"test_cap must be at least {len(task.classes)}, one image a class", got=test_cap)
     if (standing := _standing(folder, name, test_cap)) is not None:
         return standing
-    splits = _split(task.collect([file.read(purpose=purpose) for file in task.files]), task.seed, test_cap)
-    with new_folder(folder, only=("train", "val", "test", "meta.json")) as scratch:
+    read = [file.read(purpose=purpose) for file in task.files]
+    with new_folder(folder, only=(*_CONTENTS, *CONTENTS)) as scratch:
+        if isinstance(task, MaskTask):
+            masked = drawn_splits(task.collect(read), task.seed, test_cap)
+            counts = {split: len(images) for split, images in masked.items()}
+            digest = write_masked(masked, task.classes, scratch)
+        else:
+            splits = _split(task.collect(read), task.seed, test_cap)
+            counts = {split: len(images) for split, images in splits.items()}
+            digest = _write(splits, task.classes, scratch)
         summary = TaskSummary(
-            name=name,
-            classes=task.classes,
-            counts={split: len(images) for split, images in splits.items()},
-            licence=task.licence,
-            source=_source(task),
-            pixel_sha256=_write(splits, task.classes, scratch),
-        )
+            name=name, classes=task.classes, counts=counts, licence=task.licence, source=_source(task),
+            pixel_sha256=digest,
+        )  # fmt: skip
         write_file(scratch / "meta.json", json.dumps(asdict(summary) | {"test_cap": test_cap}, indent=1).encode())
     return summary
 
@@ -77,7 +85,7 @@ def _standing(folder: Path, name: str, test_cap: int | None) -> TaskSummary | No
     held = {item.name for item in folder.iterdir()} if folder.is_dir() else {folder.name} if folder.exists() else set()
     if not held:
         return None
-    if not {"meta.json"} <= held <= {"train", "val", "test", "meta.json"}:
+    if "meta.json" not in held or not (held <= set(_CONTENTS) or held <= set(CONTENTS)):
         fix = "name a folder that does not exist yet"
         raise InputError(str(folder), "is not a built task", got=", ".join(sorted(held)[:5]), fix=fix)
     path = folder / "meta.json"
@@ -87,12 +95,15 @@ def _standing(folder: Path, name: str, test_cap: int | None) -> TaskSummary | No
         raise InputError(str(path), "is not JSON", got=str(error), fix=f"remove {folder}") from error
     texts = {key: meta.text(key) for key in ("name", "licence", "source", "pixel_sha256")}
     counts = {split: meta.nested("counts").integer(split) for split in ("train", "val", "test")}
-    on_disk = {split: sum(1 for _ in (folder / split).glob("*/*.png")) for split in counts}
+    if held <= set(CONTENTS):
+        on_disk = images_of(folder)
+    else:
+        on_disk = {split: sum(1 for _ in (folder / split).glob("*/*.png")) for split in counts}
     same = (texts["name"], meta.raw("test_cap"), counts) == (name, test_cap, on_disk)
     return TaskSummary(classes=meta.texts("classes"), counts=counts, **texts) if same else None
 
 
-def _source(task: Task) -> str:
+def _source(task: Task | MaskTask) -> str:
     """Registry and releases, each once; ``none`` for what is made without a file."""
     releases: dict[str, dict[str, None]] = {}
     for file in task.files:
@@ -137,9 +148,10 @@ def _write(splits: Mapping[str, list[LabelledImage]], classes: Sequence[str], fo
     return digest.hexdigest()
 
 
-TASKS: dict[str, Task] = {
+TASKS: dict[str, Task | MaskTask] = {
     "digits": DIGITS,
     "landcover": LANDCOVER,
+    "landcover_seg": LANDCOVER_SEG,
     # Those below are for benchmarks: they need more than the extra ``demo`` (see CONTRIBUTING.md).
     "fashion": FASHION,
     "elpv": ELPV,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import cast
 
 import numpy as np
@@ -25,12 +26,24 @@ from edgepet.networks.head_settings import Form
 from edgepet.networks.heads import HeadNetwork
 from edgepet.networks.maps import taking
 from edgepet.networks.merged import merged_logits
+from edgepet.networks.separation import Separated
 from edgepet.spec import NpArray
 from edgepet.tuning.fake_quant import FakeQuant
 from edgepet.tuning.model import TunedModel, lowered
 from edgepet.tuning.noise import Noise
 
 FORMS: Mapping[Answer, type[MapForm]] = {"mask": HeadForm, "boxes": BoxForm}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Judged:
+    """What of a batch is judged by its masks: ``logits`` (n, C, h, w), those of what branches find on the way, which
+    have strides of their own, and what a head's separation finds.
+    """
+
+    logits: Tensor
+    interim: tuple[Tensor, ...]
+    separated: Separated | None
 
 
 class DenseModel(TunedModel):
@@ -49,12 +62,17 @@ class DenseModel(TunedModel):
         super().__init__(backbone, method, classes, seed=seed, fake_quant=fake_quant)
 
     def begin_head(self, backbone: Backbone, classes: int) -> None:
-        """As of ``TunedModel``."""
+        """As of ``TunedModel``; a product for each branch whose slots are judged, which no pack has, starts at zero."""
         self.form = FORMS[self._asked.answer](self._asked, self._maps, classes, seed=self._seed)
+        with torch.no_grad():
+            told = [branch for branch in self.branches(self.tuned()) if branch.kind == "semantic-prompt"]
+        self._told = [branch.into for branch in told]
+        self.tellers = nn.ModuleList([nn.Conv2d(len(branch.tensors["slots"]), classes, 1) for branch in told])
+        self.reset_head()
 
     def head_parameters(self) -> list[nn.Parameter]:
         """As of ``TunedModel``."""
-        return list(self.form.parameters())
+        return [*self.form.parameters(), *self.tellers.parameters()]
 
     @contextlib.contextmanager
     def watching(self) -> Iterator[None]:
@@ -66,13 +84,19 @@ class DenseModel(TunedModel):
     def reset_head(self) -> None:
         """As of ``TunedModel``."""
         self.form.reset()
+        for parameter in self.tellers.parameters():
+            nn.init.zeros_(parameter)
 
     def forward(self, images: Tensor, noise: Noise | None = None) -> Tensor:
         """What the form puts out, of preprocessed images (n, 3, H, W)."""
         return self.classify_maps(self.maps(images, noise))
 
     def maps(self, images: Tensor, noise: Noise | None = None) -> dict[str, Tensor]:
-        """The maps that the head reads, (n, C, h, w) by name, of the tuned network."""
+        """The maps that the head reads, (n, C, h, w) by name, of the tuned network.
+
+        In training what branches find on the way is kept, for ``judged``.
+        """
+        self.interim = {} if self.training else None
         self.features(images, noise)
         taken, self._taken = self._taken, {}
         return taken
@@ -80,6 +104,15 @@ class DenseModel(TunedModel):
     def classify_maps(self, maps: Mapping[str, Tensor]) -> Tensor:
         """What the form puts out, of maps by name: for masks logits (n, C, h, w)."""
         return cast(Tensor, self.form(maps))
+
+    def judged(self, maps: Mapping[str, Tensor]) -> Judged:
+        """All that is judged of a training's images whose maps ``maps`` gave last."""
+        logits, separated = cast(HeadForm, self.form).told(maps)
+        found, self.interim = self.interim or {}, None
+        interim = [
+            teller(m) for point, teller in zip(self._told, self.tellers, strict=True) for m in found.get(point, ())
+        ]
+        return Judged(logits=logits, interim=tuple(interim), separated=separated)
 
     def rows(self, maps: Mapping[str, Tensor]) -> Tensor:
         """Maps as flat rows (n, values)."""

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from edgepet.deltas.heads import NOT_COUNTED
 from edgepet.images.masks import Masked, read_masks
 from edgepet.measuring.overlap import confusion, mean_iou
 from edgepet.reports.progress import Say
@@ -24,6 +23,7 @@ from edgepet.tuning.dense import DenseModel
 from edgepet.tuning.dense_fit import VALUES_AT_ONCE, DensePixels, DenseRun, maps_of
 from edgepet.tuning.fit import Fit, LabelledPixels, Plan
 from edgepet.tuning.joint import JointAugmenter
+from edgepet.tuning.mask_losses import cross_entropy, dice_loss, interim_loss, separation_loss
 from edgepet.tuning.model import TunedModel
 from edgepet.tuning.processes import ALONE, Processes
 
@@ -49,33 +49,6 @@ def quarter(preprocess: Preprocess) -> tuple[int, int]:
     """Height and width at which losses are taken."""
     height, width = preprocess.image_size
     return (max(1, height // QUARTER), max(1, width // QUARTER))
-
-
-def cross_entropy(logits: Tensor, truth: Tensor, weights: Tensor | None = None) -> Tensor:
-    """The sum over all pixels of ``truth`` (n, h, w), int64, in which 255 counts for nothing, over h · w.
-
-    ``logits`` (n, C, ·, ·) are resized to it. Summed over images and divided by their number it is the loss as
-    mmsegmentation has it: a mean over all pixels, those that are not counted among them.
-    """
-    resized = functional.interpolate(logits.float(), size=truth.shape[-2:], mode="bilinear", align_corners=False)
-    summed = functional.cross_entropy(resized, truth, weight=weights, ignore_index=NOT_COUNTED, reduction="sum")
-    return summed / (truth.shape[-2] * truth.shape[-1])
-
-
-def dice_loss(logits: Tensor, truth: Tensor) -> Tensor:
-    """1 − (2 Σ p g + 1) / (Σ p + Σ g + 1), the mean over the classes that are in ``truth``; sums are over all pixels.
-
-    p are the softmax of ``logits`` at the size of ``truth``, g is 1 where it has the class. Milletari et al. 2016,
-    "V-Net", arXiv:1606.04797, equation 3, with the first power of p below, as nnU-Net has it.
-    """
-    shares = functional.interpolate(logits.float(), size=truth.shape[-2:], mode="bilinear", align_corners=False)
-    counted = (truth != NOT_COUNTED)[:, None]
-    there = functional.one_hot(truth.where(counted[:, 0], 0), logits.shape[1]).movedim(-1, 1) * counted
-    shares = shares.softmax(dim=1) * counted
-    both, each = (shares * there).sum((0, 2, 3)), there.sum((0, 2, 3))
-    losses = 1 - (2 * both + 1) / (shares.sum((0, 2, 3)) + each + 1)
-    present = each > 0
-    return losses[present].mean() if bool(present.any()) else losses.sum() * 0
 
 
 def miou_and_loss(
@@ -158,9 +131,14 @@ class _MaskRun(DenseRun):
         with autocast(plan):
             if self.images.rows is None:
                 maps = self.dense.maps(pixels.to(plan.device))
-            logits = self.dense.classify_maps(maps)
-        loss = cross_entropy(logits, truth, self.weights) / len(index)
+            judged = self.dense.judged(maps)
+        summed = cross_entropy(judged.logits, truth, self.weights)
+        if judged.interim:
+            summed = summed + interim_loss(judged.interim, truth, self.weights)
+        if judged.separated is not None:
+            summed = summed + separation_loss(judged.separated, truth)
+        loss = summed / len(index)
         if self.losses.dice:
-            loss = loss + self.losses.dice * dice_loss(logits, truth) * (len(part) / len(index))
+            loss = loss + self.losses.dice * dice_loss(judged.logits, truth) * (len(part) / len(index))
         torch.autograd.backward(loss)
         return loss.item()

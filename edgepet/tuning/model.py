@@ -21,7 +21,7 @@ from edgepet.methods import ActivationPath, Branching, Method
 from edgepet.methods.method import InUnits, flatten, unflatten
 from edgepet.methods.settings import stored
 from edgepet.networks.backbone import Backbone
-from edgepet.networks.graft import grafted, in_torch
+from edgepet.networks.graft import Interim, grafted, in_torch
 from edgepet.spec import NpArray, Site, Tuned
 from edgepet.tuning.fake_quant import FakeQuant
 from edgepet.tuning.front import Front
@@ -51,6 +51,7 @@ class TunedModel(nn.Module):
         super().__init__()
         self.fake_quant: FakeQuant | None = fake_quant
         self.front: Front | None = None
+        self.interim: Interim | None = None  # what branches find on the way, where it is asked for
         self.method, self.sites = method, method.sites(backbone.layers)
         on_activations = method.activation_kinds if isinstance(method, ActivationPath) else ()
         self._hooked = tuple(site for site in self.sites if site.exposed and site.kind in on_activations)
@@ -140,7 +141,8 @@ class TunedModel(nn.Module):
         try:
             # The hooks that round come last, so that branches read what was there before.
             reading, beginning = self._reading(), self._begun(images)
-            with grafted(self.backbone, self.branches(tuned)), reading, beginning as given, disturbed, self.watching():
+            grown = grafted(self.backbone, self.branches(tuned), self.interim)
+            with grown, reading, beginning as given, disturbed, self.watching():
                 return cast(Tensor, torch.func.functional_call(self.backbone, folded, (given,)))
         finally:
             for hook in hooks:

@@ -69,6 +69,7 @@ class TrainOptions:
             is what lies in the folder.
         head: of masks: "mlp", or "linear", with settings as "mlp,width=32,maps=0/1/2,depthwise=true,norm=false"; of
             boxes "fcos", as "fcos,width=32,depth=2"; maps are the backbone's, 0 the finest. None is the first of each.
+            "mlp,separation=true" tells neighbouring places and regions apart.
         dice: of masks: how much Dice's loss, which sees rare classes, counts beside cross entropy.
         log: where every step is written to: "csv", "tensorboard", "mlflow" and "wandb", the last two on this machine
             unless ``MLFLOW_TRACKING_URI`` or ``WANDB_MODE`` says otherwise.

@@ -156,14 +156,15 @@ def head_form(text: str) -> Form:
     name, given = named("head", text)
     if name not in FORMS:
         raise InputError(where, f"is {', '.join(FORMS)}", got=repr(name))
-    known = {"mlp": ("width", "maps", "depthwise", "norm"), "fcos": ("width", "maps", "depth", "norm")}.get(
-        name, ("maps", "norm")
-    )
+    known = {
+        "mlp": ("width", "maps", "depthwise", "norm", "separation"),
+        "fcos": ("width", "maps", "depth", "norm"),
+    }.get(name, ("maps", "norm"))
     unknown = [key for key in given if key not in known]
     if unknown:
         raise InputError(where, f"{name} knows the settings {', '.join(known)}", got=repr(unknown[0]))
     values = dict[str, Any](given)
-    for key in ("depthwise", "norm"):
+    for key in ("depthwise", "norm", "separation"):
         if not isinstance(values.get(key, False), bool):
             raise InputError(where, f"needs {key}=true or {key}=false", got=values[key])
     if not _is_natural(width := values.get("width", 1)) or not 1 <= width <= MOST_WIDTH:

@@ -9,11 +9,13 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from uuid import NAMESPACE_URL, uuid5
 
 from edgepet.canonical import canonical_json
 from edgepet.deltas.delta import Delta
+from edgepet.deltas.heads import Answer
 from edgepet.errors import InputError, option
 from edgepet.files import require_file_place, require_other, write_file
 from edgepet.measuring.parity import interval
@@ -37,6 +39,63 @@ SPDX = {
         "WTFPL", "Zlib",
     )
 }  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Answer:
+    """One of what a pack answers: a ``kind`` of answer, its labels, and the ``value`` of a metric on ``n`` val images.
+
+    ``interval`` is that of ``value``, 95 %, where the pack has what it takes to tell one; ``layers`` are of a head that
+    reads maps, by kind, and ``values`` what they hold.
+    """
+
+    sentence: str
+    kind: str
+    unit: str
+    labels: tuple[str, ...]
+    metric: str
+    metric_type: str
+    value: float
+    n: int
+    interval: tuple[float, float] | None = None
+    layers: tuple[str, ...] = ()
+    values: int = 0
+
+
+_OF_MAPS: dict[Answer, tuple[str, str, str, str, str]] = {  # how a sentence begins, kind, unit, metric and its type
+    "mask": ("A mask of every image in", "semantic segmentation", "pixel", "mIoU", "mean intersection over union"),
+    "boxes": ("Boxes around the objects of every image, of", "object detection", "object", "AP", "average precision"),
+}
+
+
+def _answers(delta: Delta) -> tuple[_Answer, ...]:
+    """What a pack answers, its classifier first."""
+    several = "images" if delta.preprocess.frames == 1 else "clips"
+    found = []
+    if delta.labels:
+        low, high = interval(round(delta.val.top1 * delta.val.n), delta.val.n) if delta.val.n else (0.0, 1.0)
+        found.append(
+            _Answer(
+                sentence=f"A classifier of {several} into {_classes(delta.labels)}", kind="classification",
+                unit="image", labels=delta.labels, metric="Top-1", metric_type="top-1 accuracy", value=delta.val.top1,
+                n=delta.val.n, interval=(low, high),
+            )
+        )  # fmt: skip
+    for each in delta.heads:
+        begins, kind, unit, metric, metric_type = _OF_MAPS[each.head.answer]
+        found.append(
+            _Answer(
+                sentence=f"{begins} {_classes(each.head.labels)}", kind=kind, unit=unit, labels=each.head.labels,
+                metric=metric, metric_type=metric_type,
+                value=each.value, n=each.n, layers=tuple(step.layer.kind for step in each.head.steps),
+                values=each.head.stored_values,
+            )
+        )  # fmt: skip
+    return tuple(found)
+
+
+def _classes(labels: tuple[str, ...]) -> str:
+    return f"{format_number(len(labels))} {'class' if len(labels) == 1 else 'classes'}"
 
 
 def require_card_place(output: Path, source: Path) -> None:
@@ -73,7 +132,8 @@ def _places(output: Path) -> tuple[Path, Path]:
 
 def limits(pack: Pack) -> tuple[str, ...]:
     """What a reader of the card could take for known, and is not: in sentences without any text of the pack."""
-    delta, scored = pack.delta, pack.delta.val.n > 0
+    delta, answers = pack.delta, _answers(pack.delta)
+    scored, units = all(each.n for each in answers), {each.unit for each in answers}
     told = {
         "The accuracy is of a val split that chose the epoch as well: on images that chose nothing it may be lower.":
             scored,
@@ -81,7 +141,8 @@ def limits(pack: Pack) -> tuple[str, ...]:
             scored and pack.rounding == "int8",
         "It has no score: how often it is right is not known.": not scored,
         "Nothing is known of other data: other places, cameras or times, or a class alone.": True,
-        "Every image is given one of the labels: one that shows none of them is not detected.": True,
+        "Every image is given one of the labels: one that shows none of them is not detected.": "image" in units,
+        "Every pixel is given one of the labels: one that shows none of them is not detected.": "pixel" in units,
         "Which images it was trained on is unknown: the pack has no digest of them.": _data_digest(delta) is None,
         "The licences are of what it was made from; the pack has none of its own.": bool(delta.licences),
         "The pack names no licence, neither of its backbone nor of its own.": not delta.licences,
@@ -97,11 +158,6 @@ def _data_digest(delta: Delta) -> str | None:
     return told if isinstance(told, str) and re.fullmatch("sha256:[0-9a-f]{64}", told) else None
 
 
-def _accuracy(delta: Delta) -> tuple[float, float, float]:
-    """Top-1 on val as a fraction of 1, and its 95 % interval."""
-    return delta.val.top1, *interval(round(delta.val.top1 * delta.val.n), delta.val.n)
-
-
 def _spelled(value: object) -> str:
     """JSON on one line."""
     return printable(canonical_json(value).decode())
@@ -113,12 +169,10 @@ def _spelled(value: object) -> str:
 def markdown_card(pack: Pack, signed_by: str | None) -> str:
     """The card for people; the same pack gives the same text."""
     delta = pack.delta
-    classes = len(delta.labels)
+    what = ", and ".join(each.sentence for each in _answers(delta))
     blocks = [
         f"# Model card of {code(delta.task)}",
-        f"A classifier of {'images' if delta.preprocess.frames == 1 else 'clips'} into {format_number(classes)}"
-        f" {'class' if classes == 1 else 'classes'}: {format_number(pack.size_bytes)} bytes for the backbone"
-        f" {code(delta.backbone)}.",
+        f"{what}: {format_number(pack.size_bytes)} bytes for the backbone {code(delta.backbone)}.",
         _section("Model", _model_points(delta)),
         _section("Accuracy", _accuracy_points(delta)),
         _section("Data and training", _training_points(delta)),
@@ -148,23 +202,29 @@ def _codes(texts: Iterable[str]) -> str:
 
 
 def _model_points(delta: Delta) -> Iterator[str]:
-    yield f"Task: {code(delta.task)}, classification"
+    answers = _answers(delta)
+    yield f"Task: {code(delta.task)}, {', '.join(each.kind for each in answers)}"
     yield f"Method: {code(delta.method)}"
     settings = _codes(f"{key}={_spelled(value)}" for key, value in delta.settings.items())
     yield f"Settings: {settings or 'none'}"
     yield f"Backbone: {code(delta.backbone)}"
     yield f"Fingerprint of the backbone: {code(delta.fingerprint)}"
     yield f"Licences of what it was made from: {_codes(delta.licences) or 'unknown'}"
-    yield f"Labels, in the order of the answers: {_codes(delta.labels)}"
+    for each in answers:
+        if each.layers:
+            yield f"Head: {format_number(each.values)} values in {_codes(each.layers)}"
+        yield f"Labels, in the order of the answers: {_codes(each.labels)}"
 
 
 def _accuracy_points(delta: Delta) -> Iterator[str]:
-    if delta.val.n == 0:
-        yield "Top-1 on val: not scored"
-        return
-    top1, low, high = map(format_percent, _accuracy(delta))
-    yield f"Top-1 on val: {top1} of n = {format_number(delta.val.n)}"
-    yield f"95 % interval (Wilson): {low} to {high}"
+    for each in _answers(delta):
+        if each.n == 0:
+            yield f"{each.metric} on val: not scored"
+            continue
+        yield f"{each.metric} on val: {format_percent(each.value)} of n = {format_number(each.n)}"
+        if each.interval is not None:
+            low, high = map(format_percent, each.interval)
+            yield f"95 % interval (Wilson): {low} to {high}"
 
 
 def _training_points(delta: Delta) -> Iterator[str]:
@@ -220,7 +280,7 @@ def cyclonedx_card(pack: Pack, signed_by: str | None) -> str:
                 "bom-ref": model,
                 "name": delta.task,
                 "version": str(pack.sequence),
-                "description": f"A classifier: a parameter-efficient delta for the backbone {delta.backbone}",
+                "description": f"{_nouns(delta)}: a parameter-efficient delta for the backbone {delta.backbone}",
                 "hashes": [{"alg": "SHA-256", "content": pack.sha256}],
                 **({"licenses": [{"license": _licence(each)} for each in delta.licences]} if delta.licences else {}),
                 "modelCard": _model_card(pack),
@@ -248,25 +308,32 @@ def _model_card(pack: Pack) -> dict[str, object]:
     card: dict[str, object] = {
         "modelParameters": {
             "approach": {"type": "supervised"},
-            "task": "classification",
+            "task": ", ".join(each.kind for each in _answers(delta)),
             "architectureFamily": printable(f"{delta.method} on a frozen backbone"),
             "modelArchitecture": delta.backbone,
             "datasets": [_dataset(delta)],
         }
     }
-    if delta.val.n:
-        top1, low, high = (f"{fraction:.4f}" for fraction in _accuracy(delta))
-        card["quantitativeAnalysis"] = {
-            "performanceMetrics": [
-                {
-                    "type": "top-1 accuracy",
-                    "value": top1,
-                    "slice": f"val, n = {delta.val.n}",
-                    "confidenceInterval": {"lowerBound": low, "upperBound": high},
-                }
-            ]
-        }
+    scored = [_performance(each) for each in _answers(delta) if each.n]
+    if scored:
+        card["quantitativeAnalysis"] = {"performanceMetrics": scored}
     return card | {"considerations": {"technicalLimitations": list(limits(pack))}}
+
+
+def _nouns(delta: Delta) -> str:
+    return ", and ".join(each.sentence.partition(" of ")[0] for each in _answers(delta))
+
+
+def _performance(answer: _Answer) -> dict[str, object]:
+    told: dict[str, object] = {
+        "type": answer.metric_type,
+        "value": f"{answer.value:.4f}",
+        "slice": f"val, n = {answer.n}",
+    }
+    if answer.interval is None:
+        return told
+    low, high = (f"{fraction:.4f}" for fraction in answer.interval)
+    return told | {"confidenceInterval": {"lowerBound": low, "upperBound": high}}
 
 
 def _dataset(delta: Delta) -> dict[str, object]:
@@ -291,7 +358,7 @@ def _file_facts(pack: Pack, signed_by: str | None) -> dict[str, str]:
         "method": printable(delta.method),
         "settings": _spelled(delta.settings),
         "training": _spelled(delta.training),
-        "labels": _spelled(delta.labels),
+        "labels": _spelled([label for each in _answers(delta) for label in each.labels]),
         "preprocess": _spelled(delta.preprocess.as_json()),
         "bytes": str(pack.size_bytes),
         "sequence": str(pack.sequence),

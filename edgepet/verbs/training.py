@@ -69,7 +69,8 @@ def _task_options(parser: Parser) -> None:
     told = "class folders, or images with masks or boxes (default: what lies in DATA)"
     add("--task", choices=TASKS, help=told)
     told = (
-        "of masks: mlp or linear, with settings as mlp,width=32,maps=0/1/2,depthwise=true,norm=false; maps are the"
+        "of masks: mlp or linear, with settings as mlp,width=32,maps=0/1/2,depthwise=true,norm=false,separation=true;"
+        " maps are the"
         " backbone's, 0 the finest (default: mlp); of boxes: fcos, as fcos,width=64,depth=2"
     )
     add("--head", default=own.head, metavar="H", help=told)

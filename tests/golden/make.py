@@ -14,6 +14,7 @@ import os
 import sys
 import tempfile
 from collections import OrderedDict
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -193,22 +194,29 @@ def closing_base() -> dict[str, NpArray]:
     return {name: values(*shape, seed=i).astype(np.float64) for i, (name, shape) in enumerate(shapes.items())}
 
 
-def every_branch() -> tuple[Branch, ...]:
+# The kinds of packs/branches.pet; those that came later are in packs/further-branches.pet.
+FIRST_KINDS = (
+    "bottleneck", "patch-conv", "conv-pair", "stage-prompt", "temporal", "tokens", "key-values", "prompts",
+)  # fmt: skip
+FURTHER_KINDS = tuple(kind for kind in BRANCHES if kind not in FIRST_KINDS)
+
+
+def every_branch(kinds: Sequence[str] = tuple(BRANCHES)) -> tuple[Branch, ...]:
     """Two branches of each kind, at points of their own."""
     settings = {"activation": "gelu", "prefix": 1, "height": 2, "width": 3, "stride": 1, "padding": 1, "dilation": 1,
-                "frames": 2, "heads": 2}  # fmt: skip
+                "frames": 2, "heads": 2, "recurrences": 2}  # fmt: skip
     return tuple(
         Branch(
             kind=kind,
             tap=f"blocks.{block}.{kind.replace('-', '_')}:in",
             into=f"blocks.{block}.{kind.replace('-', '_')}:out",
-            settings={name: settings[name] for name in known.settings},
+            settings={name: settings[name] for name in BRANCHES[kind].settings},
             tensors={
                 name: values(*range(2, 2 + axes), seed=block + number)
-                for number, (name, axes) in enumerate(known.tensors.items())
+                for number, (name, axes) in enumerate(BRANCHES[kind].tensors.items())
             },
         )
-        for kind, known in BRANCHES.items()
+        for kind in kinds
         for block in range(2)
     )
 
@@ -223,7 +231,8 @@ def packs(folder: Path) -> None:
         "updates-fp32": (delta(every_update()), "fp32"),
         "closing-fp16": (delta(closing_updates()), "fp16"),
         "closing-fp32": (delta(closing_updates()), "fp32"),
-        "branches": (delta(branches=every_branch()), "fp16"),
+        "branches": (delta(branches=every_branch(FIRST_KINDS)), "fp16"),
+        "further-branches": (delta(branches=every_branch(FURTHER_KINDS)), "fp16"),
         "clips": (delta(preprocess=clips), "fp16"),
         "int8": (delta(int8=ranges, training={}, licences=()), "fp32"),
     }
