@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 DEMO_EXTRAS := train,openvino,tensorrt-rtx,demo
-TEST_EXTRAS := $(DEMO_EXTRAS),onnxsim,accelerate,peft,sign,report,dev
+TEST_EXTRAS := $(DEMO_EXTRAS),onnxsim,accelerate,peft,sign,report,boxes,dev
 
 # Two processes, a file of tests in each: most of a test's time is tracing, on one thread.
 TESTS = $(BIN)/python -m pytest --numprocesses 2 --dist loadfile

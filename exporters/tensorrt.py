@@ -101,7 +101,7 @@ def build_engines(
     kind, trt = _library()
     targets = _targets(trt, sms) if kind == "tensorrt-rtx" else (_compute_capability(),)
     start = time.perf_counter()
-    plan, takes, (gives, *masks), layers = _build(
+    plan, takes, (gives, *others), layers = _build(
         trt, onnx_model, precision, max_batch, targets, portable=kind == "tensorrt-rtx"
     )
     seconds = time.perf_counter() - start
@@ -117,7 +117,7 @@ def build_engines(
         output=gives,
         max_batch=max_batch,
         precision=precision,
-        mask=masks[0] if masks else None,
+        others=tuple(others),
     )
     return _write(trt, plan, sidecar, folder, stem=stem, seconds=seconds, layers=layers)
 
@@ -150,7 +150,8 @@ def _write(
 ) -> TensorrtBuild:
     """The engine first: a side-car must never name an engine that is not on the disk yet."""
     write_file(folder / sidecar.file, plan)
-    told = {name: value for name, value in asdict(sidecar).items() if value is not None}
+    told = {name: value for name, value in asdict(sidecar).items() if name != "others"}
+    told |= {each.name: asdict(each) for each in sidecar.others}
     write_file(folder / f"{stem}.engine.json", canonical_json({"schema": SCHEMA, **told}))
     return TensorrtBuild(
         engine=sidecar.engine,
@@ -278,7 +279,7 @@ def _parse(trt: Trt, builder: Trt, onnx_model: bytes | Path) -> tuple[Trt, Trt]:
 
 
 def _tensors(trt: Trt, network: Trt, precision: StoredPrecision) -> tuple[TensorSpec, tuple[TensorSpec, ...]]:
-    """Input and outputs: fp32, but for pictures and a mask, which are uint8."""
+    """Input and outputs: fp32, but for pictures and a mask, which are uint8, and the labels of boxes, int32."""
     ports = [network.get_input(index) for index in range(network.num_inputs)]
     ports += [network.get_output(index) for index in range(network.num_outputs)]
     found = [(port.name, tuple(port.shape)) for port in ports]
@@ -289,6 +290,14 @@ def _tensors(trt: Trt, network: Trt, precision: StoredPrecision) -> tuple[Tensor
             len(sizes) == 3 and min(sizes) > 0 and (rows, columns) == (height, width)
         ):
             pass
+        case [
+            ("images", (-1, _, _, _)),
+            ("found", (-1, count, 6)),
+            ("boxes", (-1, boxes, 4)),
+            ("scores", (-1, scores)),
+            ("labels", (-1, labels)),
+        ] if count == boxes == scores == labels > 0:
+            pass
         case _:
             needs = "needs one input images (batch, [frames,] 3, H, W) and one output (batch, C), only the batch free"
             raise InputError("ONNX model", needs, got=", ".join(f"{name} {shape}" for name, shape in found))
@@ -296,6 +305,7 @@ def _tensors(trt: Trt, network: Trt, precision: StoredPrecision) -> tuple[Tensor
     for port, (name, shape) in zip(ports, found, strict=True):
         takes_pictures = port is ports[0] and port.dtype == trt.uint8
         kind = "uint8" if takes_pictures or (name == "mask" and len(shape) == 3) else "float32"
+        kind = "int32" if name == "labels" and len(found) > 3 else kind
         if port.dtype != getattr(trt, kind):
             told = "fp32" if kind == "float32" else kind
             raise InputError(f"ONNX tensor {name!r}", f"must be {told} in an {precision} engine", got=port.dtype.name)

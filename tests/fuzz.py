@@ -44,7 +44,9 @@ from tests.packs import deflate, header_bytes, manifest_of, tensors_of
 
 FORMATS = {"fp32": 32, "fp16": 16, "int8": 8, "int4": 4, "int2": 2, "int32": 32, "bits": 8}  # bits of a stored value
 PLAIN = {"F32": "fp32", "I32": "int32", "F16": "fp16", "U8": "bits"}  # in the order of a file
-PROBES = {answer: (f"probe.{answer}", f"probe.{answer}.int8") for answer in ("class", "mask")}  # in fp32, in int8
+PROBES = {
+    answer: (f"probe.{answer}", f"probe.{answer}.int8") for answer in ("class", "mask", "boxes")
+}  # in fp32, in int8
 EXACT = ("int8.ranges", *PROBES["class"], *PROBES["mask"])  # planes that are not of the delta
 MOST_TEXT, MOST_SECONDS = 2000, 2.0  # of a message, and of reading one of these packs, nearly all below 10 kB
 MOST_MEMORY = 2 << 30  # of a process; NumPy and its libraries take half a gigabyte of addresses

@@ -9,11 +9,12 @@ from typing import Any
 from edgepet.deltas.delta import JudgedHead
 from edgepet.deltas.layers import settings, tensors
 
-ANSWERS = ("mask",)
+ANSWERS = {"mask": ("miou", 2), "boxes": ("map", 1)}  # what each is judged by, and the fewest labels
 INPUTS = {
     "multiply": (2, 2),
     "add": (2, 64),
     "concat": (2, 64),
+    "detect": (2, 64),
 }  # fewest and most that a layer reads; one of all others
 # Tensors that a layer must have, and those that it may.
 TENSORS: dict[str, tuple[str, str]] = {
@@ -21,6 +22,7 @@ TENSORS: dict[str, tuple[str, str]] = {
     "deconv": ("weight", "bias"), "norm": ("", "weight bias"), "attend": ("keys values", "key_bias bias"),
     "regions": ("queries weight", ""), "resize": ("", ""), "pool": ("", ""), "add": ("", ""), "multiply": ("", ""),
     "concat": ("", ""), "activation": ("", ""), "unit": ("", ""), "mean": ("", ""),
+    "detect": ("scales", ""),
 }  # fmt: skip
 SETTINGS: dict[str, dict[str, Callable[[Any], bool]]] = {
     "conv": {"stride": lambda value: type(value) is int and value in (1, 2)},
@@ -32,6 +34,10 @@ SETTINGS: dict[str, dict[str, Callable[[Any], bool]]] = {
     "activation": {"name": lambda value: value in ("relu", "gelu", "sigmoid")},
     "norm": {"eps": lambda value: type(value) in (int, float) and 0 < value < 1},
     "unit": {"eps": lambda value: type(value) in (int, float) and 0 < value < 1},
+    "detect": {
+        "stride": lambda value: type(value) is int and 1 <= value <= 64,
+        "top": lambda value: type(value) is int and 1 <= value <= 1000,
+    },
 }
 
 Need = Callable[[object, str], None]
@@ -42,7 +48,8 @@ def head_meaning(head: Mapping[str, Any], leaf: Leaf, need: Need, labels: list[s
     """Name, answer, labels, layers and score of a head; ``labels`` are its own, of a right number of bytes each."""
     name, score = head["name"], head["val"]
     need(re.fullmatch("[a-z][a-z0-9-]{0,31}", name) and head["answer"] in ANSWERS, "a head of another name or answer")
-    need(2 <= len(labels) <= 255 and len(set(labels)) == len(labels), "labels of another number, or twice one")
+    metric, least = ANSWERS[head["answer"]]
+    need(least <= len(labels) <= 255 and len(set(labels)) == len(labels), "labels of another number, or twice one")
     need(isinstance(head["layers"], list) and 1 <= len(head["layers"]) <= 64, "layers of another number")
     known, read, layers = {"features"}, set[str](), list[Any]()
     for layer in head["layers"]:
@@ -50,8 +57,12 @@ def head_meaning(head: Mapping[str, Any], leaf: Leaf, need: Need, labels: list[s
         read |= set(layer["reads"])
         need(layer["gives"] not in known, "a name that is given twice")
         known.add(layer["gives"])
+    kinds = [layer["kind"] for layer in head["layers"]]
+    need(
+        "detect" not in kinds[:-1] and (kinds[-1] == "detect") == (head["answer"] == "boxes"), "boxes by another layer"
+    )
     need({layer["gives"] for layer in head["layers"][:-1]} <= read, "a layer that nobody reads")
-    need(score.keys() == {"metric", "value", "n"} and score["metric"] == "miou", "another score")
+    need(score.keys() == {"metric", "value", "n"} and score["metric"] == metric, "another score")
     need(type(score["value"]) in (int, float) and 0 <= score["value"] <= 1, "a score that is none")
     need(type(score["n"]) is int and 0 <= score["n"] < 10**20, "a score of no number of images")
     return [name, head["answer"], labels, layers, (float(score["value"]), score["n"])]
@@ -81,6 +92,7 @@ def _fits(kind: str, shapes: Mapping[str, tuple[int, ...]]) -> bool:
     axes = {
         "point": {"weight": 2}, "depthwise": {"weight": 3}, "conv": {"weight": 4}, "deconv": {"weight": 4},
         "norm": {"weight": 1}, "attend": {"keys": 3, "values": 3}, "regions": {"queries": 2, "weight": 2},
+        "detect": {"scales": 1},
     }.get(kind, {})  # fmt: skip
     if any(len(shapes[name]) != count for name, count in axes.items() if name in shapes):
         return False
@@ -110,7 +122,7 @@ def meaning_of_head(judged: JudgedHead, plain: Callable[[Any], Any]) -> list[Any
          {name: plain(array) for name, array in sorted(tensors(step.layer).items())}]
         for step in head.steps
     ]  # fmt: skip
-    return [head.name, head.answer, list(head.labels), layers, (judged.miou, judged.n)]
+    return [head.name, head.answer, list(head.labels), layers, (judged.value, judged.n)]
 
 
 def counted_places(heads: Any) -> list[tuple[object, ...]]:

@@ -20,6 +20,7 @@ from edgepet.deltas.layers import (
     Conv,
     Deconv,
     Depthwise,
+    Detect,
     Layer,
     Mean,
     Multiply,
@@ -93,5 +94,10 @@ def layer_cases(draw: st.DrawFn, kinds: Sequence[str] = tuple(LAYERS)) -> LayerC
             return LayerCase(Attend(keys, values, or_none(out, rows), or_none(out)), (x,))
         case "regions":
             return LayerCase(Regions(drawn(rows, channels), drawn(channels, channels)), (x,))
+        case "detect":
+            levels = [(2 * height, 2 * width), (height, width)][: draw(st.integers(1, 2))]
+            maps = [each for sides in levels for each in (drawn(n, channels, *sides), drawn(n, 5, *sides))]
+            layer = Detect(rng.uniform(0.5, 2, len(levels)), draw(st.sampled_from([4, 7])), draw(st.integers(1, 200)))
+            return LayerCase(layer, tuple(maps))
         case _:
             return LayerCase(Mean(), (x,))

@@ -49,7 +49,7 @@ def masks(**changes: Any) -> Delta:
     steps = [Step(layer=layer, reads=(read,), gives=gives)
              for layer, read, gives in zip(layers, ("map.0", "a", "b"), ("a", "b", "c"), strict=True)]  # fmt: skip
     head = MapHead(name="mask", answer="mask", labels=("sea", "land"), steps=tuple(steps))
-    judged = JudgedHead(head=head, miou=0.525, n=8)
+    judged = JudgedHead(head=head, value=0.525, n=8)
     return make_delta(head=NO_CLASSIFIER, labels=(), val=Score(top1=0.0, n=0), heads=(judged,), **changes)
 
 

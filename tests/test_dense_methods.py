@@ -13,7 +13,7 @@ from edgepet.networks.backbone import Backbone
 from edgepet.networks.head_settings import Form
 from edgepet.packs.pack import EVERY, encode_pack, read_pack
 from edgepet.spec import Preprocess
-from edgepet.tuning.dense import DenseModel, MergedMasks, dense_algebra_error, extract_dense
+from edgepet.tuning.dense import DenseModel, MergedHead, dense_algebra_error, extract_dense
 from tests.methods import EXAMPLES
 from tests.tiny import random_images, seeded, tiny_vit
 
@@ -71,5 +71,5 @@ def test_a_method_and_a_head_lower_to_what_was_tuned(network: str, name: str, ba
         assert np.abs(tuned - plain).max() > 1e-4 * largest  # or a method that reaches no map would pass
     delta = extract_dense(model, backbone, task="scene", labels=("a", "b", "c"))
     stored = read_pack(encode_pack(delta, codec="fp32"), answers=EVERY).delta
-    got = MergedMasks(backbone, stored)(images)
+    got = MergedHead(backbone, stored)(images)
     assert got.shape == (2, 3, *model.form.levels[0].shape[1:])

@@ -31,6 +31,7 @@ from edgepet.deltas.layers import (
     Conv,
     Deconv,
     Depthwise,
+    Detect,
     Mean,
     Multiply,
     Norm,
@@ -126,20 +127,25 @@ def with_heads() -> list[Delta]:
         ("d a a", "e", Concat()), ("e d", "f", Multiply()), ("f", "g", Mean()), ("g features", "h", Concat()),
         ("h", "logits", Norm(None, None, 1e-3)),
     )  # fmt: skip
+    boxes = (
+        ("map.1", "a", Point(weight, values(2, seed=3))), ("map.1", "b", Point(values(5, 2, seed=4))),
+        ("a b", "found", Detect(values(1, seed=5), 8, 50)),
+    )  # fmt: skip
     heads = [
         JudgedHead(
             head=MapHead(
-                name=name, answer="mask", labels=("é", "b"),
+                name=name, answer="boxes" if name == "boxes" else "mask", labels=("é", "b"),
                 steps=tuple(Step(layer=layer, reads=tuple(reads.split()), gives=gives) for reads, gives, layer in steps),
             ),
-            miou=0.5, n=8,
+            value=0.5, n=8,
         )
-        for name, steps in (("mask", mixed), ("other-1", plain))
+        for name, steps in (("mask", mixed), ("other-1", plain), ("boxes", boxes))
     ]  # fmt: skip
     alone = {"head": NO_CLASSIFIER, "labels": (), "val": Score(top1=0.0, n=0)}
     probe = Probe(7, values(2, 2, seed=3), 0.25)
     return [
-        tiny(heads=tuple(heads)), tiny(heads=tuple(heads), **alone), tiny(heads=(heads[0],), probes={"fp32": probe, "int8": probe}, **alone)
+        tiny(heads=tuple(heads)), tiny(heads=tuple(heads), **alone), tiny(heads=(heads[2],), probes={"fp32": probe}, **alone),
+        tiny(heads=(heads[0],), probes={"fp32": probe, "int8": probe}, **alone),
     ]  # fmt: skip
 
 

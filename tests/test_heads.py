@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from edgepet.deltas.heads import FEATURES, Map, MapHead, Step, mask_of
-from edgepet.deltas.layers import Activation, Add, Concat, Layer, Mean, Multiply, Point, Resize
+from edgepet.deltas.layers import Activation, Add, Concat, Detect, Layer, Mean, Multiply, Point, Resize
 from edgepet.errors import InputError
 from edgepet.spec import NpArray
 
@@ -109,7 +109,10 @@ LEAF = step(Point(drawn(1, 2, 2)), "map.1", "logits")
     ("make", "told"),
     [
         (lambda: head(name="What"), "head: needs a name of small letters, digits and '-', at most 32, got 'What'"),
-        (lambda: head(answer="boxes"), "what: needs one of mask as answer, got 'boxes'"),
+        (lambda: head(answer="text"), "what: needs one of mask, boxes as answer, got 'text'"),
+        (lambda: head(LEAF, answer="boxes"), "what: needs a layer detect where it answers boxes, as the last one, and nowhere else, got point as layer 1"),
+        (lambda: head(step(Detect(np.ones(1), 8), "map.1 map.2", "found")), "what: needs a layer detect where it answers boxes, as the last one, and nowhere else, got detect as layer 1"),
+        (lambda: head(labels=(), answer="boxes"), "what: needs 1 to 255 labels, got 0"),
         (lambda: head(labels=("land",)), "what: needs 2 to 255 labels, got 1"),
         (lambda: head(labels=("land", "land")), "what: needs labels that differ, got land, land"),
         (lambda: head(labels=tuple(map(str, range(256)))), "what: needs 2 to 255 labels, got 256"),
@@ -165,6 +168,34 @@ def test_maps_that_a_head_cannot_read_are_refused(given: MapHead, told: str) -> 
     with pytest.raises(InputError) as error:
         given.shapes([FINE, COARSE])
     assert str(error.value) == told
+
+
+def detector(classes: int = 2, stride: int = 8) -> MapHead:
+    """Two levels, read from maps of other widths."""
+    steps = [
+        step(Point(drawn(10 * level + place, out, width)), name, f"{gives}_{level}")
+        for level, (name, width) in enumerate((("map.1", 2), ("map.2", 3)))
+        for place, (gives, out) in enumerate((("what", classes), ("where", 5)))
+    ]
+    found = step(Detect(np.array([1.0, 0.5]), stride, 20), "what_0 where_0 what_1 where_1", "found")
+    return MapHead(name="boxes", answer="boxes", labels=("land", "water"), steps=(*steps, found))
+
+
+def test_a_detector_gives_boxes_and_what_its_last_layer_reads_is_told() -> None:
+    head = detector()
+
+    assert head.shapes([FINE, COARSE])["found"] == (20, 6)
+    found, read = head(maps()), head.read_last(maps())
+
+    assert found.shape == (5, 20, 6)
+    assert [x.shape[1:] for x in read] == [(2, 4, 6), (5, 4, 6), (2, 2, 3), (5, 2, 3)]
+    np.testing.assert_array_equal(head.steps[-1].layer(*read), found)
+    assert (np.diff(found[:, :, 4]) <= 0).all()
+
+
+def test_a_detector_of_other_classes_than_its_labels_is_refused() -> None:
+    with pytest.raises(InputError, match=r"^boxes: needs maps of 2 classes, one a label, got 3$"):
+        detector(classes=3).shapes([FINE, COARSE])
 
 
 def test_a_head_may_read_features_where_their_width_is_known() -> None:

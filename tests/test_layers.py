@@ -1,5 +1,7 @@
 """Every layer of a head is its definition, written out here place by place, and says what it cannot read."""
 
+# ruff: noqa: E501  a row of a table stays on its line
+
 from __future__ import annotations
 
 import math
@@ -21,6 +23,7 @@ from edgepet.deltas.layers import (
     Conv,
     Deconv,
     Depthwise,
+    Detect,
     Layer,
     Mean,
     Multiply,
@@ -127,7 +130,7 @@ def written_out(layer: Any, inputs: tuple[NpArray, ...], row: int, column: int) 
 
 
 @EXAMPLES
-@given(layer_cases(kinds=[kind for kind in LAYERS if kind != "mean"]))
+@given(layer_cases(kinds=[kind for kind in LAYERS if kind not in ("mean", "detect")]))
 def test_a_layer_gives_at_every_place_what_its_definition_says(case: LayerCase) -> None:
     grids = tuple(x.reshape(*x.shape, *[1] * (4 - x.ndim)) for x in case.inputs)  # features are a map of one place
 
@@ -199,6 +202,34 @@ def test_a_map_of_one_value_stays_one_at_any_size(size: tuple[int, int]) -> None
     np.testing.assert_allclose(bilinear(np.full((1, 2, 4, 6), 3.5), size), np.full((1, 2, *size), 3.5), rtol=1e-15)
 
 
+def box_of(layer: Detect, inputs: tuple[NpArray, ...], level: int, row: int, column: int) -> list[float]:
+    """What a detector says of one place of one image; no code of the layer is used."""
+    classes, beside = inputs[2 * level][:, row, column], inputs[2 * level + 1][:, row, column]
+    stride = layer.stride * 2**level
+    x, y = (column + 0.5) * stride, (row + 0.5) * stride
+    left, top, right, bottom = (max(0.0, float(side * layer.scales[level])) * stride for side in beside[:4])
+    best = max(range(len(classes)), key=lambda label: classes[label])
+    score = math.sqrt(1 / (1 + math.exp(-classes[best])) / (1 + math.exp(-beside[4])))
+    return [x - left, y - top, x + right, y + bottom, score, best]
+
+
+@EXAMPLES
+@given(layer_cases(kinds=["detect"]))
+def test_a_detector_has_a_box_for_every_place_and_tells_the_best(case: LayerCase) -> None:
+    layer, found = case.layer, case.layer(*case.inputs)
+    assert isinstance(layer, Detect)
+
+    for image in range(len(found)):
+        inputs = tuple(x[image] for x in case.inputs)
+        boxes = [
+            box_of(layer, inputs, level, row, column)
+            for level in range(len(layer.scales))
+            for row, column in np.ndindex(inputs[2 * level].shape[1:])
+        ]
+        expected = sorted(boxes, key=lambda box: -box[4])[: layer.top]
+        np.testing.assert_allclose(found[image], expected, atol=1e-12, rtol=1e-12)
+
+
 def z(*shape: int) -> NpArray:
     return np.zeros(shape)
 
@@ -234,6 +265,11 @@ def z(*shape: int) -> NpArray:
         (Attend(z(2, 3, 4), z(2, 3, 5), key_bias=z(2, 4)), "needs key_bias (2, 3), got (2, 4)"),
         (Attend(z(2, 3, 4), z(2, 3, 5), bias=z(4)), "needs bias (5,), got (4,)"),
         (Regions(z(2, 3), z(2, 3)), "needs weight (3, 3), got (2, 3)"),
+        (Detect(z(2), 0), "needs a stride from 1 to 64, got 0"),
+        (Detect(z(2), 65), "needs a stride from 1 to 64, got 65"),
+        (Detect(z(2), 8, 0), "needs a top from 1 to 1000, got 0"),
+        (Detect(z(2), 8, 1001), "needs a top from 1 to 1000, got 1001"),
+        (Detect(z(2, 1), 8), "needs scales of 1 axes, got (2, 1)"),
     ],
 )  # fmt: skip
 def test_a_layer_that_is_none_says_why(layer: Layer, told: str) -> None:
@@ -260,6 +296,11 @@ def test_a_layer_that_is_none_says_why(layer: Layer, told: str) -> None:
         (Attend(z(2, 3, 4), z(2, 3, 5)), [(4,)], "reads a map, got (4,)"),
         (Regions(z(2, 3), z(3, 3)), [(2, 4, 4)], "reads 3 channels, got (2, 4, 4)"),
         (Mean(), [(3,)], "reads a map, got (3,)"),
+        (Detect(z(2), 8), [(3, 4, 4), (5, 4, 4)], "reads two maps for each of 2 levels, got 2"),
+        (Detect(z(1), 8), [(3, 4, 4), (5,)], "reads a map, got (5,)"),
+        (Detect(z(1), 8), [(3, 4, 4), (4, 4, 4)], "reads maps of 3 classes and of 5 channels in turn, got (3, 4, 4) and (4, 4, 4)"),
+        (Detect(z(2), 8), [(3, 4, 4), (5, 4, 4), (2, 2, 2), (5, 2, 2)], "reads maps of 3 classes and of 5 channels in turn, got (3, 4, 4) and (5, 4, 4) and (2, 2, 2) and (5, 2, 2)"),
+        (Detect(z(2), 8), [(3, 4, 4), (5, 4, 4), (3, 3, 3), (5, 3, 3)], "reads levels a whole number of times coarser than the first, got (3, 4, 4) and (3, 3, 3)"),
     ],
 )  # fmt: skip
 def test_an_input_that_a_layer_cannot_read_is_told(layer: Layer, shapes: list[Shape], told: str) -> None:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import timm
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from edgepet.deltas.heads import mask_of
 from edgepet.errors import InputError
@@ -23,17 +23,16 @@ from edgepet.networks.head_settings import Form
 from edgepet.networks.separation import Separated
 from edgepet.packs.pack import EVERY, encode_pack, read_pack
 from edgepet.spec import NpArray, Preprocess
-from edgepet.tuning.dense import DenseModel, MergedMasks, dense_algebra_error, extract_dense
+from edgepet.tuning.dense import DenseModel, MergedHead, dense_algebra_error, extract_dense
+from edgepet.tuning.dense_fit import fill_rows, standardize
 from edgepet.tuning.fit import Fit, Plan
 from edgepet.tuning.joint import JointAugmenter, joint_augmentations
 from edgepet.tuning.mask_fit import (
     Losses,
     MaskedPixels,
-    fill_rows,
     fit_masks,
     miou_and_loss,
     quarter,
-    standardize,
 )
 from edgepet.tuning.mask_losses import cross_entropy, dice_loss, interim_loss, separation_loss
 from tests.mask_folders import NAMES, index_folder, scene
@@ -173,9 +172,9 @@ def test_a_mask_moves_as_its_image_does(names: tuple[str, ...]) -> None:
     preprocess = Preprocess(image_size=(64, 48), mean=(0, 0, 0), std=(1, 1, 1))
     masks = np.stack([scene(seed, (64, 48))[1] for seed in range(24)])
 
-    moved, truth = JointAugmenter(names, preprocess, batch_size=24, seed=1)(
-        coloured(masks), masks, torch.arange(24), (1, 0), (64, 48)
-    )
+    augment = JointAugmenter(names, preprocess, batch_size=24, seed=1)
+    moves = augment.moves(torch.arange(24), (1, 0))
+    moved, truth = augment.images(coloured(masks), moves), augment.masks(masks, moves, (64, 48))
 
     agree = (moved.argmax(1) == truth).float().mean((1, 2))
     assert float(agree.min()) > 0.95
@@ -188,9 +187,13 @@ def test_an_image_moves_the_same_whatever_part_it_is_in() -> None:
     augment = JointAugmenter(("flip", "crop"), preprocess, batch_size=6, seed=1)
     state = torch.get_rng_state()
 
-    whole = augment(pixels, masks, torch.arange(6), (2, 1), (8, 8))
-    part = augment(pixels[3:5], masks[3:5], torch.tensor([3, 4]), (2, 1), (8, 8))
-    other = augment(pixels[3:5], masks[3:5], torch.tensor([3, 4]), (3, 1), (8, 8))
+    def moved(chosen: slice, part: Tensor, epoch: int) -> tuple[Tensor, Tensor]:
+        moves = augment.moves(part, (epoch, 1))
+        return augment.images(pixels[chosen], moves), augment.masks(masks[chosen], moves, (8, 8))
+
+    whole = moved(slice(6), torch.arange(6), 2)
+    part = moved(slice(3, 5), torch.tensor([3, 4]), 2)
+    other = moved(slice(3, 5), torch.tensor([3, 4]), 3)
 
     assert all(torch.equal(a[3:5], b) for a, b in zip(whole, part, strict=True))
     assert not torch.equal(part[0], other[0])
@@ -202,7 +205,7 @@ def test_what_would_not_move_the_mask_is_refused() -> None:
     with pytest.raises(InputError) as error:
         joint_augmentations(("flip", "mixup"))
     assert str(error.value) == (
-        "`augment`: moves masks by flip and crop alone, got 'mixup'\n  fix: train with `augment=flip,crop`"
+        "`augment`: moves masks and boxes by flip and crop alone, got 'mixup'\n  fix: train with `augment=flip,crop`"
     )
 
 
@@ -286,7 +289,7 @@ def test_a_pack_answers_as_the_network_that_was_trained(convnet: Backbone, folde
     delta = read_pack(
         encode_pack(extract_dense(model, convnet, task="scene", labels=NAMES), codec="fp32"), answers=EVERY
     ).delta
-    got = MergedMasks(convnet, delta)(images)
+    got = MergedHead(convnet, delta)(images)
 
     with torch.no_grad():
         expected = model(torch.from_numpy(images)).numpy()
@@ -329,7 +332,7 @@ def test_remembered_maps_give_the_same_numbers_as_running_the_network(convnet: B
     for images in sets:
         rows = np.empty((len(images), models[1].row_values), np.float32)
         fill_rows(rows, models[1], images, convnet.preprocess, plan())
-        kept.append(MaskedPixels(images.pixels, images.labels, images.masks, rows))
+        kept.append(MaskedPixels(images.pixels, images.labels, images.masks, rows=rows))
 
     ran, remembered = (
         fit_masks(model, *given, convnet.preprocess, plan(epochs=2), lambda step: None)

@@ -33,7 +33,7 @@ from edgepet.networks.backbone import Backbone
 from edgepet.networks.head_settings import Form
 from edgepet.packs.pack import EVERY, encode_pack, read_pack, write_pack
 from edgepet.spec import NpArray
-from edgepet.tuning.dense import MergedMasks
+from edgepet.tuning.dense import MergedHead
 from tests.flow import RUNTIMES, refused
 from tests.flow import edgepet as command
 from tests.mask_folders import index_folder
@@ -70,7 +70,7 @@ def inputs(place: Path, task: str, pixels: NpArray) -> NpArray:
 
 
 def in_torch(place: Path, backbone: Backbone, task: str, images: NpArray) -> NpArray:
-    return MergedMasks(backbone, read_pack(place / f"{task}.pet", answers=EVERY).delta)(images)
+    return MergedHead(backbone, read_pack(place / f"{task}.pet", answers=EVERY).delta)(images)
 
 
 @pytest.mark.parametrize("runtime", RUNTIMES)
@@ -223,7 +223,7 @@ def test_a_store_without_maps_takes_them_and_says_so_before(place: Path, tmp_pat
 
 def test_a_task_that_cannot_have_a_label_for_every_pixel_is_refused(place: Path) -> None:
     delta = read_pack(place / "ssf.pet", answers=EVERY).delta
-    two = (*delta.heads, JudgedHead(head=replace(delta.heads[0].head, name="other"), miou=0.0, n=0))
+    two = (*delta.heads, JudgedHead(head=replace(delta.heads[0].head, name="other"), value=0.0, n=0))
 
     with pytest.raises(InputError) as error:
         Device(place / "store").install(encode_pack(replace(delta, heads=two, probes={})))

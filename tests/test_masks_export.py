@@ -28,7 +28,7 @@ from edgepet.networks.head_settings import Form
 from edgepet.packs.pack import EVERY, read_pack
 from edgepet.proving.checks import check_probe, prove
 from edgepet.proving.subject import Subject
-from edgepet.tuning.dense import MergedMasks
+from edgepet.tuning.dense import MergedHead
 from tests.flow import edgepet as command
 from tests.flow import has_openvino, needs_tensorrt_rtx
 from tests.mask_folders import index_folder
@@ -59,7 +59,7 @@ def backbone(place: Path) -> Backbone:
 
 
 def in_torch(place: Path, backbone: Backbone, images: Any) -> Any:
-    return MergedMasks(backbone, read_pack(place / "ssf.pet", answers=EVERY).delta)(images)
+    return MergedHead(backbone, read_pack(place / "ssf.pet", answers=EVERY).delta)(images)
 
 
 @pytest.mark.parametrize(("name", "precision"), MADE)
@@ -128,7 +128,7 @@ def test_an_artefact_is_read_as_it_was_written(place: Path, tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("change", "told"),
     [
-        ({"answer": "boxes"}, "artifact.json.answer: needs one of mask, got 'boxes'"),
+        ({"answer": "text"}, "artifact.json.answer: needs one of mask, boxes, got 'text'"),
         ({"outputs": ["mask"]}, "artifact.json.outputs: needs logits, mask"),
     ],
 )
@@ -235,7 +235,7 @@ def test_a_pack_of_masks_is_coded_and_still_answers(
     coded = read_pack(tmp_path / "small.pet", answers=EVERY)
     images = random_images(4, 3, 64)
 
-    expected, got = in_torch(place, backbone, images), MergedMasks(backbone, coded.delta)(images)
+    expected, got = in_torch(place, backbone, images), MergedHead(backbone, coded.delta)(images)
 
     assert report.bytes < (place / "ssf.pet").stat().st_size
     assert coded.planes["head.point.weight"].stored.coding.format == codec

@@ -36,7 +36,7 @@ from edgepet.networks.backbone import Backbone
 from edgepet.networks.head_settings import Form
 from edgepet.packs.pack import EVERY, read_pack
 from edgepet.spec import Preprocess
-from edgepet.tuning.dense import MergedMasks
+from edgepet.tuning.dense import MergedHead
 from tests.flow import RUNTIMES, has_openvino, refused
 from tests.flow import edgepet as command
 from tests.mask_folders import index_folder
@@ -73,7 +73,7 @@ def test_int8_of_masks_is_judged_by_pixels_and_by_miou(network: str, data: Path,
 
     images = np.stack([np.full((3, 64, 64), level, np.float32) for level in (-1, 0, 1)])
     images += np.random.default_rng(3).normal(0, 0.3, images.shape).astype(np.float32)
-    expected = MergedMasks(backbone, read_pack(tmp_path / "ssf.pet", answers=EVERY).delta)(images)
+    expected = MergedHead(backbone, read_pack(tmp_path / "ssf.pet", answers=EVERY).delta)(images)
     for made in report.artifacts:
         assert made.verified
         assert made.drop is not None
@@ -189,7 +189,7 @@ def shared(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_task_of_masks_runs_on_the_codes_that_all_share(task: str, runtime: str, shared: Path, data: Path) -> None:
     delta = read_pack(shared / f"{task}8.pet", answers=EVERY).delta
     images = normalize(load_set(open_masks(data, "test").images, delta.preprocess)[0], delta.preprocess)
-    expected = MergedMasks(mask_backbone(shared), delta)(images)
+    expected = MergedHead(mask_backbone(shared), delta)(images)
 
     with edgepet.Device(shared / "store").open(task, runtime=runtime, precision="int8", threads=1) as opened:
         got = opened(images)
@@ -228,7 +228,7 @@ def test_a_task_of_masks_with_branches_runs_on_the_same_codes(data: Path, tmp_pa
     store.add_graph(open_int8(delta.fingerprint, delta.preprocess, delta.structure))
     store.install(tmp_path / "adapted8.pet")
     images = normalize(load_set(open_masks(data, "test").images, delta.preprocess)[0], delta.preprocess)
-    expected = MergedMasks(backbone, delta)(images)
+    expected = MergedHead(backbone, delta)(images)
 
     for runtime in ("onnxruntime", *(["openvino"] if has_openvino else [])):
         with edgepet.Device(store.root).open(delta.task, runtime=runtime, precision="int8", threads=1) as opened:

@@ -57,7 +57,7 @@ def test_a_training_says_what_its_masks_are_worth(trained: Any, place: Path) -> 
     assert trained["val"]["metric"] == "miou"
     assert trained["val"]["n"] == 6
     assert 0 <= trained["val"]["low"] <= trained["val"]["value"] <= trained["val"]["high"] <= 1
-    assert trained["val"]["value"] == judged.miou
+    assert trained["val"]["value"] == judged.value
     assert [each["name"] for each in trained["classes"]] == list(NAMES)
     assert sum(each["pixels"] for each in trained["classes"]) == 10 * 40 * 48
     assert trained["head_params"] == judged.head.stored_values == 8 * 4 * 64 + 8 + 8 * 3 + 3
@@ -223,11 +223,12 @@ def test_masks_are_checked_before_anything_is_tuned(place: Path, tmp_path: Path)
 @pytest.mark.parametrize(
     ("more", "told"),
     [
-        ({"augment": "mixup"}, "--augment: moves masks by flip and crop alone, got 'mixup'\n  fix: train with --augment flip,crop"),
+        ({"augment": "mixup"}, "--augment: moves masks and boxes by flip and crop alone, got 'mixup'\n  fix: train with --augment flip,crop"),
         ({"shots": 4}, "--task mask: does not go with --shots, got 4\n  fix: leave --shots out"),
         ({"balance": "sampling"}, "--task mask: has no images of a class, got --balance sampling\n  fix: weigh classes with --balance weights, or add --dice 1"),
         ({"head": "mlp,maps=7"}, "--head: needs maps that the backbone has, 0 of stride 16, 1 of stride 16, 2 of stride 16, 3 of stride 16, got 7"),
-        ({"head": "fcos"}, "--head: is linear or mlp, got 'fcos'"),
+        ({"head": "fcos"}, "--task mask: needs a head of linear, mlp, got --head fcos"),
+        ({"head": "unet"}, "--head: is linear, mlp, fcos, got 'unet'"),
         ({"dice": -1}, "--dice: must be at least 0 and finite, got -1.0"),
     ],
 )  # fmt: skip
@@ -239,6 +240,8 @@ def test_what_masks_do_not_do_is_refused(more: dict[str, object], told: str, pla
     ("text", "told"),
     [
         ("linear,width=3", "`head`: linear knows the settings maps, norm, got 'width'"),
+        ("fcos,depthwise=true", "`head`: fcos knows the settings width, maps, depth, norm, got 'depthwise'"),
+        ("fcos,depth=3", "`head`: needs a depth from 1 to 2, got 3"),
         ("mlp,width=0", "`head`: needs a width from 1 to 1024, got 0"),
         ("mlp,width=2.5", "`head`: needs a width from 1 to 1024, got 2.5"),
         ("mlp,depthwise=1", "`head`: needs depthwise=true or depthwise=false, got 1"),
@@ -258,6 +261,7 @@ def test_a_head_reads_as_it_is_written() -> None:
     for text in (
         "mlp,width=64,depthwise=false,norm=false",
         "linear,maps=1/3,norm=true",
+        "fcos,width=32,depth=1,maps=1/2/3,norm=false",
         "mlp,width=8,depthwise=true,maps=2,norm=false",
         "mlp,width=64,depthwise=false,maps=0/3,norm=false,separation=true",
     ):

@@ -10,7 +10,7 @@ import numpy as np
 
 from edgepet.deltas.branches import Branch, arrays_of, require_distinct, structure_digest, structure_of
 from edgepet.deltas.codes import Range
-from edgepet.deltas.heads import MapHead
+from edgepet.deltas.heads import METRICS, MapHead
 from edgepet.deltas.probe import Probe
 from edgepet.deltas.updates import Targeted, factors, require_readable
 from edgepet.errors import InputError
@@ -65,10 +65,13 @@ MOST_HEADS = 8  # that read maps, of one task
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class JudgedHead:
-    """A head that reads maps, and the ``miou`` that it reached on ``n`` val images, a fraction of 1."""
+    """A head that reads maps, and the ``value`` that it reached on ``n`` val images, a fraction of 1.
+
+    Of masks that is mean intersection over union, of boxes COCO's average precision: ``METRICS`` says which.
+    """
 
     head: MapHead
-    miou: float
+    value: float
     n: int
 
 
@@ -151,8 +154,9 @@ class Delta:
         if len(set(names)) < len(names):
             raise InputError(self.task, "needs a name of its own for every head", got=format_names(names))
         for each in self.heads:
-            if not 0 <= each.miou <= 1:
-                raise InputError(f"{self.task}: {each.head.name}", "needs a val miou between 0 and 1", got=each.miou)
+            if not 0 <= each.value <= 1:
+                what = f"needs a val {METRICS[each.head.answer]} between 0 and 1"
+                raise InputError(f"{self.task}: {each.head.name}", what, got=each.value)
 
     @property
     def answers(self) -> tuple[str, ...]:

@@ -14,13 +14,15 @@ from typing import Literal, TypeAlias
 
 import numpy as np
 
+from edgepet.deltas.detection import Detect
 from edgepet.deltas.layers import Layer, Shape, bilinear, tensors, with_tensors
 from edgepet.errors import InputError
 from edgepet.reports.tables import format_names
 from edgepet.spec import NpArray
 
-Answer: TypeAlias = Literal["mask"]
-ANSWERS: tuple[Answer, ...] = ("mask",)
+Answer: TypeAlias = Literal["mask", "boxes"]
+ANSWERS: tuple[Answer, ...] = ("mask", "boxes")
+METRICS: dict[Answer, str] = {"mask": "miou", "boxes": "map"}  # what a head is judged by, as packs and JSON call it
 
 FEATURES = "features"  # what pooled features are read as; maps are read by their own names
 MOST_LAYERS, MOST_CHANNELS = 64, 1 << 14  # so that a head of few bytes cannot ask for much work
@@ -63,9 +65,10 @@ class Step:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class MapHead:
-    """A head that reads maps. Its last step gives, for "mask", one map of logits a label at the head's own stride.
+    """A head that reads maps. Its last step gives, for "mask", one map of logits a label at the head's own stride, for
+    "boxes" those that ``Detect`` finds.
 
-    The mask is what ``mask_of`` makes of them.
+    The mask is what ``mask_of`` makes of logits; of boxes that overlap, those are meant that ``suppressed`` keeps.
 
     Raises:
         InputError: a name, an answer or labels that it cannot have; no steps or too many; a step that reads what is not
@@ -83,8 +86,9 @@ class MapHead:
             raise InputError("head", what, got=repr(self.name[:80]))
         if self.answer not in ANSWERS:
             raise InputError(self.name, f"needs one of {', '.join(ANSWERS)} as answer", got=repr(self.answer))
-        if not 2 <= len(self.labels) <= MOST_CLASSES:
-            raise InputError(self.name, f"needs 2 to {MOST_CLASSES} labels", got=len(self.labels))
+        least = 2 if self.answer == "mask" else 1
+        if not least <= len(self.labels) <= MOST_CLASSES:
+            raise InputError(self.name, f"needs {least} to {MOST_CLASSES} labels", got=len(self.labels))
         if len(set(self.labels)) < len(self.labels):
             raise InputError(self.name, "needs labels that differ", got=format_names(self.labels))
         for label in self.labels:
@@ -96,6 +100,11 @@ class MapHead:
         for step in self.steps:
             _check_step(step, known, self.name)
             known[step.gives] = None
+        for number, step in enumerate(self.steps, start=1):
+            last = number == len(self.steps)
+            if isinstance(step.layer, Detect) != (last and self.answer == "boxes"):
+                what = "needs a layer detect where it answers boxes, as the last one, and nowhere else"
+                raise InputError(self.name, what, got=f"{step.layer.kind} as layer {number}")
         unread = [step.gives for step in self.steps[:-1] if not self._readers[step.gives]]
         if unread:
             raise InputError(f"{self.name}: {unread[0]}", "must be read by a layer behind it, or be the last")
@@ -152,26 +161,34 @@ class MapHead:
             if shape[0] > MOST_CHANNELS or int(np.prod(shape[1:], dtype=np.int64)) > most:
                 raise InputError(where, f"needs at most {MOST_CHANNELS} channels, and a place a pixel", got=shape)
             known[step.gives] = shape
-        answer = known[self.steps[-1].gives]
-        if len(answer) != 3 or answer[0] != len(self.labels):
+        answer, last = known[self.steps[-1].gives], self.steps[-1]
+        if self.answer == "boxes":
+            found = known[last.reads[0]][0]
+            if found != len(self.labels):
+                raise InputError(self.name, f"needs maps of {len(self.labels)} classes, one a label", got=found)
+        elif len(answer) != 3 or answer[0] != len(self.labels):
             raise InputError(self.name, f"needs a map of {len(self.labels)} channels, one a label", got=answer)
         return known
 
     def __call__(self, given: Mapping[str, NpArray]) -> NpArray:
-        """What its last step gives, for a mask logits (n, C, h, w).
+        """What its last step gives: for a mask logits (n, C, h, w), for boxes (n, boxes, 6).
 
         Args:
             given: maps (n, channels, height, width) by name, and ``features`` (n, width) where they are read.
         """
+        return self.steps[-1].layer(*self.read_last(given))
+
+    def read_last(self, given: Mapping[str, NpArray]) -> tuple[NpArray, ...]:
+        """What its last step reads, of what it is ``given`` as ``__call__`` is."""
         known = {name: given[name] for name in self.inputs}
         left = self._readers
-        for step in self.steps:
+        for step in self.steps[:-1]:
             known[step.gives] = step.layer(*(known[name] for name in step.reads))
             left.subtract(step.reads)
             for name in set(step.reads):
                 if not left[name]:
                     del known[name]  # maps are large, and nobody reads this one again
-        return known[self.steps[-1].gives]
+        return tuple(known[name] for name in self.steps[-1].reads)
 
 
 def _check_step(step: Step, known: Mapping[str, None], head: str) -> None:

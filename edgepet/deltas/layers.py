@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import TypeAlias
 
+from edgepet.deltas.detection import Detect
 from edgepet.deltas.layer import Layer, Shape, bilinear, softmax
 from edgepet.deltas.weighted import Attend, Conv, Deconv, Depthwise, Norm, Point, Regions
 from edgepet.deltas.weightless import ACTIVATIONS, MODES, Activation, Add, Concat, Mean, Multiply, Pool, Resize, Unit
@@ -30,6 +31,7 @@ __all__ = [
     "Conv",
     "Deconv",
     "Depthwise",
+    "Detect",
     "Layer",
     "Mean",
     "Multiply",
@@ -66,6 +68,7 @@ LAYERS: dict[str, type[Layer]] = {
     "attend": Attend,
     "regions": Regions,
     "mean": Mean,
+    "detect": Detect,
 }
 TENSORS: dict[str, dict[str, int]] = {  # how many axes each has
     "point": {"weight": 2, "bias": 1},
@@ -75,6 +78,7 @@ TENSORS: dict[str, dict[str, int]] = {  # how many axes each has
     "norm": {"weight": 1, "bias": 1},
     "attend": {"keys": 3, "key_bias": 2, "values": 3, "bias": 1},
     "regions": {"queries": 2, "weight": 2},
+    "detect": {"scales": 1},
 }
 OPTIONAL: dict[str, frozenset[str]] = {  # tensors that a layer may do without
     "point": frozenset({"bias"}),
@@ -91,6 +95,7 @@ SETTINGS: dict[str, dict[str, Setting]] = {
     "activation": {"name": ACTIVATIONS},
     "norm": {"eps": float},
     "unit": {"eps": float},
+    "detect": {"stride": int, "top": int},
 }
 
 

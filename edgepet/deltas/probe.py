@@ -21,7 +21,7 @@ _PLACES = 1 << 32  # the generator's first output for places: those for images a
 class Probe:
     """What a task answers in one precision: logits (n, C), float32, which a machine may miss by ``tolerance``.
 
-    Of a head for masks they are means over places, as ``condensed`` makes them.
+    Of a head that reads maps they are what ``told_of`` makes of its answers.
     """
 
     seed: int
@@ -34,7 +34,17 @@ class Probe:
 
     def told(self, answers: NpArray) -> NpArray:
         """What a network answers to these images, as ``logits`` are: (n, C)."""
-        return answers if answers.ndim == 2 else condensed(answers, self.seed)
+        return told_of(answers, self.seed, self.logits.shape[1])
+
+
+def told_of(answers: NpArray, seed: int, classes: int) -> NpArray:
+    """What a head answers as one number for each class of each image, (n, C).
+
+    Logits (n, C) as they are, of every place (n, C, h, w) by ``condensed``, and boxes (n, m, 6) by ``condensed_boxes``.
+    """
+    if answers.ndim == 3:
+        return condensed_boxes(answers, classes)
+    return answers if answers.ndim == 2 else condensed(answers, seed)
 
 
 def condensed(answers: NpArray, seed: int) -> NpArray:
@@ -47,6 +57,20 @@ def condensed(answers: NpArray, seed: int) -> NpArray:
     weights = 1 + uniform(seed, _PLACES, height * width)
     means: NpArray = answers.reshape(count, classes, -1).astype(np.float64) @ weights / (height * width)
     return means.astype(np.float32)
+
+
+def condensed_boxes(found: NpArray, classes: int) -> NpArray:
+    """Boxes (n, m, 6) as one number for each class of each image, float32 (n, C).
+
+    The sum over the boxes of (x1 + 2 y1 + 3 x2 + 4 y2) / 1000, times what their score is above the least of the image.
+
+    So two that are nearly equal may change places, also the last one with the first that is not found.
+    """
+    found = found.astype(np.float64)
+    where = found[:, :, :4] @ np.array([1.0, 2.0, 3.0, 4.0]) / 1000
+    weighted = where * (found[:, :, 4] - found[:, :, 4].min(axis=1, keepdims=True))
+    told = [np.where(found[:, :, 5] == label, weighted, 0).sum(axis=1) for label in range(classes)]
+    return np.stack(told, axis=1).astype(np.float32)
 
 
 def probe_images(seed: int, preprocess: Preprocess, count: int = IMAGES) -> NpArray:

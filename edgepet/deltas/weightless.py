@@ -8,7 +8,7 @@ from typing import ClassVar, Literal, cast
 
 import numpy as np
 
-from edgepet.deltas.layer import Layer, Shape, bilinear, listed, no_map
+from edgepet.deltas.layer import Layer, Shape, bilinear, listed, no_map, sigmoid
 from edgepet.spec import NpArray
 
 LARGEST_FACTOR = 32  # of one resize: from the coarsest maps that backbones have to pixels
@@ -162,8 +162,7 @@ class Activation(Layer):
             return np.maximum(x, 0)
         if self.name == "gelu":
             return x * (0.5 * (1 + np.asarray(_erf(x / math.sqrt(2)), x.dtype)))
-        raised = np.exp(-np.abs(x))  # of a number below 0: nothing overflows
-        return cast(NpArray, np.where(x < 0, raised, 1) / (1 + raised))
+        return sigmoid(x)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -1,4 +1,4 @@
-"""What a task says of an image, in words: a class with its score, or for a mask what each class takes of it."""
+"""What a task says of an image, in words: a class with its score, what each class takes of a mask, or boxes."""
 
 from __future__ import annotations
 
@@ -9,11 +9,14 @@ from typing import ClassVar
 import numpy as np
 
 from edgepet.deltas.delta import Delta
+from edgepet.deltas.detection import boxes_in, suppressed
 from edgepet.deltas.heads import mask_of
 from edgepet.device.map_heads import map_head_of
 from edgepet.device.runtime import scores_of
 from edgepet.images.masks import resized
 from edgepet.spec import NpArray, Preprocess
+
+LEAST_SCORE = 0.05  # of a box that is told at all: those below are guesses by the hundred
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +66,30 @@ class MaskAnswer:
     shown: ClassVar[tuple[str, ...]] = ("image", "task", "classes")
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FoundBox:
+    """An object: its class with its score, 0..1, and ``box``: x, y, width and height in pixels of the image."""
+
+    label: str
+    score: float
+    box: tuple[float, float, float, float]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BoxesAnswer:
+    """The objects that ``task`` finds on an image, those of the largest scores first; at least LEAST_SCORE each.
+
+    ``image`` is as of ``Answer``, ``preprocess`` how it was prepared.
+    """
+
+    image: str
+    task: str
+    boxes: tuple[FoundBox, ...]
+    preprocess: Preprocess
+
+    shown: ClassVar[tuple[str, ...]] = ("image", "task", "boxes")
+
+
 def classified(image: str, task: str, labels: Sequence[str], logits: NpArray, top: int) -> Answer:
     """The answer that one image's ``logits`` (C,) are, with the best ``top`` labels."""
     scores = scores_of(logits)
@@ -80,6 +107,29 @@ def masked(
     """
     mask = resized(mask_of(logits[None], preprocess.image_size)[0], size)
     return MaskAnswer(image=image, task=task, classes=shares(mask, labels), mask=mask, preprocess=preprocess)
+
+
+def boxed(
+    image: str, task: str, labels: Sequence[str], found: NpArray, preprocess: Preprocess, size: tuple[int, int]
+) -> BoxesAnswer:
+    """The answer that one image's boxes ``found`` (m, 6) are: those that no better one overlaps, on the image."""
+    kept = boxes_in(suppressed(found[found[:, 4] >= LEAST_SCORE]), preprocess.image_size, size)
+    boxes = tuple(
+        FoundBox(label=labels[int(label)], score=score, box=(x1, y1, x2 - x1, y2 - y1))
+        for x1, y1, x2, y2, score, label in kept.tolist()
+    )
+    return BoxesAnswer(image=image, task=task, boxes=boxes, preprocess=preprocess)
+
+
+def answered(
+    image: str, delta: Delta, given: NpArray, size: tuple[int, int], top: int
+) -> Answer | MaskAnswer | BoxesAnswer:
+    """What a task says, of what its network gives for one image of ``size`` (height, width)."""
+    labels, head = labels_of(delta), map_head_of(delta)
+    if head is None:
+        return classified(image, delta.task, labels, given, top)
+    made = masked if head.answer == "mask" else boxed
+    return made(image, delta.task, labels, given, delta.preprocess, size)
 
 
 def shares(mask: NpArray, labels: Sequence[str]) -> tuple[ClassShare, ...]:

@@ -16,12 +16,13 @@ from typing import Literal, TypeAlias, cast
 import numpy as np
 
 from edgepet.canonical import canonical_json
+from edgepet.deltas.heads import ANSWERS, Answer
 from edgepet.device.pixels import FromPixels
 from edgepet.device.runner import ModelRunner
 from edgepet.device.runtimes import FORMATS, Format
 from edgepet.errors import EdgepetError, InputError
 from edgepet.files import write_file
-from edgepet.graphs.head_graph import LOGITS, MASK
+from edgepet.graphs.head_graph import OUTPUTS
 from edgepet.graphs.manifest import Listed, listed_files, read_manifest
 from edgepet.images.pixels import pixels_of
 from edgepet.images.preprocess import normalize
@@ -32,7 +33,6 @@ from edgepet.strict import ObjectReader
 
 FORMAT, VERSION = "edgepet-artifact", 1
 MANIFEST = "artifact.json"
-OUTPUTS = (LOGITS, MASK)  # of a model that answers masks, in this order
 _MOST_PLACES = 1 << 24  # of a probe
 
 
@@ -53,7 +53,7 @@ class Probe:
     """Seeded noise images, and the float32 logits (n, C) that the model must give them again.
 
     They are the merged network's in torch, and of an int8 model those of the same codes in ONNX Runtime. Of masks they
-    are means over places (``deltas.probe.condensed``), with what ``places`` has.
+    are means over places (``deltas.probe.condensed``), with what ``places`` has; of boxes ``condensed_boxes``.
     """
 
     seed: int
@@ -73,7 +73,7 @@ class Probe:
 class Artifact:
     """The manifest of one exported model. ``verified`` is false, with a ``reason``, where nothing could run it.
 
-    ``labels`` are in the order of the logits, ``answer`` says what they are of: an image, or each of its pixels.
+    ``labels`` are in the order of the logits, ``answer`` says of what: an image, each of its pixels, or boxes.
     ``codec`` is the pack's, ``branches`` how many stayed in the graph. ``files`` are name -> (hex sha256, size in
     bytes), ``versions`` package -> version of what wrote it. ``parity`` is None where nothing was run. ``evidence``
     says how its precision is known: what is stored, what was executed, and what stayed fp32 and why. ``takes`` is what
@@ -100,7 +100,7 @@ class Artifact:
     parity: Parity | None
     probe: Probe
     evidence: Mapping[str, object]
-    answer: Literal["class", "mask"] = "class"
+    answer: Literal["class", "mask", "boxes"] = "class"
     takes: Takes = "float32"
 
 
@@ -121,7 +121,7 @@ def write_artifact(folder: Path, artifact: Artifact) -> None:
         InputError: it cannot be written.
     """
     parity = asdict(artifact.parity) if artifact.parity else None
-    for later in ("near_ties", "places"):
+    for later in ("near_ties", "places", "boxes"):
         if parity and not parity[later]:
             del parity[later]  # there where they say something: earlier readers take all else
     places = artifact.probe.places
@@ -151,7 +151,9 @@ def write_artifact(folder: Path, artifact: Artifact) -> None:
         "parity": parity,
         "probe": probe,
         "evidence": artifact.evidence,
-        **({} if artifact.answer == "class" else {"answer": artifact.answer, "outputs": list(OUTPUTS)}),
+        **(
+            {} if artifact.answer == "class" else {"answer": artifact.answer, "outputs": list(OUTPUTS[artifact.answer])}
+        ),
     }
     if artifact.takes != "float32":  # a key that earlier readers refuse: they would feed it floats
         manifest["takes"] = artifact.takes
@@ -208,8 +210,8 @@ def open_artifact(
 ) -> ModelRunner:  # fmt: skip
     """Open the model in ``folder`` on the runtime of its format; it takes images and puts out logits (n, C).
 
-    Of masks they are (n, C, h, w). One that takes pictures is given preprocessed images all the same, see
-    ``FromPixels``.
+    Of masks they are (n, C, h, w), of boxes (n, m, 6). One that takes pictures is given preprocessed images
+    all the same, see ``FromPixels``.
 
     Of its files only a TensorRT engine is hashed here, see ``manifest.damaged``.
 
@@ -254,6 +256,7 @@ def _parity(table: ObjectReader) -> Parity | None:
         against=cast(Against, entry.text("against", choices=["tuned", "merged"])),
         near_ties=entry.integer("near_ties") if entry.has("near_ties") else 0,  # earlier artefacts allowed none
         places=entry.boolean("places") if entry.has("places") else False,
+        boxes=entry.boolean("boxes") if entry.has("boxes") else False,
     )
     entry.end()
     return parity
@@ -291,11 +294,11 @@ def _places(table: ObjectReader) -> PlacesProbe:
     return made
 
 
-def _answer(table: ObjectReader) -> Literal["class", "mask"]:
+def _answer(table: ObjectReader) -> Literal["class", "mask", "boxes"]:
     """What it answers; an artefact that does not say so answers classes."""
     if not table.has("answer"):
         return "class"
-    table.text("answer", choices=["mask"])
-    if table.texts("outputs") != OUTPUTS:
-        raise table.refusal("outputs", f"needs {', '.join(OUTPUTS)}")
-    return "mask"
+    answer = cast(Answer, table.text("answer", choices=ANSWERS))
+    if table.texts("outputs") != OUTPUTS[answer]:
+        raise table.refusal("outputs", f"needs {', '.join(OUTPUTS[answer])}")
+    return answer

@@ -23,7 +23,7 @@ def map_head_of(delta: Delta) -> MapHead | None:
     """The head of ``delta`` where it reads maps, None where it is a classifier.
 
     Raises:
-        InputError: it has several heads, or one for masks and an input that leaves out pixels of an image.
+        InputError: it has several heads, or one that reads maps and an input that leaves out pixels of an image.
     """
     if len(delta.answers) > 1:
         names = format_names([*(["class"] if delta.labels else []), *(each.head.name for each in delta.heads)])
@@ -32,13 +32,14 @@ def map_head_of(delta: Delta) -> MapHead | None:
         return None
     crop, part = delta.preprocess.crop, delta.preprocess.crop_fraction
     if (crop, part) != ("squash", 1.0):
-        what = "must see all of an image to have a label for every pixel"
+        told = {"mask": "have a label for every pixel", "boxes": "find every object"}
+        what = f"must see all of an image to {told[delta.heads[0].head.answer]}"
         raise InputError(f"task {delta.task!r}", what, got=f"crop {crop!r} of {part:g}")
     return delta.heads[0].head
 
 
 class WithHead:
-    """A network that puts out maps, and the head behind it: images to what the head answers, (n, C, h, w)."""
+    """A network that puts out maps, and the head behind it: images to what the head answers, as of ``MapHead``."""
 
     def __init__(
         self, network: BoundPart, head: HeadRunner, reads: Mapping[str, Shape], *, closes: Sequence[PartRunner] = ()
@@ -78,7 +79,7 @@ def open_head(
         InputError: the runtime opens no heads, or not this one; or as ``MapHead.shapes``.
     """
     if row.open_head is None:
-        raise InputError(option("runtime"), f"runs no head for masks on {row.name}")
+        raise InputError(option("runtime"), f"runs no head that reads maps on {row.name}")
     places = [each.map for each in maps]
     shapes = head.shapes(places, width=width)
     runner = row.open_head(head_file(head, places, width), threads, row.where)

@@ -25,7 +25,7 @@ class TaskNetwork:
     """A base graph with one task folded in, and the task's head; a context manager.
 
     It takes images as ``Runner`` does, and puts out logits, float32 (n, C), of masks (n, C, h, w) at the head's own
-    stride; a CheckError where they are not finite.
+    stride, of boxes (n, boxes, 6); a CheckError where they are not finite.
     """
 
     def __init__(self, features: Runner, head: Head | None, *, alone_on: Sequence[SharedRunner] = ()) -> None:

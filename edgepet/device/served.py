@@ -8,7 +8,7 @@ from typing import TypeAlias
 
 import numpy as np
 
-from edgepet.device.answers import Answer, MaskAnswer, classified, labels_of, masked
+from edgepet.device.answers import Answer, BoxesAnswer, MaskAnswer, answered, classified
 from edgepet.device.generations import Installed, serving
 from edgepet.device.map_heads import map_head_of
 from edgepet.device.runtime import SharedInt8, TaskNetwork, open_task, require_probe
@@ -23,7 +23,7 @@ from edgepet.spec import NpArray, StoredPrecision
 
 _MOST_SAID = 200  # characters of why a pack is not served, in the store
 _asked = set[tuple[str, str, str]]()  # store, pack and place that this process has asked for the pack's probe
-AnyAnswer: TypeAlias = "Answer | MaskAnswer"
+AnyAnswer: TypeAlias = "Answer | MaskAnswer | BoxesAnswer"
 Opener = Callable[[Pack, bool], TaskNetwork]  # the second: ask it for its probe, whatever was asked before
 
 
@@ -46,11 +46,6 @@ class Served:
             raise
         except EdgepetError as error:
             self._fall_back(error)
-
-    @property
-    def answers_masks(self) -> bool:
-        """Whether it has a label for every pixel."""
-        return map_head_of(self.pack.delta) is not None
 
     def answers(self, images: Sequence[Input], top: int = 1) -> tuple[AnyAnswer, ...]:
         """Of all of them by one pack: from the beginning, where it is replaced on the way."""
@@ -82,10 +77,9 @@ class Served:
     def _answer(self, image: Input, pixels: NpArray, top: int) -> AnyAnswer:
         delta = self.pack.delta
         logits = self.network(normalize(pixels[None], delta.preprocess))[0]
-        if not self.answers_masks:
+        if map_head_of(delta) is None:
             return self.said(image.name, logits, top)
-        size = image.upright_size(delta.preprocess)
-        return masked(image.name, self._task, labels_of(delta), logits, delta.preprocess, size)
+        return answered(image.name, delta, logits, image.upright_size(delta.preprocess), top)
 
     def close(self) -> None:
         """Give the network back."""

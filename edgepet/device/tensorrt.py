@@ -46,7 +46,7 @@ class Sidecar:
 
     ``version`` is the library's. ``sms`` are the compute capabilities built for (86 is 8.6). ``size_bytes`` and
     ``sha256`` are the engine's, ``source_sha256`` is of the ONNX model that it was built from. ``max_batch`` counts
-    images. ``mask`` is what it puts out beside logits for a task of masks, None for one of classes.
+    images. ``others`` are what it puts out beside ``output``: the mask, or boxes, scores and labels.
     """
 
     engine: Engine
@@ -60,12 +60,12 @@ class Sidecar:
     output: TensorSpec
     max_batch: int
     precision: StoredPrecision
-    mask: TensorSpec | None = None
+    others: tuple[TensorSpec, ...] = ()
 
     @property
     def outputs(self) -> tuple[TensorSpec, ...]:
-        """What it puts out: logits, and of a task of masks the mask."""
-        return (self.output,) if self.mask is None else (self.output, self.mask)
+        """All that it puts out."""
+        return (self.output, *self.others)
 
 
 def read_sidecar(folder: Path, *, stem: str = "model") -> Sidecar:
@@ -92,10 +92,10 @@ def read_sidecar(folder: Path, *, stem: str = "model") -> Sidecar:
         sha256=table.text("sha256"),
         source_sha256=table.text("source_sha256"),
         input=_read_tensor(table.nested("input"), ranks=(4, 5), dtypes=("float32", "uint8")),
-        output=_read_tensor(table.nested("output"), ranks=(2, 4)),
+        output=_read_tensor(table.nested("output"), ranks=(3,) if table.has("boxes") else (2, 4)),
         max_batch=table.integer("max_batch", least=1),
         precision=cast(StoredPrecision, table.text("precision", choices=("fp32", "fp16", "int8"))),
-        mask=_read_tensor(table.nested("mask"), ranks=(3,), dtypes=("uint8",)) if table.has("mask") else None,
+        others=_read_others(table),
     )
     table.end()
     if not sidecar.sms:
@@ -228,7 +228,7 @@ class TensorrtRunner:
         return self.outputs(images)[0]
 
     def outputs(self, images: NpArray) -> list[NpArray]:
-        """Logits, and of a task of masks the mask, uint8 (n, H, W); else as for calling it."""
+        """All that it puts out: beside logits the mask, uint8 (n, H, W), or what is found; else as for calling it."""
         takes, gives, step = self._sidecar.input, self._sidecar.outputs, self._sidecar.max_batch
         check_images(images, (None, *takes.shape[1:]), where=self._where, dtype=takes.dtype)
         cuda, context, pointer = self._cuda, self._context, ctypes.c_void_p
@@ -278,6 +278,17 @@ def open_engine(folder: Path, *, stem: str = "model") -> TensorrtRunner:
         runner = TensorrtRunner(sidecar, engine, cuda, where=str(path))
         undo.pop_all()
     return runner
+
+
+def _read_others(table: ObjectReader) -> tuple[TensorSpec, ...]:
+    """What an engine puts out beside its first output, in its order."""
+    if table.has("mask"):
+        return (_read_tensor(table.nested("mask"), ranks=(3,), dtypes=("uint8",)),)
+    if not table.has("boxes"):
+        return ()
+    boxes = _read_tensor(table.nested("boxes"), ranks=(3,))
+    labels = _read_tensor(table.nested("labels"), ranks=(2,), dtypes=("int32",))
+    return (boxes, _read_tensor(table.nested("scores"), ranks=(2,)), labels)
 
 
 def _read_tensor(table: ObjectReader, *, ranks: tuple[int, ...], dtypes: tuple[str, ...] = ("float32",)) -> TensorSpec:

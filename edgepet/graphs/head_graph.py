@@ -7,20 +7,34 @@ from dataclasses import replace
 
 import numpy as np
 
-from edgepet.deltas.heads import Map, MapHead
+from edgepet.deltas.detection import FOUND as FOUND_NUMBERS
+from edgepet.deltas.detection import SIDES
+from edgepet.deltas.heads import Answer, Map, MapHead
 from edgepet.deltas.layers import Shape
 from edgepet.graphs.head_layers import Emitted, Place, bilinear, emit
 from edgepet.graphs.maps import GraphMap, putting_out
 from edgepet.graphs.onnx_file import OnnxFile, new_file, port
 
 LOGITS, MASK = "logits", "mask"
+FOUND, BOXES, SCORES, LABELS = "found", "boxes", "scores", "labels"
+OUTPUTS: dict[Answer, tuple[str, ...]] = {  # of an exported model, in this order: what a head gives comes first
+    "mask": (LOGITS, MASK),
+    "boxes": (FOUND, BOXES, SCORES, LABELS),
+}
 PREFIX = "head."  # begins all names that a head brings into a graph
+_UINT8, _INT32 = 2, 6  # onnx.TensorProto.DataType
+
+
+def decodes(name: str) -> bool:
+    """Whether a tensor of a model with FOUND is made by the layer that finds boxes, or is a part of what it gives."""
+    return name in (FOUND, BOXES, SCORES) or name.startswith((f"{FOUND}.", f"{PREFIX}{FOUND}."))
+
+
 OWN = PREFIX + "Mask."  # and those of what makes a mask: no layer of a head has a capital in its name
-_UINT8 = 2  # onnx.TensorProto.DataType
 
 
 def head_file(head: MapHead, maps: Sequence[Map], width: int) -> OnnxFile:
-    """``head`` as a model of its own, float32: maps and features by name to LOGITS (batch, C, h, w).
+    """``head`` as a model of its own, float32: maps and features by name to LOGITS (batch, C, h, w), or FOUND.
 
     Raises:
         InputError: as ``MapHead.shapes``.
@@ -28,23 +42,46 @@ def head_file(head: MapHead, maps: Sequence[Map], width: int) -> OnnxFile:
     shapes = head.shapes(maps, width=width)
     out = _emitted(head, shapes)
     inputs = {name: port(name, ("batch", *shapes[name])) for name in head.inputs}
-    outputs = {LOGITS: port(LOGITS, ("batch", *shapes[head.steps[-1].gives]))}
+    gives = OUTPUTS[head.answer][0]
+    outputs = {gives: port(gives, ("batch", *shapes[head.steps[-1].gives]))}
     return new_file("head", out.nodes, out.tensors, inputs, outputs)
 
 
 def with_head(file: OnnxFile, head: MapHead, maps: Sequence[GraphMap], width: int, size: tuple[int, int]) -> OnnxFile:
     """A backbone's ``file`` with ``head`` behind it: LOGITS (batch, C, h, w), and MASK, uint8 (batch, *size).
 
+    Of boxes FOUND (batch, m, 6), and its parts BOXES (batch, m, 4), SCORES (batch, m) and LABELS, int32 (batch, m).
+
     Raises:
         InputError: as ``MapHead.shapes`` and ``putting_out``.
     """
     shapes = head.shapes([each.map for each in maps], width=width)
     grown, out, answer = putting_out(file, maps, head.inputs), _emitted(head, shapes), shapes[head.steps[-1].gives]
+    gives = OUTPUTS[head.answer][0]
     behind = replace(
         grown, nodes=(*grown.nodes, *out.nodes), tensors={**grown.tensors, **out.tensors},
-        outputs={LOGITS: port(LOGITS, ("batch", *answer))},
+        outputs={gives: port(gives, ("batch", *answer))},
     )  # fmt: skip
-    return with_mask(behind, answer, size)
+    return with_mask(behind, answer, size) if head.answer == "mask" else _with_boxes(behind, answer)
+
+
+def _with_boxes(file: OnnxFile, answer: Shape) -> OnnxFile:
+    """``file``, whose FOUND are of the shape ``answer``, with its parts as outputs of their own."""
+    out, count = Emitted(PREFIX), answer[0]
+    edges = {place: out.integers(f"found.{place}", place) for place in (0, 2, SIDES, SIDES + 1, FOUND_NUMBERS)}
+    out.node("Slice", [FOUND, edges[0], edges[SIDES], edges[2]], BOXES)
+    for name, first, last in ((SCORES, SIDES, SIDES + 1), (LABELS, SIDES + 1, FOUND_NUMBERS)):
+        part = out.node("Slice", [FOUND, edges[first], edges[last], edges[2]], f"{PREFIX}found.{name}")
+        flat = SCORES if name == SCORES else f"{PREFIX}found.label"
+        out.node("Squeeze", [part, edges[2]], flat)
+    out.node("Cast", [f"{PREFIX}found.label"], LABELS, to=_INT32)
+    return replace(
+        file, nodes=(*file.nodes, *out.nodes), tensors={**file.tensors, **out.tensors},
+        outputs={
+            **file.outputs, BOXES: port(BOXES, ("batch", count, SIDES)), SCORES: port(SCORES, ("batch", count)),
+            LABELS: port(LABELS, ("batch", count), "int32"),
+        },
+    )  # fmt: skip
 
 
 def with_mask(file: OnnxFile, answer: Shape, size: tuple[int, int]) -> OnnxFile:
@@ -63,11 +100,11 @@ def with_mask(file: OnnxFile, answer: Shape, size: tuple[int, int]) -> OnnxFile:
 
 
 def _emitted(head: MapHead, shapes: dict[str, Shape]) -> Emitted:
-    """The head's nodes: what it gives is called LOGITS, and all else begins with PREFIX."""
+    """The head's nodes: what it gives is called LOGITS or FOUND, and all else begins with PREFIX."""
     out, last = Emitted(PREFIX), head.steps[-1].gives
     named = {name: name for name in head.inputs}
     for step in head.steps:
-        named[step.gives] = LOGITS if step.gives == last else PREFIX + step.gives
+        named[step.gives] = OUTPUTS[head.answer][0] if step.gives == last else PREFIX + step.gives
         place = Place(
             reads=tuple(named[name] for name in step.reads), gives=named[step.gives], name=step.gives,
             shapes=tuple(shapes[name] for name in step.reads), shape=shapes[step.gives],

@@ -12,6 +12,7 @@ from typing import TypeAlias, cast
 
 import numpy as np
 
+from edgepet.deltas.detection import FOUND
 from edgepet.deltas.heads import Step
 from edgepet.deltas.layers import (
     Activation,
@@ -19,6 +20,7 @@ from edgepet.deltas.layers import (
     Conv,
     Deconv,
     Depthwise,
+    Detect,
     Layer,
     Norm,
     Point,
@@ -230,6 +232,39 @@ def _mean(layer: Layer, place: Place, out: Emitted) -> None:
     out.node("ReduceMean", [place.reads[0], out.integers(f"{place.name}.axes", 2, 3)], place.gives, keepdims=0)
 
 
+def _detect(layer: Layer, place: Place, out: Emitted) -> None:
+    given, shapes = cast(Detect, layer), place.shapes
+    apart = [
+        out.node(
+            "Reshape", [name, out.integers(f"{place.name}.flat{number}", 0, shape[0], shape[1] * shape[2])],
+            place.inner(f"flat{number}"),
+        )
+        for number, (name, shape) in enumerate(zip(place.reads, shapes, strict=True))
+    ]  # fmt: skip
+    classes, beside = (out.node("Concat", apart[side::2], place.inner(f"all{side}"), axis=2) for side in (0, 1))
+    points, reaches = given.grid(*shapes)
+    second, sides, end = (out.integers(f"{place.name}.{key}", n) for key, n in (("axis", 1), ("sides", 4), ("end", 5)))
+    distances = out.node("Slice", [beside, out.integers(f"{place.name}.zero", 0), sides, second], place.inner("sides"))
+    central = out.node("Slice", [beside, sides, end, second], place.inner("central"))
+    scaled = out.node("Mul", [distances, out.tensor(f"{place.name}.reaches", reaches)], place.inner("scaled"))
+    signs = out.tensor(f"{place.name}.signs", np.array([-1, -1, 1, 1]), (4, 1))
+    moved = out.node("Mul", [out.node("Relu", [scaled], place.inner("reached")), signs], place.inner("moved"))
+    corners = out.node("Add", [moved, out.tensor(f"{place.name}.points", points)], place.inner("corners"))
+    largest = out.node("ReduceMax", [classes, second], place.inner("largest"), keepdims=1)
+    label = out.node("ArgMax", [classes], place.inner("label"), axis=1, keepdims=1)
+    both = [out.node("Sigmoid", [x], place.inner(f"likely{n}")) for n, x in enumerate((largest, central))]
+    scores = out.node("Sqrt", [out.node("Mul", both, place.inner("product"))], place.inner("scores"))
+    rows = [corners, scores, out.node("Cast", [label], place.inner("label_value"), to=_FLOAT)]
+    held = out.node("Concat", rows, place.inner("found"), axis=1)
+    best = place.inner("best")
+    count = out.integers(f"{place.name}.top", place.shape[0])
+    out.nodes.append(Node("TopK", (scores, count), (place.inner("best_scores"), best)).with_attributes(axis=2))
+    spread = out.node("Expand", [best, out.integers(f"{place.name}.spread", 1, FOUND, 1)], place.inner("spread"))
+    taken = out.node("GatherElements", [held, spread], place.inner("taken"), axis=2)
+    out.node("Transpose", [taken], place.gives, perm=(0, 2, 1))
+
+
+_FLOAT = 1  # onnx.TensorProto.DataType
 _Emitter: TypeAlias = Callable[[Layer, Place, Emitted], None]
 EMITTERS: dict[str, _Emitter] = {
     "point": _point,
@@ -247,4 +282,5 @@ EMITTERS: dict[str, _Emitter] = {
     "attend": _attend,
     "regions": _regions,
     "mean": _mean,
+    "detect": _detect,
 }

@@ -32,7 +32,7 @@ _FLOAT, _INTEGER, _STRING, _INTEGERS = 1, 2, 3, 7  # onnx.AttributeProto.Attribu
 _TENSOR_DIMS, _TENSOR_TYPE, _TENSOR_NAME = 1, 2, 8
 _PORT_NAME, _PORT_TYPE = 1, 2
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
-_TYPES = {"float32": 1, "uint8": 2, "int8": 3, "int64": 7}  # onnx.TensorProto.DataType
+_TYPES = {"float32": 1, "uint8": 2, "int8": 3, "int32": 6, "int64": 7}  # onnx.TensorProto.DataType
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,6 +39,14 @@ class _Shape:
 
 
 @dataclass(frozen=True, slots=True)
+class Picture:
+    """An image that a COCO file names, and its (height, width) as that says it."""
+
+    name: str
+    size: tuple[int, int]
+
+
+@dataclass(frozen=True, slots=True)
 class DrawnMask:
     """A mask that is drawn of an image's objects when it is read."""
 
@@ -61,36 +69,67 @@ def read_coco(file: Path, images: Path) -> MaskSet:
     Raises:
         InputError: the file is no such JSON; an image, a category or a segmentation that is none, each with its place.
     """
+    table = open_coco(file)
+    numbers, classes = _categories(table)
+    pictures = coco_pictures(table)
+    shapes: dict[int, list[_Shape]] = defaultdict(list)
+    for each in table.nested_list("annotations"):
+        number = picture_of(each, pictures)
+        shape = _shape(each, numbers, pictures[number].size)
+        shapes[number] += [] if shape is None else [shape]
+    order = sorted(pictures, key=lambda number: pictures[number].name)
+    drawn: list[Masked] = [
+        DrawnMask(within(images, pictures[n].name, file), pictures[n].size, tuple(shapes[n])) for n in order
+    ]
+    return MaskSet(classes, tuple(each.where for each in drawn), tuple(drawn))
+
+
+def open_coco(file: Path) -> ObjectReader:
+    """The document of a COCO file.
+
+    Raises:
+        InputError: it is no JSON, or no object.
+    """
     try:
         document = json.loads(read_file(file))
     except (ValueError, RecursionError) as error:
         raise InputError(str(file), "must be JSON", got=str(error)[:80]) from error
-    table = ObjectReader(document, str(file), error=InputError)
-    numbers, classes = _categories(table)
-    sizes, names = dict[int, tuple[int, int]](), dict[int, str]()
+    return ObjectReader(document, str(file), error=InputError)
+
+
+def coco_pictures(table: ObjectReader) -> dict[int, Picture]:
+    """The images of a document, by their ids.
+
+    Raises:
+        InputError: none, or one without an id of its own, a name or a size.
+    """
+    pictures = dict[int, Picture]()
     for each in table.nested_list("images"):
         number, name = each.integer("id"), each.text("file_name")
-        if number in sizes:
+        if number in pictures:
             raise each.refusal("id", "must be an image's own", number)
-        sizes[number] = (each.integer("height", least=1), each.integer("width", least=1))
-        if sizes[number][0] * sizes[number][1] > MOST_PIXELS:
-            raise each.refusal("", f"must have at most {MOST_PIXELS} pixels", f"{sizes[number]}")
-        names[number] = name
-    shapes: dict[int, list[_Shape]] = defaultdict(list)
-    for each in table.nested_list("annotations"):
-        number = each.integer("image_id")
-        if number not in sizes:
-            raise each.refusal("image_id", "must be an image's id", number)
-        shape = _shape(each, numbers, sizes[number])
-        shapes[number] += [] if shape is None else [shape]
-    if not sizes:
+        size = (each.integer("height", least=1), each.integer("width", least=1))
+        if size[0] * size[1] > MOST_PIXELS:
+            raise each.refusal("", f"must have at most {MOST_PIXELS} pixels", f"{size}")
+        pictures[number] = Picture(name, size)
+    if not pictures:
         raise table.refusal("images", "needs one image or more", 0)
-    order = sorted(sizes, key=lambda number: names[number])
-    drawn: list[Masked] = [DrawnMask(_within(images, names[n], file), sizes[n], tuple(shapes[n])) for n in order]
-    return MaskSet(classes, tuple(each.where for each in drawn), tuple(drawn))
+    return pictures
 
 
-def _within(folder: Path, name: str, file: Path) -> Path:
+def picture_of(each: ObjectReader, pictures: Mapping[int, Picture]) -> int:
+    """The id of the image that an annotation is of.
+
+    Raises:
+        InputError: no image has it.
+    """
+    number = each.integer("image_id")
+    if number not in pictures:
+        raise each.refusal("image_id", "must be an image's id", number)
+    return number
+
+
+def within(folder: Path, name: str, file: Path) -> Path:
     """The image of this name; as some tools write it, with folders of the machine that it was annotated on."""
     if Path(name).is_absolute() or ".." in Path(name).parts:
         raise InputError(str(file), "needs file names within the images' folder", got=repr(name[:80]))
@@ -98,14 +137,24 @@ def _within(folder: Path, name: str, file: Path) -> Path:
     return plain if plain.exists() and not (folder / name).exists() else folder / name
 
 
-def _categories(table: ObjectReader) -> tuple[dict[int, int], tuple[str, ...]]:
-    """The mask's value of each category id, and the names of all values."""
+def named_categories(table: ObjectReader) -> dict[int, str]:
+    """The name of each category id.
+
+    Raises:
+        InputError: an id or a name is there twice.
+    """
     named = dict[int, str]()
     for each in table.nested_list("categories"):
         number, name = each.integer("id"), each.text("name")
         if number in named or name in named.values():
             raise each.refusal("", "must have an id and a name of its own", f"{number} and {name!r}")
         named[number] = name
+    return named
+
+
+def _categories(table: ObjectReader) -> tuple[dict[int, int], tuple[str, ...]]:
+    """The mask's value of each category id, and the names of all values."""
+    named = named_categories(table)
     own = [(number, name) for number, name in sorted(named.items()) if name != BACKGROUND]
     if not 1 <= len(own) < MOST_CLASSES:
         raise table.refusal("categories", f"needs 1 to {MOST_CLASSES - 1} categories", len(own))
@@ -119,16 +168,29 @@ def _shape(each: ObjectReader, numbers: dict[int, int], size: tuple[int, int]) -
     category = each.integer("category_id")
     if category not in numbers:
         raise each.refusal("category_id", "must be a category's id", category)
-    crowd = each.has("iscrowd") and each.integer("iscrowd") > 0
-    value = NOT_COUNTED if crowd else numbers[category]
+    value = NOT_COUNTED if is_crowd(each) else numbers[category]
+    outlines, runs = silhouette(each, size)
+    area = float(sum(runs[1::2])) if runs else sum(map(_area, outlines))
+    return _Shape(value, area, outlines, runs) if runs or outlines else None
+
+
+def is_crowd(each: ObjectReader) -> bool:
+    """Whether an annotation says that nothing is counted there."""
+    return each.has("iscrowd") and each.integer("iscrowd") > 0
+
+
+def silhouette(each: ObjectReader, size: tuple[int, int]) -> tuple[tuple[tuple[float, ...], ...], tuple[int, ...]]:
+    """The polygons of an annotation, or the run lengths; both are empty where it is a box alone.
+
+    Raises:
+        InputError: what is there is neither.
+    """
     given = each.raw("segmentation") if each.has("segmentation") else []
     if isinstance(given, dict):
-        runs = _runs(ObjectReader(given, f"{each.where}.segmentation", error=InputError), size)
-        return _Shape(value, float(sum(runs[1::2])), runs=runs)
+        return (), _runs(ObjectReader(given, f"{each.where}.segmentation", error=InputError), size)
     if not isinstance(given, list):
         raise each.refusal("segmentation", "needs polygons or run lengths", str(given)[:80])
-    outlines = tuple(_polygon(each, polygon) for polygon in given)
-    return _Shape(value, sum(map(_area, outlines)), outlines) if outlines else None
+    return tuple(_polygon(each, polygon) for polygon in given), ()
 
 
 def _polygon(each: ObjectReader, given: Any) -> tuple[float, ...]:

@@ -14,7 +14,6 @@ No image is opened here. Splits go by the names that ``folders`` knows: train/, 
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -24,20 +23,11 @@ from typing import NoReturn
 import numpy as np
 
 from edgepet.errors import InputError, option
-from edgepet.files import read_file
 from edgepet.images.coco import read_coco
-from edgepet.images.folders import (
-    SPLITS,
-    PassedOver,
-    Split,
-    folders_in,
-    images_below,
-    require_readable,
-    split_of,
-)
-from edgepet.images.masks import MOST_CLASSES, NOT_COUNTED, Masked, MaskFile, MaskSet, Numbering, joined
+from edgepet.images.dense_folders import CLASSES, by_split, class_names, coco_files, coco_images, part_of
+from edgepet.images.folders import SPLITS, PassedOver, Split, folders_in, images_below, require_readable
+from edgepet.images.masks import NOT_COUNTED, Masked, MaskFile, MaskSet, Numbering, joined
 
-CLASSES = "classes.txt"
 MASK_SUFFIXES = (".png", ".bmp", ".tif", ".tiff", ".gif")  # formats that keep numbers
 
 _ADE_NAMES = ("objectInfo150.txt", "objectinfo150.txt", CLASSES)
@@ -75,18 +65,18 @@ def open_masks(folder: Path, split: Split, *, val_fraction: float = 0.2, seed: i
     if not _has(folder, "val") and split != "test":
         if not 0 < val_fraction < 1:
             raise InputError(option("val_fraction"), "must be between 0 and 1, without them", got=val_fraction)
-        images = images.at(_part(images.paths, split, val_fraction, seed))
+        images = images.at(part_of(images.paths, split, val_fraction, seed))
     require_readable(images.paths)
     return images
 
 
 def is_mask_folder(folder: Path) -> bool:
     """Whether ``folder`` is of a kind that this module names, by what lies in it."""
-    return _coco(folder) != {} or _pair(folder) is not None
+    return coco_files(folder) != {} or _pair(folder) is not None
 
 
 def _listed(folder: Path, split: Split) -> MaskSet:
-    pair, coco = _pair(folder), _coco(folder)
+    pair, coco = _pair(folder), coco_files(folder)
     if pair is None and not coco:
         got = ", ".join(f"{item.name}/" for item in folders_in(folder)[:5]) or "no folder"
         fix = f"write images/train/X.jpg, masks/train/X.png and {CLASSES} with a class a line"
@@ -94,7 +84,7 @@ def _listed(folder: Path, split: Split) -> MaskSet:
     if pair is None:
         if split not in coco:
             _refuse_split(folder, split, [each for each in SPLITS if each in coco])
-        return read_coco(coco[split], _coco_images(folder, split, coco[split]))
+        return read_coco(coco[split], coco_images(folder, split, coco[split]))
     if split not in pair.images or split not in pair.masks:
         _refuse_split(folder, split, [each for each in SPLITS if each in pair.images and each in pair.masks])
     classes, numbering = _numbering(folder)
@@ -108,60 +98,19 @@ def _refuse_split(folder: Path, split: Split, there: Sequence[str]) -> NoReturn:
 
 def _has(folder: Path, split: Split) -> bool:
     pair = _pair(folder)
-    return split in _coco(folder) if pair is None else split in pair.images and split in pair.masks
+    return split in coco_files(folder) if pair is None else split in pair.images and split in pair.masks
 
 
 def _pair(folder: Path) -> _Pair | None:
     """The images' and the masks' folders, where the masks are images."""
     for images, masks in (("images", "masks"), ("img_dir", "ann_dir"), ("images", "annotations")):
-        found = [_by_split(folder / name) for name in (images, masks)]
+        found = [by_split(folder / name) for name in (images, masks)]
         if all(found):
             return _Pair(found[0], found[1], lambda stem: (stem,))
-    city = [_by_split(folder / name) for name in ("leftImg8bit", "gtFine")]
+    city = [by_split(folder / name) for name in ("leftImg8bit", "gtFine")]
     if all(city):
         return _Pair(city[0], city[1], lambda stem: tuple(stem.removesuffix(_CITY_IMAGE) + end for end in _CITY_MASKS))
     return None
-
-
-def _by_split(folder: Path) -> dict[Split, Path]:
-    if not folder.is_dir():
-        return {}
-    found = dict[Split, Path]()
-    for item in folders_in(folder):
-        split = split_of(item.name)
-        if split is not None:
-            if split in found:
-                got = f"{found[split].name}/ and {item.name}/"
-                raise InputError(str(folder), f"needs one folder for {split}", got=got, fix="keep one, or join them")
-            found[split] = item
-    return found
-
-
-def _coco(folder: Path) -> dict[Split, Path]:
-    """The COCO file of each split: in ``annotations/``, or as Roboflow writes them, in the split's own folder."""
-    found = dict[Split, Path]()
-    for item in sorted((folder / "annotations").glob("instances_*.json")):
-        split = split_of(item.stem.removeprefix("instances_").rstrip("0123456789"))
-        if split is not None:
-            found.setdefault(split, item)
-    for item in folders_in(folder) if folder.is_dir() else ():
-        split, beside = split_of(item.name), item / "_annotations.coco.json"
-        if split is not None and beside.is_file():
-            found.setdefault(split, beside)
-    return found
-
-
-def _coco_images(folder: Path, split: Split, file: Path) -> Path:
-    """Where the images of a COCO file lie."""
-    if file.name.startswith("_"):
-        return file.parent
-    year = file.stem.removeprefix("instances_")
-    places = [_by_split(folder / "images").get(split), folder / "images" / year, folder / year, folder / "images"]
-    for place in places:
-        if place is not None and place.is_dir():
-            return place
-    fix = f"put the images into {folder / 'images' / split}"
-    raise InputError(str(file), "needs its images in a folder beside it", got=f"no folder images/{split}", fix=fix)
 
 
 def _numbering(folder: Path) -> tuple[tuple[str, ...], Numbering]:
@@ -178,27 +127,8 @@ def _numbering(folder: Path) -> tuple[tuple[str, ...], Numbering]:
     if file is None:
         fix = f"write {folder / CLASSES} with a class a line, value {1 if is_ade else 0} first"
         raise InputError(str(folder), "must name its classes", got=f"no {CLASSES}", fix=fix)
-    classes = _names(file)
+    classes = class_names(file, least=2)
     return classes, Numbering.from_one(len(classes)) if is_ade else Numbering.from_zero(len(classes))
-
-
-def _names(file: Path) -> tuple[str, ...]:
-    try:
-        lines = read_file(file).decode("utf-8-sig").splitlines()
-    except UnicodeDecodeError as error:
-        raise InputError(str(file), "must be text in UTF-8", got=f"byte {error.start}") from error
-    if file.name != CLASSES:  # Idx, Ratio, Train, Val, Name, with tabs between and a line of headings
-        lines = [line.split("\t")[-1].split(",")[0] for line in lines[1:]]
-    names = tuple(line.strip() for line in lines)
-    while names and not names[-1]:
-        names = names[:-1]
-    if not 2 <= len(names) <= MOST_CLASSES:
-        raise InputError(str(file), f"needs 2 to {MOST_CLASSES} classes, one a line", got=len(names))
-    for number, name in enumerate(names, start=1):
-        if not name or name in names[: number - 1]:
-            what = "needs a name of its own for every class"
-            raise InputError(f"{file}:{number}", what, got=repr(name) if name else "an empty line")
-    return names
 
 
 def _matched(pair: _Pair, split: Split, classes: tuple[str, ...], numbering: Numbering) -> MaskSet:
@@ -236,17 +166,3 @@ def _is_city_extra(path: Path) -> bool:
 
 def _training_ids() -> Numbering:
     return Numbering.from_zero(len(CITY_CLASSES))
-
-
-def _part(paths: tuple[Path, ...], split: Split, val_fraction: float, seed: int) -> list[int]:
-    """Which of the training images belong to train or val: by a digest of each name, as class folders are split."""
-    if len(paths) < 2:
-        what = "needs two images to be split into train and val"
-        raise InputError(str(paths[0].parent), what, got=len(paths), fix="add images or make val/")
-
-    def rank(index: int) -> bytes:
-        return hashlib.sha256(f"{seed}/".encode() + os.fsencode(paths[index].name)).digest()
-
-    count = min(max(round(len(paths) * val_fraction), 1), len(paths) - 1)
-    held_out = set(sorted(range(len(paths)), key=rank)[:count])
-    return [index for index in range(len(paths)) if (index in held_out) == (split == "val")]

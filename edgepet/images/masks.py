@@ -212,15 +212,15 @@ def require_classes(counts: NDArray[np.int64], classes: Sequence[str], where: Pa
     return absent
 
 
-def joined(bad: Sequence[InputError], among: int) -> InputError:
-    """One error as it is; several as a list under the folder that holds them all."""
+def joined(bad: Sequence[InputError], among: int, what: str = "needs masks that fit their images") -> InputError:
+    """One error as it is; several as a list under the folder that holds them all, which needs ``what``."""
     if len(bad) == 1:
         return bad[0]
     folder = os.path.commonpath([Path(error.where).parent for error in bad])
     lines = [f"  {os.path.relpath(error.where, folder)}: {error.what}, got {error.got}" for error in bad[:MOST_NAMED]]
     lines += [f"  and {len(bad) - MOST_NAMED} more"] if len(bad) > MOST_NAMED else []
     told = "\n".join([f"{len(bad)} of {among} that are not", *lines])
-    return InputError(folder, "needs masks that fit their images", got=told, fix="replace these files or remove them")
+    return InputError(folder, what, got=told, fix="replace these files or remove them")
 
 
 def write_mask(path: Path, mask: Mask, colours: Sequence[tuple[int, int, int]]) -> None:

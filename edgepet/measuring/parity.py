@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, fields, replace
-from typing import Literal, TypeAlias
+from typing import Literal, TypeAlias, cast
 
 import numpy as np
 
 from edgepet.errors import CheckError
+from edgepet.geometry import overlaps
 from edgepet.spec import NpArray, StoredPrecision
 
 Inputs: TypeAlias = Literal["data", "work", "synthetic"]
@@ -72,6 +73,22 @@ class Limit:
     images: float = 1.0
 
 
+@dataclass(frozen=True, slots=True)
+class Match:
+    """When a box is another one's: of one class, at least ``iou`` of intersection over union, and scores no further
+    apart than ``score``. ``least`` is the part of the boxes above ``FAINT`` that must have such another one.
+    """
+
+    iou: float
+    score: float
+    least: float
+
+
+FAINT = 0.05  # the score of boxes that are guesses, of which nothing is asked
+BOXES: dict[StoredPrecision, Match] = {
+    "fp32": Match(iou=0.99, score=1e-3, least=0.999),
+    "fp16": Match(iou=0.95, score=1e-2, least=0.99),
+}  # int8 of boxes is judged by AP alone
 MASKS: dict[StoredPrecision, float] = {"fp32": 0.999, "fp16": 0.99, "int8": 0.9}  # labels of places that must stay
 STORED: dict[StoredPrecision, Limit] = {
     "fp32": Limit(relative=1e-4),
@@ -92,7 +109,9 @@ class Parity:
 
     ``near_ties`` of the images are answered otherwise, but were too near to call: the reference's own logit of that
     answer is no further than ``limit`` below its best. ``top1_agreement`` is what was counted, these among the others.
-    Of masks each place of the head's map is judged as an image is: with ``places`` ``n`` counts these.
+    Of masks each place of the head's map is judged as an image is: with ``places`` ``n`` counts these. With ``boxes``
+    it counts those of both networks, ``top1_agreement`` is the part of them that has its like in the other, and
+    ``max_abs`` the largest difference of scores of two that are alike.
     """
 
     max_abs: float
@@ -104,11 +123,13 @@ class Parity:
     against: Against
     near_ties: int = 0
     places: bool = False
+    boxes: bool = False
 
     @property
     def shown(self) -> list[str]:
-        """The names of what JSON has: ``places`` where it is so."""
-        return [field.name for field in fields(self) if field.name != "places" or self.places]
+        """The names of what JSON has: ``places`` and ``boxes`` where it is so."""
+        later = {"places": self.places, "boxes": self.boxes}
+        return [field.name for field in fields(self) if later.get(field.name, True)]
 
     @property
     def ok(self) -> bool:
@@ -129,8 +150,11 @@ def compare(
 ) -> Parity:
     """Judge logits ``got`` by ``expected``, both (n, C), as ``stored`` allows; NaN is beyond every limit.
 
-    Of masks both are (n, C, h, w), and as many labels must stay as ``MASKS`` says.
+    Of masks both are (n, C, h, w), and as many labels must stay as ``MASKS`` says; boxes are (n, m, 6), and as
+    many must have their like as ``BOXES`` says.
     """
+    if expected.ndim == 3:
+        return compare_boxes(expected, got, stored=cast(StoredPrecision, stored), inputs=inputs, against=against)
     limit, places = stored if isinstance(stored, Limit) else STORED[stored], expected.ndim == 4
     if places:
         least = limit.top1_agreement if isinstance(stored, Limit) else MASKS[stored]
@@ -156,6 +180,31 @@ def compare(
     )
 
 
+def compare_boxes(
+    expected: NpArray, got: NpArray, *, stored: StoredPrecision, inputs: Inputs, against: Against
+) -> Parity:
+    """Judge boxes ``got`` by ``expected``, both (n, m, 6), by matching: equal scores come in any order.
+
+    Of each image the boxes above ``FAINT`` must have their like among all boxes of the other network, and the other way
+    round. Where the least of m boxes is above ``FAINT``, those that are nearly the least may be left out by either.
+    """
+    match, alike, total, apart = BOXES[stored], 0, 0, 0.0
+    for one, other in [(e, g) for pair in zip(expected, got, strict=True) for e, g in (pair, pair[::-1])]:
+        least = max(FAINT, float(min(one[:, 4].min(), other[:, 4].min())) + match.score)
+        there = one[(one[:, 4] > least) & (one[:, 2:4] > one[:, :2]).all(axis=1)]
+        scores = np.abs(there[:, None, 4] - other[None, :, 4])
+        like = (overlaps(there[:, :4], other[:, :4]) >= match.iou) & (there[:, None, 5] == other[None, :, 5])
+        nearest = np.where(like, scores, np.inf).min(axis=1, initial=np.inf)
+        same = nearest <= match.score
+        alike, total = alike + int(same.sum()), total + len(there)
+        apart = max(apart, float(nearest[same].max(initial=0.0)))
+    finite = bool(np.isfinite(got).all())
+    return Parity(
+        max_abs=apart if finite else math.inf, limit=match.score, top1_agreement=alike / max(1, total),
+        least_agreement=match.least if total else 0.0, n=max(1, total), inputs=inputs, against=against, boxes=True,
+    )  # fmt: skip
+
+
 def by_place(logits: NpArray) -> NpArray:
     """(n, C, h, w) as (n h w, C)."""
     return np.moveaxis(logits, 1, -1).reshape(-1, logits.shape[1])
@@ -172,10 +221,10 @@ def require_parity(parity: Parity, where: str) -> None:
     raise CheckError(
         where,
         f"must answer as the {parity.against} network does"
-        + ("" if parity.limit is None else f", within {parity.limit:.1e} on logits")
+        + ("" if parity.limit is None else f", within {parity.limit:.1e} on {'scores' if parity.boxes else 'logits'}")
         + (f" and with {100 * parity.least_agreement:.4g}% equal answers" if parity.least_agreement else ""),
         got=f"{parity.max_abs:.1e} and {parity.top1_agreement:.1%} on {parity.n}"
-        f" {'places of masks' if parity.places else 'images'} ({parity.inputs})"
+        f" {'places of masks' if parity.places else 'boxes' if parity.boxes else 'images'} ({parity.inputs})"
         + (f", {parity.near_ties} of them too near to call" if parity.near_ties else ""),
         fix="nothing was kept; report this with the pack if the backbone is an ordinary one",
     )

@@ -10,39 +10,89 @@ its own module. Needs ``train``.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import cast
+from typing import ClassVar, cast
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from edgepet.deltas.heads import Map, MapHead, Step
+from edgepet.deltas.heads import Answer, Map, MapHead, Step
 from edgepet.deltas.layers import Activation, Add, Depthwise, Layer, Norm, Point, Resize
 from edgepet.networks.head_settings import Form
 from edgepet.networks.separation import Separated, Separation
 from edgepet.spec import NpArray
 
 LEAST_SCALE = 0.3  # of the root mean square of all channels' deviations
-_EPS = 1e-6  # of a layer norm, as ConvNeXt's and ViT's have it
+EPS = 1e-6  # of a layer norm, as ConvNeXt's and ViT's have it
 
 
-class HeadForm(nn.Module):
-    """A head while it is trained; maps (n, C, h, w) by name give logits (n, classes, h, w) at the finest one's stride.
+class MapForm(nn.Module):
+    """A head while it is trained: which maps it reads, and fixed statistics by which it sees each of their channels.
 
-    Maps are seen standardised by fixed statistics, channel by channel. All tensors start as ``seed`` draws them, but
-    those of the last product, which are zero: so is every logit.
+    ``answer`` is what the head answers, and the name that it is given.
     """
+
+    answer: ClassVar[Answer]
 
     def __init__(self, form: Form, maps: Sequence[Map], classes: int, *, seed: int = 0) -> None:
         super().__init__()
-        self.form, self.levels, self.classes = form, form.of(maps), classes
+        self.form, self.levels, self.classes, self._seed = form, form.of(maps), classes, seed
         for number, level in enumerate(self.levels):
             self.register_buffer(f"mean{number}", torch.zeros(level.channels))
             self.register_buffer(f"std{number}", torch.ones(level.channels))
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        """Names of the maps that it reads."""
+        return tuple(level.name for level in self.levels)
+
+    def reset(self) -> None:
+        """Begin again; what maps are standardised by stays."""
+        raise NotImplementedError
+
+    def lower(self, name: str, labels: tuple[str, ...]) -> MapHead:
+        """What it computes in eval mode as layers with float64 tensors; the form is not modified."""
+        raise NotImplementedError
+
+    def answered(self, head: MapHead, given: Mapping[str, NpArray]) -> NpArray:
+        """What ``head``, which it was lowered to, gives for maps (n, C, h, w) by name, as the form itself gives it."""
+        return head(given)
+
+    def seen(self, level: int, x: Tensor) -> Tensor:
+        """A map as it is before it is standardised, (n, C, h, w)."""
+        if not self.form.norm:
+            return x
+        return functional.layer_norm(x.movedim(1, -1), x.shape[1:2], eps=EPS).movedim(-1, 1)
+
+    def standardized(self, level: int, x: Tensor) -> Tensor:
+        """A map as the head's first layer reads it."""
+        mean, std = (self.get_buffer(f"{kind}{level}")[:, None, None] for kind in ("mean", "std"))
+        return (self.seen(level, x) - mean) / std
+
+    def standardize(self, means: Sequence[NpArray], deviations: Sequence[NpArray]) -> None:
+        """Fix the statistics (C,) of each map that it reads, of what ``seen`` gives.
+
+        A channel that hardly varies is divided by a floor, as features are (``tuning.model``).
+        """
+        for number, (mean, deviation) in enumerate(zip(means, deviations, strict=True)):
+            least = LEAST_SCALE * float(np.sqrt(np.square(deviation).mean()))
+            self.get_buffer(f"mean{number}").copy_(torch.from_numpy(np.asarray(mean)))
+            self.get_buffer(f"std{number}").copy_(torch.from_numpy(np.maximum(deviation, least or 1.0)))
+
+
+class HeadForm(MapForm):
+    """A head for masks while it is trained; maps (n, C, h, w) by name give logits (n, classes, h, w) of the finest.
+
+    All tensors start as ``seed`` draws them, but those of the last product, which are zero: so is every logit.
+    """
+
+    answer: ClassVar[Answer] = "mask"
+
+    def __init__(self, form: Form, maps: Sequence[Map], classes: int, *, seed: int = 0) -> None:
+        super().__init__(form, maps, classes, seed=seed)
         width = form.width if form.name == "mlp" else classes
         self.laterals = nn.ModuleList([nn.Linear(level.channels, width, bias=False) for level in self.levels])
-        self._seed = seed
         if form.name == "mlp":
             self.fuse = nn.ModuleList([nn.Linear(width, width, bias=False) for _ in self.levels])
             self.fused = nn.BatchNorm2d(width)
@@ -79,27 +129,6 @@ class HeadForm(nn.Module):
                 if self.separation is not None:
                     self.separation.begin()
 
-    @property
-    def inputs(self) -> tuple[str, ...]:
-        """Names of the maps that it reads."""
-        return tuple(level.name for level in self.levels)
-
-    def seen(self, level: int, x: Tensor) -> Tensor:
-        """A map as it is before it is standardised, (n, C, h, w)."""
-        if not self.form.norm:
-            return x
-        return functional.layer_norm(x.movedim(1, -1), x.shape[1:2], eps=_EPS).movedim(-1, 1)
-
-    def standardize(self, means: Sequence[NpArray], deviations: Sequence[NpArray]) -> None:
-        """Fix the statistics (C,) of each map that it reads, of what ``seen`` gives.
-
-        A channel that hardly varies is divided by a floor, as features are (``tuning.model``).
-        """
-        for number, (mean, deviation) in enumerate(zip(means, deviations, strict=True)):
-            least = LEAST_SCALE * float(np.sqrt(np.square(deviation).mean()))
-            self.get_buffer(f"mean{number}").copy_(torch.from_numpy(np.asarray(mean)))
-            self.get_buffer(f"std{number}").copy_(torch.from_numpy(np.maximum(deviation, least or 1.0)))
-
     def forward(self, given: Mapping[str, Tensor]) -> Tensor:
         """Logits of maps by name."""
         return self.told(given)[0]
@@ -121,9 +150,9 @@ class HeadForm(nn.Module):
         return self.last(separated.maps) + separated.logits, separated
 
     def _level(self, number: int, x: Tensor) -> Tensor:
-        x = self.seen(number, x)
-        mean, std = (self.get_buffer(f"{kind}{number}")[:, None, None] for kind in ("mean", "std"))
-        y = functional.conv2d((x - mean) / std, cast(Tensor, self.laterals[number].weight)[:, :, None, None])
+        y = functional.conv2d(
+            self.standardized(number, x), cast(Tensor, self.laterals[number].weight)[:, :, None, None]
+        )
         if self.form.name == "mlp":
             y = functional.conv2d(y, cast(Tensor, self.fuse[number].weight)[:, :, None, None])
             if self.separation is not None and number == 0:
@@ -137,7 +166,7 @@ class HeadForm(nn.Module):
         """What it computes in eval mode as layers with float64 tensors; the form is not modified."""
         products, biases = self._products()
         if self.form.name == "linear":
-            steps = self._summed(products, biases, _array(self.shift), last="logits")
+            steps = self._summed(products, biases, array_of(self.shift), last="logits")
             return MapHead(name=name, answer="mask", labels=labels, steps=tuple(steps))
         scale, shift = _folded(self.fused)
         products, biases = [scale[:, None] * each for each in products], [scale * each for each in biases]
@@ -147,15 +176,15 @@ class HeadForm(nn.Module):
         if self.form.depthwise:
             scale, shift = _folded(self.gridded)
             steps.append(
-                _behind(steps, Depthwise(scale[:, None, None] * _array(self.grid.weight)[:, 0], shift), "grid")
+                behind(steps, Depthwise(scale[:, None, None] * array_of(self.grid.weight)[:, 0], shift), "grid")
             )
-            steps.append(_behind(steps, Activation("relu"), "gridded"))
+            steps.append(behind(steps, Activation("relu"), "gridded"))
             scale, shift = _folded(self.mixed)
-            steps.append(_behind(steps, Point(scale[:, None] * _array(self.mix.weight)[:, :, 0, 0], shift), "mix"))
-            steps.append(_behind(steps, Activation("relu"), "mixed"))
-        last = Point(_array(self.last.weight)[:, :, 0, 0], _array(cast(Tensor, self.last.bias)))
+            steps.append(behind(steps, Point(scale[:, None] * array_of(self.mix.weight)[:, :, 0, 0], shift), "mix"))
+            steps.append(behind(steps, Activation("relu"), "mixed"))
+        last = Point(array_of(self.last.weight)[:, :, 0, 0], array_of(cast(Tensor, self.last.bias)))
         if self.separation is None or rough is None:
-            steps.append(_behind(steps, last, "logits"))
+            steps.append(behind(steps, last, "logits"))
         else:
             steps += self.separation.lower(steps[-1].gives, last, rough)
         return MapHead(name=name, answer="mask", labels=labels, steps=tuple(steps))
@@ -164,11 +193,11 @@ class HeadForm(nn.Module):
         """Each map's product, (width, C), standardisation and fusion within, and its constant, (width,)."""
         products, biases = [], []
         for number, lateral in enumerate(self.laterals):
-            product = _array(cast(Tensor, lateral.weight)) / _array(self.get_buffer(f"std{number}"))
+            product = array_of(cast(Tensor, lateral.weight)) / array_of(self.get_buffer(f"std{number}"))
             if self.form.name == "mlp":
-                product = _array(cast(Tensor, self.fuse[number].weight)) @ product
+                product = array_of(cast(Tensor, self.fuse[number].weight)) @ product
             products.append(product)
-            biases.append(-product @ _array(self.get_buffer(f"mean{number}")))
+            biases.append(-product @ array_of(self.get_buffer(f"mean{number}")))
         return products, biases
 
     def _summed(
@@ -186,11 +215,11 @@ class HeadForm(nn.Module):
         for number, (level, product) in enumerate(zip(self.levels, products, strict=True)):
             read, made = level.name, last if count == 1 else f"level_{number}"
             if self.form.norm:
-                steps.append(Step(layer=Norm(eps=_EPS), reads=(read,), gives=f"norm_{number}"))
+                steps.append(Step(layer=Norm(eps=EPS), reads=(read,), gives=f"norm_{number}"))
                 read = f"norm_{number}"
             steps.append(Step(layer=Point(product, own.get(number)), reads=(read,), gives=made))
             if rough is not None and number == 0:
-                steps.append(_behind(steps, rough, "local"))
+                steps.append(behind(steps, rough, "local"))
                 made = "local"
             factor = self.levels[0].height // level.height
             if factor > 1:
@@ -200,17 +229,19 @@ class HeadForm(nn.Module):
         return steps if count == 1 else [*steps, Step(layer=Add(), reads=tuple(parts), gives=last)]
 
 
-def _behind(steps: Sequence[Step], layer: Layer, gives: str) -> Step:
+def behind(steps: Sequence[Step], layer: Layer, gives: str) -> Step:
+    """A step that reads what the last one gives."""
     return Step(layer=layer, reads=(steps[-1].gives,), gives=gives)
 
 
-def _array(tensor: Tensor) -> NpArray:
+def array_of(tensor: Tensor) -> NpArray:
+    """A copy in float64."""
     array: NpArray = tensor.detach().cpu().double().numpy()
     return array
 
 
 def _folded(norm: nn.BatchNorm2d) -> tuple[NpArray, NpArray]:
     """Factor and shift (C,) of a batch norm in eval mode."""
-    mean, variance = (_array(cast(Tensor, each)) for each in (norm.running_mean, norm.running_var))
-    scale = _array(norm.weight) / np.sqrt(variance + norm.eps)
-    return scale, _array(norm.bias) - scale * mean
+    mean, variance = (array_of(cast(Tensor, each)) for each in (norm.running_mean, norm.running_var))
+    scale = array_of(norm.weight) / np.sqrt(variance + norm.eps)
+    return scale, array_of(norm.bias) - scale * mean

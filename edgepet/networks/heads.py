@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from edgepet.deltas.detection import SIDES, Detect
 from edgepet.deltas.heads import MapHead
 from edgepet.deltas.layers import Layer, settings, tensors
 
@@ -127,6 +128,19 @@ def _mean(inputs: tuple[Tensor, ...], held: _Held, told: _Settings) -> Tensor:
     return inputs[0].mean(dim=(2, 3))
 
 
+def _detect(inputs: tuple[Tensor, ...], held: _Held, told: _Settings) -> Tensor:
+    layer = Detect(held["scales"].detach().cpu().numpy(), told["stride"], told["top"])
+    classes, beside = (torch.cat([x.flatten(2) for x in inputs[side::2]], dim=2) for side in (0, 1))
+    grid = layer.grid(*(tuple(x.shape[1:]) for x in inputs))
+    points, reaches = (torch.from_numpy(each).to(classes) for each in grid)
+    reached = functional.relu(beside[:, :SIDES] * reaches)
+    corners = points + torch.cat([-reached[:, :2], reached[:, 2:]], dim=1)
+    scores = (classes.amax(dim=1).sigmoid() * beside[:, SIDES].sigmoid()).sqrt()
+    rows = torch.cat([corners, scores[:, None], classes.argmax(dim=1)[:, None].to(classes)], dim=1).transpose(1, 2)
+    best = scores.argsort(dim=1, descending=True, stable=True)[:, : told["top"]]
+    return rows.take_along_dim(best[:, :, None], dim=1)
+
+
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": functional.relu,
     "gelu": functional.gelu,
@@ -148,4 +162,5 @@ _FORWARDS: dict[str, _Forward] = {
     "attend": _attend,
     "regions": _regions,
     "mean": _mean,
+    "detect": _detect,
 }

@@ -8,14 +8,13 @@ from __future__ import annotations
 from typing import Any, cast
 
 from edgepet.deltas.delta import JudgedHead
-from edgepet.deltas.heads import ANSWERS, MOST_CLASSES, MOST_LAYERS, Answer, MapHead, Step
+from edgepet.deltas.heads import ANSWERS, METRICS, MOST_CLASSES, MOST_LAYERS, Answer, MapHead, Step
 from edgepet.deltas.layers import LAYERS, OPTIONAL, SETTINGS, TENSORS, settings, tensors
 from edgepet.packs.layout import Reader
 from edgepet.packs.planes import Planes
 from edgepet.strict import ObjectReader
 
 PLANES = "head"  # begins the name of every plane of a head: head.KIND.TENSOR
-METRICS: dict[Answer, str] = {"mask": "miou"}
 MAX_READS = 64  # inputs of one layer
 MAX_LABEL_BYTES = 256
 MAX_SETTING = 1 << 16
@@ -32,7 +31,7 @@ def write_map_head(judged: JudgedHead, planes: Planes) -> dict[str, object]:
         }
         layers.append({"kind": kind, "reads": list(step.reads), "gives": step.gives, **settings(step.layer), **places})
     head = judged.head
-    val = {"metric": METRICS[head.answer], "value": judged.miou, "n": judged.n}
+    val = {"metric": METRICS[head.answer], "value": judged.value, "n": judged.n}
     return {"name": head.name, "answer": head.answer, "labels": list(head.labels), "layers": layers, "val": val}
 
 
@@ -51,7 +50,9 @@ def read_map_head(table: ObjectReader, reader: Reader) -> JudgedHead:
     val = table.nested("val")
     val.text("metric", choices=[METRICS[answer]])
     judged = JudgedHead(
-        head=MapHead(name=name, answer=answer, labels=labels, steps=steps), miou=val.number("value"), n=val.integer("n")
+        head=MapHead(name=name, answer=answer, labels=labels, steps=steps),
+        value=val.number("value"),
+        n=val.integer("n"),
     )
     for part in (val, table):
         part.end()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import cast
 
@@ -10,7 +11,7 @@ import numpy as np
 from PIL import Image
 
 from edgepet.deltas.heads import mask_of
-from edgepet.deltas.probe import condensed
+from edgepet.deltas.probe import condensed, told_of
 from edgepet.device.artifact import Artifact, PlacesProbe, Probe
 from edgepet.device.pixels import FromPixels
 from edgepet.device.runner import ModelRunner
@@ -43,6 +44,11 @@ def check_probe(artifact: Artifact, got: NpArray) -> Check:
     stored = SAME_CODES if artifact.precision == "int8" else artifact.precision
     if artifact.probe.places is not None:
         return _check_places(artifact.probe, artifact.probe.places, got, stored)
+    if artifact.answer == "boxes":
+        told, expected = told_of(got, artifact.probe.seed, len(artifact.labels)), artifact.probe.logits
+        limit = cast(float, STORED[artifact.precision].relative) * max(1.0, float(np.abs(expected).max()))
+        value = float(np.abs(told - expected).max())
+        return Check(name="probe", ok=value <= limit, value=value, limit=limit)
     parity = compare(artifact.probe.logits, got, stored=stored, inputs="synthetic", against="merged")
     return Check(name="probe", ok=parity.ok, value=parity.max_abs, limit=cast(float, parity.limit))
 
@@ -95,6 +101,8 @@ def check_data(artifact: Artifact, merged: NpArray, got: NpArray) -> Check:
     """
     parity = compare(merged, got, stored=artifact.precision, inputs="data", against="merged")
     near = parity.limit is None or parity.max_abs <= parity.limit
+    if parity.boxes and near:  # what is said of boxes is said by how many have their like
+        return Check(name="data boxes", ok=parity.ok, value=1 - parity.top1_agreement, limit=1 - parity.least_agreement)
     if parity.places and near:  # what is said of masks is said by pixels, where logits are near
         other = 1 - parity.top1_agreement
         return Check(name="data pixels", ok=parity.ok, value=other, limit=1 - parity.least_agreement)
@@ -130,7 +138,17 @@ def prove(subject: Subject, artifact: Artifact, runner: ModelRunner, *, where: s
             raise CheckError(where, what, got=f"{resized.value:.1e}")
     if artifact.answer == "mask":
         _require_masks(subject, artifact, batched(lambda batch: runner.outputs(batch)[1], images), where)
+    if artifact.answer == "boxes":
+        _require_parts(runner.outputs(images[:1]), where)
     return parity
+
+
+def _require_parts(outputs: Sequence[NpArray], where: str) -> None:
+    """Refuse boxes, scores and labels that are not the columns of what is found."""
+    found, boxes, scores, labels = outputs
+    same = [np.array_equal(boxes, found[:, :, :4]), np.array_equal(scores, found[:, :, 4])]
+    if not all(same) or not np.array_equal(labels, found[:, :, 5]):
+        raise CheckError(where, "must put out boxes, scores and labels of what it finds", got="others")
 
 
 def _require_masks(subject: Subject, artifact: Artifact, got: NpArray, where: str) -> None:

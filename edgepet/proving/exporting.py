@@ -58,7 +58,10 @@ def place_of(folder: Path, task: str, name: Format, precision: str, takes: Takes
 def _fastest(subject: Subject, folder: Path, options: ExportOptions, stage: Callable[[str], None]) -> list[Exported]:
     """Of each format the precision that is fastest here, among those that pass their checks."""
     models, unfit = dict[StoredPrecision, dict[Format, Model]](), list[str]()
-    for precision in ("fp32", "fp16", "int8"):
+    precisions: tuple[StoredPrecision, ...] = ("fp32", "fp16", "int8")
+    if "boxes" in subject.delta.answers:
+        precisions, unfit = precisions[:2], ["int8 is out: boxes are not judged in it yet"]
+    for precision in precisions:
         try:
             models[precision] = in_precision(subject, precision, options, stage)
         except CheckError as error:
@@ -100,7 +103,7 @@ def _best(made: Mapping[StoredPrecision, Exported]) -> tuple[StoredPrecision, st
 
 
 def _export_one(subject: Subject, model: Model, name: Format, folder: Path, options: ExportOptions) -> Exported:
-    delta = subject.delta
+    delta, head = subject.delta, map_head_of(subject.delta)
     path = place_of(folder, delta.task, name, model.precision, options.takes)
     with new_folder(path, only=files_of(path)) as scratch:
         began = time.perf_counter()
@@ -116,7 +119,7 @@ def _export_one(subject: Subject, model: Model, name: Format, folder: Path, opti
             engine=written.engine,
             precision=model.precision,
             labels=labels_of(delta),
-            answer="class" if map_head_of(delta) is None else "mask",
+            answer="class" if head is None else head.answer,
             preprocess=delta.preprocess,
             backbone=delta.backbone,
             fingerprint=delta.fingerprint,
@@ -156,7 +159,7 @@ def _probe(subject: Subject, model: Model) -> Probe:
     """Answers to noise: those of the merged network, or where codes decide, those of the same codes in ONNX Runtime."""
     if model.precision != "int8":
         return subject.probe
-    return probe_of(subject.probe.seed, model.logits(subject.probe_images))
+    return probe_of(subject.probe.seed, model.logits(subject.probe_images), len(labels_of(subject.delta)))
 
 
 def _verified(subject: Subject, artifact: Artifact, scratch: Path, path: Path) -> Artifact:

@@ -89,6 +89,7 @@ def in_precision(
         proto = simplified(proto, subject.images[0][:2], where=subject.delta.task)
     began = time.perf_counter()
     if precision == "int8":
+        require_judged(subject.delta, "int8")
         made = _in_int8(subject, proto, options, stage)
     else:
         one = Model(proto=proto, precision=precision) if precision == "fp32" else _in_half(subject, proto, options)
@@ -104,8 +105,7 @@ def _in_half(subject: Subject, proto: ModelProto, options: ExportOptions) -> Mod
         images, source = subject.images
         looked_at: dict[str, object] = {"inputs": source, "n": len(images)}
     else:
-        masks = map_head_of(subject.delta) is not None
-        images = sample_images(Path(options.calib), subject.delta.preprocess, masks=masks)
+        images = sample_images(Path(options.calib), subject.delta.preprocess, subject.delta.answers[0])
         looked_at = {"inputs": "calib", "n": len(images)}
     half = to_half(proto, images, where=subject.delta.task)
     return Model(proto=half.model, precision="fp16", kept=half.kept, calibration=looked_at)
@@ -137,6 +137,17 @@ def _kept(made: Calibrated) -> tuple[Kept, ...]:
     costs = {layer.name: layer.kl for layer in made.layers}
     reason = "int8 of it costs most: divergence {:.2g} alone"
     return tuple(Kept(name=name, op="layer", reason=reason.format(costs[name])) for name in made.recipe.keep)
+
+
+def require_judged(delta: Delta, what: str) -> None:
+    """Refuse what would have to be judged by average precision, and is not yet.
+
+    Raises:
+        InputError: ``delta`` answers boxes.
+    """
+    if "boxes" in delta.answers:
+        fix = "keep its numbers in fp16, and export it in fp32 or fp16"
+        raise InputError(f"task {delta.task!r}", f"finds boxes, which are not judged in {what} yet", fix=fix)
 
 
 def task_images(subject: Subject, options: ExportOptions) -> CalibrationImages:

@@ -11,7 +11,8 @@ import numpy as np
 
 from edgepet.calibration.budget import answers
 from edgepet.deltas.delta import Delta
-from edgepet.deltas.probe import Probe, condensed, probe_images
+from edgepet.deltas.probe import Probe, probe_images, told_of
+from edgepet.device.answers import labels_of
 from edgepet.device.runtime import SharedInt8
 from edgepet.graphs.int8 import Int8Graph
 from edgepet.networks.backbone import Backbone
@@ -31,8 +32,10 @@ def probed(backbone: Backbone, delta: Delta) -> Delta:
     from edgepet.tuning.dense import stored_answers
 
     logits = stored_answers(backbone, delta, probe_images(SEEDS[0], delta.preprocess))
+    told = told_of(logits, SEEDS[0], len(labels_of(delta)))
+    if logits.ndim == 3:  # boxes: their corners are pixels, and are no measure of what is told of them
+        logits = np.maximum(told, 1.0)
     tolerance = EXACT * max(float(np.abs(logits).max()), 1e-3)
-    told = logits if logits.ndim == 2 else condensed(logits, SEEDS[0])
     return replace(delta, probes={"fp32": Probe(SEEDS[0], told, tolerance)})
 
 
@@ -46,6 +49,7 @@ def probed_int8(expressed: Expressed, graph: Int8Graph, runtimes: Iterable[str])
         InputError: the file of codes is not what it was.
     """
     delta = expressed.delta
+    classes = len(labels_of(delta))
     with contextlib.ExitStack() as opened:
         networks: list[Callable[[NpArray], NpArray]] = [partial(answers, expressed.model)]
         for runtime in runtimes:
@@ -57,7 +61,8 @@ def probed_int8(expressed: Expressed, graph: Int8Graph, runtimes: Iterable[str])
             images = probe_images(seed, delta.preprocess)
             given = [network(images) for network in networks]
             largest = float(np.abs(given[0]).max())
-            first, *others = (each if each.ndim == 2 else condensed(each, seed) for each in given)
+            first, *others = (told_of(each, seed, classes) for each in given)
+            largest = float(np.abs(first).max()) if given[0].ndim == 3 else largest
             apart = max((float(np.abs(logits - first).max()) for logits in others), default=0.0)
             tried.append((apart / largest, seed, first, apart, largest))
     _, seed, logits, apart, largest = min(tried, key=lambda each: each[:2])

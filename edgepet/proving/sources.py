@@ -49,7 +49,8 @@ class PackSource:
         self.path = path
         self.pack: Pack = read_pack(path, answers=EVERY)
         self.labels, self.preprocess = labels_of(self.pack.delta), self.pack.delta.preprocess
-        self.answer: Literal["class", "mask"] = "class" if map_head_of(self.pack.delta) is None else "mask"
+        head = map_head_of(self.pack.delta)
+        self.answer: Literal["class", "mask", "boxes"] = "class" if head is None else head.answer
 
     def open(
         self, runtime: str | None, precision: str, backbone: AnyBackbone, threads: int | None,

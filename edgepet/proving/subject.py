@@ -15,12 +15,14 @@ import numpy as np
 
 from edgepet.deltas.delta import Delta
 from edgepet.deltas.merge import merge, require_backbone, task_tensors
-from edgepet.deltas.probe import condensed
+from edgepet.deltas.probe import condensed, told_of
+from edgepet.device.answers import labels_of
 from edgepet.device.artifact import PlacesProbe, Probe
 from edgepet.device.map_heads import map_head_of
 from edgepet.errors import InputError, require
 from edgepet.files import made_cache
 from edgepet.graphs.base import WEIGHTS, BaseGraph, graph_folder, open_graph
+from edgepet.images.box_folders import open_boxes
 from edgepet.images.mask_folders import open_masks
 from edgepet.images.pixels import pixels_of
 from edgepet.images.preprocess import normalize
@@ -145,7 +147,7 @@ class Subject:
         """
         preprocess = self.delta.preprocess
         if self.data is not None:
-            return sample_images(Path(self.data), preprocess, masks=map_head_of(self.delta) is not None), "data"
+            return sample_images(Path(self.data), preprocess, self.delta.answers[0]), "data"
         if self.work is not None:
             return normalize(self.work.pixels, preprocess), "work"
         noise = synthetic_images(preprocess)
@@ -207,7 +209,7 @@ class Subject:
     @cached_property
     def probe(self) -> Probe:
         """Seeded noise, and the merged network's float32 answers to it, as artefacts keep them."""
-        return probe_of(PROBE_SEED, self.merged(self.probe_images))
+        return probe_of(PROBE_SEED, self.merged(self.probe_images), len(labels_of(self.delta)))
 
     @property
     def probe_images(self) -> NpArray:
@@ -216,10 +218,12 @@ class Subject:
         return blank.images(self.delta.preprocess, pictures=self._pictures)
 
 
-def probe_of(seed: int, answers: NpArray) -> Probe:
-    """The probe of a model that answers ``answers`` to the images of ``seed``: (n, C), or of masks (n, C, h, w)."""
-    if answers.ndim == 2:
-        return Probe(seed=seed, logits=answers.astype(np.float32))
+def probe_of(seed: int, answers: NpArray, classes: int) -> Probe:
+    """The probe of a model that answers ``answers`` to the images of ``seed``: (n, C), of masks (n, C, h, w), of boxes
+    (n, m, 6) of so many ``classes``.
+    """
+    if answers.ndim < 4:
+        return Probe(seed=seed, logits=told_of(answers, seed, classes).astype(np.float32))
     places = PlacesProbe(labels=answers.argmax(1).astype(np.uint8), largest=float(np.abs(answers).max()))
     return Probe(seed=seed, logits=condensed(answers, seed), places=places)
 
@@ -260,10 +264,10 @@ def _masks_network(subject: Subject, *, plain: bool) -> Callable[[torch.Tensor],
     """A pack with a head for masks as stored, or with ``plain`` its head alone on the backbone's own maps."""
     import torch
 
-    from edgepet.tuning.dense import MergedMasks
+    from edgepet.tuning.dense import MergedHead
 
     delta = replace(subject.delta, updates=(), branches=()) if plain else subject.delta
-    network = MergedMasks(subject.backbone, delta)
+    network = MergedHead(subject.backbone, delta)
     return lambda images: torch.from_numpy(network(images.numpy()))
 
 
@@ -350,15 +354,18 @@ class TorchNetwork:
         self._torch.set_num_threads(self._threads_before)
 
 
-def sample_images(folder: Path, preprocess: Preprocess, *, masks: bool = False) -> NpArray:
+def sample_images(folder: Path, preprocess: Preprocess, answer: str = "class") -> NpArray:
     """Preprocessed images (n, 3, H, W) out of the val split of ``folder``, at most 32, spread over its classes.
 
-    ``masks``: it is a folder of images with masks.
+    ``answer`` says of what it is a folder: of classes, or of images with a "mask" or "boxes".
 
     Raises:
         InputError: ``folder`` has no val split, or images of it cannot be read.
     """
-    val = open_masks(folder, "val").images if masks else open_split(folder, "val", clips=preprocess.frames > 1)
+    if answer == "class":
+        val = open_split(folder, "val", clips=preprocess.frames > 1)
+    else:
+        val = open_masks(folder, "val").images if answer == "mask" else open_boxes(folder, "val").images
     return normalize(load_set(_sample(val), preprocess)[0], preprocess)
 
 

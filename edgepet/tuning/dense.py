@@ -1,4 +1,4 @@
-"""A method attached to a backbone under a head for masks, and what both lower to. Needs the ``train`` extra."""
+"""A method attached to a backbone under a head that reads maps, and what both lower to. Needs the ``train`` extra."""
 
 from __future__ import annotations
 
@@ -12,14 +12,16 @@ import torch
 from torch import Tensor, nn
 
 from edgepet.deltas.delta import NO_CLASSIFIER, Delta, JudgedHead, Score
+from edgepet.deltas.heads import Answer
 from edgepet.deltas.merge import fold_all, task_tensors
 from edgepet.device.map_heads import map_head_of
 from edgepet.images.batches import batched
 from edgepet.methods import Method
 from edgepet.methods.method import unflatten
 from edgepet.networks.backbone import Backbone
+from edgepet.networks.box_forms import BoxForm
 from edgepet.networks.graft import grafted, in_torch
-from edgepet.networks.head_forms import HeadForm
+from edgepet.networks.head_forms import HeadForm, MapForm
 from edgepet.networks.head_settings import Form
 from edgepet.networks.heads import HeadNetwork
 from edgepet.networks.maps import taking
@@ -30,7 +32,7 @@ from edgepet.tuning.fake_quant import FakeQuant
 from edgepet.tuning.model import TunedModel, lowered
 from edgepet.tuning.noise import Noise
 
-HEAD = "mask"  # the name of the one head that a training makes
+FORMS: Mapping[Answer, type[MapForm]] = {"mask": HeadForm, "boxes": BoxForm}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -45,7 +47,7 @@ class Judged:
 
 
 class DenseModel(TunedModel):
-    """A frozen backbone, a method's tensors at its sites, and a head for masks; puts out logits (n, C, h, w).
+    """A frozen backbone, a method's tensors at its sites, and a head that reads maps; puts out what its form does.
 
     Everything but the head is as of ``TunedModel``. Where a head reads maps they are flat rows (n, values), one behind
     another in the order of ``form.levels``, so that they can be kept as features are.
@@ -61,7 +63,7 @@ class DenseModel(TunedModel):
 
     def begin_head(self, backbone: Backbone, classes: int) -> None:
         """As of ``TunedModel``; a product for each branch whose slots are judged, which no pack has, starts at zero."""
-        self.form = HeadForm(self._asked, self._maps, classes, seed=self._seed)
+        self.form = FORMS[self._asked.answer](self._asked, self._maps, classes, seed=self._seed)
         with torch.no_grad():
             told = [branch for branch in self.branches(self.tuned()) if branch.kind == "semantic-prompt"]
         self._told = [branch.into for branch in told]
@@ -86,7 +88,7 @@ class DenseModel(TunedModel):
             nn.init.zeros_(parameter)
 
     def forward(self, images: Tensor, noise: Noise | None = None) -> Tensor:
-        """Logits (n, C, h, w) of preprocessed images (n, 3, H, W)."""
+        """What the form puts out, of preprocessed images (n, 3, H, W)."""
         return self.classify_maps(self.maps(images, noise))
 
     def maps(self, images: Tensor, noise: Noise | None = None) -> dict[str, Tensor]:
@@ -100,12 +102,12 @@ class DenseModel(TunedModel):
         return taken
 
     def classify_maps(self, maps: Mapping[str, Tensor]) -> Tensor:
-        """Logits (n, C, h, w) of maps by name."""
+        """What the form puts out, of maps by name: for masks logits (n, C, h, w)."""
         return cast(Tensor, self.form(maps))
 
     def judged(self, maps: Mapping[str, Tensor]) -> Judged:
         """All that is judged of a training's images whose maps ``maps`` gave last."""
-        logits, separated = self.form.told(maps)
+        logits, separated = cast(HeadForm, self.form).told(maps)
         found, self.interim = self.interim or {}, None
         interim = [
             teller(m) for point, teller in zip(self._told, self.tellers, strict=True) for m in found.get(point, ())
@@ -141,7 +143,7 @@ def extract_dense(
     Raises:
         InputError: ``task``, ``labels`` or branches are none that a ``Delta`` can have.
     """
-    judged = JudgedHead(head=model.form.lower(HEAD, labels).astype(np.float32), miou=0.0, n=0)
+    judged = JudgedHead(head=model.form.lower(model.form.answer, labels).astype(np.float32), value=0.0, n=0)
     none = Score(top1=0.0, n=0)
     return lowered(
         model, backbone, task=task, training=training, head=NO_CLASSIFIER, labels=(), val=none, heads=(judged,)
@@ -160,7 +162,7 @@ def dense_algebra_error(model: DenseModel, backbone: Backbone, images: NpArray) 
     }
     tuned = unflatten({name: value.astype(np.float64) for name, value in model.arrays().items()}, model.sites)
     merged = fold_all(double, model.method.lower(double, model.sites, tuned))
-    head = model.form.lower(HEAD, tuple(map(str, range(model.form.classes))))
+    head = model.form.lower(model.form.answer, tuple(map(str, range(model.form.classes))))
     was_training = model.training
     with model.unrounded():
         model.eval().double()
@@ -174,7 +176,7 @@ def dense_algebra_error(model: DenseModel, backbone: Backbone, images: NpArray) 
                     taking(model.backbone, model.form.levels) as taken,
                 ):
                     torch.func.functional_call(model.backbone, state, (batch,), tie_weights=False)
-            got = head({name: x.numpy() for name, x in taken.items()})
+            got = model.form.answered(head, {name: x.numpy() for name, x in taken.items()})
         finally:
             model.float().train(was_training)
     return float(np.abs(expected - got).max()), float(np.abs(expected).max())
@@ -187,17 +189,17 @@ def stored_answers(backbone: Backbone, delta: Delta, images: NpArray) -> NpArray
         images: preprocessed float32 (n, 3, H, W), or clips (n, frames, 3, H, W).
 
     Returns:
-        Logits (n, C), of masks (n, C, h, w).
+        Logits (n, C), of masks (n, C, h, w), or boxes (n, boxes, 6).
 
     Raises:
         BackboneError, InputError: as ``task_tensors`` and ``map_head_of``.
     """
     if map_head_of(delta) is None:
         return merged_logits(backbone, delta, images)
-    return batched(MergedMasks(backbone, delta), images)
+    return batched(MergedHead(backbone, delta), images)
 
 
-class MergedMasks:
+class MergedHead:
     """A pack as stored, run by torch in float32: its delta folded into the backbone, its branches and head beside it.
 
     Raises:
@@ -214,7 +216,7 @@ class MergedMasks:
         self._head = HeadNetwork(head.astype(np.float32))
 
     def __call__(self, images: NpArray) -> NpArray:
-        """Logits (n, C, h, w) of preprocessed float32 images (n, 3, H, W)."""
+        """What the head gives, of preprocessed float32 images (n, 3, H, W)."""
         module, inputs = self._backbone.module, (torch.from_numpy(images),)
         with torch.no_grad(), grafted(module, self._branches), taking(module, self._maps) as taken:
             features = torch.func.functional_call(module, self._state, inputs, tie_weights=False)

@@ -22,7 +22,7 @@ from edgepet.tuning.recipes import (
     named,
 )
 
-TASKS = ("class", "mask")
+TASKS = ("class", "mask", "boxes")
 PRECISIONS = ("auto", "fp32", "bf16")
 BACKBONE_PRECISIONS = ("fp32", "int8", "int4")
 CHECKPOINT_S = 30.0
@@ -65,9 +65,11 @@ class TrainOptions:
         checkpoint_s: seconds between two checkpoints within an epoch.
         memory: bytes that decoded images may take, and what enters the first tuned block of them; more are kept in
             ``TASK.pixels`` and ``TASK.features`` beside the pack until it is there. None is half of what is free.
-        task: "class" for a folder of class folders, "mask" for images with masks; None is what lies in the folder.
-        head: of masks: "mlp", or "linear", with settings as "mlp,width=32,maps=0/1/2,depthwise=true,norm=false"; maps
-            are the backbone's, 0 the finest. "mlp,separation=true" tells neighbouring places and regions apart.
+        task: "class" for a folder of class folders, "mask" for images with masks, "boxes" for images with boxes; None
+            is what lies in the folder.
+        head: of masks: "mlp", or "linear", with settings as "mlp,width=32,maps=0/1/2,depthwise=true,norm=false"; of
+            boxes "fcos", as "fcos,width=32,depth=2"; maps are the backbone's, 0 the finest. None is the first of each.
+            "mlp,separation=true" tells neighbouring places and regions apart.
         dice: of masks: how much Dice's loss, which sees rare classes, counts beside cross entropy.
         log: where every step is written to: "csv", "tensorboard", "mlflow" and "wandb", the last two on this machine
             unless ``MLFLOW_TRACKING_URI`` or ``WANDB_MODE`` says otherwise.
@@ -100,7 +102,7 @@ class TrainOptions:
     checkpoint_s: float = CHECKPOINT_S
     memory: int | None = None
     task: str | None = None
-    head: str = "mlp"
+    head: str | None = None
     dice: float = 0.0
     log: Sequence[str] = ()
     log_dir: FilePath | None = None
@@ -154,7 +156,8 @@ class TrainOptions:
             raise InputError(option("consistency"), what, got=option("augment", ",".join(self.augment)), fix=fix)
         if self.task is not None and self.task not in TASKS:
             raise InputError(option("task"), f"is {' or '.join(TASKS)}", got=repr(self.task))
-        head_form(self.head)
+        if self.head is not None:
+            head_form(self.head)
         if not 0 <= self.dice < math.inf:
             raise InputError(option("dice"), "must be at least 0 and finite", got=self.dice)
         named("optimizer", self.optimizer)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
 from edgepet.errors import InputError, option
-from edgepet.networks.head_settings import FORMS, Form
+from edgepet.networks.head_settings import FORMS, MOST_DEPTH, Form
 
 Balance: TypeAlias = Literal["weights", "sampling"]
 Value: TypeAlias = bool | int | float | tuple[float, ...]
@@ -147,7 +147,7 @@ def consistency(text: str | None) -> Consistency | None:
 
 
 def head_form(text: str) -> Form:
-    """What ``mlp,width=32,maps=0/1/2,depthwise=true`` asks for.
+    """What ``mlp,width=32,maps=0/1/2,depthwise=true`` asks for, or ``fcos,width=32,depth=2``.
 
     Raises:
         InputError: no such head or setting, or a value that it cannot have.
@@ -155,8 +155,11 @@ def head_form(text: str) -> Form:
     where = option("head")
     name, given = named("head", text)
     if name not in FORMS:
-        raise InputError(where, f"is {' or '.join(FORMS)}", got=repr(name))
-    known = ("maps", "norm") if name == "linear" else ("width", "maps", "depthwise", "norm", "separation")
+        raise InputError(where, f"is {', '.join(FORMS)}", got=repr(name))
+    known = {
+        "mlp": ("width", "maps", "depthwise", "norm", "separation"),
+        "fcos": ("width", "maps", "depth", "norm"),
+    }.get(name, ("maps", "norm"))
     unknown = [key for key in given if key not in known]
     if unknown:
         raise InputError(where, f"{name} knows the settings {', '.join(known)}", got=repr(unknown[0]))
@@ -166,6 +169,8 @@ def head_form(text: str) -> Form:
             raise InputError(where, f"needs {key}=true or {key}=false", got=values[key])
     if not _is_natural(width := values.get("width", 1)) or not 1 <= width <= MOST_WIDTH:
         raise InputError(where, f"needs a width from 1 to {MOST_WIDTH}", got=width)
+    if not _is_natural(depth := values.get("depth", 1)) or not 1 <= depth <= MOST_DEPTH:
+        raise InputError(where, f"needs a depth from 1 to {MOST_DEPTH}", got=depth)
     maps = values.pop("maps", ())
     numbers = maps if isinstance(maps, tuple) else (maps,)
     if not all(map(_is_natural, numbers)) or len(set(numbers)) < len(numbers):

@@ -20,7 +20,7 @@ from edgepet.graphs.slots import task_slots
 from edgepet.jobs.job import MEASURED
 from edgepet.networks.backbone import AnyBackbone
 from edgepet.packs.pack import EVERY, write_pack
-from edgepet.proving.precision import calibration_of, express, int8_of, task_images
+from edgepet.proving.precision import calibration_of, express, int8_of, require_judged, task_images
 from edgepet.proving.probing import probed_int8
 from edgepet.proving.shared_runs import SharedRun, installed, run_shared
 from edgepet.proving.subject import Subject
@@ -126,6 +126,7 @@ def calibrate(
         CheckError: half of the layers in float do not hold the budget.
     """
     subject = Subject(pack, backbone, data, answers=EVERY)
+    require_judged(subject.delta, "int8")
     chosen = _images(subject, calib, images)
     stage(f"graph of {subject.delta.backbone}")
     calibration = calibration_of(subject, chosen).for_format("onnx")
@@ -167,6 +168,7 @@ def share(
     """
     subject, output = Subject(pack, backbone, data, answers=EVERY), Path(output)
     require_pack_place(output)
+    require_judged(subject.delta, "int8")
     chosen = _images(subject, calib, images)
     if max_drop is not None and subject.delta.labels:  # of masks pixels count, not images
         require_resolution(max_drop, len(chosen.judged))

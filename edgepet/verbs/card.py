@@ -15,6 +15,7 @@ from uuid import NAMESPACE_URL, uuid5
 
 from edgepet.canonical import canonical_json
 from edgepet.deltas.delta import Delta
+from edgepet.deltas.heads import Answer
 from edgepet.errors import InputError, option
 from edgepet.files import require_file_place, require_other, write_file
 from edgepet.measuring.parity import interval
@@ -61,6 +62,12 @@ class _Answer:
     values: int = 0
 
 
+_OF_MAPS: dict[Answer, tuple[str, str, str, str, str]] = {  # how a sentence begins, kind, unit, metric and its type
+    "mask": ("A mask of every image in", "semantic segmentation", "pixel", "mIoU", "mean intersection over union"),
+    "boxes": ("Boxes around the objects of every image, of", "object detection", "object", "AP", "average precision"),
+}
+
+
 def _answers(delta: Delta) -> tuple[_Answer, ...]:
     """What a pack answers, its classifier first."""
     several = "images" if delta.preprocess.frames == 1 else "clips"
@@ -75,11 +82,12 @@ def _answers(delta: Delta) -> tuple[_Answer, ...]:
             )
         )  # fmt: skip
     for each in delta.heads:
+        begins, kind, unit, metric, metric_type = _OF_MAPS[each.head.answer]
         found.append(
             _Answer(
-                sentence=f"A mask of every image in {_classes(each.head.labels)}", kind="semantic segmentation",
-                unit="pixel", labels=each.head.labels, metric="mIoU", metric_type="mean intersection over union",
-                value=each.miou, n=each.n, layers=tuple(step.layer.kind for step in each.head.steps),
+                sentence=f"{begins} {_classes(each.head.labels)}", kind=kind, unit=unit, labels=each.head.labels,
+                metric=metric, metric_type=metric_type,
+                value=each.value, n=each.n, layers=tuple(step.layer.kind for step in each.head.steps),
                 values=each.head.stored_values,
             )
         )  # fmt: skip

@@ -7,9 +7,9 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
-from edgepet.device.answers import Answer, MaskAnswer
+from edgepet.device.answers import Answer, BoxesAnswer, MaskAnswer
 from edgepet.device.opened import OpenTasks
 from edgepet.device.pool import MODES
 from edgepet.device.runtimes import DEFAULT, SHARED_RUNTIMES
@@ -19,7 +19,7 @@ from edgepet.errors import EdgepetError
 from edgepet.images.inputs import Input, asked_for, asked_pairs, pictures_of
 from edgepet.reports.screen import Screen, lines
 from edgepet.reports.tables import Table, format_percent, left
-from edgepet.verbs.drawings import Drawings, MaskResult, drawing_options, result_of, told
+from edgepet.verbs.drawings import BoxesResult, Drawings, MaskResult, drawing_options, result_of, told, told_boxes
 from edgepet.verbs.verb import (
     Options,
     Parser,
@@ -35,6 +35,9 @@ from edgepet.verbs.verb import (
 
 if TYPE_CHECKING:
     from edgepet.reports.progress import Progress
+
+
+AnyResult: TypeAlias = "AnyAnswer | MaskResult | BoxesResult"
 
 
 def _run_options(parser: Parser) -> None:
@@ -74,7 +77,7 @@ def _run_run(options: Options, progress: Progress) -> DeviceRun:
             precision=options.precision, mode=options.mode, memory_bytes=options.memory_bytes, top=options.top,
             device=options.device,
         )  # fmt: skip
-        if not _has_masks(report.results):
+        if not _are_drawn(report.results):
             return report
         pictures = pictures_of(options.images)
         drawings.require_names(picture.name for picture in pictures)
@@ -82,18 +85,17 @@ def _run_run(options: Options, progress: Progress) -> DeviceRun:
         return replace(report, results=results)
 
 
-def _has_masks(answers: Sequence[AnyAnswer | MaskResult]) -> bool:
-    return any(isinstance(answer, MaskAnswer) for answer in answers)
+def _are_drawn(answers: Sequence[AnyResult]) -> bool:
+    return any(isinstance(answer, (MaskAnswer, BoxesAnswer)) for answer in answers)
 
 
-def _drawn(
-    answers: Sequence[AnyAnswer | MaskResult], pictures: Sequence[Input], drawings: Drawings
-) -> tuple[AnyAnswer | MaskResult, ...]:
-    """Answers of all tasks to one image after another, those that are masks written to files."""
+def _drawn(answers: Sequence[AnyResult], pictures: Sequence[Input], drawings: Drawings) -> tuple[AnyResult, ...]:
+    """Answers of all tasks to one image after another, those that are masks or boxes written to files."""
     tasks = len(answers) // len(pictures)
-    alone = len({answer.task for answer in answers if isinstance(answer, MaskAnswer)}) == 1
+    drawn = (MaskAnswer, BoxesAnswer)
+    alone = len({answer.task for answer in answers if isinstance(answer, drawn)}) == 1
     return tuple(
-        result_of(answer, pictures[place // tasks], drawings, alone=alone) if isinstance(answer, MaskAnswer) else answer
+        result_of(answer, pictures[place // tasks], drawings, alone=alone) if isinstance(answer, drawn) else answer
         for place, answer in enumerate(answers)
     )
 
@@ -113,7 +115,9 @@ def _run_screen(report: DeviceRun) -> Screen:
     )
 
 
-def _cell(answer: AnyAnswer | MaskResult) -> str:
+def _cell(answer: AnyResult) -> str:
+    if isinstance(answer, (BoxesAnswer, BoxesResult)):
+        return told_boxes(answer.boxes)
     if isinstance(answer, (MaskAnswer, MaskResult)):
         return told(answer.classes)
     return ", ".join(f"{guess.label} {format_percent(guess.score)}" for guess in answer.top)
@@ -127,7 +131,7 @@ class StreamedRun:
     """
 
     image: str
-    results: tuple[AnyAnswer | MaskResult, ...]
+    results: tuple[AnyResult, ...]
     ms: float
     error: str | None = None
 
@@ -161,7 +165,7 @@ def _answered(opened: OpenTasks, line: str, top: int, drawings: Drawings) -> Str
         image = asked_for(line)
         answers = opened.predict(image, top=top)
         given = tuple(answer for each in answers for answer in each.values())
-        results = _drawn(given, pictures_of(image), drawings) if _has_masks(given) else given
+        results = _drawn(given, pictures_of(image), drawings) if _are_drawn(given) else given
         return StreamedRun(image=image, results=results, ms=1e3 * (time.perf_counter() - began))
     except EdgepetError as error:
         return StreamedRun(image=image, results=(), ms=1e3 * (time.perf_counter() - began), error=str(error))
@@ -171,7 +175,7 @@ def _streamed_screen(report: StreamedRun) -> Screen:
     said = [
         f"{answer.task} {answer.label} {format_percent(answer.score)}"
         if isinstance(answer, Answer)
-        else f"{answer.task} {told(answer.classes)}"
+        else f"{answer.task} {_cell(answer)}"
         for answer in report.results
     ]
     yield lines(f"{report.image}  {', '.join(said)}" if report.error is None else report.error)

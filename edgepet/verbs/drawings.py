@@ -1,14 +1,16 @@
-"""Masks as files: index PNGs, whose values are classes, and pictures under the colours of their classes."""
+"""Masks and boxes as files: index PNGs, whose values are classes, and pictures under what was found on them."""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from edgepet.device.answers import ClassShare, MaskAnswer
+from edgepet.device.answers import BoxesAnswer, ClassShare, FoundBox, MaskAnswer
 from edgepet.errors import InputError, option
 from edgepet.files import made_folder, write_file
+from edgepet.images.boxes import boxes_png
 from edgepet.images.inputs import Input
 from edgepet.images.masks import NOT_COUNTED, class_colours, mask_png, overlay_png
 from edgepet.reports.tables import format_percent
@@ -16,6 +18,7 @@ from edgepet.spec import FilePath
 from edgepet.verbs.verb import Parser
 
 _COLOURS = class_colours(NOT_COUNTED)
+SURE = 0.4  # the score of a box that is drawn, or counted on the screen; JSON has those below too
 _MOST_TOLD = 5  # classes of one image, on the screen
 
 
@@ -50,11 +53,13 @@ class Drawings:
                 raise InputError("images", "must have names of their own to be drawn", got=f"two called {stem}")
             seen.add(stem)
 
-    def write(self, answer: MaskAnswer, picture: Input, *, alone: bool = True) -> tuple[Path | None, Path | None]:
-        """Write what is asked for of one answer: the paths of its mask and of the picture under it.
+    def write(
+        self, answer: MaskAnswer | BoxesAnswer, picture: Input, *, alone: bool = True
+    ) -> tuple[Path | None, Path | None]:
+        """Write what is asked for of one answer: the paths of its mask and of the picture under it, or under boxes.
 
         Args:
-            alone: no other task has masks of the same images; else each has a folder of its own.
+            alone: no other task is drawn of the same images; else each has a folder of its own.
 
         Raises:
             InputError: the picture cannot be read any more, or a folder not be written.
@@ -62,11 +67,25 @@ class Drawings:
         within = f"{_stem(answer.image)}.png" if alone else f"{answer.task}/{_stem(answer.image)}.png"
         paths = tuple(None if folder is None else folder / within for folder in (self.masks, self.draw))
         mask, drawn = paths
+        if isinstance(answer, BoxesAnswer):
+            if drawn is not None:
+                _write(drawn, _drawn_boxes(answer, picture))
+            return None, drawn
         if mask is not None:
             _write(mask, mask_png(answer.mask, _COLOURS))
         if drawn is not None:
             _write(drawn, overlay_png(picture.upright(answer.preprocess), answer.mask, _COLOURS))
         return mask, drawn
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BoxesResult:
+    """Boxes as JSON says them, and the file that was written."""
+
+    image: str
+    task: str
+    boxes: tuple[FoundBox, ...]
+    drawn: Path | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,9 +99,13 @@ class MaskResult:
     drawn: Path | None
 
 
-def result_of(answer: MaskAnswer, picture: Input, drawings: Drawings, *, alone: bool = True) -> MaskResult:
+def result_of(
+    answer: MaskAnswer | BoxesAnswer, picture: Input, drawings: Drawings, *, alone: bool = True
+) -> MaskResult | BoxesResult:
     """``answer``, written where ``drawings`` says. Raises as ``Drawings.write``."""
     mask, drawn = drawings.write(answer, picture, alone=alone)
+    if isinstance(answer, BoxesAnswer):
+        return BoxesResult(image=answer.image, task=answer.task, boxes=answer.boxes, drawn=drawn)
     return MaskResult(image=answer.image, task=answer.task, classes=answer.classes, mask=mask, drawn=drawn)
 
 
@@ -92,11 +115,28 @@ def told(classes: Sequence[ClassShare]) -> str:
     return f"{shown}, …" if len(classes) > _MOST_TOLD else shown
 
 
+def told_boxes(boxes: Sequence[FoundBox]) -> str:
+    """The boxes of an image in one line: how many of each class are surely there, the most first."""
+    counts = Counter(each.label for each in boxes if each.score >= SURE)
+    shown = ", ".join(f"{count} {label}" for label, count in counts.most_common(_MOST_TOLD))
+    return (f"{shown}, …" if len(counts) > _MOST_TOLD else shown) or "nothing"
+
+
+def _drawn_boxes(answer: BoxesAnswer, picture: Input) -> bytes:
+    sure = [each for each in answer.boxes if each.score >= SURE][::-1]  # the best ones on top
+    names = sorted({each.label for each in answer.boxes})
+    return boxes_png(
+        picture.upright(answer.preprocess), [each.box for each in sure],
+        [f"{each.label} {format_percent(each.score)}" for each in sure],
+        [_COLOURS[names.index(each.label)] for each in sure],
+    )  # fmt: skip
+
+
 def drawing_options(parser: Parser) -> None:
     """``--masks`` and ``--draw``."""
     text = "of tasks of masks: a PNG for each image, whose value n is class n (default: none)"
     parser.add_argument("--masks", metavar="DIR", help=text)
-    text = "of tasks of masks: each image under the colours of its classes (default: none)"
+    text = "each image under the colours of its mask's classes, or under its boxes (default: none)"
     parser.add_argument("--draw", metavar="DIR", help=text)
 
 

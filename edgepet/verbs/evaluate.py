@@ -1,10 +1,10 @@
-"""``eval``: top-1 of a pack or an exported model on a split, of masks their mIoU. Runs where torch does not."""
+"""``eval``: top-1 of a pack or an exported model on a split, of masks their mIoU, of boxes their AP. Needs no torch."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 
@@ -21,6 +21,7 @@ from edgepet.proving.sources import open_source
 from edgepet.reports.screen import Screen, lines
 from edgepet.reports.tables import format_names, format_percent
 from edgepet.spec import FilePath, NpArray
+from edgepet.verbs.evaluate_boxes import BoxEvalReport, box_eval_screen, evaluate_boxes
 from edgepet.verbs.evaluate_masks import MaskEvalReport, evaluate_masks, mask_eval_screen
 from edgepet.verbs.verb import (
     MOST_THREADS,
@@ -64,6 +65,9 @@ class EvalReport:
         return names if self.without_images else [name for name in names if name != "without_images"]
 
 
+AnyReport: TypeAlias = "EvalReport | MaskEvalReport | BoxEvalReport"
+
+
 def evaluate(
     model: FilePath,
     data: FilePath,
@@ -74,8 +78,9 @@ def evaluate(
     backbone: AnyBackbone = None,
     threads: int | None = None,
     tell: Tell = tell_nobody,
-) -> EvalReport | MaskEvalReport:
-    """Top-1 of a pack or an artefact on a split of ``data``, which may lack classes of the model; of masks their mIoU.
+) -> EvalReport | MaskEvalReport | BoxEvalReport:
+    """Top-1 of a pack or an artefact on a split of ``data``, which may lack classes of the model; of masks their mIoU,
+    of boxes their AP.
 
     Args:
         runtime: None is the artefact's own, or ONNX Runtime for a pack; "torch" needs the ``train`` extra.
@@ -93,6 +98,8 @@ def evaluate(
     source = open_source(model)
     if source.answer == "mask":
         return evaluate_masks(source, Path(data), split, runtime, precision, backbone, threads, tell)
+    if source.answer == "boxes":
+        return evaluate_boxes(source, Path(data), split, runtime, precision, backbone, threads, tell)
     clips = source.preprocess.frames > 1
     images = open_split(Path(data), split, clips=clips)
     order = _order(images, source.labels, data, model)
@@ -146,7 +153,7 @@ def _options(parser: Parser) -> None:
     backbone_option(parser)
 
 
-def _run(options: Options, progress: Progress) -> EvalReport | MaskEvalReport:
+def _run(options: Options, progress: Progress) -> AnyReport:
     with progress.stage(f"eval {options.model}"):
         return evaluate(
             Path(options.model), Path(options.data), split=options.split, runtime=options.runtime,
@@ -154,9 +161,12 @@ def _run(options: Options, progress: Progress) -> EvalReport | MaskEvalReport:
         )  # fmt: skip
 
 
-def _screen(report: EvalReport | MaskEvalReport) -> Screen:
+def _screen(report: AnyReport) -> Screen:
     if isinstance(report, MaskEvalReport):
         yield from mask_eval_screen(report)
+        return
+    if isinstance(report, BoxEvalReport):
+        yield from box_eval_screen(report)
         return
     yield lines(
         f"top-1 {format_percent(report.top1)} of {report.n} images, {len(report.classes)} classes"

@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING
 
 from edgepet.deltas.branches import Branch
 from edgepet.deltas.delta import JudgedHead
+from edgepet.deltas.heads import METRICS
 from edgepet.deltas.updates import Targeted, factors
 from edgepet.device.artifact import Artifact
 from edgepet.errors import InputError, option
 from edgepet.files import read_file
-from edgepet.packs.map_heads import METRICS
 from edgepet.packs.pack import Pack
 from edgepet.packs.signatures import signer
 from edgepet.proving.sources import PackSource, open_source
@@ -42,7 +42,8 @@ class UpdateCount:
 class HeadLine:
     """A head that reads maps: ``layers`` are kinds of layers in their order, ``values`` the numbers that they carry.
 
-    ``metric`` is "miou", and ``value`` what it was on ``n`` val images, None where it was not judged.
+    ``metric`` is "miou" of masks and "map" of boxes, and ``value`` what it was on ``n`` val images, None where it was
+    not judged.
     """
 
     name: str
@@ -166,7 +167,7 @@ def _head(judged: JudgedHead) -> HeadLine:
         layers=tuple(step.layer.kind for step in head.steps),
         values=head.stored_values,
         metric=METRICS[head.answer],
-        value=judged.miou if judged.n else None,
+        value=judged.value if judged.n else None,
         n=judged.n,
     )
 
@@ -232,7 +233,10 @@ def _signature(report: InspectReport) -> str:
 def _screen(report: InspectReport) -> Screen:
     size = sum(report.bytes_by_kind.values())
     settings = ", ".join(f"{key}={value}" for key, value in report.settings.items())
-    judged = [f"val mIoU {format_percent(each.value)}" for each in report.heads if each.value is not None]
+    metrics = {"miou": "mIoU", "map": "AP"}
+    judged = [
+        f"val {metrics[each.metric]} {format_percent(each.value)}" for each in report.heads if each.value is not None
+    ]
     scored = f"val {format_percent(report.val_top1)}" if report.val_top1 is not None else ""
     scored = ", ".join(filter(None, [scored, *judged])) or "not scored"
     pack = report.kind == "pack"
@@ -240,8 +244,8 @@ def _screen(report: InspectReport) -> Screen:
         f"{report.kind} {report.task}  {format_bytes(size)}",
         f"  {report.method}{f' ({settings})' if settings else ''} on {report.backbone.name}"
         f" {report.backbone.fingerprint[:19]}…",
-        f"  {len(report.classes)} classes: {format_names(report.classes[:8])}"
-        f"{', …' if len(report.classes) > 8 else ''}",
+        f"  {len(report.classes)} {'class' if len(report.classes) == 1 else 'classes'}:"
+        f" {format_names(report.classes[:8])}{', …' if len(report.classes) > 8 else ''}",
         f"  {scored}; {_signature(report)}; sequence {report.sequence}" if pack else None,
         f"  has ranges for the int8 codes {report.int8_codes[:12]}…" if report.int8_codes else None,
         f"  behind a trunk with the backbone's own {report.int8_trunk[:12]}…" if report.int8_trunk else None,

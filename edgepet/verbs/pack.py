@@ -11,6 +11,7 @@ import numpy as np
 
 from edgepet.calibration.budget import Drop
 from edgepet.deltas.delta import Delta
+from edgepet.deltas.heads import METRICS
 from edgepet.device.answers import labels_of
 from edgepet.device.map_heads import map_head_of
 from edgepet.errors import CheckError, InputError, option, require
@@ -23,12 +24,12 @@ from edgepet.networks.backbone import AnyBackbone
 from edgepet.packs.codecs import CODECS, Codec, Coding
 from edgepet.packs.container import is_old
 from edgepet.packs.manifest import MAX_SEQUENCE
-from edgepet.packs.map_heads import METRICS
 from edgepet.packs.old import read_old
 from edgepet.packs.pack import EVERY, Pack, PackCodec, encode_pack, read_pack
 from edgepet.packs.signatures import make_keys, require_key, sign
 from edgepet.proving.coding import Recoded, Recoding
 from edgepet.proving.masks import require_mask_classes
+from edgepet.proving.precision import require_judged
 from edgepet.proving.subject import Subject
 from edgepet.reports.screen import Screen, lines
 from edgepet.reports.tables import Table, format_bytes, format_number, left, right
@@ -205,6 +206,7 @@ def _recoded(
     if codec is None:
         kept = encode_pack(subject.delta, kept=subject.pack.planes, sequence=number)
         return Recoded(data=kept, codings={}, max_abs=0.0, n=0, drop=None)
+    require_judged(subject.delta, "other codings")
     require("torch", extra="train", purpose="comparing with the network in torch")
     if data is None:
         images, labels = subject.images[0], None

@@ -7,11 +7,11 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 
-from edgepet.device.answers import ClassShare, masked
+from edgepet.device.answers import ClassShare, FoundBox, boxed, masked
 from edgepet.device.artifact import MANIFEST
 from edgepet.device.runtime import require_finite, scores_of
 from edgepet.device.runtimes import RUNTIMES
@@ -26,7 +26,7 @@ from edgepet.proving.sources import ArtifactSource, Opened, PackSource, open_sou
 from edgepet.reports.screen import Screen, lines
 from edgepet.reports.tables import Table, format_percent, left
 from edgepet.spec import FilePath, NpArray, Preprocess
-from edgepet.verbs.drawings import Drawings, drawing_options
+from edgepet.verbs.drawings import Drawings, drawing_options, told_boxes
 from edgepet.verbs.drawings import told as told_classes
 from edgepet.verbs.verb import (
     MOST_THREADS,
@@ -75,11 +75,22 @@ class SaidMask:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class SaidBoxes:
+    """The objects that one task finds on an image, and the file that was written."""
+
+    boxes: tuple[FoundBox, ...]
+    drawn: Path | None
+
+
+AnySaid: TypeAlias = "Said | SaidMask | SaidBoxes"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Prediction:
     """What every task says of one image, by the task's name."""
 
     image: str
-    tasks: Mapping[str, Said | SaidMask]
+    tasks: Mapping[str, AnySaid]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -117,7 +128,8 @@ def predict(
         top: how many classes to tell, the best first.
         threads: of the runtime; None is all cores.
         device: "cpu", "gpu", "npu" or "cuda"; None is the runtime's usual one.
-        masks: a folder for what tasks of masks answer, index PNGs, and ``draw`` one for images under their colours.
+        masks: a folder for what tasks of masks answer, index PNGs, and ``draw`` one for images under the colours of
+            their masks, or under their boxes.
 
     Raises:
         InputError: a model or an image that cannot be read, a runtime that cannot run a model, or images of one name
@@ -160,7 +172,7 @@ class Predictor:
         self._clips, self._closing = frames.pop(), contextlib.ExitStack()
         self._named = dict(zip(_names(sources, models), sources, strict=True))
         self._given, self._drawings = (runtime, precision, backbone, threads, device), drawings
-        self._alone = sum(source.answer == "mask" for source in sources) == 1
+        self._alone = sum(source.answer != "class" for source in sources) == 1
         self._together, self._opened = list[Together](), dict[str, Opened]()
 
     def __enter__(self) -> Predictor:
@@ -207,12 +219,16 @@ class Predictor:
             for k, path in enumerate(paths)
         ]
 
-    def _said(self, path: Path, name: str, logits: NpArray, top: int) -> Said | SaidMask:
+    def _said(self, path: Path, name: str, logits: NpArray, top: int) -> AnySaid:
         source = self._named[name]
         if source.answer == "class":
             return _said(logits, source.labels, top)
         preprocess = source.preprocess
         size = upright_size(path, preprocess, decode=True)
+        if source.answer == "boxes":
+            found = boxed(path.name, name, source.labels, logits, preprocess, size)
+            _, drawn = self._drawings.write(found, Input(path.name, path), alone=self._alone)
+            return SaidBoxes(boxes=found.boxes, drawn=drawn)
         answer = masked(path.name, name, source.labels, logits, preprocess, size)
         mask, drawn = self._drawings.write(answer, Input(path.name, path), alone=self._alone)
         return SaidMask(classes=answer.classes, mask=mask, drawn=drawn)
@@ -347,7 +363,9 @@ def _screen(report: PredictReport) -> Screen:
     )
 
 
-def _cell(said: Said | SaidMask) -> str:
+def _cell(said: AnySaid) -> str:
+    if isinstance(said, SaidBoxes):
+        return told_boxes(said.boxes)
     if isinstance(said, SaidMask):
         return told_classes(said.classes)
     return ", ".join(f"{guess.label} {format_percent(guess.score)}" for guess in said.top)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 import numpy as np
 
@@ -28,7 +29,9 @@ from edgepet.reports.tables import format_bytes, format_number, format_percent, 
 from edgepet.spec import FilePath
 from edgepet.tuning.options import TrainOptions
 from edgepet.tuning.work_folder import HELD_OUT, work_folder, write_work
-from edgepet.verbs.train_masks import MaskTrainReport, mask_screen, report_masks, task_of, write_masks
+from edgepet.verbs.train_boxes import BoxTrainReport, box_screen, report_boxes, write_boxes
+from edgepet.verbs.train_dense import task_of
+from edgepet.verbs.train_masks import MaskTrainReport, mask_screen, report_masks, write_masks
 from edgepet.verbs.training import DEFAULTS, asked_options, training_options
 from edgepet.verbs.verb import Options, Parser, Verb, output_option, require_pack_place, require_task_name
 
@@ -36,12 +39,13 @@ if TYPE_CHECKING:
     from edgepet.networks.backbone import Backbone
     from edgepet.reports.progress import Progress
     from edgepet.tuning.fit import LabelledPixels
-    from edgepet.tuning.mask_training import MadeMasks
     from edgepet.tuning.model import TunedModel
     from edgepet.tuning.processes import Processes
     from edgepet.tuning.training import Made, Training
+    from edgepet.verbs.train_boxes import MadeBoxes
+    from edgepet.verbs.train_masks import MadeMasks
 
-AnyMade = TypeVar("AnyMade", "Made", "MadeMasks")
+AnyMade = TypeVar("AnyMade", "Made", "MadeMasks", "MadeBoxes")
 _UNTOLD = ("resume", "checkpoint_s", "log", "log_dir", "memory")  # options that decide nothing of what is made
 FEW_IMAGES = 100  # of a val set: one image is a point
 JUDGED = 64  # val images at a time
@@ -97,6 +101,9 @@ class TrainReport:
     log_dir: Path | None
 
 
+AnyReport: TypeAlias = "TrainReport | MaskTrainReport | BoxTrainReport"
+
+
 def train(
     data: FilePath,
     backbone: str | Backbone,
@@ -109,12 +116,13 @@ def train(
     stage: Callable[[str], None] = lambda name: None,
     tell: Tell = tell_nobody,
     **fields: Any,
-) -> TrainReport | MaskTrainReport:
+) -> TrainReport | MaskTrainReport | BoxTrainReport:
     """Tune ``method`` on the images in ``data`` and write ``output`` (``TASK.pet``) and ``TASK.work`` beside it.
 
     Args:
         data: a folder with train/, val/ and perhaps test/, each of class folders; one folder of class folders; or one
-            of images with masks, of a kind that ``images.mask_folders`` names: the head then reads maps.
+            of images with masks or boxes, of a kind that ``images.mask_folders`` or ``images.box_folders`` names: the
+            head then reads maps.
         backbone: a timm name, ``NAME@FILE`` or ``demo:NAME``; or a network of your own, ``Backbone.from_module``.
         method: a method, or the name of one, whose settings are then ``options.settings``.
         options: how to train.
@@ -139,15 +147,31 @@ def train(
         data=Path(data), backbone=backbone, method=method, output=output, options=replace(options, **fields), say=say,
         stage=stage, tell=tell,
     )  # fmt: skip
-    if task_of(Path(data), training.options.task) == "mask":
-        from edgepet.tuning.mask_training import run_masks
-
-        masks, seconds = run_training(training, lambda made: write_masks(output, made, codec), run_masks)
-        return report_masks(output, masks, seconds, log_dir(training))
+    task = task_of(Path(data), training.options.task)
+    if task != "class":
+        return _train_dense(training, task, codec)
     from edgepet.tuning.training import run
 
     made, seconds = run_training(training, lambda made: _write(output, made, codec), run)
     return _report(training, made, seconds)
+
+
+def _train_dense(training: Training, task: str, codec: Rounding) -> MaskTrainReport | BoxTrainReport:
+    """A training of a head that reads maps."""
+    from edgepet.tuning.box_training import BoxTask
+    from edgepet.tuning.dense_training import run_dense
+    from edgepet.tuning.mask_training import MaskTask
+
+    output = training.output
+    if task == "mask":
+        masks, seconds = run_training(
+            training, lambda made: write_masks(output, made, codec), partial(run_dense, task=MaskTask())
+        )
+        return report_masks(output, masks, seconds, log_dir(training))
+    boxes, seconds = run_training(
+        training, lambda made: write_boxes(output, made, codec), partial(run_dense, task=BoxTask())
+    )
+    return report_boxes(output, boxes, seconds, log_dir(training))
 
 
 def run_training(
@@ -283,7 +307,7 @@ def _options(parser: Parser) -> None:
     output_option(parser, "TASK.pet", "the pack to write, with TASK.work beside it")
 
 
-def _run(options: Options, progress: Progress) -> TrainReport | MaskTrainReport:
+def _run(options: Options, progress: Progress) -> AnyReport:
     label = f"{options.method} on {options.data}"
     with progress.stages() as stage, progress.training(label) as say:
         return train(
@@ -293,9 +317,12 @@ def _run(options: Options, progress: Progress) -> TrainReport | MaskTrainReport:
         )  # fmt: skip
 
 
-def _screen(report: TrainReport | MaskTrainReport) -> Screen:
+def _screen(report: AnyReport) -> Screen:
     if isinstance(report, MaskTrainReport):
         yield from mask_screen(report)
+        return
+    if isinstance(report, BoxTrainReport):
+        yield from box_screen(report)
         return
     yield lines(
         f"{report.pack}  {format_bytes(report.pack_bytes)}",

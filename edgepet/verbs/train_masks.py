@@ -2,26 +2,27 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
-
-import numpy as np
+from typing import TYPE_CHECKING, TypeAlias
 
 from edgepet.deltas.delta import Delta
-from edgepet.images.mask_folders import is_mask_folder
+from edgepet.images.masks import MaskSet
 from edgepet.measuring.overlap import Overlap
 from edgepet.methods.method import count
 from edgepet.packs.codecs import Rounding
-from edgepet.packs.pack import EVERY, encode_pack, read_pack, write_pack
+from edgepet.packs.pack import EVERY, read_pack
 from edgepet.proving.masks import judge_masks
-from edgepet.proving.probing import probed
 from edgepet.reports.screen import Screen, lines, program
 from edgepet.reports.tables import format_bytes, format_number, format_percent, format_seconds
-from edgepet.tuning.work_folder import HELD_OUT, work_folder, write_work
+from edgepet.tuning.work_folder import work_folder
+from edgepet.verbs.train_dense import DenseBackbone, backbone_facts, write_dense
 
 if TYPE_CHECKING:
-    from edgepet.tuning.mask_training import MadeMasks
+    from edgepet.tuning.dense_training import MadeDense
+    from edgepet.tuning.mask_fit import MaskedPixels
+
+    MadeMasks: TypeAlias = MadeDense[MaskSet, MaskedPixels]
 
 METRIC = "miou"
 
@@ -52,16 +53,6 @@ class ClassOverlap:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class MaskBackbone:
-    """The backbone of a training; ``bytes`` are those of its tensors at the native image size."""
-
-    name: str
-    fingerprint: str
-    bytes: int
-    description: str
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class MaskTrainReport:
     """What ``train`` made of images with masks. ``val`` is of the pack as stored, in float32, each mask as large as its
     image; ``classes`` are what it is the mean of.
@@ -87,34 +78,20 @@ class MaskTrainReport:
     classes: tuple[ClassOverlap, ...]
     algebra_max_abs: float
     algebra_limit: float
-    backbone: MaskBackbone
+    backbone: DenseBackbone
     log_dir: Path | None
-
-
-def task_of(data: Path, asked: str | None) -> str:
-    """What is trained for: what is asked, or where nothing is, what lies in ``data``."""
-    return asked or ("mask" if data.is_dir() and is_mask_folder(data) else "class")
 
 
 def write_masks(output: Path, made: MadeMasks, codec: Rounding) -> None:
     """The pack, with the val mIoU of what it stores and not of what was trained, and its work folder."""
-    from edgepet.exporters.trace import keep_weights
-
-    stored = read_pack(encode_pack(made.delta, codec=codec), answers=EVERY)
-    judged, (head,) = val_overlap(made, stored.delta), stored.delta.heads
-    scored = replace(stored.delta, heads=(replace(head, miou=judged.miou, n=judged.n),))
-    write_pack(output, probed(made.backbone, scored), kept=stored.planes)
-    keep_weights(made.backbone)
-    spread = np.random.default_rng(0).permutation(len(made.val))[:HELD_OUT]
-    pixels, labels = np.asarray(made.val.pixels[spread]), made.val.labels[spread]
-    write_work(work_folder(output), made.delta, made.model.arrays(), pixels, labels)
+    write_dense(output, made, codec, lambda delta: val_overlap(made, delta).miou)
 
 
 def val_overlap(made: MadeMasks, delta: Delta) -> Overlap:
     """How well the masks of ``delta`` fit those of a training's val images, folded and run in float32."""
-    from edgepet.tuning.dense import MergedMasks
+    from edgepet.tuning.dense import MergedHead
 
-    network = MergedMasks(made.backbone, delta)
+    network = MergedHead(made.backbone, delta)
     return judge_masks(network, made.val_set, made.backbone.preprocess, len(made.val_set.classes))
 
 
@@ -144,12 +121,7 @@ def report_masks(output: Path, made: MadeMasks, seconds: float, log_dir: Path | 
         ),
         algebra_max_abs=made.proof[0],
         algebra_limit=made.proof[1],
-        backbone=MaskBackbone(
-            name=backbone.label,
-            fingerprint=backbone.fingerprint,
-            bytes=backbone.native_bytes,
-            description=backbone.description,
-        ),
+        backbone=backbone_facts(backbone),
         log_dir=log_dir,
     )
 
