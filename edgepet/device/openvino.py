@@ -92,7 +92,7 @@ class OpenVino:
         """All that it puts out."""
         check_images(images, self._shape, where=self._where, dtype=self._dtype)
         with refusing_openvino(self._where, _NOT_RUN):
-            result = self._request.infer({INPUT: images})
+            result = self._request.infer({INPUT: images}, share_inputs=True)
             return [result[place].copy() for place in range(len(result))]
 
     def close(self) -> None:
@@ -215,7 +215,7 @@ class BoundOpenVino:
         """All that it puts out."""
         check_images(images, self._shape, where=self._reads)
         with self._lock, refusing_openvino(self._reads, _NOT_RUN):
-            result = self._request.infer({self._reads: images})
+            result = self._request.infer({self._reads: images}, share_inputs=True)
             return [result[place].copy() for place in range(len(result))]
 
     def close(self) -> None:

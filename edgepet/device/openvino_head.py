@@ -26,7 +26,7 @@ class OpenVinoHead:
 
     def __call__(self, given: Mapping[str, NpArray]) -> NpArray:
         with self._lock, refusing_openvino("head", "cannot be run by OpenVINO"):
-            answer: NpArray = self._request.infer(dict(given))[0].copy()
+            answer: NpArray = self._request.infer(dict(given), share_inputs=True)[0].copy()
         return answer
 
     def close(self) -> None:
