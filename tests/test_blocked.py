@@ -23,12 +23,14 @@ DEVICE_ROOMS = ("deltas", "device", "graphs", "images", "measuring", "packs")
 NEED_TORCH = {
     "edgepet.networks.graft", "edgepet.networks.head_forms", "edgepet.networks.heads", "edgepet.networks.maps",
     "edgepet.networks.merged", "edgepet.networks.sites", "edgepet.networks.split", "edgepet.peft.renamed",
-    "edgepet.networks.box_forms", "edgepet.tuning.box_fit", "edgepet.tuning.box_training",
+    "edgepet.networks.box_forms", "edgepet.networks.separation", "edgepet.tuning.box_fit",
+    "edgepet.tuning.box_training",
     "edgepet.tuning.dense_fit", "edgepet.tuning.dense_training",
     "edgepet.tuning.augmenting", "edgepet.tuning.balance", "edgepet.tuning.computing", "edgepet.tuning.consistency",
     "edgepet.tuning.counted", "edgepet.tuning.dense", "edgepet.tuning.fake_quant", "edgepet.tuning.fit",
     "edgepet.tuning.front", "edgepet.tuning.intrinsic", "edgepet.tuning.joint", "edgepet.tuning.mask_fit",
-    "edgepet.tuning.mask_training", "edgepet.tuning.model", "edgepet.tuning.noise", "edgepet.tuning.optimizers",
+    "edgepet.tuning.mask_losses", "edgepet.tuning.mask_training", "edgepet.tuning.model", "edgepet.tuning.noise",
+    "edgepet.tuning.optimizers",
     "edgepet.tuning.placing", "edgepet.tuning.processes", "edgepet.tuning.remembered", "edgepet.tuning.subspaces",
     "edgepet.tuning.training",
 }  # fmt: skip

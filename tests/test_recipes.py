@@ -16,6 +16,7 @@ from torch import Tensor
 
 import edgepet as package
 from edgepet.errors import InputError
+from edgepet.images.preprocess import normalize
 from edgepet.networks.backbone import Backbone
 from edgepet.packs.pack import read_pack
 from edgepet.reports.progress import Step
@@ -446,3 +447,21 @@ def test_a_gpu_trains_in_bfloat16_where_it_has_it_not_where_a_race_says_so(
 
     assert fast_bfloat16("cuda:1") is computes
     assert asked == [False]
+
+
+def test_the_strongest_policy_takes_every_image() -> None:
+    """Of its posterised ones it keeps no bit at all, which Pillow refuses: they are black, as they were before that."""
+    made = Augmenter(["rand-m10-inc1"], PREPROCESS, batch_size=64, seed=0)
+    pixels = torch.full((64, *PREPROCESS.image_size, 3), 200, dtype=torch.uint8)
+
+    images = made.images(lambda index: pixels[index], torch.arange(64), torch.arange(64), (0, 0))
+
+    black = torch.from_numpy(normalize(np.zeros((1, *PREPROCESS.image_size, 3), np.uint8), PREPROCESS))
+    same = (images == black).flatten(1).all(dim=1)
+    assert 0 < same.sum() < 16
+
+
+@pytest.mark.parametrize("policy", ["rand-m10-mstd0.5-inc1", "original-mstd0.5", "augmix-m10-w3"])
+def test_a_policy_that_timm_knows_is_never_refused(policy: str) -> None:
+    for _ in range(30):
+        require_augmentations([policy], PREPROCESS)

@@ -79,8 +79,8 @@ class Place:
     name: str
 
     def inner(self, part: str) -> str:
-        """A name for what flows inside of it."""
-        return f"{self.gives}.{part}"
+        """A name for what flows inside of it; no tensor's, whose names go on with a dot."""
+        return f"{self.gives}/{part}"
 
 
 def emit(step: Step, place: Place, out: Emitted) -> None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import random
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -40,6 +41,7 @@ def require_augmentations(names: Sequence[str], preprocess: Preprocess) -> None:
         return
     try:
         with put_back():
+            sow(0)
             _timm_policy(policy, preprocess)(Image.new("RGB", (16, 16)))
     except (AssertionError, KeyError, TypeError, ValueError) as error:  # timm's own, and NumPy's
         raise InputError(option("augment"), f"timm takes no {policy!r}", got=error) from error
@@ -152,7 +154,28 @@ def _timm_policy(text: str, preprocess: Preprocess) -> Callable[[Image.Image], I
         made = timm.augment_and_mix_transform(text, numbers | {"translate_pct": 0.3})
     else:
         made = timm.auto_augment_transform(text, numbers)
+    for op in _operations(made):
+        if op.aug_fn is timm.posterize:
+            op.aug_fn = partial(_posterized, timm.posterize)
     return made  # type: ignore[no-any-return]
+
+
+def _operations(made: Any) -> Iterator[Any]:
+    """timm's single operations, in whatever order a policy holds them."""
+    if hasattr(made, "aug_fn"):
+        yield made
+    for several in (
+        (made if isinstance(made, list | tuple) else ()),
+        getattr(made, "ops", ()),
+        getattr(made, "policy", ()),
+    ):
+        for each in several:
+            yield from _operations(each)
+
+
+def _posterized(posterize: Callable[..., Image.Image], image: Image.Image, bits: int, **others: Any) -> Image.Image:
+    """As ``posterize``; black where no bit is left, which timm asks for at its strongest and Pillow refuses by now."""
+    return posterize(image, bits, **others) if bits > 0 else Image.new(image.mode, image.size)
 
 
 def _timm_erasing(probability: float) -> Callable[[Tensor], Tensor]:
