@@ -120,14 +120,14 @@ def main() -> None:
 
 
 def again(run: Asked, amount: Amount, what: str) -> None:
-    """Measure one kind of cell of an earlier result anew: what differs from process to process, a layout of memory say,
-    may be in all that was found at one time.
+    """Add processes to one kind of cell of an earlier result: what differs from process to process, a layout of memory
+    say, or what else the machine's owner runs on it, may be in all that was found at one time.
     """
     result = earlier(run, "serving")
     for cell in result["cells"]:
         found = several(what, cell["image_size"], cell["runtime"], run, amount)
         if what == "latency":
-            cell["forms"] = over_runs(found)
+            cell["forms"] = over_runs(found, cell["forms"])
         else:
             cell["eight"] = {name: ratio_of_runs([each[name] for each in found]) for name in found[0]}
     write_result(run, "serving", {key: value for key, value in result.items() if key not in ("command", "environment")})
@@ -145,15 +145,14 @@ def process(what: str, size: int, runtime: str, quick: bool) -> dict[str, Any]:
     return found
 
 
-def over_runs(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Of each form the ratio over runs, and the medians of what is in milliseconds."""
-    return {
-        form: {
-            "over_plain": ratio_of_runs([run[form]["over_plain"] for run in runs]),
-            **{key: float(np.median([run[form][key] for run in runs])) for key in runs[0][form] if key != "over_plain"},
-        }
-        for form in runs[0]
-    }
+def over_runs(runs: Sequence[Mapping[str, Any]], before: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """Of each form the ratio over these runs and those ``before``, and medians of these of what is in milliseconds."""
+    made = dict[str, Any]()
+    for form in runs[0]:
+        ratios = [*(before or {}).get(form, {}).get("ratios_of_runs", ()), *(run[form]["over_plain"] for run in runs)]
+        times = {key: float(np.median([run[form][key] for run in runs])) for key in runs[0][form]}
+        made[form] = times | {"over_plain": ratio_of_runs(ratios), "ratios_of_runs": ratios}
+    return made
 
 
 # ---------------------------------------------------------------------------------------------------------- the cells
@@ -368,10 +367,13 @@ def serving_tables(results: Mapping[str, Any]) -> str:
     smallest = min(cell["image_size"] for cell in result["cells"])
     rows += [row_of(f"{smallest} px", form, found) for form, found in result["adapters"].items()]
     numbers = ("ms", "of plain", "open ms", "first ms", "switch ms")
+    forms = [found for cell in result["cells"] for found in cell["forms"].values()]
+    most = max(len(found.get("ratios_of_runs", ())) for found in forms) or result["runs"]
     columns = (Column("where"), Column("form"), *(Column(name, right=True) for name in numbers))
     told = (
-        f"demo:vit-small, batch 1, {result['threads']} thread; medians of {result['runs']} processes of"
-        f" {result['rounds']} interleaved rounds. `plain` is the backbone with a head; PEFT is over torch's own. A"
+        f"demo:vit-small, batch 1, {result['threads']} thread; ratios are medians of {most} processes of"
+        f" {result['rounds']} interleaved rounds, milliseconds of the last {result['runs']}."
+        " `plain` is the backbone with a head; PEFT is over torch's own. A"
         " switch is in slots what a call costs more behind another task's, merged folding and opening."
     )
     many = memory_table(result["cells"], result.get("many", 0))
