@@ -22,6 +22,7 @@ FEW = " --epochs 8 --batch-size 8 --lr 0.01 --img-size 64 --train-precision fp32
 pytest.importorskip("faster_coco_eval", reason="the package faster-coco-eval is not installed")
 
 
+@pytest.mark.slow
 def test_the_guide_of_boxes_is_what_happens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     coco_folder(tmp_path / "DATA", train=24, val=6, test=4, size=(48, 64))

@@ -61,7 +61,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return index_folder(tmp_path_factory.mktemp("calib"), train=36, val=6, test=4, size=(40, 48))
 
 
-@pytest.mark.parametrize("network", MAKERS)
+@pytest.mark.parametrize("network", [pytest.param("vit", marks=pytest.mark.slow), "convnet"])
 def test_int8_of_masks_is_judged_by_pixels_and_by_miou(network: str, data: Path, tmp_path: Path) -> None:
     """All layers of the backbone multiply codes, and none of the head."""
     backbone = MAKERS[network](tmp_path)
@@ -260,6 +260,7 @@ def test_a_store_whose_int8_backbone_has_no_maps_takes_them(shared: Path, tmp_pa
     assert edgepet.Device(store.root).check() == ()
 
 
+@pytest.mark.slow
 def test_the_command_line_calibrates_and_runs_masks_in_int8(shared: Path, data: Path, tmp_path: Path) -> None:
     said: Any = command("calibrate", shared / "ssf.pet", "--calib", data, "--json", "--quiet").json
     answered: Any = command(
