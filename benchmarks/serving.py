@@ -78,7 +78,7 @@ SHORT = Amount(sizes=(112,), runs=2, rounds=2, further=2, together=3, many=3)
 def parser() -> argparse.ArgumentParser:
     """The arguments of this benchmark."""
     made = parser_of(__doc__)
-    made.add_argument("--again", choices=("latency", "eight"), help="measure these cells alone, and keep all others")
+    made.add_argument("--again", choices=("latency",), help="add processes to these cells, and keep all others")
     made.add_argument("--only", nargs=3, metavar=("WHAT", "SIZE", "RUNTIME"), help=argparse.SUPPRESS)
     return made
 
@@ -93,7 +93,7 @@ def main() -> None:
         return
     run = asked(options)
     if options.again:
-        again(run, amount, options.again)
+        again(run, amount)
         return
     cells = []
     for size in amount.sizes:
@@ -119,17 +119,13 @@ def main() -> None:
     write_result(run, "serving", facts)
 
 
-def again(run: Asked, amount: Amount, what: str) -> None:
-    """Add processes to one kind of cell of an earlier result: what differs from process to process, a layout of memory
+def again(run: Asked, amount: Amount) -> None:
+    """Add processes to the latencies of an earlier result: what differs from process to process, a layout of memory
     say, or what else the machine's owner runs on it, may be in all that was found at one time.
     """
     result = earlier(run, "serving")
     for cell in result["cells"]:
-        found = several(what, cell["image_size"], cell["runtime"], run, amount)
-        if what == "latency":
-            cell["forms"] = over_runs(found, cell["forms"])
-        else:
-            cell["eight"] = {name: ratio_of_runs([each[name] for each in found]) for name in found[0]}
+        cell["forms"] = over_runs(several("latency", cell["image_size"], cell["runtime"], run, amount), cell["forms"])
     write_result(run, "serving", {key: value for key, value in result.items() if key not in ("command", "environment")})
 
 
