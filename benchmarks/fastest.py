@@ -46,7 +46,7 @@ class Amount:
 
 
 LONG = Amount(backbones=tuple(IMAGE_SIZES), threads=(1, 2), runs=3, rounds=100, calib=128)
-SHORT = Amount(backbones=("vit-small",), threads=(1,), runs=2, rounds=2, calib=8)
+SHORT = Amount(backbones=("vit-small",), threads=(1,), runs=2, rounds=2, calib=32)
 
 
 def parser() -> argparse.ArgumentParser:

@@ -55,7 +55,7 @@ class Amount:
     calib: int
 
 
-LONG, SHORT = Amount(tasks=10, calib=32), Amount(tasks=2, calib=8)
+LONG, SHORT = Amount(tasks=10, calib=32), Amount(tasks=2, calib=32)
 
 
 def parser() -> argparse.ArgumentParser:
