@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import torch
 from torch import nn
 
 from edgepet.deltas.delta import Delta
@@ -24,9 +25,10 @@ def box_delta(backbone: Backbone, method: str, *, form: Form = FCOS, task: str |
     rng = np.random.default_rng(seed)
     moved = {name: x + 0.05 * rng.standard_normal(x.shape) for name, x in model.arrays().items()}
     model.take({name: x.astype(np.float32) for name, x in moved.items()})
+    drawn = torch.Generator().manual_seed(seed)
     for name, parameter in model.form.named_parameters():
         if parameter.ndim > 1:
-            nn.init.trunc_normal_(parameter, std=parameter[0].numel() ** -0.5)
+            nn.init.trunc_normal_(parameter, std=parameter[0].numel() ** -0.5, generator=drawn)
         elif name == "what.bias":
             nn.init.constant_(parameter, -1.0)
     return extract_dense(model.eval(), backbone, task=task or method, labels=LABELS)

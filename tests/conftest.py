@@ -33,6 +33,12 @@ def two_threads() -> None:
     torch.set_num_threads(2)
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup() -> None:
+    """What a test draws, or a fixture that is made for it, is the same in every run."""
+    torch.manual_seed(0)
+
+
 @pytest.fixture(scope="session")
 def backbone(tmp_path_factory: pytest.TempPathFactory) -> Backbone:
     """A ViT of 6 blocks and width 64 at 32 pixels; native are 160, so its position table is resampled."""

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import torch
 from torch import nn
 
 from edgepet.deltas.delta import Delta
@@ -39,9 +40,10 @@ def mask_delta(
     rng = np.random.default_rng(seed)
     moved = {name: x + 0.05 * rng.standard_normal(x.shape) for name, x in model.arrays().items()}
     model.take({name: x.astype(np.float32) for name, x in moved.items()})
+    drawn = torch.Generator().manual_seed(seed)
     for parameter in model.form.parameters():
         if parameter.ndim > 1:
-            nn.init.trunc_normal_(parameter, std=parameter[0].numel() ** -0.5)
+            nn.init.trunc_normal_(parameter, std=parameter[0].numel() ** -0.5, generator=drawn)
     return extract_dense(model.eval(), backbone, task=task or method, labels=tuple(labels))
 
 

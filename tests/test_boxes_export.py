@@ -132,6 +132,17 @@ def test_a_model_that_finds_others_is_refused(place: Path) -> None:
     assert not compare(found, found * np.nan, stored="fp32", inputs="data", against="merged").ok
 
 
+def test_a_sliver_that_rounding_moves_is_the_same_box() -> None:
+    sliver = np.array([[[20.0, 56.0, 28.0, 56.05, 0.5, 1.0], [0.0, 0.0, 8.0, 8.0, 0.01, 0.0]]], np.float32)
+    moved, away = sliver.copy(), sliver.copy()
+    moved[0, 0, 3] += 0.02
+    away[0, 0, 3] += 0.2
+
+    assert compare(sliver, moved, stored="fp16", inputs="data", against="merged").ok
+    assert not compare(sliver, moved, stored="fp32", inputs="data", against="merged").ok
+    assert not compare(sliver, away, stored="fp16", inputs="data", against="merged").ok
+
+
 @pytest.mark.skipif(find_spec("tensorrt_rtx") is None, reason="the package tensorrt-rtx is not installed")
 def test_tensorrt_rtx_builds_a_detector(place: Path, tmp_path: Path) -> None:
     said = command(

@@ -75,19 +75,22 @@ class Limit:
 
 @dataclass(frozen=True, slots=True)
 class Match:
-    """When a box is another one's: of one class, at least ``iou`` of intersection over union, and scores no further
-    apart than ``score``. ``least`` is the part of the boxes above ``FAINT`` that must have such another one.
+    """When a box is another one's: of one class, at least ``iou`` of intersection over union or every side within
+    ``sides`` pixels of the input, and scores no further apart than ``score``. ``least`` is the part of the boxes above
+    ``FAINT`` that must have such another one. A box thinner than a pixel, often cut by the image's edge, shares little
+    with itself moved by a fiftieth of a pixel.
     """
 
     iou: float
+    sides: float
     score: float
     least: float
 
 
 FAINT = 0.05  # the score of boxes that are guesses, of which nothing is asked
 BOXES: dict[StoredPrecision, Match] = {
-    "fp32": Match(iou=0.99, score=1e-3, least=0.999),
-    "fp16": Match(iou=0.95, score=1e-2, least=0.99),
+    "fp32": Match(iou=0.99, sides=0.01, score=1e-3, least=0.999),
+    "fp16": Match(iou=0.95, sides=0.1, score=1e-2, least=0.99),
 }  # int8 of boxes is judged by AP alone
 MASKS: dict[StoredPrecision, float] = {"fp32": 0.999, "fp16": 0.99, "int8": 0.9}  # labels of places that must stay
 STORED: dict[StoredPrecision, Limit] = {
@@ -193,7 +196,9 @@ def compare_boxes(
         least = max(FAINT, float(min(one[:, 4].min(), other[:, 4].min())) + match.score)
         there = one[(one[:, 4] > least) & (one[:, 2:4] > one[:, :2]).all(axis=1)]
         scores = np.abs(there[:, None, 4] - other[None, :, 4])
-        like = (overlaps(there[:, :4], other[:, :4]) >= match.iou) & (there[:, None, 5] == other[None, :, 5])
+        sides = np.abs(there[:, None, :4] - other[None, :, :4]).max(axis=2)
+        near = (overlaps(there[:, :4], other[:, :4]) >= match.iou) | (sides <= match.sides)
+        like = near & (there[:, None, 5] == other[None, :, 5])
         nearest = np.where(like, scores, np.inf).min(axis=1, initial=np.inf)
         same = nearest <= match.score
         alike, total = alike + int(same.sum()), total + len(there)
