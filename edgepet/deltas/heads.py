@@ -54,6 +54,15 @@ class Map:
         return (self.channels, self.height, self.width)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Meaning:
+    """What the numbers that a head called ``name`` gives stand for."""
+
+    name: str
+    answer: Literal["class"] | Answer
+    labels: tuple[str, ...]
+
+
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Step:
     """One layer of a head: it ``reads`` maps, or what steps before it gave, and ``gives`` one array a name."""
@@ -108,6 +117,11 @@ class MapHead:
         unread = [step.gives for step in self.steps[:-1] if not self._readers[step.gives]]
         if unread:
             raise InputError(f"{self.name}: {unread[0]}", "must be read by a layer behind it, or be the last")
+
+    @property
+    def meaning(self) -> Meaning:
+        """What its answers stand for."""
+        return Meaning(name=self.name, answer=self.answer, labels=self.labels)
 
     @property
     def _readers(self) -> Counter[str]:

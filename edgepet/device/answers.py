@@ -10,7 +10,7 @@ import numpy as np
 
 from edgepet.deltas.delta import Delta
 from edgepet.deltas.detection import boxes_in, suppressed
-from edgepet.deltas.heads import mask_of
+from edgepet.deltas.heads import Meaning, mask_of
 from edgepet.device.map_heads import map_head_of
 from edgepet.device.runtime import scores_of
 from edgepet.images.masks import resized
@@ -139,7 +139,12 @@ def shares(mask: NpArray, labels: Sequence[str]) -> tuple[ClassShare, ...]:
     return tuple(ClassShare(label=labels[place], pixels=float(parts[place])) for place in found)
 
 
+def meaning_of(delta: Delta) -> Meaning:
+    """What the one head of a task answers."""
+    head = map_head_of(delta)
+    return Meaning(name="class", answer="class", labels=delta.labels) if head is None else head.meaning
+
+
 def labels_of(delta: Delta) -> tuple[str, ...]:
     """The labels that the one head of a task answers."""
-    head = map_head_of(delta)
-    return delta.labels if head is None else head.labels
+    return meaning_of(delta).labels

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
-from edgepet.deltas.heads import Answer, Map
+from edgepet.deltas.heads import FEATURES, Answer, Map
 from edgepet.deltas.weightless import LARGEST_FACTOR
 from edgepet.errors import InputError, option
 from edgepet.spec import spelled_size
@@ -16,6 +16,11 @@ FormName: TypeAlias = Literal["linear", "mlp", "fcos"]
 FORMS: dict[FormName, Answer] = {"linear": "mask", "mlp": "mask", "fcos": "boxes"}  # what each answers
 MOST_DEPTH = 2  # of towers: three levels of two towers have 36 layers then, of 64 that a head may have
 _COARSE = 8  # the finest stride that a detector reads where nothing is asked: small objects are few, places are many
+
+
+def features_map(width: int) -> Map:
+    """Pooled features as what a head reads: a map of one place, behind the backbone's own."""
+    return Map(name=FEATURES, point="", channels=width, stride=1, height=1, width=1)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,6 +65,7 @@ class Form:
             InputError: a number that no map has, one map where ``separation`` needs two, or maps whose sides are no
                 powers of two of one another.
         """
+        maps = [each for each in maps if each.name != FEATURES]
         absent = [number for number in self.maps if number >= len(maps)]
         if absent:
             told = ", ".join(f"{n} of stride {each.stride}" for n, each in enumerate(maps))

@@ -6,13 +6,12 @@ import importlib.util
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
 
 from edgepet.deltas.delta import Delta
-from edgepet.device.answers import labels_of
+from edgepet.deltas.heads import Meaning
+from edgepet.device.answers import meaning_of
 from edgepet.device.artifact import MANIFEST, Artifact, open_artifact, read_artifact
 from edgepet.device.fitting import fit_lightly, own_slots
-from edgepet.device.map_heads import map_head_of
 from edgepet.device.runner import Runner
 from edgepet.device.runtime import SharedInt8, TaskNetwork, open_task
 from edgepet.device.runtimes import DEFAULT, FORMATS, RUNTIMES, SHARED_RUNTIMES, Runtime, shared_runtime
@@ -48,9 +47,9 @@ class PackSource:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.pack: Pack = read_pack(path, answers=EVERY)
-        self.labels, self.preprocess = labels_of(self.pack.delta), self.pack.delta.preprocess
-        head = map_head_of(self.pack.delta)
-        self.answer: Literal["class", "mask", "boxes"] = "class" if head is None else head.answer
+        self.preprocess = self.pack.delta.preprocess
+        self.meaning = meaning_of(self.pack.delta)
+        self.answer, self.labels = self.meaning.answer, self.meaning.labels
 
     def open(
         self, runtime: str | None, precision: str, backbone: AnyBackbone, threads: int | None,
@@ -157,6 +156,7 @@ class ArtifactSource:
         self.artifact: Artifact = read_artifact(path)
         self.labels: tuple[str, ...] = self.artifact.labels
         self.answer = self.artifact.answer
+        self.meaning = Meaning(name=self.answer, answer=self.answer, labels=self.labels)
         self.preprocess: Preprocess = self.artifact.preprocess
         self._row = FORMATS[self.artifact.format]
 

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import chain
-from typing import ClassVar, Generic, Protocol, TypeVar
+from pathlib import Path
+from typing import Any, ClassVar, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -20,29 +21,27 @@ from edgepet.deltas.delta import Delta
 from edgepet.deltas.heads import Answer
 from edgepet.errors import InputError, option
 from edgepet.files import require_space
-from edgepet.images.boxes import BoxSet
-from edgepet.images.folders import Split
+from edgepet.images.folders import PassedOver, Split
 from edgepet.images.held import Shape, Turn, features_folder, hold, load_held, pixels_folder
-from edgepet.images.masks import MaskSet, squashed
+from edgepet.images.masks import squashed
 from edgepet.images.notes import passed_over, tell_nobody
 from edgepet.images.preprocess import normalize
+from edgepet.images.sets import ImageSet
 from edgepet.measuring.machine import free_memory_bytes
 from edgepet.methods import Method, configure
 from edgepet.methods.settings import stored
 from edgepet.networks.backbone import Backbone
+from edgepet.networks.head_forms import MapForm
 from edgepet.networks.head_settings import FORMS, Form
 from edgepet.packs.pack import EVERY, encode_pack, read_pack
-from edgepet.reports.progress import Say
 from edgepet.reports.tables import format_bytes, format_names
 from edgepet.spec import NpArray, Preprocess
-from edgepet.tuning.box_fit import BoxedPixels
 from edgepet.tuning.checkpoint import Keeper, checkpoint_file, ends_when_asked, identity_of
 from edgepet.tuning.computing import computing, device_of
 from edgepet.tuning.dense import DenseModel, dense_algebra_error, extract_dense
-from edgepet.tuning.dense_fit import fill_rows
-from edgepet.tuning.fit import Fit, LabelledPixels, Plan
+from edgepet.tuning.dense_fit import DensePixels, Objective, fill_rows, fit_dense
+from edgepet.tuning.fit import Fit, Plan
 from edgepet.tuning.joint import joint_augmentations
-from edgepet.tuning.mask_fit import MaskedPixels
 from edgepet.tuning.model import require_algebra
 from edgepet.tuning.options import TrainOptions
 from edgepet.tuning.processes import Processes
@@ -59,17 +58,50 @@ from edgepet.tuning.training import (
 )
 from edgepet.tuning.work_folder import HELD_OUT
 
-SetT = TypeVar("SetT", MaskSet, BoxSet)
-PixelsT = TypeVar("PixelsT", MaskedPixels, BoxedPixels)
 _REFUSED = ("shots", "frames", "consistency", "init", "backbone_precision")  # of no head that reads maps
 _OWN = frozenset(("balance", "dice"))  # of some
 
 ALGEBRA_IMAGES = 4  # float64 is slow, and heads are computed by their NumPy definitions
 
 
+class DenseSet(Protocol):
+    """Images with their truths, of one answer: ``MaskSet`` and its like."""
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """The names of what truths hold."""
+
+    @property
+    def paths(self) -> tuple[Path, ...]:
+        """The image files."""
+
+    @property
+    def images(self) -> ImageSet:
+        """The images alone."""
+
+    @property
+    def passed_over(self) -> tuple[PassedOver, ...]:
+        """What lies among them and is not used."""
+
+    def __len__(self) -> int: ...
+
+
+SetT = TypeVar("SetT", bound=DenseSet)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class MadeDense(Generic[SetT, PixelsT]):
-    """A training that is done and proved, but not written; ``counts`` are what each class has in the training images.
+class Learnt:
+    """What one head learns from and is judged by; ``counts`` are what each class has in the training images."""
+
+    task: DenseTask[Any]
+    train: DenseSet
+    val: DenseSet
+    counts: NpArray
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class MadeDense:
+    """A training that is done and proved, but not written; ``learnt`` is of its heads, in the order of the delta's.
 
     ``proof`` is the largest difference between tuned and lowered in float64, and its limit.
     """
@@ -77,22 +109,23 @@ class MadeDense(Generic[SetT, PixelsT]):
     backbone: Backbone
     model: DenseModel
     plan: Plan
-    train: PixelsT
-    val: PixelsT
-    val_set: SetT
-    counts: NpArray
+    train: DensePixels
+    val: DensePixels
+    learnt: tuple[Learnt, ...]
     fitted: Fit
     proof: tuple[float, float]
     delta: Delta
     keeper: Keeper
 
 
-class DenseTask(Protocol[SetT, PixelsT]):
+class DenseTask(Protocol[SetT]):
     """What of a training depends on what its head answers: the images' truths, the losses and the judge."""
 
     answer: ClassVar[Answer]
     usual_head: ClassVar[str]
     options: ClassVar[frozenset[str]]  # that say something of this answer, and of some others nothing
+    thing: ClassVar[str]  # what a class has many of
+    truths_are: ClassVar[str]  # in words
 
     def listed(self, training: Training, split: Split) -> SetT:
         """The images of a split.
@@ -108,26 +141,22 @@ class DenseTask(Protocol[SetT, PixelsT]):
             InputError: truths that do not fit their images, or in which there is nothing to learn.
         """
 
-    def pixels(self, images: SetT, held: LabelledPixels, preprocess: Preprocess) -> PixelsT:
-        """Decoded images with their truths."""
+    def truths(self, images: SetT, preprocess: Preprocess) -> Sequence[Any]:
+        """The truth of each image, as its objective takes it."""
 
-    def with_rows(self, images: PixelsT, rows: NpArray) -> PixelsT:
-        """The same, whose maps are remembered."""
-
-    def truths(self, images: PixelsT) -> Iterator[NpArray]:
+    def arrays(self, truths: Sequence[Any]) -> Iterator[NpArray]:
         """All that is to be learnt, as arrays: their bytes are part of what a training is known by."""
 
     def losses(self, options: TrainOptions, counts: NpArray) -> Mapping[str, object]:
         """What is asked of the losses, as JSON."""
 
-    def fit(
-        self, model: DenseModel, train: PixelsT, val: PixelsT, preprocess: Preprocess, plan: Plan, say: Say, *,
-        losses: Mapping[str, object], keeper: Keeper, processes: Processes,
-    ) -> Fit:  # fmt: skip
-        """Train ``model`` and leave it at its best epoch."""
+    def objective(
+        self, form: MapForm, preprocess: Preprocess, plan: Plan, losses: Mapping[str, object]
+    ) -> Objective[Any]:
+        """What its head is fitted to, with what ``losses`` gave."""
 
 
-def run_dense(training: Training, processes: Processes, task: DenseTask[SetT, PixelsT]) -> MadeDense[SetT, PixelsT]:
+def run_dense(training: Training, processes: Processes, task: DenseTask[Any]) -> MadeDense:
     """Fit, prove and lower; neither the pack nor its work folder is written.
 
     Raises:
@@ -149,31 +178,39 @@ def run_dense(training: Training, processes: Processes, task: DenseTask[SetT, Pi
     backbone = replace(backbone, preprocess=squashed(backbone.preprocess))
     model = _attach(backbone, method, form, train_set.classes, training)
     _rehearse(training, backbone, model, train_set.classes)
-    stage("check boxes" if task.answer == "boxes" else "check masks")
+    stage(f"check {task.truths_are}")
     train_set, val_set, counts = task.checked(training, backbone.preprocess, train_set, val_set)
+    learnt = Learnt(task=task, train=train_set, val=val_set, counts=counts)
     if processes.leads:
-        _tell(training, task, train_set, val_set, counts)
+        _tell(training, learnt)
     stage("read images")
-    budget_bytes = free_memory_bytes() // (2 * processes.size) if options.memory is None else options.memory
-    turn = Turn(anywhere=processes.any, makes=processes.leads, wait=processes.wait)
-    train, val = _read(training, task, backbone.preprocess, train_set, val_set, budget_bytes, turn)
     before = identity_of(checkpoint_file(training.output))
     plan = replace(plan_of(training, method, device, processes, before), label_smoothing=0.0)
-    losses = task.losses(options, counts)
-    truths = chain([train.pixels], task.truths(train), [val.pixels], task.truths(val))
-    digest = _digest(train_set.classes, truths)
-    identity = _identity(backbone, model, plan, losses, processes, digest)
+    return _run(training, processes, backbone, model, plan, learnt)
+
+
+def _run(
+    training: Training, processes: Processes, backbone: Backbone, model: DenseModel, plan: Plan, learnt: Learnt
+) -> MadeDense:
+    """Read what is checked, tune by it, and prove what was tuned."""
+    options, stage, task = training.options, training.stage, learnt.task
+    budget_bytes = free_memory_bytes() // (2 * processes.size) if options.memory is None else options.memory
+    turn = Turn(anywhere=processes.any, makes=processes.leads, wait=processes.wait)
+    train, val = _read(training, backbone.preprocess, learnt, budget_bytes, turn)
+    losses = task.losses(options, learnt.counts)
+    identity = _identity(backbone, model, plan, losses, processes, _digest(learnt, train, val))
     keeper = Keeper(path=checkpoint_file(training.output), identity=identity, every_s=options.checkpoint_s,
                     writes=processes.leads)  # fmt: skip
     place = Place(
         folder=features_folder(training.output), budget_bytes=budget_bytes - held_bytes(train, val), identity=identity,
         turn=turn, tell=training.tell if processes.leads else tell_nobody, stage=stage,
     )  # fmt: skip
-    train, val = _remembered(model, backbone, train, val, plan, place, task)
+    train, val = _remembered(model, backbone, train, val, plan, place)
     stage("tune")
+    objectives = [task.objective(model.form, backbone.preprocess, plan, losses)]
     with ends_when_asked(keeper):
-        fitted = task.fit(
-            model, train, val, backbone.preprocess, plan, training.say, losses=losses, keeper=keeper,
+        fitted = fit_dense(
+            model, train, val, backbone.preprocess, plan, training.say, objectives=objectives, keeper=keeper,
             processes=processes,
         )  # fmt: skip
     stage("prove, pack and score")
@@ -181,25 +218,27 @@ def run_dense(training: Training, processes: Processes, task: DenseTask[SetT, Pi
     told: dict[str, object] = {"data": f"sha256:{identity['images']}", "head": str(model.form.form)}
     told |= {key: value for key, value in losses.items() if key != "weights" and value}
     facts = provenance_of(plan, model, fitted, len(train), None) | told
-    delta = extract_dense(model, backbone, task=training.output.stem, labels=train_set.classes, training=facts)
-    return MadeDense(backbone=backbone, model=model, plan=plan, train=train, val=val, val_set=val_set, counts=counts,
-                     fitted=fitted, proof=proof, delta=delta, keeper=keeper)  # fmt: skip
+    delta = extract_dense(model, backbone, task=training.output.stem, labels=learnt.train.classes, training=facts)
+    return MadeDense(backbone=backbone, model=model, plan=plan, train=train, val=val, learnt=(learnt,), fitted=fitted,
+                     proof=proof, delta=delta, keeper=keeper)  # fmt: skip
 
 
 def _read(
-    training: Training, task: DenseTask[SetT, PixelsT], preprocess: Preprocess, train: SetT, val: SetT,
-    budget_bytes: int, turn: Turn,
-) -> tuple[PixelsT, PixelsT]:  # fmt: skip
+    training: Training, preprocess: Preprocess, learnt: Learnt, budget_bytes: int, turn: Turn
+) -> tuple[DensePixels, DensePixels]:
     """The images decoded, in memory or in files, with their truths."""
+    task, sets = learnt.task, {"train": learnt.train, "val": learnt.val}
     held = load_held(
-        {"train": train.images, "val": val.images}, preprocess, pixels_folder(training.output),
+        {name: images.images for name, images in sets.items()}, preprocess, pixels_folder(training.output),
         budget_bytes=budget_bytes, turn=turn, stage=training.stage,
     )  # fmt: skip
-    made = [LabelledPixels(*held[name]) for name in ("train", "val")]
-    return task.pixels(train, made[0], preprocess), task.pixels(val, made[1], preprocess)
+    first, second = (
+        DensePixels(*held[name], truths={task.answer: task.truths(images, preprocess)}) for name, images in sets.items()
+    )
+    return first, second
 
 
-def _form_asked(training: Training, task: DenseTask[SetT, PixelsT]) -> Form:
+def _form_asked(training: Training, task: DenseTask[Any]) -> Form:
     """The head that is asked for.
 
     Raises:
@@ -241,27 +280,23 @@ def _rehearse(training: Training, backbone: Backbone, model: DenseModel, classes
     require_space(training.output, 10 * len(data) + further, "its checkpoints, the pack and the work folder")
 
 
-def _tell(
-    training: Training, task: DenseTask[SetT, PixelsT], train: SetT, val: SetT, counts: NpArray
-) -> None:  # fmt: skip
+def _tell(training: Training, learnt: Learnt) -> None:
     """Say what is used of the data, and which classes have nothing to learn."""
     if training.tell is tell_nobody:
         return
+    task, train, val, classes = learnt.task, learnt.train, learnt.val, learnt.train.classes
     summary = passed_over(training.data, (*train.passed_over, *val.passed_over))
-    answer, classes = {"mask": "masks", "boxes": "boxes"}[task.answer], train.classes
     what = f"{len(classes)} {'class' if len(classes) == 1 else 'classes'}"
-    told = f"{training.data}: {len(train)} train and {len(val)} val images with {answer} of {what}"
+    told = f"{training.data}: {len(train)} train and {len(val)} val images with {task.truths_are} of {what}"
     training.tell(f"{told}; {summary}" if summary else told, [])
-    absent = [name for name, count in zip(classes, counts.tolist(), strict=True) if not count]
+    absent = [name for name, count in zip(classes, learnt.counts.tolist(), strict=True) if not count]
     if absent:
-        thing = "pixel" if task.answer == "mask" else "object"
-        training.tell(f"{training.data}: no training {thing} of {format_names(absent)}", [])
+        training.tell(f"{training.data}: no training {task.thing} of {format_names(absent)}", [])
 
 
 def _remembered(
-    model: DenseModel, backbone: Backbone, train: PixelsT, val: PixelsT, plan: Plan, place: Place,
-    task: DenseTask[SetT, PixelsT],
-) -> tuple[PixelsT, PixelsT]:  # fmt: skip
+    model: DenseModel, backbone: Backbone, train: DensePixels, val: DensePixels, plan: Plan, place: Place
+) -> tuple[DensePixels, DensePixels]:
     """With the maps of every image, computed once, where the network is frozen, nothing moves and there is room."""
     if model.sites or plan.augment:
         return train, val
@@ -278,9 +313,9 @@ def _remembered(
             for array, images in zip(arrays, sets.values(), strict=True):
                 fill_rows(array, model, images, backbone.preprocess, plan)
 
-    made_by = {**place.identity, "maps": list(model.form.inputs), "torch": torch.__version__}
+    made_by = {**place.identity, "maps": list(model.reads), "torch": torch.__version__}
     rows = hold(shapes, fill, place.folder, made_by, budget_bytes=place.budget_bytes, turn=place.turn, what="maps")
-    return task.with_rows(train, rows["train"]), task.with_rows(val, rows["val"])
+    return replace(train, rows=rows["train"]), replace(val, rows=rows["val"])
 
 
 def _prove(model: DenseModel, backbone: Backbone, pixels: NpArray) -> tuple[float, float]:
@@ -289,10 +324,12 @@ def _prove(model: DenseModel, backbone: Backbone, pixels: NpArray) -> tuple[floa
     return require_algebra(model.method.name, *error, compared, "a lowering")
 
 
-def _digest(classes: tuple[str, ...], arrays: Iterable[NpArray]) -> str:
-    digest = hashlib.sha256(canonical_json(list(classes)))
-    for array in arrays:
-        digest.update(np.ascontiguousarray(array).data)
+def _digest(learnt: Learnt, train: DensePixels, val: DensePixels) -> str:
+    """Of all images and truths, and of the classes' names."""
+    digest = hashlib.sha256(canonical_json(list(learnt.train.classes)))
+    for images in (train, val):
+        for array in chain([images.pixels], learnt.task.arrays(images.truths[learnt.task.answer])):
+            digest.update(np.ascontiguousarray(array).data)
     return digest.hexdigest()
 
 

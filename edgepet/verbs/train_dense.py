@@ -1,27 +1,30 @@
-"""What ``train`` does of every head that reads maps: which kind of task a folder is, and the pack of what was made."""
+"""What ``train`` makes of images with masks or boxes: a pack with a head that reads maps, and its report."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from edgepet.deltas.delta import Delta
+from edgepet.deltas.heads import Answer
 from edgepet.images.box_folders import is_box_folder
 from edgepet.images.mask_folders import is_mask_folder
+from edgepet.methods.method import count
 from edgepet.packs.codecs import Rounding
 from edgepet.packs.pack import EVERY, encode_pack, read_pack, write_pack
 from edgepet.proving.probing import probed
+from edgepet.reports.screen import Screen, lines, program
+from edgepet.reports.tables import format_bytes, format_number, format_percent, format_seconds
 from edgepet.tuning.work_folder import HELD_OUT, work_folder, write_work
+from edgepet.verbs.dense_answers import ANSWERED, ClassScore, DenseScore
 
 if TYPE_CHECKING:
     from edgepet.networks.backbone import Backbone
-    from edgepet.tuning.dense_training import MadeDense, PixelsT, SetT
-else:
-    SetT, PixelsT = TypeVar("SetT"), TypeVar("PixelsT")
+    from edgepet.tuning.dense_training import MadeDense
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,6 +35,49 @@ class DenseBackbone:
     fingerprint: str
     bytes: int
     description: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DenseTrainReport:
+    """What ``train`` made of images with masks or boxes. ``val`` is of the pack as stored, in float32, on images as
+    they are; ``scores`` are of the classes that it is the mean of, ``answer`` says of what.
+
+    ``trainable_params`` leaves the head out, ``head_params`` are the values that are shipped. ``algebra_max_abs`` is
+    the largest difference between what was tuned and what it lowers to, in float64; of boxes before the best are
+    chosen.
+    """
+
+    pack: Path
+    work: Path
+    method: str
+    head: str
+    trainable_params: int
+    head_params: int
+    pack_bytes: int
+    epochs: int
+    epochs_run: int
+    best_epoch: int
+    seconds: float
+    images_per_second: float
+    precision: str
+    val: DenseScore
+    scores: tuple[ClassScore, ...]
+    algebra_max_abs: float
+    algebra_limit: float
+    backbone: DenseBackbone
+    log_dir: Path | None
+    answer: Answer
+
+    @property
+    def classes(self) -> tuple[Mapping[str, object], ...]:
+        """``scores`` as JSON has them."""
+        return tuple(each.as_json for each in self.scores)
+
+    @property
+    def shown(self) -> list[str]:
+        """The names of what JSON has."""
+        names = [field.name for field in fields(self) if field.name != "answer"]
+        return ["classes" if name == "scores" else name for name in names]
 
 
 def backbone_facts(backbone: Backbone) -> DenseBackbone:
@@ -54,17 +100,90 @@ def task_of(data: Path, asked: str | None) -> str:
     return "mask" if is_mask_folder(data) else "class"
 
 
-def write_dense(
-    output: Path, made: MadeDense[SetT, PixelsT], codec: Rounding, judged: Callable[[Delta], float]
-) -> None:
+class Judged:
+    """What the heads of a training's pack come to on its val images, folded and run in float32; judged once.
+
+    It is the pack as stored: where this process writes it, what it is going to hold.
+    """
+
+    def __init__(self) -> None:
+        self._fits = list[Any]()
+
+    def fits(self, made: MadeDense, delta: Delta) -> Sequence[Any]:
+        """One for each head of ``delta``."""
+        from edgepet.tuning.dense import MergedHead
+
+        if not self._fits:
+            for place, each in enumerate(made.learnt):
+                one = replace(delta, heads=(delta.heads[place],))
+                network, row = MergedHead(made.backbone, one), ANSWERED[each.task.answer]
+                self._fits.append(row.judge(network, each.val, made.backbone.preprocess, one.heads[0].head.meaning))
+        return self._fits
+
+
+def write_dense(output: Path, made: MadeDense, codec: Rounding, judged: Judged) -> None:
     """The pack, with what ``judged`` says of what it stores and not of what was trained, and its work folder."""
     from edgepet.exporters.trace import keep_weights
 
     stored = read_pack(encode_pack(made.delta, codec=codec), answers=EVERY)
-    (head,) = stored.delta.heads
-    scored = replace(stored.delta, heads=(replace(head, value=judged(stored.delta), n=len(made.val)),))
-    write_pack(output, probed(made.backbone, scored), kept=stored.planes)
+    heads = tuple(
+        replace(head, value=ANSWERED[head.head.answer].score(fit).value, n=len(made.val))
+        for head, fit in zip(stored.delta.heads, judged.fits(made, stored.delta), strict=True)
+    )
+    write_pack(output, probed(made.backbone, replace(stored.delta, heads=heads)), kept=stored.planes)
     keep_weights(made.backbone)
     spread = np.random.default_rng(0).permutation(len(made.val))[:HELD_OUT]
     pixels, labels = np.asarray(made.val.pixels[spread]), made.val.labels[spread]
     write_work(work_folder(output), made.delta, made.model.arrays(), pixels, labels)
+
+
+def report_dense(
+    output: Path, made: MadeDense, judged: Judged, seconds: float, log_dir: Path | None
+) -> DenseTrainReport:
+    """The report of a training whose pack was written."""
+    backbone, model, fitted = made.backbone, made.model, made.fitted
+    delta = read_pack(output, answers=EVERY).delta
+    (learnt,), (head,), (fit,) = made.learnt, delta.heads, judged.fits(made, delta)
+    row = ANSWERED[learnt.task.answer]
+    return DenseTrainReport(
+        pack=output,
+        work=work_folder(output),
+        method=model.method.name,
+        head=str(model.form.form),
+        trainable_params=count(model.method, backbone.layers, backbone.tensors),
+        head_params=head.head.stored_values,
+        pack_bytes=output.stat().st_size,
+        epochs=made.plan.epochs,
+        epochs_run=fitted.epochs,
+        best_epoch=fitted.best_epoch,
+        seconds=seconds,
+        images_per_second=fitted.images_per_second,
+        precision="bf16" if made.plan.autocast else "fp32",
+        val=row.score(fit),
+        scores=row.classes(fit, head.head.labels, learnt.counts.tolist()),
+        algebra_max_abs=made.proof[0],
+        algebra_limit=made.proof[1],
+        backbone=backbone_facts(backbone),
+        log_dir=log_dir,
+        answer=learnt.task.answer,
+    )
+
+
+def dense_screen(report: DenseTrainReport) -> Screen:
+    """What people see of it."""
+    ended = f", ended after {report.epochs_run}" if report.epochs_run < report.epochs else ""
+    row, val = ANSWERED[report.answer], report.val
+    yield lines(
+        f"{report.pack}  {format_bytes(report.pack_bytes)}",
+        f"  {report.method} on {report.backbone.name}: {format_number(report.trainable_params)} parameters"
+        f" and a head {report.head} of {format_number(report.head_params)}",
+        f"  val {row.title} {format_percent(val.value)}{row.told(val)[0]}, as stored;"
+        f" epoch {report.best_epoch} of {report.epochs}{ended}",
+        f"  95 % interval {format_percent(val.low)} to {format_percent(val.high)}",
+        *row.lines(report.scores),
+        f"  {format_number(report.images_per_second)} images/s in {report.precision},"
+        f" {format_seconds(report.seconds)} in all",
+        f"  lowered equals tuned in float64: {report.algebra_max_abs:.1e}, limit {report.algebra_limit:.1e}",
+        None if report.log_dir is None else f"  logged to {report.log_dir}",
+        f"next: {program()} predict {report.pack} IMAGE {row.shows}",
+    )
