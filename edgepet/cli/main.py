@@ -30,6 +30,7 @@ VERBS: dict[str, tuple[str, str]] = {  # verb -> where its ``Verb`` is, below ``
     "doctor": ("doctor:VERB", "what is installed, what each missing runtime needs, CPU features"),
     "methods": ("methods:VERB", "every method: paper, and its parameters and kilobytes on a backbone"),
     "sites": ("sites:VERB", "how few numbers each part of a backbone is tuned by, and where a method should go"),
+    "text": ("text:VERB", "a table with a vector for each class, of the vectors of words in a package"),
     "train": ("train:VERB", "tune a method on images, fold it to updates, and write a pack"),
     "predict": ("predict:VERB", "what packs and exported models say of images"),
     "eval": ("evaluate:VERB", "top-1 of a pack or an exported model"),

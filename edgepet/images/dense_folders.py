@@ -70,7 +70,9 @@ def class_names(file: Path, *, least: int) -> tuple[str, ...]:
         lines = read_file(file).decode("utf-8-sig").splitlines()
     except UnicodeDecodeError as error:
         raise InputError(str(file), "must be text in UTF-8", got=f"byte {error.start}") from error
-    if file.name != CLASSES:  # Idx, Ratio, Train, Val, Name, with tabs between and a line of headings
+    if file.name.lower().startswith(
+        "objectinfo"
+    ):  # Idx, Ratio, Train, Val, Name, with tabs between and a line of headings
         lines = [line.split("\t")[-1].split(",")[0] for line in lines[1:]]
     names = tuple(line.strip() for line in lines)
     while names and not names[-1]:
