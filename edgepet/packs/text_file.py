@@ -15,7 +15,7 @@ import numpy as np
 import safetensors.numpy
 from safetensors import SafetensorError
 
-from edgepet.canonical import parse_json
+from edgepet.canonical import canonical_json, parse_json
 from edgepet.deltas.text import TextTable
 from edgepet.errors import InputError
 from edgepet.files import read_file, write_file
@@ -25,6 +25,7 @@ from edgepet.strict import ObjectReader
 
 TENSOR = "text"
 SUFFIXES = (".safetensors", ".npy")
+_ALIGNED = 8  # bytes, as safetensors lays its tensors
 _MAKE = "write the tensor text and the metadata classes and source, as docs/guide/text.md shows"
 
 
@@ -53,11 +54,15 @@ def write_text(path: Path, classes: tuple[str, ...], vectors: NpArray, source: s
     Raises:
         InputError: it cannot be written, or is no table as ``TextTable`` says.
     """
+    held = np.ascontiguousarray(vectors, "<f4")
+    tensor = {"dtype": "F32", "shape": list(held.shape), "data_offsets": [0, held.nbytes]}
     metadata = {"classes": json.dumps(list(classes), ensure_ascii=False), "source": source}
-    held = {TENSOR: np.ascontiguousarray(vectors, np.float32)}
-    data: bytes = safetensors.numpy.save(held, metadata=metadata)
+    # safetensors writes metadata in an order of chance: two tables of the same words would differ
+    header = canonical_json({"__metadata__": metadata, TENSOR: tensor})
+    header += b" " * (-len(header) % _ALIGNED)
+    data = len(header).to_bytes(8, "little") + header + held.tobytes()
     digest = hashlib.sha256(data).hexdigest()
-    table = TextTable(classes=classes, vectors=held[TENSOR], source=source, sha256=digest, where=str(path))
+    table = TextTable(classes=classes, vectors=held, source=source, sha256=digest, where=str(path))
     write_file(path, data)
     return table
 
