@@ -15,6 +15,9 @@ INPUTS = {
     "add": (2, 64),
     "concat": (2, 64),
     "detect": (2, 64),
+    "ask": (2, 64),
+    "attention": (2, 64),
+    "compare": (2, 2),
 }  # fewest and most that a layer reads; one of all others
 # Tensors that a layer must have, and those that it may.
 TENSORS: dict[str, tuple[str, str]] = {
@@ -22,7 +25,8 @@ TENSORS: dict[str, tuple[str, str]] = {
     "deconv": ("weight", "bias"), "norm": ("", "weight bias"), "attend": ("keys values", "key_bias bias"),
     "regions": ("queries weight", ""), "resize": ("", ""), "pool": ("", ""), "add": ("", ""), "multiply": ("", ""),
     "concat": ("", ""), "activation": ("", ""), "unit": ("", ""), "mean": ("", ""),
-    "detect": ("scales", ""),
+    "detect": ("scales", ""), "shift": ("value", ""), "ask": ("queries", ""),
+    "attention": ("", ""), "compare": ("", ""),
 }  # fmt: skip
 SETTINGS: dict[str, dict[str, Callable[[Any], bool]]] = {
     "conv": {"stride": lambda value: type(value) is int and value in (1, 2)},
@@ -38,6 +42,8 @@ SETTINGS: dict[str, dict[str, Callable[[Any], bool]]] = {
         "stride": lambda value: type(value) is int and 1 <= value <= 64,
         "top": lambda value: type(value) is int and 1 <= value <= 1000,
     },
+    "attention": {"heads": lambda value: type(value) is int and 1 <= value <= 64},
+    "compare": {"scale": lambda value: type(value) in (int, float) and 0 < value <= 1000},
 }
 
 Need = Callable[[object, str], None]
@@ -50,7 +56,7 @@ def head_meaning(head: Mapping[str, Any], leaf: Leaf, need: Need, labels: list[s
     need(re.fullmatch("[a-z][a-z0-9-]{0,31}", name) and head["answer"] in ANSWERS, "a head of another name or answer")
     metric, least = ANSWERS[head["answer"]]
     need(least <= len(labels) <= 255 and len(set(labels)) == len(labels), "labels of another number, or twice one")
-    need(isinstance(head["layers"], list) and 1 <= len(head["layers"]) <= 64, "layers of another number")
+    need(isinstance(head["layers"], list) and 1 <= len(head["layers"]) <= 128, "layers of another number")
     known, read, layers = {"features"}, set[str](), list[Any]()
     for layer in head["layers"]:
         layers.append(layer_meaning(layer, known, leaf, need))
@@ -83,7 +89,7 @@ def layer_meaning(layer: Mapping[str, Any], known: set[str], leaf: Leaf, need: N
     need(re.fullmatch("[a-z][a-z0-9_]{0,31}", layer["gives"]) and layer["gives"] != "features", "a name that is none")
     cut = {name: leaf(f"head.{kind}", name, layer) for name in sorted(here)}
     need(_fits(kind, {name: shape for name, (shape, _) in cut.items()}), "tensors that make no layer")
-    values = {name: float(layer[name]) if name == "eps" else layer[name] for name in told}
+    values = {name: float(layer[name]) if name in ("eps", "scale") else layer[name] for name in told}
     return [kind, layer["reads"], layer["gives"], values, cut]
 
 
@@ -92,7 +98,7 @@ def _fits(kind: str, shapes: Mapping[str, tuple[int, ...]]) -> bool:
     axes = {
         "point": {"weight": 2}, "depthwise": {"weight": 3}, "conv": {"weight": 4}, "deconv": {"weight": 4},
         "norm": {"weight": 1}, "attend": {"keys": 3, "values": 3}, "regions": {"queries": 2, "weight": 2},
-        "detect": {"scales": 1},
+        "detect": {"scales": 1}, "shift": {"value": 3}, "ask": {"queries": 3},
     }.get(kind, {})  # fmt: skip
     if any(len(shapes[name]) != count for name, count in axes.items() if name in shapes):
         return False
@@ -100,6 +106,8 @@ def _fits(kind: str, shapes: Mapping[str, tuple[int, ...]]) -> bool:
     match kind:
         case "norm":
             return not shapes or bias == weight
+        case "ask":
+            return shapes["queries"][0] <= 64
         case "regions":
             return weight == (shapes["queries"][1],) * 2
         case "attend":

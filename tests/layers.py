@@ -15,7 +15,10 @@ from edgepet.deltas.layers import (
     LAYERS,
     Activation,
     Add,
+    Ask,
     Attend,
+    Attention,
+    Compare,
     Concat,
     Conv,
     Deconv,
@@ -29,6 +32,7 @@ from edgepet.deltas.layers import (
     Pool,
     Regions,
     Resize,
+    Shift,
     Unit,
 )
 from edgepet.spec import NpArray
@@ -99,5 +103,16 @@ def layer_cases(draw: st.DrawFn, kinds: Sequence[str] = tuple(LAYERS)) -> LayerC
             maps = [each for sides in levels for each in (drawn(n, channels, *sides), drawn(n, 5, *sides))]
             layer = Detect(rng.uniform(0.5, 2, len(levels)), draw(st.sampled_from([4, 7])), draw(st.integers(1, 200)))
             return LayerCase(layer, tuple(maps))
+        case "shift":
+            return LayerCase(Shift(drawn(channels, height, width)), (x,))
+        case "ask" | "attention":
+            sides = [(height, width), ()][: draw(st.integers(1, 2))]  # a map, and perhaps features beside it
+            asked = out * channels if kind == "attention" else channels
+            pairs = [each for own in sides for each in (drawn(n, asked, *own), drawn(n, out * rows, *own))]
+            if kind == "ask":
+                return LayerCase(Ask(drawn(out, rows, channels)), tuple(pairs))
+            return LayerCase(Attention(out), (drawn(n, asked, rows, draw(st.integers(1, 2))), *pairs))
+        case "compare":
+            return LayerCase(Compare(draw(st.sampled_from([1.0, 0.25, 7.0]))), (x, drawn(n, channels, rows, 1)))
         case _:
             return LayerCase(Mean(), (x,))

@@ -118,8 +118,8 @@ LEAF = step(Point(drawn(1, 2, 2)), "map.1", "logits")
         (lambda: head(labels=tuple(map(str, range(256)))), "what: needs 2 to 255 labels, got 256"),
         (lambda: head(labels=("land", "")), "what: needs labels that UTF-8 can spell, got ''"),
         (lambda: head(labels=("land", "\udcff")), "what: needs labels that UTF-8 can spell, got '\\udcff'"),
-        (lambda: head(steps=()), "what: needs 1 to 64 layers, got 0"),
-        (lambda: head(*[LEAF] * 65), "what: needs 1 to 64 layers, got 65"),
+        (lambda: head(steps=()), "what: needs 1 to 128 layers, got 0"),
+        (lambda: head(*[LEAF] * 129), "what: needs 1 to 128 layers, got 129"),
         (lambda: head(LEAF, LEAF), "what: logits: is given by two layers"),
         (
             lambda: head(step(Point(drawn(1, 2, 2)), "map.1", "map.9")),

@@ -18,7 +18,10 @@ from edgepet.deltas.layers import (
     TENSORS,
     Activation,
     Add,
+    Ask,
     Attend,
+    Attention,
+    Compare,
     Concat,
     Conv,
     Deconv,
@@ -33,6 +36,7 @@ from edgepet.deltas.layers import (
     Regions,
     Resize,
     Shape,
+    Shift,
     Unit,
     bilinear,
     settings,
@@ -126,7 +130,42 @@ def written_out(layer: Any, inputs: tuple[NpArray, ...], row: int, column: int) 
                 scores = np.exp(pixels @ query)
                 answer.append(here @ w @ (scores / scores.sum() @ pixels))
             return np.array(answer)
+        case Shift(value=value):
+            return here + value[:, row, column]
+        case Ask(queries=queries):
+            return np.concatenate([answered(inputs, heads[row], g, len(queries)) for g, heads in enumerate(queries)])
+        case Attention(heads=heads):
+            parts = np.split(here, heads)
+            keys = [
+                (k[g * len(parts[g]) : (g + 1) * len(parts[g])], v)
+                for g in range(heads)
+                for k, v in pairs_of(inputs[1:])
+            ]
+            each = len(keys) // heads
+            return np.concatenate(
+                [
+                    answered([x for pair in keys[g * each : (g + 1) * each] for x in pair], parts[g], g, heads)
+                    for g in range(heads)
+                ]
+            )
+        case Compare(scale=scale):
+            return np.array([scale * sum(here * inputs[1][:, k, 0]) for k in range(inputs[1].shape[1])])
     raise AssertionError(layer)
+
+
+def pairs_of(inputs: Any) -> list[tuple[NpArray, NpArray]]:
+    return list(zip(inputs[::2], inputs[1::2], strict=True))
+
+
+def answered(inputs: Any, query: NpArray, head: int, heads: int) -> NpArray:
+    """What one query of one head finds at all places of all pairs of keys and values."""
+    scores, told = list[float](), list[NpArray]()
+    for keys, values in pairs_of(inputs):
+        width = len(values) // heads
+        for row, column in np.ndindex(keys.shape[1:]):
+            scores.append(math.exp(query @ keys[:, row, column]))
+            told.append(values[head * width : (head + 1) * width, row, column])
+    return np.average(told, axis=0, weights=scores)
 
 
 @EXAMPLES
@@ -265,6 +304,13 @@ def z(*shape: int) -> NpArray:
         (Attend(z(2, 3, 4), z(2, 3, 5), key_bias=z(2, 4)), "needs key_bias (2, 3), got (2, 4)"),
         (Attend(z(2, 3, 4), z(2, 3, 5), bias=z(4)), "needs bias (5,), got (4,)"),
         (Regions(z(2, 3), z(2, 3)), "needs weight (3, 3), got (2, 3)"),
+        (Shift(z(2, 3)), "needs value of 3 axes, got (2, 3)"),
+        (Ask(z(2, 3)), "needs queries of 3 axes, got (2, 3)"),
+        (Ask(z(65, 1, 1)), "needs at most 64 heads, got 65"),
+        (Attention(0), "needs 1 to 64 heads, got 0"),
+        (Attention(65), "needs 1 to 64 heads, got 65"),
+        (Compare(0.0), "needs a scale above 0 and at most 1000, got 0.0"),
+        (Compare(1001.0), "needs a scale above 0 and at most 1000, got 1001.0"),
         (Detect(z(2), 0), "needs a stride from 1 to 64, got 0"),
         (Detect(z(2), 65), "needs a stride from 1 to 64, got 65"),
         (Detect(z(2), 8, 0), "needs a top from 1 to 1000, got 0"),
@@ -296,6 +342,19 @@ def test_a_layer_that_is_none_says_why(layer: Layer, told: str) -> None:
         (Attend(z(2, 3, 4), z(2, 3, 5)), [(4,)], "reads a map, got (4,)"),
         (Regions(z(2, 3), z(3, 3)), [(2, 4, 4)], "reads 3 channels, got (2, 4, 4)"),
         (Mean(), [(3,)], "reads a map, got (3,)"),
+        (Shift(z(2, 3, 1)), [(2, 3, 3)], "reads (2, 3, 1), got (2, 3, 3)"),
+        (Ask(z(2, 3, 4)), [(4, 2, 2), (6, 2, 2), (4,)], "reads keys and values in turn, got 3"),
+        (Ask(z(2, 3, 4)), [(5, 2, 2), (6, 2, 2)], "reads 4 channels, got (5, 2, 2)"),
+        (Ask(z(2, 3, 4)), [(4, 2, 2), (5, 2, 2)], "reads values whose channels 2 heads share evenly, got (5, 2, 2)"),
+        (Ask(z(2, 3, 4)), [(4, 2, 2), (6, 2, 1)], "reads a value for every key, got (4, 2, 2) and (6, 2, 1)"),
+        (Ask(z(1, 3, 4)), [(4, 2, 2), (6, 2, 2), (3,), (6,)], "reads keys of one number of channels, got (4, 2, 2) and (6, 2, 2) and (3,) and (6,)"),
+        (Ask(z(1, 3, 4)), [(4, 2, 2), (6, 2, 2), (4,), (5,)], "reads values of one number of channels, got (4, 2, 2) and (6, 2, 2) and (4,) and (5,)"),
+        (Attention(2), [(4, 2, 1), (4, 2, 2)], "reads keys and values in turn, got 1"),
+        (Attention(2), [(4,), (4, 2, 2), (4, 2, 2)], "reads a map, got (4,)"),
+        (Attention(2), [(3, 2, 1), (3, 2, 2), (4, 2, 2)], "reads channels that 2 heads share evenly, got (3, 2, 1)"),
+        (Attention(2), [(4, 2, 1), (6, 2, 2), (4, 2, 2)], "reads 4 channels, got (6, 2, 2)"),
+        (Compare(1.0), [(4, 2, 2), (3, 2, 1)], "reads 4 channels, got (3, 2, 1)"),
+        (Compare(1.0), [(4, 2, 2), (4,)], "reads a map, got (4,)"),
         (Detect(z(2), 8), [(3, 4, 4), (5, 4, 4)], "reads two maps for each of 2 levels, got 2"),
         (Detect(z(1), 8), [(3, 4, 4), (5,)], "reads a map, got (5,)"),
         (Detect(z(1), 8), [(3, 4, 4), (4, 4, 4)], "reads maps of 3 classes and of 5 channels in turn, got (3, 4, 4) and (4, 4, 4)"),

@@ -25,7 +25,7 @@ ANSWERS: tuple[Answer, ...] = ("mask", "boxes")
 METRICS: dict[Answer, str] = {"mask": "miou", "boxes": "map"}  # what a head is judged by, as packs and JSON call it
 
 FEATURES = "features"  # what pooled features are read as; maps are read by their own names
-MOST_LAYERS, MOST_CHANNELS = 64, 1 << 14  # so that a head of few bytes cannot ask for much work
+MOST_LAYERS, MOST_CHANNELS = 128, 1 << 14  # so that a head of few bytes cannot ask for much work
 MOST_CLASSES = 255  # of a mask: its values are bytes, and one says that a pixel is not counted
 NOT_COUNTED = 255  # in the truth only: no head answers it
 

@@ -1,8 +1,8 @@
 """The closed vocabulary of layers that heads are made of, and what of each a pack stores.
 
 Each kind has one NumPy definition, its ``__call__``. A device that was shipped before a head was thought of runs it as
-data; a contract test ties each kind's torch forward to the definition. What they compute is in ``weighted`` and
-``weightless``, which this module offers as well.
+data; a contract test ties each kind's torch forward to the definition. What they compute is in ``weighted``,
+``weightless`` and ``asking``, which this module offers as well.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import TypeAlias
 
+from edgepet.deltas.asking import Ask, Attention, Compare, Shift
 from edgepet.deltas.detection import Detect
 from edgepet.deltas.layer import Layer, Shape, bilinear, softmax
 from edgepet.deltas.weighted import Attend, Conv, Deconv, Depthwise, Norm, Point, Regions
@@ -26,7 +27,10 @@ __all__ = [
     "TENSORS",
     "Activation",
     "Add",
+    "Ask",
     "Attend",
+    "Attention",
+    "Compare",
     "Concat",
     "Conv",
     "Deconv",
@@ -42,6 +46,7 @@ __all__ = [
     "Resize",
     "Setting",
     "Shape",
+    "Shift",
     "Unit",
     "bilinear",
     "settings",
@@ -69,6 +74,10 @@ LAYERS: dict[str, type[Layer]] = {
     "regions": Regions,
     "mean": Mean,
     "detect": Detect,
+    "shift": Shift,
+    "ask": Ask,
+    "attention": Attention,
+    "compare": Compare,
 }
 TENSORS: dict[str, dict[str, int]] = {  # how many axes each has
     "point": {"weight": 2, "bias": 1},
@@ -79,6 +88,8 @@ TENSORS: dict[str, dict[str, int]] = {  # how many axes each has
     "attend": {"keys": 3, "key_bias": 2, "values": 3, "bias": 1},
     "regions": {"queries": 2, "weight": 2},
     "detect": {"scales": 1},
+    "shift": {"value": 3},
+    "ask": {"queries": 3},
 }
 OPTIONAL: dict[str, frozenset[str]] = {  # tensors that a layer may do without
     "point": frozenset({"bias"}),
@@ -96,6 +107,8 @@ SETTINGS: dict[str, dict[str, Setting]] = {
     "norm": {"eps": float},
     "unit": {"eps": float},
     "detect": {"stride": int, "top": int},
+    "attention": {"heads": int},
+    "compare": {"scale": float},
 }
 
 

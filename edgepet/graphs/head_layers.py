@@ -12,11 +12,15 @@ from typing import TypeAlias, cast
 
 import numpy as np
 
+from edgepet.deltas.asking import places_of
 from edgepet.deltas.detection import FOUND
 from edgepet.deltas.heads import Step
 from edgepet.deltas.layers import (
     Activation,
+    Ask,
     Attend,
+    Attention,
+    Compare,
     Conv,
     Deconv,
     Depthwise,
@@ -28,6 +32,7 @@ from edgepet.deltas.layers import (
     Regions,
     Resize,
     Shape,
+    Shift,
     Unit,
 )
 from edgepet.graphs.onnx_file import Attribute, Node, tensor_of
@@ -264,6 +269,80 @@ def _detect(layer: Layer, place: Place, out: Emitted) -> None:
     out.node("Transpose", [taken], place.gives, perm=(0, 2, 1))
 
 
+def _shift(layer: Layer, place: Place, out: Emitted) -> None:
+    value = out.tensor(f"{place.name}.value", cast(Shift, layer).value)
+    out.node("Add", [place.reads[0], value], place.gives)
+
+
+def _ask(layer: Layer, place: Place, out: Emitted) -> None:
+    queries = cast(Ask, layer).queries
+    heads, rows, width = queries.shape
+    keys, values = _joined_pairs(0, place, out)
+    asking = out.tensor(f"{place.name}.queries", queries, (heads * rows, width))
+    asked = out.node("MatMul", [asking, keys], place.inner("asked"))
+    apart = out.integers(f"{place.name}.apart", 0, heads, rows, _places(place.shapes[::2]))
+    _answer(out.node("Reshape", [asked, apart], place.inner("rows")), values, heads, place, out)
+
+
+def _attention(layer: Layer, place: Place, out: Emitted) -> None:
+    heads, asking = cast(Attention, layer).heads, place.shapes[0]
+    keys, values = _joined_pairs(1, place, out)
+    each = asking[0] // heads
+    sides = [out.integers(f"{place.name}.{n}", 0, heads, each, _places(x)) for n, x in (
+        ("asking", [asking]), ("keys", place.shapes[1::2]))]  # fmt: skip
+    queries = out.node("Reshape", [place.reads[0], sides[0]], place.inner("queries"))
+    turned = out.node("Transpose", [queries], place.inner("turned"), perm=(0, 1, 3, 2))
+    asked = out.node("MatMul", [turned, out.node("Reshape", [keys, sides[1]], place.inner("heads"))],
+                     place.inner("asked"))  # fmt: skip
+    _answer(asked, values, heads, place, out)
+
+
+def _joined_pairs(first: int, place: Place, out: Emitted) -> list[str]:
+    """Keys and values (n, C, places) of all pairs that a layer reads from its ``first`` input on."""
+    joined = list[str]()
+    for side, name in enumerate(("keys", "values")):
+        flat = [
+            out.node(
+                "Reshape", [place.reads[n], out.integers(f"{place.name}.flat{n}", 0, shape[0], _places([shape]))],
+                place.inner(f"flat{n}"),
+            )
+            for n, shape in list(enumerate(place.shapes))[first + side :: 2]
+        ]  # fmt: skip
+        joined.append(flat[0] if len(flat) == 1 else out.node("Concat", flat, place.inner(f"all_{name}"), axis=2))
+    return joined
+
+
+def _answer(asked: str, values: str, heads: int, place: Place, out: Emitted) -> None:
+    """What rows ask (n, heads, rows, places) of values (n, C, places), as the layer's own shape."""
+    first = len(place.shapes) % 2  # what asks is not asked
+    channels, count = place.shape[0], _places(place.shapes[first::2])
+    split = out.integers(f"{place.name}.split", 0, heads, channels // heads, count)
+    apart = out.node("Reshape", [values, split], place.inner("split"))
+    turned = out.node("Transpose", [apart], place.inner("values"), perm=(0, 1, 3, 2))
+    shares = out.node("Softmax", [asked], place.inner("shares"), axis=3)
+    told = out.node("MatMul", [shares, turned], place.inner("told"))
+    back = out.node("Transpose", [told], place.inner("back"), perm=(0, 1, 3, 2))
+    out.node("Reshape", [back, out.integers(f"{place.name}.sides", 0, *place.shape)], place.gives)
+
+
+def _places(shapes: Sequence[Shape]) -> int:
+    """Places of all these together."""
+    return sum(places_of(shape) for shape in shapes)
+
+
+def _compare(layer: Layer, place: Place, out: Emitted) -> None:
+    (width, height, wide), count = place.shapes[0], place.shape[0]
+    flat = [
+        out.node("Reshape", [name, out.integers(f"{place.name}.flat{n}", 0, width, places)], place.inner(f"flat{n}"))
+        for n, (name, places) in enumerate(zip(place.reads, (height * wide, count), strict=True))
+    ]
+    turned = out.node("Transpose", [flat[1]], place.inner("turned"), perm=(0, 2, 1))
+    scale = out.tensor(f"{place.name}.scale", np.array(cast(Compare, layer).scale), ())
+    scaled = out.node("Mul", [turned, scale], place.inner("scaled"))
+    told = out.node("MatMul", [scaled, flat[0]], place.inner("told"))
+    out.node("Reshape", [told, out.integers(f"{place.name}.sides", 0, *place.shape)], place.gives)
+
+
 _FLOAT = 1  # onnx.TensorProto.DataType
 _Emitter: TypeAlias = Callable[[Layer, Place, Emitted], None]
 EMITTERS: dict[str, _Emitter] = {
@@ -283,4 +362,8 @@ EMITTERS: dict[str, _Emitter] = {
     "regions": _regions,
     "mean": _mean,
     "detect": _detect,
+    "shift": _shift,
+    "ask": _ask,
+    "attention": _attention,
+    "compare": _compare,
 }

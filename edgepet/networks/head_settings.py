@@ -14,7 +14,7 @@ from edgepet.spec import spelled_size
 
 FormName: TypeAlias = Literal["linear", "mlp", "fcos"]
 FORMS: dict[FormName, Answer] = {"linear": "mask", "mlp": "mask", "fcos": "boxes"}  # what each answers
-MOST_DEPTH = 2  # of towers: three levels of two towers have 36 layers then, of 64 that a head may have
+MOST_DEPTH = 2  # of towers: three levels of two towers have 36 layers then
 _COARSE = 8  # the finest stride that a detector reads where nothing is asked: small objects are few, places are many
 
 

@@ -141,6 +141,38 @@ def _detect(inputs: tuple[Tensor, ...], held: _Held, told: _Settings) -> Tensor:
     return rows.take_along_dim(best[:, :, None], dim=1)
 
 
+def _shift(inputs: tuple[Tensor, ...], held: _Held, told: _Settings) -> Tensor:
+    return inputs[0] + held["value"]
+
+
+def _ask(inputs: tuple[Tensor, ...], held: _Held, told: _Settings) -> Tensor:
+    keys, values = _joined(inputs)
+    return _answered(torch.einsum("hkc,ncp->nhkp", held["queries"], keys), values)[..., None]
+
+
+def _attention(inputs: tuple[Tensor, ...], held: _Held, told: _Settings) -> Tensor:
+    asking, (keys, values) = inputs[0], _joined(inputs[1:])
+    queries, given = (torch.unflatten(x, 1, (told["heads"], -1)) for x in (asking.flatten(2), keys))
+    answer = _answered(torch.einsum("nhcq,nhcp->nhqp", queries, given), values)
+    return torch.unflatten(answer, 2, tuple(asking.shape[2:]))
+
+
+def _compare(inputs: tuple[Tensor, ...], held: _Held, told: _Settings) -> Tensor:
+    x, rows = inputs
+    return torch.einsum("nck,ncyx->nkyx", rows.flatten(2), x) * float(told["scale"])
+
+
+def _joined(pairs: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+    """Keys and values (n, C, places) of all pairs; features are one place."""
+    flat = [x[..., None] if x.ndim == 2 else x.flatten(2) for x in pairs]
+    return torch.cat(flat[::2], dim=2), torch.cat(flat[1::2], dim=2)
+
+
+def _answered(asked: Tensor, values: Tensor) -> Tensor:
+    apart = torch.unflatten(values, 1, (asked.shape[1], -1))
+    return torch.einsum("nhkp,nhcp->nhck", asked.softmax(dim=3), apart).flatten(1, 2)
+
+
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": functional.relu,
     "gelu": functional.gelu,
@@ -163,4 +195,8 @@ _FORWARDS: dict[str, _Forward] = {
     "regions": _regions,
     "mean": _mean,
     "detect": _detect,
+    "shift": _shift,
+    "ask": _ask,
+    "attention": _attention,
+    "compare": _compare,
 }
