@@ -176,8 +176,9 @@ def test_a_separation_begins_nearly_closed_and_what_is_judged_beside_it_learns_f
     form = HeadForm(Form(width=4, separation=True), STAGES, 3).eval()
     given = in_torch({name: x.astype(np.float32) for name, x in drawn_maps(STAGES).items()})
 
-    logits, separated = form.told(given)
+    logits, beside = form.told(given)
 
+    separated = beside.separation
     assert separated is not None
     assert (tuple(separated.affinities.shape), tuple(separated.regions.shape)) == ((3, 3, 8, 12), (3, 3, 3))
     assert not logits.any()

@@ -7,8 +7,10 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from edgepet.deltas.heads import MOST_CLASSES
-from edgepet.errors import InputError
+from edgepet.deltas.asking import Ask
+from edgepet.deltas.heads import MOST_CLASSES, MapHead
+from edgepet.deltas.layers import Point, Unit
+from edgepet.errors import InputError, option
 from edgepet.reports.tables import format_names
 from edgepet.spec import NpArray
 
@@ -83,3 +85,29 @@ class TextTable:
             raise InputError(self.where, f"needs the {len(labels)} classes of the task, in any order", got=got)
         order = [self.classes.index(name) for name in labels]
         return replace(self, classes=tuple(labels), vectors=self.vectors[order])
+
+
+def with_classes(head: MapHead, table: TextTable) -> MapHead:
+    """``head``, whose answer is how places are like text, for the classes of ``table``; nothing else of it changes.
+
+    Such a head ends in a product of unit vectors, whose rows are unit vectors too, times one scale.
+
+    Raises:
+        InputError: its answer is another, its text has seen the image, or the vectors are of another width.
+    """
+    *before, last = head.steps
+    if any(isinstance(step.layer, Ask) for step in before):
+        what = "has text that has seen the images of its training: a context decoder's constants are not made anew"
+        raise InputError(head.name, what, fix=f"train it without context, or again with this {option('text')}")
+    given = {step.gives: step.layer for step in before}
+    layer = last.layer
+    if not isinstance(layer, Point) or layer.bias is not None or not isinstance(given.get(last.reads[0]), Unit):
+        what = "does not answer how places are like text: its classes have weights that are learnt"
+        raise InputError(head.name, what, fix=f"train one with {option('head', 'score')}")
+    if layer.weight.shape[1] != table.width:
+        what = f"needs vectors of {layer.weight.shape[1]} numbers, as those that it was trained with"
+        raise InputError(table.where, what, got=table.width)
+    scale = float(np.linalg.norm(layer.weight.astype(np.float64), axis=1).mean())
+    weight = (scale * table.unit).astype(layer.weight.dtype)
+    steps = (*before, replace(last, layer=Point(weight)))
+    return replace(head, labels=table.classes, steps=steps)

@@ -20,8 +20,9 @@ from torch.nn import functional
 from edgepet.deltas.detection import BESIDE, SIDES, Detect
 from edgepet.deltas.heads import Answer, Map, MapHead, Step
 from edgepet.deltas.layers import Activation, Add, Depthwise, Norm, Point, Pool, Resize
-from edgepet.networks.head_forms import EPS, MapForm, array_of, behind
+from edgepet.networks.head_forms import EPS, MapForm
 from edgepet.networks.head_settings import Form
+from edgepet.networks.lowering import array_of, behind
 from edgepet.spec import NpArray
 
 RARE = 0.01  # the score that every class has everywhere before anything is learnt: objects are rare

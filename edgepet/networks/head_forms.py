@@ -10,6 +10,7 @@ its own module. Needs ``train``.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import ClassVar, cast
 
 import numpy as np
@@ -20,6 +21,8 @@ from torch.nn import functional
 from edgepet.deltas.heads import Answer, Map, MapHead, Step
 from edgepet.deltas.layers import Activation, Add, Depthwise, Layer, Norm, Point, Resize
 from edgepet.networks.head_settings import Form
+from edgepet.networks.lowering import array_of, behind
+from edgepet.networks.scores import TEMPERATURE, Language, Scores
 from edgepet.networks.separation import Separated, Separation
 from edgepet.spec import NpArray
 
@@ -81,13 +84,36 @@ class MapForm(nn.Module):
             self.get_buffer(f"std{number}").copy_(torch.from_numpy(np.maximum(deviation, least or 1.0)))
 
 
-class HeadForm(MapForm):
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Beside:
+    """What is judged beside the logits of a mask while its head is trained: a ``separation``, and ``scores``.
+
+    ``scores`` (n, classes, h, w) are cosines of places and text over their temperature.
+    """
+
+    separation: Separated | None = None
+    scores: Tensor | None = None
+
+
+class MaskForm(MapForm):
+    """A head for masks while it is trained; maps (n, C, h, w) by name give logits (n, classes, h, w)."""
+
+    answer: ClassVar[Answer] = "mask"
+
+    def forward(self, given: Mapping[str, Tensor]) -> Tensor:
+        """Logits of maps by name."""
+        return self.told(given)[0]
+
+    def told(self, given: Mapping[str, Tensor]) -> tuple[Tensor, Beside]:
+        """Logits of maps by name, and what is judged beside them."""
+        raise NotImplementedError
+
+
+class HeadForm(MaskForm):
     """A head for masks while it is trained; maps (n, C, h, w) by name give logits (n, classes, h, w) of the finest.
 
     All tensors start as ``seed`` draws them, but those of the last product, which are zero: so is every logit.
     """
-
-    answer: ClassVar[Answer] = "mask"
 
     def __init__(self, form: Form, maps: Sequence[Map], classes: int, *, seed: int = 0) -> None:
         super().__init__(form, maps, classes, seed=seed)
@@ -105,6 +131,10 @@ class HeadForm(MapForm):
             self.separation = Separation(width, classes) if form.separation else None
         else:
             self.shift = nn.Parameter(torch.zeros(classes))
+        self.language = nn.ModuleList(
+            [Language(level.channels, form.table, form.language) for level in self.levels if form.language]
+        )
+        self.aligned = Scores(self.levels[-1:], form.table) if form.language and form.aux else None
         self.reset()
 
     def reset(self) -> None:
@@ -115,7 +145,7 @@ class HeadForm(MapForm):
                 module.reset_parameters()
         with torch.no_grad():
             for name, parameter in self.named_parameters():
-                if parameter.ndim > 1:
+                if parameter.ndim > 1 and not name.startswith(("language.", "aligned.")):
                     fan = parameter[0].numel() * (len(self.levels) if name.startswith("fuse.") else 1)
                     drawn = rng.normal(0, (1 if "lateral" in name else 2) ** 0.5 / fan**0.5, tuple(parameter.shape))
                     parameter.copy_(torch.from_numpy(drawn))
@@ -128,31 +158,31 @@ class HeadForm(MapForm):
                 nn.init.zeros_(cast(nn.Parameter, self.last.bias))
                 if self.separation is not None:
                     self.separation.begin()
+        for module in (*self.language, *([] if self.aligned is None else [self.aligned])):
+            cast(Language | Scores, module).begin(rng)
 
-    def forward(self, given: Mapping[str, Tensor]) -> Tensor:
-        """Logits of maps by name."""
-        return self.told(given)[0]
-
-    def told(self, given: Mapping[str, Tensor]) -> tuple[Tensor, Separated | None]:
-        """Logits of maps by name, and of ``separation`` what is judged beside them while it is trained."""
-        total = self._level(0, given[self.levels[0].name])
-        for number, level in enumerate(self.levels[1:], start=1):
-            total = total + self._level(number, given[level.name])
+    def told(self, given: Mapping[str, Tensor]) -> tuple[Tensor, Beside]:
+        """As of ``MaskForm``: a separation, and with ``language`` how the last map is like the text."""
+        seen = [self.standardized(number, given[level.name]) for number, level in enumerate(self.levels)]
+        scores = None if self.aligned is None else self.aligned(seen[-1:]) / TEMPERATURE
+        total = self._level(0, seen[0])
+        for number in range(1, len(seen)):
+            total = total + self._level(number, seen[number])
         if self.form.name == "linear":
-            return total + self.shift[:, None, None], None
+            return total + self.shift[:, None, None], Beside(scores=scores)
         hidden = functional.relu(self.fused(total))
         if self.form.depthwise:
             hidden = functional.relu(self.gridded(self.grid(hidden)))
             hidden = functional.relu(self.mixed(self.mix(hidden)))
         if self.separation is None:
-            return cast(Tensor, self.last(hidden)), None
+            return cast(Tensor, self.last(hidden)), Beside(scores=scores)
         separated: Separated = self.separation(hidden)
-        return self.last(separated.maps) + separated.logits, separated
+        return self.last(separated.maps) + separated.logits, Beside(separation=separated, scores=scores)
 
     def _level(self, number: int, x: Tensor) -> Tensor:
-        y = functional.conv2d(
-            self.standardized(number, x), cast(Tensor, self.laterals[number].weight)[:, :, None, None]
-        )
+        if self.form.language:
+            x = self.language[number](x)
+        y = functional.conv2d(x, cast(Tensor, self.laterals[number].weight)[:, :, None, None])
         if self.form.name == "mlp":
             y = functional.conv2d(y, cast(Tensor, self.fuse[number].weight)[:, :, None, None])
             if self.separation is not None and number == 0:
@@ -163,11 +193,14 @@ class HeadForm(MapForm):
     # ------------------------------------------------------------------------------------------------------- lowering
 
     def lower(self, name: str, labels: tuple[str, ...]) -> MapHead:
-        """What it computes in eval mode as layers with float64 tensors; the form is not modified."""
+        """As of ``MapForm``."""
+        return MapHead(name=name, answer="mask", labels=labels, steps=tuple(self.lowered()))
+
+    def lowered(self) -> list[Step]:
+        """Its layers, from maps to "logits"."""
         products, biases = self._products()
         if self.form.name == "linear":
-            steps = self._summed(products, biases, array_of(self.shift), last="logits")
-            return MapHead(name=name, answer="mask", labels=labels, steps=tuple(steps))
+            return self._summed(products, biases, array_of(self.shift), last="logits")
         scale, shift = _folded(self.fused)
         products, biases = [scale[:, None] * each for each in products], [scale * each for each in biases]
         rough = None if self.separation is None else self.separation.lowered_rough()
@@ -187,7 +220,7 @@ class HeadForm(MapForm):
             steps.append(behind(steps, last, "logits"))
         else:
             steps += self.separation.lower(steps[-1].gives, last, rough)
-        return MapHead(name=name, answer="mask", labels=labels, steps=tuple(steps))
+        return steps
 
     def _products(self) -> tuple[list[NpArray], list[NpArray]]:
         """Each map's product, (width, C), standardisation and fusion within, and its constant, (width,)."""
@@ -217,7 +250,7 @@ class HeadForm(MapForm):
             if self.form.norm:
                 steps.append(Step(layer=Norm(eps=EPS), reads=(read,), gives=f"norm_{number}"))
                 read = f"norm_{number}"
-            steps.append(Step(layer=Point(product, own.get(number)), reads=(read,), gives=made))
+            steps += self._product(number, product, own.get(number), read, made)
             if rough is not None and number == 0:
                 steps.append(behind(steps, rough, "local"))
                 made = "local"
@@ -228,16 +261,17 @@ class HeadForm(MapForm):
             parts.append(made)
         return steps if count == 1 else [*steps, Step(layer=Add(), reads=tuple(parts), gives=last)]
 
-
-def behind(steps: Sequence[Step], layer: Layer, gives: str) -> Step:
-    """A step that reads what the last one gives."""
-    return Step(layer=layer, reads=(steps[-1].gives,), gives=gives)
-
-
-def array_of(tensor: Tensor) -> NpArray:
-    """A copy in float64."""
-    array: NpArray = tensor.detach().cpu().double().numpy()
-    return array
+    def _product(self, number: int, product: NpArray, constant: NpArray | None, read: str, gives: str) -> list[Step]:
+        """One map's product, what of it is told by text within."""
+        if not self.form.language:
+            return [Step(layer=Point(product, constant), reads=(read,), gives=gives)]
+        mean, deviation = (array_of(self.get_buffer(f"{kind}{number}")) for kind in ("mean", "std"))
+        told = cast(Language, self.language[number]).lower(product * deviation, mean, deviation)
+        return [
+            Step(layer=Point(product, constant), reads=(read,), gives=f"pixels_{number}"),
+            Step(layer=told, reads=(read,), gives=f"told_{number}"),
+            Step(layer=Add(), reads=(f"pixels_{number}", f"told_{number}"), gives=gives),
+        ]
 
 
 def _folded(norm: nn.BatchNorm2d) -> tuple[NpArray, NpArray]:

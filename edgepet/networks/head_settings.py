@@ -8,13 +8,16 @@ from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
 from edgepet.deltas.heads import FEATURES, Answer, Map
+from edgepet.deltas.text import TextTable
 from edgepet.deltas.weightless import LARGEST_FACTOR
 from edgepet.errors import InputError, option
 from edgepet.spec import spelled_size
 
-FormName: TypeAlias = Literal["linear", "mlp", "fcos"]
-FORMS: dict[FormName, Answer] = {"linear": "mask", "mlp": "mask", "fcos": "boxes"}  # what each answers
+FormName: TypeAlias = Literal["linear", "mlp", "fcos", "score"]
+FORMS: dict[FormName, Answer] = {"linear": "mask", "mlp": "mask", "fcos": "boxes", "score": "mask"}  # what each answers
 MOST_DEPTH = 2  # of towers: three levels of two towers have 36 layers then
+MOST_CONTEXT, CONTEXT_HEADS = 3, 4  # layers of a context decoder, as published, and heads of its attention
+MOST_LANGUAGE = 8  # heads of attention to text
 _COARSE = 8  # the finest stride that a detector reads where nothing is asked: small objects are few, places are many
 
 
@@ -27,12 +30,17 @@ def features_map(width: int) -> Map:
 class Form:
     """What a head is asked to be.
 
-    ``maps`` are numbers of the backbone's maps, finest first; none is the last one for ``linear``, all for ``mlp``, and
-    for ``fcos`` those of stride 8 and more, or half of the depths of a plain transformer.
+    ``maps`` are numbers of the backbone's maps, finest first; none is the last one for ``linear`` and ``score``, all
+    for ``mlp``, and for ``fcos`` those of stride 8 and more, or half of the depths of a plain transformer.
     ``norm`` puts a layer norm without weights on each of them first, as ConvNeXt and HorNet have one there for dense
     tasks. ``width`` is of ``mlp`` and ``fcos``. ``depthwise``, a 3 x 3 convolution of every channel and a product
     behind the fusion, is of ``mlp``, and so is ``separation`` (``networks.separation``), which reads two maps or more;
     ``depth``, the number of such pairs in each tower, of ``fcos``.
+
+    ``score`` compares places with the vectors of ``text``, and is the answer, or with ``mlp`` read by that head beside
+    the maps; ``context`` layers of a decoder, ``inner`` wide, let the text see the image, ``residual`` learns what is
+    added to it. ``language`` heads of attention to text are of ``linear`` and ``mlp``. ``aux`` judges score maps that
+    are not the answer while the head is trained.
     """
 
     name: FormName = "mlp"
@@ -42,16 +50,51 @@ class Form:
     norm: bool = False
     depth: int = 2
     separation: bool = False
+    mlp: bool = False
+    context: int = 0
+    inner: int = 64
+    residual: bool = False
+    language: int = 0
+    aux: bool = True
+    text: TextTable | None = None
 
     def __str__(self) -> str:
         maps = ("maps=" + "/".join(map(str, self.maps)),) if self.maps else ()
+        if self.name == "score":
+            return ",".join((self.name, *self._scored(), *maps))
         width = f"width={self.width}"
         own = {
-            "linear": (), "mlp": (width, f"depthwise={str(self.depthwise).lower()}"),
-            "fcos": (width, f"depth={self.depth}"),
+            "linear": (), "mlp": (width, f"depthwise={_told(self.depthwise)}"), "fcos": (width, f"depth={self.depth}"),
         }  # fmt: skip
-        separation = ("separation=true",) if self.separation else ()
-        return ",".join((self.name, *own[self.name], *maps, f"norm={str(self.norm).lower()}", *separation))
+        more: tuple[str, ...] = ("separation=true",) if self.separation else ()
+        more += (f"language={self.language}", f"aux={_told(self.aux)}") if self.language else ()
+        return ",".join((self.name, *own[self.name], *maps, f"norm={_told(self.norm)}", *more))
+
+    def _scored(self) -> tuple[str, ...]:
+        """What a head of score maps is asked beside its maps."""
+        context = (f"context={self.context}", f"inner={self.inner}") if self.context else ()
+        residual = ("residual=true",) if self.residual else ()
+        if not self.mlp:
+            return (*context, *residual)
+        decoder = ("mlp=true", f"width={self.width}", f"depthwise={_told(self.depthwise)}", f"aux={_told(self.aux)}")
+        return (*context, *residual, *decoder)
+
+    @property
+    def reads_text(self) -> bool:
+        """Whether it needs vectors of its classes."""
+        return self.name == "score" or self.language > 0
+
+    @property
+    def table(self) -> TextTable:
+        """``text``, in the order of the head's labels.
+
+        Raises:
+            InputError: there is none.
+        """
+        if self.text is None:
+            fix = f"add {option('text', 'TABLE.safetensors')}, which `edgepet text` or docs/guide/text.md makes"
+            raise InputError(option("head"), "needs a vector of text for each class", got=f"{self} alone", fix=fix)
+        return self.text
 
     @property
     def answer(self) -> Answer:
@@ -70,7 +113,7 @@ class Form:
         if absent:
             told = ", ".join(f"{n} of stride {each.stride}" for n, each in enumerate(maps))
             raise InputError(option("head"), f"needs maps that the backbone has, {told}", got=absent[0])
-        usual = maps[-1:] if self.name == "linear" else maps
+        usual = maps[-1:] if self.name == "linear" or (self.name == "score" and not self.mlp) else maps
         if self.name == "fcos":
             coarse = [each for each in maps if each.stride >= _COARSE]
             usual = (maps[1::2] if self.is_plain(maps) else coarse) or maps[-1:]
@@ -109,3 +152,7 @@ class Form:
                 got = " and ".join(map(spelled_size, (finer, coarser)))
                 raise InputError(option("head"), "needs maps each half as high and wide as the one before", got=got)
         return sizes, first.stride
+
+
+def _told(value: bool) -> str:
+    return str(value).lower()

@@ -23,7 +23,7 @@ from torch.nn import functional
 
 from edgepet.deltas.heads import Step
 from edgepet.deltas.layers import Activation, Add, Depthwise, Layer, Multiply, Point, Regions
-from edgepet.spec import NpArray
+from edgepet.networks.lowering import array_of
 
 CLOSED = -2.0  # where the gate starts, before its sigmoid
 _SIDE = 3
@@ -82,9 +82,9 @@ class Separation(nn.Module):
 
         ``rough`` is what ``lowered_rough`` gave: so its kernel is stored once.
         """
-        gate = Point(_array(self.gate.weight)[:, :, 0, 0], _array(cast(Tensor, self.gate.bias)))
-        asked = _array(self.queries) @ _array(self.keys.weight) / len(self.kernel) ** 0.5
-        regions = Regions(asked, _array(self.region.weight) @ _array(self.values.weight))
+        gate = Point(array_of(self.gate.weight)[:, :, 0, 0], array_of(cast(Tensor, self.gate.bias)))
+        asked = array_of(self.queries) @ array_of(self.keys.weight) / len(self.kernel) ** 0.5
+        regions = Regions(asked, array_of(self.region.weight) @ array_of(self.values.weight))
         return (
             Step(layer=rough, reads=(read,), gives="rough"),
             Step(layer=gate, reads=(read,), gives="gate"),
@@ -98,9 +98,4 @@ class Separation(nn.Module):
 
     def lowered_rough(self) -> Depthwise:
         """``rough`` as a layer."""
-        return Depthwise(_array(self.kernel))
-
-
-def _array(tensor: Tensor) -> NpArray:
-    array: NpArray = tensor.detach().cpu().double().numpy()
-    return array
+        return Depthwise(array_of(self.kernel))

@@ -5,16 +5,22 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from pathlib import Path
 
 import numpy as np
 
 from edgepet.calibration.budget import Drop, drop_between, mask_drop, require_resolution
-from edgepet.errors import CheckError, option
+from edgepet.deltas.delta import JudgedHead
+from edgepet.deltas.text import with_classes
+from edgepet.errors import CheckError, InputError, option, require
+from edgepet.networks.backbone import AnyBackbone
 from edgepet.packs.codecs import CODECS, Codec, Coding
 from edgepet.packs.manifest import EXACT
 from edgepet.packs.pack import EVERY, Pack, encode_pack, read_pack
+from edgepet.packs.text_file import read_text
 from edgepet.proving.probing import probed
 from edgepet.proving.subject import Subject
+from edgepet.reports.tables import format_names
 from edgepet.spec import NpArray
 
 LOOKED_AT = 64  # images on which a plane is judged alone
@@ -184,3 +190,28 @@ def _hull(tried: Sequence[Tried]) -> list[Tried]:
 
 def _slope(first: Tried, second: Tried) -> float:
     return (second.error - first.error) / max(1, second.bytes - first.bytes)
+
+
+def reworded(source: Path, backbone: AnyBackbone, text: Path, sequence: int | None) -> Recoded:
+    """The pack ``source`` with the classes of a table of text: its one head judged on no image, its probe made anew.
+
+    Raises:
+        PackError, BackboneError: as ``Subject``.
+        InputError: it has another head than one of score maps, or a table that does not fit it.
+        MissingError: torch is not installed.
+    """
+    subject, table = Subject(source, backbone, None, answers=EVERY), read_text(text)
+    delta, planes = subject.delta, subject.pack.planes
+    if len(delta.answers) != 1 or not delta.heads:
+        raise InputError(
+            str(source), "needs one head, of score maps, for other classes", got=format_names(delta.answers)
+        )
+    require("torch", extra="train", purpose="making its probe anew")
+    head = JudgedHead(head=with_classes(delta.heads[0].head, table), value=0.0, n=0)
+    other = replace(delta, heads=(head,), training={**delta.training, "text": table.facts}, probes={})
+    codings = {name: plane.stored.coding for name, plane in planes.items()}
+    stored = read_pack(encode_pack(other, codings=codings, kept=planes), answers=EVERY)
+    made = probed(subject.backbone, stored.delta)
+    number = subject.pack.sequence if sequence is None else sequence
+    data = encode_pack(made, kept=stored.planes, sequence=number)
+    return Recoded(data=data, codings={}, max_abs=0.0, n=0, drop=None)

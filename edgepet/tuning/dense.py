@@ -22,29 +22,29 @@ from edgepet.methods.method import unflatten
 from edgepet.networks.backbone import Backbone
 from edgepet.networks.box_forms import BoxForm
 from edgepet.networks.graft import grafted, in_torch
-from edgepet.networks.head_forms import HeadForm, MapForm
-from edgepet.networks.head_settings import Form, features_map
+from edgepet.networks.head_forms import Beside, HeadForm, MapForm, MaskForm
+from edgepet.networks.head_settings import Form, FormName, features_map
 from edgepet.networks.heads import HeadNetwork
 from edgepet.networks.maps import taking
 from edgepet.networks.merged import merged_logits
-from edgepet.networks.separation import Separated
+from edgepet.networks.score_forms import ScoreForm
 from edgepet.spec import NpArray
 from edgepet.tuning.fake_quant import FakeQuant
 from edgepet.tuning.model import TunedModel, lowered
 from edgepet.tuning.noise import Noise
 
-FORMS: Mapping[Answer, type[MapForm]] = {"mask": HeadForm, "boxes": BoxForm}
+FORMS: Mapping[FormName, type[MapForm]] = {"linear": HeadForm, "mlp": HeadForm, "fcos": BoxForm, "score": ScoreForm}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Judged:
     """What of a batch is judged by its masks: ``logits`` (n, C, h, w), those of what branches find on the way, which
-    have strides of their own, and what a head's separation finds.
+    have strides of their own, and what the head finds beside.
     """
 
     logits: Tensor
     interim: tuple[Tensor, ...]
-    separated: Separated | None
+    beside: Beside
 
 
 class DenseModel(TunedModel):
@@ -66,7 +66,7 @@ class DenseModel(TunedModel):
 
     def begin_head(self, backbone: Backbone, classes: int) -> None:
         """As of ``TunedModel``; a product for each branch whose slots are judged, which no pack has, starts at zero."""
-        made = [FORMS[form.answer](form, self._maps, count, seed=self._seed) for form, count in self._asked]
+        made = [FORMS[form.name](form, self._maps, count, seed=self._seed) for form, count in self._asked]
         self.form, self.further = made[0], nn.ModuleList(made[1:])
         levels = {level.name: level for each in made for level in each.levels}
         self.reads: dict[str, Shape] = {name: level.shape for name, level in sorted(levels.items())}
@@ -125,12 +125,12 @@ class DenseModel(TunedModel):
 
     def judged(self, maps: Mapping[str, Tensor]) -> Judged:
         """All that is judged by the masks of a training's images whose maps ``maps`` gave last."""
-        logits, separated = cast(HeadForm, self.form_of("mask")).told(maps)
+        logits, beside = cast(MaskForm, self.form_of("mask")).told(maps)
         found, self.interim = self.interim or {}, None
         interim = [
             teller(m) for point, teller in zip(self._told, self.tellers, strict=True) for m in found.get(point, ())
         ]
-        return Judged(logits=logits, interim=tuple(interim), separated=separated)
+        return Judged(logits=logits, interim=tuple(interim), beside=beside)
 
     def rows(self, maps: Mapping[str, Tensor]) -> Tensor:
         """What heads read as flat rows (n, values)."""

@@ -56,6 +56,7 @@ from edgepet.tuning.training import (
     plan_of,
     provenance_of,
 )
+from edgepet.tuning.words import facts_of_text, worded
 from edgepet.tuning.work_folder import HELD_OUT
 
 _REFUSED = ("shots", "frames", "consistency", "init", "backbone_precision")  # of no head that reads maps
@@ -176,6 +177,7 @@ def run_dense(training: Training, processes: Processes, task: DenseTask[Any]) ->
     device = device_of(processes.device(options.device))
     backbone = backbone_of(training)
     backbone = replace(backbone, preprocess=squashed(backbone.preprocess))
+    form = worded(form, options.text, train_set.classes)
     model = _attach(backbone, method, form, train_set.classes, training)
     _rehearse(training, backbone, model, train_set.classes)
     stage(f"check {task.truths_are}")
@@ -217,6 +219,7 @@ def _run(
     proof = _prove(model, backbone, val.pixels)
     told: dict[str, object] = {"data": f"sha256:{identity['images']}", "head": str(model.form.form)}
     told |= {key: value for key, value in losses.items() if key != "weights" and value}
+    told |= facts_of_text(model.form.form)
     facts = provenance_of(plan, model, fitted, len(train), None) | told
     delta = extract_dense(model, backbone, task=training.output.stem, labels=learnt.train.classes, training=facts)
     return MadeDense(backbone=backbone, model=model, plan=plan, train=train, val=val, learnt=(learnt,), fitted=fitted,
@@ -343,6 +346,7 @@ def _identity(
         **{f"--set {key}": value for key, value in stored(model.method).items()},
         **{key: list(v) if isinstance(v, tuple) else v for key, v in _plain(plan).items()},
         "head": str(model.form.form),
+        **facts_of_text(model.form.form),
         **losses,
         "input": list(backbone.preprocess.input_shape),
         "images": images,

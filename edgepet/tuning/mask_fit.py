@@ -24,7 +24,7 @@ from edgepet.tuning.dense import DenseModel, Judged
 from edgepet.tuning.dense_fit import VALUES_AT_ONCE, Objective, Taken
 from edgepet.tuning.fit import Plan
 from edgepet.tuning.joint import moved_masks
-from edgepet.tuning.mask_losses import cross_entropy, dice_loss, interim_loss, separation_loss
+from edgepet.tuning.mask_losses import SCORES, cross_entropy, dice_loss, interim_loss, separation_loss
 
 QUARTER = 4  # pixels of the input to one of the loss
 
@@ -70,8 +70,10 @@ class MaskObjective(Objective[Judged]):
         summed = cross_entropy(given.logits, truth, self.weights)
         if given.interim:
             summed = summed + interim_loss(given.interim, truth, self.weights)
-        if given.separated is not None:
-            summed = summed + separation_loss(given.separated, truth)
+        if given.beside.separation is not None:
+            summed = summed + separation_loss(given.beside.separation, truth)
+        if given.beside.scores is not None:
+            summed = summed + SCORES * cross_entropy(given.beside.scores, truth, self.weights)
         loss = summed / len(taken.truths)
         if self.dice:
             loss = loss + self.dice * dice_loss(given.logits, truth) * (len(taken.part) / len(taken.truths))

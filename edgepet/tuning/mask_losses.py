@@ -15,7 +15,7 @@ from edgepet.deltas.heads import NOT_COUNTED
 from edgepet.networks.separation import Separated
 
 # What losses beside the mask's own count; 0.4 is usual of auxiliary heads, as in mmsegmentation's configurations.
-INTERIM, AFFINITIES, REGIONS = 0.4, 0.4, 0.1
+INTERIM, AFFINITIES, REGIONS, SCORES = 0.4, 0.4, 0.1, 0.4
 
 
 def cross_entropy(logits: Tensor, truth: Tensor, weights: Tensor | None = None) -> Tensor:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
 from edgepet.errors import InputError, option
-from edgepet.networks.head_settings import FORMS, MOST_DEPTH, Form
+from edgepet.networks.head_settings import CONTEXT_HEADS, FORMS, MOST_CONTEXT, MOST_DEPTH, MOST_LANGUAGE, Form
 
 Balance: TypeAlias = Literal["weights", "sampling"]
 Value: TypeAlias = bool | int | float | tuple[float, ...]
@@ -157,25 +157,48 @@ def head_form(text: str) -> Form:
     if name not in FORMS:
         raise InputError(where, f"is {', '.join(FORMS)}", got=repr(name))
     known = {
-        "mlp": ("width", "maps", "depthwise", "norm", "separation"),
+        "linear": ("maps", "norm", "language", "aux"),
+        "mlp": ("width", "maps", "depthwise", "norm", "separation", "language", "aux"),
         "fcos": ("width", "maps", "depth", "norm"),
-    }.get(name, ("maps", "norm"))
+        "score": ("maps", "context", "inner", "residual", "mlp", "width", "depthwise", "aux"),
+    }[name]
     unknown = [key for key in given if key not in known]
     if unknown:
         raise InputError(where, f"{name} knows the settings {', '.join(known)}", got=repr(unknown[0]))
     values = dict[str, Any](given)
-    for key in ("depthwise", "norm", "separation"):
+    for key in ("depthwise", "norm", "separation", "mlp", "residual", "aux"):
         if not isinstance(values.get(key, False), bool):
             raise InputError(where, f"needs {key}=true or {key}=false", got=values[key])
     if not _is_natural(width := values.get("width", 1)) or not 1 <= width <= MOST_WIDTH:
         raise InputError(where, f"needs a width from 1 to {MOST_WIDTH}", got=width)
     if not _is_natural(depth := values.get("depth", 1)) or not 1 <= depth <= MOST_DEPTH:
         raise InputError(where, f"needs a depth from 1 to {MOST_DEPTH}", got=depth)
+    _check_text(name, values)
     maps = values.pop("maps", ())
     numbers = maps if isinstance(maps, tuple) else (maps,)
     if not all(map(_is_natural, numbers)) or len(set(numbers)) < len(numbers):
         raise InputError(where, "needs numbers of maps, each once, as maps=0/1/2", got="/".join(map(str, numbers)))
     return Form(name=name, maps=tuple(sorted(numbers)), **values)
+
+
+def _check_text(name: str, values: Mapping[str, Any]) -> None:
+    """Refuse what a head cannot be that reads text, and what says something of another one."""
+    where = option("head")
+    for key, most in (("context", MOST_CONTEXT), ("language", MOST_LANGUAGE)):
+        if not _is_natural(count := values.get(key, 0)) or count > most:
+            raise InputError(where, f"needs {key} from 0 to {most}", got=count)
+    inner = values.get("inner", CONTEXT_HEADS)
+    if not _is_natural(inner) or inner % CONTEXT_HEADS or not 0 < inner <= MOST_WIDTH:
+        what = f"needs inner, a multiple of {CONTEXT_HEADS} up to {MOST_WIDTH}"
+        raise InputError(where, what, got=inner)
+    others: tuple[str, ...] = ("width", "depthwise", "aux") if name == "score" and not values.get("mlp") else ()
+    others += ("inner",) if name == "score" and not values.get("context") else ()
+    others += ("aux",) if name in ("linear", "mlp") and not values.get("language") else ()
+    needed = {"width": "mlp=true", "depthwise": "mlp=true", "inner": "context=1"}
+    needed["aux"] = "mlp=true" if name == "score" else "language=1"
+    for key in others:
+        if key in values:
+            raise InputError(where, f"needs {needed[key]} beside {key}", got=f"{key} alone")
 
 
 def _is_natural(value: object) -> bool:

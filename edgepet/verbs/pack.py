@@ -27,12 +27,12 @@ from edgepet.packs.manifest import MAX_SEQUENCE
 from edgepet.packs.old import read_old
 from edgepet.packs.pack import EVERY, Pack, PackCodec, encode_pack, read_pack
 from edgepet.packs.signatures import make_keys, require_key, sign
-from edgepet.proving.coding import Recoded, Recoding
+from edgepet.proving.coding import Recoded, Recoding, reworded
 from edgepet.proving.masks import require_mask_classes
 from edgepet.proving.precision import require_judged
 from edgepet.proving.subject import Subject
 from edgepet.reports.screen import Screen, lines
-from edgepet.reports.tables import Table, format_bytes, format_number, left, right
+from edgepet.reports.tables import Table, format_bytes, format_names, format_number, left, right
 from edgepet.spec import FilePath, NpArray
 from edgepet.verbs.verb import (
     Options,
@@ -70,6 +70,7 @@ class PackReport:
     ``max_abs_diff`` is on logits of ``n`` images, of the pack that was read and the one that was written; where no
     number was stored otherwise, both are 0. ``drop`` is in points of ``metric``, "top1" or "miou", with its interval,
     None where no labels were given; ``top1_drop`` is the same as a fraction of 1, None of a task of masks too.
+    ``classes`` are those that it was given by text, none where it has those that it had.
     """
 
     path: Path
@@ -84,6 +85,7 @@ class PackReport:
     sequence: int
     signed: bool
     metric: str = "top1"
+    classes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -104,6 +106,7 @@ def pack(
     max_drop: float | None = None,
     key: FilePath | None = None,
     sequence: int | None = None,
+    text: FilePath | None = None,
     stage: Callable[[str], None] = lambda name: None,
 ) -> PackReport:
     """Write the pack ``source`` again as ``output``: in fewer bytes, signed, with another number, or all of it.
@@ -117,6 +120,8 @@ def pack(
         max_drop: points of top-1 that it may lose on ``data``.
         key: the file of a private key to sign with; without one the pack is not signed, whatever ``source`` was.
         sequence: the number among the task's packs (default: that of ``source``).
+        text: a table with a vector for each class that the task is to have instead, where its head compares places with
+            text; nothing is trained, and how well the new classes fit is judged by ``evaluate``.
 
     Raises:
         PackError, InputError: ``source``, images or options at fault.
@@ -125,7 +130,7 @@ def pack(
     """
     source, output = Path(source), Path(output)
     require_pack_place(output)
-    _require_together(codec, data, max_drop)
+    _require_together(codec, data, max_drop, text)
     if sequence is not None and not 0 <= sequence <= MAX_SEQUENCE:
         raise InputError(option("sequence"), f"must be from 0 to {MAX_SEQUENCE}", got=sequence)
     if key is not None:
@@ -133,6 +138,8 @@ def pack(
     given = read_file(source)
     if is_old(given):
         made = _anew(given, source.name, codec, sequence)
+    elif text is not None:
+        made = reworded(source, backbone, Path(text), sequence)
     else:
         made = _recoded(source, codec, backbone, data, max_drop, sequence, stage)
     signed = made.data if key is None else sign(made.data, Path(key))
@@ -147,6 +154,7 @@ def pack(
         max_abs_diff=made.max_abs,
         top1_drop=None if made.drop is None or not written.delta.labels else made.drop.points / 100,
         metric="top1" if written.delta.labels else METRICS["mask"],
+        classes=() if text is None else labels_of(written.delta),
         n=made.n,
         drop=made.drop,
         sequence=written.sequence,
@@ -164,7 +172,12 @@ def keygen(output: FilePath) -> KeyReport:
     return KeyReport(path=Path(output), public=make_keys(Path(output)))
 
 
-def _require_together(codec: Asked | None, data: FilePath | None, max_drop: float | None) -> None:
+def _require_together(
+    codec: Asked | None, data: FilePath | None, max_drop: float | None, text: FilePath | None
+) -> None:
+    if text is not None and codec is not None:
+        fix = f"leave {option('codec')} out, and store what comes out in fewer bytes"
+        raise InputError(option("text"), f"does not go with {option('codec')}", got=codec, fix=fix)
     if codec is None and (data is not None or max_drop is not None):
         raise InputError(option("codec"), "is needed: without it nothing is stored otherwise, and nothing compared")
     if max_drop is not None and data is None:
@@ -264,6 +277,11 @@ def _options(parser: Parser) -> None:
     parser.add_argument("--sign", dest="key", metavar="KEY", help=told)
     told = "number among the task's packs: a device takes no older one (default: as it is)"
     parser.add_argument("--sequence", type=natural, metavar="N", help=told)
+    told = (
+        "a vector for each class that a head of score maps is to have instead, without training (default: its classes"
+        " stay)"
+    )
+    parser.add_argument("--text", metavar="TABLE", help=told)
     output_option(parser, "OUT.pet", "where the pack goes")
 
 
@@ -271,12 +289,15 @@ def _run(options: Options, progress: Progress) -> PackReport:
     with progress.stages() as stage:
         return pack(
             options.source, options.output, codec=options.codec, backbone=options.backbone, data=path(options.data),
-            max_drop=options.max_drop, key=path(options.key), sequence=options.sequence, stage=stage,
+            max_drop=options.max_drop, key=path(options.key), sequence=options.sequence, text=path(options.text),
+            stage=stage,
         )  # fmt: skip
 
 
 def _screen(report: PackReport) -> Screen:
-    if report.n == 0:
+    if report.classes:
+        compared = f"classes {format_names(report.classes)}, judged on no image yet"
+    elif report.n == 0:
         compared = "every number is as it was"
     elif report.drop is None:
         compared = f"logits differ by at most {report.max_abs_diff:.2g} on {report.n} images"

@@ -74,6 +74,11 @@ def _task_options(parser: Parser) -> None:
         " backbone's, 0 the finest (default: mlp); of boxes: fcos, as fcos,width=64,depth=2"
     )
     add("--head", default=own.head, metavar="H", help=told)
+    told = (
+        "a vector for each class, as `edgepet text` makes one, for heads that read text: score, with settings as"
+        " score,mlp=true,context=1, and mlp,language=1 (default: none)"
+    )
+    add("--text", metavar="TABLE", help=told)
     told = "of masks: what Dice's loss counts beside cross entropy (default: %(default)s)"
     add("--dice", type=float, default=own.dice, metavar="X", help=told)
 
@@ -108,5 +113,5 @@ def asked_options(options: Options) -> TrainOptions:
         InputError: a setting without a value.
     """
     given = {name: getattr(options, name) for name in TrainOptions.__dataclass_fields__}
-    paths = {"init": path(options.init), "log_dir": path(options.log_dir)}
+    paths = {"init": path(options.init), "text": path(options.text), "log_dir": path(options.log_dir)}
     return TrainOptions(**{**given, "settings": pairs(options.settings), **paths})
