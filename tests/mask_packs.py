@@ -41,8 +41,8 @@ def mask_delta(
     moved = {name: x + 0.05 * rng.standard_normal(x.shape) for name, x in model.arrays().items()}
     model.take({name: x.astype(np.float32) for name, x in moved.items()})
     drawn = torch.Generator().manual_seed(seed)
-    for parameter in model.form.parameters():
-        if parameter.ndim > 1:
+    for name, parameter in model.form.named_parameters():
+        if parameter.ndim > 1 or name.endswith("gamma"):
             nn.init.trunc_normal_(parameter, std=parameter[0].numel() ** -0.5, generator=drawn)
     return extract_dense(model.eval(), backbone, task=task or method, labels=tuple(labels))
 
