@@ -93,7 +93,8 @@ def test_an_exported_file_has_no_tower_and_no_more_of_a_table_than_it_computes_w
     sizes = {x.name: int(np.prod(x.dims, dtype=int)) for x in own}
     beside = [name for name in sizes if name.endswith((".eps", ".scale", "scales"))]
     every = sum(array.size for array in head.arrays())  # a product of a map and of features is two tensors
-    assert sum(sizes.values()) - sum(sizes[name] for name in beside) == every <= 1.1 * head.stored_values
+    held = sum(sizes.values()) - sum(sizes[name] for name in beside)
+    assert head.stored_values <= held <= every < 1.2 * head.stored_values
     of_text = [x.name for x in own if list(x.dims[:2]) == [len(LABELS), WIDTH]]
     assert of_text == (["head.logits.weight"] if task == "score" else [])
 
