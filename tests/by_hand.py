@@ -51,6 +51,19 @@ def stage_prompt(own: Mapping[str, Tensor], x: Tensor) -> Tensor:
     return torch.einsum("cr,brhw->bchw", own["out.weight"], hidden) + own["out.bias"][:, None, None]
 
 
+def multi_scale_adapter(own: Mapping[str, Tensor], x: Tensor) -> Tensor:
+    """1 x 1, GELU, three depthwise convolutions beside each other and a bias, GELU, 1 x 1 on (B, C, H, W)."""
+    hidden = functional.gelu(torch.einsum("rc,bchw->brhw", own["down.weight"], x) + own["down.bias"][:, None, None])
+    seen = own["conv.bias"][:, None, None].expand_as(hidden)
+    for side in (1, 3, 5):
+        channels = [
+            functional.conv2d(hidden[:, i : i + 1], own[f"conv{side}"][i : i + 1], padding=side // 2)
+            for i in range(hidden.shape[1])
+        ]
+        seen = seen + torch.cat(channels, dim=1)
+    return torch.einsum("cr,brhw->bchw", own["up.weight"], functional.gelu(seen)) + own["up.bias"][:, None, None]
+
+
 def semantic_prompt(own: Mapping[str, Tensor], x: Tensor, recurrences: int) -> Tensor:
     """Features to z; so often, z and what slots it is in give what is added to it; z to features. On (B, C, H, W)."""
     width, slots = len(own["mix"]), len(own["slots"])

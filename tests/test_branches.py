@@ -32,6 +32,7 @@ from edgepet.methods import (
     Convpass,
     Houlsby,
     Method,
+    MultiScaleAdapter,
     ParallelAdapter,
     Prefix,
     ProTuning,
@@ -80,6 +81,8 @@ EXAMPLES: dict[str, tuple[Method, str]] = {
     "semantic-prompt": (SemanticPrompt(width=8, slots=3), "test_vit"),
     "semantic-prompt, ConvNeXt": (SemanticPrompt(width=8, slots=3), "test_convnext"),
     "semantic-prompt, ResNet": (SemanticPrompt(width=8, slots=3), "test_resnet"),
+    "multi-scale-adapter": (MultiScaleAdapter(width=4), "test_vit"),
+    "multi-scale-adapter, ResNet": (MultiScaleAdapter(width=4), "test_resnet"),
 }
 # Whose graphs have the branches of others at other points, ten seconds each to trace and to build for TensorRT.
 SLOW = {
@@ -87,6 +90,7 @@ SLOW = {
     "vpt-deep with norms", "convpass, attention only", "conv-adapter, EfficientNet", "conv-adapter, sequential",
     "conv-adapter, beside residuals", "conv-adapter, behind residuals", "pro-tuning, ConvNeXt", "pro-tuning, ResNet",
     "adaptformer", "prefix", "vpt-shallow", "conv-adapter, ResNet", "semantic-prompt", "semantic-prompt, ResNet",
+    "multi-scale-adapter",
 }  # fmt: skip
 IN_WINDOWS: dict[str, tuple[Method, int]] = {  # and how many places a Swin of two stages and three blocks has
     "adapter": (Adapter(rank=4), 3),
@@ -95,6 +99,7 @@ IN_WINDOWS: dict[str, tuple[Method, int]] = {  # and how many places a Swin of t
     "parallel-adapter": (ParallelAdapter(rank=4), 3),
     "pro-tuning": (ProTuning(reduction=2), 2),
     "semantic-prompt": (SemanticPrompt(width=8, slots=3), 1),
+    "multi-scale-adapter": (MultiScaleAdapter(width=4), 2),
     "conv-adapter": (ConvAdapter(reduction=4), 3),
 }
 

@@ -227,8 +227,8 @@ def test_masks_are_checked_before_anything_is_tuned(place: Path, tmp_path: Path)
         ({"shots": 4}, "--task mask: does not go with --shots, got 4\n  fix: leave --shots out"),
         ({"balance": "sampling"}, "--task mask: has no images of a class, got --balance sampling\n  fix: weigh classes with --balance weights, or add --dice 1"),
         ({"head": "mlp,maps=7"}, "--head: needs maps that the backbone has, 0 of stride 16, 1 of stride 16, 2 of stride 16, 3 of stride 16, got 7"),
-        ({"head": "fcos"}, "--task mask: needs a head of linear, mlp, got --head fcos"),
-        ({"head": "unet"}, "--head: is linear, mlp, fcos, got 'unet'"),
+        ({"head": "fcos"}, "--task mask: needs a head of linear, mlp, score, got --head fcos"),
+        ({"head": "unet"}, "--head: is linear, mlp, fcos, score, got 'unet'"),
         ({"dice": -1}, "--dice: must be at least 0 and finite, got -1.0"),
     ],
 )  # fmt: skip
@@ -239,14 +239,14 @@ def test_what_masks_do_not_do_is_refused(more: dict[str, object], told: str, pla
 @pytest.mark.parametrize(
     ("text", "told"),
     [
-        ("linear,width=3", "`head`: linear knows the settings maps, norm, got 'width'"),
+        ("linear,width=3", "`head`: linear knows the settings maps, norm, language, aux, got 'width'"),
         ("fcos,depthwise=true", "`head`: fcos knows the settings width, maps, depth, norm, got 'depthwise'"),
         ("fcos,depth=3", "`head`: needs a depth from 1 to 2, got 3"),
         ("mlp,width=0", "`head`: needs a width from 1 to 1024, got 0"),
         ("mlp,width=2.5", "`head`: needs a width from 1 to 1024, got 2.5"),
         ("mlp,depthwise=1", "`head`: needs depthwise=true or depthwise=false, got 1"),
         ("mlp,separation=2", "`head`: needs separation=true or separation=false, got 2"),
-        ("linear,separation=true", "`head`: linear knows the settings maps, norm, got 'separation'"),
+        ("linear,separation=true", "`head`: linear knows the settings maps, norm, language, aux, got 'separation'"),
         ("mlp,maps=0/0", "`head`: needs numbers of maps, each once, as maps=0/1/2, got 0/0"),
         ("mlp,maps=-1", "`head`: needs numbers of maps, each once, as maps=0/1/2, got -1"),
     ],

@@ -22,6 +22,7 @@ from edgepet.methods.krona import KronA, LoKr
 from edgepet.methods.lora import LoRA
 from edgepet.methods.lora_mul import LoRAMul
 from edgepet.methods.method import ActivationPath, Branching, Method, Recipe
+from edgepet.methods.multi_scale_adapter import MultiScaleAdapter
 from edgepet.methods.norm_tuning import NormTuning
 from edgepet.methods.parallel_adapter import ParallelAdapter
 from edgepet.methods.prefix import MAM, Prefix
@@ -68,6 +69,7 @@ __all__ = [
     "LoRA",
     "LoRAMul",
     "Method",
+    "MultiScaleAdapter",
     "NormTuning",
     "ParallelAdapter",
     "Prefix",

@@ -22,6 +22,7 @@ from edgepet.methods.krona import KronA, LoKr
 from edgepet.methods.lora import LoRA
 from edgepet.methods.lora_mul import LoRAMul
 from edgepet.methods.method import Method
+from edgepet.methods.multi_scale_adapter import MultiScaleAdapter
 from edgepet.methods.norm_tuning import NormTuning
 from edgepet.methods.parallel_adapter import ParallelAdapter
 from edgepet.methods.prefix import MAM, Prefix
@@ -72,5 +73,6 @@ METHODS: dict[str, type[Method]] = {
     "conv-adapter": ConvAdapter,
     "pro-tuning": ProTuning,
     "semantic-prompt": SemanticPrompt,
+    "multi-scale-adapter": MultiScaleAdapter,
     "st-adapter": STAdapter,
 }
