@@ -125,9 +125,10 @@ def test_tensorrt_builds_an_engine(task: str, place: Path, tmp_path: Path) -> No
 
 def arguments(place: Path, output: str, **more: object) -> list[object]:
     spec = f"test_vit@{place / 'test_vit-5.safetensors'}"
-    given = {"epochs": 12, "batch-size": 4, "img-size": 64, "train-precision": "fp32", "device": "cpu", **more}
+    given = {"epochs": 12, "batch-size": 4, "img-size": 64, "train-precision": "fp32", "device": "cpu"}
+    given |= {"method": "linear-probe", **more}
     told = [text for key, value in given.items() for text in (f"--{key}", value)]
-    return ["train", place / "data", "--backbone", spec, "--method", "linear-probe", *told, "-o", place / output]
+    return ["train", place / "data", "--backbone", spec, *told, "-o", place / output]
 
 
 @pytest.fixture(scope="module")
@@ -221,3 +222,27 @@ def test_a_pack_that_takes_no_other_classes_says_why(place: Path, tmp_path: Path
         == "--text: does not go with --codec, got int8\n  fix: leave --codec out, and store what comes out in fewer bytes\n"
     )
     assert not output.exists()
+
+
+# ------------------------------------------------------------------------------------------ adapt on one, finetune another
+
+
+def test_a_training_of_masks_starts_from_tensors_of_another(place: Path) -> None:
+    """LV-Adapter's stages: adapters that were tuned before, with language, and a head that starts anew."""
+    words, more = place / "words.safetensors", {"epochs": 1, "method": "multi-scale-adapter", "set": "width=4"}
+    first = [*arguments(place, "adapted.pet", head="mlp,width=8,language=1", text=words, **{**more, "lr": 0.05})]
+    assert command(*first, "--quiet").code == 0
+
+    second = [*arguments(place, "tuned.pet", head="linear", **{**more, "lr": 1e-9, "init": place / "adapted.pet"})]
+    said = command(*second, "--quiet", "--json")
+
+    assert said.code == 0, said.err
+    adapted, tuned = (read_pack(place / f"{task}.pet", answers=EVERY).delta for task in ("adapted", "tuned"))
+    (one,), (other,) = adapted.branches, tuned.branches
+    assert one.kind == "stage-prompt"
+    assert np.abs(np.asarray(one.tensors["out.weight"])).max() > 0
+    for name, tensor in one.tensors.items():
+        np.testing.assert_allclose(other.tensors[name], tensor, atol=1e-3)  # fp16, and a step of no length
+    assert str(tuned.training["init"]).startswith("sha256:")
+    told = refused(3, *arguments(place, "no.pet", init=place / "adapted.pet", method="ssf"))
+    assert told == f"--init {place}/adapted.pet: needs tensors of ssf, got multi-scale-adapter\n"

@@ -50,6 +50,7 @@ from edgepet.tuning.remembered import Place, no_room
 from edgepet.tuning.training import (
     Training,
     backbone_of,
+    began_with,
     check_asked,
     chosen_of,
     held_bytes,
@@ -59,7 +60,7 @@ from edgepet.tuning.training import (
 from edgepet.tuning.words import facts_of_text, worded
 from edgepet.tuning.work_folder import HELD_OUT
 
-_REFUSED = ("shots", "frames", "consistency", "init", "backbone_precision")  # of no head that reads maps
+_REFUSED = ("shots", "frames", "consistency", "backbone_precision")  # of no head that reads maps
 _OWN = frozenset(("balance", "dice"))  # of some
 
 ALGEBRA_IMAGES = 4  # float64 is slow, and heads are computed by their NumPy definitions
@@ -179,6 +180,7 @@ def run_dense(training: Training, processes: Processes, task: DenseTask[Any]) ->
     backbone = replace(backbone, preprocess=squashed(backbone.preprocess))
     form = worded(form, options.text, train_set.classes)
     model = _attach(backbone, method, form, train_set.classes, training)
+    began = began_with(model, backbone, options.init)
     _rehearse(training, backbone, model, train_set.classes)
     stage(f"check {task.truths_are}")
     train_set, val_set, counts = task.checked(training, backbone.preprocess, train_set, val_set)
@@ -188,19 +190,20 @@ def run_dense(training: Training, processes: Processes, task: DenseTask[Any]) ->
     stage("read images")
     before = identity_of(checkpoint_file(training.output))
     plan = replace(plan_of(training, method, device, processes, before), label_smoothing=0.0)
-    return _run(training, processes, backbone, model, plan, learnt)
+    return _run(training, processes, backbone, model, plan, learnt, began)
 
 
 def _run(
-    training: Training, processes: Processes, backbone: Backbone, model: DenseModel, plan: Plan, learnt: Learnt
-) -> MadeDense:
+    training: Training, processes: Processes, backbone: Backbone, model: DenseModel, plan: Plan, learnt: Learnt,
+    began: Mapping[str, object],
+) -> MadeDense:  # fmt: skip
     """Read what is checked, tune by it, and prove what was tuned."""
     options, stage, task = training.options, training.stage, learnt.task
     budget_bytes = free_memory_bytes() // (2 * processes.size) if options.memory is None else options.memory
     turn = Turn(anywhere=processes.any, makes=processes.leads, wait=processes.wait)
     train, val = _read(training, backbone.preprocess, learnt, budget_bytes, turn)
     losses = task.losses(options, learnt.counts)
-    identity = _identity(backbone, model, plan, losses, processes, _digest(learnt, train, val))
+    identity = {**_identity(backbone, model, plan, losses, processes, _digest(learnt, train, val)), **began}
     keeper = Keeper(path=checkpoint_file(training.output), identity=identity, every_s=options.checkpoint_s,
                     writes=processes.leads)  # fmt: skip
     place = Place(
@@ -219,7 +222,7 @@ def _run(
     proof = _prove(model, backbone, val.pixels)
     told: dict[str, object] = {"data": f"sha256:{identity['images']}", "head": str(model.form.form)}
     told |= {key: value for key, value in losses.items() if key != "weights" and value}
-    told |= facts_of_text(model.form.form)
+    told |= {**facts_of_text(model.form.form), **began}
     facts = provenance_of(plan, model, fitted, len(train), None) | told
     delta = extract_dense(model, backbone, task=training.output.stem, labels=learnt.train.classes, training=facts)
     return MadeDense(backbone=backbone, model=model, plan=plan, train=train, val=val, learnt=(learnt,), fitted=fitted,

@@ -112,7 +112,7 @@ def run(training: Training, processes: Processes) -> Made:
     require_augmentations(options.augment, backbone.preprocess)
     before = identity_of(checkpoint_file(training.output))
     model = _attach(backbone, method, len(train_set.classes), options, before)
-    began_with = {} if work is None else {"init": _start(model, backbone, work, str(options.init))}
+    began = {} if work is None else {"init": _start(model, backbone, work, str(options.init))}
     _rehearse(training, backbone, model, train_set)
     stage("read images")
     budget_bytes = free_memory_bytes() // (2 * processes.size) if options.memory is None else options.memory
@@ -123,7 +123,7 @@ def run(training: Training, processes: Processes) -> Made:
     )  # fmt: skip
     train_images, val_images = (LabelledPixels(*held[name]) for name in ("train", "val"))
     plan = plan_of(training, method, device, processes, before)
-    identity = _identity(backbone, model, plan, processes, train_set.classes, train_images, val_images) | began_with
+    identity = _identity(backbone, model, plan, processes, train_set.classes, train_images, val_images) | began
     keeper = Keeper(path=checkpoint_file(training.output), identity=identity, every_s=options.checkpoint_s,
                     writes=processes.leads)  # fmt: skip
     place = Place(
@@ -137,7 +137,7 @@ def run(training: Training, processes: Processes) -> Made:
         fitted = fit(model, *given, backbone.preprocess, plan, say, keeper=keeper, processes=processes)
     stage("prove, pack and score")
     proof = _prove(model, backbone, val_images.pixels)
-    told = {"data": f"sha256:{identity['images']}", **began_with}
+    told = {"data": f"sha256:{identity['images']}", **began}
     facts = provenance_of(plan, model, fitted, len(train_images), options.shots) | told
     delta = extract(
         model, backbone, task=training.output.stem, labels=train_set.classes, val=fitted.val, training=facts
@@ -217,6 +217,16 @@ def _started_from(init: FilePath | None) -> Work | None:
         fix = "give the folder that `edgepet pretrain` wrote, or the TASK.work beside TASK.pet"
         raise InputError(option("init"), "needs the tensors of an earlier training", got=f"no folder {folder}", fix=fix)
     return read_work(folder)
+
+
+def began_with(model: TunedModel, backbone: Backbone, init: FilePath | None) -> dict[str, object]:
+    """Start ``model`` from the tensors of an earlier training, where one is given; returns their digest as "init".
+
+    Raises:
+        InputError: there are none, they are of another backbone or method, or have other shapes.
+    """
+    work = _started_from(init)
+    return {} if work is None else {"init": _start(model, backbone, work, str(init))}
 
 
 def _start(model: TunedModel, backbone: Backbone, work: Work, where: str) -> str:
