@@ -4,7 +4,8 @@
     python benchmarks/masks.py --dir DIR --backbone efficientnet-lite0  # those of one backbone
     python benchmarks/masks.py --dir DIR --most 3                       # three rows that are missing
 
-Rows differ from one another in one thing: the method under one head, or the head over one method. The trainings are
+Rows differ from one another in one thing: the method under one head, or the head over one method; heads that read text
+have the vectors that GloVe has for the words of the classes. The trainings are
 jobs below DIR, without augmentation, and what has a row in ``masks.json`` already is not trained again. A pack is
 trained in fp16; what it is in the smallest codes that hold a budget on val is a job as well. ``report.py`` makes the
 table in docs/guide/masks.md.
@@ -33,6 +34,9 @@ METHODS = {
 }
 SEPARATED, LINEAR = ("linear-probe", "ssf"), ("linear-probe", "ssf")
 SEEDS = {VIT: (0,), CONVNET: (0, 1, 2)}
+WORDS = "tests/golden/text/landcover.safetensors"  # GloVe's vectors of the task's classes
+WORDED = ("linear-probe", "ssf")
+MAPS = {VIT: "", CONVNET: ",maps=1/2/3"}  # what score maps that are the answer, or a product, are made of
 MAX_DROP = 0.3  # points of mIoU on val that codes may lose
 
 
@@ -53,6 +57,24 @@ def trainings() -> Iterator[Training]:
                     )  # fmt: skip
 
 
+def worded() -> Iterator[Training]:
+    """Heads that read text: score maps as the answer and beside the maps, with and without what each may do without."""
+    for backbone, head in HEADS.items():
+        decoder = head.replace("mlp", "score,mlp=true")
+        asked = [
+            f"score{MAPS[backbone]}", f"score,context=1{MAPS[backbone]}", f"linear{MAPS[backbone]}", decoder,
+            f"{decoder},aux=false", f"{decoder},context=1", f"{decoder},context=1,aux=false", f"{head},language=1",
+        ]  # fmt: skip
+        for each in asked:
+            for method in WORDED:
+                text = {} if each.startswith("linear") else {"text": WORDS}
+                if each != "linear":  # which is a row already
+                    yield Training(
+                        task=TASK, backbone=backbone, method=method, image_size=SIZE, epochs=EPOCHS, seed=0,
+                        test_cap=TEST_IMAGES, scored=True, options={"task": "mask", "head": each, **text},
+                    )  # fmt: skip
+
+
 def parser() -> argparse.ArgumentParser:
     """The arguments of this benchmark."""
     made = parser_of(__doc__)
@@ -64,7 +86,7 @@ def parser() -> argparse.ArgumentParser:
 def main() -> None:
     """A row at a time, those that are missing."""
     options = parser().parse_args()
-    run, every, facts = asked(options), list(trainings()), {"max_drop": MAX_DROP}
+    run, every, facts = asked(options), [*trainings(), *worded()], {"max_drop": MAX_DROP}
     if run.quick:
         every = [replace(each, epochs=1, few=FEW, test_cap=10) for each in every[-1:]]
         facts = {"max_drop": 99}

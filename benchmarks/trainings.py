@@ -314,9 +314,12 @@ def train_pack(specification: Mapping[str, Any], folder: Path) -> dict[str, obje
     data, network = images_of(specification, folder), specification["backbone"]
     backbone, pack = load_backbone(network["name"], image_size=network["image_size"]), folder / specification["pack"]
     init = None if specification["init"] is None else folder.parent / specification["init"] / MODULES
+    options = dict(specification["options"])
+    if "text" in options:  # a table of the repository, so that a job is the same wherever it runs
+        options["text"] = Path(__file__).parents[1] / options["text"]
     with Progress() as progress, progress.training(f"{network['name']} {pack.stem}") as say:
         report: Any = train(data, backbone, specification["method"], pack, settings=specification["settings"],
-                            init=init, say=say, **specification["options"])  # fmt: skip
+                            init=init, say=say, **options)  # fmt: skip
     delta = read_pack(pack, answers=EVERY).delta
     found: dict[str, object] = {
         "backbone": backbone.label,

@@ -259,6 +259,7 @@ def test_a_head_reads_as_it_is_written() -> None:
         "score",
         "score,context=3,inner=256,mlp=true,width=64,depthwise=false,aux=true",
         "score,residual=true,maps=1/2",
+        "score,clip=true,mlp=true,width=64,depthwise=false,aux=true",
         "score,mlp=true,width=8,depthwise=true,aux=false,maps=0/3",
         "mlp,width=64,depthwise=false,norm=false,language=2,aux=true",
         "linear,maps=2,norm=true,language=1,aux=false",
@@ -269,7 +270,7 @@ def test_a_head_reads_as_it_is_written() -> None:
 @pytest.mark.parametrize(
     ("asked", "told"),
     [
-        ("score,norm=true", "`head`: score knows the settings maps, context, inner, residual, mlp, width, depthwise, aux, got 'norm'"),
+        ("score,norm=true", "`head`: score knows the settings maps, context, inner, residual, clip, mlp, width, depthwise, aux, got 'norm'"),
         ("score,context=4", "`head`: needs context from 0 to 3, got 4"),
         ("score,context=1,inner=6", "`head`: needs inner, a multiple of 4 up to 1024, got 6"),
         ("score,inner=8", "`head`: needs context=1 beside inner, got inner alone"),

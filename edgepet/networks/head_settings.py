@@ -11,7 +11,7 @@ from edgepet.deltas.heads import FEATURES, Answer, Map
 from edgepet.deltas.text import TextTable
 from edgepet.deltas.weightless import LARGEST_FACTOR
 from edgepet.errors import InputError, option
-from edgepet.spec import spelled_size
+from edgepet.spec import NpArray, spelled_size
 
 FormName: TypeAlias = Literal["linear", "mlp", "fcos", "score"]
 FORMS: dict[FormName, Answer] = {"linear": "mask", "mlp": "mask", "fcos": "boxes", "score": "mask"}  # what each answers
@@ -39,8 +39,9 @@ class Form:
 
     ``score`` compares places with the vectors of ``text``, and is the answer, or with ``mlp`` read by that head beside
     the maps; ``context`` layers of a decoder, ``inner`` wide, let the text see the image, ``residual`` learns what is
-    added to it. ``language`` heads of attention to text are of ``linear`` and ``mlp``. ``aux`` judges score maps that
-    are not the answer while the head is trained.
+    added to it, and with ``clip`` it begins with the ``projection`` (C, d) of a CLIP image tower. ``language`` heads of
+    attention to text are of ``linear`` and ``mlp``. ``aux`` judges score maps that are not the answer while the head is
+    trained.
     """
 
     name: FormName = "mlp"
@@ -56,7 +57,9 @@ class Form:
     residual: bool = False
     language: int = 0
     aux: bool = True
+    clip: bool = False
     text: TextTable | None = None
+    projection: NpArray | None = None
 
     def __str__(self) -> str:
         maps = ("maps=" + "/".join(map(str, self.maps)),) if self.maps else ()
@@ -73,7 +76,8 @@ class Form:
     def _scored(self) -> tuple[str, ...]:
         """What a head of score maps is asked beside its maps."""
         context = (f"context={self.context}", f"inner={self.inner}") if self.context else ()
-        residual = ("residual=true",) if self.residual else ()
+        residual: tuple[str, ...] = ("residual=true",) if self.residual else ()
+        residual += ("clip=true",) if self.clip else ()
         if not self.mlp:
             return (*context, *residual)
         decoder = ("mlp=true", f"width={self.width}", f"depthwise={_told(self.depthwise)}", f"aux={_told(self.aux)}")

@@ -83,7 +83,7 @@ def load_backbone(
     if spec.startswith(OWN):
         fix = "in Python pass backbone=Backbone.from_module(...)"
         raise InputError(spec, "is a module of its user's own and cannot be built from its name", fix=fix)
-    name, file = _parse(spec)
+    name, file = parse(spec)
     if not timm.is_model(name):
         close = timm.list_models(f"*{name.split('.')[0].split('_')[0]}*")[:3]
         known = f"for example {', '.join(close)}" if close else None
@@ -127,7 +127,13 @@ def _at(size: Sides, native: _Native, *, spec: str, name: str, frames: int) -> B
     )
 
 
-def _parse(spec: str) -> tuple[str, Path | None]:
+def parse(spec: str) -> tuple[str, Path | None]:
+    """Architecture and file of weights, None where they are timm's own, of a backbone's written form.
+
+    Raises:
+        InputError: no such file, or no such sample weights.
+        MissingError: a demo package is not installed.
+    """
     if spec.startswith("demo:"):
         file = sample_weights(spec.removeprefix("demo:"))
         return WEIGHTS[spec.removeprefix("demo:")].architecture, file

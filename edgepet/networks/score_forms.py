@@ -47,15 +47,24 @@ class ScoreForm(MaskForm):
     def reset(self) -> None:
         """As of ``MapForm``."""
         self.scores.begin(np.random.default_rng(self._seed))
+        self._adopt()
         if self.decoder is not None:
             self.decoder.reset()
 
     def standardize(self, means: Sequence[NpArray], deviations: Sequence[NpArray]) -> None:
         """As of ``MapForm``; score maps are read as they are."""
         super().standardize(means, deviations)
+        self._adopt()
         if self.decoder is not None:
             none = np.zeros(self.classes), np.ones(self.classes)
             self.decoder.standardize([*means, none[0]], [*deviations, none[1]])
+
+    def _adopt(self) -> None:
+        """Begin with the projection of a CLIP tower, where there is one."""
+        if self.form.projection is not None:
+            number = self._seen[0]
+            statistics = (array_of(self.get_buffer(f"{kind}{number}")) for kind in ("mean", "std"))
+            self.scores.adopt(self.form.projection.astype(np.float64), *statistics)
 
     def told(self, given: Mapping[str, Tensor]) -> tuple[Tensor, Beside]:
         """As of ``MaskForm``: score maps are judged where they are not the answer."""

@@ -59,6 +59,13 @@ class Scores(nn.Module):
             if self.context is not None:
                 self.context.begin(rng)
 
+    def adopt(self, projection: NpArray, mean: NpArray, deviation: NpArray) -> None:
+        """Begin with ``projection`` (C, d) of the one map as it is, before it is standardised."""
+        weight = cast(nn.Linear, self.projections[0]).weight
+        with torch.no_grad():
+            weight.copy_(torch.from_numpy(projection * deviation))
+            self.shift.copy_(torch.from_numpy(projection @ mean))
+
     @property
     def text(self) -> Tensor:
         """Vectors of classes (K, C)."""

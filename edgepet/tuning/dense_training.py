@@ -57,7 +57,7 @@ from edgepet.tuning.training import (
     plan_of,
     provenance_of,
 )
-from edgepet.tuning.words import facts_of_text, worded
+from edgepet.tuning.words import facts_of_text, projected, worded
 from edgepet.tuning.work_folder import HELD_OUT
 
 _REFUSED = ("shots", "frames", "consistency", "backbone_precision")  # of no head that reads maps
@@ -178,7 +178,7 @@ def run_dense(training: Training, processes: Processes, task: DenseTask[Any]) ->
     device = device_of(processes.device(options.device))
     backbone = backbone_of(training)
     backbone = replace(backbone, preprocess=squashed(backbone.preprocess))
-    form = worded(form, options.text, train_set.classes)
+    form = projected(worded(form, options.text, train_set.classes), backbone.spec, backbone.maps)
     model = _attach(backbone, method, form, train_set.classes, training)
     began = began_with(model, backbone, options.init)
     _rehearse(training, backbone, model, train_set.classes)

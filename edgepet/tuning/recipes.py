@@ -160,13 +160,13 @@ def head_form(text: str) -> Form:
         "linear": ("maps", "norm", "language", "aux"),
         "mlp": ("width", "maps", "depthwise", "norm", "separation", "language", "aux"),
         "fcos": ("width", "maps", "depth", "norm"),
-        "score": ("maps", "context", "inner", "residual", "mlp", "width", "depthwise", "aux"),
+        "score": ("maps", "context", "inner", "residual", "clip", "mlp", "width", "depthwise", "aux"),
     }[name]
     unknown = [key for key in given if key not in known]
     if unknown:
         raise InputError(where, f"{name} knows the settings {', '.join(known)}", got=repr(unknown[0]))
     values = dict[str, Any](given)
-    for key in ("depthwise", "norm", "separation", "mlp", "residual", "aux"):
+    for key in ("depthwise", "norm", "separation", "mlp", "residual", "clip", "aux"):
         if not isinstance(values.get(key, False), bool):
             raise InputError(where, f"needs {key}=true or {key}=false", got=values[key])
     if not _is_natural(width := values.get("width", 1)) or not 1 <= width <= MOST_WIDTH:
