@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -292,3 +293,24 @@ def test_a_head_of_text_without_text_is_told() -> None:
         ScoreForm(Form(name="score"), STAGES, K)
     fix = "add `text=TABLE.safetensors`, which `edgepet text` or docs/guide/text.md makes"
     assert str(error.value) == f"`head`: needs a vector of text for each class, got score alone\n  fix: {fix}"
+
+
+def test_the_values_that_the_guide_tells_are_those_of_the_heads() -> None:
+    depths = tuple(Map(name=f"map.{n}", point="", channels=384, stride=14, height=2, width=2) for n in range(4))
+    last = (Map(name="map.0", point="", channels=320, stride=32, height=2, width=2),)
+    names = tuple(map(str, range(10)))
+
+    def values(asked: str, maps: tuple[Map, ...] = depths) -> int:
+        form = replace(head_form(asked), text=table(names, 50))
+        kind = ScoreForm if form.name == "score" else HeadForm
+        return int(kind(form, maps, 10).lower("what", names).stored_values)
+
+    score, mlp = values("score"), values("mlp,width=64,language=1") - values("mlp,width=64")
+    told = (Path(__file__).parents[1] / "docs" / "guide" / "text.md").read_text()
+    assert (score, values("score", last)) == (19_750, 16_550)
+    assert values("score,context=3,inner=256,mlp=true") == 2_916_464
+    assert f"| {values('score,context=1') - score:,} |" in told
+    assert f"| {values('score,mlp=true') - score:,} |" in told
+    assert f"{mlp:,} values" in told
+    assert "19,750 values" in told
+    assert "16,550 on EfficientNet-Lite0" in told
