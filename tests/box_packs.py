@@ -27,7 +27,7 @@ def box_delta(backbone: Backbone, method: str, *, form: Form = FCOS, task: str |
     model.take({name: x.astype(np.float32) for name, x in moved.items()})
     drawn = torch.Generator().manual_seed(seed)
     for name, parameter in model.form.named_parameters():
-        if parameter.ndim > 1:
+        if parameter.ndim > 1 or name.endswith("gamma"):
             nn.init.trunc_normal_(parameter, std=parameter[0].numel() ** -0.5, generator=drawn)
         elif name == "what.bias":
             nn.init.constant_(parameter, -1.0)

@@ -18,12 +18,15 @@ from edgepet.deltas.heads import Map
 from edgepet.deltas.layers import Ask, Attend
 from edgepet.deltas.text import with_classes
 from edgepet.errors import InputError
-from edgepet.networks.head_forms import HeadForm, MaskForm
+from edgepet.images.boxes import Boxes
+from edgepet.networks.box_forms import BoxForm
+from edgepet.networks.head_forms import HeadForm
 from edgepet.networks.head_settings import Form
 from edgepet.networks.heads import HeadNetwork
 from edgepet.networks.score_forms import ScoreForm
 from edgepet.networks.scores import TEMPERATURE
 from edgepet.spec import NpArray
+from edgepet.tuning.box_fit import score_loss, score_truth
 from edgepet.tuning.recipes import head_form
 from tests.words import WIDTH, table
 
@@ -40,7 +43,7 @@ def made(asked: str, *, seed: int = 0, width: int = WIDTH, labels: tuple[str, ..
     return kind(form, STAGES, len(labels), seed=seed)
 
 
-def moved(form: MaskForm, seed: int = 3) -> MaskForm:
+def moved(form: Any, seed: int = 3) -> Any:
     """``form`` with every number but the text away from where it starts."""
     rng = np.random.default_rng(seed)
     with torch.no_grad():
@@ -264,6 +267,7 @@ def test_a_head_reads_as_it_is_written() -> None:
         "score,mlp=true,width=8,depthwise=true,aux=false,maps=0/3",
         "mlp,width=64,depthwise=false,norm=false,language=2,aux=true",
         "linear,maps=2,norm=true,language=1,aux=false",
+        "fcos,width=8,depth=1,norm=false,language=1,scores=true,context=1,inner=8,aux=true",
     ):
         assert str(head_form(text)) == text
 
@@ -278,6 +282,8 @@ def test_a_head_reads_as_it_is_written() -> None:
         ("score,width=8", "`head`: needs mlp=true beside width, got width alone"),
         ("score,aux=true", "`head`: needs mlp=true beside aux, got aux alone"),
         ("score,mlp=1", "`head`: needs mlp=true or mlp=false, got 1"),
+        ("fcos,aux=true", "`head`: needs language=1 beside aux, got aux alone"),
+        ("fcos,context=1", "`head`: needs scores=true beside context, got context alone"),
         ("mlp,aux=true", "`head`: needs language=1 beside aux, got aux alone"),
         ("mlp,language=9", "`head`: needs language from 0 to 8, got 9"),
     ],
@@ -314,3 +320,64 @@ def test_the_values_that_the_guide_tells_are_those_of_the_heads() -> None:
     assert f"{mlp:,} values" in told
     assert "19,750 values" in told
     assert "16,550 on EfficientNet-Lite0" in told
+
+
+# ---------------------------------------------------------------------------------------------------------------- boxes
+
+THIRD = Map(name="map.2", point="stages.3:out", channels=7, stride=32, height=2, width=3)
+PLAIN = tuple(Map(name=f"map.{n}", point="", channels=6, stride=16, height=4, width=4) for n in range(2))
+DETECTORS = ("language=2", "scores=true", "scores=true,context=1,inner=8,norm=true", "language=1,scores=true,norm=true")
+
+
+@pytest.mark.parametrize("maps", [(*STAGES, THIRD), PLAIN])
+@pytest.mark.parametrize("asked", DETECTORS)
+def test_a_detector_that_reads_text_lowers_to_what_it_computes(asked: str, maps: tuple[Map, ...]) -> None:
+    form = replace(head_form(f"fcos,width=4,depth=1,{asked}"), text=table(LABELS), maps=(0, 1, 2)[: len(maps)])
+    trained, plain = (moved(BoxForm(each, maps, K)) for each in (form, replace(form, language=0, scores=False)))
+    rng = np.random.default_rng(5)
+    given = {each.name: 2 + 3 * rng.standard_normal((3, *each.shape)) for each in maps}
+
+    head = trained.lower("what", LABELS)
+
+    with torch.no_grad():
+        expected = trained(in_torch(given)).numpy()
+        without = plain(in_torch(given)).numpy()
+    assert np.abs(expected - without).max() > 1e-2
+    got = trained.answered(head, given)
+    np.testing.assert_allclose(got, expected, atol=1e-9 * np.abs(expected).max(), rtol=0)
+    assert head.shapes(maps)["found"] == (min(100, expected.shape[2]), 6)
+
+
+@pytest.mark.parametrize(
+    ("asked", "judged"), [("scores=true", True), ("scores=true,aux=false", False), ("language=1", True), ("language=1,aux=false", False)],
+)  # fmt: skip
+def test_score_maps_of_a_detector_are_judged_unless_it_is_asked_not_to(asked: str, judged: bool) -> None:
+    form = BoxForm(replace(head_form(f"fcos,width=4,{asked}"), text=table(LABELS)), (*STAGES, THIRD), K)
+
+    with torch.no_grad():
+        _, scores = form.told(in_torch({**drawn_maps(), "map.2": np.ones((3, *THIRD.shape))}, torch.float32))
+
+    assert (scores is not None) == judged
+    assert scores is None or scores.shape == (3, K, 2, 3)
+
+
+def test_score_maps_are_judged_within_boxes_alone() -> None:
+    """Of three classes and two images: two boxes that overlap, and a crowd, which is none."""
+    corners = np.array([(4.0, 4, 20, 12), (12, 4, 28, 20), (0, 0, 32, 32)])
+    boxes = (Boxes(corners, np.array([0, 2, 1]), np.array([False, False, True])), Boxes.of(()))
+    scores = torch.from_numpy(np.random.default_rng(1).standard_normal((2, K, 8, 8))).float()
+
+    truth = score_truth(boxes, K, (32, 32))
+    got = score_loss(scores, truth)
+
+    expected = 0.0
+    for y, x in np.ndindex(8, 8):
+        first, second = 1 <= x < 5 and 1 <= y < 3, 3 <= x < 7 and 1 <= y < 5
+        assert truth[0, :, y, x].tolist() == [first, 0, second]
+        if first or second:
+            told = [(first, 0), (False, 1), (second, 2)]
+            expected += (
+                sum(np.log1p(np.exp(-s if there else s)) for there, k in told for s in [float(scores[0, k, y, x])]) / K
+            )
+    assert not truth[1].any()
+    assert float(got) == pytest.approx(expected, rel=1e-5)

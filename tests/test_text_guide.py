@@ -11,6 +11,7 @@ from PIL import Image
 
 from edgepet.packs.pack import EVERY, read_pack
 from edgepet.packs.text_file import read_text
+from tests.box_folders import CATEGORIES, coco_folder
 from tests.flow import edgepet, has_words
 from tests.interpreters import python
 from tests.mask_folders import NAMES, index_folder, scene
@@ -37,11 +38,13 @@ def get_tokenizer(name):
 def test_the_guide_of_text_is_what_happens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     index_folder(tmp_path / "DATA", train=16, val=4, test=4, size=(40, 48))
+    coco_folder(tmp_path / "THINGS", train=8, val=4, size=(48, 64))
     tiny_vit(tmp_path, 3)
     (tmp_path / "photos").mkdir()
     (tmp_path / "open_clip.py").write_text(TOWER)
     Image.fromarray(scene(7, (50, 60))[0]).save("photos/field.jpg")
     table_file(Path("others.safetensors"), ("sand", "ice"), 50)
+    table_file(Path("things.safetensors"), CATEGORIES)
     ran = list[str]()
 
     for kind, text in BLOCK.findall(GUIDE.read_text(encoding="utf-8")):
@@ -59,6 +62,6 @@ def test_the_guide_of_text_is_what_happens(tmp_path: Path, monkeypatch: pytest.M
             assert said.code == 0, (line, said.err)
             ran.append(line.split()[1])
 
-    assert ran[-7:] == ["train", "eval", "pack", "predict", "train", "train", "train"]
+    assert ran[-8:] == ["train", "eval", "pack", "predict", *["train"] * 4]
     assert read_pack("other.pet", answers=EVERY).delta.heads[0].head.labels == ("sand", "ice")
     assert (tmp_path / "masks/field.png").is_file()

@@ -21,6 +21,9 @@ from edgepet.networks.backbone import Backbone
 from edgepet.networks.head_settings import Form
 from edgepet.packs.pack import EVERY, read_pack
 from edgepet.tuning.dense import MergedHead
+from tests.box_folders import CATEGORIES, coco_folder
+from tests.box_packs import LABELS as BOX_LABELS
+from tests.box_packs import box_delta
 from tests.flow import RUNTIMES, has_openvino, needs_tensorrt_rtx, refused
 from tests.flow import edgepet as command
 from tests.mask_folders import NAMES, index_folder
@@ -110,6 +113,16 @@ def test_a_device_answers_as_torch_does(task: str, mode: str, runtime: str, plac
         got = opened(images)
 
     assert np.abs(got - expected).max() <= 2e-5 * np.abs(expected).max()  # float32, summed in another order
+
+
+@pytest.mark.parametrize("name", [*FORMATS, pytest.param("tensorrt", marks=needs_tensorrt_rtx)])
+def test_a_detector_that_reads_text_is_exported(name: str, place: Path, backbone: Backbone, tmp_path: Path) -> None:
+    form = Form(name="fcos", width=8, depth=1, scores=True, language=1, text=table(BOX_LABELS))
+    path = mask_pack(tmp_path / "found.pet", backbone, box_delta(backbone, "ssf", form=form, task="found"))
+
+    edgepet.export([path], tmp_path / "out", options=ExportOptions(to=(name,), sms=(89,)))  # type: ignore[arg-type]
+
+    assert read_artifact(tmp_path / f"out/found-{name}-fp32").verified == (name != "tensorrt")
 
 
 @needs_tensorrt_rtx
@@ -246,3 +259,19 @@ def test_a_training_of_masks_starts_from_tensors_of_another(place: Path) -> None
     assert str(tuned.training["init"]).startswith("sha256:")
     told = refused(3, *arguments(place, "no.pet", init=place / "adapted.pet", method="ssf"))
     assert told == f"--init {place}/adapted.pet: needs tensors of ssf, got multi-scale-adapter\n"
+
+
+def test_a_detector_learns_with_its_score_maps_judged(place: Path) -> None:
+    coco_folder(place / "things", train=10, val=4, size=(48, 64))
+    table_file(place / "things.safetensors", CATEGORIES)
+    given = arguments(place, "things.pet", task="boxes", head="fcos,width=8,depth=1,scores=true", epochs=2, text=place / "things.safetensors")  # fmt: skip
+    given[1] = place / "things"
+
+    said = command(*given, "--json", "--quiet")
+
+    assert said.code == 0, said.err
+    assert said.json["algebra_max_abs"] <= said.json["algebra_limit"]
+    delta = read_pack(place / "things.pet", answers=EVERY).delta
+    assert delta.heads[0].head.answer == "boxes"
+    assert delta.training["text"]["source"] == "seeds"  # type: ignore[index]
+    assert "compare" not in [step.layer.kind for step in delta.heads[0].head.steps]  # a constant text is a product

@@ -23,6 +23,7 @@ from edgepet.deltas.layers import Activation, Add, Depthwise, Norm, Point, Pool,
 from edgepet.networks.head_forms import EPS, MapForm
 from edgepet.networks.head_settings import Form
 from edgepet.networks.lowering import array_of, behind
+from edgepet.networks.scores import TEMPERATURE, Language, Scores
 from edgepet.spec import NpArray
 
 RARE = 0.01  # the score that every class has everywhere before anything is learnt: objects are rare
@@ -55,6 +56,13 @@ class BoxForm(MapForm):
                 )
             ]  # fmt: skip
             self.add_module(tower, nn.Sequential(*layers))
+        self.language = nn.ModuleList(
+            [Language(level.channels, form.table, form.language) for level in self.levels if form.language]
+        )
+        scored = form.scores or (form.language and form.aux)
+        last = self.levels[-1:]
+        self.scores = Scores(last, form.table, layers=form.context, inner=form.inner) if scored else None
+        self.scored = nn.Conv2d(classes, width, 1, bias=False) if form.scores else None
         self.what, self.where = nn.Conv2d(width, classes, 1), nn.Conv2d(width, BESIDE, 1)
         self.scales = nn.Parameter(torch.ones(len(self.sizes)))
         self.reset()
@@ -74,6 +82,8 @@ class BoxForm(MapForm):
         rng = np.random.default_rng(self._seed)
         with torch.no_grad():
             for name, parameter in self.named_parameters():
+                if name.startswith(("language.", "scores.")):
+                    continue
                 if parameter.ndim == 4:
                     gain = 2.0 if name.startswith(TOWERS) else 1.0
                     spread = 0.01 if name.startswith(("what", "where")) else (gain / parameter[0].numel()) ** 0.5
@@ -83,21 +93,30 @@ class BoxForm(MapForm):
             nn.init.ones_(self.scales)
             nn.init.constant_(cast(Tensor, self.what.bias), -math.log(1 / RARE - 1))
             cast(Tensor, self.where.bias)[:SIDES].fill_(1)
+        for module in (*self.language, *([] if self.scores is None else [self.scores])):
+            cast(Language | Scores, module).begin(rng)
 
     def forward(self, given: Mapping[str, Tensor]) -> Tensor:
         """What is at all places of all levels, of maps by name."""
+        return self.told(given)[0]
+
+    def told(self, given: Mapping[str, Tensor]) -> tuple[Tensor, Tensor | None]:
+        """What is at all places, and the score maps (n, classes, h, w) that are judged while it is trained."""
+        seen = [self.standardized(number, given[level.name]) for number, level in enumerate(self.levels)]
+        scores = None if self.scores is None else self.scores(seen[-1:]) / TEMPERATURE
         found = list[Tensor]()
-        for level in self._pyramid(given):
+        for level in self._pyramid(seen, scores):
             towers = [cast(Tensor, self.get_submodule(tower)(level)) for tower in TOWERS]
             both = [last(x) for last, x in zip((self.what, self.where), towers, strict=True)]
             found.append(torch.cat(both, dim=1).flatten(2))
-        return torch.cat(found, dim=2)
+        return torch.cat(found, dim=2), scores if self.form.aux else None
 
-    def _pyramid(self, given: Mapping[str, Tensor]) -> list[Tensor]:
-        sides = [
-            cast(Tensor, lateral(self.standardized(number, given[level.name])))
-            for number, (lateral, level) in enumerate(zip(self.laterals, self.levels, strict=True))
-        ]
+    def _pyramid(self, seen: Sequence[Tensor], scores: Tensor | None) -> list[Tensor]:
+        if self.form.language:
+            seen = [language(x) for language, x in zip(self.language, seen, strict=True)]
+        sides = [cast(Tensor, lateral(x)) for lateral, x in zip(self.laterals, seen, strict=True)]
+        if self.scored is not None:
+            sides[-1] = sides[-1] + self.scored(scores)
         if self.plain:
             middle = sum(sides[1:], start=sides[0]) + self.shifts[0][:, None, None]
             return [functional.interpolate(middle, scale_factor=2, mode="bilinear"), middle,
@@ -146,7 +165,7 @@ class BoxForm(MapForm):
                 read = f"norm_{number}"
                 steps.append(Step(layer=Norm(eps=EPS), reads=(level.name,), gives=read))
             sides.append(f"side_{number}")
-            steps.append(Step(layer=Point(product, shifts[number]), reads=(read,), gives=sides[-1]))
+            steps += self._side(number, product, shifts[number], read, sides[-1])
         if self.plain:
             middle = sides[0]
             if len(sides) > 1:
@@ -161,6 +180,20 @@ class BoxForm(MapForm):
             steps.append(Step(layer=Add(), reads=(sides[number], f"up_{number}"), gives=f"level_{number}"))
             levels.insert(0, f"level_{number}")
         return steps, levels
+
+    def _side(self, number: int, product: NpArray, shift: NpArray | None, read: str, gives: str) -> list[Step]:
+        """One map's product, with what text tells of it, and of the last map its score maps' product."""
+        scored = self.scored is not None and self.scores is not None and number == len(self.levels) - 1
+        made = f"{gives}_seen" if scored else gives
+        steps = [Step(layer=Point(product, shift), reads=(read,), gives=made)]
+        if self.form.language:
+            language = cast(Language, self.language[number])
+            steps = language.steps(product, shift, self.statistics(number), read, made)
+        if self.scored is None or self.scores is None or not scored:
+            return steps
+        steps += self.scores.lower([self.statistics(number)], scale=1 / TEMPERATURE, gives="scores", reads=[read])
+        steps.append(behind(steps, Point(_kernel(self.scored.weight)), "scored"))
+        return [*steps, Step(layer=Add(), reads=(made, "scored"), gives=gives)]
 
     def _products(self) -> tuple[list[NpArray], list[NpArray | None]]:
         """Each map's product, (width, C), standardisation within, and the constant behind it."""

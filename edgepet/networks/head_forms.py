@@ -73,6 +73,10 @@ class MapForm(nn.Module):
         mean, std = (self.get_buffer(f"{kind}{level}")[:, None, None] for kind in ("mean", "std"))
         return (self.seen(level, x) - mean) / std
 
+    def statistics(self, level: int) -> tuple[NpArray, NpArray]:
+        """Mean and deviation (C,) by which a map is standardised, float64."""
+        return array_of(self.get_buffer(f"mean{level}")), array_of(self.get_buffer(f"std{level}"))
+
     def standardize(self, means: Sequence[NpArray], deviations: Sequence[NpArray]) -> None:
         """Fix the statistics (C,) of each map that it reads, of what ``seen`` gives.
 
@@ -265,13 +269,7 @@ class HeadForm(MaskForm):
         """One map's product, what of it is told by text within."""
         if not self.form.language:
             return [Step(layer=Point(product, constant), reads=(read,), gives=gives)]
-        mean, deviation = (array_of(self.get_buffer(f"{kind}{number}")) for kind in ("mean", "std"))
-        told = cast(Language, self.language[number]).lower(product * deviation, mean, deviation)
-        return [
-            Step(layer=Point(product, constant), reads=(read,), gives=f"pixels_{number}"),
-            Step(layer=told, reads=(read,), gives=f"told_{number}"),
-            Step(layer=Add(), reads=(f"pixels_{number}", f"told_{number}"), gives=gives),
-        ]
+        return cast(Language, self.language[number]).steps(product, constant, self.statistics(number), read, gives)
 
 
 def _folded(norm: nn.BatchNorm2d) -> tuple[NpArray, NpArray]:

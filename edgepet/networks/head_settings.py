@@ -39,9 +39,9 @@ class Form:
 
     ``score`` compares places with the vectors of ``text``, and is the answer, or with ``mlp`` read by that head beside
     the maps; ``context`` layers of a decoder, ``inner`` wide, let the text see the image, ``residual`` learns what is
-    added to it, and with ``clip`` it begins with the ``projection`` (C, d) of a CLIP image tower. ``language`` heads of
-    attention to text are of ``linear`` and ``mlp``. ``aux`` judges score maps that are not the answer while the head is
-    trained.
+    added to it, and with ``clip`` it begins with the ``projection`` (C, d) of a CLIP image tower. All others have
+    ``language`` heads of attention to text, and ``fcos`` has score maps beside its last map with ``scores``. ``aux``
+    judges score maps that are not the answer while the head is trained.
     """
 
     name: FormName = "mlp"
@@ -58,6 +58,7 @@ class Form:
     language: int = 0
     aux: bool = True
     clip: bool = False
+    scores: bool = False
     text: TextTable | None = None
     projection: NpArray | None = None
 
@@ -70,7 +71,10 @@ class Form:
             "linear": (), "mlp": (width, f"depthwise={_told(self.depthwise)}"), "fcos": (width, f"depth={self.depth}"),
         }  # fmt: skip
         more: tuple[str, ...] = ("separation=true",) if self.separation else ()
-        more += (f"language={self.language}", f"aux={_told(self.aux)}") if self.language else ()
+        more += (f"language={self.language}",) if self.language else ()
+        more += ("scores=true",) if self.scores else ()
+        more += (f"context={self.context}", f"inner={self.inner}") if self.context else ()
+        more += (f"aux={_told(self.aux)}",) if self.reads_text else ()
         return ",".join((self.name, *own[self.name], *maps, f"norm={_told(self.norm)}", *more))
 
     def _scored(self) -> tuple[str, ...]:
@@ -86,7 +90,7 @@ class Form:
     @property
     def reads_text(self) -> bool:
         """Whether it needs vectors of its classes."""
-        return self.name == "score" or self.language > 0
+        return self.name == "score" or self.language > 0 or self.scores
 
     @property
     def table(self) -> TextTable:

@@ -17,7 +17,6 @@ from torch import Tensor
 from edgepet.deltas.heads import Map, MapHead
 from edgepet.networks.head_forms import Beside, HeadForm, MaskForm
 from edgepet.networks.head_settings import Form
-from edgepet.networks.lowering import array_of
 from edgepet.networks.scores import TEMPERATURE, Scores
 from edgepet.spec import NpArray
 
@@ -62,9 +61,7 @@ class ScoreForm(MaskForm):
     def _adopt(self) -> None:
         """Begin with the projection of a CLIP tower, where there is one."""
         if self.form.projection is not None:
-            number = self._seen[0]
-            statistics = (array_of(self.get_buffer(f"{kind}{number}")) for kind in ("mean", "std"))
-            self.scores.adopt(self.form.projection.astype(np.float64), *statistics)
+            self.scores.adopt(self.form.projection.astype(np.float64), *self.statistics(self._seen[0]))
 
     def told(self, given: Mapping[str, Tensor]) -> tuple[Tensor, Beside]:
         """As of ``MaskForm``: score maps are judged where they are not the answer."""
@@ -77,10 +74,7 @@ class ScoreForm(MaskForm):
 
     def lower(self, name: str, labels: tuple[str, ...]) -> MapHead:
         """As of ``MapForm``. Of the text only that is left which the image meets."""
-        statistics = [
-            (array_of(self.get_buffer(f"mean{number}")), array_of(self.get_buffer(f"std{number}")))
-            for number in self._seen
-        ]
+        statistics = [self.statistics(number) for number in self._seen]
         scale, gives = (1 / TEMPERATURE, "logits") if self.decoder is None else (1.0, SCORES)
         steps = self.scores.lower(statistics, scale=scale, gives=gives)
         steps += [] if self.decoder is None else self.decoder.lowered()

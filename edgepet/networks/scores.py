@@ -8,6 +8,7 @@ that are learnt. ``Language`` is our reading of LV-Adapter (Liang et al. 2022, a
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import cast
 
 import numpy as np
@@ -82,17 +83,23 @@ class Scores(nn.Module):
         words = functional.normalize(text, dim=-1, eps=EPS).expand(len(x), -1, -1)
         return torch.einsum("nkc,nchw->nkhw", words, functional.normalize(x, dim=1, eps=EPS))
 
-    def lower(self, statistics: Sequence[tuple[NpArray, NpArray]], *, scale: float, gives: str) -> list[Step]:
+    def lower(
+        self, statistics: Sequence[tuple[NpArray, NpArray]], *, scale: float, gives: str, reads: Sequence[str] = ()
+    ) -> list[Step]:
         """Layers that read maps as they are and give ``scale`` times the cosines; float64 tensors.
 
         Args:
             statistics: mean and deviation (C,) by which each map is standardised.
+            reads: what each map is called where it is not called as itself.
         """
         products, shift = list[NpArray](), array_of(self.shift)
         for projection, (mean, deviation) in zip(self.projections, statistics, strict=True):
             products.append(array_of(cast(nn.Linear, projection).weight) / deviation)
             shift = shift - products[-1] @ mean
-        steps = summed(self.levels, products, shift, last="projected")
+        levels = (
+            [replace(each, name=name) for each, name in zip(self.levels, reads, strict=True)] if reads else self.levels
+        )
+        steps = summed(levels, products, shift, last="projected")
         text = array_of(self.text)
         if self.context is not None:
             steps += self.context.lower(text, "projected")
@@ -153,6 +160,20 @@ class Language(nn.Module):
         shares = (torch.einsum("npha,kha->nphk", asking, keys) * ASKED**-0.5).softmax(dim=3)
         told = torch.einsum("nphk,kha->npha", shares, values).flatten(2)
         return x + torch.unflatten((self.gamma * self.out(told)).transpose(1, 2), 2, tuple(x.shape[2:]))
+
+    def steps(
+        self, product: NpArray, constant: NpArray | None, statistics: tuple[NpArray, NpArray], read: str, gives: str
+    ) -> list[Step]:
+        """What ``product`` (out, C) and ``constant`` make of the map as it is, and of what text tells of it.
+
+        ``statistics`` are mean and deviation (C,) by which the map is standardised, which ``product`` has within.
+        """
+        mean, deviation = statistics
+        return [
+            Step(layer=Point(product, constant), reads=(read,), gives=f"{gives}_pixels"),
+            Step(layer=self.lower(product * deviation, mean, deviation), reads=(read,), gives=f"{gives}_told"),
+            Step(layer=Add(), reads=(f"{gives}_pixels", f"{gives}_told"), gives=gives),
+        ]
 
     def lower(self, product: NpArray, mean: NpArray, deviation: NpArray) -> Layer:
         """What ``product`` (out, C) makes of that which is added to the map, as a layer of the map as it is."""

@@ -29,6 +29,7 @@ from edgepet.tuning.dense import DenseModel
 from edgepet.tuning.dense_fit import Objective, Taken
 from edgepet.tuning.fit import Plan
 
+SCORED = 4  # pixels of the input to one of the score maps that are judged
 RADIUS = 1.5  # strides around the middle of an object in which places have it
 REACH = 8.0  # strides to the farthest side of an object, beyond which it is the next level's
 USUAL = 448.0  # pixels of an input whose limits are these; smaller ones have smaller objects
@@ -122,7 +123,43 @@ def scales_of(form: BoxForm) -> Tensor:
     return form.scales.repeat_interleave(counts)
 
 
-class BoxObjective(Objective[Tensor]):
+def score_truth(boxes: Sequence[Boxes], classes: int, size: tuple[int, int]) -> Tensor:
+    """Which pixels lie in a box of each class, 0 or 1, (n, classes, h, w) at a quarter of ``size``; crowds are none."""
+    height, width = (max(1, side // SCORED) for side in size)
+    rows, columns = (torch.arange(side) + 0.5 for side in (height, width))
+    truth = torch.zeros(len(boxes), classes, height, width)
+    for image, each in enumerate(boxes):
+        for (left, top, right, bottom), label, crowd in zip(
+            (each.corners / SCORED).tolist(), each.labels.tolist(), each.crowds.tolist(), strict=True
+        ):
+            if not crowd:
+                inside = ((rows > top) & (rows < bottom))[:, None] & ((columns > left) & (columns < right))
+                truth[image, label][inside] = 1
+    return truth
+
+
+def score_loss(scores: Tensor, truth: Tensor) -> Tensor:
+    """The binary cross entropy of score maps, the mean over classes, summed over the pixels that lie in some box.
+
+    ``scores`` (n, K, ·, ·), cosines over their temperature, are resized to ``truth`` (n, K, h, w). Other pixels count
+    for nothing: else nothing would be of any class anywhere. Rao et al. 2022, arXiv:2112.01518, section 3.4, as its
+    code has it.
+    """
+    truth = truth.to(scores.device)
+    resized = functional.interpolate(scores.float(), size=truth.shape[-2:], mode="bilinear", align_corners=False)
+    each = functional.binary_cross_entropy_with_logits(resized, truth, reduction="none")
+    return (each.mean(dim=1) * truth.amax(dim=1)).sum()
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Detected:
+    """What a detector finds at all places, (n, classes + 5, places), and its ``scores`` where these are judged."""
+
+    found: Tensor
+    scores: Tensor | None
+
+
+class BoxObjective(Objective[Detected]):
     """A box around every object; truths are ``Boxes`` in pixels of the network's input."""
 
     answer: ClassVar[Answer] = "boxes"
@@ -132,19 +169,22 @@ class BoxObjective(Objective[Tensor]):
         self._boxes = cast(BoxForm, form)
         self._places = Places.of(self._boxes, preprocess.image_size)
 
-    def given(self, model: DenseModel, maps: Mapping[str, Tensor]) -> Tensor:
+    def given(self, model: DenseModel, maps: Mapping[str, Tensor]) -> Detected:
         """As of ``Objective``."""
-        given: Tensor = self.form(maps)
-        return given
+        return Detected(*self._boxes.told(maps))
 
-    def loss(self, given: Tensor, taken: Taken) -> Tensor:
-        """As of ``Objective``: over the places of the whole step that have an object."""
+    def loss(self, given: Detected, taken: Taken) -> Tensor:
+        """As of ``Objective``: over the places of the whole step that have an object, or its pixels that do."""
         size, pairs = self.preprocess.image_size, zip(taken.moves, taken.truths, strict=True)
         boxes = [move.boxes(each, size) for move, each in pairs]
         objects = torch.stack([self._places.objects(each) for each in boxes])
         mine = [boxes[place] for place in taken.part]
-        summed = detection_loss(given, self._places, scales_of(self._boxes), mine, objects[list(taken.part)])
-        return summed / max(1, int((objects >= 0).sum()))
+        summed = detection_loss(given.found, self._places, scales_of(self._boxes), mine, objects[list(taken.part)])
+        loss = summed / max(1, int((objects >= 0).sum()))
+        if given.scores is not None:
+            truth = score_truth(boxes, given.scores.shape[1], size)
+            loss = loss + score_loss(given.scores, truth[list(taken.part)]) / max(1, int(truth.amax(dim=1).sum()))
+        return loss
 
     def meter(self, truths: Sequence[Boxes]) -> _BoxMeter:
         """As of ``Objective``."""

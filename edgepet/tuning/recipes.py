@@ -159,14 +159,14 @@ def head_form(text: str) -> Form:
     known = {
         "linear": ("maps", "norm", "language", "aux"),
         "mlp": ("width", "maps", "depthwise", "norm", "separation", "language", "aux"),
-        "fcos": ("width", "maps", "depth", "norm"),
+        "fcos": ("width", "maps", "depth", "norm", "language", "scores", "context", "inner", "aux"),
         "score": ("maps", "context", "inner", "residual", "clip", "mlp", "width", "depthwise", "aux"),
     }[name]
     unknown = [key for key in given if key not in known]
     if unknown:
         raise InputError(where, f"{name} knows the settings {', '.join(known)}", got=repr(unknown[0]))
     values = dict[str, Any](given)
-    for key in ("depthwise", "norm", "separation", "mlp", "residual", "clip", "aux"):
+    for key in ("depthwise", "norm", "separation", "mlp", "residual", "clip", "scores", "aux"):
         if not isinstance(values.get(key, False), bool):
             raise InputError(where, f"needs {key}=true or {key}=false", got=values[key])
     if not _is_natural(width := values.get("width", 1)) or not 1 <= width <= MOST_WIDTH:
@@ -191,14 +191,16 @@ def _check_text(name: str, values: Mapping[str, Any]) -> None:
     if not _is_natural(inner) or inner % CONTEXT_HEADS or not 0 < inner <= MOST_WIDTH:
         what = f"needs inner, a multiple of {CONTEXT_HEADS} up to {MOST_WIDTH}"
         raise InputError(where, what, got=inner)
-    others: tuple[str, ...] = ("width", "depthwise", "aux") if name == "score" and not values.get("mlp") else ()
-    others += ("inner",) if name == "score" and not values.get("context") else ()
-    others += ("aux",) if name in ("linear", "mlp") and not values.get("language") else ()
-    needed = {"width": "mlp=true", "depthwise": "mlp=true", "inner": "context=1"}
-    needed["aux"] = "mlp=true" if name == "score" else "language=1"
-    for key in others:
-        if key in values:
-            raise InputError(where, f"needs {needed[key]} beside {key}", got=f"{key} alone")
+    reads = values.get("mlp") if name == "score" else values.get("language") or values.get("scores")
+    needed = {"aux": None if reads else "mlp=true" if name == "score" else "language=1"}
+    needed["inner"] = None if values.get("context") else "context=1"
+    if name == "score":
+        needed |= dict.fromkeys(("width", "depthwise"), None if values.get("mlp") else "mlp=true")
+    if name == "fcos":
+        needed["context"] = None if values.get("scores") else "scores=true"
+    for key, beside in needed.items():
+        if key in values and beside is not None:
+            raise InputError(where, f"needs {beside} beside {key}", got=f"{key} alone")
 
 
 def _is_natural(value: object) -> bool:

@@ -136,12 +136,7 @@ def pack(
     if key is not None:
         require_key(Path(key))
     given = read_file(source)
-    if is_old(given):
-        made = _anew(given, source.name, codec, sequence)
-    elif text is not None:
-        made = reworded(source, backbone, Path(text), sequence)
-    else:
-        made = _recoded(source, codec, backbone, data, max_drop, sequence, stage)
+    made = _made(source, given, codec, backbone, data, max_drop, sequence, text, stage)
     signed = made.data if key is None else sign(made.data, Path(key))
     written = read_pack(signed, answers=EVERY)  # what a device would refuse is not written
     write_file(output, signed)
@@ -160,6 +155,18 @@ def pack(
         sequence=written.sequence,
         signed=key is not None,
     )
+
+
+def _made(
+    source: Path, given: bytes, codec: Asked | None, backbone: AnyBackbone, data: FilePath | None,
+    max_drop: float | None, sequence: int | None, text: FilePath | None, stage: Callable[[str], None],
+) -> Recoded:  # fmt: skip
+    """What is asked for of the file ``source``, whose bytes are ``given``; nobody has signed it."""
+    if is_old(given):
+        return _anew(given, source.name, codec, sequence)
+    if text is not None:
+        return reworded(source, backbone, Path(text), sequence)
+    return _recoded(source, codec, backbone, data, max_drop, sequence, stage)
 
 
 def keygen(output: FilePath) -> KeyReport:

@@ -76,7 +76,7 @@ def _task_options(parser: Parser) -> None:
     add("--head", default=own.head, metavar="H", help=told)
     told = (
         "a vector for each class, as `edgepet text` makes one, for heads that read text: score, with settings as"
-        " score,mlp=true,context=1, and mlp,language=1 (default: none)"
+        " score,mlp=true,context=1, mlp,language=1 and fcos,scores=true (default: none)"
     )
     add("--text", metavar="TABLE", help=told)
     told = "of masks: what Dice's loss counts beside cross entropy (default: %(default)s)"
