@@ -71,7 +71,8 @@ class TrainOptions:
             boxes "fcos", as "fcos,width=32,depth=2"; maps are the backbone's, 0 the finest. None is the first of each.
             "mlp,separation=true" tells neighbouring places and regions apart.
         text: a table with a vector for each class, ``TABLE.safetensors`` or ``TABLE.npy`` beside ``classes.txt``, for
-            heads that read text: "score", with settings as "score,mlp=true,context=1", "mlp,language=1", "fcos,scores=true".
+            heads that read text: "score", with settings as "score,mlp=true,context=1", "mlp,language=1" and
+            "fcos,scores=true".
         dice: of masks: how much Dice's loss, which sees rare classes, counts beside cross entropy.
         log: where every step is written to: "csv", "tensorboard", "mlflow" and "wandb", the last two on this machine
             unless ``MLFLOW_TRACKING_URI`` or ``WANDB_MODE`` says otherwise.
