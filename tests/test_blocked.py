@@ -23,6 +23,7 @@ DEVICE_ROOMS = ("deltas", "device", "graphs", "images", "measuring", "packs")
 NEED_TORCH = {
     "edgepet.networks.graft", "edgepet.networks.head_forms", "edgepet.networks.heads", "edgepet.networks.maps",
     "edgepet.networks.merged", "edgepet.networks.sites", "edgepet.networks.split", "edgepet.peft.renamed",
+    "edgepet.networks.context", "edgepet.networks.lowering", "edgepet.networks.score_forms", "edgepet.networks.scores",
     "edgepet.networks.box_forms", "edgepet.networks.separation", "edgepet.tuning.box_fit",
     "edgepet.tuning.box_training",
     "edgepet.tuning.dense_fit", "edgepet.tuning.dense_training",
