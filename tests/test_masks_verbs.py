@@ -228,7 +228,7 @@ def test_masks_are_checked_before_anything_is_tuned(place: Path, tmp_path: Path)
         ({"balance": "sampling"}, "--task mask: has no images of a class, got --balance sampling\n  fix: weigh classes with --balance weights, or add --dice 1"),
         ({"head": "mlp,maps=7"}, "--head: needs maps that the backbone has, 0 of stride 16, 1 of stride 16, 2 of stride 16, 3 of stride 16, got 7"),
         ({"head": "fcos"}, "--task mask: needs a head of linear, mlp, got --head fcos"),
-        ({"head": "unet"}, "--head: is linear, mlp, fcos, got 'unet'"),
+        ({"head": "unet"}, "--head: is linear, mlp, fcos, pooled, got 'unet'"),
         ({"dice": -1}, "--dice: must be at least 0 and finite, got -1.0"),
     ],
 )  # fmt: skip

@@ -1,4 +1,4 @@
-"""What a task says of an image, in words: a class with its score, what each class takes of a mask, or boxes."""
+"""What a task says of an image, in words: a class with its score, what each class takes of a mask, boxes, or labels."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import numpy as np
 from edgepet.deltas.delta import Delta
 from edgepet.deltas.detection import boxes_in, suppressed
 from edgepet.deltas.heads import Meaning, mask_of
+from edgepet.deltas.layer import sigmoid
 from edgepet.device.map_heads import map_head_of
 from edgepet.device.runtime import scores_of
 from edgepet.images.masks import resized
@@ -90,6 +91,17 @@ class BoxesAnswer:
     shown: ClassVar[tuple[str, ...]] = ("image", "task", "boxes")
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LabelsAnswer:
+    """The labels that ``task`` says an image has, with their scores, 0..1: those at their threshold or above it, the
+    largest score first. ``image`` is as of ``Answer``.
+    """
+
+    image: str
+    task: str
+    labels: tuple[Guess, ...]
+
+
 def classified(image: str, task: str, labels: Sequence[str], logits: NpArray, top: int) -> Answer:
     """The answer that one image's ``logits`` (C,) are, with the best ``top`` labels."""
     scores = scores_of(logits)
@@ -121,15 +133,22 @@ def boxed(
     return BoxesAnswer(image=image, task=task, boxes=boxes, preprocess=preprocess)
 
 
+def labelled(image: str, task: str, meaning: Meaning, logits: NpArray) -> LabelsAnswer:
+    """The answer that one image's ``logits`` (C,) are: the labels that it has."""
+    scores = sigmoid(logits.astype(np.float64))
+    there = np.flatnonzero(scores >= np.array(meaning.thresholds))
+    best = there[np.argsort(-scores[there], kind="stable")]
+    return LabelsAnswer(image=image, task=task, labels=tuple(Guess(meaning.labels[k], float(scores[k])) for k in best))
+
+
 def answered(
-    image: str, delta: Delta, given: NpArray, size: tuple[int, int], top: int
-) -> Answer | MaskAnswer | BoxesAnswer:
-    """What a task says, of what its network gives for one image of ``size`` (height, width)."""
-    labels, head = labels_of(delta), map_head_of(delta)
-    if head is None:
-        return classified(image, delta.task, labels, given, top)
-    made = masked if head.answer == "mask" else boxed
-    return made(image, delta.task, labels, given, delta.preprocess, size)
+    image: str, task: str, meaning: Meaning, given: NpArray, preprocess: Preprocess, size: tuple[int, int]
+) -> MaskAnswer | BoxesAnswer | LabelsAnswer:
+    """What a head that reads maps says, of what it gives for one image of ``size`` (height, width)."""
+    if meaning.answer == "labels":
+        return labelled(image, task, meaning, given)
+    made = masked if meaning.answer == "mask" else boxed
+    return made(image, task, meaning.labels, given, preprocess, size)
 
 
 def shares(mask: NpArray, labels: Sequence[str]) -> tuple[ClassShare, ...]:

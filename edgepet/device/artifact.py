@@ -76,7 +76,8 @@ class Artifact:
     ``labels`` are in the order of the logits, ``answer`` says of what: an image, each of its pixels, or boxes.
     ``codec`` is the pack's, ``branches`` how many stayed in the graph. ``files`` are name -> (hex sha256, size in
     bytes), ``versions`` package -> version of what wrote it. ``parity`` is None where nothing was run. ``evidence``
-    says how its precision is known: what is stored, what was executed, and what stayed fp32 and why. ``takes`` is what
+    says how its precision is known: what is stored, what was executed, and what stayed fp32 and why. ``thresholds`` are
+    those of a head that answers labels. ``takes`` is what
     the model does: preprocessed float32 images, pictures of its size, uint8 (n, H, W, 3), or of any size, which it
     resizes.
     """
@@ -100,7 +101,8 @@ class Artifact:
     parity: Parity | None
     probe: Probe
     evidence: Mapping[str, object]
-    answer: Literal["class", "mask", "boxes"] = "class"
+    answer: Literal["class"] | Answer = "class"
+    thresholds: tuple[float, ...] = ()
     takes: Takes = "float32"
 
 
@@ -121,7 +123,7 @@ def write_artifact(folder: Path, artifact: Artifact) -> None:
         InputError: it cannot be written.
     """
     parity = asdict(artifact.parity) if artifact.parity else None
-    for later in ("near_ties", "places", "boxes"):
+    for later in ("near_ties", "places", "boxes", "labels"):
         if parity and not parity[later]:
             del parity[later]  # there where they say something: earlier readers take all else
     places = artifact.probe.places
@@ -131,7 +133,7 @@ def write_artifact(folder: Path, artifact: Artifact) -> None:
         "logits": base64.b64encode(np.ascontiguousarray(artifact.probe.logits, "<f4").tobytes()).decode("ascii"),
         **({} if places is None else {"places": _places_json(places)}),
     }
-    manifest = {
+    manifest: dict[str, object] = {
         "format": FORMAT,
         "version": VERSION,
         "task": artifact.task,
@@ -155,6 +157,8 @@ def write_artifact(folder: Path, artifact: Artifact) -> None:
             {} if artifact.answer == "class" else {"answer": artifact.answer, "outputs": list(OUTPUTS[artifact.answer])}
         ),
     }
+    if artifact.answer == "labels":
+        manifest["thresholds"] = list(artifact.thresholds)
     if artifact.takes != "float32":  # a key that earlier readers refuse: they would feed it floats
         manifest["takes"] = artifact.takes
     write_file(folder / MANIFEST, canonical_json(manifest))
@@ -172,12 +176,13 @@ def read_artifact(folder: Path) -> Artifact:
     if table.integer("version") != VERSION:
         raise InputError(str(path), f"this edgepet reads artefacts of version {VERSION}", got=table.integer("version"))
     backbone, pack = table.nested("backbone"), table.nested("pack")
+    answer, labels = _answer(table), table.texts("labels")
     artifact = Artifact(
         task=table.text("task"),
         format=cast(Format, table.text("model_format", choices=list(FORMATS))),
         engine=table.text("engine"),
         precision=cast(StoredPrecision, table.text("precision", choices=["fp32", "fp16", "int8"])),
-        labels=table.texts("labels"),
+        labels=labels,
         preprocess=read_preprocess(table.nested("preprocess")),
         backbone=backbone.text("name"),
         fingerprint=backbone.text("fingerprint"),
@@ -192,7 +197,8 @@ def read_artifact(folder: Path) -> Artifact:
         parity=_parity(table),
         probe=_probe(table.nested("probe")),
         evidence=_evidence(table),
-        answer=_answer(table),
+        answer=answer,
+        thresholds=table.numbers("thresholds", count=len(labels)) if answer == "labels" else (),
         takes=cast(Takes, table.text("takes", choices=TAKES)) if table.has("takes") else "float32",
     )
     for part in (backbone, pack, table):
@@ -257,6 +263,7 @@ def _parity(table: ObjectReader) -> Parity | None:
         near_ties=entry.integer("near_ties") if entry.has("near_ties") else 0,  # earlier artefacts allowed none
         places=entry.boolean("places") if entry.has("places") else False,
         boxes=entry.boolean("boxes") if entry.has("boxes") else False,
+        labels=entry.boolean("labels") if entry.has("labels") else False,
     )
     entry.end()
     return parity
@@ -294,7 +301,7 @@ def _places(table: ObjectReader) -> PlacesProbe:
     return made
 
 
-def _answer(table: ObjectReader) -> Literal["class", "mask", "boxes"]:
+def _answer(table: ObjectReader) -> Literal["class"] | Answer:
     """What it answers; an artefact that does not say so answers classes."""
     if not table.has("answer"):
         return "class"

@@ -32,7 +32,11 @@ def map_head_of(delta: Delta) -> MapHead | None:
         return None
     crop, part = delta.preprocess.crop, delta.preprocess.crop_fraction
     if (crop, part) != ("squash", 1.0):
-        told = {"mask": "have a label for every pixel", "boxes": "find every object"}
+        told = {
+            "mask": "have a label for every pixel",
+            "boxes": "find every object",
+            "labels": "name all that is there",
+        }
         what = f"must see all of an image to {told[delta.heads[0].head.answer]}"
         raise InputError(f"task {delta.task!r}", what, got=f"crop {crop!r} of {part:g}")
     return delta.heads[0].head

@@ -8,7 +8,7 @@ from typing import TypeAlias
 
 import numpy as np
 
-from edgepet.device.answers import Answer, BoxesAnswer, MaskAnswer, answered, classified
+from edgepet.device.answers import Answer, BoxesAnswer, LabelsAnswer, MaskAnswer, answered, classified, meaning_of
 from edgepet.device.generations import Installed, serving
 from edgepet.device.map_heads import map_head_of
 from edgepet.device.runtime import SharedInt8, TaskNetwork, open_task, require_probe
@@ -23,7 +23,7 @@ from edgepet.spec import NpArray, StoredPrecision
 
 _MOST_SAID = 200  # characters of why a pack is not served, in the store
 _asked = set[tuple[str, str, str]]()  # store, pack and place that this process has asked for the pack's probe
-AnyAnswer: TypeAlias = "Answer | MaskAnswer | BoxesAnswer"
+AnyAnswer: TypeAlias = "Answer | MaskAnswer | BoxesAnswer | LabelsAnswer"
 Opener = Callable[[Pack, bool], TaskNetwork]  # the second: ask it for its probe, whatever was asked before
 
 
@@ -79,7 +79,8 @@ class Served:
         logits = self.network(normalize(pixels[None], delta.preprocess))[0]
         if map_head_of(delta) is None:
             return self.said(image.name, logits, top)
-        return answered(image.name, delta, logits, image.upright_size(delta.preprocess), top)
+        size = image.upright_size(delta.preprocess)
+        return answered(image.name, delta.task, meaning_of(delta), logits, delta.preprocess, size)
 
     def close(self) -> None:
         """Give the network back."""

@@ -20,6 +20,7 @@ FOUND, BOXES, SCORES, LABELS = "found", "boxes", "scores", "labels"
 OUTPUTS: dict[Answer, tuple[str, ...]] = {  # of an exported model, in this order: what a head gives comes first
     "mask": (LOGITS, MASK),
     "boxes": (FOUND, BOXES, SCORES, LABELS),
+    "labels": (LOGITS, SCORES),
 }
 PREFIX = "head."  # begins all names that a head brings into a graph
 _UINT8, _INT32 = 2, 6  # onnx.TensorProto.DataType
@@ -50,7 +51,8 @@ def head_file(head: MapHead, maps: Sequence[Map], width: int) -> OnnxFile:
 def with_head(file: OnnxFile, head: MapHead, maps: Sequence[GraphMap], width: int, size: tuple[int, int]) -> OnnxFile:
     """A backbone's ``file`` with ``head`` behind it: LOGITS (batch, C, h, w), and MASK, uint8 (batch, *size).
 
-    Of boxes FOUND (batch, m, 6), and its parts BOXES (batch, m, 4), SCORES (batch, m) and LABELS, int32 (batch, m).
+    Of boxes FOUND (batch, m, 6), and its parts BOXES (batch, m, 4), SCORES (batch, m) and LABELS, int32 (batch, m); of
+    labels LOGITS (batch, C) and SCORES, their σ.
 
     Raises:
         InputError: as ``MapHead.shapes`` and ``putting_out``.
@@ -62,7 +64,17 @@ def with_head(file: OnnxFile, head: MapHead, maps: Sequence[GraphMap], width: in
         grown, nodes=(*grown.nodes, *out.nodes), tensors={**grown.tensors, **out.tensors},
         outputs={gives: port(gives, ("batch", *answer))},
     )  # fmt: skip
+    if head.answer == "labels":
+        return _with_scores(behind, answer)
     return with_mask(behind, answer, size) if head.answer == "mask" else _with_boxes(behind, answer)
+
+
+def _with_scores(file: OnnxFile, answer: Shape) -> OnnxFile:
+    """``file``, whose LOGITS are of the shape ``answer``, with their σ as an output of its own."""
+    out = Emitted(PREFIX)
+    out.node("Sigmoid", [LOGITS], SCORES)
+    outputs = {**file.outputs, SCORES: port(SCORES, ("batch", *answer))}
+    return replace(file, nodes=(*file.nodes, *out.nodes), outputs=outputs)
 
 
 def _with_boxes(file: OnnxFile, answer: Shape) -> OnnxFile:

@@ -9,9 +9,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from edgepet.calibration.fp16 import stored_types
-from edgepet.device.answers import labels_of
+from edgepet.device.answers import labels_of, meaning_of
 from edgepet.device.artifact import Artifact, Probe, Takes, files_of, open_artifact, write_artifact
-from edgepet.device.map_heads import map_head_of
 from edgepet.device.runtimes import Format
 from edgepet.errors import CheckError, MissingError, option
 from edgepet.exporters import EXPORTERS
@@ -21,7 +20,7 @@ from edgepet.files import folder_bytes, move_folder, new_folder, require_space, 
 from edgepet.graphs.manifest import listing
 from edgepet.proving.checks import prove
 from edgepet.proving.exported import Exported
-from edgepet.proving.precision import Model, fastest, in_precision
+from edgepet.proving.precision import Model, fastest, in_precision, unjudged
 from edgepet.proving.subject import Subject, probe_of
 from edgepet.spec import StoredPrecision
 
@@ -59,8 +58,8 @@ def _fastest(subject: Subject, folder: Path, options: ExportOptions, stage: Call
     """Of each format the precision that is fastest here, among those that pass their checks."""
     models, unfit = dict[StoredPrecision, dict[Format, Model]](), list[str]()
     precisions: tuple[StoredPrecision, ...] = ("fp32", "fp16", "int8")
-    if "boxes" in subject.delta.answers:
-        precisions, unfit = precisions[:2], ["int8 is out: boxes are not judged in it yet"]
+    if unjudged(subject.delta):
+        precisions, unfit = precisions[:2], [f"int8 is out: {unjudged(subject.delta)} are not judged in it yet"]
     for precision in precisions:
         try:
             models[precision] = in_precision(subject, precision, options, stage)
@@ -103,7 +102,7 @@ def _best(made: Mapping[StoredPrecision, Exported]) -> tuple[StoredPrecision, st
 
 
 def _export_one(subject: Subject, model: Model, name: Format, folder: Path, options: ExportOptions) -> Exported:
-    delta, head = subject.delta, map_head_of(subject.delta)
+    delta, meaning = subject.delta, meaning_of(subject.delta)
     path = place_of(folder, delta.task, name, model.precision, options.takes)
     with new_folder(path, only=files_of(path)) as scratch:
         began = time.perf_counter()
@@ -118,8 +117,9 @@ def _export_one(subject: Subject, model: Model, name: Format, folder: Path, opti
             format=name,
             engine=written.engine,
             precision=model.precision,
-            labels=labels_of(delta),
-            answer="class" if head is None else head.answer,
+            labels=meaning.labels,
+            answer=meaning.answer,
+            thresholds=meaning.thresholds,
             preprocess=delta.preprocess,
             backbone=delta.backbone,
             fingerprint=delta.fingerprint,

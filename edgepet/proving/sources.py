@@ -156,7 +156,9 @@ class ArtifactSource:
         self.artifact: Artifact = read_artifact(path)
         self.labels: tuple[str, ...] = self.artifact.labels
         self.answer = self.artifact.answer
-        self.meaning = Meaning(name=self.answer, answer=self.answer, labels=self.labels)
+        self.meaning = Meaning(
+            name=self.answer, answer=self.answer, labels=self.labels, thresholds=self.artifact.thresholds
+        )
         self.preprocess: Preprocess = self.artifact.preprocess
         self._row = FORMATS[self.artifact.format]
 

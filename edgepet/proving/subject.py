@@ -16,14 +16,18 @@ import numpy as np
 from edgepet.deltas.delta import Delta
 from edgepet.deltas.merge import merge, require_backbone, task_tensors
 from edgepet.deltas.probe import condensed, told_of
-from edgepet.device.answers import labels_of
+from edgepet.device.answers import labels_of, meaning_of
 from edgepet.device.artifact import PlacesProbe, Probe
 from edgepet.device.map_heads import map_head_of
 from edgepet.errors import InputError, require
 from edgepet.files import made_cache
 from edgepet.graphs.base import WEIGHTS, BaseGraph, graph_folder, open_graph
 from edgepet.images.box_folders import open_boxes
+from edgepet.images.boxes import BoxSet
+from edgepet.images.folders import Split
+from edgepet.images.labels import LabelSet, open_labels
 from edgepet.images.mask_folders import open_masks
+from edgepet.images.masks import MaskSet
 from edgepet.images.pixels import pixels_of
 from edgepet.images.preprocess import normalize
 from edgepet.images.sets import ImageSet, load_set, open_split
@@ -42,6 +46,11 @@ if TYPE_CHECKING:
     from edgepet.tuning.model import TunedModel
 
 PROBE_SEED, PROBE_IMAGES = 20221017, 4
+_OPENED: dict[str, Callable[[Path, Split], MaskSet | BoxSet | LabelSet]] = {
+    "mask": open_masks,
+    "boxes": open_boxes,
+    "labels": open_labels,
+}
 
 
 class Subject:
@@ -175,7 +184,8 @@ class Subject:
         """
         expected, against = self.reference
         stored = coarser(precision, self.pack.rounding) if against == "tuned" else precision
-        return compare(expected, got, stored=stored, inputs=self.images[1], against=against)
+        thresholds = meaning_of(self.delta).thresholds
+        return compare(expected, got, stored=stored, inputs=self.images[1], against=against, thresholds=thresholds)
 
     def merged(self, images: NpArray) -> NpArray:
         """Logits (n, C) of the pack as stored, merged and run by torch; of masks (n, C, h, w).
@@ -357,7 +367,7 @@ class TorchNetwork:
 def sample_images(folder: Path, preprocess: Preprocess, answer: str = "class") -> NpArray:
     """Preprocessed images (n, 3, H, W) out of the val split of ``folder``, at most 32, spread over its classes.
 
-    ``answer`` says of what it is a folder: of classes, or of images with a "mask" or "boxes".
+    ``answer`` says of what it is a folder: of classes, or of images with a "mask", "boxes" or "labels".
 
     Raises:
         InputError: ``folder`` has no val split, or images of it cannot be read.
@@ -365,7 +375,7 @@ def sample_images(folder: Path, preprocess: Preprocess, answer: str = "class") -
     if answer == "class":
         val = open_split(folder, "val", clips=preprocess.frames > 1)
     else:
-        val = open_masks(folder, "val").images if answer == "mask" else open_boxes(folder, "val").images
+        val = _OPENED[answer](folder, "val").images
     return normalize(load_set(_sample(val), preprocess)[0], preprocess)
 
 

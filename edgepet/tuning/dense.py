@@ -25,6 +25,7 @@ from edgepet.networks.graft import grafted, in_torch
 from edgepet.networks.head_forms import HeadForm, MapForm
 from edgepet.networks.head_settings import Form, features_map
 from edgepet.networks.heads import HeadNetwork
+from edgepet.networks.label_forms import LabelForm
 from edgepet.networks.maps import taking
 from edgepet.networks.merged import merged_logits
 from edgepet.networks.separation import Separated
@@ -33,7 +34,7 @@ from edgepet.tuning.fake_quant import FakeQuant
 from edgepet.tuning.model import TunedModel, lowered
 from edgepet.tuning.noise import Noise
 
-FORMS: Mapping[Answer, type[MapForm]] = {"mask": HeadForm, "boxes": BoxForm}
+FORMS: Mapping[Answer, type[MapForm]] = {"mask": HeadForm, "boxes": BoxForm, "labels": LabelForm}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

@@ -22,7 +22,7 @@ from edgepet.tuning.recipes import (
     named,
 )
 
-TASKS = ("class", "mask", "boxes")
+TASKS = ("class", "mask", "boxes", "labels")
 PRECISIONS = ("auto", "fp32", "bf16")
 BACKBONE_PRECISIONS = ("fp32", "int8", "int4")
 CHECKPOINT_S = 30.0
@@ -65,10 +65,11 @@ class TrainOptions:
         checkpoint_s: seconds between two checkpoints within an epoch.
         memory: bytes that decoded images may take, and what enters the first tuned block of them; more are kept in
             ``TASK.pixels`` and ``TASK.features`` beside the pack until it is there. None is half of what is free.
-        task: "class" for a folder of class folders, "mask" for images with masks, "boxes" for images with boxes; None
-            is what lies in the folder.
+        task: "class" for a folder of class folders, "mask" for images with masks, "boxes" for images with boxes,
+            "labels" for images of several labels each; None is what lies in the folder.
         head: of masks: "mlp", or "linear", with settings as "mlp,width=32,maps=0/1/2,depthwise=true,norm=false"; of
-            boxes "fcos", as "fcos,width=32,depth=2"; maps are the backbone's, 0 the finest. None is the first of each.
+            boxes "fcos", as "fcos,width=32,depth=2"; maps are the backbone's, 0 the finest; of labels "pooled". None is
+            the first of each.
             "mlp,separation=true" tells neighbouring places and regions apart.
         dice: of masks: how much Dice's loss, which sees rare classes, counts beside cross entropy.
         log: where every step is written to: "csv", "tensorboard", "mlflow" and "wandb", the last two on this machine

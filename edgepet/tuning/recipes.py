@@ -159,10 +159,11 @@ def head_form(text: str) -> Form:
     known = {
         "mlp": ("width", "maps", "depthwise", "norm", "separation"),
         "fcos": ("width", "maps", "depth", "norm"),
+        "pooled": (),
     }.get(name, ("maps", "norm"))
     unknown = [key for key in given if key not in known]
     if unknown:
-        raise InputError(where, f"{name} knows the settings {', '.join(known)}", got=repr(unknown[0]))
+        raise InputError(where, f"{name} knows the settings {', '.join(known) or 'none'}", got=repr(unknown[0]))
     values = dict[str, Any](given)
     for key in ("depthwise", "norm", "separation"):
         if not isinstance(values.get(key, False), bool):

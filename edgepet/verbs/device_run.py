@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from edgepet.device.answers import Answer, BoxesAnswer, MaskAnswer
+from edgepet.device.answers import Answer, BoxesAnswer, LabelsAnswer, MaskAnswer
 from edgepet.device.opened import OpenTasks
 from edgepet.device.pool import MODES
 from edgepet.device.runtimes import DEFAULT, SHARED_RUNTIMES
@@ -19,7 +19,16 @@ from edgepet.errors import EdgepetError
 from edgepet.images.inputs import Input, asked_for, asked_pairs, pictures_of
 from edgepet.reports.screen import Screen, lines
 from edgepet.reports.tables import Table, format_percent, left
-from edgepet.verbs.drawings import BoxesResult, Drawings, MaskResult, drawing_options, result_of, told, told_boxes
+from edgepet.verbs.drawings import (
+    BoxesResult,
+    Drawings,
+    MaskResult,
+    drawing_options,
+    result_of,
+    told,
+    told_boxes,
+    told_labels,
+)
 from edgepet.verbs.verb import (
     Options,
     Parser,
@@ -120,6 +129,8 @@ def _cell(answer: AnyResult) -> str:
         return told_boxes(answer.boxes)
     if isinstance(answer, (MaskAnswer, MaskResult)):
         return told(answer.classes)
+    if isinstance(answer, LabelsAnswer):
+        return told_labels(answer.labels)
     return ", ".join(f"{guess.label} {format_percent(guess.score)}" for guess in answer.top)
 
 

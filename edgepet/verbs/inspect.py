@@ -42,8 +42,8 @@ class UpdateCount:
 class HeadLine:
     """A head that reads maps: ``layers`` are kinds of layers in their order, ``values`` the numbers that they carry.
 
-    ``metric`` is "miou" of masks and "map" of boxes, and ``value`` what it was on ``n`` val images, None where it was
-    not judged.
+    ``metric`` is "miou" of masks and "map" of boxes and labels, and ``value`` what it was on ``n`` val images, None
+    where it was not judged.
     """
 
     name: str
@@ -233,9 +233,9 @@ def _signature(report: InspectReport) -> str:
 def _screen(report: InspectReport) -> Screen:
     size = sum(report.bytes_by_kind.values())
     settings = ", ".join(f"{key}={value}" for key, value in report.settings.items())
-    metrics = {"miou": "mIoU", "map": "AP"}
+    metrics = {"mask": "mIoU", "boxes": "AP", "labels": "mean AP"}
     judged = [
-        f"val {metrics[each.metric]} {format_percent(each.value)}" for each in report.heads if each.value is not None
+        f"val {metrics[each.answer]} {format_percent(each.value)}" for each in report.heads if each.value is not None
     ]
     scored = f"val {format_percent(report.val_top1)}" if report.val_top1 is not None else ""
     scored = ", ".join(filter(None, [scored, *judged])) or "not scored"

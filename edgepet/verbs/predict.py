@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 
-from edgepet.device.answers import ClassShare, FoundBox, boxed, masked
+from edgepet.device.answers import BoxesAnswer, ClassShare, FoundBox, LabelsAnswer, answered
 from edgepet.device.artifact import MANIFEST
 from edgepet.device.runtime import require_finite, scores_of
 from edgepet.device.runtimes import RUNTIMES
@@ -82,7 +82,14 @@ class SaidBoxes:
     drawn: Path | None
 
 
-AnySaid: TypeAlias = "Said | SaidMask | SaidBoxes"
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SaidLabels:
+    """The labels that one task says an image has, those at their threshold or above it."""
+
+    labels: tuple[Guess, ...]
+
+
+AnySaid: TypeAlias = "Said | SaidMask | SaidBoxes | SaidLabels"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -223,14 +230,13 @@ class Predictor:
         source = self._named[name]
         if source.answer == "class":
             return _said(logits, source.labels, top)
-        preprocess = source.preprocess
-        size = upright_size(path, preprocess, decode=True)
-        if source.answer == "boxes":
-            found = boxed(path.name, name, source.labels, logits, preprocess, size)
-            _, drawn = self._drawings.write(found, Input(path.name, path), alone=self._alone)
-            return SaidBoxes(boxes=found.boxes, drawn=drawn)
-        answer = masked(path.name, name, source.labels, logits, preprocess, size)
+        size = upright_size(path, source.preprocess, decode=True)
+        answer = answered(path.name, name, source.meaning, logits, source.preprocess, size)
+        if isinstance(answer, LabelsAnswer):
+            return SaidLabels(labels=tuple(Guess(label=each.label, score=each.score) for each in answer.labels))
         mask, drawn = self._drawings.write(answer, Input(path.name, path), alone=self._alone)
+        if isinstance(answer, BoxesAnswer):
+            return SaidBoxes(boxes=answer.boxes, drawn=drawn)
         return SaidMask(classes=answer.classes, mask=mask, drawn=drawn)
 
 
@@ -368,6 +374,8 @@ def _cell(said: AnySaid) -> str:
         return told_boxes(said.boxes)
     if isinstance(said, SaidMask):
         return told_classes(said.classes)
+    if isinstance(said, SaidLabels):
+        return ", ".join(f"{each.label} {format_percent(each.score)}" for each in said.labels) or "none"
     return ", ".join(f"{guess.label} {format_percent(guess.score)}" for guess in said.top)
 
 

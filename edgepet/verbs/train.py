@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -118,8 +118,8 @@ def train(
 
     Args:
         data: a folder with train/, val/ and perhaps test/, each of class folders; one folder of class folders; or one
-            of images with masks or boxes, of a kind that ``images.mask_folders`` or ``images.box_folders`` names: the
-            head then reads maps.
+            of images with masks, boxes or several labels, of a kind that ``images.mask_folders``,
+            ``images.box_folders`` or ``images.labels`` names.
         backbone: a timm name, ``NAME@FILE`` or ``demo:NAME``; or a network of your own, ``Backbone.from_module``.
         method: a method, or the name of one, whose settings are then ``options.settings``.
         options: how to train.
@@ -156,13 +156,15 @@ def train(
 def _train_dense(training: Training, task: str, codec: Rounding) -> DenseTrainReport:
     """A training of a head that reads maps."""
     from edgepet.tuning.box_training import BoxTask
-    from edgepet.tuning.dense_training import run_dense
+    from edgepet.tuning.dense_training import DenseTask, run_dense
+    from edgepet.tuning.label_training import LabelTask
     from edgepet.tuning.mask_training import MaskTask
 
     output, judged = training.output, Judged()
+    tasks: Mapping[str, DenseTask[Any]] = {"mask": MaskTask(), "boxes": BoxTask(), "labels": LabelTask()}
     made, seconds = run_training(
         training, lambda made: write_dense(output, made, codec, judged),
-        partial(run_dense, task=MaskTask() if task == "mask" else BoxTask()),
+        partial(run_dense, task=tasks[task]),
     )  # fmt: skip
     return report_dense(output, made, judged, seconds, log_dir(training))
 

@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from edgepet.deltas.delta import Delta
+from edgepet.deltas.delta import Delta, JudgedHead
 from edgepet.deltas.heads import Answer
 from edgepet.images.box_folders import is_box_folder
+from edgepet.images.labels import is_label_folder
 from edgepet.images.mask_folders import is_mask_folder
 from edgepet.methods.method import count
 from edgepet.packs.codecs import Rounding
@@ -95,6 +96,8 @@ def task_of(data: Path, asked: str | None) -> str:
     """
     if asked is not None or not data.is_dir():
         return asked or "class"
+    if is_label_folder(data):
+        return "labels"
     if is_box_folder(data):
         return "boxes"
     return "mask" if is_mask_folder(data) else "class"
@@ -117,7 +120,8 @@ class Judged:
             for place, each in enumerate(made.learnt):
                 one = replace(delta, heads=(delta.heads[place],))
                 network, row = MergedHead(made.backbone, one), ANSWERED[each.task.answer]
-                self._fits.append(row.judge(network, each.val, made.backbone.preprocess, one.heads[0].head.meaning))
+                meaning = replace(one.heads[0].head.meaning, thresholds=())  # they are chosen on these images
+                self._fits.append(row.judge(network, each.val, made.backbone.preprocess, meaning))
         return self._fits
 
 
@@ -127,8 +131,9 @@ def write_dense(output: Path, made: MadeDense, codec: Rounding, judged: Judged) 
 
     stored = read_pack(encode_pack(made.delta, codec=codec), answers=EVERY)
     heads = tuple(
-        replace(head, value=ANSWERED[head.head.answer].score(fit).value, n=len(made.val))
+        JudgedHead(head=row.settled(head.head, fit), value=row.score(fit).value, n=len(made.val))
         for head, fit in zip(stored.delta.heads, judged.fits(made, stored.delta), strict=True)
+        for row in [ANSWERED[head.head.answer]]
     )
     write_pack(output, probed(made.backbone, replace(stored.delta, heads=heads)), kept=stored.planes)
     keep_weights(made.backbone)
@@ -185,5 +190,5 @@ def dense_screen(report: DenseTrainReport) -> Screen:
         f" {format_seconds(report.seconds)} in all",
         f"  lowered equals tuned in float64: {report.algebra_max_abs:.1e}, limit {report.algebra_limit:.1e}",
         None if report.log_dir is None else f"  logged to {report.log_dir}",
-        f"next: {program()} predict {report.pack} IMAGE {row.shows}",
+        f"next: {program()} predict {report.pack} IMAGE {row.shows}".rstrip(),
     )
