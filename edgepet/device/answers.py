@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -12,7 +12,7 @@ from edgepet.deltas.delta import Delta
 from edgepet.deltas.detection import boxes_in, suppressed
 from edgepet.deltas.heads import Meaning, mask_of
 from edgepet.deltas.layer import sigmoid
-from edgepet.device.map_heads import map_head_of
+from edgepet.device.map_heads import map_head_of, map_heads_of
 from edgepet.device.runtime import scores_of
 from edgepet.images.masks import resized
 from edgepet.spec import NpArray, Preprocess
@@ -102,6 +102,18 @@ class LabelsAnswer:
     labels: tuple[Guess, ...]
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SeveralAnswers:
+    """What each of several heads of ``task`` says of an image, by the head's name; else as of ``Answer``.
+
+    Their own ``task`` is TASK.HEAD.
+    """
+
+    image: str
+    task: str
+    heads: Mapping[str, MaskAnswer | BoxesAnswer | LabelsAnswer]
+
+
 def classified(image: str, task: str, labels: Sequence[str], logits: NpArray, top: int) -> Answer:
     """The answer that one image's ``logits`` (C,) are, with the best ``top`` labels."""
     scores = scores_of(logits)
@@ -151,6 +163,20 @@ def answered(
     return made(image, task, meaning.labels, given, preprocess, size)
 
 
+def all_answered(
+    image: str, task: str, meanings: Sequence[Meaning], given: Sequence[NpArray], preprocess: Preprocess,
+    size: tuple[int, int],
+) -> MaskAnswer | BoxesAnswer | LabelsAnswer | SeveralAnswers:  # fmt: skip
+    """What the heads of a task say, of what each gives for one image of ``size`` (height, width)."""
+    if len(meanings) == 1:
+        return answered(image, task, meanings[0], given[0], preprocess, size)
+    heads = {
+        meaning.name: answered(image, f"{task}.{meaning.name}", meaning, each, preprocess, size)
+        for meaning, each in zip(meanings, given, strict=True)
+    }
+    return SeveralAnswers(image=image, task=task, heads=heads)
+
+
 def shares(mask: NpArray, labels: Sequence[str]) -> tuple[ClassShare, ...]:
     """What each label takes of ``mask``, the largest first; labels that no pixel has are left out."""
     parts = np.bincount(mask.ravel(), minlength=len(labels)) / mask.size
@@ -158,10 +184,16 @@ def shares(mask: NpArray, labels: Sequence[str]) -> tuple[ClassShare, ...]:
     return tuple(ClassShare(label=labels[place], pixels=float(parts[place])) for place in found)
 
 
+def meanings_of(delta: Delta) -> tuple[Meaning, ...]:
+    """What each head of a task answers."""
+    heads = tuple(head.meaning for head in map_heads_of(delta))
+    return heads or (Meaning(name="class", answer="class", labels=delta.labels),)
+
+
 def meaning_of(delta: Delta) -> Meaning:
     """What the one head of a task answers."""
-    head = map_head_of(delta)
-    return Meaning(name="class", answer="class", labels=delta.labels) if head is None else head.meaning
+    map_head_of(delta)
+    return meanings_of(delta)[0]
 
 
 def labels_of(delta: Delta) -> tuple[str, ...]:

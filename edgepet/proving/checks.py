@@ -13,7 +13,8 @@ from PIL import Image
 from edgepet.deltas.heads import mask_of
 from edgepet.deltas.layer import sigmoid
 from edgepet.deltas.probe import condensed, told_of
-from edgepet.device.artifact import Artifact, PlacesProbe, Probe
+from edgepet.device.artifact import Artifact
+from edgepet.device.model_heads import PlacesProbe, Probe
 from edgepet.device.pixels import FromPixels
 from edgepet.device.runner import ModelRunner
 from edgepet.errors import CheckError

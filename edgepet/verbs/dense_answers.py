@@ -41,8 +41,8 @@ class DenseScore:
     metric: str
     value: float
     n: int
-    low: float
-    high: float
+    low: float | None
+    high: float | None
     pixels: float | None = None
     map50: float | None = None
     recall: float | None = None
@@ -53,6 +53,14 @@ class DenseScore:
     def shown(self) -> list[str]:
         """The names of what JSON has."""
         return [field.name for field in fields(self) if getattr(self, field.name) is not None]
+
+
+def mean_of(scores: Sequence[DenseScore]) -> DenseScore:
+    """A score as it is, or the mean of those of several heads, which has no interval."""
+    if len(scores) == 1:
+        return scores[0]
+    value = sum(each.value for each in scores) / len(scores)
+    return DenseScore(metric="mean", value=value, n=scores[0].n, low=None, high=None)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -144,6 +144,7 @@ def train(
         data=Path(data), backbone=backbone, method=method, output=output, options=replace(options, **fields), say=say,
         stage=stage, tell=tell,
     )  # fmt: skip
+    training.options.check()
     task = task_of(Path(data), training.options.task)
     if task != "class":
         return _train_dense(training, task, codec)
@@ -156,7 +157,8 @@ def train(
 def _train_dense(training: Training, task: str, codec: Rounding) -> DenseTrainReport:
     """A training of a head that reads maps."""
     from edgepet.tuning.box_training import BoxTask
-    from edgepet.tuning.dense_training import DenseTask, run_dense
+    from edgepet.tuning.dense_tasks import DenseTask
+    from edgepet.tuning.dense_training import run_dense
     from edgepet.tuning.label_training import LabelTask
     from edgepet.tuning.mask_training import MaskTask
 
@@ -164,7 +166,7 @@ def _train_dense(training: Training, task: str, codec: Rounding) -> DenseTrainRe
     tasks: Mapping[str, DenseTask[Any]] = {"mask": MaskTask(), "boxes": BoxTask(), "labels": LabelTask()}
     made, seconds = run_training(
         training, lambda made: write_dense(output, made, codec, judged),
-        partial(run_dense, task=tasks[task]),
+        partial(run_dense, tasks=[tasks[each] for each in task.split(",")]),
     )  # fmt: skip
     return report_dense(output, made, judged, seconds, log_dir(training))
 

@@ -20,8 +20,9 @@ from edgepet.packs.pack import EVERY, encode_pack, read_pack, write_pack
 from edgepet.proving.probing import probed
 from edgepet.reports.screen import Screen, lines, program
 from edgepet.reports.tables import format_bytes, format_number, format_percent, format_seconds
+from edgepet.tuning.recipes import BETWEEN
 from edgepet.tuning.work_folder import HELD_OUT, work_folder, write_work
-from edgepet.verbs.dense_answers import ANSWERED, ClassScore, DenseScore
+from edgepet.verbs.dense_answers import ANSWERED, ClassScore, DenseScore, mean_of
 
 if TYPE_CHECKING:
     from edgepet.networks.backbone import Backbone
@@ -39,35 +40,17 @@ class DenseBackbone:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class DenseTrainReport:
-    """What ``train`` made of images with masks or boxes. ``val`` is of the pack as stored, in float32, on images as
-    they are; ``scores`` are of the classes that it is the mean of, ``answer`` says of what.
-
-    ``trainable_params`` leaves the head out, ``head_params`` are the values that are shipped. ``algebra_max_abs`` is
-    the largest difference between what was tuned and what it lowers to, in float64; of boxes before the best are
-    chosen.
+class HeadReport:
+    """One head: its form, the values that are shipped, and what it comes to on val; ``scores`` are of the classes that
+    ``val`` is the mean of.
     """
 
-    pack: Path
-    work: Path
-    method: str
+    name: str
+    answer: Answer
     head: str
-    trainable_params: int
     head_params: int
-    pack_bytes: int
-    epochs: int
-    epochs_run: int
-    best_epoch: int
-    seconds: float
-    images_per_second: float
-    precision: str
     val: DenseScore
     scores: tuple[ClassScore, ...]
-    algebra_max_abs: float
-    algebra_limit: float
-    backbone: DenseBackbone
-    log_dir: Path | None
-    answer: Answer
 
     @property
     def classes(self) -> tuple[Mapping[str, object], ...]:
@@ -77,8 +60,61 @@ class DenseTrainReport:
     @property
     def shown(self) -> list[str]:
         """The names of what JSON has."""
-        names = [field.name for field in fields(self) if field.name != "answer"]
-        return ["classes" if name == "scores" else name for name in names]
+        return ["classes" if field.name == "scores" else field.name for field in fields(self)]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DenseTrainReport:
+    """What ``train`` made of images with masks, boxes or several labels, or with several of these.
+
+    ``val`` is of the pack as stored, in float32, on images as they are; of several ``heads`` their mean, which has no
+    interval. ``trainable_params`` leaves heads out, ``head_params`` are the values that are shipped.
+    ``algebra_max_abs`` is the largest difference between what was tuned and what it lowers to, in float64; of boxes
+    before the best are chosen.
+    """
+
+    pack: Path
+    work: Path
+    method: str
+    trainable_params: int
+    pack_bytes: int
+    epochs: int
+    epochs_run: int
+    best_epoch: int
+    seconds: float
+    images_per_second: float
+    precision: str
+    heads: tuple[HeadReport, ...]
+    algebra_max_abs: float
+    algebra_limit: float
+    backbone: DenseBackbone
+    log_dir: Path | None
+
+    @property
+    def head(self) -> str:
+        """The form of the head, or of all, as the option asks for them."""
+        return BETWEEN.join(each.head for each in self.heads)
+
+    @property
+    def head_params(self) -> int:
+        """Values of all heads."""
+        return sum(each.head_params for each in self.heads)
+
+    @property
+    def val(self) -> DenseScore:
+        """That of the one head, or the mean of all."""
+        return mean_of([each.val for each in self.heads])
+
+    @property
+    def classes(self) -> tuple[Mapping[str, object], ...]:
+        """Those of the one head."""
+        return self.heads[0].classes
+
+    @property
+    def shown(self) -> list[str]:
+        """The names of what JSON has: of one head what it came to, beside all else."""
+        names = [field.name for field in fields(self) if field.name != "heads"]
+        return [*names, "head", "head_params", "val", "classes" if len(self.heads) == 1 else "heads"]
 
 
 def backbone_facts(backbone: Backbone) -> DenseBackbone:
@@ -148,15 +184,12 @@ def report_dense(
     """The report of a training whose pack was written."""
     backbone, model, fitted = made.backbone, made.model, made.fitted
     delta = read_pack(output, answers=EVERY).delta
-    (learnt,), (head,), (fit,) = made.learnt, delta.heads, judged.fits(made, delta)
-    row = ANSWERED[learnt.task.answer]
+    rows = zip(made.learnt, model.forms, delta.heads, judged.fits(made, delta), strict=True)
     return DenseTrainReport(
         pack=output,
         work=work_folder(output),
         method=model.method.name,
-        head=str(model.form.form),
         trainable_params=count(model.method, backbone.layers, backbone.tensors),
-        head_params=head.head.stored_values,
         pack_bytes=output.stat().st_size,
         epochs=made.plan.epochs,
         epochs_run=fitted.epochs,
@@ -164,31 +197,46 @@ def report_dense(
         seconds=seconds,
         images_per_second=fitted.images_per_second,
         precision="bf16" if made.plan.autocast else "fp32",
-        val=row.score(fit),
-        scores=row.classes(fit, head.head.labels, learnt.counts.tolist()),
+        heads=tuple(
+            HeadReport(
+                name=judged_head.head.name,
+                answer=learnt.task.answer,
+                head=str(form.form),
+                head_params=judged_head.head.stored_values,
+                val=ANSWERED[learnt.task.answer].score(fit),
+                scores=ANSWERED[learnt.task.answer].classes(fit, learnt.train.classes, learnt.counts.tolist()),
+            )
+            for learnt, form, judged_head, fit in rows
+        ),
         algebra_max_abs=made.proof[0],
         algebra_limit=made.proof[1],
         backbone=backbone_facts(backbone),
         log_dir=log_dir,
-        answer=learnt.task.answer,
     )
 
 
 def dense_screen(report: DenseTrainReport) -> Screen:
     """What people see of it."""
     ended = f", ended after {report.epochs_run}" if report.epochs_run < report.epochs else ""
-    row, val = ANSWERED[report.answer], report.val
+    told, shows = list[str](), ""
+    for each in report.heads:
+        row, val = ANSWERED[each.answer], each.val
+        shows = shows or row.shows
+        name = f"{each.name}: " if len(report.heads) > 1 else ""
+        told += [
+            f"  {name}val {row.title} {format_percent(val.value)}{row.told(val)[0]}, as stored;"
+            f" epoch {report.best_epoch} of {report.epochs}{ended}",
+            f"  95 % interval {format_percent(val.low)} to {format_percent(val.high)}",
+            *row.lines(each.scores),
+        ]
     yield lines(
         f"{report.pack}  {format_bytes(report.pack_bytes)}",
         f"  {report.method} on {report.backbone.name}: {format_number(report.trainable_params)} parameters"
         f" and a head {report.head} of {format_number(report.head_params)}",
-        f"  val {row.title} {format_percent(val.value)}{row.told(val)[0]}, as stored;"
-        f" epoch {report.best_epoch} of {report.epochs}{ended}",
-        f"  95 % interval {format_percent(val.low)} to {format_percent(val.high)}",
-        *row.lines(report.scores),
+        *told,
         f"  {format_number(report.images_per_second)} images/s in {report.precision},"
         f" {format_seconds(report.seconds)} in all",
         f"  lowered equals tuned in float64: {report.algebra_max_abs:.1e}, limit {report.algebra_limit:.1e}",
         None if report.log_dir is None else f"  logged to {report.log_dir}",
-        f"next: {program()} predict {report.pack} IMAGE {row.shows}".rstrip(),
+        f"next: {program()} predict {report.pack} IMAGE {shows}".rstrip(),
     )
