@@ -268,12 +268,6 @@ def test_a_head_reads_as_it_is_written() -> None:
         assert str(head_form(text)) == text
 
 
-def test_pretrain_takes_class_folders(place: Path) -> None:
-    given = arguments(place, "broad.work", task="mask")
-
-    assert "--task: pretrain takes class folders, got mask" in refused(3, "pretrain", *given[1:])
-
-
 def test_judging_brings_masks_to_the_size_of_images(trained: Any, place: Path) -> None:
     """A network that answers the truth at a coarse stride is right but for the borders."""
     images = open_masks(place / "data", "test")

@@ -22,6 +22,7 @@ from edgepet.errors import CheckError, InputError
 from edgepet.packs.pack import EVERY, encode_pack, read_pack, write_pack
 from edgepet.proving.subject import one_head
 from edgepet.tuning.dense import MergedHead
+from edgepet.tuning.work_folder import read_work
 from tests.box_folders import CATEGORIES
 from tests.box_packs import require_same_boxes
 from tests.flow import RUNTIMES, has_openvino, refused
@@ -246,6 +247,46 @@ def test_weights_of_losses_and_the_start_of_another_training_take_part(trained: 
     arrays = {name: np.concatenate([x.ravel() for x in delta.arrays()]) for name, delta in deltas.items()}
     assert np.abs(arrays["heavy"] - arrays["plain"]).max() > 1e-3
     assert np.abs(arrays["begun"] - arrays["plain"]).max() > 1e-3
+
+
+def test_pretrain_on_all_and_train_on_each_from_there(place: Path) -> None:
+    given = arguments(place, "broad.work", epochs=1)
+    broad = command("pretrain", *given[1:], "--json", "--quiet")
+    assert broad.code == 0, broad.err
+
+    work = read_work(place / "broad.work")
+    assert [each["name"] for each in broad.json["heads"]] == list(HEADS)
+    assert broad.json["val"]["metric"] == "mean"
+    assert work.method == "ssf"
+    assert not (place / "broad.checkpoint").exists()
+    for task, head in (("boxes", "fcos,width=8,depth=1"), ("mask", "linear"), ("labels", "pooled")):
+        begun = command(
+            *arguments(place, f"on-{task}.pet", task=task, head=head, epochs=1, lr=1e-6, init=place / "broad.work"),
+            "--json",
+            "--quiet",
+        )
+        assert begun.code == 0, begun.err
+        started = read_work(place / f"on-{task}.work").tensors
+        assert max(float(np.abs(started[name] - x).max()) for name, x in work.tensors.items()) < 1e-4
+
+
+def test_pretraining_is_told_to_people(place: Path) -> None:
+    said = command("pretrain", *arguments(place, "told.work", epochs=1)[1:])
+
+    assert said.code == 0, said.err
+    assert [line.split(":")[0].strip() for line in said.out.splitlines() if ": val " in line] == list(HEADS)
+    assert "--init" in said.out
+
+
+def test_inspect_tells_the_classes_of_each_head(trained: Any, place: Path) -> None:
+    for model in (place / "scene.pet", place / "out/scene-onnx-fp32"):
+        said = command("inspect", model, "--json", "--quiet").json
+        lines = command("inspect", model).out.splitlines()
+
+        assert [(each["name"], each["answer"], each["classes"]) for each in said["heads"]] == [
+            ("boxes", "boxes", list(CATEGORIES)), ("mask", "mask", list(MASKED)), ("labels", "labels", list(MASKED)),
+        ]  # fmt: skip
+        assert "  labels: 3 classes: ground, round, square" in lines
 
 
 def test_a_pack_whose_second_head_answers_otherwise_is_not_installed(trained: Any, place: Path, tmp_path: Path) -> None:

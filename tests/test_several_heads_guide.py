@@ -48,9 +48,11 @@ def test_the_guide_of_several_heads_is_what_happens(tmp_path: Path, monkeypatch:
         for line in (line for line in text.splitlines() if line.startswith("edgepet ")):
             for written, used in instead.items():
                 line = line.replace(written, used)
-            said = edgepet(*shlex.split(line + (FEW if line.startswith("edgepet train") else ""))[1:])
+            said = edgepet(
+                *shlex.split(line + (FEW if line.startswith(("edgepet train", "edgepet pretrain")) else ""))[1:]
+            )
             assert said.code == 0, (line, said.err)
             ran.append(line.split()[1])
 
     assert programs == 1
-    assert ran == ["train", "eval", "train", "predict", *["device"] * 3, "export", "verify"]
+    assert ran == ["train", "eval", "pretrain", "train", "predict", *["device"] * 3, "export", "verify"]

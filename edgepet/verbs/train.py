@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -29,7 +29,15 @@ from edgepet.reports.tables import format_bytes, format_number, format_percent, 
 from edgepet.spec import FilePath
 from edgepet.tuning.options import TrainOptions
 from edgepet.tuning.work_folder import HELD_OUT, work_folder, write_work
-from edgepet.verbs.train_dense import DenseTrainReport, Judged, dense_screen, report_dense, task_of, write_dense
+from edgepet.verbs.train_dense import (
+    DenseTrainReport,
+    Judged,
+    dense_screen,
+    dense_tasks,
+    report_dense,
+    task_of,
+    write_dense,
+)
 from edgepet.verbs.training import DEFAULTS, asked_options, training_options
 from edgepet.verbs.verb import Options, Parser, Verb, output_option, require_pack_place, require_task_name
 
@@ -155,19 +163,13 @@ def train(
 
 
 def _train_dense(training: Training, task: str, codec: Rounding) -> DenseTrainReport:
-    """A training of a head that reads maps."""
-    from edgepet.tuning.box_training import BoxTask
-    from edgepet.tuning.dense_tasks import DenseTask
+    """A training of heads that read maps."""
     from edgepet.tuning.dense_training import run_dense
-    from edgepet.tuning.label_training import LabelTask
-    from edgepet.tuning.mask_training import MaskTask
 
     output, judged = training.output, Judged()
-    tasks: Mapping[str, DenseTask[Any]] = {"mask": MaskTask(), "boxes": BoxTask(), "labels": LabelTask()}
     made, seconds = run_training(
-        training, lambda made: write_dense(output, made, codec, judged),
-        partial(run_dense, tasks=[tasks[each] for each in task.split(",")]),
-    )  # fmt: skip
+        training, lambda made: write_dense(output, made, codec, judged), partial(run_dense, tasks=dense_tasks(task))
+    )
     return report_dense(output, made, judged, seconds, log_dir(training))
 
 

@@ -26,6 +26,7 @@ from edgepet.verbs.dense_answers import ANSWERED, ClassScore, DenseScore, mean_o
 
 if TYPE_CHECKING:
     from edgepet.networks.backbone import Backbone
+    from edgepet.tuning.dense_tasks import DenseTask
     from edgepet.tuning.dense_training import MadeDense
 
 
@@ -163,8 +164,6 @@ class Judged:
 
 def write_dense(output: Path, made: MadeDense, codec: Rounding, judged: Judged) -> None:
     """The pack, with what ``judged`` says of what it stores and not of what was trained, and its work folder."""
-    from edgepet.exporters.trace import keep_weights
-
     stored = read_pack(encode_pack(made.delta, codec=codec), answers=EVERY)
     heads = tuple(
         JudgedHead(head=row.settled(head.head, fit), value=row.score(fit).value, n=len(made.val))
@@ -172,10 +171,17 @@ def write_dense(output: Path, made: MadeDense, codec: Rounding, judged: Judged) 
         for row in [ANSWERED[head.head.answer]]
     )
     write_pack(output, probed(made.backbone, replace(stored.delta, heads=heads)), kept=stored.planes)
+    keep_dense_work(work_folder(output), made)
+
+
+def keep_dense_work(folder: Path, made: MadeDense) -> None:
+    """Write a training's work folder, and its backbone where graphs lie: a pack finds it there again."""
+    from edgepet.exporters.trace import keep_weights
+
     keep_weights(made.backbone)
     spread = np.random.default_rng(0).permutation(len(made.val))[:HELD_OUT]
     pixels, labels = np.asarray(made.val.pixels[spread]), made.val.labels[spread]
-    write_work(work_folder(output), made.delta, made.model.arrays(), pixels, labels)
+    write_work(folder, made.delta, made.model.arrays(), pixels, labels)
 
 
 def report_dense(
@@ -184,7 +190,6 @@ def report_dense(
     """The report of a training whose pack was written."""
     backbone, model, fitted = made.backbone, made.model, made.fitted
     delta = read_pack(output, answers=EVERY).delta
-    rows = zip(made.learnt, model.forms, delta.heads, judged.fits(made, delta), strict=True)
     return DenseTrainReport(
         pack=output,
         work=work_folder(output),
@@ -197,17 +202,7 @@ def report_dense(
         seconds=seconds,
         images_per_second=fitted.images_per_second,
         precision="bf16" if made.plan.autocast else "fp32",
-        heads=tuple(
-            HeadReport(
-                name=judged_head.head.name,
-                answer=learnt.task.answer,
-                head=str(form.form),
-                head_params=judged_head.head.stored_values,
-                val=ANSWERED[learnt.task.answer].score(fit),
-                scores=ANSWERED[learnt.task.answer].classes(fit, learnt.train.classes, learnt.counts.tolist()),
-            )
-            for learnt, form, judged_head, fit in rows
-        ),
+        heads=head_reports(made, delta, judged),
         algebra_max_abs=made.proof[0],
         algebra_limit=made.proof[1],
         backbone=backbone_facts(backbone),
@@ -215,25 +210,57 @@ def report_dense(
     )
 
 
+def head_reports(made: MadeDense, delta: Delta, judged: Judged) -> tuple[HeadReport, ...]:
+    """What each head of ``delta`` has come to."""
+    rows = zip(made.learnt, made.model.forms, delta.heads, judged.fits(made, delta), strict=True)
+    return tuple(
+        HeadReport(
+            name=each.head.name,
+            answer=learnt.task.answer,
+            head=str(form.form),
+            head_params=each.head.stored_values,
+            val=ANSWERED[learnt.task.answer].score(fit),
+            scores=ANSWERED[learnt.task.answer].classes(fit, learnt.train.classes, learnt.counts.tolist()),
+        )
+        for learnt, form, each, fit in rows
+    )
+
+
+def dense_tasks(asked: str) -> list[DenseTask[Any]]:
+    """What is trained for, of names with a comma between."""
+    from edgepet.tuning.box_training import BoxTask
+    from edgepet.tuning.label_training import LabelTask
+    from edgepet.tuning.mask_training import MaskTask
+
+    known: Mapping[str, DenseTask[Any]] = {"mask": MaskTask(), "boxes": BoxTask(), "labels": LabelTask()}
+    return [known[name] for name in asked.split(",")]
+
+
+def head_lines(heads: Sequence[HeadReport], epoch: str, stored: str = ", as stored") -> list[str]:
+    """What people see of heads; ``epoch`` is what is said of the one that was kept."""
+    told = list[str]()
+    for each in heads:
+        row, val = ANSWERED[each.answer], each.val
+        name = f"{each.name}: " if len(heads) > 1 else ""
+        told += [
+            f"  {name}val {row.title} {format_percent(val.value)}{row.told(val)[0]}{stored}; {epoch}",
+            *([] if val.low is None or val.high is None else
+              [f"  95 % interval {format_percent(val.low)} to {format_percent(val.high)}"]),
+            *row.lines(each.scores),
+        ]  # fmt: skip
+    return told
+
+
 def dense_screen(report: DenseTrainReport) -> Screen:
     """What people see of it."""
     ended = f", ended after {report.epochs_run}" if report.epochs_run < report.epochs else ""
-    told, shows = list[str](), ""
-    for each in report.heads:
-        row, val = ANSWERED[each.answer], each.val
-        shows = shows or row.shows
-        name = f"{each.name}: " if len(report.heads) > 1 else ""
-        told += [
-            f"  {name}val {row.title} {format_percent(val.value)}{row.told(val)[0]}, as stored;"
-            f" epoch {report.best_epoch} of {report.epochs}{ended}",
-            f"  95 % interval {format_percent(val.low)} to {format_percent(val.high)}",
-            *row.lines(each.scores),
-        ]
+    shows = next((row.shows for row in (ANSWERED[each.answer] for each in report.heads) if row.shows), "")
+    count, forms = len(report.heads), f"head{'s' if len(report.heads) > 1 else ''} {report.head}"
     yield lines(
         f"{report.pack}  {format_bytes(report.pack_bytes)}",
         f"  {report.method} on {report.backbone.name}: {format_number(report.trainable_params)} parameters"
-        f" and a head {report.head} of {format_number(report.head_params)}",
-        *told,
+        f" and {'a ' if count == 1 else ''}{forms} of {format_number(report.head_params)}",
+        *head_lines(report.heads, f"epoch {report.best_epoch} of {report.epochs}{ended}"),
         f"  {format_number(report.images_per_second)} images/s in {report.precision},"
         f" {format_seconds(report.seconds)} in all",
         f"  lowered equals tuned in float64: {report.algebra_max_abs:.1e}, limit {report.algebra_limit:.1e}",
