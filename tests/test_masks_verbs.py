@@ -228,7 +228,7 @@ def test_masks_are_checked_before_anything_is_tuned(place: Path, tmp_path: Path)
         ({"balance": "sampling"}, "--task mask: has no images of a class, got --balance sampling\n  fix: weigh classes with --balance weights, or add --dice 1"),
         ({"head": "mlp,maps=7"}, "--head: needs maps that the backbone has, 0 of stride 16, 1 of stride 16, 2 of stride 16, 3 of stride 16, got 7"),
         ({"head": "fcos"}, "--task mask: needs a head of linear, mlp, score, got --head fcos"),
-        ({"head": "unet"}, "--head: is linear, mlp, fcos, score, got 'unet'"),
+        ({"head": "unet"}, "--head: is linear, mlp, fcos, pooled, score, got 'unet'"),
         ({"dice": -1}, "--dice: must be at least 0 and finite, got -1.0"),
     ],
 )  # fmt: skip
@@ -240,7 +240,7 @@ def test_what_masks_do_not_do_is_refused(more: dict[str, object], told: str, pla
     ("text", "told"),
     [
         ("linear,width=3", "`head`: linear knows the settings maps, norm, language, aux, got 'width'"),
-        ("fcos,depthwise=true", "`head`: fcos knows the settings width, maps, depth, norm, got 'depthwise'"),
+        ("fcos,depthwise=true", "`head`: fcos knows the settings width, maps, depth, norm, language, scores, context, inner, aux, got 'depthwise'"),
         ("fcos,depth=3", "`head`: needs a depth from 1 to 2, got 3"),
         ("mlp,width=0", "`head`: needs a width from 1 to 1024, got 0"),
         ("mlp,width=2.5", "`head`: needs a width from 1 to 1024, got 2.5"),
@@ -266,12 +266,6 @@ def test_a_head_reads_as_it_is_written() -> None:
         "mlp,width=64,depthwise=false,maps=0/3,norm=false,separation=true",
     ):
         assert str(head_form(text)) == text
-
-
-def test_pretrain_takes_class_folders(place: Path) -> None:
-    given = arguments(place, "broad.work", task="mask")
-
-    assert "--task: pretrain takes class folders, got mask" in refused(3, "pretrain", *given[1:])
 
 
 def test_judging_brings_masks_to_the_size_of_images(trained: Any, place: Path) -> None:

@@ -83,6 +83,10 @@ class TextTable:
             told += [("", others)] if others else []
             got = " and ".join(f"{before}{format_names(names[:_SHOWN])}" for before, names in told)
             raise InputError(self.where, f"needs the {len(labels)} classes of the task, in any order", got=got)
+        return self.only(labels)
+
+    def only(self, labels: Sequence[str]) -> TextTable:
+        """The rows of ``labels``, which are among its classes, in their order."""
         order = [self.classes.index(name) for name in labels]
         return replace(self, classes=tuple(labels), vectors=self.vectors[order])
 

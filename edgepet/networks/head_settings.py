@@ -1,4 +1,4 @@
-"""What a head for masks or boxes is asked to be, before there is one. No torch."""
+"""What a head for masks, boxes or labels is asked to be, before there is one. No torch."""
 
 from __future__ import annotations
 
@@ -13,8 +13,14 @@ from edgepet.deltas.weightless import LARGEST_FACTOR
 from edgepet.errors import InputError, option
 from edgepet.spec import NpArray, spelled_size
 
-FormName: TypeAlias = Literal["linear", "mlp", "fcos", "score"]
-FORMS: dict[FormName, Answer] = {"linear": "mask", "mlp": "mask", "fcos": "boxes", "score": "mask"}  # what each answers
+FormName: TypeAlias = Literal["linear", "mlp", "fcos", "pooled", "score"]
+FORMS: dict[FormName, Answer] = {  # what each answers
+    "linear": "mask",
+    "mlp": "mask",
+    "fcos": "boxes",
+    "pooled": "labels",
+    "score": "mask",
+}
 MOST_DEPTH = 2  # of towers: three levels of two towers have 36 layers then
 MOST_CONTEXT, CONTEXT_HEADS = 3, 4  # layers of a context decoder, as published, and heads of its attention
 MOST_LANGUAGE = 8  # heads of attention to text
@@ -35,13 +41,13 @@ class Form:
     ``norm`` puts a layer norm without weights on each of them first, as ConvNeXt and HorNet have one there for dense
     tasks. ``width`` is of ``mlp`` and ``fcos``. ``depthwise``, a 3 x 3 convolution of every channel and a product
     behind the fusion, is of ``mlp``, and so is ``separation`` (``networks.separation``), which reads two maps or more;
-    ``depth``, the number of such pairs in each tower, of ``fcos``.
+    ``depth``, the number of such pairs in each tower, of ``fcos``. ``pooled`` reads pooled features and has no setting.
 
     ``score`` compares places with the vectors of ``text``, and is the answer, or with ``mlp`` read by that head beside
     the maps; ``context`` layers of a decoder, ``inner`` wide, let the text see the image, ``residual`` learns what is
-    added to it, and with ``clip`` it begins with the ``projection`` (C, d) of a CLIP image tower. All others have
-    ``language`` heads of attention to text, and ``fcos`` has score maps beside its last map with ``scores``. ``aux``
-    judges score maps that are not the answer while the head is trained.
+    added to it, and with ``clip`` it begins with the ``projection`` (C, d) of a CLIP image tower. ``linear``, ``mlp``
+    and ``fcos`` have ``language`` heads of attention to text, and ``fcos`` score maps beside its last map with
+    ``scores``. ``aux`` judges score maps that are not the answer while the head is trained.
     """
 
     name: FormName = "mlp"
@@ -63,6 +69,8 @@ class Form:
     projection: NpArray | None = None
 
     def __str__(self) -> str:
+        if self.name == "pooled":
+            return self.name
         maps = ("maps=" + "/".join(map(str, self.maps)),) if self.maps else ()
         if self.name == "score":
             return ",".join((self.name, *self._scored(), *maps))
@@ -116,6 +124,8 @@ class Form:
             InputError: a number that no map has, one map where ``separation`` needs two, or maps whose sides are no
                 powers of two of one another.
         """
+        if self.name == "pooled":
+            return tuple(each for each in maps if each.name == FEATURES)
         maps = [each for each in maps if each.name != FEATURES]
         absent = [number for number in self.maps if number >= len(maps)]
         if absent:

@@ -13,9 +13,10 @@ from torch import Tensor, nn
 
 from edgepet.deltas.delta import NO_CLASSIFIER, Delta, JudgedHead, Score
 from edgepet.deltas.heads import FEATURES, Answer, MapHead
+from edgepet.deltas.joined import answer_shapes, apart, as_rows
 from edgepet.deltas.layers import Shape
 from edgepet.deltas.merge import fold_all, task_tensors
-from edgepet.device.map_heads import map_head_of
+from edgepet.device.map_heads import map_heads_of
 from edgepet.images.batches import batched
 from edgepet.methods import Method
 from edgepet.methods.method import unflatten
@@ -25,6 +26,7 @@ from edgepet.networks.graft import grafted, in_torch
 from edgepet.networks.head_forms import Beside, HeadForm, MapForm, MaskForm
 from edgepet.networks.head_settings import Form, FormName, features_map
 from edgepet.networks.heads import HeadNetwork
+from edgepet.networks.label_forms import LabelForm
 from edgepet.networks.maps import taking
 from edgepet.networks.merged import merged_logits
 from edgepet.networks.score_forms import ScoreForm
@@ -33,7 +35,13 @@ from edgepet.tuning.fake_quant import FakeQuant
 from edgepet.tuning.model import TunedModel, lowered
 from edgepet.tuning.noise import Noise
 
-FORMS: Mapping[FormName, type[MapForm]] = {"linear": HeadForm, "mlp": HeadForm, "fcos": BoxForm, "score": ScoreForm}
+FORMS: Mapping[FormName, type[MapForm]] = {
+    "linear": HeadForm,
+    "mlp": HeadForm,
+    "fcos": BoxForm,
+    "pooled": LabelForm,
+    "score": ScoreForm,
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -216,7 +224,7 @@ def _lowered(form: MapForm) -> MapHead:
 
 
 def stored_answers(backbone: Backbone, delta: Delta, images: NpArray) -> NpArray:
-    """What the one head of ``delta`` answers, as it is stored and run by torch in float32.
+    """What the heads of ``delta`` answer, in ``as_rows``, as it is stored and run by torch in float32.
 
     Args:
         images: preprocessed float32 (n, 3, H, W), or clips (n, frames, 3, H, W).
@@ -225,33 +233,37 @@ def stored_answers(backbone: Backbone, delta: Delta, images: NpArray) -> NpArray
         Logits (n, C), of masks (n, C, h, w), or boxes (n, boxes, 6).
 
     Raises:
-        BackboneError, InputError: as ``task_tensors`` and ``map_head_of``.
+        BackboneError, InputError: as ``task_tensors`` and ``map_heads_of``.
     """
-    if map_head_of(delta) is None:
+    if not map_heads_of(delta):
         return merged_logits(backbone, delta, images)
     return batched(MergedHead(backbone, delta), images)
 
 
 class MergedHead:
-    """A pack as stored, run by torch in float32: its delta folded into the backbone, its branches and head beside it.
+    """A pack as stored, run by torch in float32: its delta folded into the backbone, its branches and heads beside it.
 
     Raises:
-        BackboneError, InputError: as ``task_tensors``, or maps that the head cannot read.
+        BackboneError, InputError: as ``task_tensors``, or maps that a head cannot read.
     """
 
     def __init__(self, backbone: Backbone, delta: Delta) -> None:
         self._backbone, self._maps = backbone, backbone.maps
-        head = delta.heads[0].head
-        head.shapes(self._maps, width=backbone.width)
+        heads = [each.head for each in delta.heads]
+        self.shapes = answer_shapes(heads, self._maps, backbone.width)
         tensors = task_tensors(backbone.base, delta)
         self._branches = in_torch([branch.with_tensors(tensors) for branch in delta.branches])
         self._state = {name: torch.from_numpy(np.array(tensors[name])) for name in backbone.tensors}
-        self._head = HeadNetwork(head.astype(np.float32))
+        self._heads = [HeadNetwork(head.astype(np.float32)) for head in heads]
 
     def __call__(self, images: NpArray) -> NpArray:
-        """What the head gives, of preprocessed float32 images (n, 3, H, W)."""
+        """What the heads give, in ``as_rows``, of preprocessed float32 images (n, 3, H, W)."""
         module, inputs = self._backbone.module, (torch.from_numpy(images),)
         with torch.no_grad(), grafted(module, self._branches), taking(module, self._maps) as taken:
             features = torch.func.functional_call(module, self._state, inputs, tie_weights=False)
-            logits: NpArray = self._head({**taken, "features": features}).numpy()
-        return logits
+            answers = [head({**taken, FEATURES: features}).numpy() for head in self._heads]
+        return as_rows(answers)
+
+    def each(self, images: NpArray) -> tuple[NpArray, ...]:
+        """What each head gives."""
+        return apart(self(images), self.shapes)

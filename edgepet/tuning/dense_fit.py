@@ -8,7 +8,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Generic, Protocol, TypeVar, cast
+from typing import Any, ClassVar, Generic, Protocol, Self, TypeVar, cast
 
 import numpy as np
 import torch
@@ -72,6 +72,11 @@ class Objective(ABC, Generic[GivenT]):
 
     def __init__(self, form: MapForm, preprocess: Preprocess, plan: Plan, *, weight: float = 1.0) -> None:
         self.form, self.preprocess, self.plan, self.weight = form, preprocess, plan, weight
+
+    def weighing(self, weight: float) -> Self:
+        """The same, whose loss counts ``weight``."""
+        self.weight = weight
+        return self
 
     @abstractmethod
     def given(self, model: DenseModel, maps: Mapping[str, Tensor]) -> GivenT:

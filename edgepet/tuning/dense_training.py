@@ -1,4 +1,4 @@
-"""One training of a head that reads maps: what is asked of it, the fit, and the proof of what it lowers to.
+"""One training of heads that read maps: what is asked of it, the fit, and the proof of what they lower to.
 
 As ``training`` is for classifiers. Needs the ``train`` extra.
 """
@@ -7,98 +7,54 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from itertools import chain
-from pathlib import Path
-from typing import Any, ClassVar, Protocol, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
 
 from edgepet.canonical import canonical_json
 from edgepet.deltas.delta import Delta
-from edgepet.deltas.heads import Answer
 from edgepet.errors import InputError, option
 from edgepet.files import require_space
-from edgepet.images.folders import PassedOver, Split
 from edgepet.images.held import Shape, Turn, features_folder, hold, load_held, pixels_folder
 from edgepet.images.masks import squashed
 from edgepet.images.notes import passed_over, tell_nobody
 from edgepet.images.preprocess import normalize
-from edgepet.images.sets import ImageSet
 from edgepet.measuring.machine import free_memory_bytes
 from edgepet.methods import Method, configure
 from edgepet.methods.settings import stored
 from edgepet.networks.backbone import Backbone
-from edgepet.networks.head_forms import MapForm
-from edgepet.networks.head_settings import FORMS, Form
+from edgepet.networks.head_settings import Form
 from edgepet.packs.pack import EVERY, encode_pack, read_pack
 from edgepet.reports.tables import format_bytes, format_names
 from edgepet.spec import NpArray, Preprocess
 from edgepet.tuning.checkpoint import Keeper, checkpoint_file, ends_when_asked, identity_of
 from edgepet.tuning.computing import computing, device_of
 from edgepet.tuning.dense import DenseModel, dense_algebra_error, extract_dense
-from edgepet.tuning.dense_fit import DensePixels, Objective, fill_rows, fit_dense
+from edgepet.tuning.dense_fit import DensePixels, fill_rows, fit_dense
+from edgepet.tuning.dense_tasks import DenseTask, Learnt, aligned, asked_forms, spelled
 from edgepet.tuning.fit import Fit, Plan
-from edgepet.tuning.joint import joint_augmentations
 from edgepet.tuning.model import require_algebra
-from edgepet.tuning.options import TrainOptions
 from edgepet.tuning.processes import Processes
-from edgepet.tuning.recipes import head_form
+from edgepet.tuning.recipes import task_weights
 from edgepet.tuning.remembered import Place, no_room
 from edgepet.tuning.training import (
     Training,
     backbone_of,
-    began_with,
     check_asked,
     chosen_of,
     held_bytes,
     plan_of,
     provenance_of,
+    start_model,
+    started_from,
 )
-from edgepet.tuning.words import facts_of_text, projected, worded
+from edgepet.tuning.words import facts_of_text, worded
 from edgepet.tuning.work_folder import HELD_OUT
 
-_REFUSED = ("shots", "frames", "consistency", "backbone_precision")  # of no head that reads maps
-_OWN = frozenset(("balance", "dice"))  # of some
-
 ALGEBRA_IMAGES = 4  # float64 is slow, and heads are computed by their NumPy definitions
-
-
-class DenseSet(Protocol):
-    """Images with their truths, of one answer: ``MaskSet`` and its like."""
-
-    @property
-    def classes(self) -> tuple[str, ...]:
-        """The names of what truths hold."""
-
-    @property
-    def paths(self) -> tuple[Path, ...]:
-        """The image files."""
-
-    @property
-    def images(self) -> ImageSet:
-        """The images alone."""
-
-    @property
-    def passed_over(self) -> tuple[PassedOver, ...]:
-        """What lies among them and is not used."""
-
-    def __len__(self) -> int: ...
-
-
-SetT = TypeVar("SetT", bound=DenseSet)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Learnt:
-    """What one head learns from and is judged by; ``counts`` are what each class has in the training images."""
-
-    task: DenseTask[Any]
-    train: DenseSet
-    val: DenseSet
-    counts: NpArray
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -120,51 +76,13 @@ class MadeDense:
     keeper: Keeper
 
 
-class DenseTask(Protocol[SetT]):
-    """What of a training depends on what its head answers: the images' truths, the losses and the judge."""
-
-    answer: ClassVar[Answer]
-    usual_head: ClassVar[str]
-    options: ClassVar[frozenset[str]]  # that say something of this answer, and of some others nothing
-    thing: ClassVar[str]  # what a class has many of
-    truths_are: ClassVar[str]  # in words
-
-    def listed(self, training: Training, split: Split) -> SetT:
-        """The images of a split.
-
-        Raises:
-            InputError: as of what opens such folders.
-        """
-
-    def checked(self, training: Training, preprocess: Preprocess, train: SetT, val: SetT) -> tuple[SetT, SetT, NpArray]:
-        """Both splits, every truth looked at once, and what each class has in the training images.
-
-        Raises:
-            InputError: truths that do not fit their images, or in which there is nothing to learn.
-        """
-
-    def truths(self, images: SetT, preprocess: Preprocess) -> Sequence[Any]:
-        """The truth of each image, as its objective takes it."""
-
-    def arrays(self, truths: Sequence[Any]) -> Iterator[NpArray]:
-        """All that is to be learnt, as arrays: their bytes are part of what a training is known by."""
-
-    def losses(self, options: TrainOptions, counts: NpArray) -> Mapping[str, object]:
-        """What is asked of the losses, as JSON."""
-
-    def objective(
-        self, form: MapForm, preprocess: Preprocess, plan: Plan, losses: Mapping[str, object]
-    ) -> Objective[Any]:
-        """What its head is fitted to, with what ``losses`` gave."""
-
-
-def run_dense(training: Training, processes: Processes, task: DenseTask[Any]) -> MadeDense:
-    """Fit, prove and lower; neither the pack nor its work folder is written.
+def run_dense(training: Training, processes: Processes, tasks: Sequence[DenseTask[Any]]) -> MadeDense:
+    """Fit a head for each of ``tasks`` on one network, prove and lower; neither pack nor work folder is written.
 
     Raises:
         InputError: data, backbone, options or the name of the output at fault, the loss stopped being finite, or the
             checkpoint of another training is in the way.
-        CheckError: the merged network and the lowered head are not what was tuned.
+        CheckError: the merged network and a lowered head are not what was tuned.
         MissingError: timm, or a package that the backbone needs, is not installed.
         KeyboardInterrupt: the process was asked to end, and a checkpoint was written.
     """
@@ -172,38 +90,47 @@ def run_dense(training: Training, processes: Processes, task: DenseTask[Any]) ->
     named = training.method
     method = configure(named, options.settings or {}) if isinstance(named, str) else named
     check_asked(training)
-    form = _form_asked(training, task)
+    forms = asked_forms(options, tasks)
+    work = started_from(options.init)
     stage("load the backbone")
-    train_set, val_set = task.listed(training, "train"), task.listed(training, "val")
+    listed = [(task.listed(training, "train"), task.listed(training, "val")) for task in tasks]
     device = device_of(processes.device(options.device))
     backbone = backbone_of(training)
     backbone = replace(backbone, preprocess=squashed(backbone.preprocess))
-    form = projected(worded(form, options.text, train_set.classes), backbone.spec, backbone.maps)
-    model = _attach(backbone, method, form, train_set.classes, training)
-    began = began_with(model, backbone, options.init)
-    _rehearse(training, backbone, model, train_set.classes)
-    stage(f"check {task.truths_are}")
-    train_set, val_set, counts = task.checked(training, backbone.preprocess, train_set, val_set)
-    learnt = Learnt(task=task, train=train_set, val=val_set, counts=counts)
-    if processes.leads:
-        _tell(training, learnt)
+    classes = [train.classes for train, _ in listed]
+    forms = list(worded(forms, options.text, classes, backbone))
+    model = _attach(backbone, method, forms, classes, training)
+    began_with = {} if work is None else {"init": start_model(model, backbone, work, str(options.init))}
+    _rehearse(training, backbone, model, classes)
+    learnt = list[Learnt]()
+    for task, sets in zip(tasks, listed, strict=True):
+        stage(f"check {task.truths_are}")
+        train, val, counts = task.checked(training, backbone.preprocess, *sets)
+        learnt.append(Learnt(task=task, train=train, val=val, counts=counts))
+    learnt = aligned(learnt, training.data)
+    for each in learnt if processes.leads else ():
+        _tell(training, each)
     stage("read images")
     before = identity_of(checkpoint_file(training.output))
     plan = replace(plan_of(training, method, device, processes, before), label_smoothing=0.0)
-    return _run(training, processes, backbone, model, plan, learnt, began)
+    return _run(training, processes, backbone, model, plan, learnt, began_with)
 
 
 def _run(
-    training: Training, processes: Processes, backbone: Backbone, model: DenseModel, plan: Plan, learnt: Learnt,
-    began: Mapping[str, object],
+    training: Training, processes: Processes, backbone: Backbone, model: DenseModel, plan: Plan,
+    learnt: Sequence[Learnt], began_with: Mapping[str, object],
 ) -> MadeDense:  # fmt: skip
     """Read what is checked, tune by it, and prove what was tuned."""
-    options, stage, task = training.options, training.stage, learnt.task
+    options, stage = training.options, training.stage
     budget_bytes = free_memory_bytes() // (2 * processes.size) if options.memory is None else options.memory
     turn = Turn(anywhere=processes.any, makes=processes.leads, wait=processes.wait)
     train, val = _read(training, backbone.preprocess, learnt, budget_bytes, turn)
-    losses = task.losses(options, learnt.counts)
-    identity = {**_identity(backbone, model, plan, losses, processes, _digest(learnt, train, val)), **began}
+    losses: dict[str, object] = {}
+    for each in learnt:
+        losses |= each.task.losses(options, each.counts)
+    weights = task_weights(options.task_weights)
+    losses |= {"task weights": weights} if weights else {}
+    identity = _identity(backbone, model, plan, losses, processes, _digest(learnt, train, val)) | dict(began_with)
     keeper = Keeper(path=checkpoint_file(training.output), identity=identity, every_s=options.checkpoint_s,
                     writes=processes.leads)  # fmt: skip
     place = Place(
@@ -212,7 +139,10 @@ def _run(
     )  # fmt: skip
     train, val = _remembered(model, backbone, train, val, plan, place)
     stage("tune")
-    objectives = [task.objective(model.form, backbone.preprocess, plan, losses)]
+    objectives = [
+        each.task.objective(form, backbone.preprocess, plan, losses).weighing(weights.get(each.task.answer, 1.0))
+        for each, form in zip(learnt, model.forms, strict=True)
+    ]
     with ends_when_asked(keeper):
         fitted = fit_dense(
             model, train, val, backbone.preprocess, plan, training.say, objectives=objectives, keeper=keeper,
@@ -220,70 +150,52 @@ def _run(
         )  # fmt: skip
     stage("prove, pack and score")
     proof = _prove(model, backbone, val.pixels)
-    told: dict[str, object] = {"data": f"sha256:{identity['images']}", "head": str(model.form.form)}
+    told: dict[str, object] = {"data": f"sha256:{identity['images']}", "head": spelled(model.forms), **began_with}
+    told |= facts_of_text(model.forms)
     told |= {key: value for key, value in losses.items() if key != "weights" and value}
-    told |= {**facts_of_text(model.form.form), **began}
     facts = provenance_of(plan, model, fitted, len(train), None) | told
-    delta = extract_dense(model, backbone, task=training.output.stem, labels=learnt.train.classes, training=facts)
-    return MadeDense(backbone=backbone, model=model, plan=plan, train=train, val=val, learnt=(learnt,), fitted=fitted,
-                     proof=proof, delta=delta, keeper=keeper)  # fmt: skip
+    first, *further = (each.train.classes for each in learnt)
+    delta = extract_dense(
+        model, backbone, task=training.output.stem, labels=first, further=further, training=facts
+    )  # fmt: skip
+    return MadeDense(backbone=backbone, model=model, plan=plan, train=train, val=val, learnt=tuple(learnt),
+                     fitted=fitted, proof=proof, delta=delta, keeper=keeper)  # fmt: skip
 
 
 def _read(
-    training: Training, preprocess: Preprocess, learnt: Learnt, budget_bytes: int, turn: Turn
+    training: Training, preprocess: Preprocess, learnt: Sequence[Learnt], budget_bytes: int, turn: Turn
 ) -> tuple[DensePixels, DensePixels]:
     """The images decoded, in memory or in files, with their truths."""
-    task, sets = learnt.task, {"train": learnt.train, "val": learnt.val}
     held = load_held(
-        {name: images.images for name, images in sets.items()}, preprocess, pixels_folder(training.output),
+        {"train": learnt[0].train.images, "val": learnt[0].val.images}, preprocess, pixels_folder(training.output),
         budget_bytes=budget_bytes, turn=turn, stage=training.stage,
     )  # fmt: skip
-    first, second = (
-        DensePixels(*held[name], truths={task.answer: task.truths(images, preprocess)}) for name, images in sets.items()
-    )
-    return first, second
-
-
-def _form_asked(training: Training, task: DenseTask[Any]) -> Form:
-    """The head that is asked for.
-
-    Raises:
-        InputError: a head or an option that does not go with what is answered.
-    """
-    options, usual = training.options, TrainOptions()
-    joint_augmentations(options.augment)
-    for field in (*_REFUSED, *sorted(_OWN - task.options)):
-        value = getattr(options, field)
-        if value != getattr(usual, field):
-            fix = f"leave {option(field)} out"
-            raise InputError(option("task", task.answer), f"does not go with {option(field)}", got=value, fix=fix)
-    if options.balance == "sampling":
-        fix = f"weigh classes with {option('balance', 'weights')}, or add {option('dice', 1)}"
-        raise InputError(option("task", task.answer), "has no images of a class", got=option("balance", "sampling"),
-                         fix=fix)  # fmt: skip
-    form = head_form(options.head or task.usual_head)
-    if form.answer != task.answer:
-        known = ", ".join(name for name, answer in FORMS.items() if answer == task.answer)
-        raise InputError(option("task", task.answer), f"needs a head of {known}", got=option("head", form.name))
-    return form
+    train = {each.task.answer: each.task.truths(each.train, preprocess) for each in learnt}
+    val = {each.task.answer: each.task.truths(each.val, preprocess) for each in learnt}
+    return DensePixels(*held["train"], truths=train), DensePixels(*held["val"], truths=val)
 
 
 def _attach(
-    backbone: Backbone, method: Method, form: Form, classes: tuple[str, ...], training: Training
+    backbone: Backbone, method: Method, forms: Sequence[Form], classes: Sequence[tuple[str, ...]], training: Training
 ) -> DenseModel:  # fmt: skip
-    model = DenseModel(backbone, method, form, len(classes), seed=training.options.seed)
+    first, *further = zip(forms, map(len, classes), strict=True)
+    model = DenseModel(backbone, method, *first, further=further, seed=training.options.seed)
     if not model.sites and method.name != "linear-probe":
         what, fix = f"finds no layer of {backbone.label} to act on", f"change its {option('settings')} settings"
         raise InputError(option("method", method.name), what, fix=fix)
     return model
 
 
-def _rehearse(training: Training, backbone: Backbone, model: DenseModel, classes: tuple[str, ...]) -> None:
+def _rehearse(
+    training: Training, backbone: Backbone, model: DenseModel, classes: Sequence[tuple[str, ...]]
+) -> None:  # fmt: skip
     """Pack what is not trained yet, into nothing: what could not be written then is refused now."""
-    data = encode_pack(extract_dense(model, backbone, task=training.output.stem, labels=classes), codec="fp32")
+    first, *further = classes
+    delta = extract_dense(model, backbone, task=training.output.stem, labels=first, further=further)
+    data = encode_pack(delta, codec="fp32")
     read_pack(data, answers=EVERY)
-    further = HELD_OUT * math.prod(backbone.preprocess.input_shape)
-    require_space(training.output, 10 * len(data) + further, "its checkpoints, the pack and the work folder")
+    beside = HELD_OUT * math.prod(backbone.preprocess.input_shape)
+    require_space(training.output, 10 * len(data) + beside, "its checkpoints, the pack and the work folder")
 
 
 def _tell(training: Training, learnt: Learnt) -> None:
@@ -330,12 +242,14 @@ def _prove(model: DenseModel, backbone: Backbone, pixels: NpArray) -> tuple[floa
     return require_algebra(model.method.name, *error, compared, "a lowering")
 
 
-def _digest(learnt: Learnt, train: DensePixels, val: DensePixels) -> str:
+def _digest(learnt: Sequence[Learnt], train: DensePixels, val: DensePixels) -> str:
     """Of all images and truths, and of the classes' names."""
-    digest = hashlib.sha256(canonical_json(list(learnt.train.classes)))
+    digest = hashlib.sha256(canonical_json([name for each in learnt for name in each.train.classes]))
     for images in (train, val):
-        for array in chain([images.pixels], learnt.task.arrays(images.truths[learnt.task.answer])):
-            digest.update(np.ascontiguousarray(array).data)
+        digest.update(np.ascontiguousarray(images.pixels).data)
+        for each in learnt:
+            for array in each.task.arrays(images.truths[each.task.answer]):
+                digest.update(np.ascontiguousarray(array).data)
     return digest.hexdigest()
 
 
@@ -348,8 +262,8 @@ def _identity(
         "method": model.method.name,
         **{f"--set {key}": value for key, value in stored(model.method).items()},
         **{key: list(v) if isinstance(v, tuple) else v for key, v in _plain(plan).items()},
-        "head": str(model.form.form),
-        **facts_of_text(model.form.form),
+        "head": spelled(model.forms),
+        **facts_of_text(model.forms),
         **losses,
         "input": list(backbone.preprocess.input_shape),
         "images": images,

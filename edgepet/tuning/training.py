@@ -102,7 +102,7 @@ def run(training: Training, processes: Processes) -> Made:
     method = configure(method, options.settings or {}) if isinstance(method, str) else method
     check_asked(training)
     require_differences(options.consistency, method)
-    work = _started_from(options.init)
+    work = started_from(options.init)
     stage("load the backbone")
     train_set, val_set = _image_sets(training)
     if processes.leads:
@@ -112,7 +112,7 @@ def run(training: Training, processes: Processes) -> Made:
     require_augmentations(options.augment, backbone.preprocess)
     before = identity_of(checkpoint_file(training.output))
     model = _attach(backbone, method, len(train_set.classes), options, before)
-    began = {} if work is None else {"init": _start(model, backbone, work, str(options.init))}
+    began_with = {} if work is None else {"init": start_model(model, backbone, work, str(options.init))}
     _rehearse(training, backbone, model, train_set)
     stage("read images")
     budget_bytes = free_memory_bytes() // (2 * processes.size) if options.memory is None else options.memory
@@ -123,7 +123,7 @@ def run(training: Training, processes: Processes) -> Made:
     )  # fmt: skip
     train_images, val_images = (LabelledPixels(*held[name]) for name in ("train", "val"))
     plan = plan_of(training, method, device, processes, before)
-    identity = _identity(backbone, model, plan, processes, train_set.classes, train_images, val_images) | began
+    identity = _identity(backbone, model, plan, processes, train_set.classes, train_images, val_images) | began_with
     keeper = Keeper(path=checkpoint_file(training.output), identity=identity, every_s=options.checkpoint_s,
                     writes=processes.leads)  # fmt: skip
     place = Place(
@@ -137,7 +137,7 @@ def run(training: Training, processes: Processes) -> Made:
         fitted = fit(model, *given, backbone.preprocess, plan, say, keeper=keeper, processes=processes)
     stage("prove, pack and score")
     proof = _prove(model, backbone, val_images.pixels)
-    told = {"data": f"sha256:{identity['images']}", **began}
+    told = {"data": f"sha256:{identity['images']}", **began_with}
     facts = provenance_of(plan, model, fitted, len(train_images), options.shots) | told
     delta = extract(
         model, backbone, task=training.output.stem, labels=train_set.classes, val=fitted.val, training=facts
@@ -209,7 +209,12 @@ def plan_of(
     )
 
 
-def _started_from(init: FilePath | None) -> Work | None:
+def started_from(init: FilePath | None) -> Work | None:
+    """What an earlier training left in the folder ``init``, or beside the pack that it names.
+
+    Raises:
+        InputError: there is no such folder, or it is damaged.
+    """
     if init is None:
         return None
     folder = work_folder(Path(init)) if Path(init).suffix == ".pet" else Path(init)
@@ -219,17 +224,7 @@ def _started_from(init: FilePath | None) -> Work | None:
     return read_work(folder)
 
 
-def began_with(model: TunedModel, backbone: Backbone, init: FilePath | None) -> dict[str, object]:
-    """Start ``model`` from the tensors of an earlier training, where one is given; returns their digest as "init".
-
-    Raises:
-        InputError: there are none, they are of another backbone or method, or have other shapes.
-    """
-    work = _started_from(init)
-    return {} if work is None else {"init": _start(model, backbone, work, str(init))}
-
-
-def _start(model: TunedModel, backbone: Backbone, work: Work, where: str) -> str:
+def start_model(model: TunedModel, backbone: Backbone, work: Work, where: str) -> str:
     """Take the tensors of ``work``; returns their digest.
 
     Raises:

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
-from edgepet.deltas.heads import METRICS, Answer, Meaning
+from edgepet.deltas.heads import METRICS, Answer, MapHead, Meaning
 from edgepet.images.box_folders import open_boxes
 from edgepet.images.boxes import BoxSet, check_boxes
 from edgepet.images.folders import Split
+from edgepet.images.labels import LabelSet, open_labels
 from edgepet.images.mask_folders import open_masks
 from edgepet.images.masks import MaskSet, check_masks
 from edgepet.measuring.average_precision import BoxFit, require_evaluator
 from edgepet.measuring.overlap import Overlap
+from edgepet.measuring.several_labels import LabelFit
 from edgepet.proving.boxes import judge_boxes, require_box_classes
+from edgepet.proving.labels import judge_labels, require_label_classes
 from edgepet.proving.masks import judge_masks, require_mask_classes
 from edgepet.reports.tables import format_percent
 from edgepet.spec import NpArray, Preprocess
@@ -31,23 +34,33 @@ class DenseScore:
 
     Of masks, each judged as large as its image, ``pixels`` is the part of the counted pixels that are right. Of boxes
     ``map50`` is AP at the one limit of 0.5, ``recall`` the part of the ``objects`` that is found, a mean over limits.
+    Of labels ``f1`` is micro-F1 at the head's thresholds.
     What says nothing of an answer is None, and JSON has it not.
     """
 
     metric: str
     value: float
     n: int
-    low: float
-    high: float
+    low: float | None
+    high: float | None
     pixels: float | None = None
     map50: float | None = None
     recall: float | None = None
     objects: int | None = None
+    f1: float | None = None
 
     @property
     def shown(self) -> list[str]:
         """The names of what JSON has."""
         return [field.name for field in fields(self) if getattr(self, field.name) is not None]
+
+
+def mean_of(scores: Sequence[DenseScore]) -> DenseScore:
+    """A score as it is, or the mean of those of several heads, which has no interval."""
+    if len(scores) == 1:
+        return scores[0]
+    value = sum(each.value for each in scores) / len(scores)
+    return DenseScore(metric="mean", value=value, n=scores[0].n, low=None, high=None)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,6 +101,7 @@ class DenseAnswer(Generic[SetT, FitT]):
     score: Callable[[FitT], DenseScore]
     values: Callable[[FitT], Sequence[float | None]]
     told: Callable[[DenseScore], tuple[str, str]]  # behind its metric, and behind its interval
+    settled: Callable[[MapHead, FitT], MapHead]  # a head with what is chosen on val
 
     def classes(self, fit: FitT, labels: Sequence[str], counts: Sequence[int] | None = None) -> tuple[ClassScore, ...]:
         """What each class has come to; ``counts`` are of the training images."""
@@ -115,6 +129,11 @@ def _boxes(data: Path, split: Split, meaning: Meaning, preprocess: Preprocess, m
     return check_boxes(require_box_classes(open_boxes(data, split), meaning.labels, data, model), preprocess)
 
 
+def _labels(data: Path, split: Split, meaning: Meaning, preprocess: Preprocess, model: str) -> LabelSet:
+    del preprocess
+    return require_label_classes(open_labels(data, split), meaning.labels, data, model)
+
+
 def _mask_score(fit: Overlap) -> DenseScore:
     return DenseScore(
         metric=METRICS["mask"], value=fit.miou, n=fit.n, low=fit.low, high=fit.high, pixels=fit.pixels
@@ -128,6 +147,10 @@ def _box_score(fit: BoxFit) -> DenseScore:
     )  # fmt: skip
 
 
+def _label_score(fit: LabelFit) -> DenseScore:
+    return DenseScore(metric=METRICS["labels"], value=fit.ap, n=fit.n, low=fit.low, high=fit.high, f1=fit.f1)
+
+
 def _masks_told(score: DenseScore) -> tuple[str, str]:
     return f" on {score.n} images", f"; {format_percent(score.pixels or 0)} of all pixels"
 
@@ -137,16 +160,27 @@ def _boxes_told(score: DenseScore) -> tuple[str, str]:
     return f", AP50 {map50} on {score.n} images with {score.objects} objects", f"; recall {recall}"
 
 
+def _labels_told(score: DenseScore) -> tuple[str, str]:
+    return f", micro-F1 {format_percent(score.f1 or 0)} on {score.n} images", ""
+
+
 _MASK: DenseAnswer[MaskSet, Overlap] = DenseAnswer(
     answer="mask", title="mIoU", value_is="iou", count_is="pixels", absent="neither there nor answered",
     shows="--draw DIR", require=lambda: None, images=_masks,
     judge=lambda network, images, preprocess, meaning: judge_masks(network, images, preprocess, len(meaning.labels)),
-    score=_mask_score, values=lambda fit: fit.ious, told=_masks_told,
+    score=_mask_score, values=lambda fit: fit.ious, told=_masks_told, settled=lambda head, fit: head,
 )  # fmt: skip
 _BOXES: DenseAnswer[BoxSet, BoxFit] = DenseAnswer(
     answer="boxes", title="AP", value_is="ap", count_is="objects", absent="no object to be found",
     shows="--draw DIR", require=require_evaluator, images=_boxes,
     judge=lambda network, images, preprocess, meaning: judge_boxes(network, images, preprocess, len(meaning.labels)),
-    score=_box_score, values=lambda fit: fit.aps, told=_boxes_told,
+    score=_box_score, values=lambda fit: fit.aps, told=_boxes_told, settled=lambda head, fit: head,
 )  # fmt: skip
-ANSWERED: dict[Answer, DenseAnswer[Any, Any]] = {"mask": _MASK, "boxes": _BOXES}
+_LABELS: DenseAnswer[LabelSet, LabelFit] = DenseAnswer(
+    answer="labels", title="mean AP", value_is="ap", count_is="images", absent="no image has it",
+    shows="", require=lambda: None, images=_labels,
+    judge=lambda network, images, preprocess, meaning: judge_labels(network, images, preprocess, meaning.thresholds),
+    score=_label_score, values=lambda fit: fit.aps, told=_labels_told,
+    settled=lambda head, fit: replace(head, thresholds=fit.thresholds),
+)  # fmt: skip
+ANSWERED: dict[Answer, DenseAnswer[Any, Any]] = {"mask": _MASK, "boxes": _BOXES, "labels": _LABELS}

@@ -14,7 +14,7 @@ from edgepet.networks.backbone import AnyBackbone
 from edgepet.proving.sources import ArtifactSource, PackSource
 from edgepet.reports.screen import Screen, lines
 from edgepet.reports.tables import format_percent
-from edgepet.verbs.dense_answers import ANSWERED, ClassScore, DenseScore
+from edgepet.verbs.dense_answers import ANSWERED, ClassScore, DenseScore, mean_of
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,6 +36,36 @@ class DenseEvalReport(DenseScore):
         """The names of what JSON has."""
         told = DenseScore.shown.__get__(self)
         return [*(name for name in told if name not in ("scores", "answer")), "classes"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SeveralEvalReport:
+    """What each of several heads comes to, by its name; ``value`` is the mean of theirs, which has no interval."""
+
+    metric: str
+    value: float
+    n: int
+    runtime: str
+    precision: str
+    heads: Mapping[str, DenseEvalReport]
+
+
+def evaluate_heads(
+    source: PackSource | ArtifactSource, data: Path, split: Split, runtime: str | None, precision: str,
+    backbone: AnyBackbone, threads: int | None, tell: Tell,
+) -> DenseEvalReport | SeveralEvalReport:  # fmt: skip
+    """As ``evaluate_dense``; of several heads one after another, each on the images that have its truths."""
+    if len(source.meanings) == 1:
+        return evaluate_dense(source, data, split, runtime, precision, backbone, threads, tell)
+    heads = {
+        meaning.name: evaluate_dense(
+            source.of_head(place), data, split, runtime, precision, backbone, threads, tell
+        )
+        for place, meaning in enumerate(source.meanings)
+    }  # fmt: skip
+    first, mean = next(iter(heads.values())), mean_of(list(heads.values()))
+    return SeveralEvalReport(metric=mean.metric, value=mean.value, n=mean.n, runtime=first.runtime,
+                             precision=first.precision, heads=heads)  # fmt: skip
 
 
 def evaluate_dense(
@@ -69,8 +99,13 @@ def evaluate_dense(
     )  # fmt: skip
 
 
-def dense_eval_screen(report: DenseEvalReport) -> Screen:
+def dense_eval_screen(report: DenseEvalReport | SeveralEvalReport) -> Screen:
     """What people see of it."""
+    if isinstance(report, SeveralEvalReport):
+        for name, each in report.heads.items():
+            yield lines(f"{name}:")
+            yield from dense_eval_screen(each)
+        return
     row, count = ANSWERED[report.answer], len(report.scores)
     told, more = row.told(report)
     yield lines(

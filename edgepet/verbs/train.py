@@ -29,7 +29,15 @@ from edgepet.reports.tables import format_bytes, format_number, format_percent, 
 from edgepet.spec import FilePath
 from edgepet.tuning.options import TrainOptions
 from edgepet.tuning.work_folder import HELD_OUT, work_folder, write_work
-from edgepet.verbs.train_dense import DenseTrainReport, Judged, dense_screen, report_dense, task_of, write_dense
+from edgepet.verbs.train_dense import (
+    DenseTrainReport,
+    Judged,
+    dense_screen,
+    dense_tasks,
+    report_dense,
+    task_of,
+    write_dense,
+)
 from edgepet.verbs.training import DEFAULTS, asked_options, training_options
 from edgepet.verbs.verb import Options, Parser, Verb, output_option, require_pack_place, require_task_name
 
@@ -118,8 +126,8 @@ def train(
 
     Args:
         data: a folder with train/, val/ and perhaps test/, each of class folders; one folder of class folders; or one
-            of images with masks or boxes, of a kind that ``images.mask_folders`` or ``images.box_folders`` names: the
-            head then reads maps.
+            of images with masks, boxes or several labels, of a kind that ``images.mask_folders``,
+            ``images.box_folders`` or ``images.labels`` names.
         backbone: a timm name, ``NAME@FILE`` or ``demo:NAME``; or a network of your own, ``Backbone.from_module``.
         method: a method, or the name of one, whose settings are then ``options.settings``.
         options: how to train.
@@ -144,6 +152,7 @@ def train(
         data=Path(data), backbone=backbone, method=method, output=output, options=replace(options, **fields), say=say,
         stage=stage, tell=tell,
     )  # fmt: skip
+    training.options.check()
     task = task_of(Path(data), training.options.task)
     if task != "class":
         return _train_dense(training, task, codec)
@@ -154,16 +163,13 @@ def train(
 
 
 def _train_dense(training: Training, task: str, codec: Rounding) -> DenseTrainReport:
-    """A training of a head that reads maps."""
-    from edgepet.tuning.box_training import BoxTask
+    """A training of heads that read maps."""
     from edgepet.tuning.dense_training import run_dense
-    from edgepet.tuning.mask_training import MaskTask
 
     output, judged = training.output, Judged()
     made, seconds = run_training(
-        training, lambda made: write_dense(output, made, codec, judged),
-        partial(run_dense, task=MaskTask() if task == "mask" else BoxTask()),
-    )  # fmt: skip
+        training, lambda made: write_dense(output, made, codec, judged), partial(run_dense, tasks=dense_tasks(task))
+    )
     return report_dense(output, made, judged, seconds, log_dir(training))
 
 
