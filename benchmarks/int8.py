@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 from harness import IMAGE_SIZES, SMALLER, Asked, asked, parser_of, write_result
+from judging import tested_images
 from neighbours import SETTINGS, kind_of, neighbours
 from trainings import Trained, Training, finished, images_of, measuring_job, pack_of, trained
 
@@ -39,12 +40,9 @@ from edgepet.exporters.onnx import build_model, serialize
 from edgepet.exporters.tensorrt import build_engines
 from edgepet.graphs.int8 import Int8Graph
 from edgepet.graphs.slots import task_slots
-from edgepet.images.preprocess import normalize
-from edgepet.images.sets import load_set, open_split
 from edgepet.packs.pack import write_pack
 from edgepet.proving.precision import calibration_of, express, int8_of
 from edgepet.proving.subject import Subject
-from edgepet.spec import NpArray
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -122,7 +120,7 @@ def measure_pack(specification: Mapping[str, Any], scratch: Path) -> dict[str, o
 
 def measured(pack: Path, data: Path, folder: Path, test: int, calib: int) -> dict[str, object]:
     """One row, by way of files in ``folder``."""
-    images, labels = test_images(pack, data, test)
+    images, labels = tested_images(read_pack(pack).delta, data, test)
     subject = Subject(pack, None, None)
     delta, graph = subject.delta, subject.graph
     fp32 = build_model(graph, task_tensors(graph.base, delta), delta)
@@ -189,15 +187,6 @@ def written_with_ranges(pack: Path, data: Path, output: Path, calib: int) -> tup
     expressed = express(delta, subject.graph, graph, chosen, recipe=Int8Recipe()).delta
     write_pack(output, expressed, kept=subject.pack.planes, sequence=subject.pack.sequence)
     return graph, expressed
-
-
-def test_images(pack: Path, data: Path, count: int) -> tuple[NpArray, NpArray]:
-    """The test split, thinned evenly to ``count`` images, and its labels in the pack's order."""
-    delta, test = read_pack(pack).delta, open_split(data, "test")
-    index = np.unique(np.linspace(0, len(test) - 1, count).round().astype(int))
-    pixels, labels = load_set(test.at(index.tolist()), delta.preprocess)
-    order = np.array([delta.labels.index(name) for name in test.classes])
-    return normalize(pixels, delta.preprocess), order[labels]
 
 
 if __name__ == "__main__":
