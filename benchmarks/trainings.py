@@ -304,7 +304,7 @@ def pretrain_modules(specification: Mapping[str, Any], folder: Path) -> dict[str
         for held in (each for split in ("train", "val") for each in sorted((drawn / split).iterdir())):
             shutil.copytree(held, data / held.parent.name / f"{named['task']}-{held.name}", copy_function=os.link)
     with Progress() as progress, progress.training(f"{network['name']} {specification['method']}") as say:
-        report = pretrain(
+        report: Any = pretrain(  # on class folders
             data, load_backbone(network["name"], image_size=network["image_size"]), specification["method"],
             folder / MODULES, say=say, **specification["options"],
         )  # fmt: skip

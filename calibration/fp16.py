@@ -137,7 +137,7 @@ def _ranges(model: ModelProto, images: NpArray, where: str) -> dict[str, float]:
 def _reasons(model: ModelProto, ranges: Mapping[str, float], images: int) -> dict[int, str]:
     """Why a node stays fp32, by its place in the graph."""
     weights, reasons = _weights(model), dict[int, str]()
-    finds = any(value.name == FOUND for value in model.graph.output)
+    finds = any(value.name.rpartition(".")[2] == FOUND for value in model.graph.output)
     for place, node in enumerate(model.graph.node):
         if not any(name in ranges for name in node.output):
             continue

@@ -12,7 +12,7 @@ import numpy as np
 from edgepet.canonical import canonical_json
 from edgepet.deltas.delta import Delta
 from edgepet.device.answers import labels_of
-from edgepet.device.map_heads import map_head_of
+from edgepet.device.map_heads import map_heads_of
 from edgepet.device.onnxruntime import open_model
 from edgepet.errors import CheckError, InputError, first_line, option, require
 from edgepet.exporters.constants import compute_constants
@@ -45,21 +45,26 @@ def build_model(graph: BaseGraph, tensors: Tensors, delta: Delta) -> ModelProto:
     """
     graph.require_fit(delta)
     onnx = require("onnx", extra="train", purpose="ONNX")
-    head = map_head_of(delta)
+    heads = map_heads_of(delta)
     model: ModelProto
-    if head is None:
+    if not heads:
         model = onnx.load(str(graph.model_path), load_external_data=False)
     else:
         size, file = delta.preprocess.image_size, read_onnx(graph.model_path)
-        behind = with_head(file, head.astype(np.float32), graph.maps, graph.width, size)
+        behind = with_head(file, [head.astype(np.float32) for head in heads], graph.maps, graph.width, size)
         model = onnx.ModelProto.FromString(behind.encoded())
     for tensor in model.graph.initializer:
         if tensor.data_location == tensor.EXTERNAL:
             put_inside(tensor, tensors[tensor.name])
-    if head is None:
+    if not heads:
         _put_classifier(model, delta)
-    facts = {"task": delta.task, "labels": list(labels_of(delta)), "preprocess": delta.preprocess.as_json()}
-    facts |= {} if head is None else {"answer": head.answer}
+    facts: dict[str, object] = {"task": delta.task}
+    facts |= {} if len(heads) > 1 else {"labels": list(labels_of(delta))}
+    facts["preprocess"] = delta.preprocess.as_json()
+    if len(heads) > 1:
+        facts["heads"] = {head.name: {"answer": head.answer, "labels": list(head.labels)} for head in heads}
+    elif heads:
+        facts["answer"] = heads[0].answer
     for key, fact in facts.items():
         text = fact if isinstance(fact, str) else canonical_json(fact).decode("utf-8")
         model.metadata_props.add(key=f"edgepet.{key}", value=text)

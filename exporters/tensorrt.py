@@ -35,6 +35,8 @@ from edgepet.errors import CheckError, InputError, option, require
 from edgepet.exporters.exporter import ExportOptions, Written
 from edgepet.exporters.onnx import readable
 from edgepet.files import folder_sha256, write_file
+from edgepet.graphs.base import INPUT
+from edgepet.graphs.head_graph import are_answers, output_type
 from edgepet.spec import StoredPrecision
 
 if TYPE_CHECKING:
@@ -151,7 +153,10 @@ def _write(
     """The engine first: a side-car must never name an engine that is not on the disk yet."""
     write_file(folder / sidecar.file, plan)
     told = {name: value for name, value in asdict(sidecar).items() if name != "others"}
-    told |= {each.name: asdict(each) for each in sidecar.others}
+    if "." in sidecar.output.name:  # of several heads: names are none that this file may have keys of
+        told["others"] = [asdict(each) for each in sidecar.others]
+    else:
+        told |= {each.name: asdict(each) for each in sidecar.others}
     write_file(folder / f"{stem}.engine.json", canonical_json({"schema": SCHEMA, **told}))
     return TensorrtBuild(
         engine=sidecar.engine,
@@ -283,29 +288,17 @@ def _tensors(trt: Trt, network: Trt, precision: StoredPrecision) -> tuple[Tensor
     ports = [network.get_input(index) for index in range(network.num_inputs)]
     ports += [network.get_output(index) for index in range(network.num_outputs)]
     found = [(port.name, tuple(port.shape)) for port in ports]
-    match found:
-        case [("images", (-1, *sizes)), (_, (-1, classes))] if len(sizes) in (3, 4) and min(*sizes, classes) > 0:
-            pass  # images, or clips with an axis of frames
-        case [("images", (-1, _, height, width)), (_, (-1, *sizes)), ("mask", (-1, rows, columns))] if (
-            len(sizes) == 3 and min(sizes) > 0 and (rows, columns) == (height, width)
-        ):
-            pass
-        case [
-            ("images", (-1, _, _, _)),
-            ("found", (-1, count, 6)),
-            ("boxes", (-1, boxes, 4)),
-            ("scores", (-1, scores)),
-            ("labels", (-1, labels)),
-        ] if count == boxes == scores == labels > 0:
-            pass
-        case _:
-            needs = "needs one input images (batch, [frames,] 3, H, W) and one output (batch, C), only the batch free"
-            raise InputError("ONNX model", needs, got=", ".join(f"{name} {shape}" for name, shape in found))
+    takes, gives = found[: network.num_inputs], found[network.num_inputs :]
+    free = all(shape[:1] == (-1,) and min(shape[1:], default=0) > 0 for _, shape in found)
+    images = [name for name, shape in takes if len(shape) in (4, 5)] == [INPUT]  # or clips with an axis of frames
+    one = len(gives) == 1 and len(gives[0][1]) == 2
+    if not (free and len(takes) == 1 and images and (one or are_answers([name for name, _ in gives]))):
+        needs = "needs one input images (batch, [frames,] 3, H, W) and one output (batch, C), only the batch free"
+        raise InputError("ONNX model", needs, got=", ".join(f"{name} {shape}" for name, shape in found))
     made = list[TensorSpec]()
     for port, (name, shape) in zip(ports, found, strict=True):
         takes_pictures = port is ports[0] and port.dtype == trt.uint8
-        kind = "uint8" if takes_pictures or (name == "mask" and len(shape) == 3) else "float32"
-        kind = "int32" if name == "labels" and len(found) > 3 else kind
+        kind = "uint8" if takes_pictures else output_type(name)
         if port.dtype != getattr(trt, kind):
             told = "fp32" if kind == "float32" else kind
             raise InputError(f"ONNX tensor {name!r}", f"must be {told} in an {precision} engine", got=port.dtype.name)

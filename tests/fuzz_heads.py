@@ -9,7 +9,11 @@ from typing import Any
 from edgepet.deltas.delta import JudgedHead
 from edgepet.deltas.layers import settings, tensors
 
-ANSWERS = {"mask": ("miou", 2), "boxes": ("map", 1)}  # what each is judged by, and the fewest labels
+ANSWERS = {
+    "mask": ("miou", 2),
+    "boxes": ("map", 1),
+    "labels": ("map", 1),
+}  # what each is judged by, and the fewest labels
 INPUTS = {
     "multiply": (2, 2),
     "add": (2, 64),
@@ -65,7 +69,13 @@ def head_meaning(head: Mapping[str, Any], leaf: Leaf, need: Need, labels: list[s
     need(score.keys() == {"metric", "value", "n"} and score["metric"] == metric, "another score")
     need(type(score["value"]) in (int, float) and 0 <= score["value"] <= 1, "a score that is none")
     need(type(score["n"]) is int and 0 <= score["n"] < 10**20, "a score of no number of images")
-    return [name, head["answer"], labels, layers, (float(score["value"]), score["n"])]
+    thresholds = head.get("thresholds", [])
+    need(("thresholds" in head) == (head["answer"] == "labels"), "thresholds of another answer, or none")
+    need(isinstance(thresholds, list) and len(thresholds) == len(labels) * ("thresholds" in head), "other thresholds")
+    need(all(type(each) in (int, float) and 0 <= each <= 1 for each in thresholds), "a threshold that is none")
+    return [
+        name, head["answer"], labels, layers, (float(score["value"]), score["n"]), [float(each) for each in thresholds],
+    ]  # fmt: skip
 
 
 def layer_meaning(layer: Mapping[str, Any], known: set[str], leaf: Leaf, need: Need) -> list[Any]:
@@ -122,7 +132,9 @@ def meaning_of_head(judged: JudgedHead, plain: Callable[[Any], Any]) -> list[Any
          {name: plain(array) for name, array in sorted(tensors(step.layer).items())}]
         for step in head.steps
     ]  # fmt: skip
-    return [head.name, head.answer, list(head.labels), layers, (judged.value, judged.n)]
+    return [
+        head.name, head.answer, list(head.labels), layers, (judged.value, judged.n), list(head.thresholds),
+    ]  # fmt: skip
 
 
 def counted_places(heads: Any) -> list[tuple[object, ...]]:

@@ -28,7 +28,8 @@ from edgepet.graphs.base import BaseGraph
 from edgepet.methods import configure
 from edgepet.networks.loading import load_backbone
 from edgepet.proving import precision
-from edgepet.proving.subject import Subject, tuned_network
+from edgepet.proving.in_torch import tuned_network
+from edgepet.proving.subject import Subject
 from edgepet.spec import NpArray
 from edgepet.tuning.model import TunedModel, extract, logits_of
 from edgepet.verbs import merge as merging

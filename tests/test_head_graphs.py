@@ -63,7 +63,7 @@ def test_a_layer_on_a_runtime_is_its_definition_in_numpy(case: LayerCase, runtim
     assert opener is not None
 
     network = opener(file, 1, RUNTIMES[runtime].where)
-    got = network({f"x{number}": x.astype(np.float32) for number, x in enumerate(case.inputs)})
+    (got,) = network({f"x{number}": x.astype(np.float32) for number, x in enumerate(case.inputs)})
     network.close()
 
     expected = case.layer(*case.inputs)
@@ -117,8 +117,8 @@ def test_a_head_by_itself_is_what_it_says_in_numpy_and_in_torch(name: str, runti
     opener = RUNTIMES[runtime].open_head
     assert opener is not None
 
-    file = head_file(head, (FINE, COARSE), 3)
-    got = opener(file, 1, RUNTIMES[runtime].where)(maps)
+    file = head_file([head], (FINE, COARSE), 3)
+    (got,) = opener(file, 1, RUNTIMES[runtime].where)(maps)
 
     expected = head(maps)
     np.testing.assert_allclose(got, expected, atol=1e-5)
@@ -211,7 +211,7 @@ def test_a_head_behind_a_graph_gives_logits_and_a_mask(traced: tuple[Backbone, B
     head = MapHead(name="what", answer="mask", labels=("a", "b", "c"), steps=tuple(steps))
     size, images = backbone.preprocess.image_size, random_images(3, 2, backbone.preprocess.image_size)
 
-    file = with_head(part_of(graph).file, head, graph.maps, graph.width, size)
+    file = with_head(part_of(graph).file, [head], graph.maps, graph.width, size)
     session = open_session(file.encoded(), folder=graph.folder)
     logits, mask = session.run(["logits", "mask"], {"images": images})
 
@@ -231,7 +231,7 @@ def test_a_mask_is_as_large_as_the_input_whatever_its_side(side: int, pixels: in
     head = MapHead(
         name="what", answer="mask", labels=("a", "b"), steps=(step(Point(drawn(1, 2, 2)), "map.0", "logits"),)
     )
-    file = head_file(head, (given,), 1)
+    file = head_file([head], (given,), 1)
     session = open_session(with_mask(file, (2, side, side), (pixels, pixels)).encoded())
     logits, mask = session.run(["logits", "mask"], {"map.0": drawn(2, 1, 2, side, side)})
 
@@ -245,7 +245,7 @@ def test_layers_may_be_called_as_what_makes_the_mask_is() -> None:
         step(Activation("relu"), "mask", "resized"), step(Point(drawn(2, 2, 2)), "resized", "scales"),
     )  # fmt: skip
     given = Map(name="map.0", point="a:out", channels=2, stride=32, height=3, width=3)
-    file = head_file(MapHead(name="what", answer="mask", labels=("a", "b"), steps=steps), (given,), 1)
+    file = head_file([MapHead(name="what", answer="mask", labels=("a", "b"), steps=steps)], (given,), 1)
     session = open_session(with_mask(file, (2, 6, 6), (96, 96)).encoded())
 
     logits, mask = session.run(["logits", "mask"], {"map.0": drawn(2, 1, 2, 3, 3)})

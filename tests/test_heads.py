@@ -109,7 +109,7 @@ LEAF = step(Point(drawn(1, 2, 2)), "map.1", "logits")
     ("make", "told"),
     [
         (lambda: head(name="What"), "head: needs a name of small letters, digits and '-', at most 32, got 'What'"),
-        (lambda: head(answer="text"), "what: needs one of mask, boxes as answer, got 'text'"),
+        (lambda: head(answer="text"), "what: needs one of mask, boxes, labels as answer, got 'text'"),
         (lambda: head(LEAF, answer="boxes"), "what: needs a layer detect where it answers boxes, as the last one, and nowhere else, got point as layer 1"),
         (lambda: head(step(Detect(np.ones(1), 8), "map.1 map.2", "found")), "what: needs a layer detect where it answers boxes, as the last one, and nowhere else, got detect as layer 1"),
         (lambda: head(labels=(), answer="boxes"), "what: needs 1 to 255 labels, got 0"),

@@ -210,7 +210,7 @@ def dropped(number: int, key: str) -> Callable[[dict[str, Any], Any], object]:
 
 MALFORMED: list[tuple[Callable[..., object], str]] = [
     (head(name="class-2", answer="class"), "pack.heads[0].name: needs one of class, got 'class-2'"),
-    (head(answer="text"), "pack.heads[0].answer: needs one of class, mask, boxes, got 'text'"),
+    (head(answer="text"), "pack.heads[0].answer: needs one of class, mask, boxes, labels, got 'text'"),
     (head(name="What"), "pack: head: needs a name of small letters, digits and '-', at most 32, got 'What'"),
     (head(probe={}), "pack.heads[0].probe: needs one of fp32, int8, got {}"),
     (head(probe={"fp32": {"seed": 1, "tolerance": 1.0}}), "pack: needs the plane 'probe.mask'"),

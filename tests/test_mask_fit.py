@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -24,16 +25,10 @@ from edgepet.networks.separation import Separated
 from edgepet.packs.pack import EVERY, encode_pack, read_pack
 from edgepet.spec import NpArray, Preprocess
 from edgepet.tuning.dense import DenseModel, MergedHead, dense_algebra_error, extract_dense
-from edgepet.tuning.dense_fit import fill_rows, standardize
+from edgepet.tuning.dense_fit import DensePixels, fill_rows, fit_dense, judged_by, standardize
 from edgepet.tuning.fit import Fit, Plan
-from edgepet.tuning.joint import JointAugmenter, joint_augmentations
-from edgepet.tuning.mask_fit import (
-    Losses,
-    MaskedPixels,
-    fit_masks,
-    miou_and_loss,
-    quarter,
-)
+from edgepet.tuning.joint import JointAugmenter, joint_augmentations, moved_masks
+from edgepet.tuning.mask_fit import Losses, MaskObjective, quarter
 from edgepet.tuning.mask_losses import cross_entropy, dice_loss, interim_loss, separation_loss
 from tests.mask_folders import NAMES, index_folder, scene
 from tests.tiny import seeded, tiny_vit
@@ -47,9 +42,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return index_folder(tmp_path_factory.mktemp("masks"), train=12, val=6)
 
 
-def held(images: MaskSet, preprocess: Preprocess) -> MaskedPixels:
+def held(images: MaskSet, preprocess: Preprocess) -> DensePixels:
     ((pixels, labels),) = load_sets([images.images], preprocess)
-    return MaskedPixels(pixels, labels, images.masks)
+    return DensePixels(pixels, labels, truths={"mask": images.masks})
 
 
 def backbone(size: int = 32) -> Backbone:
@@ -79,7 +74,9 @@ def fitted(
         loss = getattr(step, "val_loss", None)
         told.extend([] if loss is None else [loss])
 
-    return fit_masks(model, *sets, given.preprocess, plan(**changes), say, losses=losses), told
+    asked = plan(**changes)
+    objectives = [MaskObjective(model.form, given.preprocess, asked, losses=losses)]
+    return fit_dense(model, *sets, given.preprocess, asked, say, objectives=objectives), told
 
 
 # -------------------------------------------------------------------------------------------------------------- losses
@@ -174,7 +171,7 @@ def test_a_mask_moves_as_its_image_does(names: tuple[str, ...]) -> None:
 
     augment = JointAugmenter(names, preprocess, batch_size=24, seed=1)
     moves = augment.moves(torch.arange(24), (1, 0))
-    moved, truth = augment.images(coloured(masks), moves), augment.masks(masks, moves, (64, 48))
+    moved, truth = augment.images(coloured(masks), moves), moved_masks(masks, moves, (64, 48))
 
     agree = (moved.argmax(1) == truth).float().mean((1, 2))
     assert float(agree.min()) > 0.95
@@ -189,7 +186,7 @@ def test_an_image_moves_the_same_whatever_part_it_is_in() -> None:
 
     def moved(chosen: slice, part: Tensor, epoch: int) -> tuple[Tensor, Tensor]:
         moves = augment.moves(part, (epoch, 1))
-        return augment.images(pixels[chosen], moves), augment.masks(masks[chosen], moves, (8, 8))
+        return augment.images(pixels[chosen], moves), moved_masks(masks[chosen], moves, (8, 8))
 
     whole = moved(slice(6), torch.arange(6), 2)
     part = moved(slice(3, 5), torch.tensor([3, 4]), 2)
@@ -332,12 +329,16 @@ def test_remembered_maps_give_the_same_numbers_as_running_the_network(convnet: B
     for images in sets:
         rows = np.empty((len(images), models[1].row_values), np.float32)
         fill_rows(rows, models[1], images, convnet.preprocess, plan())
-        kept.append(MaskedPixels(images.pixels, images.labels, images.masks, rows=rows))
+        kept.append(replace(images, rows=rows))
 
+    asked = plan(epochs=2)
     ran, remembered = (
-        fit_masks(model, *given, convnet.preprocess, plan(epochs=2), lambda step: None)
+        fit_dense(
+            model, *given, convnet.preprocess, asked, lambda step: None,
+            objectives=[MaskObjective(model.form, convnet.preprocess, asked)],
+        )
         for model, given in zip(models, (sets, kept), strict=True)
-    )
+    )  # fmt: skip
 
     assert ran.val.top1 == pytest.approx(remembered.val.top1, abs=0.02)  # of other batches, in the last bits
     for name, value in models[0].form.state_dict().items():
@@ -378,11 +379,12 @@ def test_epochs_are_judged_by_one_matrix_over_all_images(convnet: Backbone, fold
     fitted(model, convnet, folder, epochs=2)
     images = held(open_masks(folder, "val"), convnet.preprocess)
 
-    miou, loss = miou_and_loss(model, images, convnet.preprocess, plan(), None)
+    judge = judged_by([MaskObjective(model.form, convnet.preprocess, plan())])
+    miou, loss = judge(model, images, convnet.preprocess, plan(), None)
 
     with torch.no_grad():
         logits = model(torch.from_numpy(normalize(images.pixels, convnet.preprocess))).numpy()
-    matrix = confusion(mask_of(logits, SIZE), read_masks(images.masks, SIZE), 3)
+    matrix = confusion(mask_of(logits, SIZE), read_masks(images.truths["mask"], SIZE), 3)
     assert miou == pytest.approx(mean_iou(matrix), abs=1e-3)  # ties of resized logits
     assert 0 < loss < 5
 

@@ -227,7 +227,10 @@ def test_a_task_that_cannot_have_a_label_for_every_pixel_is_refused(place: Path)
 
     with pytest.raises(InputError) as error:
         Device(place / "store").install(encode_pack(replace(delta, heads=two, probes={})))
-    assert str(error.value) == "task 'ssf': must have one head to be run here, got mask, other"
+    assert (
+        str(error.value)
+        == "task 'ssf': must be a classifier, or have one head for each answer, to be run here, got mask, other"
+    )
     cut = replace(delta, preprocess=replace(delta.preprocess, crop="center", crop_fraction=0.875), probes={})
     with pytest.raises(InputError) as error:
         Device(place / "store").install(encode_pack(cut))

@@ -128,7 +128,7 @@ def test_an_artefact_is_read_as_it_was_written(place: Path, tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("change", "told"),
     [
-        ({"answer": "text"}, "artifact.json.answer: needs one of mask, boxes, got 'text'"),
+        ({"answer": "text"}, "artifact.json.answer: needs one of mask, boxes, labels, got 'text'"),
         ({"outputs": ["mask"]}, "artifact.json.outputs: needs logits, mask"),
     ],
 )

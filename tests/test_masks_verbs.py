@@ -228,7 +228,7 @@ def test_masks_are_checked_before_anything_is_tuned(place: Path, tmp_path: Path)
         ({"balance": "sampling"}, "--task mask: has no images of a class, got --balance sampling\n  fix: weigh classes with --balance weights, or add --dice 1"),
         ({"head": "mlp,maps=7"}, "--head: needs maps that the backbone has, 0 of stride 16, 1 of stride 16, 2 of stride 16, 3 of stride 16, got 7"),
         ({"head": "fcos"}, "--task mask: needs a head of linear, mlp, got --head fcos"),
-        ({"head": "unet"}, "--head: is linear, mlp, fcos, got 'unet'"),
+        ({"head": "unet"}, "--head: is linear, mlp, fcos, pooled, got 'unet'"),
         ({"dice": -1}, "--dice: must be at least 0 and finite, got -1.0"),
     ],
 )  # fmt: skip
@@ -266,12 +266,6 @@ def test_a_head_reads_as_it_is_written() -> None:
         "mlp,width=64,depthwise=false,maps=0/3,norm=false,separation=true",
     ):
         assert str(head_form(text)) == text
-
-
-def test_pretrain_takes_class_folders(place: Path) -> None:
-    given = arguments(place, "broad.work", task="mask")
-
-    assert "--task: pretrain takes class folders, got mask" in refused(3, "pretrain", *given[1:])
 
 
 def test_judging_brings_masks_to_the_size_of_images(trained: Any, place: Path) -> None:

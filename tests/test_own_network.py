@@ -14,7 +14,8 @@ import edgepet
 from edgepet import Backbone, ExportOptions, Preprocess
 from edgepet.errors import InputError
 from edgepet.graphs.base import open_graph
-from edgepet.proving.subject import Subject, plain_network
+from edgepet.proving.in_torch import plain_network
+from edgepet.proving.subject import Subject
 from edgepet.reports.screen import lines
 from edgepet.tuning.model import logits_of
 from edgepet.verbs.methods import VERB, methods

@@ -20,7 +20,8 @@ from edgepet.measuring.parity import compare
 from edgepet.methods.method import unflatten
 from edgepet.networks.merged import merged_logits
 from edgepet.packs.pack import Codec
-from edgepet.proving.subject import Subject, tuned_network
+from edgepet.proving.in_torch import tuned_network
+from edgepet.proving.subject import Subject
 from edgepet.samples.tasks import build_task
 from edgepet.tuning.model import logits_of
 from edgepet.verbs.calibrate import share

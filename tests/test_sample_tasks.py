@@ -452,4 +452,4 @@ def test_each_extra_brings_the_releases_that_tasks_ask_of_it() -> None:
     extras = tomllib.loads(PYPROJECT.read_text())["project"]["optional-dependencies"]
     files = [file for task in TASKS.values() for file in task.files if isinstance(file, PackageFile)]
 
-    assert [file.requirement for file in files if file.requirement not in extras[file.extra]] == []
+    assert [each.requirement for each in files if each.extra and each.requirement not in extras[each.extra]] == []

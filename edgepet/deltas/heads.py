@@ -20,9 +20,13 @@ from edgepet.errors import InputError
 from edgepet.reports.tables import format_names
 from edgepet.spec import NpArray
 
-Answer: TypeAlias = Literal["mask", "boxes"]
-ANSWERS: tuple[Answer, ...] = ("mask", "boxes")
-METRICS: dict[Answer, str] = {"mask": "miou", "boxes": "map"}  # what a head is judged by, as packs and JSON call it
+Answer: TypeAlias = Literal["mask", "boxes", "labels"]
+ANSWERS: tuple[Answer, ...] = ("mask", "boxes", "labels")
+METRICS: dict[Answer, str] = {  # what a head is judged by, as packs and JSON call it
+    "mask": "miou",
+    "boxes": "map",
+    "labels": "map",
+}
 
 FEATURES = "features"  # what pooled features are read as; maps are read by their own names
 MOST_LAYERS, MOST_CHANNELS = 64, 1 << 14  # so that a head of few bytes cannot ask for much work
@@ -54,6 +58,16 @@ class Map:
         return (self.channels, self.height, self.width)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Meaning:
+    """What the numbers that a head called ``name`` gives stand for."""
+
+    name: str
+    answer: Literal["class"] | Answer
+    labels: tuple[str, ...]
+    thresholds: tuple[float, ...] = ()
+
+
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Step:
     """One layer of a head: it ``reads`` maps, or what steps before it gave, and ``gives`` one array a name."""
@@ -66,9 +80,10 @@ class Step:
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class MapHead:
     """A head that reads maps. Its last step gives, for "mask", one map of logits a label at the head's own stride, for
-    "boxes" those that ``Detect`` finds.
+    "boxes" those that ``Detect`` finds, for "labels" one logit a label.
 
-    The mask is what ``mask_of`` makes of logits; of boxes that overlap, those are meant that ``suppressed`` keeps.
+    The mask is what ``mask_of`` makes of logits; of boxes that overlap, those are meant that ``suppressed`` keeps. An
+    image has the labels whose σ(logit) is at least their one of ``thresholds``, which no other answer has.
 
     Raises:
         InputError: a name, an answer or labels that it cannot have; no steps or too many; a step that reads what is not
@@ -79,6 +94,7 @@ class MapHead:
     answer: Answer
     labels: tuple[str, ...]
     steps: tuple[Step, ...]
+    thresholds: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
         if _HEAD.fullmatch(self.name) is None:
@@ -91,6 +107,10 @@ class MapHead:
             raise InputError(self.name, f"needs {least} to {MOST_CLASSES} labels", got=len(self.labels))
         if len(set(self.labels)) < len(self.labels):
             raise InputError(self.name, "needs labels that differ", got=format_names(self.labels))
+        wanted = len(self.labels) if self.answer == "labels" else 0
+        if len(self.thresholds) != wanted or not all(0 <= each <= 1 for each in self.thresholds):
+            got = ", ".join(f"{each:g}" for each in self.thresholds[:5])
+            raise InputError(self.name, f"needs {wanted} thresholds from 0 to 1", got=got or "none")
         for label in self.labels:
             if not label or any("\ud800" <= character <= "\udfff" for character in label):
                 raise InputError(self.name, "needs labels that UTF-8 can spell", got=ascii(label))
@@ -108,6 +128,11 @@ class MapHead:
         unread = [step.gives for step in self.steps[:-1] if not self._readers[step.gives]]
         if unread:
             raise InputError(f"{self.name}: {unread[0]}", "must be read by a layer behind it, or be the last")
+
+    @property
+    def meaning(self) -> Meaning:
+        """What its answers stand for."""
+        return Meaning(name=self.name, answer=self.answer, labels=self.labels, thresholds=self.thresholds)
 
     @property
     def _readers(self) -> Counter[str]:
@@ -166,12 +191,15 @@ class MapHead:
             found = known[last.reads[0]][0]
             if found != len(self.labels):
                 raise InputError(self.name, f"needs maps of {len(self.labels)} classes, one a label", got=found)
+        elif self.answer == "labels":
+            if answer != (len(self.labels),):
+                raise InputError(self.name, f"needs {len(self.labels)} numbers an image, one a label", got=answer)
         elif len(answer) != 3 or answer[0] != len(self.labels):
             raise InputError(self.name, f"needs a map of {len(self.labels)} channels, one a label", got=answer)
         return known
 
     def __call__(self, given: Mapping[str, NpArray]) -> NpArray:
-        """What its last step gives: for a mask logits (n, C, h, w), for boxes (n, boxes, 6).
+        """What its last step gives: for a mask logits (n, C, h, w), for boxes (n, boxes, 6), for labels (n, C).
 
         Args:
             given: maps (n, channels, height, width) by name, and ``features`` (n, width) where they are read.

@@ -1,8 +1,8 @@
-"""What a task says of an image, in words: a class with its score, what each class takes of a mask, or boxes."""
+"""What a task says of an image, in words: a class with its score, what each class takes of a mask, boxes, or labels."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -10,8 +10,9 @@ import numpy as np
 
 from edgepet.deltas.delta import Delta
 from edgepet.deltas.detection import boxes_in, suppressed
-from edgepet.deltas.heads import mask_of
-from edgepet.device.map_heads import map_head_of
+from edgepet.deltas.heads import Meaning, mask_of
+from edgepet.deltas.layer import sigmoid
+from edgepet.device.map_heads import map_head_of, map_heads_of
 from edgepet.device.runtime import scores_of
 from edgepet.images.masks import resized
 from edgepet.spec import NpArray, Preprocess
@@ -90,6 +91,29 @@ class BoxesAnswer:
     shown: ClassVar[tuple[str, ...]] = ("image", "task", "boxes")
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LabelsAnswer:
+    """The labels that ``task`` says an image has, with their scores, 0..1: those at their threshold or above it, the
+    largest score first. ``image`` is as of ``Answer``.
+    """
+
+    image: str
+    task: str
+    labels: tuple[Guess, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SeveralAnswers:
+    """What each of several heads of ``task`` says of an image, by the head's name; else as of ``Answer``.
+
+    Their own ``task`` is TASK.HEAD.
+    """
+
+    image: str
+    task: str
+    heads: Mapping[str, MaskAnswer | BoxesAnswer | LabelsAnswer]
+
+
 def classified(image: str, task: str, labels: Sequence[str], logits: NpArray, top: int) -> Answer:
     """The answer that one image's ``logits`` (C,) are, with the best ``top`` labels."""
     scores = scores_of(logits)
@@ -121,15 +145,36 @@ def boxed(
     return BoxesAnswer(image=image, task=task, boxes=boxes, preprocess=preprocess)
 
 
+def labelled(image: str, task: str, meaning: Meaning, logits: NpArray) -> LabelsAnswer:
+    """The answer that one image's ``logits`` (C,) are: the labels that it has."""
+    scores = sigmoid(logits.astype(np.float64))
+    there = np.flatnonzero(scores >= np.array(meaning.thresholds))
+    best = there[np.argsort(-scores[there], kind="stable")]
+    return LabelsAnswer(image=image, task=task, labels=tuple(Guess(meaning.labels[k], float(scores[k])) for k in best))
+
+
 def answered(
-    image: str, delta: Delta, given: NpArray, size: tuple[int, int], top: int
-) -> Answer | MaskAnswer | BoxesAnswer:
-    """What a task says, of what its network gives for one image of ``size`` (height, width)."""
-    labels, head = labels_of(delta), map_head_of(delta)
-    if head is None:
-        return classified(image, delta.task, labels, given, top)
-    made = masked if head.answer == "mask" else boxed
-    return made(image, delta.task, labels, given, delta.preprocess, size)
+    image: str, task: str, meaning: Meaning, given: NpArray, preprocess: Preprocess, size: tuple[int, int]
+) -> MaskAnswer | BoxesAnswer | LabelsAnswer:
+    """What a head that reads maps says, of what it gives for one image of ``size`` (height, width)."""
+    if meaning.answer == "labels":
+        return labelled(image, task, meaning, given)
+    made = masked if meaning.answer == "mask" else boxed
+    return made(image, task, meaning.labels, given, preprocess, size)
+
+
+def all_answered(
+    image: str, task: str, meanings: Sequence[Meaning], given: Sequence[NpArray], preprocess: Preprocess,
+    size: tuple[int, int],
+) -> MaskAnswer | BoxesAnswer | LabelsAnswer | SeveralAnswers:  # fmt: skip
+    """What the heads of a task say, of what each gives for one image of ``size`` (height, width)."""
+    if len(meanings) == 1:
+        return answered(image, task, meanings[0], given[0], preprocess, size)
+    heads = {
+        meaning.name: answered(image, f"{task}.{meaning.name}", meaning, each, preprocess, size)
+        for meaning, each in zip(meanings, given, strict=True)
+    }
+    return SeveralAnswers(image=image, task=task, heads=heads)
 
 
 def shares(mask: NpArray, labels: Sequence[str]) -> tuple[ClassShare, ...]:
@@ -139,7 +184,18 @@ def shares(mask: NpArray, labels: Sequence[str]) -> tuple[ClassShare, ...]:
     return tuple(ClassShare(label=labels[place], pixels=float(parts[place])) for place in found)
 
 
+def meanings_of(delta: Delta) -> tuple[Meaning, ...]:
+    """What each head of a task answers."""
+    heads = tuple(head.meaning for head in map_heads_of(delta))
+    return heads or (Meaning(name="class", answer="class", labels=delta.labels),)
+
+
+def meaning_of(delta: Delta) -> Meaning:
+    """What the one head of a task answers."""
+    map_head_of(delta)
+    return meanings_of(delta)[0]
+
+
 def labels_of(delta: Delta) -> tuple[str, ...]:
     """The labels that the one head of a task answers."""
-    head = map_head_of(delta)
-    return delta.labels if head is None else head.labels
+    return meaning_of(delta).labels

@@ -5,18 +5,15 @@ The format is docs/spec/artifact-v1.md; this file is that page in code.
 
 from __future__ import annotations
 
-import base64
 import math
-import zlib
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, TypeAlias, cast
 
-import numpy as np
-
 from edgepet.canonical import canonical_json
-from edgepet.deltas.heads import ANSWERS, Answer
+from edgepet.deltas.heads import Answer, Meaning
+from edgepet.device.model_heads import HeadFacts, OneHead, Probe, head_json, read_heads
 from edgepet.device.pixels import FromPixels
 from edgepet.device.runner import ModelRunner
 from edgepet.device.runtimes import FORMATS, Format
@@ -24,49 +21,17 @@ from edgepet.errors import EdgepetError, InputError
 from edgepet.files import write_file
 from edgepet.graphs.head_graph import OUTPUTS
 from edgepet.graphs.manifest import Listed, listed_files, read_manifest
-from edgepet.images.pixels import pixels_of
-from edgepet.images.preprocess import normalize
-from edgepet.measuring.parity import Against, Inputs, Parity
+from edgepet.measuring.parity import Parity
 from edgepet.packs.codecs import CODECS
-from edgepet.spec import NpArray, Precision, Preprocess, StoredPrecision, read_preprocess
+from edgepet.spec import Precision, Preprocess, StoredPrecision, read_preprocess
 from edgepet.strict import ObjectReader
 
 FORMAT, VERSION = "edgepet-artifact", 1
 MANIFEST = "artifact.json"
-_MOST_PLACES = 1 << 24  # of a probe
-
-
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class PlacesProbe:
-    """Of a head for masks the label of every place of its map, uint8 (n, h, w), and the largest of all its logits."""
-
-    labels: NpArray
-    largest: float
 
 
 Takes: TypeAlias = Literal["float32", "uint8", "uint8, any size"]
 TAKES: tuple[Takes, ...] = ("float32", "uint8", "uint8, any size")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Probe:
-    """Seeded noise images, and the float32 logits (n, C) that the model must give them again.
-
-    They are the merged network's in torch, and of an int8 model those of the same codes in ONNX Runtime. Of masks they
-    are means over places (``deltas.probe.condensed``), with what ``places`` has; of boxes ``condensed_boxes``.
-    """
-
-    seed: int
-    logits: NpArray
-    places: PlacesProbe | None = None
-
-    def images(self, preprocess: Preprocess, *, pictures: bool = False) -> NpArray:
-        """The inputs again: standard normal, float32 (n, 3, H, W), or (n, frames, 3, H, W); ``pictures``: the nearest
-        that pixels of 8 bits can be.
-        """
-        shape = (len(self.logits), *preprocess.input_shape)
-        drawn = np.random.default_rng(self.seed).standard_normal(shape, dtype=np.float32)
-        return normalize(pixels_of(drawn, preprocess), preprocess) if pictures else drawn
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -76,7 +41,9 @@ class Artifact:
     ``labels`` are in the order of the logits, ``answer`` says of what: an image, each of its pixels, or boxes.
     ``codec`` is the pack's, ``branches`` how many stayed in the graph. ``files`` are name -> (hex sha256, size in
     bytes), ``versions`` package -> version of what wrote it. ``parity`` is None where nothing was run. ``evidence``
-    says how its precision is known: what is stored, what was executed, and what stayed fp32 and why. ``takes`` is what
+    says how its precision is known: what is stored, what was executed, and what stayed fp32 and why. ``thresholds`` are
+    those of a head that answers labels. Of several heads ``answer``, ``labels``, ``thresholds``, ``parity`` and
+    ``probe`` are the first's, which is called ``head``, and ``further`` are the others. ``takes`` is what
     the model does: preprocessed float32 images, pictures of its size, uint8 (n, H, W, 3), or of any size, which it
     resizes.
     """
@@ -100,8 +67,47 @@ class Artifact:
     parity: Parity | None
     probe: Probe
     evidence: Mapping[str, object]
-    answer: Literal["class", "mask", "boxes"] = "class"
+    answer: Literal["class"] | Answer = "class"
+    thresholds: tuple[float, ...] = ()
+    head: str = ""
+    further: tuple[HeadFacts, ...] = ()
     takes: Takes = "float32"
+
+    @property
+    def heads(self) -> tuple[HeadFacts, ...]:
+        """All of its heads."""
+        name = self.head or self.answer
+        meaning = Meaning(name=name, answer=self.answer, labels=self.labels, thresholds=self.thresholds)
+        return (HeadFacts(meaning=meaning, probe=self.probe, parity=self.parity), *self.further)
+
+    def of_head(self, place: int) -> Artifact:
+        """The same as if it had one of its heads alone."""
+        meaning = self.heads[place].meaning
+        return replace(
+            self, answer=meaning.answer, labels=meaning.labels, thresholds=meaning.thresholds, head=meaning.name,
+            probe=self.heads[place].probe, parity=self.heads[place].parity, further=(),
+        )  # fmt: skip
+
+    @property
+    def worst(self) -> Parity | None:
+        """The comparison of the head that is nearest to its limit."""
+        made = [each.parity for each in self.heads if each.parity is not None]
+        return max(made, key=lambda parity: parity.max_abs / (parity.limit or math.inf), default=None)
+
+    @property
+    def answer_places(self) -> tuple[int, ...]:
+        """Where among its outputs each head's answer is, of several heads."""
+        counts = [len(OUTPUTS[cast(Answer, each.meaning.answer)]) for each in self.heads] if self.further else [1]
+        return tuple(sum(counts[:place]) for place in range(len(counts)))
+
+    def of_head_run(self, runner: ModelRunner, place: int) -> ModelRunner:
+        """``runner`` of this model as that of one of its heads."""
+        if not self.further:
+            return runner
+        if isinstance(runner, FromPixels):
+            return runner.around(self.of_head_run(runner.runner, place))
+        first = self.answer_places[place]
+        return OneHead(runner, first, first + len(OUTPUTS[cast(Answer, self.heads[place].meaning.answer)]))
 
 
 def files_of(folder: Path) -> tuple[str, ...]:
@@ -120,25 +126,13 @@ def write_artifact(folder: Path, artifact: Artifact) -> None:
     Raises:
         InputError: it cannot be written.
     """
-    parity = asdict(artifact.parity) if artifact.parity else None
-    for later in ("near_ties", "places", "boxes"):
-        if parity and not parity[later]:
-            del parity[later]  # there where they say something: earlier readers take all else
-    places = artifact.probe.places
-    probe = {
-        "seed": artifact.probe.seed,
-        "shape": list(artifact.probe.logits.shape),
-        "logits": base64.b64encode(np.ascontiguousarray(artifact.probe.logits, "<f4").tobytes()).decode("ascii"),
-        **({} if places is None else {"places": _places_json(places)}),
-    }
-    manifest = {
+    manifest: dict[str, object] = {
         "format": FORMAT,
         "version": VERSION,
         "task": artifact.task,
         "model_format": artifact.format,
         "engine": artifact.engine,
         "precision": artifact.precision,
-        "labels": list(artifact.labels),
         "preprocess": artifact.preprocess.as_json(),
         "backbone": {"name": artifact.backbone, "fingerprint": artifact.fingerprint},
         "method": artifact.method,
@@ -148,13 +142,12 @@ def write_artifact(folder: Path, artifact: Artifact) -> None:
         "versions": dict(artifact.versions),
         "verified": artifact.verified,
         "reason": artifact.reason,
-        "parity": parity,
-        "probe": probe,
         "evidence": artifact.evidence,
-        **(
-            {} if artifact.answer == "class" else {"answer": artifact.answer, "outputs": list(OUTPUTS[artifact.answer])}
-        ),
     }
+    if artifact.further:
+        manifest["heads"] = [{"name": each.meaning.name, **head_json(each)} for each in artifact.heads]
+    else:
+        manifest |= head_json(artifact.heads[0])
     if artifact.takes != "float32":  # a key that earlier readers refuse: they would feed it floats
         manifest["takes"] = artifact.takes
     write_file(folder / MANIFEST, canonical_json(manifest))
@@ -172,12 +165,13 @@ def read_artifact(folder: Path) -> Artifact:
     if table.integer("version") != VERSION:
         raise InputError(str(path), f"this edgepet reads artefacts of version {VERSION}", got=table.integer("version"))
     backbone, pack = table.nested("backbone"), table.nested("pack")
+    first, *further = read_heads(table, str(path))
     artifact = Artifact(
         task=table.text("task"),
         format=cast(Format, table.text("model_format", choices=list(FORMATS))),
         engine=table.text("engine"),
         precision=cast(StoredPrecision, table.text("precision", choices=["fp32", "fp16", "int8"])),
-        labels=table.texts("labels"),
+        labels=first.meaning.labels,
         preprocess=read_preprocess(table.nested("preprocess")),
         backbone=backbone.text("name"),
         fingerprint=backbone.text("fingerprint"),
@@ -189,18 +183,17 @@ def read_artifact(folder: Path) -> Artifact:
         versions=_versions(table.nested("versions")),
         verified=table.boolean("verified"),
         reason=None if table.absent("reason") else table.text("reason"),
-        parity=_parity(table),
-        probe=_probe(table.nested("probe")),
+        parity=first.parity,
+        probe=first.probe,
         evidence=_evidence(table),
-        answer=_answer(table),
+        answer=first.meaning.answer,
+        thresholds=first.meaning.thresholds,
+        head=first.meaning.name,
+        further=tuple(further),
         takes=cast(Takes, table.text("takes", choices=TAKES)) if table.has("takes") else "float32",
     )
     for part in (backbone, pack, table):
         part.end()
-    if artifact.probe.logits.shape[1:] != (len(artifact.labels),):
-        raise InputError(
-            f"{path}: probe", f"needs {len(artifact.labels)} logits an image", got=artifact.probe.logits.shape
-        )
     return artifact
 
 
@@ -240,65 +233,3 @@ def _evidence(table: ObjectReader) -> dict[str, object]:
         return {}
     evidence = table.nested("evidence")
     return {name: evidence.raw(name) for name in evidence.names()}
-
-
-def _parity(table: ObjectReader) -> Parity | None:
-    if table.absent("parity"):
-        return None
-    entry = table.nested("parity")
-    parity = Parity(
-        max_abs=entry.number("max_abs"),
-        limit=None if entry.absent("limit") else entry.number("limit"),
-        top1_agreement=entry.number("top1_agreement"),
-        least_agreement=entry.number("least_agreement"),
-        n=entry.integer("n"),
-        inputs=cast(Inputs, entry.text("inputs", choices=["data", "work", "synthetic"])),
-        against=cast(Against, entry.text("against", choices=["tuned", "merged"])),
-        near_ties=entry.integer("near_ties") if entry.has("near_ties") else 0,  # earlier artefacts allowed none
-        places=entry.boolean("places") if entry.has("places") else False,
-        boxes=entry.boolean("boxes") if entry.has("boxes") else False,
-    )
-    entry.end()
-    return parity
-
-
-def _probe(entry: ObjectReader) -> Probe:
-    shape = entry.integers("shape", least=1)
-    try:
-        logits = np.frombuffer(base64.b64decode(entry.text("logits"), validate=True), "<f4").reshape(shape)
-    except ValueError as error:
-        raise InputError(entry.where, "holds no logits of its shape", got=error) from error
-    places = _places(entry.nested("places")) if entry.has("places") else None
-    probe = Probe(seed=entry.integer("seed"), logits=logits, places=places)
-    entry.end()
-    return probe
-
-
-def _places_json(places: PlacesProbe) -> dict[str, object]:
-    packed = zlib.compress(np.ascontiguousarray(places.labels, np.uint8).tobytes(), 9)
-    text = base64.b64encode(packed).decode("ascii")
-    return {"shape": list(places.labels.shape), "labels": text, "largest": places.largest}
-
-
-def _places(table: ObjectReader) -> PlacesProbe:
-    shape = table.integers("shape", least=1)
-    unpacker, size = zlib.decompressobj(), math.prod(shape)
-    try:
-        packed = base64.b64decode(table.text("labels"), validate=True)
-        data = unpacker.decompress(packed, min(size, _MOST_PLACES) + 1)
-        labels = np.frombuffer(data, np.uint8).reshape(shape)
-    except (ValueError, zlib.error) as error:
-        raise InputError(table.where, "holds no labels of its shape", got=error) from error
-    made = PlacesProbe(labels=labels, largest=table.number("largest"))
-    table.end()
-    return made
-
-
-def _answer(table: ObjectReader) -> Literal["class", "mask", "boxes"]:
-    """What it answers; an artefact that does not say so answers classes."""
-    if not table.has("answer"):
-        return "class"
-    answer = cast(Answer, table.text("answer", choices=ANSWERS))
-    if table.texts("outputs") != OUTPUTS[answer]:
-        raise table.refusal("outputs", f"needs {', '.join(OUTPUTS[answer])}")
-    return answer

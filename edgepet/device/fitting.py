@@ -10,8 +10,9 @@ import numpy as np
 
 from edgepet.deltas.branches import named_tensors
 from edgepet.deltas.delta import Delta, Head
+from edgepet.deltas.joined import reads_of
 from edgepet.deltas.merge import task_tensors
-from edgepet.device.map_heads import map_head_of
+from edgepet.device.map_heads import map_heads_of
 from edgepet.device.runner import PartRunner
 from edgepet.device.runtimes import Runtime
 from edgepet.errors import InputError, option
@@ -60,8 +61,8 @@ def fit(graph: BaseGraph, delta: Delta, form: Form) -> Fitted:
 
 def _read_by(delta: Delta, part: Part, maps: Sequence[GraphMap]) -> Part:
     """Of a graph what the heads of ``delta`` read: features, or maps."""
-    head = map_head_of(delta)
-    return part if head is None else part.putting_out(maps, head.inputs)
+    heads = map_heads_of(delta)
+    return part.putting_out(maps, reads_of(heads)) if heads else part
 
 
 def fit_lightly(graph: BaseGraph | Int8Graph, delta: Delta, runtime: str) -> Fitted:

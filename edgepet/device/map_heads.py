@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 
 from edgepet.deltas.delta import Delta
 from edgepet.deltas.heads import MapHead
+from edgepet.deltas.joined import as_rows, reads_of
 from edgepet.deltas.layers import Shape
 from edgepet.device.runner import BoundPart, HeadRunner, PartRunner
 from edgepet.device.runtimes import Runtime
@@ -19,27 +20,50 @@ from edgepet.reports.tables import format_names
 from edgepet.spec import NpArray
 
 
-def map_head_of(delta: Delta) -> MapHead | None:
-    """The head of ``delta`` where it reads maps, None where it is a classifier.
+def map_heads_of(delta: Delta) -> tuple[MapHead, ...]:
+    """The heads of ``delta`` that read maps, none where it is a classifier.
 
     Raises:
-        InputError: it has several heads, or one that reads maps and an input that leaves out pixels of an image.
+        InputError: it is a classifier and has such heads, two of them answer alike, or its input leaves out pixels of
+            an image.
     """
-    if len(delta.answers) > 1:
-        names = format_names([*(["class"] if delta.labels else []), *(each.head.name for each in delta.heads)])
-        raise InputError(f"task {delta.task!r}", "must have one head to be run here", got=names)
-    if not delta.heads:
-        return None
+    heads = tuple(each.head for each in delta.heads)
+    if len(set(delta.answers)) < len(delta.answers) or (delta.labels and heads):
+        names = format_names([*(["class"] if delta.labels else []), *(head.name for head in heads)])
+        what = "must be a classifier, or have one head for each answer, to be run here"
+        raise InputError(f"task {delta.task!r}", what, got=names)
+    if not heads:
+        return ()
     crop, part = delta.preprocess.crop, delta.preprocess.crop_fraction
     if (crop, part) != ("squash", 1.0):
-        told = {"mask": "have a label for every pixel", "boxes": "find every object"}
-        what = f"must see all of an image to {told[delta.heads[0].head.answer]}"
+        told = {
+            "mask": "have a label for every pixel",
+            "boxes": "find every object",
+            "labels": "name all that is there",
+        }
+        what = f"must see all of an image to {told[heads[0].answer]}"
         raise InputError(f"task {delta.task!r}", what, got=f"crop {crop!r} of {part:g}")
-    return delta.heads[0].head
+    return heads
+
+
+def map_head_of(delta: Delta) -> MapHead | None:
+    """The one head of ``delta`` where it reads maps, None where it is a classifier.
+
+    Raises:
+        InputError: it has several heads; else as ``map_heads_of``.
+    """
+    heads = map_heads_of(delta)
+    if len(heads) > 1:
+        names = format_names([head.name for head in heads])
+        raise InputError(f"task {delta.task!r}", "must have one head here", got=names)
+    return heads[0] if heads else None
 
 
 class WithHead:
-    """A network that puts out maps, and the head behind it: images to what the head answers, as of ``MapHead``."""
+    """A network that puts out maps, and heads behind it: images to what they answer, as of ``MapHead``, in ``as_rows``.
+
+    Several heads are one graph: the network runs once, and so does that.
+    """
 
     def __init__(
         self, network: BoundPart, head: HeadRunner, reads: Mapping[str, Shape], *, closes: Sequence[PartRunner] = ()
@@ -59,7 +83,7 @@ class WithHead:
             if given[name].shape != (len(images), *shape):
                 what, fix = f"must be (n, {', '.join(map(str, shape))})", "delete the graph and make it again"
                 raise InputError(name, what, got=given[name].shape, fix=fix)
-        return self._head(given)
+        return as_rows(self._head(given))
 
     def close(self) -> None:
         """Give the head back, and what of the network is this task's alone."""
@@ -69,18 +93,18 @@ class WithHead:
             network.close()
 
 
-def open_head(
-    row: Runtime, head: MapHead, maps: Sequence[GraphMap], width: int, network: BoundPart, *, threads: int | None,
-    closes: Sequence[PartRunner] = (),
+def open_heads(
+    row: Runtime, heads: Sequence[MapHead], maps: Sequence[GraphMap], width: int, network: BoundPart, *,
+    threads: int | None, closes: Sequence[PartRunner] = (),
 ) -> WithHead:  # fmt: skip
-    """``head`` behind a network that puts out ``head.inputs``, of a backbone with these maps and ``width`` features.
+    """``heads`` behind a network that puts out ``reads_of`` them, of a backbone with these maps and ``width`` features.
 
     Raises:
-        InputError: the runtime opens no heads, or not this one; or as ``MapHead.shapes``.
+        InputError: the runtime opens no heads, or not these; or as ``MapHead.shapes``.
     """
     if row.open_head is None:
         raise InputError(option("runtime"), f"runs no head that reads maps on {row.name}")
     places = [each.map for each in maps]
-    shapes = head.shapes(places, width=width)
-    runner = row.open_head(head_file(head, places, width), threads, row.where)
-    return WithHead(network, runner, {name: shapes[name] for name in head.inputs}, closes=closes)
+    shapes = {name: shape for head in heads for name, shape in head.shapes(places, width=width).items()}
+    runner = row.open_head(head_file(heads, places, width), threads, row.where)
+    return WithHead(network, runner, {name: shapes[name] for name in reads_of(heads)}, closes=closes)

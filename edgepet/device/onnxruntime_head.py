@@ -19,10 +19,10 @@ class OnnxRuntimeHead:
     def __init__(self, file: OnnxFile, *, threads: int | None = None, provider: str) -> None:
         self._session = open_session(file.encoded(), threads=threads, provider=provider)
 
-    def __call__(self, given: Mapping[str, NpArray]) -> NpArray:
+    def __call__(self, given: Mapping[str, NpArray]) -> list[NpArray]:
         with running("head"):
-            answer: NpArray = self._session.run(None, dict(given))[0]
-        return answer
+            answers: list[NpArray] = self._session.run(None, dict(given))
+        return answers
 
     def close(self) -> None:
         """Give the session back."""

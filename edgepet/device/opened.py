@@ -11,10 +11,11 @@ from types import TracebackType
 import numpy as np
 
 from edgepet.deltas.delta import Delta
-from edgepet.device.answers import labels_of
+from edgepet.deltas.heads import Meaning
+from edgepet.device.answers import labels_of, meanings_of
 from edgepet.device.fitting import Fitted, fit, fit_lightly, own_slots
 from edgepet.device.generations import serving
-from edgepet.device.map_heads import map_head_of
+from edgepet.device.map_heads import map_heads_of
 from edgepet.device.mixed import Mixed, mix
 from edgepet.device.pool import Event, Pool
 from edgepet.device.runtime import TaskNetwork
@@ -52,8 +53,17 @@ class OpenTask:
 
     @property
     def labels(self) -> tuple[str, ...]:
-        """Its classes, in the order of its logits; value n of a mask is class n."""
+        """Its classes, in the order of its logits; value n of a mask is class n.
+
+        Raises:
+            InputError: it has several heads, whose labels ``meanings`` has.
+        """
         return labels_of(self._served.pack.delta)
+
+    @property
+    def meanings(self) -> tuple[Meaning, ...]:
+        """What each of its heads answers."""
+        return meanings_of(self._served.pack.delta)
 
     @property
     def preprocess(self) -> Preprocess:
@@ -281,7 +291,7 @@ class OpenTasks:
         if self._mixed is None:
             self._mixed, groups = {}, dict[object, tuple[BaseGraph | Int8Graph, dict[str, Delta]]]()
             for task, served in self._served.items():
-                if map_head_of(served.pack.delta) is not None:
+                if map_heads_of(served.pack.delta):
                     self._unmixed[task] = "its head reads maps"
                     continue
                 graph = self._graph(served.pack)
@@ -304,7 +314,7 @@ class OpenTasks:
             installed = serving(now, task, place, str(store.root))
             with contextlib.suppress(EdgepetError):  # said when it is opened by itself
                 pack = store.pack_of(task, installed)
-                if map_head_of(pack.delta) is not None:
+                if map_heads_of(pack.delta):
                     continue  # what puts out maps is no trunk of features
                 graph = self._graph(pack)
                 key = graph.folder, graph.stem, pack.delta.preprocess

@@ -24,10 +24,10 @@ class OpenVinoHead:
         self._request = compile_model(model, threads, "fp32", device, where="head").create_infer_request()
         self._lock = threading.Lock()  # a request runs one call
 
-    def __call__(self, given: Mapping[str, NpArray]) -> NpArray:
+    def __call__(self, given: Mapping[str, NpArray]) -> list[NpArray]:
         with self._lock, refusing_openvino("head", "cannot be run by OpenVINO"):
-            answer: NpArray = self._request.infer(dict(given), share_inputs=True)[0].copy()
-        return answer
+            answers = self._request.infer(dict(given), share_inputs=True)
+            return [answers[place].copy() for place in range(len(answers))]
 
     def close(self) -> None:
         """Give the request back."""

@@ -39,6 +39,10 @@ class FromPixels:
         pixels = pixels_of(images, self._preprocess)
         return self.runner.outputs(uncropped(pixels, self._preprocess) if self._resizes else pixels)
 
+    def around(self, runner: ModelRunner) -> FromPixels:
+        """The same of another model that takes such pictures."""
+        return FromPixels(runner, self._preprocess, resizes=self._resizes)
+
     def close(self) -> None:
         """Give the model back."""
         self.runner.close()

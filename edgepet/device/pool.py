@@ -9,10 +9,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, TypeAlias
 
+from edgepet.deltas.joined import reads_of
 from edgepet.deltas.merge import changed_tensors
 from edgepet.device.costs import keep_cost, kept_cost
 from edgepet.device.fitting import fit, opened
-from edgepet.device.map_heads import map_head_of, open_head
+from edgepet.device.map_heads import map_heads_of, open_heads
 from edgepet.device.runner import PartRunner, Runner
 from edgepet.device.runtime import SharedInt8, TaskNetwork, network_of, open_folded
 from edgepet.device.runtimes import shared_runtime
@@ -99,7 +100,8 @@ class Pool:
         with self._lock:
             if self.precision == "int8":
                 return self._on_codes(pack)
-            return network_of(self._runner(self.graph_of(pack), pack), pack.delta)
+            graph = self.graph_of(pack)
+            return network_of(self._runner(graph, pack), pack.delta, graph)
 
     def graph_of(self, pack: Pack) -> BaseGraph:
         """The graph of a pack, of which all tasks on it share one: each maps the weights' file."""
@@ -175,18 +177,17 @@ class Pool:
             if self.mode == "slots":
                 raise
             return self._alone(own)
-        head = map_head_of(delta)
+        heads = map_heads_of(delta)
         shapes = tuple((name, value.shape) for name, value in sorted(fitted.slots.items()))
-        form = graph.folder, graph.stem, shapes, () if head is None else head.inputs
+        form = graph.folder, graph.stem, shapes, reads_of(heads)
         if form not in self._networks:
             began = time.perf_counter()
             self._networks[form] = opened(self.row, fitted.part, {}, self.threads)
             self._prices[form] = time.perf_counter() - began
         part = self._networks[form].bind(fitted.slots)
-        if head is None:
-            bound: Runner = part
-        else:
-            bound = open_head(self.row, head, graph.maps, graph.width, part, threads=self.threads)
+        bound: Runner = part
+        if heads:
+            bound = open_heads(self.row, heads, graph.maps, graph.width, part, threads=self.threads)
         if self._memory is None:
             return bound
         products = any(name.endswith(RIGHT) for name in fitted.slots)
@@ -209,7 +210,7 @@ class Pool:
         Where the store has room, its cache keeps the network of a task of classes: it is folded once.
         """
         delta, row = pack.delta, self.row
-        keeps = row.open_kept if row.device == "cpu" and map_head_of(delta) is None else None
+        keeps = row.open_kept if row.device == "cpu" and not map_heads_of(delta) else None
 
         def folded() -> dict[str, NpArray]:
             graph.require_fit(delta)

@@ -86,8 +86,8 @@ class BoundPart(Runner, Protocol):
 class HeadRunner(Protocol):
     """An open head that reads maps; it is tiny beside the backbone's network."""
 
-    def __call__(self, given: Mapping[str, NpArray]) -> NpArray:
-        """What it answers, float32 (n, C, h, w), for float32 maps (n, channels, height, width), and features, by name.
+    def __call__(self, given: Mapping[str, NpArray]) -> list[NpArray]:
+        """What each head answers, float32, for float32 maps (n, channels, height, width), and features, by name.
 
         Raises:
             InputError: the runtime cannot run it on them.

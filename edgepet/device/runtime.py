@@ -9,9 +9,11 @@ import numpy as np
 
 from edgepet.deltas.delta import Delta, Head
 from edgepet.deltas.heads import MapHead
+from edgepet.deltas.joined import answer_shapes, apart, reads_of, told_apart
+from edgepet.deltas.layers import Shape
 from edgepet.deltas.merge import changed_tensors
 from edgepet.device.fitting import fit, fit_int8, opened
-from edgepet.device.map_heads import map_head_of, open_head
+from edgepet.device.map_heads import map_heads_of, open_heads
 from edgepet.device.runner import PartRunner, Runner, SharedRunner
 from edgepet.device.runtimes import DEFAULT, Runtime, shared_runtime
 from edgepet.errors import CheckError, InputError, option
@@ -25,13 +27,17 @@ class TaskNetwork:
     """A base graph with one task folded in, and the task's head; a context manager.
 
     It takes images as ``Runner`` does, and puts out logits, float32 (n, C), of masks (n, C, h, w) at the head's own
-    stride, of boxes (n, boxes, 6); a CheckError where they are not finite.
+    stride, of boxes (n, boxes, 6), of several heads all of it in ``as_rows``; a CheckError where they are not finite.
     """
 
-    def __init__(self, features: Runner, head: Head | None, *, alone_on: Sequence[SharedRunner] = ()) -> None:
+    def __init__(
+        self, features: Runner, head: Head | None, *, alone_on: Sequence[SharedRunner] = (),
+        shapes: Sequence[Shape] = (),
+    ) -> None:  # fmt: skip
         # ``head`` None: what runs puts out what the task answers.
         # ``alone_on``: backbones that no other task runs on are closed with the task.
-        self._features, self._head, self._alone_on = features, head, alone_on
+        # ``shapes``: what each of several heads gives of one image.
+        self._features, self._head, self._alone_on, self._shapes = features, head, alone_on, tuple(shapes)
         self.runtime, self.executed = features.runtime, features.executed
 
     @property
@@ -42,6 +48,11 @@ class TaskNetwork:
     def __call__(self, images: NpArray) -> NpArray:
         given = self._features(images)
         return require_finite(self._head(given) if self._head else given, f"{self.runtime}, {self.executed}")
+
+    def each(self, images: NpArray) -> tuple[NpArray, ...]:
+        """What each head gives, in the order of the task's."""
+        answers = self(images)
+        return apart(answers, self._shapes) if self._shapes else (answers,)
 
     def close(self) -> None:
         """Give the network back; one that tasks share stays open."""
@@ -83,12 +94,14 @@ def open_task(graph: BaseGraph, delta: Delta, *, runtime: str | Runtime = DEFAUL
         MissingError: the runtime is not installed.
     """
     graph.require_fit(delta)
-    return network_of(open_folded(graph, delta, runtime=runtime, threads=threads, precision=precision), delta)
+    return network_of(open_folded(graph, delta, runtime=runtime, threads=threads, precision=precision), delta, graph)
 
 
-def network_of(runner: Runner, delta: Delta) -> TaskNetwork:
-    """The network of a task, of what puts out its features or, where its head reads maps, what that answers."""
-    return TaskNetwork(runner, delta.head.in_float32 if map_head_of(delta) is None else None)
+def network_of(runner: Runner, delta: Delta, graph: BaseGraph) -> TaskNetwork:
+    """The network of a task, of what puts out its features or, where its heads read maps, what they answer."""
+    heads = map_heads_of(delta)
+    shapes = answer_shapes(heads, [each.map for each in graph.maps], graph.width)
+    return TaskNetwork(runner, None if heads else delta.head.in_float32, shapes=shapes)
 
 
 def open_folded(graph: BaseGraph, delta: Delta, *, runtime: str | Runtime, threads: int | None = None,
@@ -98,8 +111,8 @@ def open_folded(graph: BaseGraph, delta: Delta, *, runtime: str | Runtime, threa
     Raises:
         InputError: maps are asked for in another precision than fp32; else as ``open_task``.
     """
-    head = map_head_of(delta)
-    if head is None:
+    heads = map_heads_of(delta)
+    if not heads:
         changed = changed_tensors(graph.base, delta)
         return open_features(graph, changed, runtime=runtime, threads=threads, precision=precision)
     row = shared_runtime(runtime, purpose="a pack on a shared backbone")
@@ -108,7 +121,7 @@ def open_folded(graph: BaseGraph, delta: Delta, *, runtime: str | Runtime, threa
     fitted = fit(graph, delta, "merged")
     network = opened(row, fitted.part, fitted.tensors, threads)
     bound = network.bind({})
-    return open_head(row, head, graph.maps, graph.width, bound, threads=threads, closes=(network,))
+    return open_heads(row, heads, graph.maps, graph.width, bound, threads=threads, closes=(network,))
 
 
 def open_features(
@@ -169,29 +182,31 @@ class SharedInt8:
         Raises:
             BackboneError, InputError: as ``task_slots``.
         """
-        head = map_head_of(delta)
-        if head is not None:
-            return self._bind_maps(delta, head, alone=alone)
+        heads = map_heads_of(delta)
+        if heads:
+            return self._bind_maps(delta, heads, alone=alone)
         slots = task_slots(self.graph, delta)
         own = self._open(slots.codes) if slots.codes else None
         closed = (*((own,) if own else ()), *((self._network,) if alone else ()))
         return TaskNetwork((own or self._network).bind(slots), delta.head.in_float32, alone_on=closed)
 
-    def _bind_maps(self, delta: Delta, head: MapHead, *, alone: bool) -> TaskNetwork:
-        """A task whose head reads maps: those are put out by another network of the same codes."""
+    def _bind_maps(self, delta: Delta, heads: Sequence[MapHead], *, alone: bool) -> TaskNetwork:
+        """A task whose heads read maps: those are put out by another network of the same codes."""
+        reads, places = reads_of(heads), [each.map for each in self.graph.maps]
         graph, fitted, own = self.graph, fit_int8(self.graph, delta, self._row.name), list[PartRunner]()
-        if fitted.tensors or head.inputs not in self._parts:
+        if fitted.tensors or reads not in self._parts:
             part = opened(self._row, fitted.part, fitted.tensors, self._threads)
             if fitted.tensors:
                 own.append(part)
             else:
-                self._parts[head.inputs] = part
-        bound = (own[0] if own else self._parts[head.inputs]).bind(fitted.slots)
-        runner = open_head(
-            self._row, head, graph.maps, graph.width, bound, threads=self._threads,
+                self._parts[reads] = part
+        bound = (own[0] if own else self._parts[reads]).bind(fitted.slots)
+        runner = open_heads(
+            self._row, heads, graph.maps, graph.width, bound, threads=self._threads,
             closes=(*own, *(self._parts.values() if alone else ())),
         )  # fmt: skip
-        return TaskNetwork(runner, None, alone_on=(self._network,) if alone else ())
+        shapes = answer_shapes(heads, places, graph.width)
+        return TaskNetwork(runner, None, alone_on=(self._network,) if alone else (), shapes=shapes)
 
     def close(self) -> None:
         """Give the backbone back, once no bound task runs any more."""
@@ -216,11 +231,13 @@ def require_probe(network: TaskNetwork, delta: Delta, precision: StoredPrecision
     probe = delta.probes.get(precision)
     if probe is None:
         return
-    apart = float(np.abs(probe.told(network(probe.images(delta.preprocess))) - probe.logits).max())
-    if not apart <= probe.tolerance:
+    classes = [len(head.labels) for head in map_heads_of(delta)] or [len(delta.labels)]
+    told = told_apart(network.each(probe.images(delta.preprocess)), probe.seed, classes)
+    missed = float(np.abs(told - probe.logits).max())
+    if not missed <= probe.tolerance:
         raise CheckError(
             f"task {delta.task!r} on {network.runtime}, {precision}",
             f"must answer its own probe within {probe.tolerance:.2g} on logits",
-            got=f"{apart:.2g}",
+            got=f"{missed:.2g}",
             fix="do not serve it from here: the pack, the backbone or the runtime is not what it was made with",
         )

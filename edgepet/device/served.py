@@ -8,9 +8,18 @@ from typing import TypeAlias
 
 import numpy as np
 
-from edgepet.device.answers import Answer, BoxesAnswer, MaskAnswer, answered, classified
+from edgepet.device.answers import (
+    Answer,
+    BoxesAnswer,
+    LabelsAnswer,
+    MaskAnswer,
+    SeveralAnswers,
+    all_answered,
+    classified,
+    meanings_of,
+)
 from edgepet.device.generations import Installed, serving
-from edgepet.device.map_heads import map_head_of
+from edgepet.device.map_heads import map_heads_of
 from edgepet.device.runtime import SharedInt8, TaskNetwork, open_task, require_probe
 from edgepet.device.runtimes import Runtime, shared_runtime
 from edgepet.device.store import Store
@@ -23,7 +32,7 @@ from edgepet.spec import NpArray, StoredPrecision
 
 _MOST_SAID = 200  # characters of why a pack is not served, in the store
 _asked = set[tuple[str, str, str]]()  # store, pack and place that this process has asked for the pack's probe
-AnyAnswer: TypeAlias = "Answer | MaskAnswer | BoxesAnswer"
+AnyAnswer: TypeAlias = "Answer | MaskAnswer | BoxesAnswer | LabelsAnswer | SeveralAnswers"
 Opener = Callable[[Pack, bool], TaskNetwork]  # the second: ask it for its probe, whatever was asked before
 
 
@@ -76,10 +85,11 @@ class Served:
 
     def _answer(self, image: Input, pixels: NpArray, top: int) -> AnyAnswer:
         delta = self.pack.delta
-        logits = self.network(normalize(pixels[None], delta.preprocess))[0]
-        if map_head_of(delta) is None:
-            return self.said(image.name, logits, top)
-        return answered(image.name, delta, logits, image.upright_size(delta.preprocess), top)
+        given = [each[0] for each in self.network.each(normalize(pixels[None], delta.preprocess))]
+        if not map_heads_of(delta):
+            return self.said(image.name, given[0], top)
+        size = image.upright_size(delta.preprocess)
+        return all_answered(image.name, delta.task, meanings_of(delta), given, delta.preprocess, size)
 
     def close(self) -> None:
         """Give the network back."""

@@ -29,6 +29,7 @@ Engine: TypeAlias = Literal["tensorrt", "tensorrt-rtx"]  # also the names of the
 Trt: TypeAlias = Any  # one of these modules, or an object of it: they say no types
 MODULES: dict[Engine, str] = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
 SCHEMA = 1
+_ANY = (2, 3, 4)  # axes of what a head gives
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -92,7 +93,7 @@ def read_sidecar(folder: Path, *, stem: str = "model") -> Sidecar:
         sha256=table.text("sha256"),
         source_sha256=table.text("source_sha256"),
         input=_read_tensor(table.nested("input"), ranks=(4, 5), dtypes=("float32", "uint8")),
-        output=_read_tensor(table.nested("output"), ranks=(3,) if table.has("boxes") else (2, 4)),
+        output=_read_tensor(table.nested("output"), ranks=_output_ranks(table)),
         max_batch=table.integer("max_batch", least=1),
         precision=cast(StoredPrecision, table.text("precision", choices=("fp32", "fp16", "int8"))),
         others=_read_others(table),
@@ -280,12 +281,22 @@ def open_engine(folder: Path, *, stem: str = "model") -> TensorrtRunner:
     return runner
 
 
+def _output_ranks(table: ObjectReader) -> tuple[int, ...]:
+    """Of the first output: of several heads any, of boxes 3."""
+    if table.has("others"):
+        return _ANY
+    return (3,) if table.has("boxes") else (2, 4)
+
+
 def _read_others(table: ObjectReader) -> tuple[TensorSpec, ...]:
     """What an engine puts out beside its first output, in its order."""
+    if table.has("others"):
+        kinds = ("float32", "uint8", "int32")
+        return tuple(_read_tensor(each, ranks=_ANY, dtypes=kinds) for each in table.nested_list("others"))
     if table.has("mask"):
         return (_read_tensor(table.nested("mask"), ranks=(3,), dtypes=("uint8",)),)
     if not table.has("boxes"):
-        return ()
+        return (_read_tensor(table.nested("scores"), ranks=(2,)),) if table.has("scores") else ()
     boxes = _read_tensor(table.nested("boxes"), ranks=(3,))
     labels = _read_tensor(table.nested("labels"), ranks=(2,), dtypes=("int32",))
     return (boxes, _read_tensor(table.nested("scores"), ranks=(2,)), labels)

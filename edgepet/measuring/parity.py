@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Literal, TypeAlias, cast
 
@@ -114,7 +115,8 @@ class Parity:
     answer is no further than ``limit`` below its best. ``top1_agreement`` is what was counted, these among the others.
     Of masks each place of the head's map is judged as an image is: with ``places`` ``n`` counts these. With ``boxes``
     it counts those of both networks, ``top1_agreement`` is the part of them that has its like in the other, and
-    ``max_abs`` the largest difference of scores of two that are alike.
+    ``max_abs`` the largest difference of scores of two that are alike. With ``labels`` each label of each image is
+    judged by itself, whether it is said.
     """
 
     max_abs: float
@@ -127,12 +129,20 @@ class Parity:
     near_ties: int = 0
     places: bool = False
     boxes: bool = False
+    labels: bool = False
 
     @property
     def shown(self) -> list[str]:
-        """The names of what JSON has: ``places`` and ``boxes`` where it is so."""
-        later = {"places": self.places, "boxes": self.boxes}
+        """The names of what JSON has: ``places``, ``boxes`` and ``labels`` where it is so."""
+        later = {"places": self.places, "boxes": self.boxes, "labels": self.labels}
         return [field.name for field in fields(self) if later.get(field.name, True)]
+
+    @property
+    def what(self) -> str:
+        """What ``n`` counts, in words."""
+        if self.places:
+            return "places of masks"
+        return "boxes" if self.boxes else "labels" if self.labels else "images"
 
     @property
     def ok(self) -> bool:
@@ -149,12 +159,14 @@ SAME_CODES = Limit(relative=0.1, images=0.5)
 
 
 def compare(
-    expected: NpArray, got: NpArray, *, stored: StoredPrecision | Limit, inputs: Inputs, against: Against
-) -> Parity:
+    expected: NpArray, got: NpArray, *, stored: StoredPrecision | Limit, inputs: Inputs, against: Against,
+    thresholds: Sequence[float] = (),
+) -> Parity:  # fmt: skip
     """Judge logits ``got`` by ``expected``, both (n, C), as ``stored`` allows; NaN is beyond every limit.
 
     Of masks both are (n, C, h, w), and as many labels must stay as ``MASKS`` says; boxes are (n, m, 6), and as
-    many must have their like as ``BOXES`` says.
+    many must have their like as ``BOXES`` says. With ``thresholds``, of σ(logit), as many labels must stay said or not
+    said as answers must elsewhere.
     """
     if expected.ndim == 3:
         return compare_boxes(expected, got, stored=cast(StoredPrecision, stored), inputs=inputs, against=against)
@@ -167,20 +179,32 @@ def compare(
     nearest = math.ceil(limit.images * len(apart))
     difference = float(np.sort(apart)[nearest - 1]) if np.isfinite(apart).all() else math.inf
     allowed = None if limit.relative is None else limit.relative * float(np.abs(expected).max())
-    answers = got.argmax(1)
-    same = expected.argmax(1) == answers
-    margins = expected.max(1) - expected[np.arange(len(expected)), answers]  # of the reference's over that answer
+    if thresholds:
+        cuts = np.array([_logit(each) for each in thresholds])
+        same, margins = ((expected >= cuts) == (got >= cuts)).ravel(), np.abs(expected - cuts).ravel()
+    else:
+        answers = got.argmax(1)
+        same = expected.argmax(1) == answers
+        margins = expected.max(1) - expected[np.arange(len(expected)), answers]  # of the reference's over that answer
     return Parity(
         max_abs=difference,
         limit=allowed,
         top1_agreement=float(same.mean()),
         least_agreement=limit.top1_agreement,
-        n=len(expected),
+        n=len(same),
         inputs=inputs,
         against=against,
         near_ties=0 if allowed is None else int((~same & (margins <= allowed)).sum()),
         places=places,
+        labels=bool(thresholds),
     )
+
+
+def _logit(score: float) -> float:
+    """What σ makes ``score`` of."""
+    if score in (0.0, 1.0):
+        return math.inf if score else -math.inf
+    return math.log(score / (1 - score))
 
 
 def compare_boxes(
@@ -229,7 +253,7 @@ def require_parity(parity: Parity, where: str) -> None:
         + ("" if parity.limit is None else f", within {parity.limit:.1e} on {'scores' if parity.boxes else 'logits'}")
         + (f" and with {100 * parity.least_agreement:.4g}% equal answers" if parity.least_agreement else ""),
         got=f"{parity.max_abs:.1e} and {parity.top1_agreement:.1%} on {parity.n}"
-        f" {'places of masks' if parity.places else 'boxes' if parity.boxes else 'images'} ({parity.inputs})"
+        f" {parity.what} ({parity.inputs})"
         + (f", {parity.near_ties} of them too near to call" if parity.near_ties else ""),
         fix="nothing was kept; report this with the pack if the backbone is an ordinary one",
     )

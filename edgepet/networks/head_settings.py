@@ -1,4 +1,4 @@
-"""What a head for masks or boxes is asked to be, before there is one. No torch."""
+"""What a head for masks, boxes or labels is asked to be, before there is one. No torch."""
 
 from __future__ import annotations
 
@@ -7,15 +7,25 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
-from edgepet.deltas.heads import Answer, Map
+from edgepet.deltas.heads import FEATURES, Answer, Map
 from edgepet.deltas.weightless import LARGEST_FACTOR
 from edgepet.errors import InputError, option
 from edgepet.spec import spelled_size
 
-FormName: TypeAlias = Literal["linear", "mlp", "fcos"]
-FORMS: dict[FormName, Answer] = {"linear": "mask", "mlp": "mask", "fcos": "boxes"}  # what each answers
+FormName: TypeAlias = Literal["linear", "mlp", "fcos", "pooled"]
+FORMS: dict[FormName, Answer] = {  # what each answers
+    "linear": "mask",
+    "mlp": "mask",
+    "fcos": "boxes",
+    "pooled": "labels",
+}
 MOST_DEPTH = 2  # of towers: three levels of two towers have 36 layers then, of 64 that a head may have
 _COARSE = 8  # the finest stride that a detector reads where nothing is asked: small objects are few, places are many
+
+
+def features_map(width: int) -> Map:
+    """Pooled features as what a head reads: a map of one place, behind the backbone's own."""
+    return Map(name=FEATURES, point="", channels=width, stride=1, height=1, width=1)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,7 +37,7 @@ class Form:
     ``norm`` puts a layer norm without weights on each of them first, as ConvNeXt and HorNet have one there for dense
     tasks. ``width`` is of ``mlp`` and ``fcos``. ``depthwise``, a 3 x 3 convolution of every channel and a product
     behind the fusion, is of ``mlp``, and so is ``separation`` (``networks.separation``), which reads two maps or more;
-    ``depth``, the number of such pairs in each tower, of ``fcos``.
+    ``depth``, the number of such pairs in each tower, of ``fcos``. ``pooled`` reads pooled features and has no setting.
     """
 
     name: FormName = "mlp"
@@ -39,6 +49,8 @@ class Form:
     separation: bool = False
 
     def __str__(self) -> str:
+        if self.name == "pooled":
+            return self.name
         maps = ("maps=" + "/".join(map(str, self.maps)),) if self.maps else ()
         width = f"width={self.width}"
         own = {
@@ -60,6 +72,9 @@ class Form:
             InputError: a number that no map has, one map where ``separation`` needs two, or maps whose sides are no
                 powers of two of one another.
         """
+        if self.name == "pooled":
+            return tuple(each for each in maps if each.name == FEATURES)
+        maps = [each for each in maps if each.name != FEATURES]
         absent = [number for number in self.maps if number >= len(maps)]
         if absent:
             told = ", ".join(f"{n} of stride {each.stride}" for n, each in enumerate(maps))

@@ -224,8 +224,8 @@ def _heads(table: ObjectReader, reader: Reader) -> tuple[Head, tuple[str, ...], 
         return head, labels, val, tuple(read_map_head(each, reader) for each in others), probes
     asked = others[0].nested("probe") if others[0].has("probe") else None
     heads = tuple(read_map_head(each, reader) for each in others)
-    first = heads[0].head
-    probes = {} if asked is None else _probes(asked, reader, len(first.labels), first.answer)
+    classes = sum(len(each.head.labels) for each in heads)
+    probes = {} if asked is None else _probes(asked, reader, classes, heads[0].head.answer)
     return NO_CLASSIFIER, (), Score(top1=0.0, n=0), heads, probes
 
 

@@ -32,7 +32,11 @@ def write_map_head(judged: JudgedHead, planes: Planes) -> dict[str, object]:
         layers.append({"kind": kind, "reads": list(step.reads), "gives": step.gives, **settings(step.layer), **places})
     head = judged.head
     val = {"metric": METRICS[head.answer], "value": judged.value, "n": judged.n}
-    return {"name": head.name, "answer": head.answer, "labels": list(head.labels), "layers": layers, "val": val}
+    thresholds = {"thresholds": list(head.thresholds)} if head.answer == "labels" else {}
+    return {
+        "name": head.name, "answer": head.answer, "labels": list(head.labels), "layers": layers, "val": val,
+        **thresholds,
+    }  # fmt: skip
 
 
 def read_map_head(table: ObjectReader, reader: Reader) -> JudgedHead:
@@ -49,8 +53,9 @@ def read_map_head(table: ObjectReader, reader: Reader) -> JudgedHead:
     steps = tuple(_step(layer, reader) for layer in layers)
     val = table.nested("val")
     val.text("metric", choices=[METRICS[answer]])
+    thresholds = table.numbers("thresholds", count=len(labels)) if answer == "labels" else ()
     judged = JudgedHead(
-        head=MapHead(name=name, answer=answer, labels=labels, steps=steps),
+        head=MapHead(name=name, answer=answer, labels=labels, steps=steps, thresholds=thresholds),
         value=val.number("value"),
         n=val.integer("n"),
     )

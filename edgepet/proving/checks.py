@@ -11,8 +11,10 @@ import numpy as np
 from PIL import Image
 
 from edgepet.deltas.heads import mask_of
+from edgepet.deltas.layer import sigmoid
 from edgepet.deltas.probe import condensed, told_of
-from edgepet.device.artifact import Artifact, PlacesProbe, Probe
+from edgepet.device.artifact import Artifact
+from edgepet.device.model_heads import PlacesProbe, Probe
 from edgepet.device.pixels import FromPixels
 from edgepet.device.runner import ModelRunner
 from edgepet.errors import CheckError
@@ -23,6 +25,7 @@ from edgepet.proving.subject import Subject
 from edgepet.spec import NpArray, StoredPrecision
 
 RESIZED: dict[StoredPrecision, float] = {"fp32": 0.01, "fp16": 0.03, "int8": 0.1}  # parts of the largest logit
+SCORES = 2e-3  # of scores, which are σ of logits that were rounded to fp16
 _SIZES = ((300, 401), (97, 64))  # pixels of the pictures, height and width: one is made smaller, one wider
 
 
@@ -49,7 +52,8 @@ def check_probe(artifact: Artifact, got: NpArray) -> Check:
         limit = cast(float, STORED[artifact.precision].relative) * max(1.0, float(np.abs(expected).max()))
         value = float(np.abs(told - expected).max())
         return Check(name="probe", ok=value <= limit, value=value, limit=limit)
-    parity = compare(artifact.probe.logits, got, stored=stored, inputs="synthetic", against="merged")
+    parity = compare(artifact.probe.logits, got, stored=stored, inputs="synthetic", against="merged",
+                     thresholds=artifact.thresholds)  # fmt: skip
     return Check(name="probe", ok=parity.ok, value=parity.max_abs, limit=cast(float, parity.limit))
 
 
@@ -99,7 +103,8 @@ def check_data(artifact: Artifact, merged: NpArray, got: NpArray) -> Check:
 
     ``value`` is their largest difference; of an int8 model the part of the images whose top-1 differs.
     """
-    parity = compare(merged, got, stored=artifact.precision, inputs="data", against="merged")
+    parity = compare(merged, got, stored=artifact.precision, inputs="data", against="merged",
+                     thresholds=artifact.thresholds)  # fmt: skip
     near = parity.limit is None or parity.max_abs <= parity.limit
     if parity.boxes and near:  # what is said of boxes is said by how many have their like
         return Check(name="data boxes", ok=parity.ok, value=1 - parity.top1_agreement, limit=1 - parity.least_agreement)
@@ -124,7 +129,8 @@ def prove(subject: Subject, artifact: Artifact, runner: ModelRunner, *, where: s
     """
     images, inputs = subject.images
     got = batched(runner, images)
-    merged = compare(subject.merged_reference, got, stored=artifact.precision, inputs=inputs, against="merged")
+    merged = compare(subject.merged_reference, got, stored=artifact.precision, inputs=inputs, against="merged",
+                     thresholds=artifact.thresholds)  # fmt: skip
     require_parity(merged, where)
     parity = subject.judge(got, precision=artifact.precision)
     require_parity(parity, where)
@@ -140,6 +146,8 @@ def prove(subject: Subject, artifact: Artifact, runner: ModelRunner, *, where: s
         _require_masks(subject, artifact, batched(lambda batch: runner.outputs(batch)[1], images), where)
     if artifact.answer == "boxes":
         _require_parts(runner.outputs(images[:1]), where)
+    if artifact.answer == "labels":
+        _require_scores(runner.outputs(images[:1]), where)
     return parity
 
 
@@ -149,6 +157,14 @@ def _require_parts(outputs: Sequence[NpArray], where: str) -> None:
     same = [np.array_equal(boxes, found[:, :, :4]), np.array_equal(scores, found[:, :, 4])]
     if not all(same) or not np.array_equal(labels, found[:, :, 5]):
         raise CheckError(where, "must put out boxes, scores and labels of what it finds", got="others")
+
+
+def _require_scores(outputs: Sequence[NpArray], where: str) -> None:
+    """Refuse scores that are not σ of the logits beside them, in as many digits as fp16 has."""
+    logits, scores = outputs
+    apart = float(np.abs(sigmoid(logits.astype(np.float64)) - scores).max())
+    if not apart <= SCORES:
+        raise CheckError(where, f"must put out the scores of its logits within {SCORES:g}", got=f"{apart:.1e}")
 
 
 def _require_masks(subject: Subject, artifact: Artifact, got: NpArray, where: str) -> None:

@@ -68,8 +68,8 @@ class Exported:
 
     @property
     def parity(self) -> Parity | None:
-        """How far its answers are from the tuned network's."""
-        return self.artifact.parity
+        """How far its answers are from the tuned network's; of several heads that of the one nearest to its limit."""
+        return self.artifact.worst
 
     @property
     def stored(self) -> Mapping[str, object]:

@@ -9,9 +9,9 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from edgepet.calibration.fp16 import stored_types
-from edgepet.device.answers import labels_of
-from edgepet.device.artifact import Artifact, Probe, Takes, files_of, open_artifact, write_artifact
-from edgepet.device.map_heads import map_head_of
+from edgepet.device.answers import labels_of, meanings_of
+from edgepet.device.artifact import Artifact, Takes, files_of, open_artifact, write_artifact
+from edgepet.device.model_heads import HeadFacts, Probe
 from edgepet.device.runtimes import Format
 from edgepet.errors import CheckError, MissingError, option
 from edgepet.exporters import EXPORTERS
@@ -21,7 +21,7 @@ from edgepet.files import folder_bytes, move_folder, new_folder, require_space, 
 from edgepet.graphs.manifest import listing
 from edgepet.proving.checks import prove
 from edgepet.proving.exported import Exported
-from edgepet.proving.precision import Model, fastest, in_precision
+from edgepet.proving.precision import Model, fastest, in_precision, unjudged
 from edgepet.proving.subject import Subject, probe_of
 from edgepet.spec import StoredPrecision
 
@@ -59,8 +59,8 @@ def _fastest(subject: Subject, folder: Path, options: ExportOptions, stage: Call
     """Of each format the precision that is fastest here, among those that pass their checks."""
     models, unfit = dict[StoredPrecision, dict[Format, Model]](), list[str]()
     precisions: tuple[StoredPrecision, ...] = ("fp32", "fp16", "int8")
-    if "boxes" in subject.delta.answers:
-        precisions, unfit = precisions[:2], ["int8 is out: boxes are not judged in it yet"]
+    if unjudged(subject.delta):
+        precisions, unfit = precisions[:2], [f"int8 is out: {unjudged(subject.delta)} are not judged in it yet"]
     for precision in precisions:
         try:
             models[precision] = in_precision(subject, precision, options, stage)
@@ -103,7 +103,7 @@ def _best(made: Mapping[StoredPrecision, Exported]) -> tuple[StoredPrecision, st
 
 
 def _export_one(subject: Subject, model: Model, name: Format, folder: Path, options: ExportOptions) -> Exported:
-    delta, head = subject.delta, map_head_of(subject.delta)
+    delta, meanings = subject.delta, meanings_of(subject.delta)
     path = place_of(folder, delta.task, name, model.precision, options.takes)
     with new_folder(path, only=files_of(path)) as scratch:
         began = time.perf_counter()
@@ -118,8 +118,15 @@ def _export_one(subject: Subject, model: Model, name: Format, folder: Path, opti
             format=name,
             engine=written.engine,
             precision=model.precision,
-            labels=labels_of(delta),
-            answer="class" if head is None else head.answer,
+            labels=meanings[0].labels,
+            answer=meanings[0].answer,
+            thresholds=meanings[0].thresholds,
+            head=meanings[0].name,
+            further=tuple(
+                HeadFacts(meaning=meaning, probe=subject.of_head(place).probe, parity=None)
+                for place, meaning in enumerate(meanings)
+                if place
+            ),
             preprocess=delta.preprocess,
             backbone=delta.backbone,
             fingerprint=delta.fingerprint,
@@ -158,7 +165,7 @@ def _export_one(subject: Subject, model: Model, name: Format, folder: Path, opti
 def _probe(subject: Subject, model: Model) -> Probe:
     """Answers to noise: those of the merged network, or where codes decide, those of the same codes in ONNX Runtime."""
     if model.precision != "int8":
-        return subject.probe
+        return (subject.of_head(0) if len(subject.delta.heads) > 1 else subject).probe
     return probe_of(subject.probe.seed, model.logits(subject.probe_images), len(labels_of(subject.delta)))
 
 
@@ -169,11 +176,15 @@ def _verified(subject: Subject, artifact: Artifact, scratch: Path, path: Path) -
     except MissingError as error:
         return replace(artifact, reason=f"not run: {artifact.reason or error.what}")
     try:
-        parity = prove(subject, artifact, runner, where=str(path))
+        first, *others = [
+            prove(of, artifact.of_head(place), artifact.of_head_run(runner, place), where=str(path))
+            for place, of in enumerate(subject.heads)
+        ]
         evidence = {**artifact.evidence, "executed": runner.evidence}
     finally:
         runner.close()
-    return replace(artifact, verified=True, reason=None, parity=parity, evidence=evidence)
+    further = tuple(replace(each, parity=parity) for each, parity in zip(artifact.further, others, strict=True))
+    return replace(artifact, verified=True, reason=None, parity=first, further=further, evidence=evidence)
 
 
 def _versions(engine: str) -> dict[str, object]:

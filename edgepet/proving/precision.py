@@ -143,11 +143,17 @@ def require_judged(delta: Delta, what: str) -> None:
     """Refuse what would have to be judged by average precision, and is not yet.
 
     Raises:
-        InputError: ``delta`` answers boxes.
+        InputError: ``delta`` answers boxes or labels.
     """
-    if "boxes" in delta.answers:
+    answered = unjudged(delta)
+    if answered:
         fix = "keep its numbers in fp16, and export it in fp32 or fp16"
-        raise InputError(f"task {delta.task!r}", f"finds boxes, which are not judged in {what} yet", fix=fix)
+        raise InputError(f"task {delta.task!r}", f"finds {answered}, which are not judged in {what} yet", fix=fix)
+
+
+def unjudged(delta: Delta) -> str:
+    """What of ``delta`` is not judged in int8 or other codings yet, in words; empty where all is."""
+    return " and ".join(answer for answer in delta.answers if answer in ("boxes", "labels"))
 
 
 def task_images(subject: Subject, options: ExportOptions) -> CalibrationImages:

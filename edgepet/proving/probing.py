@@ -31,12 +31,14 @@ def probed(backbone: Backbone, delta: Delta) -> Delta:
     """
     from edgepet.tuning.dense import stored_answers
 
-    logits = stored_answers(backbone, delta, probe_images(SEEDS[0], delta.preprocess))
-    told = told_of(logits, SEEDS[0], len(labels_of(delta)))
-    if logits.ndim == 3:  # boxes: their corners are pixels, and are no measure of what is told of them
-        logits = np.maximum(told, 1.0)
-    tolerance = EXACT * max(float(np.abs(logits).max()), 1e-3)
-    return replace(delta, probes={"fp32": Probe(SEEDS[0], told, tolerance)})
+    images, largest, told = probe_images(SEEDS[0], delta.preprocess), 1e-3, list[NpArray]()
+    for each in [replace(delta, heads=(head,), probes={}) for head in delta.heads] or [delta]:
+        logits = stored_answers(backbone, each, images)
+        told.append(told_of(logits, SEEDS[0], len(labels_of(each))))
+        if logits.ndim == 3:  # boxes: their corners are pixels, and are no measure of what is told of them
+            logits = np.maximum(told[-1], 1.0)
+        largest = max(largest, float(np.abs(logits).max()))
+    return replace(delta, probes={"fp32": Probe(SEEDS[0], np.concatenate(told, axis=1), EXACT * largest)})
 
 
 def probed_int8(expressed: Expressed, graph: Int8Graph, runtimes: Iterable[str]) -> Delta:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -9,11 +10,11 @@ from pathlib import Path
 from typing import Literal
 
 from edgepet.deltas.delta import Delta
-from edgepet.device.answers import labels_of
+from edgepet.deltas.heads import Answer, Meaning
+from edgepet.device.answers import meanings_of
 from edgepet.device.artifact import MANIFEST, Artifact, open_artifact, read_artifact
 from edgepet.device.fitting import fit_lightly, own_slots
-from edgepet.device.map_heads import map_head_of
-from edgepet.device.runner import Runner
+from edgepet.device.runner import ModelRunner, Runner
 from edgepet.device.runtime import SharedInt8, TaskNetwork, open_task
 from edgepet.device.runtimes import DEFAULT, FORMATS, RUNTIMES, SHARED_RUNTIMES, Runtime, shared_runtime
 from edgepet.device.together import Together
@@ -25,17 +26,26 @@ from edgepet.measuring.latency import Candidate, Network
 from edgepet.measuring.machine import TORCH
 from edgepet.networks.backbone import AnyBackbone
 from edgepet.packs.pack import EVERY, Pack, read_pack
-from edgepet.proving.subject import Subject, TorchNetwork
-from edgepet.spec import FilePath, Precision, Preprocess
+from edgepet.proving.in_torch import TorchNetwork
+from edgepet.proving.subject import Subject, one_head
+from edgepet.spec import FilePath, NpArray, Precision, Preprocess
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Opened:
     """A network, images to logits (n, C), the runtime that it runs on and the precision that it computes in."""
 
-    network: TaskNetwork | TorchNetwork | Runner
+    network: TaskNetwork | TorchNetwork | ModelRunner
     runtime: str
     precision: Precision
+    places: tuple[int, ...] = ()  # of an exported model with several heads, where each one's answer is
+
+    def each(self, images: NpArray) -> tuple[NpArray, ...]:
+        """What each head gives, in their order."""
+        if isinstance(self.network, TaskNetwork | TorchNetwork):
+            return self.network.each(images)
+        given = self.network.outputs(images)
+        return tuple(given[place] for place in self.places) if self.places else (given[0],)
 
 
 class PackSource:
@@ -48,9 +58,31 @@ class PackSource:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.pack: Pack = read_pack(path, answers=EVERY)
-        self.labels, self.preprocess = labels_of(self.pack.delta), self.pack.delta.preprocess
-        head = map_head_of(self.pack.delta)
-        self.answer: Literal["class", "mask", "boxes"] = "class" if head is None else head.answer
+        self.preprocess = self.pack.delta.preprocess
+        self._place: int | None = None
+        self.meanings = meanings_of(self.pack.delta)
+
+    @property
+    def meaning(self) -> Meaning:
+        """What its first head answers."""
+        return self.meanings[0]
+
+    @property
+    def answer(self) -> Literal["class"] | Answer:
+        """What kind of answer that is."""
+        return self.meaning.answer
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """That head's labels."""
+        return self.meaning.labels
+
+    def of_head(self, place: int) -> PackSource:
+        """The same with one of its heads alone."""
+        made = copy.copy(self)
+        made._place, made.pack = place, replace(self.pack, delta=one_head(self.pack.delta, place))
+        made.meanings = (self.meanings[place],)
+        return made
 
     def open(
         self, runtime: str | None, precision: str, backbone: AnyBackbone, threads: int | None,
@@ -135,7 +167,12 @@ class PackSource:
         return [self._candidate(None, "fp32", mode, self._torch(backbone, mode, threads)) for mode in modes]
 
     def _torch(self, backbone: AnyBackbone, mode: str, threads: int | None) -> Callable[[], TorchNetwork]:
-        return lambda: TorchNetwork(subject_in_torch(self.path, backbone), mode, threads=threads)
+        def opener() -> TorchNetwork:
+            subject = subject_in_torch(self.path, backbone)
+            subject = subject if self._place is None else subject.of_head(self._place)
+            return TorchNetwork(subject, mode, threads=threads)
+
+        return opener
 
     def _candidate(
         self, row: Runtime | None, precision: Precision, mode: str, opener: Callable[[], Network]
@@ -155,10 +192,31 @@ class ArtifactSource:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.artifact: Artifact = read_artifact(path)
-        self.labels: tuple[str, ...] = self.artifact.labels
-        self.answer = self.artifact.answer
+        self._place: int | None = None
+        self.meanings = tuple(each.meaning for each in self.artifact.heads)
         self.preprocess: Preprocess = self.artifact.preprocess
         self._row = FORMATS[self.artifact.format]
+
+    @property
+    def meaning(self) -> Meaning:
+        """What its first head answers."""
+        return self.meanings[0]
+
+    @property
+    def answer(self) -> Literal["class"] | Answer:
+        """What kind of answer that is."""
+        return self.meaning.answer
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """That head's labels."""
+        return self.meaning.labels
+
+    def of_head(self, place: int) -> ArtifactSource:
+        """The same with one of its heads alone."""
+        made = copy.copy(self)
+        made._place, made.meanings = place, (self.meanings[place],)
+        return made
 
     def open(
         self, runtime: str | None, precision: str, backbone: AnyBackbone, threads: int | None,
@@ -175,7 +233,10 @@ class ArtifactSource:
             what = f"is a {self.artifact.format} artefact and runs on {self._row.name}"
             raise InputError(str(self.path), what, got=option("runtime", runtime))
         runner = open_artifact(self.path, self.artifact, threads=threads, device=device)
-        return Opened(network=runner, runtime=self._row.name, precision=_computed(self.artifact, runner))
+        if self._place is not None:
+            runner = self.artifact.of_head_run(runner, self._place)
+        return Opened(network=runner, runtime=self._row.name, precision=_computed(self.artifact, runner),
+                      places=() if self._place is not None else self.artifact.answer_places)  # fmt: skip
 
     def candidates(
         self, runtimes: Sequence[str], threads: int, plain: bool, backbone: AnyBackbone, device: str | None = None

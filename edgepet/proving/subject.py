@@ -9,39 +9,48 @@ from collections.abc import Callable, Collection
 from dataclasses import replace
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from edgepet.deltas.delta import Delta
-from edgepet.deltas.merge import merge, require_backbone, task_tensors
+from edgepet.deltas.merge import merge, require_backbone
 from edgepet.deltas.probe import condensed, told_of
-from edgepet.device.answers import labels_of
-from edgepet.device.artifact import PlacesProbe, Probe
-from edgepet.device.map_heads import map_head_of
+from edgepet.device.answers import labels_of, meaning_of
+from edgepet.device.model_heads import PlacesProbe, Probe
 from edgepet.errors import InputError, require
 from edgepet.files import made_cache
 from edgepet.graphs.base import WEIGHTS, BaseGraph, graph_folder, open_graph
 from edgepet.images.box_folders import open_boxes
+from edgepet.images.boxes import BoxSet
+from edgepet.images.folders import Split
+from edgepet.images.labels import LabelSet, open_labels
 from edgepet.images.mask_folders import open_masks
+from edgepet.images.masks import MaskSet
 from edgepet.images.pixels import pixels_of
 from edgepet.images.preprocess import normalize
 from edgepet.images.sets import ImageSet, load_set, open_split
 from edgepet.measuring.parity import Against, Inputs, Parity, coarser, compare
-from edgepet.methods.settings import restored
 from edgepet.networks.backbone import AnyBackbone
 from edgepet.packs.pack import Pack, read_pack
 from edgepet.spec import FilePath, ImageSize, NpArray, Preprocess, StoredPrecision
 from edgepet.tuning.work_folder import HELD_OUT, Work, read_work, work_folder
 
 if TYPE_CHECKING:
-    import torch
-    from torch import nn
-
     from edgepet.networks.backbone import Backbone
-    from edgepet.tuning.model import TunedModel
+
+
+def one_head(delta: Delta, place: int) -> Delta:
+    """``delta`` with one of its heads that read maps alone; it was not asked for a probe so."""
+    return replace(delta, heads=(delta.heads[place],), probes={})
+
 
 PROBE_SEED, PROBE_IMAGES = 20221017, 4
+_OPENED: dict[str, Callable[[Path, Split], MaskSet | BoxSet | LabelSet]] = {
+    "mask": open_masks,
+    "boxes": open_boxes,
+    "labels": open_labels,
+}
 
 
 class Subject:
@@ -59,12 +68,27 @@ class Subject:
         pictures: bool = False,
     ) -> None:  # fmt: skip
         self.path, self._spec, self.data, self._pictures = Path(path), backbone, data, pictures
+        self._place: int | None = None
         self.pack: Pack = read_pack(self.path, answers=answers)
 
     @property
     def delta(self) -> Delta:
-        """What the pack holds."""
-        return self.pack.delta
+        """What the pack holds, with one of its heads where it is ``of_head``."""
+        return self.pack.delta if self._place is None else one_head(self.pack.delta, self._place)
+
+    @property
+    def heads(self) -> list[Subject]:
+        """Itself with each of its heads alone; itself where it has one."""
+        several = len(self.delta.heads) > 1
+        return [self.of_head(place) for place in range(len(self.delta.heads))] if several else [self]
+
+    def of_head(self, place: int) -> Subject:
+        """The same with one of its heads alone; graph, backbone and images are those that are known already."""
+        made = copy.copy(self)
+        made._place = place
+        for known in ("reference", "merged_reference", "probe"):
+            made.__dict__.pop(known, None)
+        return made
 
     @cached_property
     def graph(self) -> BaseGraph:
@@ -164,6 +188,7 @@ class Subject:
         if self.work is None or self.delta.heads:  # of a head that reads maps there is what was lowered alone
             return self.merged_reference, "merged"
         require("torch", extra="train", purpose="comparing with the network in torch")
+        from edgepet.proving.in_torch import tuned_network
         from edgepet.tuning.model import logits_of
 
         return logits_of(tuned_network(self), images), "tuned"
@@ -175,7 +200,8 @@ class Subject:
         """
         expected, against = self.reference
         stored = coarser(precision, self.pack.rounding) if against == "tuned" else precision
-        return compare(expected, got, stored=stored, inputs=self.images[1], against=against)
+        thresholds = meaning_of(self.delta).thresholds
+        return compare(expected, got, stored=stored, inputs=self.images[1], against=against, thresholds=thresholds)
 
     def merged(self, images: NpArray) -> NpArray:
         """Logits (n, C) of the pack as stored, merged and run by torch; of masks (n, C, h, w).
@@ -228,72 +254,6 @@ def probe_of(seed: int, answers: NpArray, classes: int) -> Probe:
     return Probe(seed=seed, logits=condensed(answers, seed), places=places)
 
 
-def plain_network(subject: Subject, *, merged: bool = True) -> nn.Module:
-    """A torch module that knows nothing of edgepet, with the merged weights loaded strictly, or the backbone's own.
-
-    Raises:
-        InputError: weights are to be ``merged``, and the pack has branches.
-    """
-    import torch
-
-    backbone, head = subject.backbone, subject.delta.head
-    module = backbone.with_head(head)
-    weights = subject.dense_weights if merged else backbone.named_weights(backbone.tensors, head)
-    state = {name: torch.from_numpy(np.array(tensor)) for name, tensor in weights.items()}
-    module.load_state_dict(state, strict=True)
-    return module
-
-
-def branched_network(subject: Subject) -> nn.Module:
-    """A torch module of the pack as stored: a copy of the backbone with its updates folded in, branches and head."""
-    import torch
-
-    from edgepet.networks.graft import Grafted, in_torch
-
-    tensors, head = task_tensors(subject.backbone.base, subject.delta), subject.delta.head
-    body = copy.deepcopy(subject.backbone.module)
-    body.load_state_dict({name: torch.from_numpy(np.array(tensors[name])) for name in body.state_dict()}, strict=True)
-    last = torch.nn.Linear(*head.weight.shape[::-1])
-    values = {"weight": head.weight, "bias": head.bias}
-    last.load_state_dict({name: torch.from_numpy(value.astype(np.float32)) for name, value in values.items()})
-    branches = in_torch([branch.with_tensors(tensors) for branch in subject.delta.branches])
-    return torch.nn.Sequential(Grafted(body, branches), last).eval()
-
-
-def _masks_network(subject: Subject, *, plain: bool) -> Callable[[torch.Tensor], torch.Tensor]:
-    """A pack with a head for masks as stored, or with ``plain`` its head alone on the backbone's own maps."""
-    import torch
-
-    from edgepet.tuning.dense import MergedHead
-
-    delta = replace(subject.delta, updates=(), branches=()) if plain else subject.delta
-    network = MergedHead(subject.backbone, delta)
-    return lambda images: torch.from_numpy(network(images.numpy()))
-
-
-def tuned_network(subject: Subject) -> TunedModel:
-    """The network as it was trained, through its activation path, from the work folder beside the pack.
-
-    Raises:
-        InputError: there is no work folder that belongs to the pack, or it is damaged.
-    """
-    from edgepet.tuning.model import TunedModel
-
-    work = subject.work
-    if work is None:
-        raise InputError(
-            str(work_folder(subject.path)), "is needed for the tuned network", fix="train again, or leave out tuned"
-        )
-    method = restored(work.method, work.settings)
-    model = TunedModel(subject.backbone, method, len(work.head.bias))
-    unlike = model.unlike(work.tensors)
-    if unlike or work.head.weight.shape[1] != subject.backbone.width:
-        got = ", ".join(unlike[:3]) or f"a head for {work.head.weight.shape[1]} features"
-        raise InputError(str(work_folder(subject.path)), "is damaged", got=got, fix="train again, or delete the folder")
-    model.load(work.tensors, work.head)
-    return model.eval()
-
-
 @lru_cache(maxsize=1)
 def _loaded(spec: str, fingerprint: str, image_size: ImageSize, frames: int) -> Backbone:
     """A backbone, kept for the next task on it: fifty tasks must not load fifty backbones."""
@@ -316,48 +276,10 @@ def _loaded(spec: str, fingerprint: str, image_size: ImageSize, frames: int) -> 
     return backbone
 
 
-class TorchNetwork:
-    """A pack in torch fp32: "tuned" as it was trained, "merged", with "branches", or the "plain" backbone and head.
-
-    It takes float32 images (n, 3, H, W) or clips and puts out logits (n, C). ``threads`` are torch's of the whole
-    process until ``close``; None leaves them.
-
-    Raises:
-        InputError: as ``tuned_network`` and ``plain_network``.
-    """
-
-    def __init__(self, subject: Subject, mode: str, *, threads: int | None = None) -> None:
-        import torch
-
-        self._torch, self._threads_before = torch, torch.get_num_threads()
-        self._module: nn.Module | Callable[[torch.Tensor], torch.Tensor] | None  # until it is closed
-        if map_head_of(subject.delta) is not None:
-            self._module = _masks_network(subject, plain=mode == "plain")
-        elif mode == "tuned":
-            self._module = tuned_network(subject)
-        elif mode == "branches":
-            self._module = branched_network(subject)
-        else:
-            self._module = plain_network(subject, merged=mode == "merged")
-        if threads is not None:
-            torch.set_num_threads(threads)  # the process's: given back by close
-
-    def __call__(self, images: NpArray) -> NpArray:
-        with self._torch.inference_mode():
-            module = cast("Callable[[torch.Tensor], torch.Tensor]", self._module)
-            output: NpArray = module(self._torch.from_numpy(images)).numpy()
-        return output
-
-    def close(self) -> None:
-        """Give the network back, and torch its number of threads."""
-        self._module = None
-        self._torch.set_num_threads(self._threads_before)
-
-
 def sample_images(folder: Path, preprocess: Preprocess, answer: str = "class") -> NpArray:
     """Preprocessed images (n, 3, H, W) out of the val split of ``folder``, at most 32, spread over its classes.
 
-    ``answer`` says of what it is a folder: of classes, or of images with a "mask" or "boxes".
+    ``answer`` says of what it is a folder: of classes, or of images with a "mask", "boxes" or "labels".
 
     Raises:
         InputError: ``folder`` has no val split, or images of it cannot be read.
@@ -365,7 +287,7 @@ def sample_images(folder: Path, preprocess: Preprocess, answer: str = "class") -
     if answer == "class":
         val = open_split(folder, "val", clips=preprocess.frames > 1)
     else:
-        val = open_masks(folder, "val").images if answer == "mask" else open_boxes(folder, "val").images
+        val = _OPENED[answer](folder, "val").images
     return normalize(load_set(_sample(val), preprocess)[0], preprocess)
 
 

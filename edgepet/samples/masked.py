@@ -52,7 +52,7 @@ def write_masked(splits: Mapping[str, Sequence[MaskedImage]], classes: Sequence[
     Raises:
         InputError: the folder cannot be written.
     """
-    digest, colours = hashlib.sha256(), _palette(len(classes))
+    digest, colours = hashlib.sha256(), palette(len(classes))
     with refusing(folder, "could not be written"):
         for split, images in splits.items():
             for kind in ("images", "masks"):
@@ -77,7 +77,7 @@ def images_of(folder: Path) -> dict[str, int]:
     return counts
 
 
-def _palette(classes: int) -> list[int]:
+def palette(classes: int) -> list[int]:
     """For people who open a mask: colours round the circle, the value that is not counted white."""
     circle = [colorsys.hsv_to_rgb(number / classes, 0.8, 0.9) for number in range(classes)]
     held = [round(255 * part) for colour in circle for part in colour]

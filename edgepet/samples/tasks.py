@@ -23,9 +23,13 @@ from edgepet.files import new_folder, read_file, write_file
 from edgepet.samples.collect_drawings import CARDS, EMOJI
 from edgepet.samples.collect_maps import LANDCOVER, LANDCOVER_SEG
 from edgepet.samples.collect_scans import DIGITS, ELPV, FASHION
+from edgepet.samples.collect_stamps import STAMPS_SCENE
 from edgepet.samples.collect_textures import MATERIALS
+from edgepet.samples.collect_trees import TREES
 from edgepet.samples.masked import CONTENTS, MaskTask, drawn_splits, images_of, write_masked
 from edgepet.samples.pools import LabelledImage, Pools, Task
+from edgepet.samples.scenes import CONTENTS as SCENES
+from edgepet.samples.scenes import SceneTask, scenes_of, write_scenes
 from edgepet.strict import ObjectReader
 
 _CONTENTS = ("train", "val", "test", "meta.json")  # of a built task of classes
@@ -46,7 +50,8 @@ class TaskSummary:
 def build_task(name: str, folder: Path, *, test_cap: int | None = 2000) -> TaskSummary:
     """Write ``folder/{train,val,test}/CLASS/*.png`` and ``folder/meta.json``: the same pixels every time.
 
-    A task of masks is ``folder/{images,masks}/{train,val,test}/*.png`` and ``folder/classes.txt``. The same task, whole
+    A task of masks is ``folder/{images,masks}/{train,val,test}/*.png`` and ``folder/classes.txt``; one of boxes has
+    ``folder/annotations/instances_{train,val,test}.json``, and may have masks too. The same task, whole
     and with this ``test_cap`` (None: no cap), is left as it is; another built task is replaced.
 
     Raises:
@@ -63,11 +68,15 @@ def build_task(name: str, folder: Path, *, test_cap: int | None = 2000) -> TaskS
     if (standing := _standing(folder, name, test_cap)) is not None:
         return standing
     read = [file.read(purpose=purpose) for file in task.files]
-    with new_folder(folder, only=(*_CONTENTS, *CONTENTS)) as scratch:
+    with new_folder(folder, only=(*_CONTENTS, *CONTENTS, *SCENES)) as scratch:
         if isinstance(task, MaskTask):
             masked = drawn_splits(task.collect(read), task.seed, test_cap)
             counts = {split: len(images) for split, images in masked.items()}
             digest = write_masked(masked, task.classes, scratch)
+        elif isinstance(task, SceneTask):
+            scenes = task.collect(read, test_cap)
+            counts = {split: len(images) for split, images in scenes.items()}
+            digest = write_scenes(scenes, task, scratch)
         else:
             splits = _split(task.collect(read), task.seed, test_cap)
             counts = {split: len(images) for split, images in splits.items()}
@@ -85,7 +94,7 @@ def _standing(folder: Path, name: str, test_cap: int | None) -> TaskSummary | No
     held = {item.name for item in folder.iterdir()} if folder.is_dir() else {folder.name} if folder.exists() else set()
     if not held:
         return None
-    if "meta.json" not in held or not (held <= set(_CONTENTS) or held <= set(CONTENTS)):
+    if "meta.json" not in held or not any(held <= set(known) for known in (_CONTENTS, CONTENTS, SCENES)):
         fix = "name a folder that does not exist yet"
         raise InputError(str(folder), "is not a built task", got=", ".join(sorted(held)[:5]), fix=fix)
     path = folder / "meta.json"
@@ -95,7 +104,9 @@ def _standing(folder: Path, name: str, test_cap: int | None) -> TaskSummary | No
         raise InputError(str(path), "is not JSON", got=str(error), fix=f"remove {folder}") from error
     texts = {key: meta.text(key) for key in ("name", "licence", "source", "pixel_sha256")}
     counts = {split: meta.nested("counts").integer(split) for split in ("train", "val", "test")}
-    if held <= set(CONTENTS):
+    if "annotations" in held:
+        on_disk = scenes_of(folder)
+    elif held <= set(CONTENTS):
         on_disk = images_of(folder)
     else:
         on_disk = {split: sum(1 for _ in (folder / split).glob("*/*.png")) for split in counts}
@@ -103,7 +114,7 @@ def _standing(folder: Path, name: str, test_cap: int | None) -> TaskSummary | No
     return TaskSummary(classes=meta.texts("classes"), counts=counts, **texts) if same else None
 
 
-def _source(task: Task | MaskTask) -> str:
+def _source(task: Task | MaskTask | SceneTask) -> str:
     """Registry and releases, each once; ``none`` for what is made without a file."""
     releases: dict[str, dict[str, None]] = {}
     for file in task.files:
@@ -148,7 +159,7 @@ def _write(splits: Mapping[str, list[LabelledImage]], classes: Sequence[str], fo
     return digest.hexdigest()
 
 
-TASKS: dict[str, Task | MaskTask] = {
+TASKS: dict[str, Task | MaskTask | SceneTask] = {
     "digits": DIGITS,
     "landcover": LANDCOVER,
     "landcover_seg": LANDCOVER_SEG,
@@ -158,4 +169,6 @@ TASKS: dict[str, Task | MaskTask] = {
     "cards": CARDS,
     "materials": MATERIALS,
     "emoji": EMOJI,
+    "trees": TREES,
+    "stamps_scene": STAMPS_SCENE,
 }

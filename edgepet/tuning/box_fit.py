@@ -1,4 +1,4 @@
-"""Fit a detector, and what is tuned below it; the best epoch is the one of the largest AP on val.
+"""What a detector is fitted to: three losses, and average precision by which epochs are compared.
 
 Focal loss, generalized IoU and the binary cross entropy of how central a place is, all three torchvision's or torch's,
 over the number of places that have an object: Tian et al. 2019, "FCOS", arXiv:1904.01355, section 3. Places lie in the
@@ -9,42 +9,30 @@ FCOS does not have it. Needs the ``train`` extra.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import cast
+from typing import ClassVar, cast
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from edgepet.deltas.detection import SIDES, suppressed
+from edgepet.deltas.heads import Answer
 from edgepet.errors import require
 from edgepet.images.boxes import Boxes
 from edgepet.measuring.average_precision import box_fit
 from edgepet.networks.box_forms import BoxForm
-from edgepet.reports.progress import Say
+from edgepet.networks.head_forms import MapForm
 from edgepet.spec import NpArray, Preprocess
-from edgepet.tuning.checkpoint import Keeper
-from edgepet.tuning.computing import AT_ONCE, autocast, computing
 from edgepet.tuning.dense import DenseModel
-from edgepet.tuning.dense_fit import DensePixels, DenseRun, maps_of
-from edgepet.tuning.fit import Fit, LabelledPixels, Plan
-from edgepet.tuning.joint import JointAugmenter
-from edgepet.tuning.model import TunedModel
-from edgepet.tuning.processes import ALONE, Processes
+from edgepet.tuning.dense_fit import Objective, Taken
+from edgepet.tuning.fit import Plan
 
 RADIUS = 1.5  # strides around the middle of an object in which places have it
 REACH = 8.0  # strides to the farthest side of an object, beyond which it is the next level's
 USUAL = 448.0  # pixels of an input whose limits are these; smaller ones have smaller objects
 NOWHERE, NOT_COUNTED = -1, -2  # in place of the number of an object
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class BoxedPixels(DensePixels):
-    """Images as of ``DensePixels``, and the boxes of each in pixels of the network's input."""
-
-    boxes: tuple[Boxes, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -134,87 +122,50 @@ def scales_of(form: BoxForm) -> Tensor:
     return form.scales.repeat_interleave(counts)
 
 
-def ap_and_loss(
-    model: TunedModel, val: LabelledPixels, preprocess: Preprocess, plan: Plan, held: Tensor | None
-) -> tuple[float, float]:
-    """AP and mean loss of ``model`` on ``val``."""
-    del held  # what is remembered are rows of ``val``
-    model.eval()
-    dense, images = cast(DenseModel, model), cast(BoxedPixels, val)
-    form = cast(BoxForm, dense.form)
-    places, found, total, positives = Places.of(form, preprocess.image_size), list[NpArray](), 0.0, 0
-    for at in range(0, len(images), AT_ONCE):
-        boxes = images.boxes[at : at + AT_ONCE]
-        objects = torch.stack([places.objects(each) for each in boxes])
-        with torch.no_grad(), autocast(plan):
-            maps = maps_of(dense, images, slice(at, at + AT_ONCE), preprocess, plan)
-            given = dense.classify_maps(maps).float()
-            total += float(detection_loss(given, places, scales_of(form), boxes, objects))
-        positives += int((objects >= 0).sum())
-        found += [suppressed(each) for each in form.found(given.cpu().numpy())]
-    judged = box_fit(found, images.boxes, form.classes, interval=False)
-    return judged.ap, total / max(1, positives)
+class BoxObjective(Objective[Tensor]):
+    """A box around every object; truths are ``Boxes`` in pixels of the network's input."""
+
+    answer: ClassVar[Answer] = "boxes"
+
+    def __init__(self, form: MapForm, preprocess: Preprocess, plan: Plan, *, weight: float = 1.0) -> None:
+        super().__init__(form, preprocess, plan, weight=weight)
+        self._boxes = cast(BoxForm, form)
+        self._places = Places.of(self._boxes, preprocess.image_size)
+
+    def given(self, model: DenseModel, maps: Mapping[str, Tensor]) -> Tensor:
+        """As of ``Objective``."""
+        given: Tensor = self.form(maps)
+        return given
+
+    def loss(self, given: Tensor, taken: Taken) -> Tensor:
+        """As of ``Objective``: over the places of the whole step that have an object."""
+        size, pairs = self.preprocess.image_size, zip(taken.moves, taken.truths, strict=True)
+        boxes = [move.boxes(each, size) for move, each in pairs]
+        objects = torch.stack([self._places.objects(each) for each in boxes])
+        mine = [boxes[place] for place in taken.part]
+        summed = detection_loss(given, self._places, scales_of(self._boxes), mine, objects[list(taken.part)])
+        return summed / max(1, int((objects >= 0).sum()))
+
+    def meter(self, truths: Sequence[Boxes]) -> _BoxMeter:
+        """As of ``Objective``."""
+        return _BoxMeter(truths, self._boxes, self._places)
 
 
-def fit_boxes(
-    model: DenseModel,
-    train: BoxedPixels,
-    val: BoxedPixels,
-    preprocess: Preprocess,
-    plan: Plan,
-    say: Say,
-    *,
-    keeper: Keeper | None = None,
-    processes: Processes = ALONE,
-) -> Fit:
-    """Train ``model`` and leave it at its best epoch by val AP, the lower loss deciding between equals.
+class _BoxMeter:
+    """AP and mean loss."""
 
-    ``Fit.val`` has the AP where a classifier has its top-1. Else as ``fit.fit``.
+    def __init__(self, truths: Sequence[Boxes], form: BoxForm, places: Places) -> None:
+        self._truths, self._form, self._places = truths, form, places
+        self._found, self._total, self._positives = list[NpArray](), 0.0, 0
 
-    Raises:
-        InputError, KeyboardInterrupt: as ``fit.fit``.
-        MissingError: the package that computes AP is not installed.
-    """
-    try:
-        with computing(model, plan, learning=True):
-            return _BoxRun(model, train, val, preprocess, plan, processes).fit(say, keeper)
-    finally:
-        model.to("cpu").eval()
+    def add(self, given: Tensor, chosen: slice) -> None:
+        boxes = self._truths[chosen]
+        objects = torch.stack([self._places.objects(each) for each in boxes])
+        with torch.no_grad():
+            self._total += float(detection_loss(given, self._places, scales_of(self._form), boxes, objects))
+        self._positives += int((objects >= 0).sum())
+        self._found += [suppressed(each) for each in self._form.found(given.cpu().numpy())]
 
-
-class _BoxRun(DenseRun):
-    """One fit of a detector."""
-
-    def __init__(
-        self, model: DenseModel, train: BoxedPixels, val: BoxedPixels, preprocess: Preprocess, plan: Plan,
-        processes: Processes,
-    ) -> None:  # fmt: skip
-        self.images, self.form = train, cast(BoxForm, model.form)
-        super().__init__(model, train, val, preprocess, plan, processes, ap_and_loss)
-
-    def prepare(self) -> None:
-        plan, size = self.plan, self.preprocess.image_size
-        self.joint = JointAugmenter(plan.augment, self.preprocess, batch_size=plan.batch_size, seed=plan.seed)
-        self.places = Places.of(self.form, size)
-
-    def backward(self, index: Tensor, part: Tensor) -> float:
-        plan, chosen = self.plan, index[part].numpy()
-        moves = self.joint.moves(torch.arange(len(index)), (self.epoch, self.position))
-        boxes = [
-            move.boxes(self.images.boxes[place], self.preprocess.image_size)
-            for move, place in zip(moves, index.tolist(), strict=True)
-        ]
-        objects = torch.stack([self.places.objects(each) for each in boxes])  # of the whole step: losses are over them
-        with autocast(plan):
-            if self.images.rows is not None:
-                maps = self.dense.from_rows(torch.from_numpy(np.array(self.images.rows[chosen])).to(plan.device))
-            else:
-                own = [moves[place] for place in part.tolist()]
-                pixels = self.joint.images(np.asarray(self.images.pixels[chosen]), own)
-                maps = self.dense.maps(pixels.to(plan.device))
-            given = self.dense.classify_maps(maps)
-        mine = [boxes[place] for place in part.tolist()]
-        summed = detection_loss(given, self.places, scales_of(self.form), mine, objects[part])
-        loss = summed / max(1, int((objects >= 0).sum()))
-        torch.autograd.backward(loss)
-        return loss.item()
+    def result(self) -> tuple[float, float]:
+        judged = box_fit(self._found, self._truths, self._form.classes, interval=False)
+        return judged.ap, self._total / max(1, self._positives)

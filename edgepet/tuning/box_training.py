@@ -2,25 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import replace
+from collections.abc import Iterator, Mapping, Sequence
 from typing import ClassVar
 
 from edgepet.deltas.heads import Answer
 from edgepet.errors import InputError
 from edgepet.images.box_folders import open_boxes
-from edgepet.images.boxes import BoxSet, check_boxes, require_objects
+from edgepet.images.boxes import Boxes, BoxSet, check_boxes, require_objects
 from edgepet.images.folders import Split
 from edgepet.measuring.average_precision import require_evaluator
-from edgepet.reports.progress import Say
+from edgepet.networks.head_forms import MapForm
 from edgepet.reports.tables import format_names
 from edgepet.spec import NpArray, Preprocess
-from edgepet.tuning.box_fit import BoxedPixels, fit_boxes
-from edgepet.tuning.checkpoint import Keeper
-from edgepet.tuning.dense import DenseModel
-from edgepet.tuning.fit import Fit, LabelledPixels, Plan
+from edgepet.tuning.box_fit import BoxObjective
+from edgepet.tuning.fit import Plan
 from edgepet.tuning.options import TrainOptions
-from edgepet.tuning.processes import Processes
 from edgepet.tuning.training import Training
 
 
@@ -30,6 +26,8 @@ class BoxTask:
     answer: ClassVar[Answer] = "boxes"
     usual_head: ClassVar[str] = "fcos"
     options: ClassVar[frozenset[str]] = frozenset()
+    thing: ClassVar[str] = "object"
+    truths_are: ClassVar[str] = "boxes"
 
     def listed(self, training: Training, split: Split) -> BoxSet:
         """As of ``DenseTask``.
@@ -52,32 +50,26 @@ class BoxTask:
         require_objects(checked, training.data)
         return checked, check_boxes(val, preprocess), checked.counts()
 
-    def pixels(self, images: BoxSet, held: LabelledPixels, preprocess: Preprocess) -> BoxedPixels:
+    def truths(self, images: BoxSet, preprocess: Preprocess) -> Sequence[Boxes]:
         """As of ``DenseTask``: boxes are told in pixels of the input."""
         height, width = preprocess.image_size
-        boxes = tuple(
+        return tuple(
             each.scaled((height / rows, width / columns))
             for each, (rows, columns) in zip(images.boxes, images.extents, strict=True)
         )
-        return BoxedPixels(held.pixels, held.labels, boxes=boxes)
 
-    def with_rows(self, images: BoxedPixels, rows: NpArray) -> BoxedPixels:
+    def arrays(self, truths: Sequence[Boxes]) -> Iterator[NpArray]:
         """As of ``DenseTask``."""
-        return replace(images, rows=rows)
-
-    def truths(self, images: BoxedPixels) -> Iterator[NpArray]:
-        """As of ``DenseTask``."""
-        return (array for each in images.boxes for array in (each.corners, each.labels, each.crowds))
+        return (array for each in truths for array in (each.corners, each.labels, each.crowds))
 
     def losses(self, options: TrainOptions, counts: NpArray) -> Mapping[str, object]:
         """As of ``DenseTask``: nothing is to be chosen."""
         del options, counts
         return {}
 
-    def fit(
-        self, model: DenseModel, train: BoxedPixels, val: BoxedPixels, preprocess: Preprocess, plan: Plan, say: Say, *,
-        losses: Mapping[str, object], keeper: Keeper, processes: Processes,
-    ) -> Fit:  # fmt: skip
+    def objective(
+        self, form: MapForm, preprocess: Preprocess, plan: Plan, losses: Mapping[str, object]
+    ) -> BoxObjective:
         """As of ``DenseTask``."""
         del losses
-        return fit_boxes(model, train, val, preprocess, plan, say, keeper=keeper, processes=processes)
+        return BoxObjective(form, preprocess, plan)

@@ -1,4 +1,4 @@
-"""One training of a head that reads maps: what is asked of it, the fit, and the proof of what it lowers to.
+"""One training of heads that read maps: what is asked of it, the fit, and the proof of what they lower to.
 
 As ``training`` is for classifiers. Needs the ``train`` extra.
 """
@@ -7,46 +7,38 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from itertools import chain
-from typing import ClassVar, Generic, Protocol, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
 
 from edgepet.canonical import canonical_json
 from edgepet.deltas.delta import Delta
-from edgepet.deltas.heads import Answer
 from edgepet.errors import InputError, option
 from edgepet.files import require_space
-from edgepet.images.boxes import BoxSet
-from edgepet.images.folders import Split
 from edgepet.images.held import Shape, Turn, features_folder, hold, load_held, pixels_folder
-from edgepet.images.masks import MaskSet, squashed
+from edgepet.images.masks import squashed
 from edgepet.images.notes import passed_over, tell_nobody
 from edgepet.images.preprocess import normalize
 from edgepet.measuring.machine import free_memory_bytes
 from edgepet.methods import Method, configure
 from edgepet.methods.settings import stored
 from edgepet.networks.backbone import Backbone
-from edgepet.networks.head_settings import FORMS, Form
+from edgepet.networks.head_settings import Form
 from edgepet.packs.pack import EVERY, encode_pack, read_pack
-from edgepet.reports.progress import Say
 from edgepet.reports.tables import format_bytes, format_names
 from edgepet.spec import NpArray, Preprocess
-from edgepet.tuning.box_fit import BoxedPixels
 from edgepet.tuning.checkpoint import Keeper, checkpoint_file, ends_when_asked, identity_of
 from edgepet.tuning.computing import computing, device_of
 from edgepet.tuning.dense import DenseModel, dense_algebra_error, extract_dense
-from edgepet.tuning.dense_fit import fill_rows
-from edgepet.tuning.fit import Fit, LabelledPixels, Plan
-from edgepet.tuning.joint import joint_augmentations
-from edgepet.tuning.mask_fit import MaskedPixels
+from edgepet.tuning.dense_fit import DensePixels, fill_rows, fit_dense
+from edgepet.tuning.dense_tasks import DenseTask, Learnt, aligned, asked_forms, spelled
+from edgepet.tuning.fit import Fit, Plan
 from edgepet.tuning.model import require_algebra
-from edgepet.tuning.options import TrainOptions
 from edgepet.tuning.processes import Processes
-from edgepet.tuning.recipes import head_form
+from edgepet.tuning.recipes import task_weights
 from edgepet.tuning.remembered import Place, no_room
 from edgepet.tuning.training import (
     Training,
@@ -56,20 +48,17 @@ from edgepet.tuning.training import (
     held_bytes,
     plan_of,
     provenance_of,
+    start_model,
+    started_from,
 )
 from edgepet.tuning.work_folder import HELD_OUT
-
-SetT = TypeVar("SetT", MaskSet, BoxSet)
-PixelsT = TypeVar("PixelsT", MaskedPixels, BoxedPixels)
-_REFUSED = ("shots", "frames", "consistency", "init", "backbone_precision")  # of no head that reads maps
-_OWN = frozenset(("balance", "dice"))  # of some
 
 ALGEBRA_IMAGES = 4  # float64 is slow, and heads are computed by their NumPy definitions
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class MadeDense(Generic[SetT, PixelsT]):
-    """A training that is done and proved, but not written; ``counts`` are what each class has in the training images.
+class MadeDense:
+    """A training that is done and proved, but not written; ``learnt`` is of its heads, in the order of the delta's.
 
     ``proof`` is the largest difference between tuned and lowered in float64, and its limit.
     """
@@ -77,63 +66,22 @@ class MadeDense(Generic[SetT, PixelsT]):
     backbone: Backbone
     model: DenseModel
     plan: Plan
-    train: PixelsT
-    val: PixelsT
-    val_set: SetT
-    counts: NpArray
+    train: DensePixels
+    val: DensePixels
+    learnt: tuple[Learnt, ...]
     fitted: Fit
     proof: tuple[float, float]
     delta: Delta
     keeper: Keeper
 
 
-class DenseTask(Protocol[SetT, PixelsT]):
-    """What of a training depends on what its head answers: the images' truths, the losses and the judge."""
-
-    answer: ClassVar[Answer]
-    usual_head: ClassVar[str]
-    options: ClassVar[frozenset[str]]  # that say something of this answer, and of some others nothing
-
-    def listed(self, training: Training, split: Split) -> SetT:
-        """The images of a split.
-
-        Raises:
-            InputError: as of what opens such folders.
-        """
-
-    def checked(self, training: Training, preprocess: Preprocess, train: SetT, val: SetT) -> tuple[SetT, SetT, NpArray]:
-        """Both splits, every truth looked at once, and what each class has in the training images.
-
-        Raises:
-            InputError: truths that do not fit their images, or in which there is nothing to learn.
-        """
-
-    def pixels(self, images: SetT, held: LabelledPixels, preprocess: Preprocess) -> PixelsT:
-        """Decoded images with their truths."""
-
-    def with_rows(self, images: PixelsT, rows: NpArray) -> PixelsT:
-        """The same, whose maps are remembered."""
-
-    def truths(self, images: PixelsT) -> Iterator[NpArray]:
-        """All that is to be learnt, as arrays: their bytes are part of what a training is known by."""
-
-    def losses(self, options: TrainOptions, counts: NpArray) -> Mapping[str, object]:
-        """What is asked of the losses, as JSON."""
-
-    def fit(
-        self, model: DenseModel, train: PixelsT, val: PixelsT, preprocess: Preprocess, plan: Plan, say: Say, *,
-        losses: Mapping[str, object], keeper: Keeper, processes: Processes,
-    ) -> Fit:  # fmt: skip
-        """Train ``model`` and leave it at its best epoch."""
-
-
-def run_dense(training: Training, processes: Processes, task: DenseTask[SetT, PixelsT]) -> MadeDense[SetT, PixelsT]:
-    """Fit, prove and lower; neither the pack nor its work folder is written.
+def run_dense(training: Training, processes: Processes, tasks: Sequence[DenseTask[Any]]) -> MadeDense:
+    """Fit a head for each of ``tasks`` on one network, prove and lower; neither pack nor work folder is written.
 
     Raises:
         InputError: data, backbone, options or the name of the output at fault, the loss stopped being finite, or the
             checkpoint of another training is in the way.
-        CheckError: the merged network and the lowered head are not what was tuned.
+        CheckError: the merged network and a lowered head are not what was tuned.
         MissingError: timm, or a package that the backbone needs, is not installed.
         KeyboardInterrupt: the process was asked to end, and a checkpoint was written.
     """
@@ -141,127 +89,129 @@ def run_dense(training: Training, processes: Processes, task: DenseTask[SetT, Pi
     named = training.method
     method = configure(named, options.settings or {}) if isinstance(named, str) else named
     check_asked(training)
-    form = _form_asked(training, task)
+    forms = asked_forms(options, tasks)
+    work = started_from(options.init)
     stage("load the backbone")
-    train_set, val_set = task.listed(training, "train"), task.listed(training, "val")
+    listed = [(task.listed(training, "train"), task.listed(training, "val")) for task in tasks]
     device = device_of(processes.device(options.device))
     backbone = backbone_of(training)
     backbone = replace(backbone, preprocess=squashed(backbone.preprocess))
-    model = _attach(backbone, method, form, train_set.classes, training)
-    _rehearse(training, backbone, model, train_set.classes)
-    stage("check boxes" if task.answer == "boxes" else "check masks")
-    train_set, val_set, counts = task.checked(training, backbone.preprocess, train_set, val_set)
-    if processes.leads:
-        _tell(training, task, train_set, val_set, counts)
+    classes = [train.classes for train, _ in listed]
+    model = _attach(backbone, method, forms, classes, training)
+    began_with = {} if work is None else {"init": start_model(model, backbone, work, str(options.init))}
+    _rehearse(training, backbone, model, classes)
+    learnt = list[Learnt]()
+    for task, sets in zip(tasks, listed, strict=True):
+        stage(f"check {task.truths_are}")
+        train, val, counts = task.checked(training, backbone.preprocess, *sets)
+        learnt.append(Learnt(task=task, train=train, val=val, counts=counts))
+    learnt = aligned(learnt, training.data)
+    for each in learnt if processes.leads else ():
+        _tell(training, each)
     stage("read images")
-    budget_bytes = free_memory_bytes() // (2 * processes.size) if options.memory is None else options.memory
-    turn = Turn(anywhere=processes.any, makes=processes.leads, wait=processes.wait)
-    train, val = _read(training, task, backbone.preprocess, train_set, val_set, budget_bytes, turn)
     before = identity_of(checkpoint_file(training.output))
     plan = replace(plan_of(training, method, device, processes, before), label_smoothing=0.0)
-    losses = task.losses(options, counts)
-    truths = chain([train.pixels], task.truths(train), [val.pixels], task.truths(val))
-    digest = _digest(train_set.classes, truths)
-    identity = _identity(backbone, model, plan, losses, processes, digest)
+    return _run(training, processes, backbone, model, plan, learnt, began_with)
+
+
+def _run(
+    training: Training, processes: Processes, backbone: Backbone, model: DenseModel, plan: Plan,
+    learnt: Sequence[Learnt], began_with: Mapping[str, object],
+) -> MadeDense:  # fmt: skip
+    """Read what is checked, tune by it, and prove what was tuned."""
+    options, stage = training.options, training.stage
+    budget_bytes = free_memory_bytes() // (2 * processes.size) if options.memory is None else options.memory
+    turn = Turn(anywhere=processes.any, makes=processes.leads, wait=processes.wait)
+    train, val = _read(training, backbone.preprocess, learnt, budget_bytes, turn)
+    losses: dict[str, object] = {}
+    for each in learnt:
+        losses |= each.task.losses(options, each.counts)
+    weights = task_weights(options.task_weights)
+    losses |= {"task weights": weights} if weights else {}
+    identity = _identity(backbone, model, plan, losses, processes, _digest(learnt, train, val)) | dict(began_with)
     keeper = Keeper(path=checkpoint_file(training.output), identity=identity, every_s=options.checkpoint_s,
                     writes=processes.leads)  # fmt: skip
     place = Place(
         folder=features_folder(training.output), budget_bytes=budget_bytes - held_bytes(train, val), identity=identity,
         turn=turn, tell=training.tell if processes.leads else tell_nobody, stage=stage,
     )  # fmt: skip
-    train, val = _remembered(model, backbone, train, val, plan, place, task)
+    train, val = _remembered(model, backbone, train, val, plan, place)
     stage("tune")
+    objectives = [
+        each.task.objective(form, backbone.preprocess, plan, losses).weighing(weights.get(each.task.answer, 1.0))
+        for each, form in zip(learnt, model.forms, strict=True)
+    ]
     with ends_when_asked(keeper):
-        fitted = task.fit(
-            model, train, val, backbone.preprocess, plan, training.say, losses=losses, keeper=keeper,
+        fitted = fit_dense(
+            model, train, val, backbone.preprocess, plan, training.say, objectives=objectives, keeper=keeper,
             processes=processes,
         )  # fmt: skip
     stage("prove, pack and score")
     proof = _prove(model, backbone, val.pixels)
-    told: dict[str, object] = {"data": f"sha256:{identity['images']}", "head": str(model.form.form)}
+    told: dict[str, object] = {"data": f"sha256:{identity['images']}", "head": spelled(model.forms), **began_with}
     told |= {key: value for key, value in losses.items() if key != "weights" and value}
     facts = provenance_of(plan, model, fitted, len(train), None) | told
-    delta = extract_dense(model, backbone, task=training.output.stem, labels=train_set.classes, training=facts)
-    return MadeDense(backbone=backbone, model=model, plan=plan, train=train, val=val, val_set=val_set, counts=counts,
+    first, *further = (each.train.classes for each in learnt)
+    delta = extract_dense(
+        model, backbone, task=training.output.stem, labels=first, further=further, training=facts
+    )  # fmt: skip
+    return MadeDense(backbone=backbone, model=model, plan=plan, train=train, val=val, learnt=tuple(learnt),
                      fitted=fitted, proof=proof, delta=delta, keeper=keeper)  # fmt: skip
 
 
 def _read(
-    training: Training, task: DenseTask[SetT, PixelsT], preprocess: Preprocess, train: SetT, val: SetT,
-    budget_bytes: int, turn: Turn,
-) -> tuple[PixelsT, PixelsT]:  # fmt: skip
+    training: Training, preprocess: Preprocess, learnt: Sequence[Learnt], budget_bytes: int, turn: Turn
+) -> tuple[DensePixels, DensePixels]:
     """The images decoded, in memory or in files, with their truths."""
     held = load_held(
-        {"train": train.images, "val": val.images}, preprocess, pixels_folder(training.output),
+        {"train": learnt[0].train.images, "val": learnt[0].val.images}, preprocess, pixels_folder(training.output),
         budget_bytes=budget_bytes, turn=turn, stage=training.stage,
     )  # fmt: skip
-    made = [LabelledPixels(*held[name]) for name in ("train", "val")]
-    return task.pixels(train, made[0], preprocess), task.pixels(val, made[1], preprocess)
-
-
-def _form_asked(training: Training, task: DenseTask[SetT, PixelsT]) -> Form:
-    """The head that is asked for.
-
-    Raises:
-        InputError: a head or an option that does not go with what is answered.
-    """
-    options, usual = training.options, TrainOptions()
-    joint_augmentations(options.augment)
-    for field in (*_REFUSED, *sorted(_OWN - task.options)):
-        value = getattr(options, field)
-        if value != getattr(usual, field):
-            fix = f"leave {option(field)} out"
-            raise InputError(option("task", task.answer), f"does not go with {option(field)}", got=value, fix=fix)
-    if options.balance == "sampling":
-        fix = f"weigh classes with {option('balance', 'weights')}, or add {option('dice', 1)}"
-        raise InputError(option("task", task.answer), "has no images of a class", got=option("balance", "sampling"),
-                         fix=fix)  # fmt: skip
-    form = head_form(options.head or task.usual_head)
-    if form.answer != task.answer:
-        known = ", ".join(name for name, answer in FORMS.items() if answer == task.answer)
-        raise InputError(option("task", task.answer), f"needs a head of {known}", got=option("head", form.name))
-    return form
+    train = {each.task.answer: each.task.truths(each.train, preprocess) for each in learnt}
+    val = {each.task.answer: each.task.truths(each.val, preprocess) for each in learnt}
+    return DensePixels(*held["train"], truths=train), DensePixels(*held["val"], truths=val)
 
 
 def _attach(
-    backbone: Backbone, method: Method, form: Form, classes: tuple[str, ...], training: Training
+    backbone: Backbone, method: Method, forms: Sequence[Form], classes: Sequence[tuple[str, ...]], training: Training
 ) -> DenseModel:  # fmt: skip
-    model = DenseModel(backbone, method, form, len(classes), seed=training.options.seed)
+    first, *further = zip(forms, map(len, classes), strict=True)
+    model = DenseModel(backbone, method, *first, further=further, seed=training.options.seed)
     if not model.sites and method.name != "linear-probe":
         what, fix = f"finds no layer of {backbone.label} to act on", f"change its {option('settings')} settings"
         raise InputError(option("method", method.name), what, fix=fix)
     return model
 
 
-def _rehearse(training: Training, backbone: Backbone, model: DenseModel, classes: tuple[str, ...]) -> None:
-    """Pack what is not trained yet, into nothing: what could not be written then is refused now."""
-    data = encode_pack(extract_dense(model, backbone, task=training.output.stem, labels=classes), codec="fp32")
-    read_pack(data, answers=EVERY)
-    further = HELD_OUT * math.prod(backbone.preprocess.input_shape)
-    require_space(training.output, 10 * len(data) + further, "its checkpoints, the pack and the work folder")
-
-
-def _tell(
-    training: Training, task: DenseTask[SetT, PixelsT], train: SetT, val: SetT, counts: NpArray
+def _rehearse(
+    training: Training, backbone: Backbone, model: DenseModel, classes: Sequence[tuple[str, ...]]
 ) -> None:  # fmt: skip
+    """Pack what is not trained yet, into nothing: what could not be written then is refused now."""
+    first, *further = classes
+    delta = extract_dense(model, backbone, task=training.output.stem, labels=first, further=further)
+    data = encode_pack(delta, codec="fp32")
+    read_pack(data, answers=EVERY)
+    beside = HELD_OUT * math.prod(backbone.preprocess.input_shape)
+    require_space(training.output, 10 * len(data) + beside, "its checkpoints, the pack and the work folder")
+
+
+def _tell(training: Training, learnt: Learnt) -> None:
     """Say what is used of the data, and which classes have nothing to learn."""
     if training.tell is tell_nobody:
         return
+    task, train, val, classes = learnt.task, learnt.train, learnt.val, learnt.train.classes
     summary = passed_over(training.data, (*train.passed_over, *val.passed_over))
-    answer, classes = {"mask": "masks", "boxes": "boxes"}[task.answer], train.classes
     what = f"{len(classes)} {'class' if len(classes) == 1 else 'classes'}"
-    told = f"{training.data}: {len(train)} train and {len(val)} val images with {answer} of {what}"
+    told = f"{training.data}: {len(train)} train and {len(val)} val images with {task.truths_are} of {what}"
     training.tell(f"{told}; {summary}" if summary else told, [])
-    absent = [name for name, count in zip(classes, counts.tolist(), strict=True) if not count]
+    absent = [name for name, count in zip(classes, learnt.counts.tolist(), strict=True) if not count]
     if absent:
-        thing = "pixel" if task.answer == "mask" else "object"
-        training.tell(f"{training.data}: no training {thing} of {format_names(absent)}", [])
+        training.tell(f"{training.data}: no training {task.thing} of {format_names(absent)}", [])
 
 
 def _remembered(
-    model: DenseModel, backbone: Backbone, train: PixelsT, val: PixelsT, plan: Plan, place: Place,
-    task: DenseTask[SetT, PixelsT],
-) -> tuple[PixelsT, PixelsT]:  # fmt: skip
+    model: DenseModel, backbone: Backbone, train: DensePixels, val: DensePixels, plan: Plan, place: Place
+) -> tuple[DensePixels, DensePixels]:
     """With the maps of every image, computed once, where the network is frozen, nothing moves and there is room."""
     if model.sites or plan.augment:
         return train, val
@@ -278,9 +228,9 @@ def _remembered(
             for array, images in zip(arrays, sets.values(), strict=True):
                 fill_rows(array, model, images, backbone.preprocess, plan)
 
-    made_by = {**place.identity, "maps": list(model.form.inputs), "torch": torch.__version__}
+    made_by = {**place.identity, "maps": list(model.reads), "torch": torch.__version__}
     rows = hold(shapes, fill, place.folder, made_by, budget_bytes=place.budget_bytes, turn=place.turn, what="maps")
-    return task.with_rows(train, rows["train"]), task.with_rows(val, rows["val"])
+    return replace(train, rows=rows["train"]), replace(val, rows=rows["val"])
 
 
 def _prove(model: DenseModel, backbone: Backbone, pixels: NpArray) -> tuple[float, float]:
@@ -289,10 +239,14 @@ def _prove(model: DenseModel, backbone: Backbone, pixels: NpArray) -> tuple[floa
     return require_algebra(model.method.name, *error, compared, "a lowering")
 
 
-def _digest(classes: tuple[str, ...], arrays: Iterable[NpArray]) -> str:
-    digest = hashlib.sha256(canonical_json(list(classes)))
-    for array in arrays:
-        digest.update(np.ascontiguousarray(array).data)
+def _digest(learnt: Sequence[Learnt], train: DensePixels, val: DensePixels) -> str:
+    """Of all images and truths, and of the classes' names."""
+    digest = hashlib.sha256(canonical_json([name for each in learnt for name in each.train.classes]))
+    for images in (train, val):
+        digest.update(np.ascontiguousarray(images.pixels).data)
+        for each in learnt:
+            for array in each.task.arrays(images.truths[each.task.answer]):
+                digest.update(np.ascontiguousarray(array).data)
     return digest.hexdigest()
 
 
@@ -305,7 +259,7 @@ def _identity(
         "method": model.method.name,
         **{f"--set {key}": value for key, value in stored(model.method).items()},
         **{key: list(v) if isinstance(v, tuple) else v for key, v in _plain(plan).items()},
-        "head": str(model.form.form),
+        "head": spelled(model.forms),
         **losses,
         "input": list(backbone.preprocess.input_shape),
         "images": images,

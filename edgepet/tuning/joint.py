@@ -50,6 +50,11 @@ class Move:
     part: tuple[int, int, int, int] | None = None
     flipped: bool = False
 
+    @property
+    def is_any(self) -> bool:
+        """Whether the image is moved at all."""
+        return self.flipped or self.part is not None
+
     def image(self, pixels: NpArray) -> NpArray:
         """``pixels`` (H, W, 3), moved: a new array."""
         moved = torch.from_numpy(pixels).movedim(-1, 0)
@@ -86,6 +91,12 @@ class Move:
         return Boxes(seen[there], boxes.labels[there], (boxes.crowds | little)[there])
 
 
+def moved_masks(masks: NpArray, moves: Sequence[Move], size: tuple[int, int]) -> Tensor:
+    """Masks, int64 (n, height, width), at ``size``, of uint8 (n, H, W), or of ``size`` where nothing moves."""
+    moved = [move.mask(each) if move.is_any else each for each, move in zip(masks, moves, strict=True)]
+    return torch.from_numpy(np.stack([resized(each, size) for each in moved]).astype(np.int64))
+
+
 class JointAugmenter:
     """How the images of each step of one training are moved; each is the same whatever was drawn before it."""
 
@@ -112,13 +123,8 @@ class JointAugmenter:
 
     def images(self, pixels: NpArray, moves: Sequence[Move]) -> Tensor:
         """Images as the network takes them, of uint8 (n, H, W, 3)."""
-        moved = [move.image(each) if move != Move() else each for each, move in zip(pixels, moves, strict=True)]
+        moved = [move.image(each) if move.is_any else each for each, move in zip(pixels, moves, strict=True)]
         return torch.from_numpy(normalize(np.stack(moved), self.preprocess))
-
-    def masks(self, masks: NpArray, moves: Sequence[Move], size: tuple[int, int]) -> Tensor:
-        """Masks, int64 (n, height, width), at ``size``, of uint8 (n, H, W), or of ``size`` where nothing moves."""
-        moved = [move.mask(each) if move != Move() else each for each, move in zip(masks, moves, strict=True)]
-        return torch.from_numpy(np.stack([resized(each, size) for each in moved]).astype(np.int64))
 
     def _drawn(self) -> Move:
         part: tuple[int, int, int, int] | None = None

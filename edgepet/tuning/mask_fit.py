@@ -1,40 +1,32 @@
-"""Fit a head for masks, and what is tuned below it; the best epoch is the one of the largest mean overlap on val.
+"""What a head for masks is fitted to: cross entropy of every pixel, and mean overlap by which epochs are compared.
 
 Losses are taken at a quarter of the input's size, where 255 counts for nothing. Needs the ``train`` extra.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import cast
+from typing import ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+from edgepet.deltas.heads import Answer
 from edgepet.images.masks import Masked, read_masks
 from edgepet.measuring.overlap import confusion, mean_iou
-from edgepet.reports.progress import Say
+from edgepet.networks.head_forms import MapForm
 from edgepet.spec import Preprocess
-from edgepet.tuning.checkpoint import Keeper
-from edgepet.tuning.computing import AT_ONCE, autocast, computing
-from edgepet.tuning.dense import DenseModel
-from edgepet.tuning.dense_fit import VALUES_AT_ONCE, DensePixels, DenseRun, maps_of
-from edgepet.tuning.fit import Fit, LabelledPixels, Plan
-from edgepet.tuning.joint import JointAugmenter
+from edgepet.tuning.computing import AT_ONCE
+from edgepet.tuning.dense import DenseModel, Judged
+from edgepet.tuning.dense_fit import VALUES_AT_ONCE, Objective, Taken
+from edgepet.tuning.fit import Plan
+from edgepet.tuning.joint import moved_masks
 from edgepet.tuning.mask_losses import cross_entropy, dice_loss, interim_loss, separation_loss
-from edgepet.tuning.model import TunedModel
-from edgepet.tuning.processes import ALONE, Processes
 
 QUARTER = 4  # pixels of the input to one of the loss
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class MaskedPixels(DensePixels):
-    """Images as of ``DensePixels``, and where the mask of each comes from."""
-
-    masks: tuple[Masked, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,94 +43,58 @@ def quarter(preprocess: Preprocess) -> tuple[int, int]:
     return (max(1, height // QUARTER), max(1, width // QUARTER))
 
 
-def miou_and_loss(
-    model: TunedModel, val: LabelledPixels, preprocess: Preprocess, plan: Plan, held: Tensor | None
-) -> tuple[float, float]:
-    """Mean intersection over union, at the input's size, and mean cross entropy of ``model`` on ``val``."""
-    del held  # what is remembered are rows of ``val``
-    model.eval()
-    dense, images = cast(DenseModel, model), cast(MaskedPixels, val)
-    classes, size = dense.form.classes, preprocess.image_size
-    counts, total = np.zeros((classes, classes), np.int64), 0.0
-    step = max(1, min(AT_ONCE, VALUES_AT_ONCE // (classes * size[0] * size[1])))
-    for at in range(0, len(images), step):
-        truth = read_masks(images.masks[at : at + step], size)
-        small = torch.from_numpy(read_masks(images.masks[at : at + step], quarter(preprocess)).astype(np.int64))
-        with torch.no_grad(), autocast(plan):
-            logits = dense.classify_maps(maps_of(dense, images, slice(at, at + step), preprocess, plan)).float()
-        total += float(cross_entropy(logits, small.to(plan.device)))
-        full = functional.interpolate(logits, size=size, mode="bilinear", align_corners=False)
-        counts += confusion(full.argmax(1).cpu().numpy(), truth, classes)
-    return mean_iou(counts), total / len(images)
+class MaskObjective(Objective[Judged]):
+    """A class for every pixel; truths are ``Masked``."""
 
-
-def fit_masks(
-    model: DenseModel,
-    train: MaskedPixels,
-    val: MaskedPixels,
-    preprocess: Preprocess,
-    plan: Plan,
-    say: Say,
-    *,
-    losses: Losses = Losses(),
-    keeper: Keeper | None = None,
-    processes: Processes = ALONE,
-) -> Fit:
-    """Train ``model`` and leave it at its best epoch by val mIoU, the lower loss deciding between equals.
-
-    ``Fit.val`` has the mIoU, at the network's input size, where a classifier has its top-1. Else as ``fit.fit``.
-
-    Raises:
-        InputError, KeyboardInterrupt: as ``fit.fit``.
-    """
-    try:
-        with computing(model, plan, learning=True):
-            return _MaskRun(model, train, val, preprocess, plan, processes, losses).fit(say, keeper)
-    finally:
-        model.to("cpu").eval()
-
-
-class _MaskRun(DenseRun):
-    """One fit of a head for masks."""
+    answer: ClassVar[Answer] = "mask"
 
     def __init__(
-        self, model: DenseModel, train: MaskedPixels, val: MaskedPixels, preprocess: Preprocess, plan: Plan,
-        processes: Processes, losses: Losses,
-    ) -> None:  # fmt: skip
-        self.losses, self.images = losses, train
-        super().__init__(model, train, val, preprocess, plan, processes, miou_and_loss)
+        self, form: MapForm, preprocess: Preprocess, plan: Plan, *, weight: float = 1.0, losses: Losses = Losses()
+    ) -> None:
+        super().__init__(form, preprocess, plan, weight=weight)
+        self.dice = losses.dice
+        self.weights = None if losses.weights is None else torch.tensor(losses.weights, device=plan.device)
+        height, width = preprocess.image_size
+        self.at_once = max(1, min(AT_ONCE, VALUES_AT_ONCE // (form.classes * height * width)))
 
-    def prepare(self) -> None:
-        self.joint = JointAugmenter(
-            self.plan.augment, self.preprocess, batch_size=self.plan.batch_size, seed=self.plan.seed
-        )
-        if self.losses.weights is not None:
-            self.weights = torch.tensor(self.losses.weights, device=self.plan.device)
+    def given(self, model: DenseModel, maps: Mapping[str, Tensor]) -> Judged:
+        """As of ``Objective``: what branches and a separation find on the way is judged too."""
+        return model.judged(maps)
 
-    def backward(self, index: Tensor, part: Tensor) -> float:
-        plan, chosen, size = self.plan, index[part].numpy(), quarter(self.preprocess)
-        masks = [self.images.masks[place] for place in chosen.tolist()]
-        if self.images.rows is not None:
-            truth = torch.from_numpy(read_masks(masks, size).astype(np.int64))
-            maps = self.dense.from_rows(torch.from_numpy(np.array(self.images.rows[chosen])).to(plan.device))
-        else:
-            moved = bool(plan.augment)
-            read = read_masks(masks, self.preprocess.image_size if moved else size)
-            moves = self.joint.moves(part, (self.epoch, self.position))
-            pixels = self.joint.images(np.asarray(self.images.pixels[chosen]), moves)
-            truth = self.joint.masks(read, moves, size)
-        truth = truth.to(plan.device)
-        with autocast(plan):
-            if self.images.rows is None:
-                maps = self.dense.maps(pixels.to(plan.device))
-            judged = self.dense.judged(maps)
-        summed = cross_entropy(judged.logits, truth, self.weights)
-        if judged.interim:
-            summed = summed + interim_loss(judged.interim, truth, self.weights)
-        if judged.separated is not None:
-            summed = summed + separation_loss(judged.separated, truth)
-        loss = summed / len(index)
-        if self.losses.dice:
-            loss = loss + self.losses.dice * dice_loss(judged.logits, truth) * (len(part) / len(index))
-        torch.autograd.backward(loss)
-        return loss.item()
+    def loss(self, given: Judged, taken: Taken) -> Tensor:
+        """As of ``Objective``."""
+        size, moves = quarter(self.preprocess), [taken.moves[place] for place in taken.part]
+        masks = [taken.truths[place] for place in taken.part]
+        read = read_masks(masks, self.preprocess.image_size if self.plan.augment else size)
+        truth = moved_masks(read, moves, size).to(self.plan.device)
+        summed = cross_entropy(given.logits, truth, self.weights)
+        if given.interim:
+            summed = summed + interim_loss(given.interim, truth, self.weights)
+        if given.separated is not None:
+            summed = summed + separation_loss(given.separated, truth)
+        loss = summed / len(taken.truths)
+        if self.dice:
+            loss = loss + self.dice * dice_loss(given.logits, truth) * (len(taken.part) / len(taken.truths))
+        return loss
+
+    def meter(self, truths: Sequence[Masked]) -> _MaskMeter:
+        """As of ``Objective``."""
+        return _MaskMeter(truths, self.form.classes, self.preprocess)
+
+
+class _MaskMeter:
+    """Mean intersection over union at the input's size, and mean cross entropy."""
+
+    def __init__(self, truths: Sequence[Masked], classes: int, preprocess: Preprocess) -> None:
+        self._truths, self._classes, self._preprocess = truths, classes, preprocess
+        self._counts, self._total = np.zeros((classes, classes), np.int64), 0.0
+
+    def add(self, given: Tensor, chosen: slice) -> None:
+        size, masks = self._preprocess.image_size, self._truths[chosen]
+        small = torch.from_numpy(read_masks(masks, quarter(self._preprocess)).astype(np.int64))
+        self._total += float(cross_entropy(given, small.to(given.device)))
+        full = functional.interpolate(given, size=size, mode="bilinear", align_corners=False)
+        self._counts += confusion(full.argmax(1).cpu().numpy(), read_masks(masks, size), self._classes)
+
+    def result(self) -> tuple[float, float]:
+        return mean_iou(self._counts), self._total / len(self._truths)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import replace
+from collections.abc import Iterator, Mapping, Sequence
 from typing import ClassVar, cast
 
 import numpy as np
@@ -11,15 +10,12 @@ import numpy as np
 from edgepet.deltas.heads import Answer
 from edgepet.images.folders import Split
 from edgepet.images.mask_folders import open_masks
-from edgepet.images.masks import MaskSet, check_masks, require_classes
-from edgepet.reports.progress import Say
+from edgepet.images.masks import Masked, MaskSet, check_masks, require_classes
+from edgepet.networks.head_forms import MapForm
 from edgepet.spec import NpArray, Preprocess
-from edgepet.tuning.checkpoint import Keeper
-from edgepet.tuning.dense import DenseModel
-from edgepet.tuning.fit import Fit, LabelledPixels, Plan
-from edgepet.tuning.mask_fit import Losses, MaskedPixels, fit_masks
+from edgepet.tuning.fit import Plan
+from edgepet.tuning.mask_fit import Losses, MaskObjective
 from edgepet.tuning.options import TrainOptions
-from edgepet.tuning.processes import Processes
 from edgepet.tuning.training import Training
 
 
@@ -29,6 +25,8 @@ class MaskTask:
     answer: ClassVar[Answer] = "mask"
     usual_head: ClassVar[str] = "mlp"
     options: ClassVar[frozenset[str]] = frozenset(("balance", "dice"))
+    thing: ClassVar[str] = "pixel"
+    truths_are: ClassVar[str] = "masks"
 
     def listed(self, training: Training, split: Split) -> MaskSet:
         """As of ``DenseTask``."""
@@ -44,31 +42,26 @@ class MaskTask:
         require_classes(counts, train.classes, training.data)
         return train, val, counts
 
-    def pixels(self, images: MaskSet, held: LabelledPixels, preprocess: Preprocess) -> MaskedPixels:
+    def truths(self, images: MaskSet, preprocess: Preprocess) -> Sequence[Masked]:
         """As of ``DenseTask``; masks are read when they are asked for."""
         del preprocess
-        return MaskedPixels(held.pixels, held.labels, masks=images.masks)
+        return images.masks
 
-    def with_rows(self, images: MaskedPixels, rows: NpArray) -> MaskedPixels:
+    def arrays(self, truths: Sequence[Masked]) -> Iterator[NpArray]:
         """As of ``DenseTask``."""
-        return replace(images, rows=rows)
-
-    def truths(self, images: MaskedPixels) -> Iterator[NpArray]:
-        """As of ``DenseTask``."""
-        return (mask.read() for mask in images.masks)
+        return (mask.read() for mask in truths)
 
     def losses(self, options: TrainOptions, counts: NpArray) -> Mapping[str, object]:
         """As of ``DenseTask``."""
         return {"weights": _weights(counts) if options.balance else [], "dice": options.dice}
 
-    def fit(
-        self, model: DenseModel, train: MaskedPixels, val: MaskedPixels, preprocess: Preprocess, plan: Plan, say: Say,
-        *, losses: Mapping[str, object], keeper: Keeper, processes: Processes,
-    ) -> Fit:  # fmt: skip
+    def objective(
+        self, form: MapForm, preprocess: Preprocess, plan: Plan, losses: Mapping[str, object]
+    ) -> MaskObjective:
         """As of ``DenseTask``."""
         weights = cast(list[float], losses["weights"])
         asked = Losses(weights=tuple(weights) or None, dice=cast(float, losses["dice"]))
-        return fit_masks(model, train, val, preprocess, plan, say, losses=asked, keeper=keeper, processes=processes)
+        return MaskObjective(form, preprocess, plan, losses=asked)
 
 
 def _weights(counts: NpArray) -> list[float]:

@@ -11,6 +11,7 @@ from edgepet.reports.logs import require_known
 from edgepet.spec import FilePath, ImageSize
 from edgepet.tuning.recipes import (
     BALANCES,
+    BETWEEN,
     CHEAP,
     FULL,
     OWN_OPTIMIZER,
@@ -20,9 +21,10 @@ from edgepet.tuning.recipes import (
     consistency,
     head_form,
     named,
+    task_weights,
 )
 
-TASKS = ("class", "mask", "boxes")
+TASKS = ("class", "mask", "boxes", "labels")  # or several of the last three, with a comma between
 PRECISIONS = ("auto", "fp32", "bf16")
 BACKBONE_PRECISIONS = ("fp32", "int8", "int4")
 CHECKPOINT_S = 30.0
@@ -65,10 +67,13 @@ class TrainOptions:
         checkpoint_s: seconds between two checkpoints within an epoch.
         memory: bytes that decoded images may take, and what enters the first tuned block of them; more are kept in
             ``TASK.pixels`` and ``TASK.features`` beside the pack until it is there. None is half of what is free.
-        task: "class" for a folder of class folders, "mask" for images with masks, "boxes" for images with boxes; None
-            is what lies in the folder.
+        task: "class" for a folder of class folders, "mask" for images with masks, "boxes" for images with boxes,
+            "labels" for images of several labels each, or several of these three, as "boxes,mask,labels": their heads
+            see one run of the network; None is what lies in the folder.
+        task_weights: of several heads how much each one's loss counts, as "boxes=1,mask=0.5"; 1 where nothing is said.
         head: of masks: "mlp", or "linear", with settings as "mlp,width=32,maps=0/1/2,depthwise=true,norm=false"; of
-            boxes "fcos", as "fcos,width=32,depth=2"; maps are the backbone's, 0 the finest. None is the first of each.
+            boxes "fcos", as "fcos,width=32,depth=2"; maps are the backbone's, 0 the finest; of labels "pooled". None is
+            the first of each, and of several heads "+" is between two, as "fcos,width=32+linear".
             "mlp,separation=true" tells neighbouring places and regions apart.
         dice: of masks: how much Dice's loss, which sees rare classes, counts beside cross entropy.
         log: where every step is written to: "csv", "tensorboard", "mlflow" and "wandb", the last two on this machine
@@ -102,6 +107,7 @@ class TrainOptions:
     checkpoint_s: float = CHECKPOINT_S
     memory: int | None = None
     task: str | None = None
+    task_weights: str | None = None
     head: str | None = None
     dice: float = 0.0
     log: Sequence[str] = ()
@@ -154,10 +160,13 @@ class TrainOptions:
             what = f"{CHEAP} compares an image with itself an epoch ago, so it must look the same"
             fix = f"train without {option('augment')}, or with {FULL}, both passes of which see one image"
             raise InputError(option("consistency"), what, got=option("augment", ",".join(self.augment)), fix=fix)
-        if self.task is not None and self.task not in TASKS:
-            raise InputError(option("task"), f"is {' or '.join(TASKS)}", got=repr(self.task))
-        if self.head is not None:
-            head_form(self.head)
+        tasks = [] if self.task is None else self.task.split(",")
+        if not set(tasks) <= set(TASKS) or len(set(tasks)) < len(tasks) or ("class" in tasks and len(tasks) > 1):
+            what = f"is {' or '.join(TASKS)}, or several of the last three"
+            raise InputError(option("task"), what, got=repr(self.task))
+        for each in [] if self.head is None else self.head.split(BETWEEN):
+            head_form(each)
+        task_weights(self.task_weights)
         if not 0 <= self.dice < math.inf:
             raise InputError(option("dice"), "must be at least 0 and finite", got=self.dice)
         named("optimizer", self.optimizer)

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
+from edgepet.deltas.heads import ANSWERS
 from edgepet.errors import InputError, option
 from edgepet.networks.head_settings import FORMS, MOST_DEPTH, Form
 
@@ -16,6 +17,7 @@ Value: TypeAlias = bool | int | float | tuple[float, ...]
 
 AUGMENTATIONS = ("flip", "crop", "randaugment", "erasing", "mixup", "cutmix")
 BALANCES: tuple[Balance, ...] = ("weights", "sampling")
+BETWEEN = "+"  # of several heads
 MOST_WIDTH = 1024  # of a head: what its vocabulary is for is small
 OWN_OPTIMIZER, OWN_SCHEDULE = "adamw", "cosine"  # without settings; all else is timm's
 FULL, CHEAP = "full", "cheap"  # forms of PACE
@@ -146,6 +148,26 @@ def consistency(text: str | None) -> Consistency | None:
     return asked if asked.sigma else None
 
 
+def task_weights(text: str | None) -> dict[str, float]:
+    """What ``boxes=1,mask=0.5`` asks for, by the answer; nothing where nothing is asked.
+
+    Raises:
+        InputError: an answer that no head has, or a weight that is none.
+    """
+    found = dict[str, float]()
+    for part in text.split(",") if text else ():
+        name, _, number = part.partition("=")
+        try:
+            weight = float(number)
+        except ValueError:
+            weight = math.nan
+        if name not in ANSWERS or name in found or not 0 < weight < math.inf:
+            what = f"needs weights above 0 of {', '.join(ANSWERS)}, as boxes=1,mask=0.5"
+            raise InputError(option("task_weights"), what, got=repr(part))
+        found[name] = weight
+    return found
+
+
 def head_form(text: str) -> Form:
     """What ``mlp,width=32,maps=0/1/2,depthwise=true`` asks for, or ``fcos,width=32,depth=2``.
 
@@ -159,10 +181,11 @@ def head_form(text: str) -> Form:
     known = {
         "mlp": ("width", "maps", "depthwise", "norm", "separation"),
         "fcos": ("width", "maps", "depth", "norm"),
+        "pooled": (),
     }.get(name, ("maps", "norm"))
     unknown = [key for key in given if key not in known]
     if unknown:
-        raise InputError(where, f"{name} knows the settings {', '.join(known)}", got=repr(unknown[0]))
+        raise InputError(where, f"{name} knows the settings {', '.join(known) or 'none'}", got=repr(unknown[0]))
     values = dict[str, Any](given)
     for key in ("depthwise", "norm", "separation"):
         if not isinstance(values.get(key, False), bool):

@@ -102,7 +102,7 @@ def run(training: Training, processes: Processes) -> Made:
     method = configure(method, options.settings or {}) if isinstance(method, str) else method
     check_asked(training)
     require_differences(options.consistency, method)
-    work = _started_from(options.init)
+    work = started_from(options.init)
     stage("load the backbone")
     train_set, val_set = _image_sets(training)
     if processes.leads:
@@ -112,7 +112,7 @@ def run(training: Training, processes: Processes) -> Made:
     require_augmentations(options.augment, backbone.preprocess)
     before = identity_of(checkpoint_file(training.output))
     model = _attach(backbone, method, len(train_set.classes), options, before)
-    began_with = {} if work is None else {"init": _start(model, backbone, work, str(options.init))}
+    began_with = {} if work is None else {"init": start_model(model, backbone, work, str(options.init))}
     _rehearse(training, backbone, model, train_set)
     stage("read images")
     budget_bytes = free_memory_bytes() // (2 * processes.size) if options.memory is None else options.memory
@@ -209,7 +209,12 @@ def plan_of(
     )
 
 
-def _started_from(init: FilePath | None) -> Work | None:
+def started_from(init: FilePath | None) -> Work | None:
+    """What an earlier training left in the folder ``init``, or beside the pack that it names.
+
+    Raises:
+        InputError: there is no such folder, or it is damaged.
+    """
     if init is None:
         return None
     folder = work_folder(Path(init)) if Path(init).suffix == ".pet" else Path(init)
@@ -219,7 +224,7 @@ def _started_from(init: FilePath | None) -> Work | None:
     return read_work(folder)
 
 
-def _start(model: TunedModel, backbone: Backbone, work: Work, where: str) -> str:
+def start_model(model: TunedModel, backbone: Backbone, work: Work, where: str) -> str:
     """Take the tensors of ``work``; returns their digest.
 
     Raises:

@@ -64,6 +64,13 @@ class _Answer:
 
 _OF_MAPS: dict[Answer, tuple[str, str, str, str, str]] = {  # how a sentence begins, kind, unit, metric and its type
     "mask": ("A mask of every image in", "semantic segmentation", "pixel", "mIoU", "mean intersection over union"),
+    "labels": (
+        "The labels that every image has, of",
+        "multi-label classification",
+        "image",
+        "mean AP",
+        "mean average precision",
+    ),
     "boxes": ("Boxes around the objects of every image, of", "object detection", "object", "AP", "average precision"),
 }
 

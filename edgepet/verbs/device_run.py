@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from edgepet.device.answers import Answer, BoxesAnswer, MaskAnswer
+from edgepet.device.answers import Answer, BoxesAnswer, LabelsAnswer, MaskAnswer, SeveralAnswers
 from edgepet.device.opened import OpenTasks
 from edgepet.device.pool import MODES
 from edgepet.device.runtimes import DEFAULT, SHARED_RUNTIMES
@@ -19,7 +19,16 @@ from edgepet.errors import EdgepetError
 from edgepet.images.inputs import Input, asked_for, asked_pairs, pictures_of
 from edgepet.reports.screen import Screen, lines
 from edgepet.reports.tables import Table, format_percent, left
-from edgepet.verbs.drawings import BoxesResult, Drawings, MaskResult, drawing_options, result_of, told, told_boxes
+from edgepet.verbs.drawings import (
+    BoxesResult,
+    Drawings,
+    MaskResult,
+    drawing_options,
+    result_of,
+    told,
+    told_boxes,
+    told_labels,
+)
 from edgepet.verbs.verb import (
     Options,
     Parser,
@@ -37,7 +46,16 @@ if TYPE_CHECKING:
     from edgepet.reports.progress import Progress
 
 
-AnyResult: TypeAlias = "AnyAnswer | MaskResult | BoxesResult"
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SeveralResult:
+    """What several heads say as JSON has it, by the head's name."""
+
+    image: str
+    task: str
+    heads: Mapping[str, MaskResult | BoxesResult | LabelsAnswer]
+
+
+AnyResult: TypeAlias = "AnyAnswer | MaskResult | BoxesResult | SeveralResult"
 
 
 def _run_options(parser: Parser) -> None:
@@ -86,7 +104,7 @@ def _run_run(options: Options, progress: Progress) -> DeviceRun:
 
 
 def _are_drawn(answers: Sequence[AnyResult]) -> bool:
-    return any(isinstance(answer, (MaskAnswer, BoxesAnswer)) for answer in answers)
+    return any(isinstance(answer, (MaskAnswer, BoxesAnswer, SeveralAnswers)) for answer in answers)
 
 
 def _drawn(answers: Sequence[AnyResult], pictures: Sequence[Input], drawings: Drawings) -> tuple[AnyResult, ...]:
@@ -94,10 +112,15 @@ def _drawn(answers: Sequence[AnyResult], pictures: Sequence[Input], drawings: Dr
     tasks = len(answers) // len(pictures)
     drawn = (MaskAnswer, BoxesAnswer)
     alone = len({answer.task for answer in answers if isinstance(answer, drawn)}) == 1
-    return tuple(
-        result_of(answer, pictures[place // tasks], drawings, alone=alone) if isinstance(answer, drawn) else answer
-        for place, answer in enumerate(answers)
-    )
+    alone = alone and not any(isinstance(answer, SeveralAnswers) for answer in answers)
+
+    def written(answer: AnyResult, picture: Input) -> Any:
+        if isinstance(answer, SeveralAnswers):
+            heads = {head: written(each, picture) for head, each in answer.heads.items()}
+            return SeveralResult(image=answer.image, task=answer.task, heads=heads)
+        return result_of(answer, picture, drawings, alone=alone) if isinstance(answer, drawn) else answer
+
+    return tuple(written(answer, pictures[place // tasks]) for place, answer in enumerate(answers))
 
 
 def _run_screen(report: DeviceRun) -> Screen:
@@ -120,6 +143,10 @@ def _cell(answer: AnyResult) -> str:
         return told_boxes(answer.boxes)
     if isinstance(answer, (MaskAnswer, MaskResult)):
         return told(answer.classes)
+    if isinstance(answer, (SeveralAnswers, SeveralResult)):
+        return "; ".join(f"{head}: {_cell(each)}" for head, each in answer.heads.items())
+    if isinstance(answer, LabelsAnswer):
+        return told_labels(answer.labels)
     return ", ".join(f"{guess.label} {format_percent(guess.score)}" for guess in answer.top)
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from edgepet.device.answers import BoxesAnswer, ClassShare, FoundBox, MaskAnswer
+from edgepet.device.answers import BoxesAnswer, ClassShare, FoundBox, Guess, MaskAnswer
 from edgepet.errors import InputError, option
 from edgepet.files import made_folder, write_file
 from edgepet.images.boxes import boxes_png
@@ -120,6 +120,12 @@ def told_boxes(boxes: Sequence[FoundBox]) -> str:
     counts = Counter(each.label for each in boxes if each.score >= SURE)
     shown = ", ".join(f"{count} {label}" for label, count in counts.most_common(_MOST_TOLD))
     return (f"{shown}, …" if len(counts) > _MOST_TOLD else shown) or "nothing"
+
+
+def told_labels(labels: Sequence[Guess]) -> str:
+    """The labels of an image in one line, the surest first."""
+    shown = ", ".join(f"{each.label} {format_percent(each.score)}" for each in labels[:_MOST_TOLD])
+    return (f"{shown}, …" if len(labels) > _MOST_TOLD else shown) or "none"
 
 
 def _drawn_boxes(answer: BoxesAnswer, picture: Input) -> bytes:

@@ -21,8 +21,7 @@ from edgepet.proving.sources import open_source
 from edgepet.reports.screen import Screen, lines
 from edgepet.reports.tables import format_names, format_percent
 from edgepet.spec import FilePath, NpArray
-from edgepet.verbs.evaluate_boxes import BoxEvalReport, box_eval_screen, evaluate_boxes
-from edgepet.verbs.evaluate_masks import MaskEvalReport, evaluate_masks, mask_eval_screen
+from edgepet.verbs.evaluate_dense import DenseEvalReport, SeveralEvalReport, dense_eval_screen, evaluate_heads
 from edgepet.verbs.verb import (
     MOST_THREADS,
     Options,
@@ -65,7 +64,7 @@ class EvalReport:
         return names if self.without_images else [name for name in names if name != "without_images"]
 
 
-AnyReport: TypeAlias = "EvalReport | MaskEvalReport | BoxEvalReport"
+AnyReport: TypeAlias = "EvalReport | DenseEvalReport | SeveralEvalReport"
 
 
 def evaluate(
@@ -78,7 +77,7 @@ def evaluate(
     backbone: AnyBackbone = None,
     threads: int | None = None,
     tell: Tell = tell_nobody,
-) -> EvalReport | MaskEvalReport | BoxEvalReport:
+) -> EvalReport | DenseEvalReport | SeveralEvalReport:
     """Top-1 of a pack or an artefact on a split of ``data``, which may lack classes of the model; of masks their mIoU,
     of boxes their AP.
 
@@ -96,10 +95,8 @@ def evaluate(
         raise InputError(option("split"), "is train, val or test", got=repr(split))
     at_least_one("threads", threads, MOST_THREADS)
     source = open_source(model)
-    if source.answer == "mask":
-        return evaluate_masks(source, Path(data), split, runtime, precision, backbone, threads, tell)
-    if source.answer == "boxes":
-        return evaluate_boxes(source, Path(data), split, runtime, precision, backbone, threads, tell)
+    if source.meanings[0].answer != "class":
+        return evaluate_heads(source, Path(data), split, runtime, precision, backbone, threads, tell)
     clips = source.preprocess.frames > 1
     images = open_split(Path(data), split, clips=clips)
     order = _order(images, source.labels, data, model)
@@ -162,11 +159,8 @@ def _run(options: Options, progress: Progress) -> AnyReport:
 
 
 def _screen(report: AnyReport) -> Screen:
-    if isinstance(report, MaskEvalReport):
-        yield from mask_eval_screen(report)
-        return
-    if isinstance(report, BoxEvalReport):
-        yield from box_eval_screen(report)
+    if isinstance(report, DenseEvalReport | SeveralEvalReport):
+        yield from dense_eval_screen(report)
         return
     yield lines(
         f"top-1 {format_percent(report.top1)} of {report.n} images, {len(report.classes)} classes"

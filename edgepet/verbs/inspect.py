@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from edgepet.deltas.branches import Branch
 from edgepet.deltas.delta import JudgedHead
-from edgepet.deltas.heads import METRICS
+from edgepet.deltas.heads import METRICS, Answer, Meaning
 from edgepet.deltas.updates import Targeted, factors
 from edgepet.device.artifact import Artifact
 from edgepet.errors import InputError, option
@@ -29,6 +29,9 @@ if TYPE_CHECKING:
     from edgepet.reports.progress import Progress
 
 
+_MOST_CLASSES = 8  # on the screen
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class UpdateCount:
     """Updates or branches of one kind, how many there are, and the values that they bring, shared ones once."""
@@ -42,8 +45,8 @@ class UpdateCount:
 class HeadLine:
     """A head that reads maps: ``layers`` are kinds of layers in their order, ``values`` the numbers that they carry.
 
-    ``metric`` is "miou" of masks and "map" of boxes, and ``value`` what it was on ``n`` val images, None where it was
-    not judged.
+    ``metric`` is "miou" of masks and "map" of boxes and labels, and ``value`` what it was on ``n`` val images, None
+    where it was not judged.
     """
 
     name: str
@@ -172,6 +175,12 @@ def _head(judged: JudgedHead) -> HeadLine:
     )
 
 
+def _head_of_artifact(meaning: Meaning) -> HeadLine:
+    metric = METRICS[cast(Answer, meaning.answer)]
+    return HeadLine(name=meaning.name, answer=meaning.answer, classes=meaning.labels, reads=(), layers=(), values=0,
+                    metric=metric, value=None, n=0)  # fmt: skip
+
+
 def _of_artifact(artifact: Artifact) -> InspectReport:
     return InspectReport(
         kind="artifact",
@@ -190,6 +199,7 @@ def _of_artifact(artifact: Artifact) -> InspectReport:
         signed_by=None,
         verified=artifact.verified,
         answer=artifact.answer,
+        heads=tuple(_head_of_artifact(each.meaning) for each in artifact.heads) if artifact.further else (),
     )
 
 
@@ -230,12 +240,21 @@ def _signature(report: InspectReport) -> str:
     return "signed, and by whom was not asked (--trusted)" if report.signed else "signed by: nobody"
 
 
+def _classes(report: InspectReport) -> Iterator[str]:
+    """A line for the classes, or one for those of each of several heads."""
+    several = {f"{each.name}: ": each.classes for each in report.heads} if len(report.heads) > 1 else {}
+    for name, classes in (several or {"": report.classes}).items():
+        more = ", …" if len(classes) > _MOST_CLASSES else ""
+        count = f"{len(classes)} {'class' if len(classes) == 1 else 'classes'}"
+        yield f"  {name}{count}: {format_names(classes[:_MOST_CLASSES])}{more}"
+
+
 def _screen(report: InspectReport) -> Screen:
     size = sum(report.bytes_by_kind.values())
     settings = ", ".join(f"{key}={value}" for key, value in report.settings.items())
-    metrics = {"miou": "mIoU", "map": "AP"}
+    metrics = {"mask": "mIoU", "boxes": "AP", "labels": "mean AP"}
     judged = [
-        f"val {metrics[each.metric]} {format_percent(each.value)}" for each in report.heads if each.value is not None
+        f"val {metrics[each.answer]} {format_percent(each.value)}" for each in report.heads if each.value is not None
     ]
     scored = f"val {format_percent(report.val_top1)}" if report.val_top1 is not None else ""
     scored = ", ".join(filter(None, [scored, *judged])) or "not scored"
@@ -244,8 +263,7 @@ def _screen(report: InspectReport) -> Screen:
         f"{report.kind} {report.task}  {format_bytes(size)}",
         f"  {report.method}{f' ({settings})' if settings else ''} on {report.backbone.name}"
         f" {report.backbone.fingerprint[:19]}…",
-        f"  {len(report.classes)} {'class' if len(report.classes) == 1 else 'classes'}:"
-        f" {format_names(report.classes[:8])}{', …' if len(report.classes) > 8 else ''}",
+        *_classes(report),
         f"  {scored}; {_signature(report)}; sequence {report.sequence}" if pack else None,
         f"  has ranges for the int8 codes {report.int8_codes[:12]}…" if report.int8_codes else None,
         f"  behind a trunk with the backbone's own {report.int8_trunk[:12]}…" if report.int8_trunk else None,
@@ -256,7 +274,7 @@ def _screen(report: InspectReport) -> Screen:
         (each.name, each.answer, ", ".join(each.reads), format_number(len(each.layers)), format_number(each.values))
         for each in report.heads
     ]
-    if headed:
+    if headed and pack:
         yield Table("heads", (*left("name", "answers", "reads"), *right("layers", "values")), headed)
     for title, counts in (("updates", report.updates), ("branches", report.branches)):
         rows = [(u.kind, format_number(u.count), format_number(u.values)) for u in counts]

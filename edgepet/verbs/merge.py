@@ -14,7 +14,8 @@ from edgepet.errors import require
 from edgepet.files import require_file_place, require_other, require_space, write_file
 from edgepet.measuring.parity import Against, Inputs, require_parity
 from edgepet.networks.backbone import AnyBackbone
-from edgepet.proving.subject import Subject, plain_network
+from edgepet.proving.in_torch import plain_network
+from edgepet.proving.subject import Subject
 from edgepet.reports.screen import Screen, lines
 from edgepet.reports.tables import format_bytes
 from edgepet.spec import FilePath

@@ -7,13 +7,19 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from edgepet.device.answers import ClassShare, FoundBox, boxed, masked
+from edgepet.device.answers import (
+    BoxesAnswer,
+    LabelsAnswer,
+    MaskAnswer,
+    SeveralAnswers,
+    all_answered,
+)
 from edgepet.device.artifact import MANIFEST
-from edgepet.device.runtime import require_finite, scores_of
+from edgepet.device.runtime import require_finite
 from edgepet.device.runtimes import RUNTIMES
 from edgepet.device.together import Shared, Together
 from edgepet.errors import EdgepetError, InputError
@@ -24,10 +30,10 @@ from edgepet.measuring.machine import TORCH
 from edgepet.networks.backbone import AnyBackbone
 from edgepet.proving.sources import ArtifactSource, Opened, PackSource, open_source, open_together
 from edgepet.reports.screen import Screen, lines
-from edgepet.reports.tables import Table, format_percent, left
+from edgepet.reports.tables import Table, left
 from edgepet.spec import FilePath, NpArray, Preprocess
-from edgepet.verbs.drawings import Drawings, drawing_options, told_boxes
-from edgepet.verbs.drawings import told as told_classes
+from edgepet.verbs.drawings import Drawings, drawing_options
+from edgepet.verbs.said import AnySaid, Guess, SaidBoxes, SaidLabels, SaidMask, SaidSeveral, said_of, told_of
 from edgepet.verbs.verb import (
     MOST_THREADS,
     Options,
@@ -46,43 +52,6 @@ if TYPE_CHECKING:
 
 BATCH = 16  # images of one call
 SUFFIX = ".pet"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Guess:
-    """A class and its softmax score, 0..1."""
-
-    label: str
-    score: float
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Said:
-    """What one task says of an image: the best class, and the best ``top`` of them."""
-
-    label: str
-    score: float
-    top: tuple[Guess, ...]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SaidMask:
-    """What one task says of every pixel of an image: what each class takes, and the files that were written."""
-
-    classes: tuple[ClassShare, ...]
-    mask: Path | None
-    drawn: Path | None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SaidBoxes:
-    """The objects that one task finds on an image, and the file that was written."""
-
-    boxes: tuple[FoundBox, ...]
-    drawn: Path | None
-
-
-AnySaid: TypeAlias = "Said | SaidMask | SaidBoxes"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -172,7 +141,7 @@ class Predictor:
         self._clips, self._closing = frames.pop(), contextlib.ExitStack()
         self._named = dict(zip(_names(sources, models), sources, strict=True))
         self._given, self._drawings = (runtime, precision, backbone, threads, device), drawings
-        self._alone = sum(source.answer != "class" for source in sources) == 1
+        self._alone = [len(source.meanings) for source in sources if source.answer != "class"] == [1]
         self._together, self._opened = list[Together](), dict[str, Opened]()
 
     def __enter__(self) -> Predictor:
@@ -210,27 +179,33 @@ class Predictor:
 
     def answers(self, paths: Sequence[Path], top: int) -> list[Prediction]:
         """What every task says of some images, at once."""
-        logits = _logits(paths, self._named, self._opened, self._together)
+        given = _given(paths, self._named, self._opened, self._together)
         return [
             Prediction(
                 image=str(path),
-                tasks={name: self._said(path, name, logits[name][k], top) for name in self._named},
+                tasks={name: self._said(path, name, [each[k] for each in given[name]], top) for name in self._named},
             )
             for k, path in enumerate(paths)
         ]
 
-    def _said(self, path: Path, name: str, logits: NpArray, top: int) -> AnySaid:
+    def _said(self, path: Path, name: str, given: Sequence[NpArray], top: int) -> AnySaid:
         source = self._named[name]
         if source.answer == "class":
-            return _said(logits, source.labels, top)
-        preprocess = source.preprocess
-        size = upright_size(path, preprocess, decode=True)
-        if source.answer == "boxes":
-            found = boxed(path.name, name, source.labels, logits, preprocess, size)
-            _, drawn = self._drawings.write(found, Input(path.name, path), alone=self._alone)
-            return SaidBoxes(boxes=found.boxes, drawn=drawn)
-        answer = masked(path.name, name, source.labels, logits, preprocess, size)
+            return said_of(given[0], source.labels, top)
+        size = upright_size(path, source.preprocess, decode=True)
+        answer = all_answered(path.name, name, source.meanings, given, source.preprocess, size)
+        if isinstance(answer, SeveralAnswers):
+            return SaidSeveral(heads={head: self._told(path, each) for head, each in answer.heads.items()})
+        return self._told(path, answer)
+
+    def _told(
+        self, path: Path, answer: MaskAnswer | BoxesAnswer | LabelsAnswer
+    ) -> SaidMask | SaidBoxes | SaidLabels:  # fmt: skip
+        if isinstance(answer, LabelsAnswer):
+            return SaidLabels(labels=tuple(Guess(label=each.label, score=each.score) for each in answer.labels))
         mask, drawn = self._drawings.write(answer, Input(path.name, path), alone=self._alone)
+        if isinstance(answer, BoxesAnswer):
+            return SaidBoxes(boxes=answer.boxes, drawn=drawn)
         return SaidMask(classes=answer.classes, mask=mask, drawn=drawn)
 
 
@@ -247,11 +222,12 @@ def _names(sources: Sequence[PackSource | ArtifactSource], models: Sequence[File
     return names
 
 
-def _logits(
+def _given(
     paths: Sequence[Path], sources: Mapping[str, PackSource | ArtifactSource], opened: Mapping[str, Opened],
     together: Sequence[Together],
-) -> dict[str, NpArray]:  # fmt: skip
-    seen, found = list[tuple[Preprocess, NpArray]](), dict[str, NpArray]()
+) -> dict[str, tuple[NpArray, ...]]:  # fmt: skip
+    """What each head of each task gives."""
+    seen, found = list[tuple[Preprocess, NpArray]](), dict[str, tuple[NpArray, ...]]()
 
     def images_for(preprocess: Preprocess) -> NpArray:
         images = next((images for given, images in seen if given == preprocess), None)
@@ -262,15 +238,10 @@ def _logits(
 
     for each in together:
         answers = each(images_for(sources[each.tasks[0]].preprocess))
-        found |= {name: require_finite(logits, f"{each.runtime}, {each.executed}") for name, logits in answers.items()}
-    return found | {name: network.network(images_for(sources[name].preprocess)) for name, network in opened.items()}
-
-
-def _said(logits: NpArray, labels: Sequence[str], top: int) -> Said:
-    scores = scores_of(logits)
-    best = np.argsort(-scores, kind="stable")[:top]
-    guesses = tuple(Guess(label=labels[k], score=float(scores[k])) for k in best)
-    return Said(label=guesses[0].label, score=guesses[0].score, top=guesses)
+        found |= {
+            name: (require_finite(logits, f"{each.runtime}, {each.executed}"),) for name, logits in answers.items()
+        }
+    return found | {name: network.each(images_for(sources[name].preprocess)) for name, network in opened.items()}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -312,7 +283,7 @@ def _answered(predictor: Predictor, line: str, top: int) -> StreamedPrediction:
 
 
 def _streamed_screen(report: StreamedPrediction) -> Screen:
-    said = [f"{name} {_cell(each)}" for result in report.results for name, each in result.tasks.items()]
+    said = [f"{name} {told_of(each)}" for result in report.results for name, each in result.tasks.items()]
     yield lines(f"{report.image}  {', '.join(said)}" if report.error is None else report.error)
 
 
@@ -354,21 +325,13 @@ def _is_model(text: str) -> bool:
 
 def _screen(report: PredictReport) -> Screen:
     names = list(report.runtimes)
-    rows = [(each.image, *(_cell(each.tasks[name]) for name in names)) for each in report.results]
+    rows = [(each.image, *(told_of(each.tasks[name]) for name in names)) for each in report.results]
     yield Table("", left("image", *names), rows)
     told = dict.fromkeys(report.runtimes.values())
     yield lines(
         f"  {len(report.results)} {'image' if len(report.results) == 1 else 'images'}, on {', '.join(told)}",
         *(f"  up to {each.after} computed once for {', '.join(each.tasks)}" for each in report.shared),
     )
-
-
-def _cell(said: AnySaid) -> str:
-    if isinstance(said, SaidBoxes):
-        return told_boxes(said.boxes)
-    if isinstance(said, SaidMask):
-        return told_classes(said.classes)
-    return ", ".join(f"{guess.label} {format_percent(guess.score)}" for guess in said.top)
 
 
 VERB = Verb(

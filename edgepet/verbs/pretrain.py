@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,13 +19,24 @@ from edgepet.reports.screen import Screen, lines, program
 from edgepet.reports.tables import format_number, format_percent, format_seconds
 from edgepet.spec import FilePath
 from edgepet.tuning.options import TrainOptions
+from edgepet.verbs.dense_answers import DenseScore, mean_of
 from edgepet.verbs.train import ended_early, keep_work, no_better, run_training, speaks, val_accuracy
+from edgepet.verbs.train_dense import (
+    HeadReport,
+    Judged,
+    dense_tasks,
+    head_lines,
+    head_reports,
+    keep_dense_work,
+    task_of,
+)
 from edgepet.verbs.training import DEFAULTS, asked_options, training_options
 from edgepet.verbs.verb import Options, Parser, Verb, output_option, require_task_name
 
 if TYPE_CHECKING:
     from edgepet.networks.backbone import Backbone
     from edgepet.reports.progress import Progress
+    from edgepet.tuning.training import Training
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,6 +59,25 @@ class PretrainReport:
     max_abs_diff: float
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DensePretrainReport:
+    """As ``PretrainReport``, of images with masks, boxes or labels, or of several of these.
+
+    ``heads`` are what was tuned for, and start anew in each training that begins here; ``val`` is their mean.
+    """
+
+    path: Path
+    method: str
+    trainable_params: int
+    epochs: int
+    epochs_run: int
+    best_epoch: int
+    seconds: float
+    val: DenseScore
+    heads: tuple[HeadReport, ...]
+    max_abs_diff: float
+
+
 def pretrain(
     data: FilePath,
     backbone: str | Backbone,
@@ -58,7 +89,7 @@ def pretrain(
     stage: Callable[[str], None] = lambda name: None,
     tell: Tell = tell_nobody,
     **fields: Any,
-) -> PretrainReport:
+) -> PretrainReport | DensePretrainReport:
     """Tune ``method`` on a broad data set and keep its tensors in the folder ``output``: ``train`` starts from them.
 
     Give it to ``train`` as ``init``. The arguments are those of ``train``.
@@ -79,9 +110,10 @@ def pretrain(
         data=Path(data), backbone=backbone, method=method, output=output, options=replace(options, **fields), say=say,
         stage=stage, tell=tell,
     )  # fmt: skip
-    if training.options.task == "mask":
-        fix = "tune on class folders first, and masks with `edgepet train`"
-        raise InputError(option("task"), "pretrain takes class folders", got="mask", fix=fix)
+    training.options.check()
+    task = task_of(Path(data), training.options.task)
+    if task != "class":
+        return _pretrain_dense(training, task)
     made, seconds = run_training(training, lambda made: keep_work(output, made), run)
     return PretrainReport(
         path=output,
@@ -98,12 +130,35 @@ def pretrain(
     )
 
 
+def _pretrain_dense(training: Training, task: str) -> DensePretrainReport:
+    """On heads that read maps: their tensors are not kept, what was tuned below them is."""
+    from edgepet.tuning.dense_training import run_dense
+
+    output, judged = training.output, Judged()
+    made, seconds = run_training(
+        training, lambda made: keep_dense_work(output, made), partial(run_dense, tasks=dense_tasks(task))
+    )
+    heads = head_reports(made, made.delta, judged)
+    return DensePretrainReport(
+        path=output,
+        method=made.model.method.name,
+        trainable_params=count(made.model.method, made.backbone.layers, made.backbone.tensors),
+        epochs=made.plan.epochs,
+        epochs_run=made.fitted.epochs,
+        best_epoch=made.fitted.best_epoch,
+        seconds=seconds,
+        val=mean_of([each.val for each in heads]),
+        heads=heads,
+        max_abs_diff=made.proof[0],
+    )
+
+
 def _options(parser: Parser) -> None:
     training_options(parser)
     output_option(parser, "NAME.work", "the folder to write, for `edgepet train --init`")
 
 
-def _run(options: Options, progress: Progress) -> PretrainReport:
+def _run(options: Options, progress: Progress) -> PretrainReport | DensePretrainReport:
     label = f"{options.method} on {options.data}"
     with progress.stages() as stage, progress.training(label) as say:
         return pretrain(
@@ -112,7 +167,18 @@ def _run(options: Options, progress: Progress) -> PretrainReport:
         )  # fmt: skip
 
 
-def _screen(report: PretrainReport) -> Screen:
+def _screen(report: PretrainReport | DensePretrainReport) -> Screen:
+    if isinstance(report, DensePretrainReport):
+        ended = ended_early(report.epochs_run, report.epochs)
+        yield lines(
+            f"{report.path}",
+            f"  {format_number(report.trainable_params)} parameters of {report.method}",
+            *head_lines(report.heads, f"epoch {report.best_epoch} of {report.epochs}{ended}", stored=""),
+            f"  {format_seconds(report.seconds)} in all",
+            f"  lowered equals tuned in float64: {report.max_abs_diff:.1e}",
+            f"next: {program()} train DATA --method {report.method} --init {report.path} ...",
+        )
+        return
     yield lines(
         f"{report.path}",
         f"  {format_number(report.trainable_params)} parameters of {report.method}, tuned on {report.classes} classes",

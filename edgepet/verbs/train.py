@@ -29,23 +29,28 @@ from edgepet.reports.tables import format_bytes, format_number, format_percent, 
 from edgepet.spec import FilePath
 from edgepet.tuning.options import TrainOptions
 from edgepet.tuning.work_folder import HELD_OUT, work_folder, write_work
-from edgepet.verbs.train_boxes import BoxTrainReport, box_screen, report_boxes, write_boxes
-from edgepet.verbs.train_dense import task_of
-from edgepet.verbs.train_masks import MaskTrainReport, mask_screen, report_masks, write_masks
+from edgepet.verbs.train_dense import (
+    DenseTrainReport,
+    Judged,
+    dense_screen,
+    dense_tasks,
+    report_dense,
+    task_of,
+    write_dense,
+)
 from edgepet.verbs.training import DEFAULTS, asked_options, training_options
 from edgepet.verbs.verb import Options, Parser, Verb, output_option, require_pack_place, require_task_name
 
 if TYPE_CHECKING:
     from edgepet.networks.backbone import Backbone
     from edgepet.reports.progress import Progress
+    from edgepet.tuning.dense_training import MadeDense
     from edgepet.tuning.fit import LabelledPixels
     from edgepet.tuning.model import TunedModel
     from edgepet.tuning.processes import Processes
     from edgepet.tuning.training import Made, Training
-    from edgepet.verbs.train_boxes import MadeBoxes
-    from edgepet.verbs.train_masks import MadeMasks
 
-AnyMade = TypeVar("AnyMade", "Made", "MadeMasks", "MadeBoxes")
+AnyMade = TypeVar("AnyMade", "Made", "MadeDense")
 _UNTOLD = ("resume", "checkpoint_s", "log", "log_dir", "memory")  # options that decide nothing of what is made
 FEW_IMAGES = 100  # of a val set: one image is a point
 JUDGED = 64  # val images at a time
@@ -101,7 +106,7 @@ class TrainReport:
     log_dir: Path | None
 
 
-AnyReport: TypeAlias = "TrainReport | MaskTrainReport | BoxTrainReport"
+AnyReport: TypeAlias = "TrainReport | DenseTrainReport"
 
 
 def train(
@@ -116,13 +121,13 @@ def train(
     stage: Callable[[str], None] = lambda name: None,
     tell: Tell = tell_nobody,
     **fields: Any,
-) -> TrainReport | MaskTrainReport | BoxTrainReport:
+) -> TrainReport | DenseTrainReport:
     """Tune ``method`` on the images in ``data`` and write ``output`` (``TASK.pet``) and ``TASK.work`` beside it.
 
     Args:
         data: a folder with train/, val/ and perhaps test/, each of class folders; one folder of class folders; or one
-            of images with masks or boxes, of a kind that ``images.mask_folders`` or ``images.box_folders`` names: the
-            head then reads maps.
+            of images with masks, boxes or several labels, of a kind that ``images.mask_folders``,
+            ``images.box_folders`` or ``images.labels`` names.
         backbone: a timm name, ``NAME@FILE`` or ``demo:NAME``; or a network of your own, ``Backbone.from_module``.
         method: a method, or the name of one, whose settings are then ``options.settings``.
         options: how to train.
@@ -147,6 +152,7 @@ def train(
         data=Path(data), backbone=backbone, method=method, output=output, options=replace(options, **fields), say=say,
         stage=stage, tell=tell,
     )  # fmt: skip
+    training.options.check()
     task = task_of(Path(data), training.options.task)
     if task != "class":
         return _train_dense(training, task, codec)
@@ -156,22 +162,15 @@ def train(
     return _report(training, made, seconds)
 
 
-def _train_dense(training: Training, task: str, codec: Rounding) -> MaskTrainReport | BoxTrainReport:
-    """A training of a head that reads maps."""
-    from edgepet.tuning.box_training import BoxTask
+def _train_dense(training: Training, task: str, codec: Rounding) -> DenseTrainReport:
+    """A training of heads that read maps."""
     from edgepet.tuning.dense_training import run_dense
-    from edgepet.tuning.mask_training import MaskTask
 
-    output = training.output
-    if task == "mask":
-        masks, seconds = run_training(
-            training, lambda made: write_masks(output, made, codec), partial(run_dense, task=MaskTask())
-        )
-        return report_masks(output, masks, seconds, log_dir(training))
-    boxes, seconds = run_training(
-        training, lambda made: write_boxes(output, made, codec), partial(run_dense, task=BoxTask())
+    output, judged = training.output, Judged()
+    made, seconds = run_training(
+        training, lambda made: write_dense(output, made, codec, judged), partial(run_dense, tasks=dense_tasks(task))
     )
-    return report_boxes(output, boxes, seconds, log_dir(training))
+    return report_dense(output, made, judged, seconds, log_dir(training))
 
 
 def run_training(
@@ -318,11 +317,8 @@ def _run(options: Options, progress: Progress) -> AnyReport:
 
 
 def _screen(report: AnyReport) -> Screen:
-    if isinstance(report, MaskTrainReport):
-        yield from mask_screen(report)
-        return
-    if isinstance(report, BoxTrainReport):
-        yield from box_screen(report)
+    if isinstance(report, DenseTrainReport):
+        yield from dense_screen(report)
         return
     yield lines(
         f"{report.pack}  {format_bytes(report.pack_bytes)}",

@@ -66,12 +66,18 @@ def training_options(parser: Parser) -> None:
 
 def _task_options(parser: Parser) -> None:
     own, add = DEFAULTS, parser.add_argument
-    told = "class folders, or images with masks or boxes (default: what lies in DATA)"
-    add("--task", choices=TASKS, help=told)
+    told = (
+        f"{', '.join(TASKS)}: class folders, or images with masks, boxes or several labels; several of the last three,"
+        " with a comma between, are heads of one network (default: what lies in DATA)"
+    )
+    add("--task", metavar="TASK,...", help=told)
+    told = "of several heads: what each one's loss counts, as boxes=1,mask=0.5 (default: 1)"
+    add("--task-weights", metavar="TASK=X,...", help=told)
     told = (
         "of masks: mlp or linear, with settings as mlp,width=32,maps=0/1/2,depthwise=true,norm=false,separation=true;"
         " maps are the"
-        " backbone's, 0 the finest (default: mlp); of boxes: fcos, as fcos,width=64,depth=2"
+        " backbone's, 0 the finest (default: mlp); of boxes: fcos, as fcos,width=64,depth=2; of labels: pooled;"
+        " + is between the heads of several"
     )
     add("--head", default=own.head, metavar="H", help=told)
     told = "of masks: what Dice's loss counts beside cross entropy (default: %(default)s)"

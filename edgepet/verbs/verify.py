@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from edgepet.device.artifact import MANIFEST, Artifact, open_artifact, read_artifact
+from edgepet.device.runner import ModelRunner
 from edgepet.errors import InputError, MissingError, option
 from edgepet.files import sha256_file
 from edgepet.graphs.manifest import damaged
@@ -59,13 +61,25 @@ def verify(
     except MissingError as error:
         return VerifyReport(ok=True, checks=(files,), reason=f"not run: {error.what}")
     try:
-        checks = [files, check_probe(artifact, runner(probe_images(artifact))), *check_resizing(artifact, runner)]
+        subject = None
         if data is not None:
             subject = Subject(pack or _find_pack(folder, artifact), backbone, data, answers=EVERY)
-            checks.append(check_data(artifact, subject.merged_reference, batched(runner, subject.images[0])))
+        checks = [files, *_compared(artifact, runner, subject)]
     finally:
         runner.close()
     return VerifyReport(ok=all(check.ok for check in checks), checks=tuple(checks))
+
+
+def _compared(artifact: Artifact, runner: ModelRunner, subject: Subject | None) -> Iterator[Check]:
+    """The comparisons of each head; of several they are called by it."""
+    for place, head in enumerate(artifact.heads):
+        one, run = artifact.of_head(place), artifact.of_head_run(runner, place)
+        checks = [check_probe(one, run(probe_images(one))), *check_resizing(one, run)]
+        if subject is not None:
+            of = subject.heads[place]
+            checks.append(check_data(one, of.merged_reference, batched(run, of.images[0])))
+        name = f"{head.meaning.name}: " if artifact.further else ""
+        yield from (replace(check, name=f"{name}{check.name}") for check in checks)
 
 
 def _find_pack(folder: Path, artifact: Artifact) -> Path:
