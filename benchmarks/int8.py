@@ -1,32 +1,33 @@
-"""What int8 costs: top-1 of packs in fp32, fp16 and int8, beside what NNCF and ONNX Runtime do by default.
+"""What int8 costs: top-1 of packs in fp32, fp16 and int8, beside what NNCF and ONNX Runtime make of the same model.
 
     python benchmarks/int8.py --dir DIR            # an hour on 2 cores, less where DIR holds packs already
 
 Four tasks, two backbones, SSF and LoRA. Each runtime gets the Q/DQ graph that ``export`` writes for it; TensorRT-RTX
 only builds its own. Of a ViT all have the same. The pack also runs on the int8 backbone that all tasks share. NNCF and
-ONNX Runtime quantise the same fp32 model with the same images. Needs the extra ``bench`` and, but for ``--quick``, the
-Debian package dataset-fashion-mnist. Every row is a job, as every pack is: what an interrupted run finished is kept.
-Writes ``int8.json``.
+ONNX Runtime quantise the same fp32 model with the same images, as their documents say (``neighbours.py``). Needs the
+extra ``bench`` and, but for ``--quick``, the Debian package dataset-fashion-mnist. Every row is a job, as every pack
+is: what an interrupted run finished is kept. Writes ``int8.json``.
 """
 
 from __future__ import annotations
 
 import argparse
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from harness import IMAGE_SIZES, SMALLER, Asked, asked, parser_of, write_result
+from judging import tested_images
+from neighbours import SETTINGS, kind_of, neighbours
 from trainings import Trained, Training, finished, images_of, measuring_job, pack_of, trained
 
 from edgepet import read_pack
 from edgepet.calibration.fp16 import to_half
 from edgepet.calibration.images import calibration_images
 from edgepet.calibration.qdq import Int8Recipe
-from edgepet.calibration.rewriting import folded
 from edgepet.calibration.search import Tried
 from edgepet.deltas.delta import Delta
 from edgepet.deltas.merge import task_tensors
@@ -39,12 +40,9 @@ from edgepet.exporters.onnx import build_model, serialize
 from edgepet.exporters.tensorrt import build_engines
 from edgepet.graphs.int8 import Int8Graph
 from edgepet.graphs.slots import task_slots
-from edgepet.images.preprocess import normalize
-from edgepet.images.sets import load_set, open_split
 from edgepet.packs.pack import write_pack
 from edgepet.proving.precision import calibration_of, express, int8_of
 from edgepet.proving.subject import Subject
-from edgepet.spec import NpArray
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -100,7 +98,7 @@ def main() -> None:
     run = asked(parser().parse_args())
     plan = QUICK if run.quick else FULL
     cells = [each for method in plan.methods for backbone in plan.epochs for each in plan.trainings(backbone, method)]
-    write_result(run, "int8", {"rows": rows(run, plan, trained(run, cells))})
+    write_result(run, "int8", {"neighbours": SETTINGS, "rows": rows(run, plan, trained(run, cells))})
 
 
 def rows(run: Asked, plan: Plan, packs: tuple[Trained, ...]) -> list[dict[str, object]]:
@@ -122,7 +120,7 @@ def measure_pack(specification: Mapping[str, Any], scratch: Path) -> dict[str, o
 
 def measured(pack: Path, data: Path, folder: Path, test: int, calib: int) -> dict[str, object]:
     """One row, by way of files in ``folder``."""
-    images, labels = test_images(pack, data, test)
+    images, labels = tested_images(read_pack(pack).delta, data, test)
     subject = Subject(pack, None, None)
     delta, graph = subject.delta, subject.graph
     fp32 = build_model(graph, task_tensors(graph.base, delta), delta)
@@ -156,7 +154,7 @@ def measured(pack: Path, data: Path, folder: Path, test: int, calib: int) -> dic
             if precision == "int8":
                 layers[network.runtime] = network.evidence["layers"]
             judge(precision, network)
-    for tool, other in defaults(fp32, chosen.images, folder, static=delta.method == "ssf"):
+    for tool, other in neighbours(fp32, chosen.images, folder):
         judge(tool, other)
     (folder / "engine").mkdir()
     engine = build_engines(serialize(int8_of["tensorrt"]), folder / "engine", precision="int8")
@@ -168,6 +166,7 @@ def measured(pack: Path, data: Path, folder: Path, test: int, calib: int) -> dic
         "n": len(labels),
         "epochs": delta.training["epochs"],
         "top1": top1,
+        "network": kind_of(fp32),
         "size_bytes": {name: (folder / f"{name}-onnx.onnx").stat().st_size for name in made},
         "recipe": {name: asdict(best.recipe) for name, best in tried.items()},
         "held_out_kl": {name: best.kl for name, best in tried.items()},
@@ -188,44 +187,6 @@ def written_with_ranges(pack: Path, data: Path, output: Path, calib: int) -> tup
     expressed = express(delta, subject.graph, graph, chosen, recipe=Int8Recipe()).delta
     write_pack(output, expressed, kept=subject.pack.planes, sequence=subject.pack.sequence)
     return graph, expressed
-
-
-def test_images(pack: Path, data: Path, count: int) -> tuple[NpArray, NpArray]:
-    """The test split, thinned evenly to ``count`` images, and its labels in the pack's order."""
-    delta, test = read_pack(pack).delta, open_split(data, "test")
-    index = np.unique(np.linspace(0, len(test) - 1, count).round().astype(int))
-    pixels, labels = load_set(test.at(index.tolist()), delta.preprocess)
-    order = np.array([delta.labels.index(name) for name in test.classes])
-    return normalize(pixels, delta.preprocess), order[labels]
-
-
-def defaults(fp32: Any, images: NpArray, folder: Path, *, static: bool) -> Iterator[tuple[str, Runner]]:
-    """The same fp32 model and images through NNCF and ONNX Runtime's ``quantize_static``, all settings left alone.
-
-    Batch norms are folded into convolutions first: with them apart both lose a ConvNet altogether.
-    """
-    import nncf
-    import onnx
-    from onnxruntime.quantization import CalibrationDataReader, quantize_static
-
-    nncf.set_log_level("ERROR")
-    dataset = nncf.Dataset([images[i : i + 1] for i in range(len(images))], lambda image: {"images": image})
-    model = folded(fp32)
-    onnx.save(nncf.quantize(model, dataset), folder / "nncf.onnx")
-    yield "nncf default", OnnxRuntime.of_model(folder / "nncf.onnx")
-    yield "nncf default", OpenVino.of_model(folder / "nncf.onnx")
-
-    class Reader(CalibrationDataReader):  # type: ignore[misc]  # ONNX Runtime has no types
-        def __init__(self) -> None:
-            self._left = iter([{"images": images[i : i + 1]} for i in range(len(images))])
-
-        def get_next(self) -> dict[str, NpArray] | None:
-            return next(self._left, None)
-
-    if static:  # minutes a model, in which it adds nodes for every tensor
-        (folder / "folded.onnx").write_bytes(serialize(model))
-        quantize_static(str(folder / "folded.onnx"), str(folder / "static.onnx"), Reader())
-        yield "onnxruntime default", OnnxRuntime.of_model(folder / "static.onnx")
 
 
 if __name__ == "__main__":

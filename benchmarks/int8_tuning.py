@@ -14,7 +14,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from harness import asked, parser_of, write_result
-from int8 import FULL, QUICK, Plan, test_images
+from int8 import FULL, QUICK, Plan
+from judging import tested_images
 from trainings import Trained, trained
 
 from edgepet.calibration.budget import answers
@@ -68,7 +69,7 @@ def top1(pack: Path, data: Path, plan: Plan) -> tuple[float, float]:
     """Test top-1 of a pack in fp32, and on the codes of the shared backbone in ``BITS`` bits."""
     subject = Subject(pack, None, None)
     delta, graph = subject.delta, subject.graph
-    images, labels = test_images(pack, data, plan.test_images)
+    images, labels = tested_images(delta, data, plan.test_images)
     model = build_model(graph, task_tensors(graph.base, delta), delta)
     coded = coded_backbone(graph, BITS)
     smooth = {

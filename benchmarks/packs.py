@@ -5,9 +5,9 @@
     python benchmarks/packs.py --only reading            # a minute, on a machine that does nothing else
 
 The trainings are jobs below DIR, the same as those of ``trials.py``; recoding one is a job as well, and what has a row
-in the table's file already is not made again. Points are paired:
-of the same images, by the pack as it was trained and as it is coded. Milliseconds are of NumPy alone, and beside a
-plain copy of the same weights in the same run. Writes ``packs-codecs.json`` and ``packs-reading.json``.
+in the table's file already is not made again. Points are paired: of the same images, by the pack as it was trained and
+as it is coded. Milliseconds are of NumPy alone, and beside a plain copy of the same weights in the same run.
+Writes ``packs-codecs.json`` and ``packs-reading.json``.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from harness import IMAGE_SIZES, Asked, asked, parser_of, source, write_result
+from judging import logits_on_device, tested_images
 from trainings import FEW, Rows, Training, finished, images_of, measuring_job, pack_of, trained
 
 from edgepet.reports.tables import Column, Table, format_bytes, format_percent, markdown
@@ -104,8 +105,6 @@ def recode(specification: Mapping[str, Any], folder: Path) -> dict[str, object]:
     from edgepet import pack, read_pack
     from edgepet.calibration.budget import drop_between
     from edgepet.errors import EdgepetError
-    from edgepet.images.preprocess import normalize
-    from edgepet.images.sets import load_set, open_split
     from edgepet.networks.loading import load_backbone
     from edgepet.packs.pack import encode_pack
     from edgepet.reports.as_json import to_json
@@ -113,9 +112,7 @@ def recode(specification: Mapping[str, Any], folder: Path) -> dict[str, object]:
     source_pack, data = pack_of(specification, folder), images_of(specification, folder)
     delta = read_pack(source_pack).delta
     backbone = load_backbone(delta.backbone, image_size=delta.preprocess.image_size)
-    pixels, labels = load_set(open_split(data, "test"), delta.preprocess)
-    some = np.linspace(0, len(labels) - 1, min(len(labels), specification["images"])).astype(int)  # of all classes
-    images, labels = normalize(pixels[some], delta.preprocess), labels[some]
+    images, labels = tested_images(delta, data, specification["images"])
     before = logits_on_device(backbone, delta, images)
     found: dict[str, object] = {"bytes_trained": source_pack.stat().st_size}
     for codec in (*specification["codecs"], "auto"):
@@ -137,16 +134,6 @@ def recode(specification: Mapping[str, Any], folder: Path) -> dict[str, object]:
         after = logits_on_device(backbone, read_pack(signs).delta, images)
         found["signs"] = {"bytes": len(signs), "drop": to_json(drop_between(before, after, labels))}
     return found | _as_peft(source_pack, backbone)
-
-
-def logits_on_device(backbone: Backbone, delta: Delta, images: NpArray) -> NpArray:
-    """Logits (n, C) as a device's ONNX Runtime puts them out, the task merged."""
-    from edgepet.device.runtime import open_task
-    from edgepet.exporters.trace import base_graph
-    from edgepet.images.batches import batched
-
-    with open_task(base_graph(backbone, delta.branches), delta) as network:
-        return batched(network, images)
 
 
 def signed(delta: Delta, weights: Tensors) -> Delta:

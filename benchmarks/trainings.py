@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from harness import IMAGE_SIZES, Asked, earlier, write_result
+from judging import right_answers, written
 
 from edgepet.canonical import canonical_json
 from edgepet.errors import InputError
@@ -149,10 +150,20 @@ class Rows:
 
     def add(self, made: Trained, row: Mapping[str, object]) -> None:
         """Write the row of a training, with its "task", in its place."""
+        self._write([{"training": _asked(made.result.job), **row}])
+
+    def adopt(self, names: Sequence[str]) -> None:
+        """Write the rows that are missing here and that tables of these ``names`` have, whose rows are alike."""
+        missing = {key for key, each in self._trainings.items() if each in self.missing}
+        found = {row["training"]: row for name in names for row in earlier(self._run, name).get("rows", ())}
+        if rows := [row for key, row in found.items() if key in missing]:
+            self._write(rows)
+
+    def _write(self, new: Sequence[Mapping[str, Any]]) -> None:
         with held_alone(self._run.results / f".{self._name}.lock", "is being written", wait_s=LOCK_S):
-            key, order = _asked(made.result.job), list(self._trainings)
-            rows = [each for each in self._known() if each["training"] in order and each["training"] != key]
-            rows = sorted([*rows, {"training": key, **row}], key=lambda each: order.index(each["training"]))
+            order, keys = list(self._trainings), {row["training"] for row in new}
+            rows = [each for each in self._known() if each["training"] in order and each["training"] not in keys]
+            rows = sorted([*rows, *map(dict, new)], key=lambda each: order.index(each["training"]))
             rows += [each for each in self._known() if each["task"] in self._kept]
             rows.sort(key=lambda each: self._tasks.index(each["task"]))
             write_result(self._run, self._name, {**self._facts, "trainings": self._count, "rows": rows})
@@ -336,12 +347,13 @@ def train_pack(specification: Mapping[str, Any], folder: Path) -> dict[str, obje
         found |= {"val_top1": delta.val.top1, "val_n": delta.val.n}
     if not specification["scored"]:
         return found
-    base_graph(backbone, delta.branches)
-    test: Any = evaluate(pack, data)
     if delta.heads:
+        base_graph(backbone, delta.branches)
+        test: Any = evaluate(pack, data)
         scores = {"miou": test.value, "low": test.low, "high": test.high, "pixels": test.pixels}
         return found | {f"test_{name}": value for name, value in scores.items()} | {"test_n": test.n}
-    return found | {"test_top1": test.top1, "test_n": test.n}
+    right = right_answers(backbone, delta, data)
+    return found | {"test_top1": float(right.mean()), "test_n": len(right), "test_right": written(right)}
 
 
 def images_of(specification: Mapping[str, Any], folder: Path) -> Path:

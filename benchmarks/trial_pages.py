@@ -7,8 +7,10 @@ from typing import Any
 
 import numpy as np
 from harness import source
+from judging import points_between, read
 
 from edgepet.reports.tables import Column, Table, format_bytes, format_percent, markdown
+from edgepet.spec import NpArray
 
 
 def trial_tables(results: Mapping[str, Any]) -> str:
@@ -21,6 +23,7 @@ def trial_tables(results: Mapping[str, Any]) -> str:
         "pretrained": shots_table,
         "long": long_table,
         "sites": sites_table,
+        "grid": grid_table,
     }
     known = {name: results[f"trials-{name}"] for name in made if f"trials-{name}" in results}
     return "\n".join(made[name](found, results.get("trials-speed")) for name, found in known.items())
@@ -38,6 +41,39 @@ def depth_table(result: Mapping[str, Any], timed: Mapping[str, Any] | None) -> s
     """A row for each method and range of blocks."""
     told = "Test top-1 after 800 images at defaults, one seed."
     return _by_task("Only some of the blocks, demo:vit-small at 112 px", told, result, timed)
+
+
+def grid_table(result: Mapping[str, Any], timed: Mapping[str, Any] | None) -> str:
+    """A row for each method, and by how many points it is above two others on the tasks that both were tried on."""
+    parts = []
+    for backbone in dict.fromkeys(row["backbone"] for row in result["rows"]):
+        rows = [row for row in result["rows"] if row["backbone"] == backbone]
+        title = f"The grid, {backbone} at {rows[0]['image_size']} px"
+        told = "Test top-1 after 800 images at defaults; of several seeds the mean, and the lowest and highest."
+        parts += [_by_task(title, told, {**result, "rows": rows, "trainings": len(rows)}, timed), _points(rows)]
+    return "\n".join([*parts, f"{_left(result).strip()}\n"])
+
+
+def _points(rows: Sequence[Mapping[str, Any]]) -> str:
+    right: dict[str, dict[str, list[NpArray]]] = {}
+    for row in rows:
+        found = read(row["test_right"], row["test_n"])
+        right.setdefault(_name(row), {}).setdefault(row["task"], []).append(found)
+    beside = [name for name in ("linear-probe", "full") if name in right]
+    shown = []
+    for name in right:
+        cells = []
+        for other in beside:
+            both = [task for task in right[name] if task in right[other]]
+            points = [{task: right[which][task] for task in both} for which in (other, name)]
+            known = both and name != other
+            cells.append(
+                "{:+.1f} ({:+.1f} to {:+.1f}), {}".format(*points_between(*points), len(both)) if known else ""
+            )
+        shown.append((name, *cells))
+    columns = (Column("method"), *(Column(f"points above {name}", right=True) for name in beside))
+    told = "Means over tasks with their 95 % intervals, paired by test image, and of how many tasks."
+    return f"{markdown(Table('Beside the probe and full fine-tuning', columns, shown))}\n{told}\n"
 
 
 def _by_task(title: str, told: str, result: Mapping[str, Any], timed: Mapping[str, Any] | None) -> str:

@@ -1,4 +1,4 @@
-"""What methods are worth by test top-1: with and without PACE, on some blocks, on few images, begun on other tasks.
+"""What methods are worth by test top-1: on many tasks, with PACE, on some blocks, on few images, begun on other tasks.
 
 Beside it how far logits are after one epoch of few images, and where ``edgepet sites`` would tune.
 
@@ -7,9 +7,9 @@ Beside it how far logits are after one epoch of few images, and where ``edgepet 
     python benchmarks/trials.py --dir DIR --only speed      # images per second, on a machine that does nothing else
 
 Tables are lists of trainings, all of them jobs below DIR: what is there is not trained again, nor what has a row in the
-table's file, ``trials-TABLE.json``, so that many short runs make a long one. Images per second are measured by
-themselves, in turns, by short trainings: the long ones may share the machine. ``report.py`` makes the tables in
-docs/guide/methods.md.
+file of this table or another, ``trials-TABLE.json``, so that many short runs make a long one. Images per second are
+measured by themselves, in turns, by short trainings: the long ones may share the machine. ``report.py`` makes the
+tables in docs/guide/methods.md.
 """
 
 from __future__ import annotations
@@ -58,6 +58,11 @@ FEW_TEST = 500  # test images where many draws are trained
 LONG: tuple[dict[str, Any], ...] = ({}, {"consistency": "cheap,sigma=2,weight=0.5"})
 LONG_EPOCHS = 100  # PACE's authors train for as long
 SITES_TASK, SITES_METHOD = "landcover", "lora"
+FURTHER_TASKS = ("elpv", "materials", "emoji")
+GRID = (
+    "linear-probe", "full", "bitfit", "ssf", "lora", "consolidator", "fact-tk", "hta", "convpass", "vpt-deep",
+)  # fmt: skip
+BEST = "hta"
 SPEED_SHOTS, SPEED_EPOCHS, ROUNDS = 16, 3, 5
 
 
@@ -123,6 +128,20 @@ def sited() -> Iterator[Training]:
         yield _on_vit(SITES_TASK, SITES_METHOD, seed=seed)
 
 
+def grid() -> Iterator[Training]:
+    """Methods on every task, some with three seeds on four of them; on four tasks beside a ConvNet."""
+    for task in (*TASKS, *FURTHER_TASKS):
+        for method in GRID:
+            yield _on_vit(task, method)
+        yield replace(_on_vit(task, BEST), options=PACE)
+    for task, seed in itertools.product(TASKS, SEEDS[1:]):
+        for method in (*SEVERAL, "full", BEST):
+            yield _on_vit(task, method, seed=seed)
+        yield replace(_on_vit(task, BEST, seed=seed), options=PACE)
+    for task, method in itertools.product(TASKS, ("linear-probe", "full", "ssf", "lora")):
+        yield replace(_on_vit(task, method), backbone=CONVNET, image_size=SMALLER[CONVNET])
+
+
 def _on_vit(task: str, method: str, *, seed: int = 0) -> Training:
     return Training(task=task, backbone=VIT, method=method, image_size=IMAGE_SIZES[VIT], seed=seed, scored=True)
 
@@ -134,6 +153,7 @@ TABLES: dict[str, Callable[[], Iterator[Training]]] = {
     "pretrained": pretrained,
     "starts": starts,
     "long": at_length,
+    "grid": grid,
 }
 SPEED, SITES = "speed", "sites"
 
@@ -145,7 +165,7 @@ def parser() -> argparse.ArgumentParser:
     """The arguments of this benchmark."""
     made = parser_of(__doc__)
     made.add_argument("--only", choices=(*TABLES, SITES, SPEED), help="one table")
-    made.add_argument("--task", choices=TASKS, help="only the trainings of one task")
+    made.add_argument("--task", choices=(*TASKS, *FURTHER_TASKS), help="only the trainings of one task")
     return made
 
 
@@ -162,6 +182,7 @@ def main() -> None:
         if run.quick:
             trainings = [_smallest(trainings[-1])]
         rows = Rows(run, f"trials-{table}", trainings, task=None if run.quick else options.task)
+        rows.adopt([f"trials-{other}" for other in TABLES if "starts" not in (other, table)])
         for each in rows.missing:
             (made,) = trained(run, [each])
             rows.add(made, {**row(made), **(far(run, made) if table == "starts" else {})})
@@ -278,6 +299,7 @@ def row(made: Trained) -> dict[str, object]:
         "val_top1": report["val_top1"],
         "test_top1": report["test_top1"],
         "test_n": report["test_n"],
+        "test_right": report["test_right"],
         "seconds": round(made.result.seconds),
     }
 

@@ -15,10 +15,19 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import pytest
 
 ROOT = Path(__file__).parent.parent
-PARTS = ("adapters", "harness", "serving_many", "trainings", "trial_pages")  # of other benchmarks
+PARTS = (
+    "adapters",
+    "harness",
+    "judging",
+    "neighbours",
+    "serving_many",
+    "trainings",
+    "trial_pages",
+)  # of other benchmarks
 SCRIPTS = sorted(path.stem for path in (ROOT / "benchmarks").glob("*.py") if path.stem not in PARTS)
 RESULTS = sorted((ROOT / "benchmarks" / "results").glob("*.json"))
 
@@ -161,6 +170,11 @@ def test_a_table_grows_by_what_no_earlier_run_has_found(tmp_path: Path, monkeypa
         for task, method in (("digits", "ssf"), ("digits", "lora"), ("cards", "ssf"), ("digits", "hta"))
     ]
 
+    more = [
+        trainings.Training(task=task, backbone="vit-small", method=method, image_size=112)
+        for task, method in (("digits", "ssf"), ("cards", "lora"))
+    ]
+
     def on_threads(threads: int) -> Any:
         def planned(_: object, each: Any) -> list[tuple[Any, None]]:
             options = {"seed": 0, "precision": f"fp{threads}"}
@@ -193,3 +207,27 @@ def test_a_table_grows_by_what_no_earlier_run_has_found(tmp_path: Path, monkeypa
     assert [row["n"] for row in written["rows"]] == [0, 1, 3, 2]  # by task, in the order of the table
     assert (written["trainings"], written["images"]) == (4, 5)
     assert len(trainings.Rows(run, "table", asked, {"images": 6}).missing) == 4
+
+    beside = trainings.Rows(run, "beside", [asked[2], *more], task="cards")
+    beside.adopt(["nowhere", "table"])
+    assert methods(beside) == [("cards", "lora")]
+    whole = trainings.Rows(run, "beside", [asked[2], *more])
+    assert methods(whole) == [("digits", "ssf"), ("cards", "lora")]
+    whole.adopt(["table"])
+    assert [row["n"] for row in json.loads((tmp_path / "beside.json").read_text())["rows"]] == [2, 0]
+
+
+def test_what_is_right_is_kept_in_bits_and_compared_in_pairs() -> None:
+    judging: Any = imported("judging")
+    rng = np.random.default_rng(0)
+    first, second = rng.random((2, 3, 500)) < 0.5  # of three seeds, on the same images
+    second |= first
+
+    kept = judging.written(first[0])
+    mean, low, high = judging.points_between({"a": first, "b": first}, {"a": second, "b": first})
+
+    assert len(kept) == 84
+    np.testing.assert_array_equal(judging.read(kept, 500), first[0])
+    gained = (second.mean(axis=0) - first.mean(axis=0)) * 100
+    assert mean == pytest.approx(gained.mean() / 2)
+    assert high - mean == pytest.approx(mean - low) == pytest.approx(1.96 * gained.std(ddof=1) / 500**0.5 / 2, rel=1e-4)
