@@ -139,9 +139,7 @@ class Calibration:
             if chosen is None:
                 chosen = shared_ranges(self._maps, self._coded, self._seen, recipe.estimator, smooth)
                 chosen = {name: self._held.get(name, of) for name, of in chosen.items()}
-            return quantize_maps(
-                self._graph, self.layers, self._seen, recipe, self._form, smooth=smooth, ranges=chosen
-            )
+            return quantize_maps(self._graph, self.layers, self._seen, recipe, self._form, smooth=smooth, ranges=chosen)
         if self._form is not None and ranges is None:
             return quantize_maps(self._graph, self.layers, self._seen, recipe, self._form)
         return quantize(

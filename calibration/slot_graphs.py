@@ -64,7 +64,7 @@ from edgepet.locks import held_alone
 from edgepet.spec import NpArray
 
 if TYPE_CHECKING:
-    from onnx import ModelProto, TensorProto
+    from onnx import ModelProto
 
 WAIT_S = 600.0  # for another process that measures ranges
 

@@ -13,7 +13,6 @@ from edgepet.errors import require
 from edgepet.graphs.int8 import CODE, DIVISOR, Int8Layer, SlotForm
 from edgepet.graphs.slots import scaled_by_norm, slot_shapes
 from edgepet.graphs.tensor_files import Place, point_into
-from edgepet.spec import NpArray
 
 if TYPE_CHECKING:
     from onnx import ModelProto, NodeProto, TensorProto

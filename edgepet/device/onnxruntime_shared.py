@@ -18,6 +18,7 @@ from edgepet.graphs.slots import Slots
 from edgepet.spec import NpArray, Tensors
 
 _CONVOLUTIONS = ("QLinearConv",)
+OF_CODES = 1.5  # times the bytes of the codes: a session that has packed its own, 1.3 to 1.5 of EfficientNet-Lite0
 
 
 class SharedOnnxRuntime:
@@ -40,9 +41,18 @@ class SharedOnnxRuntime:
         self._graph = graph
         self._part = OnnxRuntimePart(part, codes or {}, threads=threads, provider=provider)
 
-    def bind(self, slots: Slots, *, constant: bool = True) -> BoundOnnxRuntime:
-        """A task, ready to run: its slots are handed over once, and must stay as they are while it is bound."""
-        return self._part.bind(in_form(self._graph, slots, self.runtime), constant=constant)
+    @property
+    def own_bytes(self) -> int:
+        """About what a task's own session takes, where it has one."""
+        return int(OF_CODES * self._graph.weights_bytes) if self._part.wants_constants else 0
+
+    def bind(self, slots: Slots, *, light: bool = False) -> BoundOnnxRuntime:
+        """A task, ready to run: its slots are handed over once, and must stay as they are while it is bound.
+
+        Args:
+            light: it is bound to one session for all, see ``OnnxRuntimePart.bind``.
+        """
+        return self._part.bind(in_form(self._graph, slots, self.runtime), constant=not light)
 
     def close(self) -> None:
         """Give the session back, once no bound task runs any more."""
@@ -52,8 +62,8 @@ class SharedOnnxRuntime:
 class OnnxRuntimePart:
     """A session on a stretch of a graph, with ``tensors`` in place of its own: they must stay as they are.
 
-    Convolutions on codes have kernels for constant biases alone that take half of the time. So where there are some, what
-    is bound has a session of its own, with its slots as constants; codes are mapped once for all.
+    Convolutions on codes have kernels for constant biases alone that take half of the time. So where there are some,
+    what is bound has a session of its own, with its slots as constants; codes are mapped once for all.
 
     Raises:
         InputError: ONNX Runtime cannot open it.
@@ -63,10 +73,10 @@ class OnnxRuntimePart:
 
     def __init__(self, part: Part, tensors: Tensors, *, threads: int | None = None, provider: str = CPU) -> None:
         self._held: Tensors | None = {name: np.asarray(tensor, order="C") for name, tensor in tensors.items()}
-        self._part, self._threads, self._provider = part, threads, provider
-        self._session: Session = None
-        self._wants_constants = bool(part.slots) and any(node.operator in _CONVOLUTIONS for node in part.file.nodes)
-        if not self._wants_constants:
+        self._threads, self._provider, self._session = threads, provider, None
+        self.wants_constants = bool(part.slots) and any(node.operator in _CONVOLUTIONS for node in part.file.nodes)
+        self._part = part.pruned if self.wants_constants else part
+        if not self.wants_constants:
             self._session = self._opened(part.file)
 
     def bind(self, values: Mapping[str, NpArray], *, constant: bool = True) -> BoundOnnxRuntime:
@@ -77,7 +87,7 @@ class OnnxRuntimePart:
                 task, and about twice the time.
         """
         part, made = self._part, self._part.file
-        if constant and self._wants_constants:
+        if constant and self.wants_constants:
             asked = {name: shape_of_port(made.inputs[name]) for name in part.slots}
             require_slots(asked, values)
             constants = {name: values[name].reshape([side or -1 for side in shape]) for name, shape in asked.items()}
@@ -152,5 +162,3 @@ class BoundOnnxRuntime:
     def close(self) -> None:
         """Give the slots back; the session stays open."""
         self._session = self._binding = self._held = None
-
-

@@ -137,10 +137,20 @@ class SharedOpenVino:
             self._compiled, self._order = _kept_int8(graph, threads, store, device)
         self._graph, self._shape = graph, graph.preprocess.input_shape
 
-    def bind(self, slots: Slots) -> BoundOpenVino:
-        """A task, ready to run: a request of its own, whose state is its slots."""
+    @property
+    def own_bytes(self) -> int:
+        """None beside its slots."""
+        return 0
+
+    def bind(self, slots: Slots, *, light: bool = False) -> BoundOpenVino:
+        """A task, ready to run: a request of its own, whose state is its slots. It is ``light`` as it is."""
+        del light
         return BoundOpenVino(
-            self._compiled, in_form(self._graph, slots, self.runtime), self._order, reads=INPUT, shape=self._shape,
+            self._compiled,
+            in_form(self._graph, slots, self.runtime),
+            self._order,
+            reads=INPUT,
+            shape=self._shape,
             executed="int8",
         )
 

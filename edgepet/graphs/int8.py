@@ -93,8 +93,8 @@ class Int8Layer:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CodedMap:
-    """A tensor that has codes, whatever reads it. Zero is code 0 of those that are ``signed``, as many go either way; of
-    ``unsigned`` ones it is the first one, and there is nothing below. ``shifted`` begin wherever a task says.
+    """A tensor that has codes, whatever reads it. Zero is the middle one of those that are ``signed``; of ``unsigned``
+    ones it is the first one, and there is nothing below. ``shifted`` begin wherever a task says.
     """
 
     name: str
@@ -130,9 +130,10 @@ class Int8Graph:
     every task brings: norms, biases and the like. ``width`` are its pooled features, ``files`` are name -> (hex
     sha256, size in bytes). ``cuts`` are in the graph's order. ``ranges`` are the backbone's own of all its ``reads``,
     which hold before a task's cut; None where no images were there to measure them on. ``maps`` are those that heads
-    may read. ``coded_maps`` are the tensors that have codes, in the order in which they are made; none of a backbone that has
-    codes in front of its layers alone. ``structure`` are the digits of its branches: with branches there are cuts before the first one alone, and
-    ``ranges`` are those of the backbone without them, whose ``reads`` begin alike up to the last cut.
+    may read. ``coded_maps`` are the tensors that have codes, in the order in which they are made; none of a backbone
+    with codes in front of its layers alone. ``structure`` are the digits of its branches: with branches there are cuts
+    before the first one alone, and ``ranges`` are those of the backbone without them, whose ``reads`` begin alike up to
+    the last cut.
     """
 
     folder: Path

@@ -30,7 +30,8 @@ class Boundary:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Part:
-    """A graph, or a stretch of one: it reads ``reads``, (n, *shape) of ``dtype``, besides its slots, and puts out ``puts_out``.
+    """A graph, or a stretch of one: it reads ``reads``, (n, *shape) of ``dtype``, besides its slots, and puts out
+    ``puts_out``.
 
     Tensors that lie outside of ``file`` are in files of ``folder``; ``tensors`` has them by name, as read-only views.
     """
@@ -59,6 +60,12 @@ class Part:
         """Where it can be cut behind a layer: what comes before the first weight is not worth a stretch."""
         weights = frozenset(self.outside)
         return tuple(cut for cut in cuts(self.file, self.reads) if not cut.before.isdisjoint(weights))
+
+    @property
+    def pruned(self) -> Part:
+        """The same without nodes that nothing reads: maps that heads might."""
+        begins = {self.reads: self.file.inputs[self.reads]}
+        return replace(self, file=self.file.between(begins, self.file.outputs))
 
     def with_slots(self, shapes: Mapping[str, tuple[int, ...]]) -> Part:
         """The same with a task's slots of these shapes, see ``dense_slots``."""
