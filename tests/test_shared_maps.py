@@ -16,7 +16,6 @@ import onnx
 import pytest
 
 from edgepet import read_pack, write_pack
-from edgepet.calibration.layers import Graph
 from edgepet.calibration.qdq import Int8Recipe
 from edgepet.calibration.shared_maps import coded_maps
 from edgepet.calibration.slot_graphs import int8_graph
@@ -125,6 +124,7 @@ def test_between_convolutions_onnx_runtimes_graph_has_codes_alone(shared: Shared
 
     operators = [node.op_type for node in model.graph.node if {*node.output} & read or node.op_type == "ReduceMean"]
 
+    print(sorted(operators))
     assert operators.count("QLinearConv") == CONVOLUTIONS
     assert operators.count("QuantizeLinear") == 2  # the images, and what is pooled
     assert operators.count("DequantizeLinear") == 2  # what is pooled, and what the features are means of
@@ -150,8 +150,9 @@ def test_openvino_rounds_what_a_convolution_puts_out_in_the_pass_that_scales_it(
     read = {layer.reads for layer in shared.graph.layers} - {"images", "max_pool2d"}
     assert len(read) > 8
     for name in read:
-        (names,) = (names for names in passes if f"{name}.raw" in names)
-        assert f"{name}.unit" in names
+        (names,) = (names for names in passes if f"{name}.unit" in names)
+        assert f"{name}.codes" in names
+        assert len(names) >= 3  # the bias, or a sum, and steps
     assert network.evidence["layers"]["int8"] == CONVOLUTIONS  # type: ignore[index]
 
 
@@ -257,13 +258,13 @@ def test_a_range_that_begins_elsewhere_is_refused(shared: Shared) -> None:
 MALFORMED: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "codes of another kind": (
         lambda told: told["coded"][0].update(codes="odd"),
-        "graph-32-int8.json.coded[0].codes: is one of signed, unsigned, shifted, got 'odd'"),
+        "graph-32-int8.json.coded[0].codes: needs one of signed, unsigned, shifted, got 'odd'"),
     "no codes for what a layer reads": (
         lambda told: told["coded"][0].update(name="other"),
         "graph-32-int8.json: coded: needs what every layer reads, got none of images"),
     "no word of codes": (lambda told: told.pop("coded"), "graph-32-int8.json: needs the key 'coded'"),
     "codes in an older description": (
-        lambda told: told.update(version=3, ranges=None), "graph-32-int8.json: knows no key 'coded'"),
+        lambda told: told.update(version=3, ranges=None), "graph-32-int8.json: knows no key 'coded'\n  fix: update edgepet if a newer version wrote this file"),
 }  # fmt: skip
 
 
@@ -283,9 +284,6 @@ def test_a_host_makes_older_graphs_again_and_their_tasks_are_to_be_calibrated(tm
     shutil.copytree(GOLDEN / "device" / "backbones", tmp_path / "backbones")
     delta = read_pack(GOLDEN / "shapes.pet").delta
     older = open_int8(delta.fingerprint, delta.preprocess, root=tmp_path)
-    delta = (
-        replace(delta, int8=read_pack(next((GOLDEN / "device").rglob("*.pet"))).delta.int8) if not delta.int8 else delta
-    )
     before = task_slots(older, delta)
 
     made = int8_graph(open_graph(delta.fingerprint, delta.preprocess, root=tmp_path), root=tmp_path)
@@ -302,8 +300,7 @@ def test_a_host_makes_older_graphs_again_and_their_tasks_are_to_be_calibrated(tm
 
 def test_inputs_become_constants_of_the_same_file(shared: Shared) -> None:
     part = part_of(shared.graph)
-    values: dict[str, NpArray] = {"images.scale": np.float32(0.5), "conv1.bias": np.arange(3, dtype=np.int32)}  # type: ignore[dict-item]
-    values = {name: np.asarray(value) for name, value in values.items()}
+    values: dict[str, NpArray] = {"images.scale": np.array(0.5, np.float32), "any.bias": np.arange(3, dtype=np.int32)}
 
     made = part.file.with_constants(values)
 
@@ -329,4 +326,4 @@ def test_nodes_that_nobody_reads_are_pruned(shared: Shared) -> None:
 
     assert all(read & {*node.puts_out} for node in part.pruned.file.nodes)
     assert len(part.pruned.file.nodes) < len(read_onnx(shared.graph.model_path("onnxruntime")).nodes)
-    assert isinstance(Graph(onnx.load_model_from_string(part.pruned.file.encoded())), Graph)
+    onnx.load_model_from_string(part.pruned.file.encoded())
