@@ -8,11 +8,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from edgepet.calibration.coded_maps import find_maps
 from edgepet.calibration.layers import Graph, find_layers
 from edgepet.calibration.observe import observe
 from edgepet.calibration.qdq import choose_ranges
 from edgepet.calibration.ranges import Estimator
 from edgepet.calibration.rewriting import folded
+from edgepet.calibration.shared_maps import shared_ranges
 from edgepet.deltas.codes import Range
 from edgepet.graphs.base import BaseGraph
 from edgepet.graphs.int8 import Int8Graph
@@ -45,8 +47,12 @@ def backbone_ranges(
             put_inside(tensor, tensors[tensor.name])
     model = folded(structure)
     layers = find_layers(Graph(model), frozenset(made))
-    seen = observe(model, layers, images, where=graph.backbone)
+    maps = find_maps(Graph(model), layers, outputs=True) if codes.coded_maps else None
+    seen = observe(model, layers, images, where=graph.backbone, also=maps.axes if maps else None)
     divisors = {layer.reads: made[layer.weight].divisors for layer in codes.layers}
     smooth = {name: value for name, value in divisors.items() if value is not None}
-    chosen = choose_ranges(layers, seen, estimator, smooth)
+    if maps is not None:
+        chosen = shared_ranges(maps, codes.coded_maps, seen, estimator, smooth)
+    else:
+        chosen = choose_ranges(layers, seen, estimator, smooth)
     return tuple(chosen[name].stored for name in codes.reads)

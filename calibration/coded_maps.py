@@ -50,7 +50,7 @@ MAP_FORMS: Mapping[Format, MapForm] = {  # a format that is not here reads the g
 }
 
 
-_INTEGER = ("Add", "Mul", "Sigmoid")  # what ONNX Runtime has integer kernels for: SiLU and gates are of these
+INTEGER = ("Add", "Mul", "Sigmoid")  # what ONNX Runtime has integer kernels for: SiLU and gates are of these
 
 
 def has_maps(layers: Sequence[Layer]) -> bool:
@@ -90,7 +90,7 @@ def find_maps(graph: Graph, layers: Sequence[Layer], *, outputs: bool) -> Maps:
             axes.pop(node.input[0], None)
             axes[node.output[0]], bounds[node.output[0]], renamed[node.input[0]] = 1, ended, node.output[0]
             absorbed.add(place)
-        elif node.op_type in (_INTEGER if outputs else ("Add",)) and all(name in axes for name in node.input):
+        elif node.op_type in (INTEGER if outputs else ("Add",)) and all(name in axes for name in node.input):
             axes.setdefault(node.output[0], 1)
         if outputs:
             axes |= {name: 1 for name in node.output if name in ends and name not in axes}
@@ -149,19 +149,42 @@ def zero_code(of: Range) -> int:
     return round(-LOW - of.shift / of.scale)
 
 
+def pads_inside(graph: Graph, layer: Layer, settings: dict[str, object]) -> bool:
+    """Let a convolution pad what the node in front of it does, into ``settings``; False where they have no place."""
+    pad = graph.nodes[layer.pad or 0]
+    pads = graph.value(pad.input[1])
+    if len(pad.input) > 3 or pads.shape != (8,) or pads[[0, 1, 4, 5]].any() or pads.min() < 0:
+        return False
+    own = np.asarray(settings.get("pads", [0, 0, 0, 0]))
+    settings["pads"] = (own + pads[[2, 3, 6, 7]]).tolist()
+    return True
+
+
+def missing_channels(graph: Graph, layer: Layer) -> int:
+    """Channels that a convolution lacks to read them in fours."""
+    _, inside, *kernel = graph.shapes[layer.weight]
+    grouped = graph.attribute(layer.places[0], "group", 1) > 1
+    return 0 if grouped or kernel == [1, 1] else -inside % 4
+
+
 # ------------------------------------------------------------------------------------------------------------ the pass
 
 
-def quantize_maps(graph: Graph, layers: Sequence[Layer], seen: Seen, recipe: Int8Recipe, form: MapForm) -> Int8:
+def quantize_maps(
+    graph: Graph, layers: Sequence[Layer], seen: Seen, recipe: Int8Recipe, form: MapForm, *,
+    smooth: Mapping[str, NpArray] | None = None, ranges: Mapping[str, Range] | None = None,
+) -> Int8:  # fmt: skip
     """The model of ``graph`` with codes in its maps; it is not touched. As ``qdq.quantize``.
 
     Args:
         seen: what ``observe`` saw of ``find_maps`` on the calibration images.
     """
-    chosen, divisors = chosen_layers(graph, layers, seen, recipe)
+    chosen, divisors = chosen_layers(graph, layers, seen, recipe, smooth)
     maps = find_maps(graph, chosen, outputs=form.outputs)
-    smoothed = {**seen, **{name: seen[name].divided(by) for name, by in divisors.items()}}
-    ranges = map_ranges(graph, chosen, maps, smoothed, recipe.estimator, form)
+    if ranges is None:
+        smoothed = {**seen, **{name: seen[name].divided(by) for name, by in divisors.items()}}
+        ranges = map_ranges(graph, chosen, maps, smoothed, recipe.estimator, form)
+    ranges = {name: ranges[name] for name in maps.axes}
     return Int8(MapWriter(graph, chosen, seen, recipe, divisors, ranges, maps, form).model(), ranges, chosen)
 
 
@@ -179,7 +202,7 @@ class MapWriter(QdqWriter):
     def _copy(self, node: NodeProto) -> NodeProto:
         made = super()._copy(node)
         for position, name in enumerate(made.input):
-            if name in self._ranges:
+            if name in self._ranges and name not in self._divided:
                 made.input[position] = self._encoded(name)
         for position, name in enumerate(made.output):
             made.output[position] = self._maps.renamed.get(name, name)
@@ -196,9 +219,7 @@ class MapWriter(QdqWriter):
 
     def _missing(self, layer: Layer) -> int:
         """Channels that the layer lacks to read them in fours."""
-        _, inside, *kernel = self._graph.shapes[layer.weight]
-        grouped = self._graph.attribute(layer.places[0], "group", 1) > 1
-        return 0 if not self._form.fours or grouped or kernel == [1, 1] else -inside % 4
+        return missing_channels(self._graph, layer) if self._form.fours else 0
 
     def _in_fours(self, layer: Layer) -> str:
         """What the layer reads, with channels of zeros behind: of codes, which are the fewest bytes to copy."""
@@ -215,13 +236,10 @@ class MapWriter(QdqWriter):
 
     def _padded(self, layer: Layer, codes: str, settings: dict[str, object]) -> str:
         """Let the convolution pad: into ``settings``, or as a node of its own what has no place there."""
+        if pads_inside(self._graph, layer, settings):
+            return codes
         pad = self._graph.nodes[layer.pad or 0]
-        pads = self._graph.value(pad.input[1])
-        if len(pad.input) > 3 or pads.shape != (8,) or pads[[0, 1, 4, 5]].any() or pads.min() < 0:
-            return self._writer.node("Pad", [codes, *pad.input[1:]], f"{layer.name}.padded")
-        own = np.asarray(settings.get("pads", [0, 0, 0, 0]))
-        settings["pads"] = (own + pads[[2, 3, 6, 7]]).tolist()
-        return codes
+        return self._writer.node("Pad", [codes, *pad.input[1:]], f"{layer.name}.padded")
 
     def _encoded(self, name: str) -> str:
         of = self._ranges[name]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 
 from edgepet.calibration.layers import Graph, Layer
@@ -13,7 +13,10 @@ from edgepet.graphs.int8 import Cut
 LEAST = 0.1  # of what layers read lies before a cut: less is not worth that a task is bound to the backbone's ranges
 
 
-def find_cuts(graph: Graph, layers: Sequence[Layer], tensors: Collection[str]) -> tuple[Cut, ...]:
+def find_cuts(
+    graph: Graph, layers: Sequence[Layer], tensors: Collection[str], coded: Mapping[str, int] | None = None,
+    within: Collection[int] = (),
+) -> tuple[Cut, ...]:  # fmt: skip
     """The cuts of ``graph``, in its order; of neighbours between which no tensor of the backbone is read, the last.
 
     A cut is never within a layer, nor between a layer norm and the linear layer whose range and codes it divides by.
@@ -22,9 +25,11 @@ def find_cuts(graph: Graph, layers: Sequence[Layer], tensors: Collection[str]) -
     Args:
         layers: those with codes, as ``find_layers`` has them.
         tensors: names of the backbone's tensors.
+        coded: the place where each range begins to hold, by the tensor that it is of; None where layers read them.
+        within: places of further nodes that no graph with codes has a cut behind.
     """
     flow = _Flow(graph)
-    inside = {place for layer in layers for place in (*layer.places[:-1], layer.pad)}
+    inside = {place for layer in layers for place in (*layer.places[:-1], layer.pad)} | {*within}
     normed = {layer.reads for layer in layers if layer.norm is not None}
     alone = [(place, name) for place, name in flow.alone() if place not in inside and name not in normed]
     places = [place for place, _ in alone]
@@ -36,15 +41,15 @@ def find_cuts(graph: Graph, layers: Sequence[Layer], tensors: Collection[str]) -
             found[bisect_left(places, place)].append(name)
         return found
 
-    ends = dict[str, int]()
-    for layer in layers:
+    ends = dict(coded or {})
+    for layer in layers if coded is None else ():
         ends.setdefault(layer.reads, layer.places[-1])
     reads, changing = first(ends), first(flow.first_reads(tensors))
     cuts, count, since = list[Cut](), 0, list[str]()
     for index, (_, name) in enumerate(alone):
         count, since = count + len(reads[index]), since + changing[index]
         if not since and cuts:
-            cuts[-1] = replace(cuts[-1], at=name)
+            cuts[-1] = replace(cuts[-1], at=name, reads=count)
         elif count >= LEAST * len(ends):
             cuts.append(Cut(at=name, reads=count, tensors=tuple(sorted(since))))
             since = []

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from copy import copy
 from dataclasses import asdict, dataclass, replace
 from types import MappingProxyType
@@ -27,9 +27,11 @@ from edgepet.calibration.observe import observe
 from edgepet.calibration.qdq import Int8, Int8Recipe, quantize
 from edgepet.calibration.ranges import ESTIMATORS
 from edgepet.calibration.rewriting import folded
+from edgepet.calibration.shared_maps import SHARED_FORMS, shared_ranges
 from edgepet.deltas.codes import Range
-from edgepet.device.runtimes import Format
+from edgepet.device.runtimes import DEFAULT, Format
 from edgepet.errors import InputError
+from edgepet.graphs.int8 import CodedMap
 from edgepet.spec import NpArray
 
 if TYPE_CHECKING:
@@ -82,7 +84,7 @@ class Calibration:
     def __init__(
         self, model: ModelProto, weights: Collection[str], images: CalibrationImages, order: NpArray, *, where: str,
         smooth: Mapping[str, NpArray] | None = None, against: ModelProto | None = None,
-        held: Mapping[str, Range] = MappingProxyType({}),
+        held: Mapping[str, Range] = MappingProxyType({}), coded: Sequence[CodedMap] = (),
     ) -> None:  # fmt: skip
         """Fold the model, find its layers, and run both sets of images through it.
 
@@ -92,6 +94,7 @@ class Calibration:
             order: the model's class for each class of ``images``, integers (C,).
             smooth: fixed divisors behind layer norms, by the tensor: then no strength is tried, and biases stay.
             held: ranges of tensors that every recipe takes as they are.
+            coded: what has codes, and which, where that is not for a recipe to say: the backbone's that tasks share.
             against: a model whose answers are what int8 is judged by, where ``model`` itself is already rounded.
 
         Raises:
@@ -104,13 +107,20 @@ class Calibration:
         self.layers: tuple[Layer, ...] = find_layers(self._graph, weights)
         if not self.layers:
             raise InputError(where, "has no linear layer or convolution that int8 is for", fix="export it in fp16")
-        self._form: MapForm | None = None
-        self._has_maps = smooth is None and has_maps(self.layers)
-        maps = find_maps(self._graph, self.layers, outputs=True).axes if self._has_maps else {}
+        self._coded, self._maps = coded, find_maps(self._graph, self.layers, outputs=True)
+        self._has_maps = bool(coded) or (smooth is None and has_maps(self.layers))
+        self._form: MapForm | None = SHARED_FORMS[DEFAULT] if coded else None
+        maps = self._maps.axes if self._has_maps else {}
         self._seen = observe(self._model, self.layers, images.images, where=where, also=maps)
         self._held, self._smooth, self._float = held, smooth, self._model if against is None else against
         self._held_out = answers(self._float, images.held_out_images)
         self._judged: NpArray | None = None
+
+    def for_runtime(self, name: str) -> Calibration:
+        """The same, making the graph of the backbone that tasks share as this runtime computes it."""
+        made = copy(self)
+        made._form = SHARED_FORMS[name] if self._coded else None
+        return made
 
     def for_format(self, name: Format) -> Calibration:
         """The same, making the graph that this format's runtime is fastest with; what was measured is shared."""
@@ -124,6 +134,12 @@ class Calibration:
 
     def made(self, recipe: Int8Recipe, ranges: Mapping[str, Range] | None = None) -> Int8:
         """The model in int8, with ``ranges`` in place of those that the recipe would choose."""
+        if self._form is not None and self._coded:
+            smooth, chosen = self._smooth or {}, ranges
+            if chosen is None:
+                chosen = shared_ranges(self._maps, self._coded, self._seen, recipe.estimator, smooth)
+                chosen = {name: self._held.get(name, of) for name, of in chosen.items()}
+            return quantize_maps(self._graph, self.layers, self._seen, recipe, self._form, smooth=smooth, ranges=chosen)
         if self._form is not None and ranges is None:
             return quantize_maps(self._graph, self.layers, self._seen, recipe, self._form)
         return quantize(

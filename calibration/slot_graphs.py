@@ -12,7 +12,7 @@ would be in the norm is a node of its own in front of the layer.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from importlib.metadata import version
 from itertools import takewhile
@@ -23,11 +23,14 @@ import numpy as np
 import safetensors.numpy
 
 from edgepet.calibration.backbone_ranges import backbone_ranges
+from edgepet.calibration.coded_maps import find_maps, has_maps
 from edgepet.calibration.cuts import find_cuts
 from edgepet.calibration.images import CalibrationImages
 from edgepet.calibration.layers import Graph, Layer, find_layers
+from edgepet.calibration.map_slot_writer import WRITERS
 from edgepet.calibration.rewriting import lifted
-from edgepet.calibration.writer import GraphWriter, settings_of
+from edgepet.calibration.shared_maps import SHARED_FORMS, coded_maps, places_of
+from edgepet.calibration.slot_writer import SlotWriter
 from edgepet.canonical import parse_json
 from edgepet.deltas.branches import shapes_of
 from edgepet.deltas.codes import CodedWeight, coded, norm_smoothing
@@ -39,31 +42,31 @@ from edgepet.graphs.int8 import (
     CODES,
     DIVISOR,
     FORMAT,
+    IN_FRONT,
     OLDEST,
     SLOT_FORMS,
     STEP,
     SUM,
     VERSION,
+    CodedMap,
+    Cut,
     Int8Graph,
     Int8Layer,
-    SlotForm,
     int8_stem,
     model_name,
     open_int8,
 )
 from edgepet.graphs.maps import GraphMap
 from edgepet.graphs.onnx_file import read_onnx
-from edgepet.graphs.slots import code_sums, scaled_by_norm, slot_shapes
-from edgepet.graphs.tensor_files import Place, point_into, safetensors_places
+from edgepet.graphs.slots import code_sums, scaled_by_norm
+from edgepet.graphs.tensor_files import Place, safetensors_places
 from edgepet.locks import held_alone
 from edgepet.spec import NpArray
 
 if TYPE_CHECKING:
-    from onnx import ModelProto, TensorProto
+    from onnx import ModelProto
 
 WAIT_S = 600.0  # for another process that measures ranges
-_ZERO = 128  # ONNX Runtime's int8 products are fastest with unsigned codes of activations: the same codes, moved
-_MICROSOFT = "com.microsoft"
 
 
 def backbone_layers(graph: BaseGraph) -> tuple[Layer, ...]:
@@ -116,7 +119,7 @@ def int8_graph(
     if graph.structure:
         plain = int8_graph(open_graph(graph.fingerprint, graph.preprocess, root=root), images, root=root)
     path = graph.folder / f"{int8_stem(graph.preprocess, graph.structure)}.json"
-    if not path.is_file() or is_older(path, FORMAT, VERSION):
+    if not path.is_file() or _is_older(path):
         _make(graph, plain)
     made = open_int8(graph.fingerprint, graph.preprocess, graph.structure, root=root)
     if not made.maps and (maps := _kept_maps(graph, made)):  # made just now or by an earlier edgepet: all else stays
@@ -132,6 +135,14 @@ def int8_graph(
         if made.ranges is None:
             _add_ranges(graph, made, path, images())
     return open_int8(graph.fingerprint, graph.preprocess, root=root)
+
+
+def _is_older(path: Path) -> bool:
+    """Whether a description is of an earlier edgepet than would now describe that network otherwise."""
+    if not is_older(path, FORMAT, VERSION):
+        return False
+    kinds = [layer["kind"] for layer in parse_json(read_file(path))["layers"]]
+    return is_older(path, FORMAT, IN_FRONT) or kinds.count("conv") > 1
 
 
 def _add_ranges(graph: BaseGraph, made: Int8Graph, path: Path, images: CalibrationImages) -> None:
@@ -153,7 +164,8 @@ def _add(path: Path, made: Int8Graph, **told: object) -> None:
     """Write a description again, with this in it."""
     facts = parse_json(read_file(path)) | told
     kept = {key: fact for key, fact in facts.items() if key not in ("format", "version", "files")}
-    write_graph_json(made.folder, made.stem, kept, list(made.files), kind=FORMAT, version=VERSION)
+    version = VERSION if made.coded_maps else IN_FRONT
+    write_graph_json(made.folder, made.stem, kept, list(made.files), kind=FORMAT, version=version)
 
 
 def _kept_maps(graph: BaseGraph, made: Int8Graph) -> list[GraphMap]:
@@ -185,13 +197,17 @@ def _make(graph: BaseGraph, plain: Int8Graph | None) -> None:
     places = {name: place for file in sorted(files) for name, place in safetensors_places(folder / file).items()}
     described = tuple(_described(layer, places) for layer in layers)
     vectors, branches = _vectors(Graph(structure), layers, places), shapes_of(_branches(graph))
+    coded = coded_maps(Graph(structure), layers) if has_maps(layers) else ()
     for runtime, form in SLOT_FORMS.items():
-        model = _SlotWriter(structure, layers, described, {**vectors, **branches}, places, form).model()
-        write_file(folder / model_name(stem, runtime), model.SerializeToString(deterministic=True))
+        given = structure, layers, described, {**vectors, **branches}, places, form
+        writer = SlotWriter(*given)
+        if coded:
+            maps = find_maps(Graph(structure), layers, outputs=SHARED_FORMS[runtime].outputs)
+            writer = WRITERS[runtime](*given, coded, maps)
+        write_file(folder / model_name(stem, runtime), writer.model().SerializeToString(deterministic=True))
         files.append(model_name(stem, runtime))
-    trunks = takewhile(
-        lambda cut: branches.keys().isdisjoint(cut.tensors), find_cuts(Graph(structure), layers, graph.places)
-    )
+    cuts = _cuts(Graph(structure), layers, graph, coded)
+    trunks = takewhile(lambda cut: branches.keys().isdisjoint(cut.tensors) and _as_without(plain, coded, cut), cuts)
     facts = {
         **({"branches": _branches(graph)} if graph.structure else {}),
         "backbone": graph.backbone,
@@ -199,13 +215,30 @@ def _make(graph: BaseGraph, plain: Int8Graph | None) -> None:
         "preprocess": graph.preprocess.as_json(),
         "width": graph.width,
         "layers": [_as_json(layer) for layer in described],
+        **({"coded": [asdict(each) for each in coded]} if coded else {}),
         "vectors": list(vectors),
         "cuts": [asdict(cut) | {"tensors": list(cut.tensors)} for cut in trunks],
         "ranges": None,
         "measured": None,
         "versions": {name: version(name) for name in ("edgepet", "onnx")},
     }
-    write_graph_json(folder, stem, facts, files, kind=FORMAT, version=VERSION)
+    write_graph_json(folder, stem, facts, files, kind=FORMAT, version=VERSION if coded else IN_FRONT)
+
+
+def _cuts(graph: Graph, layers: tuple[Layer, ...], base: BaseGraph, coded: Sequence[CodedMap]) -> tuple[Cut, ...]:
+    """The cuts of a graph whose maps have codes, or none of them has."""
+    if not coded:
+        return find_cuts(graph, layers, base.places)
+    within = [graph.made_by[name] for name in find_maps(graph, layers, outputs=True).renamed]
+    return find_cuts(graph, layers, base.places, places_of(graph, coded), within)
+
+
+def _as_without(plain: Int8Graph | None, coded: Sequence[CodedMap], cut: Cut) -> bool:
+    """Whether what has codes before ``cut`` has the same ones in the graph without branches."""
+    if plain is None:
+        return True
+    found, there = ([each.codes for each in maps[: cut.reads]] for maps in (coded, plain.coded_maps))
+    return found == there
 
 
 def _require_all(graph: BaseGraph, layers: tuple[Layer, ...], plain: Int8Graph) -> None:
@@ -265,121 +298,3 @@ def _vectors(graph: Graph, layers: tuple[Layer, ...], places: Mapping[str, Place
     read = {name for place, node in enumerate(graph.nodes) if place not in inside for name in node.input}
     known = {name: place for name, place in places.items() if name in read and name in graph.initializers}
     return {name: place.shape for name, place in sorted(known.items()) if len(place.shape) == 1}
-
-
-class _SlotWriter:
-    """Writes a graph with slots in one form, node by node, from the structure of the fp32 graph."""
-
-    def __init__(
-        self, structure: ModelProto, layers: tuple[Layer, ...], described: tuple[Int8Layer, ...],
-        beside: Mapping[str, tuple[int, ...]], places: Mapping[str, Place], form: SlotForm,
-    ) -> None:  # fmt: skip
-        # ``beside``: the shapes of further slots, vectors and tensors of branches.
-        self._onnx = require("onnx", extra="train", purpose="int8")
-        self._writer = GraphWriter(structure, purpose="int8")
-        self._graph, self._places, self._form = Graph(structure), places, form
-        self._ends = {layer.places[-1]: (layer, told) for layer, told in zip(layers, described, strict=True)}
-        self._inside = {place for layer in layers for place in (*layer.places, layer.pad)}
-        self._slots = slot_shapes(described, beside, {name: place.shape for name, place in places.items()}, form)
-        self._coded = set[str]()
-
-    def model(self) -> ModelProto:
-        for place, node in enumerate(self._graph.nodes):
-            if place in self._ends:
-                self._layer(*self._ends[place])
-            elif place not in self._inside:
-                self._writer.add(node)
-        onnx, read = self._onnx, self._writer.reads - set(self._slots)
-        stored = [self._external(name) for name in sorted(read & set(self._places))]
-        own = self._graph.model.graph.initializer
-        kept = [tensor for tensor in own if tensor.name in read - set(self._places)]
-        made = self._writer.model([*stored, *kept], keep_types=True)
-        for name, shape in sorted(self._slots.items()):
-            made.graph.input.append(onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, shape))
-        if not self._form.unit_codes:
-            made.opset_import.append(onnx.helper.make_opsetid(_MICROSOFT, 1))
-        return made
-
-    def _external(self, name: str) -> TensorProto:
-        place, onnx = self._places[name], self._onnx
-        kinds = {"<f4": onnx.TensorProto.FLOAT, "|i1": onnx.TensorProto.INT8}
-        tensor: TensorProto = onnx.TensorProto(name=name, dims=place.shape, data_type=kinds[place.dtype])
-        point_into(tensor, place.file, place.offset, place.length)
-        return tensor
-
-    def _layer(self, layer: Layer, told: Int8Layer) -> None:
-        if not self._form.unit_codes and layer.kind == "linear":
-            self._integer_product(layer, told)
-            return
-        codes = self._dequantized(layer, told)
-        if layer.pad is not None:
-            pad = self._graph.nodes[layer.pad]
-            self._writer.node("Pad", [codes, *pad.input[1:]], f"{layer.name}.padded")
-            codes = f"{layer.name}.padded"
-        weight = self._weight(layer)
-        steps, bias = f"{layer.name}.steps", f"{layer.name}.shifted"
-        settings = settings_of(self._graph.nodes[layer.places[0]]) if layer.kind == "conv" else {}
-        if not self._form.unit_codes:
-            self._writer.node("Conv", [codes, weight, bias], layer.puts_out, **settings)
-            return
-        self._writer.node(
-            "MatMul" if layer.kind == "linear" else "Conv", [codes, weight], f"{layer.name}.product", **settings
-        )
-        self._writer.node("Mul", [f"{layer.name}.product", steps], f"{layer.name}.scaled")
-        self._writer.node("Add", [f"{layer.name}.scaled", bias], layer.puts_out)
-
-    def _integer_product(self, layer: Layer, told: Int8Layer) -> None:
-        scale, zero = f"{layer.reads}.scale", self._writer.tensor("edgepet.int8.zero", np.uint8(_ZERO))
-        source = self._shifted(layer, told)
-        codes = f"{layer.reads}.codes"
-        if layer.reads not in self._coded:
-            self._coded.add(layer.reads)
-            self._writer.node("QuantizeLinear", [source, scale, zero], codes)
-        steps, bias = f"{layer.name}.steps", f"{layer.name}.shifted"
-        inputs = [codes, layer.weight + CODE, scale, steps, zero, "", bias]
-        self._writer.node("MatMulIntegerToFloat", inputs, layer.puts_out, domain=_MICROSOFT)
-
-    def _shifted(self, layer: Layer, told: Int8Layer) -> str:
-        """What the codes are made of: the tensor less its shift; a norm's output and what is padded have none."""
-        if scaled_by_norm(told) or layer.padded:
-            return layer.reads
-        if layer.reads not in self._coded:
-            source = layer.reads
-            if told.divided:
-                source = self._writer.node("Div", [source, layer.weight + DIVISOR], f"{layer.reads}.divided")
-            self._writer.node("Sub", [source, f"{layer.reads}.shift"], f"{layer.reads}.centred")
-        return f"{layer.reads}.centred"
-
-    def _dequantized(self, layer: Layer, told: Int8Layer) -> str:
-        made = f"{layer.reads}.int8"
-        if layer.reads in self._coded:
-            return made
-        if not self._form.unit_codes:
-            source, scale = self._shifted(layer, told), f"{layer.reads}.scale"
-        else:
-            source, scale = self._normalised(layer, told), self._writer.tensor("edgepet.int8.one", np.float32(1))
-        self._coded.add(layer.reads)
-        zero = self._writer.tensor("edgepet.int8.zero_s8", np.int8(0))
-        self._writer.node("QuantizeLinear", [source, scale, zero], f"{layer.reads}.codes")
-        self._writer.node("DequantizeLinear", [f"{layer.reads}.codes", scale, zero], made)
-        return made
-
-    def _normalised(self, layer: Layer, told: Int8Layer) -> str:
-        if scaled_by_norm(told):
-            return layer.reads
-        self._writer.node("Mul", [layer.reads, f"{layer.reads}.scale"], f"{layer.reads}.unit")
-        if layer.padded:
-            return f"{layer.reads}.unit"
-        self._writer.node("Add", [f"{layer.reads}.unit", f"{layer.reads}.shift"], f"{layer.reads}.centred")
-        return f"{layer.reads}.centred"
-
-    def _weight(self, layer: Layer) -> str:
-        out = self._slots[f"{layer.name}.steps"][0]
-        axis = 0 if layer.kind == "conv" else 1
-        if not self._form.unit_codes:
-            scales = f"{layer.name}.steps"
-        else:
-            scales = self._writer.tensor(f"edgepet.int8.ones.{out}", np.ones(out, np.float32))
-        zeros = self._writer.tensor(f"edgepet.int8.zeros.{out}", np.zeros(out, np.int8))
-        self._writer.node("DequantizeLinear", [layer.weight + CODE, scales, zeros], f"{layer.weight}.int8", axis=axis)
-        return f"{layer.weight}.int8"

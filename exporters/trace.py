@@ -16,7 +16,8 @@ import safetensors.numpy
 
 from edgepet.deltas.branches import ATTENTION, Branch, named_tensors, structure_digest, structure_of
 from edgepet.deltas.heads import Map
-from edgepet.device.onnxruntime import OnnxRuntime, OnnxRuntimePart
+from edgepet.device.onnxruntime import OnnxRuntime
+from edgepet.device.onnxruntime_shared import OnnxRuntimePart
 from edgepet.errors import CheckError, InputError, require
 from edgepet.files import made_folder, write_file
 from edgepet.graphs.base import (

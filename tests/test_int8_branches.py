@@ -218,7 +218,7 @@ def test_what_is_said_of_a_backbone_without_branches_is_what_it_was(late: Branch
 @pytest.mark.parametrize("runtime", RUNTIMES)
 def test_a_task_answers_as_the_graph_of_the_same_numbers(example: Branched, runtime: str) -> None:
     made = example.task()
-    expected = Task(made.delta, made.model).expected()
+    expected = Task.of(made).expected(runtime=runtime)
 
     got = SharedInt8(example.graph, runtime=runtime).bind(made.delta)(IMAGES)
 
@@ -334,7 +334,7 @@ def test_tasks_share_the_trunk_in_front_of_their_branches(late: Branched, runtim
         alone = SharedInt8(graph, runtime=runtime, threads=1).bind(each.delta)(IMAGES)
         assert (apart(got[name], alone) <= 1e-5).mean() >= 0.75  # else a number lay between two codes
         assert (got[name].argmax(1) == alone.argmax(1)).mean() >= 0.9
-        expected = Task(each.delta, each.model).expected()
+        expected = Task.of(each).expected(runtime=runtime)
         assert apart(alone, expected).max() <= (SAME_CODES.relative or 0)
 
 

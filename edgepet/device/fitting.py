@@ -18,10 +18,11 @@ from edgepet.device.runtimes import Runtime
 from edgepet.errors import InputError, option
 from edgepet.graphs.base import BaseGraph, require_heads
 from edgepet.graphs.dense_slots import UnslottedError, dense_slots
-from edgepet.graphs.int8 import SLOT_FORMS, Int8Graph
+from edgepet.graphs.int8 import Int8Graph
+from edgepet.graphs.map_slots import in_form
 from edgepet.graphs.maps import GraphMap
 from edgepet.graphs.parts import Part, part_of
-from edgepet.graphs.slots import Slots, backbone_slots, task_slots, unit_slots
+from edgepet.graphs.slots import backbone_slots, task_slots
 from edgepet.spec import NpArray
 
 Form: TypeAlias = Literal["merged", "slots"]
@@ -88,7 +89,7 @@ def fit_int8(graph: Int8Graph, delta: Delta, runtime: str) -> Fitted:
     if delta.heads:
         require_heads(delta, graph.width, graph.maps)
     slots, own = task_slots(graph, delta), own_slots(graph, runtime)
-    values = _in_form(graph, slots, runtime)
+    values = in_form(graph, slots, runtime)
     changed = {name for name, value in values.items() if not np.array_equal(value, own.get(name, np.nan))}
     part = _read_by(delta, part_of(graph, runtime), graph.maps)
     codes = {name: value for name, value in slots.codes.items() if name in part.file.tensors}
@@ -101,11 +102,7 @@ def fit_int8(graph: Int8Graph, delta: Delta, runtime: str) -> Fitted:
 def own_slots(graph: Int8Graph, runtime: str) -> dict[str, NpArray]:
     """The slots of the int8 backbone itself, for a trunk; none where it has no ranges of its own."""
     slots = backbone_slots(graph)
-    return {} if slots is None else _in_form(graph, slots, runtime)
-
-
-def _in_form(graph: Int8Graph, slots: Slots, runtime: str) -> dict[str, NpArray]:
-    return unit_slots(graph, slots) if SLOT_FORMS[runtime].unit_codes else dict(slots.values)
+    return {} if slots is None else in_form(graph, slots, runtime)
 
 
 def opened(row: Runtime, part: Part, tensors: Mapping[str, NpArray], threads: int | None) -> PartRunner:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import tempfile
-import threading
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -16,14 +15,11 @@ import numpy as np
 import onnxruntime
 
 from edgepet.device.refusals import refusing_model, require_images_alone
-from edgepet.device.runner import check_images, require_slots
+from edgepet.device.runner import check_images
 from edgepet.errors import InputError
 from edgepet.graphs.base import INPUT, BaseGraph
-from edgepet.graphs.int8 import Int8Graph
-from edgepet.graphs.parts import Part
-from edgepet.graphs.slots import Slots
 from edgepet.graphs.tensor_files import lightened, value_of
-from edgepet.spec import NpArray, Precision, Tensors
+from edgepet.spec import NpArray, Precision
 
 if TYPE_CHECKING:
     from onnx import ModelProto
@@ -39,9 +35,9 @@ _UNREADABLE: tuple[type[Exception], ...] = (
     *_REFUSALS,
     ValueError,
 )  # words of a file that are no UTF-8 are a ValueError
-_PACKAGE, _CPU, _CUDA = "onnxruntime", "CPUExecutionProvider", "CUDAExecutionProvider"
+_PACKAGE, CPU, _CUDA = "onnxruntime", "CPUExecutionProvider", "CUDAExecutionProvider"
 _PROVIDERS = {  # the first one that is there
-    "cpu": (_CPU,),
+    "cpu": (CPU,),
     "gpu": (_CUDA, "MIGraphXExecutionProvider", "ROCMExecutionProvider", "DmlExecutionProvider"),
     "npu": ("QNNExecutionProvider", "VitisAIExecutionProvider"),
     "cuda": (_CUDA,),
@@ -49,6 +45,7 @@ _PROVIDERS = {  # the first one that is there
 _EXACT = {_CUDA: {"use_tf32": 0}}  # which would round what it multiplies to ten bits
 _FOLDER = "session.model_external_initializers_file_folder_path"
 _SAVED = "session.optimized_model_external_initializers"
+_DTYPES = {"tensor(float)": np.float32, "tensor(int32)": np.int32}  # of slots
 _ANY = 32  # pixels of a side of any size
 _SILENT = 4  # what ONNX Runtime would log comes back as an error; that nothing reads a tensor is no news
 _INT8 = frozenset(
@@ -70,7 +67,7 @@ def open_session(
     tensors: Mapping[str, NpArray] | None = None,
     folder: Path | None = None,
     profile: Path | None = None,
-    provider: str = _CPU,
+    provider: str = CPU,
     ready: bool = False,
     save: Path | None = None,
 ) -> Session:
@@ -114,7 +111,7 @@ def open_session(
     what, copied = "cannot be opened by ONNX Runtime", not isinstance(model, bytes)
     with refusing_model(where, what, _UNREADABLE, package=_PACKAGE, copied=copied):
         # without the library's fallback, which prints and tries the same provider again
-        providers = [_CPU] if provider == _CPU else [(provider, _EXACT.get(provider, {})), _CPU]
+        providers = [CPU] if provider == CPU else [(provider, _EXACT.get(provider, {})), CPU]
         session = onnxruntime.InferenceSession(source, options, providers=providers, enable_fallback=0)
     if provider not in session.get_providers():
         what = "does not start on this machine"
@@ -193,10 +190,10 @@ class OnnxRuntime:
         how many layers multiplied int8 codes or floats.
         """
         asked: dict[str, object] = {"input": self._entry.type, "providers": self._session.get_providers()}
-        return asked if self._path is None else {**asked, **_profiled(self._path, self._shape, self._dtype)}
+        return asked if self._path is None else {**asked, **profiled(self._path, self._shape, self._dtype)}
 
     @classmethod
-    def of_model(cls, path: Path, *, threads: int | None = None, provider: str = _CPU) -> OnnxRuntime:
+    def of_model(cls, path: Path, *, threads: int | None = None, provider: str = CPU) -> OnnxRuntime:
         """Open an exported ONNX file.
 
         Raises:
@@ -206,7 +203,7 @@ class OnnxRuntime:
 
     @classmethod
     def of_graph(
-        cls, graph: BaseGraph, tensors: Mapping[str, NpArray], *, threads: int | None = None, provider: str = _CPU
+        cls, graph: BaseGraph, tensors: Mapping[str, NpArray], *, threads: int | None = None, provider: str = CPU
     ) -> OnnxRuntime:
         """Open ``graph`` with ``tensors`` in place of the backbone's; all others are read from its files.
 
@@ -245,123 +242,7 @@ class OnnxRuntime:
         self.close()
 
 
-class SharedOnnxRuntime:
-    """One session on the int8 backbone; every task is a binding of its slots, kept ready.
-
-    ``codes`` are one task's own in place of the file's, as ``Slots.codes``: a session with them is that task's alone.
-
-    Raises:
-        InputError: ONNX Runtime cannot open the graph.
-    """
-
-    runtime = "onnxruntime"
-
-    def __init__(
-        self, graph: Int8Graph, *, threads: int | None = None, codes: Mapping[str, NpArray] | None = None,
-        provider: str = _CPU,
-    ) -> None:  # fmt: skip
-        self._held, self._path = codes, graph.model_path(self.runtime)
-        self._session = open_session(self._path, threads=threads, tensors=codes, provider=provider)
-        self._shape = graph.preprocess.input_shape
-
-    def bind(self, slots: Slots) -> BoundOnnxRuntime:
-        """A task, ready to run: its slots are handed over once, and must stay as they are while it is bound."""
-        return BoundOnnxRuntime(
-            self._session, slots.values, reads=INPUT, shape=self._shape, executed="int8", held=self._held,
-            path=self._path,
-        )  # fmt: skip
-
-    def close(self) -> None:
-        """Give the session back, once no bound task runs any more."""
-        self._session = self._held = None
-
-
-class OnnxRuntimePart:
-    """One session on a stretch of a graph, with ``tensors`` in place of its own: they must stay as they are.
-
-    Raises:
-        InputError: ONNX Runtime cannot open it.
-    """
-
-    runtime = "onnxruntime"
-
-    def __init__(self, part: Part, tensors: Tensors, *, threads: int | None = None, provider: str = _CPU) -> None:
-        held = {name: np.asarray(tensor, order="C") for name, tensor in tensors.items()}
-        model = part.file.encoded()
-        self._session = open_session(model, threads=threads, tensors=held, folder=part.folder, provider=provider)
-        self._part, self._profiled = part, model if part.precision == "int8" else None
-        self._held: Tensors | None = held
-
-    def bind(self, values: Mapping[str, NpArray]) -> BoundOnnxRuntime:
-        """Ready to run with these slots, which are handed over once, and must stay as they are while it is bound."""
-        part = self._part
-        return BoundOnnxRuntime(
-            self._session, values, reads=part.reads, shape=part.shape, executed=part.precision, held=self._held,
-            path=self._profiled, folder=part.folder,
-        )  # fmt: skip
-
-    def close(self) -> None:
-        """Give the session back, once nothing that is bound runs any more."""
-        self._session = self._held = None
-
-
-class BoundOnnxRuntime:
-    """A shared session with one task's slots, n images or maps to its first output; closing it leaves it open."""
-
-    runtime = "onnxruntime"
-
-    def __init__(
-        self, session: Session, slots: Mapping[str, NpArray], *, reads: str, shape: tuple[int, ...],
-        executed: Precision, held: object, path: Path | bytes | None = None, folder: Path | None = None,
-    ) -> None:  # fmt: skip
-        # The session reads the arrays of the slots where they lie; ``held`` are those that it reads itself.
-        self._session, self._binding, self._reads = session, session.io_binding(), reads
-        # ``path``: the file of the graph, or its bytes with ``folder`` for its weights, to be profiled; None is not.
-        self._shape, self.executed, self._path, self._folder = (None, *shape), executed, path, folder
-        asked = {
-            entry.name: [side if isinstance(side, int) else None for side in entry.shape]
-            for entry in session.get_inputs()
-            if entry.name != reads
-        }
-        require_slots(asked, slots)
-        values = {name: onnxruntime.OrtValue.ortvalue_from_numpy(slots[name]) for name in asked}
-        for name, value in values.items():
-            self._binding.bind_ortvalue_input(name, value)
-        self._held: object = (values, slots, held)
-        self._lock = threading.Lock()  # a binding holds one call's images
-        self._puts_out = [entry.name for entry in session.get_outputs()]
-        self._nothing = onnxruntime.OrtValue.ortvalue_from_numpy(np.empty(0, np.float32))
-
-    @property
-    def evidence(self) -> Mapping[str, object]:
-        """Of codes, from a profile of one run with all slots one: layers that multiplied codes, and floats."""
-        if self._path is None:
-            return {"providers": self._session.get_providers()}
-        return _profiled(self._path, self._shape, reads=self._reads, folder=self._folder)
-
-    def __call__(self, images: NpArray) -> NpArray:
-        return self.outputs(images)[0]
-
-    def outputs(self, images: NpArray) -> list[NpArray]:
-        """All that it puts out."""
-        check_images(images, self._shape, where=self._reads)
-        value = onnxruntime.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(images))  # where they lie: not copied
-        with self._lock, running(self._reads):
-            self._binding.bind_ortvalue_input(self._reads, value)
-            self._binding.clear_binding_outputs()  # the last call's has its batch's shape
-            for name in self._puts_out:
-                self._binding.bind_output(name)
-            self._session.run_with_iobinding(self._binding)
-            outputs: list[NpArray] = self._binding.copy_outputs_to_cpu()
-            self._binding.bind_ortvalue_input(self._reads, self._nothing)  # or every task would keep its last images
-        return outputs
-
-    def close(self) -> None:
-        """Give the slots back; the session stays open."""
-        self._session = self._binding = self._held = None
-
-
-def _profiled(
+def profiled(
     path: Path | bytes, shape: tuple[int | None, ...], dtype: str = "float32", *, reads: str = INPUT,
     folder: Path | None = None,
 ) -> dict[str, object]:  # fmt: skip
@@ -369,7 +250,7 @@ def _profiled(
     with tempfile.TemporaryDirectory() as scratch:
         session = open_session(path, profile=Path(scratch) / "profile", folder=folder)
         feed = {
-            entry.name: np.ones([side if isinstance(side, int) else 1 for side in entry.shape], np.float32)
+            entry.name: np.ones([side if isinstance(side, int) else 1 for side in entry.shape], _DTYPES[entry.type])
             for entry in session.get_inputs()
             if entry.name != reads
         }

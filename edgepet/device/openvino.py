@@ -24,9 +24,10 @@ from edgepet.device.runner import check_images, require_slots
 from edgepet.errors import InputError, require
 from edgepet.graphs.base import INPUT, BaseGraph
 from edgepet.graphs.int8 import Int8Graph
+from edgepet.graphs.map_slots import in_form
 from edgepet.graphs.onnx_file import port
 from edgepet.graphs.parts import Part
-from edgepet.graphs.slots import Slots, unit_slots
+from edgepet.graphs.slots import Slots
 from edgepet.measuring.machine import environment
 from edgepet.spec import NpArray, Precision, Tensors
 
@@ -136,10 +137,21 @@ class SharedOpenVino:
             self._compiled, self._order = _kept_int8(graph, threads, store, device)
         self._graph, self._shape = graph, graph.preprocess.input_shape
 
-    def bind(self, slots: Slots) -> BoundOpenVino:
-        """A task, ready to run: a request of its own, whose state is its slots."""
+    @property
+    def own_bytes(self) -> int:
+        """None beside its slots."""
+        return 0
+
+    def bind(self, slots: Slots, *, light: bool = False) -> BoundOpenVino:
+        """A task, ready to run: a request of its own, whose state is its slots. It is ``light`` as it is."""
+        del light
         return BoundOpenVino(
-            self._compiled, unit_slots(self._graph, slots), self._order, reads=INPUT, shape=self._shape, executed="int8"
+            self._compiled,
+            in_form(self._graph, slots, self.runtime),
+            self._order,
+            reads=INPUT,
+            shape=self._shape,
+            executed="int8",
         )
 
     def close(self) -> None:

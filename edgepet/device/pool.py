@@ -62,6 +62,7 @@ class Pool:
     merged once slots have cost as much time as folding and opening takes: that is at most twice of what knowing the
     future would cost (Karlin et al. 1988, "Competitive snoopy caching", Algorithmica 3). Networks of merged tasks that
     together exceed ``memory_bytes`` are closed, the one that was used longest ago first, and opened again when asked.
+    In int8 it is what tasks of a ConvNet may take on ONNX Runtime to run at full speed.
     """
 
     def __init__(
@@ -165,7 +166,9 @@ class Pool:
         if key not in self._int8:
             place = self._store.deriving(graph.weights_bytes)
             self._int8[key] = SharedInt8(graph, runtime=self.row, threads=self.threads, store=place)
-        return self._int8[key].bind(pack.delta)
+        taken = sum(shared.own_bytes for shared in self._int8.values())
+        room = None if self._memory is None else max(0, self._memory - taken)
+        return self._int8[key].bind(pack.delta, room_bytes=room)
 
     def _runner(self, graph: BaseGraph, pack: Pack) -> Runner:
         own, delta = self._known(graph, pack), pack.delta

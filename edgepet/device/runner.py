@@ -54,8 +54,17 @@ class ModelRunner(Runner, Protocol):
 class SharedRunner(Protocol):
     """An open int8 backbone that many tasks are bound to; they put out pooled features."""
 
-    def bind(self, slots: Slots) -> Runner:
-        """A task, ready to run: its slots are handed over once. Closing it leaves the backbone open."""
+    @property
+    def own_bytes(self) -> int:
+        """About what a task that is bound takes of memory to run at full speed; 0 where that is its slots alone."""
+        ...
+
+    def bind(self, slots: Slots, *, light: bool = False) -> Runner:
+        """A task, ready to run: its slots are handed over once. Closing it leaves the backbone open.
+
+        Args:
+            light: it takes little more than its slots, however slow that is.
+        """
         ...
 
     def close(self) -> None:

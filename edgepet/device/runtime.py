@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -168,16 +169,25 @@ class SharedInt8:
         self.graph, self._threads, self._store = graph, threads, store
         self._network = self._open({})
         self._parts = dict[tuple[str, ...], PartRunner]()  # that put out maps, by what they put out
+        self._fast = weakref.WeakSet[Runner]()  # tasks that take memory of their own for it
+
+    @property
+    def own_bytes(self) -> int:
+        """About what the tasks that are bound take of memory beside the backbone and their slots."""
+        return len(self._fast) * self._network.own_bytes
 
     def _open(self, codes: Mapping[str, NpArray]) -> SharedRunner:
         if self._row.open_int8 is None:
             raise InputError(option("runtime"), f"has no int8 backbone on {self._row.name}")
         return self._row.open_int8(self.graph, self._threads, codes, self._store, self._row.where)
 
-    def bind(self, delta: Delta, *, alone: bool = False) -> TaskNetwork:
+    def bind(self, delta: Delta, *, alone: bool = False, room_bytes: int | None = None) -> TaskNetwork:
         """A task, ready to run; from one bound task to another there is nothing to switch.
 
-        ``alone``: the backbone is closed with it.
+        Args:
+            alone: the backbone is closed with it.
+            room_bytes: memory that is left for what the task takes to run at full speed; None is no limit. On ONNX
+                Runtime a ConvNet's task that has not that much takes about 1.7 times as long.
 
         Raises:
             BackboneError, InputError: as ``task_slots``.
@@ -188,7 +198,11 @@ class SharedInt8:
         slots = task_slots(self.graph, delta)
         own = self._open(slots.codes) if slots.codes else None
         closed = (*((own,) if own else ()), *((self._network,) if alone else ()))
-        return TaskNetwork((own or self._network).bind(slots), delta.head.in_float32, alone_on=closed)
+        light = own is None and room_bytes is not None and room_bytes < self._network.own_bytes
+        bound = (own or self._network).bind(slots, light=light)
+        if not light:
+            self._fast.add(bound)
+        return TaskNetwork(bound, delta.head.in_float32, alone_on=closed)
 
     def _bind_maps(self, delta: Delta, heads: Sequence[MapHead], *, alone: bool) -> TaskNetwork:
         """A task whose heads read maps: those are put out by another network of the same codes."""

@@ -115,14 +115,14 @@ def _onnxruntime_graph(
 def _onnxruntime_int8(
     graph: Int8Graph, threads: int | None, codes: Mapping[str, NpArray], store: Path | None, where: str
 ) -> SharedRunner:
-    from edgepet.device.onnxruntime import SharedOnnxRuntime
+    from edgepet.device.onnxruntime_shared import SharedOnnxRuntime
 
     del store  # its file is what it would keep
     return SharedOnnxRuntime(graph, threads=threads, codes=codes, provider=where)
 
 
 def _onnxruntime_part(part: Part, tensors: Tensors, threads: int | None, where: str) -> PartRunner:
-    from edgepet.device.onnxruntime import OnnxRuntimePart
+    from edgepet.device.onnxruntime_shared import OnnxRuntimePart
 
     return OnnxRuntimePart(part, tensors, threads=threads, provider=where)
 

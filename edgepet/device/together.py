@@ -189,4 +189,4 @@ def _crossed(network: BoundPart, stretch: Part, cut: Cut) -> Boundary | None:
     if one.shape[1:] != two.shape[1:] or any(size.ndim > 1 for size in sizes):
         return None
     shapes = {name: size.shape for name, size in zip(cut.sizes, sizes, strict=True)}
-    return Boundary(name=cut.name, shape=one.shape[1:], sizes=shapes)
+    return Boundary(name=cut.name, shape=one.shape[1:], dtype=cut.dtype, sizes=shapes)

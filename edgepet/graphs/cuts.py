@@ -15,12 +15,13 @@ _SHAPE = "Shape"
 # Of sizes these make sizes, int64; whatever else reads one of them computes with it.
 _ON_SIZES = frozenset(("Add", "Concat", "Div", "Gather", "Identity", "Mul", "Reshape", "Slice", "Squeeze", "Sub",
                        "Unsqueeze"))  # fmt: skip
+_CODES = frozenset(("QLinearAdd", "QLinearConv", "QLinearMul", "QLinearSigmoid"))  # put out uint8
 _NOT_FLOAT = frozenset(("ArgMax", "Cast", "DynamicQuantizeLinear", "Equal", "QuantizeLinear", "TopK"))
 
 
 @dataclass(frozen=True, slots=True)
 class Cut:
-    """A place in a graph: ``name`` is the one tensor, float32, that goes through it.
+    """A place in a graph: ``name`` is the one tensor, of ``dtype``, that goes through it: numbers, or their codes.
 
     ``sizes`` are beside it, integers that what lies behind reads, of the number of images say. ``before`` are the
     tensors and inputs, but for the images, that what lies before it reads; ``after`` is the last layer there.
@@ -30,6 +31,7 @@ class Cut:
     sizes: tuple[str, ...]
     before: frozenset[str]
     after: str
+    dtype: str = "float32"
 
 
 def cuts(file: OnnxFile, images: str) -> tuple[Cut, ...]:
@@ -67,7 +69,8 @@ def _cuts(file: OnnxFile, images: str) -> Iterator[Cut]:
         if len(carrying) != 1 or node.operator in _NOT_FLOAT:
             continue
         if carrying[0] in node.puts_out and carrying[0] not in file.outputs:
-            yield Cut(carrying[0], tuple(sorted(live - set(carrying))), frozenset(before), after)
+            dtype = "uint8" if node.operator in _CODES else "float32"
+            yield Cut(carrying[0], tuple(sorted(live - set(carrying))), frozenset(before), after, dtype)
 
 
 def _layer_of(name: str) -> str:

@@ -23,12 +23,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeAlias, cast
 
 import numpy as np
 
 from edgepet.deltas.branches import structure_digest
-from edgepet.deltas.codes import LEAST_SCALE, CodedWeight, Range
+from edgepet.deltas.codes import LEAST_SCALE, LOW, CodedWeight, Range
 from edgepet.deltas.delta import Delta
 from edgepet.errors import InputError
 from edgepet.files import sha256_file
@@ -39,7 +39,8 @@ from edgepet.graphs.tensor_files import mapped_tensors
 from edgepet.spec import NpArray, Preprocess, spelled_size
 from edgepet.strict import ObjectReader
 
-FORMAT, VERSION = "edgepet-int8", 3  # a host makes what is older again
+FORMAT, VERSION = "edgepet-int8", 4  # of what has codes in every map; a host makes what is older again
+IN_FRONT = 3  # of what has codes in front of its layers alone, which networks of one convolution keep
 OLDEST = 2  # that is still read: its codes are the same ones, and nothing in it is shared but them
 CODES = "backbone-int8.safetensors"
 INT8 = "-int8"  # ends the names of its graphs
@@ -59,6 +60,9 @@ class SlotForm:
     suffix: str
     unit_codes: bool
 
+
+Codes: TypeAlias = Literal["signed", "unsigned", "shifted"]
+CODES_OF_MAPS: tuple[Codes, ...] = ("signed", "unsigned", "shifted")
 
 SLOT_FORMS = {  # by runtime
     "onnxruntime": SlotForm(suffix="", unit_codes=False),
@@ -88,6 +92,24 @@ class Int8Layer:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class CodedMap:
+    """A tensor that has codes, whatever reads it. Zero is the middle one of those that are ``signed``; of ``unsigned``
+    ones it is the first one, and there is nothing below. ``shifted`` begin wherever a task says.
+    """
+
+    name: str
+    codes: Codes
+
+    def fits(self, of: Range) -> bool:
+        """Whether its codes can be of this range."""
+        return self.codes == "shifted" or of.shift == (0.0 if self.codes == "signed" else -LOW * of.scale)
+
+    def moved(self, of: Range) -> float:
+        """The constant that is taken off it before it is rounded."""
+        return of.shift if self.codes == "shifted" else 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Cut:
     """A place of the graph where the tensor ``at`` alone carries everything: a trunk that tasks share may end there.
 
@@ -108,8 +130,10 @@ class Int8Graph:
     every task brings: norms, biases and the like. ``width`` are its pooled features, ``files`` are name -> (hex
     sha256, size in bytes). ``cuts`` are in the graph's order. ``ranges`` are the backbone's own of all its ``reads``,
     which hold before a task's cut; None where no images were there to measure them on. ``maps`` are those that heads
-    may read. ``structure`` are the digits of its branches: with branches there are cuts before the first one alone, and
-    ``ranges`` are those of the backbone without them, whose ``reads`` begin alike up to the last cut.
+    may read. ``coded_maps`` are the tensors that have codes, in the order in which they are made; none of a backbone
+    with codes in front of its layers alone. ``structure`` are the digits of its branches: with branches there are cuts
+    before the first one alone, and ``ranges`` are those of the backbone without them, whose ``reads`` begin alike up to
+    the last cut.
     """
 
     folder: Path
@@ -124,6 +148,7 @@ class Int8Graph:
     codes_sha256: str
     files: Listed
     maps: tuple[GraphMap, ...] = ()
+    coded_maps: tuple[CodedMap, ...] = ()
     structure: str = ""
 
     @property
@@ -134,7 +159,7 @@ class Int8Graph:
     @property
     def reads(self) -> tuple[str, ...]:
         """The tensors that have a range, in the order in which packs store them."""
-        return reads_of(self.layers)
+        return tuple(each.name for each in self.coded_maps) or reads_of(self.layers)
 
     @property
     def own_ranges(self) -> dict[str, Range]:
@@ -243,6 +268,8 @@ def int8_at(path: Path) -> Int8Graph:
     table = described.table
     layers, has_trunks = tuple(map(_layer, table.nested_list("layers"))), described.version > OLDEST
     structure = structure_digest(table.sequence("branches")) if table.has("branches") else ""
+    coded_maps = tuple(map(_coded_map, table.nested_list("coded"))) if described.version == VERSION else ()
+    reads = len(coded_maps or reads_of(layers))
     cuts = tuple(map(_cut, table.nested_list("cuts"))) if has_trunks else ()
     graph = Int8Graph(
         folder=path.parent,
@@ -253,10 +280,11 @@ def int8_at(path: Path) -> Int8Graph:
         layers=layers,
         vectors=table.texts("vectors"),
         cuts=cuts,
-        ranges=_ranges(table, None if structure else len(reads_of(layers))) if has_trunks else None,
+        ranges=_ranges(table, None if structure else reads) if has_trunks else None,
         codes_sha256=described.files[CODES][0],
         files=described.files,
         maps=read_maps(table.nested_list("maps")) if table.has("maps") else (),
+        coded_maps=coded_maps,
         structure=structure,
     )
     table.end()
@@ -281,6 +309,10 @@ def _require_names(graph: Int8Graph, path: Path) -> None:
         missing = [name for name in wanted if name not in graph.tensors]
         if missing:
             raise InputError(f"{path.name}: {layer.name}", "speaks of a tensor that is not there", got=missing[0])
+    named = {each.name for each in graph.coded_maps}
+    lost = [layer.reads for layer in graph.layers if named and layer.reads not in named]
+    if lost:
+        raise InputError(f"{path.name}: coded", "needs what every layer reads", got=f"none of {lost[0]}")
     missing = [name for name in graph.vectors if name not in graph.tensors]
     if missing:
         raise InputError(f"{path.name}: vectors", "speaks of a tensor that is not there", got=missing[0])
@@ -296,6 +328,12 @@ def _require_order(graph: Int8Graph, path: Path) -> None:
         raise InputError(
             f"{path.name}: ranges", f"needs those before its last cut, {counts[-1]}", got=len(graph.ranges)
         )
+
+
+def _coded_map(table: ObjectReader) -> CodedMap:
+    made = CodedMap(name=table.text("name"), codes=cast(Codes, table.text("codes", choices=CODES_OF_MAPS)))
+    table.end()
+    return made
 
 
 def _cut(table: ObjectReader) -> Cut:

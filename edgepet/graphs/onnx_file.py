@@ -92,6 +92,12 @@ class OnnxFile:
             graph += b"".join(_message(number, data) for data in messages.values())
         return self.model_other + _message(_MODEL_GRAPH, graph)
 
+    def with_constants(self, values: Mapping[str, NpArray]) -> OnnxFile:
+        """The same with these of its inputs as tensors of it, inside of the file."""
+        inputs = {name: data for name, data in self.inputs.items() if name not in values}
+        constants = {name: tensor_of(name, value) for name, value in values.items()}
+        return replace(self, inputs=inputs, tensors={**self.tensors, **constants})
+
     def between(self, begins: Mapping[str, bytes], ends: Mapping[str, bytes]) -> OnnxFile:
         """The part of it that computes ``ends`` from ``begins``, both ports by name; it has no other outputs.
 
@@ -166,7 +172,7 @@ def port(name: str, shape: Shape | None, dtype: str = "float32") -> bytes:
 
 
 def tensor_of(name: str, value: NpArray) -> bytes:
-    """The message of a tensor that holds ``value``, float32 or int64, inside of the file."""
+    """The message of a tensor that holds ``value``, float32, int32 or int64, inside of the file."""
     dims = b"".join(_number(_TENSOR_DIMS, side) for side in value.shape)
     raw = np.ascontiguousarray(value, value.dtype.newbyteorder("<")).tobytes()
     return dims + _number(_TENSOR_TYPE, _TYPES[value.dtype.name]) + _text(_TENSOR_NAME, name) + _message(9, raw)
@@ -175,6 +181,19 @@ def tensor_of(name: str, value: NpArray) -> bytes:
 def shape_of(tensor: bytes) -> tuple[int, ...]:
     """The shape that a tensor's message tells."""
     return tuple(side for _, side in _numbers(tensor, _TENSOR_DIMS))
+
+
+def shape_of_port(port: bytes) -> tuple[int | None, ...]:
+    """The shape that an input's or output's message tells, None for a side that is free."""
+    tensor = _inside(_inside(port, _PORT_TYPE), 1)
+    sides = (side for number, side in _fields(_inside(tensor, 2)) if number == 1 and isinstance(side, bytes))
+    return tuple(next((size for _, size in _numbers(side, 1)), None) for side in sides)
+
+
+def _inside(message: bytes, wanted: int) -> bytes:
+    """The last message that a field holds; empty where there is none."""
+    found = [value for number, value in _fields(message) if number == wanted and isinstance(value, bytes)]
+    return found[-1] if found else b""
 
 
 def _attribute(value: Attribute) -> bytes:

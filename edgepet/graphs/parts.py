@@ -19,17 +19,19 @@ from edgepet.spec import NpArray, Precision
 class Boundary:
     """What goes through a cut, as running what lies before it shows: (n, *shape) for n images.
 
-    ``sizes`` are integers beside it that are n, by name with their shapes, () or (1,).
+    ``sizes`` are integers beside it that are n, by name with their shapes, () or (1,). It is codes where ``dtype`` is.
     """
 
     name: str
     shape: tuple[int, ...]
+    dtype: str
     sizes: Mapping[str, tuple[int, ...]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Part:
-    """A graph, or a stretch of one: it reads ``reads``, (n, *shape), besides its slots, and puts out ``puts_out``.
+    """A graph, or a stretch of one: it reads ``reads``, (n, *shape) of ``dtype``, besides its slots, and puts out
+    ``puts_out``.
 
     Tensors that lie outside of ``file`` are in files of ``folder``; ``tensors`` has them by name, as read-only views.
     """
@@ -41,6 +43,7 @@ class Part:
     shape: tuple[int, ...]
     puts_out: str
     precision: Precision
+    dtype: str = "float32"
 
     @property
     def slots(self) -> tuple[str, ...]:
@@ -58,6 +61,12 @@ class Part:
         weights = frozenset(self.outside)
         return tuple(cut for cut in cuts(self.file, self.reads) if not cut.before.isdisjoint(weights))
 
+    @property
+    def pruned(self) -> Part:
+        """The same without nodes that nothing reads: maps that heads might."""
+        begins = {self.reads: self.file.inputs[self.reads]}
+        return replace(self, file=self.file.between(begins, self.file.outputs))
+
     def with_slots(self, shapes: Mapping[str, tuple[int, ...]]) -> Part:
         """The same with a task's slots of these shapes, see ``dense_slots``."""
         return replace(self, file=with_slots(self.file, shapes)) if shapes else self
@@ -72,7 +81,7 @@ class Part:
 
     def until(self, cut: Cut) -> Part:
         """What lies before ``cut``; it puts out the sizes that go through it as well."""
-        ends = {cut.name: port(cut.name, None), **{name: port(name, None, "int64") for name in cut.sizes}}
+        ends = {cut.name: port(cut.name, None, cut.dtype), **{name: port(name, None, "int64") for name in cut.sizes}}
         return replace(
             self, file=self.file.between({self.reads: self.file.inputs[self.reads]}, ends), puts_out=cut.name
         )
@@ -84,7 +93,7 @@ class Part:
             counts.append(Node("Shape", (boundary.name,), (name,)).with_attributes(start=0, end=1))
         for size, shape in boundary.sizes.items():
             counts.append(Node("Identity" if shape else "Squeeze", (name,), (size,)))
-        begin = port(boundary.name, ("batch", *boundary.shape))
+        begin = port(boundary.name, ("batch", *boundary.shape), boundary.dtype)
         stops = {boundary.name: begin, **dict.fromkeys(boundary.sizes, b"")}
         file = self.file.between(stops, self.file.outputs)
         inputs = {name: data for name, data in file.inputs.items() if name not in boundary.sizes}
@@ -93,6 +102,7 @@ class Part:
             file=replace(file, nodes=(*counts, *file.nodes), inputs=inputs),
             reads=boundary.name,
             shape=boundary.shape,
+            dtype=boundary.dtype,
         )
 
 

@@ -6,7 +6,7 @@ What each slot holds is a table of docs/spec/graph-v1.md.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -73,11 +73,17 @@ def _slots(
     branches: Mapping[str, NpArray], where: str,
 ) -> Slots:  # fmt: skip
     values = {name: folded.get(name, graph.tensors[name]) for name in graph.vectors} | dict(branches)
+    maps = {each.name: each for each in graph.coded_maps}
     for layer in (each for each in graph.layers if each.reads in ranges):
         fresh = layer.weight in codes
         made = codes[layer.weight] if fresh else graph.coded(layer)
         factor = None if fresh else folded.get(layer.weight)
-        values |= _layer_slots(layer, made, factor, graph, folded, ranges[layer.reads], fresh=fresh)
+        of = ranges[layer.reads]
+        shift = maps[layer.reads].moved(of) if maps else of.shift
+        values |= _layer_slots(layer, made, factor, graph, folded, replace(of, shift=shift), fresh=fresh)
+    for each in (one for one in graph.coded_maps if one.name in ranges):
+        values[f"{each.name}.scale"] = np.array(ranges[each.name].scale, np.float32)
+        values[f"{each.name}.shift"] = np.array(each.moved(ranges[each.name]), np.float32)
     for name, value in values.items():
         if not np.isfinite(value).all():
             raise InputError(f"{where}: {name}", "must be finite", got="NaN or infinity")
@@ -106,7 +112,11 @@ def task_ranges(graph: Int8Graph, delta: Delta) -> dict[str, Range]:
         what = f"needs {len(graph.reads) - len(before)} activation ranges for the int8 backbone{trunk}"
         raise InputError(f"task {delta.task!r}", what, got=len(delta.int8.ranges), fix=fix)
     ranges = dict(zip(graph.reads, (*before, *delta.int8.ranges), strict=True))
-    for layer in graph.layers:
+    odd = next((each.name for each in graph.coded_maps if not each.fits(ranges[each.name])), None)
+    if odd is not None:
+        what = f"{odd} has codes that begin where the int8 backbone says, and no range can move them"
+        raise InputError(f"task {delta.task!r}", what, got=ranges[odd].shift, fix=fix)
+    for layer in () if graph.coded_maps else graph.layers:
         if ranges[layer.reads].shift and (layer.padded or scaled_by_norm(layer)):
             what = f"{layer.reads} is read with zeros around it or behind a layer norm, and can have no shift"
             raise InputError(f"task {delta.task!r}", what, got=ranges[layer.reads].shift, fix=fix)
@@ -214,8 +224,8 @@ def unit_slots(graph: Int8Graph, slots: Slots) -> dict[str, NpArray]:
     made = {name: slots.values[name] for name in (*graph.vectors, *slots.branches)}
     for layer in (each for each in graph.layers if each.reads in slots.ranges):
         of, values = slots.ranges[layer.reads], slots.values
-        made[f"{layer.name}.steps"] = _spread(layer, values[f"{layer.name}.steps"] * np.float32(of.scale))
-        made[f"{layer.name}.shifted"] = _spread(layer, values[f"{layer.name}.shifted"])
+        made[f"{layer.name}.steps"] = spread(layer, values[f"{layer.name}.steps"] * np.float32(of.scale))
+        made[f"{layer.name}.shifted"] = spread(layer, values[f"{layer.name}.shifted"])
         if scaled_by_norm(layer):
             norm = layer.norm or ("", "")
             made |= {name: values[name] / np.float32(of.scale) for name in norm}
@@ -231,7 +241,8 @@ def scaled_by_norm(layer: Int8Layer) -> bool:
     return layer.norm is not None and layer.kind == "linear"
 
 
-def _spread(layer: Int8Layer, values: NpArray) -> NpArray:
+def spread(layer: Int8Layer, values: NpArray) -> NpArray:
+    """Numbers (out,) in a shape that multiplies what the layer puts out."""
     return values if layer.kind == "linear" else values.reshape(1, -1, 1, 1)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -19,7 +19,7 @@ from edgepet.calibration.mask_images import mask_calibration_images
 from edgepet.calibration.qdq import Int8Recipe
 from edgepet.calibration.search import Calibrated, Calibration
 from edgepet.calibration.slot_graphs import int8_graph
-from edgepet.deltas.codes import Range
+from edgepet.deltas.codes import LOW, Range
 from edgepet.deltas.delta import Delta, Int8Ranges
 from edgepet.deltas.merge import task_tensors
 from edgepet.device.answers import labels_of
@@ -32,7 +32,7 @@ from edgepet.exporters.onnx import build_model, simplified
 from edgepet.exporters.portable import make_plain
 from edgepet.files import folder_bytes
 from edgepet.graphs.base import BaseGraph
-from edgepet.graphs.int8 import Cut, Int8Graph
+from edgepet.graphs.int8 import CodedMap, Cut, Int8Graph
 from edgepet.images.folders import class_places
 from edgepet.measuring.latency import Candidate, measure
 from edgepet.measuring.machine import environment
@@ -43,7 +43,11 @@ if TYPE_CHECKING:
     from onnx import ModelProto
 
 Stage = Callable[[str], None]
-UNREAD = Range(scale=1.0)  # of what a head that reads an early map does not need
+UNREAD = {  # the range of what a head that reads an early map does not need, by its codes
+    "signed": Range(scale=1.0),
+    "shifted": Range(scale=1.0),
+    "unsigned": Range(scale=1.0, shift=-LOW),
+}
 AUTO_ROUNDS = 60  # enough to tell precisions apart, which differ by tenths
 AUTO_TIE = 1.05  # of the fastest
 
@@ -205,15 +209,20 @@ class Expressed:
     """A task against the int8 backbone that tasks share.
 
     ``delta`` has its ranges: behind ``trunk``, where there is one. ``model`` is the Q/DQ form of the same numbers, by
-    ``recipe``: what a runtime must answer.
+    ``recipe``: what ONNX Runtime must answer. ``ranges`` are those of all its tensors.
     ``calibration`` judges answers by the task in float.
     """
 
     delta: Delta
     trunk: Cut | None
     model: ModelProto
+    ranges: Mapping[str, Range]
     recipe: Int8Recipe
     calibration: Calibration
+
+    def model_for(self, runtime: str) -> ModelProto:
+        """``model`` as ``runtime`` computes it: of a ConvNet not all of them have codes in the same maps."""
+        return self.calibration.for_runtime(runtime).made(self.recipe, self.ranges).model
 
 
 def express(
@@ -242,18 +251,21 @@ def express(
         smooth={name: value for name, value in divisors.items() if value is not None},
         against=build_model(graph, task_tensors(base, delta), delta),
         held=held,
+        coded=codes.coded_maps,
     )  # fmt: skip
     recipe = recipe or calibration.choose()[0].recipe
+    kinds = {each.name: each.codes for each in codes.coded_maps}
     stored = {name: of.stored for name, of in calibration.made(recipe).ranges.items()}
     ranges = Int8Ranges(
         codes=codes.codes_sha256,
-        ranges=tuple(stored.get(name, UNREAD) for name in codes.reads[before:]),
+        ranges=tuple(stored.get(name, UNREAD[kinds.get(name, "signed")]) for name in codes.reads[before:]),
         trunk=None if trunk is None else codes.ranges_sha256,
     )
     return Expressed(
         delta=replace(delta, int8=ranges),
         trunk=trunk,
         model=calibration.made(recipe, stored).model,
+        ranges=stored,
         recipe=recipe,
         calibration=calibration,
     )
@@ -313,9 +325,12 @@ def _calibration(
     delta: Delta, graph: BaseGraph, images: CalibrationImages, proto: ModelProto, *,
     weights: frozenset[str] | None = None, smooth: Mapping[str, NpArray] | None = None,
     against: ModelProto | None = None, held: Mapping[str, Range] = MappingProxyType({}),
+    coded: Sequence[CodedMap] = (),
 ) -> Calibration:  # fmt: skip
     places = class_places(labels_of(delta))
     order = np.array([places[name] for name in images.measured.classes])
     weights = frozenset(graph.base.tensors) if weights is None else weights
     where = f"task {delta.task!r}"
-    return Calibration(proto, weights, images, order, where=where, smooth=smooth, against=against, held=held)
+    return Calibration(
+        proto, weights, images, order, where=where, smooth=smooth, against=against, held=held, coded=coded
+    )

@@ -57,7 +57,7 @@ def run_shared(expressed: Expressed, graph: Int8Graph, runtime: str, chosen: Cal
             return np.concatenate([network(batch) for batch in batches])
 
         held = chosen.held_out_images
-        expected = answers(expressed.model, held)
+        expected = answers(expressed.model_for(runtime), held)
         got = logits(held[start : start + BATCH] for start in range(0, len(held), BATCH))
         parity = compare(expected, got, stored=SAME_CODES, inputs="data", against="merged")
         require_parity(parity, f"{delta.task} on the int8 backbone, {runtime}")

@@ -2,8 +2,9 @@
 
 The files beside this script were made before the house was rearranged (ADR-0017) and are never made again: what is
 added to a format gets files of its own. Packs were written anew, with their numbers, when their format was final
-(ADR-0030); ``packs/before`` are three of those that they were. Weights and pixels come from integer formulas, so that
-no generator's stream and no library's sums are in them.
+(ADR-0030); ``packs/before`` are three of those that they were. ``tasks/maps`` are the graphs of the int8 backbone since
+maps have codes (ADR-0048); those in ``tasks/device`` are older, and are still read. Weights and pixels come from
+integer formulas, so that no generator's stream and no library's sums are in them.
 """
 
 from __future__ import annotations
