@@ -34,7 +34,7 @@ NEED_TORCH = {
     "edgepet.tuning.mask_losses", "edgepet.tuning.mask_training", "edgepet.tuning.model", "edgepet.tuning.noise",
     "edgepet.tuning.optimizers",
     "edgepet.tuning.placing", "edgepet.tuning.processes", "edgepet.tuning.remembered", "edgepet.tuning.subspaces",
-    "edgepet.tuning.training",
+    "edgepet.tuning.training", "edgepet.tuning.words",
 }  # fmt: skip
 
 

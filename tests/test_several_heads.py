@@ -327,7 +327,7 @@ def test_a_classifier_beside_other_heads_is_not_run(trained: Any, place: Path, t
         ({"task": "boxes,class"}, "--task: is class or mask or boxes or labels, or several of the last three, got 'boxes,class'"),
         ({"task": "boxes,boxes"}, "--task: is class or mask or boxes or labels, or several of the last three, got 'boxes,boxes'"),
         ({"task": "boxes,labels"}, "--task boxes,labels: needs a head of fcos, pooled, got --head mlp"),
-        ({"head": "mlp+linear"}, "--task boxes,mask,labels: needs a head of linear, mlp, fcos, pooled, got --head linear"),
+        ({"head": "mlp+linear"}, "--task boxes,mask,labels: needs a head of linear, mlp, fcos, pooled, score, got --head linear"),
         ({"task-weights": "mask=0"}, "--task-weights: needs weights above 0 of mask, boxes, labels, as boxes=1,mask=0.5, got 'mask=0'"),
         ({"task": "boxes,mask", "task-weights": "labels=2"}, "--task boxes,mask: has no weight of what it is not asked for, got --task-weights labels"),
         ({"shots": 3}, "--task boxes,mask,labels: does not go with --shots, got 3\n  fix: leave --shots out"),
