@@ -338,6 +338,16 @@ def test_a_package_that_is_there_is_given() -> None:
         (["train", "DATA", "--head-lr", "0"], "--head-lr: must be above 0 and finite, got 0.0\n"),
         (["train", "DATA", "--weight-decay", "-1"], "--weight-decay: must be at least 0 and finite, got -1.0\n"),
         (["train", "DATA", "--patience", "0"], "--patience: must be at least 1, got 0\n"),
+        (
+            ["train", "DATA", "--text", "a.npy"],
+            "--task class: does not go with --text, got a.npy\n"
+            "  fix: leave --text out, or ask for what it is of, --task mask and others\n",
+        ),
+        (
+            ["train", "DATA", "--dice", "1"],
+            "--task class: does not go with --dice, got 1.0\n"
+            "  fix: leave --dice out, or ask for what it is of, --task mask and others\n",
+        ),
         (["train", "DATA", "--log", "paper"], "--log: knows csv, tensorboard, mlflow, wandb, got 'paper'\n"),
         (["export", "PACK", "-o", "OUT", "--to", "tflite"], "--to: knows onnx, openvino, tensorrt, got 'tflite'\n"),
         (["export", "PACK", "-o", "OUT", "--to", ""], "--to: knows onnx, openvino, tensorrt, got none of them\n"),

@@ -28,6 +28,7 @@ TASKS = ("class", "mask", "boxes", "labels")  # or several of the last three, wi
 PRECISIONS = ("auto", "fp32", "bf16")
 BACKBONE_PRECISIONS = ("fp32", "int8", "int4")
 CHECKPOINT_S = 30.0
+_OF_MAPS = ("head", "text", "dice", "task_weights")  # options of heads that read maps
 MOST_LR, MOST_SEED = 1e6, 2**63  # no step is of such a size, and torch takes no larger seed
 
 
@@ -150,6 +151,19 @@ class TrainOptions:
         if self.memory is not None and self.memory < 0:
             raise InputError(option("memory"), "must be at least 0 bytes", got=self.memory)
         self._check_recipe()
+
+    def check_class(self) -> None:
+        """Refuse what says nothing of a class for the image.
+
+        Raises:
+            InputError: an option of heads that read maps.
+        """
+        usual = TrainOptions()
+        for field in _OF_MAPS:
+            value = getattr(self, field)
+            if value != getattr(usual, field):
+                fix = f"leave {option(field)} out, or ask for what it is of, {option('task', 'mask')} and others"
+                raise InputError(option("task", "class"), f"does not go with {option(field)}", got=value, fix=fix)
 
     def _check_recipe(self) -> None:
         if self.weight_decay is not None and not 0 <= self.weight_decay < math.inf:

@@ -101,6 +101,7 @@ def run(training: Training, processes: Processes) -> Made:
     method = training.method
     method = configure(method, options.settings or {}) if isinstance(method, str) else method
     check_asked(training)
+    options.check_class()
     require_differences(options.consistency, method)
     work = started_from(options.init)
     stage("load the backbone")
