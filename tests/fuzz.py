@@ -45,9 +45,9 @@ from tests.packs import deflate, header_bytes, manifest_of, tensors_of
 FORMATS = {"fp32": 32, "fp16": 16, "int8": 8, "int4": 4, "int2": 2, "int32": 32, "bits": 8}  # bits of a stored value
 PLAIN = {"F32": "fp32", "I32": "int32", "F16": "fp16", "U8": "bits"}  # in the order of a file
 PROBES = {
-    answer: (f"probe.{answer}", f"probe.{answer}.int8") for answer in ("class", "mask", "boxes")
+    answer: (f"probe.{answer}", f"probe.{answer}.int8") for answer in ("class", "mask", "boxes", "labels")
 }  # in fp32, in int8
-EXACT = ("int8.ranges", *PROBES["class"], *PROBES["mask"])  # planes that are not of the delta
+EXACT = ("int8.ranges", *(plane for planes in PROBES.values() for plane in planes))  # planes that are not of the delta
 MOST_TEXT, MOST_SECONDS = 2000, 2.0  # of a message, and of reading one of these packs, nearly all below 10 kB
 MOST_MEMORY = 2 << 30  # of a process; NumPy and its libraries take half a gigabyte of addresses
 
@@ -213,7 +213,9 @@ def meaning(data: bytes) -> dict[str, Any]:
         need(isinstance(value, dict) and depth(value) <= 8 and len(dumps(value)) <= 1 << 14, "too much provenance")
     need(0 <= whole(manifest["sequence"]) < 1 << 53, "a sequence number that JSON readers round")
     first = manifest["heads"][0]
-    probes = planes.probes(first["probe"], len(first["labels"]), first["answer"]) if "probe" in first else {}
+    probed = manifest["heads"][: 1 if first["answer"] == "class" else None]  # a classifier by itself, else all
+    classes = sum(len(each["labels"]) for each in probed)
+    probes = planes.probes(first["probe"], classes, first["answer"]) if "probe" in first else {}
     int8 = planes.ranges(manifest["int8"]) if "int8" in manifest else None
     planes.end()
     need(planes.tensors == whole(told["tensors"]), "another number of tensors than is said")
@@ -330,7 +332,8 @@ class Planes:
         need(len(others) <= 8 and len({"class", *names}) == len(names) + (not classes), "too many, or of one name")
         found = []
         for place, each in enumerate(others):
-            keys(each, "name answer labels layers val", "" if classes or place else "probe")
+            own = "thresholds" if each["answer"] == "labels" else ""
+            keys(each, f"name answer labels layers val {own}".strip(), "" if classes or place else "probe")
             labels = texts(each["labels"], 255)
             found.append(head_meaning(each, lambda *told: self.leaf(*told, 0, None), need, labels))
         return (*made, found)

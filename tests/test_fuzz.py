@@ -131,19 +131,22 @@ def with_heads() -> list[Delta]:
         ("map.1", "a", Point(weight, values(2, seed=3))), ("map.1", "b", Point(values(5, 2, seed=4))),
         ("a b", "found", Detect(values(1, seed=5), 8, 50)),
     )  # fmt: skip
+    labels = (("features", "logits", Point(weight, values(2, seed=6))),)
     heads = [
         JudgedHead(
             head=MapHead(
-                name=name, answer="boxes" if name == "boxes" else "mask", labels=("é", "b"),
+                name=name, answer=name if name in ("boxes", "labels") else "mask", labels=("é", "b"),  # type: ignore[arg-type]
+                thresholds=(0.25, 1.0) if name == "labels" else (),
                 steps=tuple(Step(layer=layer, reads=tuple(reads.split()), gives=gives) for reads, gives, layer in steps),
             ),
             value=0.5, n=8,
         )
-        for name, steps in (("mask", mixed), ("other-1", plain), ("boxes", boxes))
+        for name, steps in (("mask", mixed), ("other-1", plain), ("boxes", boxes), ("labels", labels))
     ]  # fmt: skip
     alone = {"head": NO_CLASSIFIER, "labels": (), "val": Score(top1=0.0, n=0)}
-    probe = Probe(7, values(2, 2, seed=3), 0.25)
+    probe, several = Probe(7, values(2, 2, seed=3), 0.25), Probe(7, values(2, 4, seed=3), 0.25)
     return [
+        tiny(heads=(heads[3],), probes={"fp32": probe}, **alone), tiny(heads=tuple(heads[2:]), probes={"fp32": several}, **alone),
         tiny(heads=tuple(heads)), tiny(heads=tuple(heads), **alone), tiny(heads=(heads[2],), probes={"fp32": probe}, **alone),
         tiny(heads=(heads[0],), probes={"fp32": probe, "int8": probe}, **alone),
     ]  # fmt: skip

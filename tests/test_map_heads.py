@@ -208,6 +208,7 @@ def dropped(number: int, key: str) -> Callable[[dict[str, Any], Any], object]:
     return lambda manifest, _: manifest["heads"][0]["layers"][number].pop(key)
 
 
+AP = {"metric": "map", "value": 0.5, "n": 8}
 MALFORMED: list[tuple[Callable[..., object], str]] = [
     (head(name="class-2", answer="class"), "pack.heads[0].name: needs one of class, got 'class-2'"),
     (head(answer="text"), "pack.heads[0].answer: needs one of class, mask, boxes, labels, got 'text'"),
@@ -237,6 +238,11 @@ MALFORMED: list[tuple[Callable[..., object], str]] = [
     (layer(3, factor=1 << 20), "pack.heads[0].layers[3].factor: needs at most 65536, got 1048576"),
     (layer(3, mode="cubic"), "pack.heads[0].layers[3].mode: needs one of bilinear, nearest, got 'cubic'"),
     (layer(5, name="tanh"), "pack.heads[0].layers[5].name: needs one of relu, gelu, sigmoid, got 'tanh'"),
+    (head(thresholds=[0.5, 0.5, 0.5]), "pack.heads[0]: knows no key 'thresholds'\n  fix: update edgepet if a newer version wrote this file"),
+    (head(answer="labels", val=AP), "pack.heads[0]: needs the key 'thresholds'"),
+    (head(answer="labels", thresholds=[0.5, 0.5], val=AP), "pack.heads[0].thresholds: needs 3 numbers, got [0.5, 0.5]"),
+    (head(answer="labels", thresholds=[0.5, 0.5, "a"], val=AP), "pack.heads[0].thresholds[2]: needs a finite number, got 'a'"),
+    (head(answer="labels", thresholds=[0.5, 0.5, 1.5], val=AP), "pack: what: needs 3 thresholds from 0 to 1, got 0.5, 0.5, 1.5"),
     (lambda m, t: m["heads"].extend(m["heads"] * 9), "pack.heads: needs at most 9 heads, got 10"),
     (lambda m, t: m["heads"].clear(), "pack.heads: needs one head, got 0"),
 ]  # fmt: skip
