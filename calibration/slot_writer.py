@@ -39,6 +39,7 @@ class SlotWriter:
         self._coded = set[str]()
 
     def model(self) -> ModelProto:
+        """The graph, whose tensors lie in the files of codes."""
         for place, node in enumerate(self._graph.nodes):
             if place in self._ends:
                 self._layer(*self._ends[place])

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import onnxruntime
-from onnx import numpy_helper
+from onnx import TensorProto, helper, numpy_helper
 
 from edgepet.calibration.coded_maps import MapForm, find_maps, quantize_maps
 from edgepet.calibration.layers import Graph, Layer, find_layers
@@ -22,6 +22,7 @@ from tests.tiny import random_images
 
 PLAIN = Int8Recipe()
 CALIBRATION, IMAGES = random_images(4, 32), random_images(9, 32)
+PICTURES = random_images(5, 16, 8)
 
 
 def run(model: Any, images: NpArray = IMAGES) -> NpArray:
@@ -75,3 +76,42 @@ def tensors(model: Any) -> dict[str, NpArray]:
 
 def of_type(model: Any, *operators: str) -> list[Any]:
     return [node for node in model.graph.node if node.op_type in operators]
+
+
+def residual(*, bound: float = 6.0, pad: bool = True, twice: bool = False) -> Any:
+    """images -> conv -> a bound -> pad, conv -> + what the bound let through -> ReLU -> conv -> means -> logits (n, 4).
+
+    With ``twice`` the sum is read before its ReLU too.
+    """
+    rng, made = np.random.default_rng(3), helper.make_node
+    values = {f"{n}.weight": rng.normal(0, 0.4, (4, i, 3, 3)) for n, i in (("a", 3), ("b", 4), ("c", 4))}
+    values |= {f"{n}.bias": rng.normal(0, 0.5, 4) for n in "abc"} | {"low": np.zeros(()), "high": np.array(bound)}
+    stored = {name: value.astype(np.float32) for name, value in values.items()}
+    stored |= {"pads": np.array([0, 0, 0, 1, 0, 0, 1, 1]), "axes": np.array([2, 3])}
+    nodes = [
+        made("Conv", ["images", "a.weight", "a.bias"], ["first"], pads=[1, 1, 1, 1]),
+        made("Clip", ["first", "low", "high"], ["bounded"]),
+        *([made("Pad", ["bounded", "pads"], ["wide"])] if pad else []),
+        made(
+            "Conv",
+            ["wide" if pad else "bounded", "b.weight", "b.bias"],
+            ["second"],
+            pads=[1, 0, 0, 0] if pad else [1] * 4,
+        ),
+        made("Add", ["second", "bounded"], ["sum"]),
+        made("Relu", ["sum"], ["positive"]),
+        made("Conv", ["positive", "c.weight", "c.bias"], ["other"], pads=[1, 1, 1, 1]),
+    ]
+    nodes.append(made("Add", ["other", "sum"], ["end"]) if twice else made("Identity", ["other"], ["end"]))
+    nodes.append(made("ReduceMean", ["end", "axes"], ["logits"], keepdims=0))
+    ports = [
+        helper.make_tensor_value_info(name, TensorProto.FLOAT, shape)
+        for name, shape in (("images", ["batch", 3, 8, 8]), ("logits", ["batch", 4]))
+    ]
+    initializers = [numpy_helper.from_array(value, name) for name, value in stored.items()]
+    graph = helper.make_graph(nodes, "residual", ports[:1], ports[1:], initializers)
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
+
+
+def made_by_hand(model: Any) -> Observed:
+    return Observed.of("residual", model, frozenset({"a.weight", "b.weight", "c.weight"}), PICTURES)

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import onnxruntime
 import pytest
-from onnx import TensorProto, helper, numpy_helper
+from onnx import helper, numpy_helper
 
 from edgepet.calibration.coded_maps import MAP_FORMS, find_maps, has_maps, zero_code
 from edgepet.calibration.qdq import Int8Recipe
@@ -21,13 +21,25 @@ from edgepet.device.runtimes import Format
 from edgepet.exporters.onnx import serialize
 from edgepet.spec import NpArray
 from tests.flow import Network, needs_openvino
-from tests.int8_graphs import CALIBRATION, IMAGES, PLAIN, Observed, apart, observed, of_type, producers, run, tensors
-from tests.tiny import random_images
+from tests.int8_graphs import (
+    CALIBRATION,
+    IMAGES,
+    PICTURES,
+    PLAIN,
+    Observed,
+    apart,
+    made_by_hand,
+    observed,
+    of_type,
+    producers,
+    residual,
+    run,
+    tensors,
+)
 
 LAYERS = {"test_resnet": 15, "test_efficientnet": 17}
 ORT, OPENVINO = MAP_FORMS["onnx"], MAP_FORMS["openvino"]
 FORMS = pytest.mark.parametrize("form", MAP_FORMS.values(), ids=list(MAP_FORMS))
-PICTURES = random_images(5, 16, 8)
 
 
 @pytest.fixture(scope="module", params=list(LAYERS))
@@ -160,45 +172,6 @@ def test_a_layer_that_is_kept_stays_as_it_was(network: Observed) -> None:
 
 
 # -------------------------------------------------------------------------------------------------------- made by hand
-
-
-def residual(*, bound: float = 6.0, pad: bool = True, twice: bool = False) -> Any:
-    """images -> conv -> a bound -> pad, conv -> + what the bound let through -> ReLU -> conv -> means -> logits (n, 4).
-
-    With ``twice`` the sum is read before its ReLU too.
-    """
-    rng, made = np.random.default_rng(3), helper.make_node
-    values = {f"{n}.weight": rng.normal(0, 0.4, (4, i, 3, 3)) for n, i in (("a", 3), ("b", 4), ("c", 4))}
-    values |= {f"{n}.bias": rng.normal(0, 0.5, 4) for n in "abc"} | {"low": np.zeros(()), "high": np.array(bound)}
-    stored = {name: value.astype(np.float32) for name, value in values.items()}
-    stored |= {"pads": np.array([0, 0, 0, 1, 0, 0, 1, 1]), "axes": np.array([2, 3])}
-    nodes = [
-        made("Conv", ["images", "a.weight", "a.bias"], ["first"], pads=[1, 1, 1, 1]),
-        made("Clip", ["first", "low", "high"], ["bounded"]),
-        *([made("Pad", ["bounded", "pads"], ["wide"])] if pad else []),
-        made(
-            "Conv",
-            ["wide" if pad else "bounded", "b.weight", "b.bias"],
-            ["second"],
-            pads=[1, 0, 0, 0] if pad else [1] * 4,
-        ),
-        made("Add", ["second", "bounded"], ["sum"]),
-        made("Relu", ["sum"], ["positive"]),
-        made("Conv", ["positive", "c.weight", "c.bias"], ["other"], pads=[1, 1, 1, 1]),
-    ]
-    nodes.append(made("Add", ["other", "sum"], ["end"]) if twice else made("Identity", ["other"], ["end"]))
-    nodes.append(made("ReduceMean", ["end", "axes"], ["logits"], keepdims=0))
-    ports = [
-        helper.make_tensor_value_info(name, TensorProto.FLOAT, shape)
-        for name, shape in (("images", ["batch", 3, 8, 8]), ("logits", ["batch", 4]))
-    ]
-    initializers = [numpy_helper.from_array(value, name) for name, value in stored.items()]
-    graph = helper.make_graph(nodes, "residual", ports[:1], ports[1:], initializers)
-    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
-
-
-def made_by_hand(model: Any) -> Observed:
-    return Observed.of("residual", model, frozenset({"a.weight", "b.weight", "c.weight"}), PICTURES)
 
 
 def bounds(found: Observed) -> Mapping[str, float]:

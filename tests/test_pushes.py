@@ -52,8 +52,12 @@ def graph_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[
 
 
 def slots_of(graph: Int8Graph, *updates: Targeted) -> Slots:
-    """Of a task whose ranges have no shift, so that what a layer adds is its folded bias."""
-    ranges = Int8Ranges(codes=graph.codes_sha256, ranges=tuple(Range(scale=0.5) for _ in graph.reads))
+    """Of a task whose ranges take no constant off, so that what a layer adds is its folded bias."""
+    above = {each.name for each in graph.coded_maps if each.codes == "unsigned"}
+    ranges = Int8Ranges(
+        codes=graph.codes_sha256,
+        ranges=tuple(Range(scale=0.5, shift=64.0 if name in above else 0.0) for name in graph.reads),
+    )
     delta: Delta = make_delta(updates, fingerprint=graph.fingerprint, int8=ranges)
     return task_slots(graph, delta)
 

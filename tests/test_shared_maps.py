@@ -36,8 +36,8 @@ from edgepet.methods import SSF
 from edgepet.proving.precision import Expressed, express
 from edgepet.spec import NpArray
 from tests.flow import Network, needs_openvino
+from tests.int8_graphs import made_by_hand, residual
 from tests.on_codes import IMAGES, apart, noise
-from tests.test_coded_maps import made_by_hand, residual
 
 GOLDEN = Path(__file__).parent / "golden" / "tasks"
 CONVOLUTIONS, POOLINGS = 15, 4
