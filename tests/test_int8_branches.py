@@ -29,8 +29,9 @@ from edgepet.exporters.trace import base_graph
 from edgepet.files import sha256_file
 from edgepet.graphs.base import BaseGraph, graph_folder
 from edgepet.graphs.int8 import CODES, SLOT_FORMS, Int8Graph, int8_at, open_int8
+from edgepet.graphs.map_slots import in_form
 from edgepet.graphs.parts import part_of
-from edgepet.graphs.slots import task_ranges, task_slots, unit_slots
+from edgepet.graphs.slots import task_ranges, task_slots
 from edgepet.measuring.parity import SAME_CODES
 from edgepet.methods import (
     MAM,
@@ -179,7 +180,7 @@ def test_a_branch_is_float_and_its_tensors_are_slots(example: Branched) -> None:
         coded = {node.input[0] for node in model.graph.node if node.op_type in ("QuantizeLinear", "DequantizeLinear")}
         assert coded.isdisjoint(named)
     slots = task_slots(example.graph, example.task().delta)
-    for values in (slots.values, unit_slots(example.graph, slots)):
+    for values in (in_form(example.graph, slots, runtime) for runtime in SLOT_FORMS):
         assert all(np.array_equal(values[name], tensor.astype(np.float32)) for name, tensor in named.items())
 
 
