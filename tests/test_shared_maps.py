@@ -27,7 +27,7 @@ from edgepet.device.runtime import SharedInt8
 from edgepet.device.store import Store
 from edgepet.errors import InputError
 from edgepet.graphs.base import graph_folder, open_graph
-from edgepet.graphs.int8 import CodedMap, Int8Graph, open_int8
+from edgepet.graphs.int8 import OTHER_RANGES, CodedMap, Int8Graph, open_int8
 from edgepet.graphs.map_slots import in_form
 from edgepet.graphs.onnx_file import port, read_onnx, shape_of_port, tensor_of
 from edgepet.graphs.parts import part_of
@@ -292,6 +292,11 @@ def test_a_host_makes_older_graphs_again_and_their_tasks_are_to_be_calibrated(tm
     assert (made.codes_sha256, len(made.coded_maps)) == (older.codes_sha256, 5)
     assert refusal(lambda: task_slots(made, delta)) == (
         f"task 'shapes': needs 5 activation ranges for the int8 backbone, got 4{FIX}"
+    )
+    assert delta.int8
+    newer = replace(delta, int8=replace(delta.int8, ranges=(*delta.int8.ranges, delta.int8.ranges[0])))
+    assert refusal(lambda: task_slots(older, newer)) == (
+        f"task 'shapes': needs 4 activation ranges for the int8 backbone, got 5\n  fix: {OTHER_RANGES}"
     )
 
 

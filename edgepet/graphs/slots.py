@@ -110,7 +110,9 @@ def task_ranges(graph: Int8Graph, delta: Delta) -> dict[str, Range]:
     if len(delta.int8.ranges) != len(graph.reads) - len(before):
         trunk = f", behind a trunk of {len(before)}" if before else ""
         what = f"needs {len(graph.reads) - len(before)} activation ranges for the int8 backbone{trunk}"
-        raise InputError(f"task {delta.task!r}", what, got=len(delta.int8.ranges), fix=fix)
+        newer = not graph.coded_maps and sum(layer.kind == "conv" for layer in graph.layers) > 1
+        more = newer and len(delta.int8.ranges) > len(graph.reads)  # those of maps, which the graph has no codes in
+        raise InputError(f"task {delta.task!r}", what, got=len(delta.int8.ranges), fix=OTHER_RANGES if more else fix)
     ranges = dict(zip(graph.reads, (*before, *delta.int8.ranges), strict=True))
     odd = next((each.name for each in graph.coded_maps if not each.fits(ranges[each.name])), None)
     if odd is not None:
