@@ -10,7 +10,7 @@ TESTS = $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 FAST_TESTS = $(TESTS) -m "not slow"
 COVERED = --cov --cov-report=term  # a fifth of their time
 
-.PHONY: demo test slow check fix bench bench-methods bench-trials bench-masks report clean
+.PHONY: demo test slow check fix bench bench-methods bench-trials bench-masks bench-boxes report clean
 
 demo: $(VENV)/.demo
 	$(BIN)/edgepet demo --dir demo
@@ -33,7 +33,7 @@ fix: $(VENV)/.test
 	$(BIN)/ruff format edgepet exporters calibration tests benchmarks
 
 # ARGS=--quick goes through all of both, with as little of everything as goes the whole way, and keeps no result.
-bench: $(VENV)/.bench $(if $(findstring --quick,$(ARGS)),bench-methods bench-trials bench-masks)
+bench: $(VENV)/.bench $(if $(findstring --quick,$(ARGS)),bench-methods bench-trials bench-masks bench-boxes)
 	$(BIN)/python benchmarks/latency.py $(ARGS)
 	$(BIN)/python benchmarks/export.py $(ARGS)
 	$(BIN)/python benchmarks/training.py $(ARGS)
@@ -66,6 +66,10 @@ bench-masks: $(VENV)/.bench
 	$(BIN)/python benchmarks/masks.py $(ARGS)
 	$(BIN)/python benchmarks/report.py $(ARGS)
 
+bench-boxes: $(VENV)/.bench
+	$(BIN)/python benchmarks/boxes.py $(ARGS)
+	$(BIN)/python benchmarks/report.py $(ARGS)
+
 report: $(VENV)/.test
 	$(BIN)/edgepet report benchmarks/results -o report.html
 
@@ -90,4 +94,5 @@ $(VENV)/.slow: pyproject.toml | $(BIN)/python
 
 $(VENV)/.bench: pyproject.toml | $(BIN)/python
 	$(BIN)/python -m pip install --disable-pip-version-check --quiet --editable '.[$(TEST_EXTRAS),bench]'
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet --no-deps deepforest==2.1.0  # photographs: no code of it is run
 	touch $@ $(VENV)/.test $(VENV)/.demo

@@ -11,6 +11,7 @@ import argparse
 import json
 from typing import Any
 
+from boxes import box_tables
 from fastest import fastest_table
 from harness import HERE, RESULTS, TABLES, asked, parser_of, source
 from masks import mask_table
@@ -24,8 +25,8 @@ from edgepet.reports.tables import Column, Table, format_bytes, format_number, f
 
 GUIDE = HERE.parent / "docs" / "guide"
 README = HERE.parent / "README.md"
-METHODS, INT8, PACKS, MASKS, DEVICE = (
-    GUIDE / f"{name}.md" for name in ("methods", "int8", "packs", "masks", "on-the-device")
+METHODS, INT8, PACKS, MASKS, BOXES, DEVICE = (
+    GUIDE / f"{name}.md" for name in ("methods", "int8", "packs", "masks", "boxes", "on-the-device")
 )
 FP32_LIMIT = 1e-4  # edgepet.measuring.parity.STORED["fp32"]
 HALF_LIMIT = 2e-2  # of the largest logit: edgepet.measuring.parity.STORED["fp16"]
@@ -48,6 +49,7 @@ def main() -> None:
         INT8: int8_tables(),
         PACKS: pack_tables(committed()),
         MASKS: mask_table(committed()),
+        BOXES: box_tables(committed()),
         DEVICE: "\n".join(filter(None, (store_table(committed()), serving_tables(committed())))),
     }
     for page, made in pages.items():

@@ -12,7 +12,7 @@ import os
 import shutil
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ from edgepet.measuring.machine import environment
 from edgepet.reports.progress import Progress
 from edgepet.samples.tasks import build_task
 from edgepet.samples.weights import WEIGHTS
+from edgepet.verbs.dense_answers import DenseScore
 
 TEST_CAP, FEW = 2000, 4  # test images of a task at most; images of a class in each split of a quick run
 MODULES = "modules.work"  # what a pretraining leaves
@@ -342,18 +343,23 @@ def train_pack(specification: Mapping[str, Any], folder: Path) -> dict[str, obje
     }
     if delta.heads:
         head = {"trainable_params": report.trainable_params, "head_params": report.head_params}
-        found |= head | {"val_miou": report.val.value, "val_n": report.val.n}
+        found |= head | {"val": {each.name: each.val.value for each in report.heads}, "val_n": report.val.n}
     else:
         found |= {"val_top1": delta.val.top1, "val_n": delta.val.n}
     if not specification["scored"]:
         return found
     if delta.heads:
         base_graph(backbone, delta.branches)
-        test: Any = evaluate(pack, data)
-        scores = {"miou": test.value, "low": test.low, "high": test.high, "pixels": test.pixels}
-        return found | {f"test_{name}": value for name, value in scores.items()} | {"test_n": test.n}
+        return found | {"test": head_scores(evaluate(pack, data), report.heads[0].name)}
     right = right_answers(backbone, delta, data)
     return found | {"test_top1": float(right.mean()), "test_n": len(right), "test_right": written(right)}
+
+
+def head_scores(test: Any, name: str) -> dict[str, dict[str, object]]:
+    """By head what ``eval`` says of each; that of one head says it of ``name``."""
+    heads, told = getattr(test, "heads", {name: test}), [each.name for each in fields(DenseScore)]
+    scores = {head: {key: getattr(each, key) for key in told} for head, each in heads.items()}
+    return {head: {key: value for key, value in each.items() if value is not None} for head, each in scores.items()}
 
 
 def images_of(specification: Mapping[str, Any], folder: Path) -> Path:

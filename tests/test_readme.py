@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import itertools
 import json
 import re
@@ -151,15 +152,16 @@ def test_the_tables_of_int8_are_the_committed_ones(monkeypatch: pytest.MonkeyPat
     assert shown == f"\n\n{report.int8_tables()}\n"
 
 
-def test_the_table_of_masks_is_the_committed_one(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("page", "made"), [("masks", "mask_table"), ("boxes", "box_tables")])
+def test_a_table_of_heads_is_the_committed_one(page: str, made: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     monkeypatch.delitem(sys.modules, "report", raising=False)
     import report
-    from masks import mask_table
 
-    shown = between((ROOT / "docs" / "guide" / "masks.md").read_text(), report.BEGIN, report.END)
+    table = getattr(importlib.import_module(page), made)
+    shown = between((ROOT / "docs" / "guide" / f"{page}.md").read_text(), report.BEGIN, report.END)
 
-    assert shown == f"\n\n{mask_table(report.committed())}\n"
+    assert shown == f"\n\n{table(report.committed())}\n"
 
 
 def int8_rows() -> list[dict[str, Any]]:
