@@ -115,12 +115,13 @@ BESIDE = "copy all files of the model again: its weights lie in one beside it"
 ABSENT = "name the folder of an exported model, with all of its files"
 LATER = "update onnxruntime here, or export the model again with an older `opset`"
 
-MALFORMED: dict[Callable[[Path], None], tuple[str, str]] = {  # and a part of what ONNX Runtime says of it, and the cure
+# And a part of what ONNX Runtime says of it, or, with a bar between, of what each Python makes of that; and the cure.
+MALFORMED: dict[Callable[[Path], None], tuple[str, str]] = {
     no_file: ("NO_SUCHFILE", ABSENT),
     empty: ("No graph was found in the protobuf.", AGAIN),
     half: ("Protobuf parsing failed.", AGAIN),
     another_file: ("Protobuf parsing failed.", AGAIN),
-    an_operator_that_is_no_text: ("'utf-8' codec can't decode byte 0xff", AGAIN),
+    an_operator_that_is_no_text: ("'utf-8' codec can't decode byte 0xff|InvalidGraph", AGAIN),
     unknown_operator: ("No Op registered for Nonsense", LATER),
     newer_opset: ("999", LATER),
     no_weights_file: ("gone.bin", BESIDE),
@@ -141,7 +142,7 @@ def test_a_model_that_onnx_runtime_does_not_read_is_refused(
     said, cure = MALFORMED[spoil]
     told = f"{path}: cannot be opened by ONNX Runtime, got {refused.value.got}\n  fix: {cure}"
     assert str(refused.value) == told
-    assert said in str(refused.value.got)
+    assert any(part in str(refused.value.got) for part in said.split("|"))
     assert len(told.splitlines()) == 2
     assert capfd.readouterr() == ("", "")  # the library would print and log the same
 
