@@ -28,7 +28,8 @@ from edgepet.reports.tables import Column, Table, format_names, markdown
 SLACK = {"ratio": 0.05, "top-1": 0.005}  # a part of the ratio; of 1
 HIGHER = ("training",)  # results whose ratios are the better the larger
 KIND = ("machine", "cpu", "cores", "cpu_features")  # of an environment: what times hold for
-NAMED = ("backbone", "model", "family", "task", "method", "runtime", "image_size")  # what tells rows of a list apart
+# What tells rows of a list apart.
+NAMED = ("backbone", "model", "family", "task", "method", "runtime", "image_size", "training")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
