@@ -18,7 +18,7 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
-from harness import asked, parser_of, source
+from harness import asked, parser_of, source, spread
 from trainings import Rows, Trained, Training, trained
 
 from edgepet.reports.tables import Column, Table, format_bytes, format_number, format_percent, markdown
@@ -132,8 +132,8 @@ def _numbers(rows: list[dict[str, Any]]) -> tuple[str, ...]:
         format_number(first["trainable_params"]),
         format_number(first["head_params"]),
         format_bytes(max(each["pack_bytes"] for each in rows)),
-        _spread([each["value"] for each in tests]),
-        _spread([each["map50"] for each in tests]),
+        spread([each["value"] for each in tests]),
+        spread([each["map50"] for each in tests]),
         f"{format_percent(low)} to {format_percent(high)}",
         str(len(rows)),
     )
@@ -150,11 +150,6 @@ def _together(rows: list[dict[str, Any]]) -> str:
     numbers = ("pack, fp16", "boxes, AP", "mask, mIoU", "labels, mean AP")
     columns = (Column("heads"), *(Column(name, right=True) for name in numbers))
     return markdown(Table(f"Heads of {SCENE} on one run, SSF, demo:{VIT} at {SIZES[VIT]} px", columns, shown))
-
-
-def _spread(found: list[float]) -> str:
-    mean = format_percent(float(np.mean(found)))
-    return mean if len(found) == 1 else f"{mean} ({format_percent(min(found))} to {format_percent(max(found))})"
 
 
 if __name__ == "__main__":

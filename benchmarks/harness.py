@@ -19,6 +19,7 @@ from typing import Any
 from edgepet.files import write_file
 from edgepet.measuring.machine import environment
 from edgepet.reports.as_json import to_json
+from edgepet.reports.tables import format_percent
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
@@ -104,6 +105,14 @@ def source(result: Mapping[str, Any]) -> str:
         f"{name} {here['versions'][name]}" for name in ("torch", "onnxruntime", "openvino") if name in here["versions"]
     )
     return f"`{result['command']}` on {here['cpu']} ({here['cores']} cores), {versions}, {here['date']}."
+
+
+def spread(found: Sequence[float]) -> str:
+    """Parts of 1 of several seeds: their mean, and the lowest and highest where there are several."""
+    if not found:
+        return ""
+    mean = format_percent(sum(found) / len(found))
+    return mean if len(found) == 1 else f"{mean} ({format_percent(min(found))} to {format_percent(max(found))})"
 
 
 # -------------------------------------------------------------------------------------------------------------- pages

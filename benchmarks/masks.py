@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from harness import Asked, asked, parser_of, source
+from harness import Asked, asked, parser_of, source, spread
 from trainings import FEW, Rows, Trained, Training, finished, images_of, measuring_job, pack_of, trained
 
 from edgepet.reports.tables import Column, Table, format_bytes, format_number, format_percent, markdown
@@ -177,16 +177,11 @@ def _numbers(rows: list[dict[str, Any]]) -> tuple[str, ...]:
         format_number(first["head_params"]),
         format_bytes(max(each["pack_bytes"] for each in rows)),
         format_bytes(max(each["coded_bytes"] for each in coded)) if coded else "",
-        _spread([each["test_miou"] for each in rows]),
+        spread([each["test_miou"] for each in rows]),
         f"{format_percent(low)} to {format_percent(high)}",
-        _spread([each["coded_test_miou"] for each in coded]) if coded else "",
+        spread([each["coded_test_miou"] for each in coded]) if coded else "",
         str(len(rows)),
     )
-
-
-def _spread(found: list[float]) -> str:
-    mean = format_percent(float(np.mean(found)))
-    return mean if len(found) == 1 else f"{mean} ({format_percent(min(found))} to {format_percent(max(found))})"
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from harness import source
+from harness import source, spread
 from judging import points_between, read
 
 from edgepet.reports.tables import Column, Table, format_bytes, format_percent, markdown
@@ -88,7 +88,7 @@ def _by_task(title: str, told: str, result: Mapping[str, Any], timed: Mapping[st
         speed = f"{speeds[name]:.0f}" if name in speeds else ""
         pack = format_bytes(max(row["pack_bytes"] for row in of))
         minutes = f"{float(np.median([row['seconds'] for row in of])) / 60:.0f}"
-        shown.append((name, *map(_spread, top1.values()), mean, pack, minutes, speed))
+        shown.append((name, *map(spread, top1.values()), mean, pack, minutes, speed))
     numbers = (*tasks, "mean", "largest pack", "minutes", "images/s")
     columns = (Column("method"), *(Column(name, right=True) for name in numbers))
     sources = " ".join(source(each) for each in (result, timed) if each)
@@ -102,7 +102,7 @@ def shots_table(result: Mapping[str, Any], timed: Mapping[str, Any] | None) -> s
     shown = []
     for task, name in sorted({(row["task"], _name(row)) for row in rows}):
         of = [row for row in rows if (row["task"], _name(row)) == (task, name)]
-        shown.append((task, name, *(_spread([row["test_top1"] for row in of if row["shots"] == n]) for n in shots)))
+        shown.append((task, name, *(spread([row["test_top1"] for row in of if row["shots"] == n]) for n in shots)))
     first = rows[0]
     title = f"Images of each class, {first['backbone']} at {first['image_size']} px"
     columns = (Column("task"), Column("method"), *(Column(str(n), right=True) for n in shots))
@@ -155,13 +155,6 @@ def _name(row: Mapping[str, Any]) -> str:
     settings = "".join(f", {key} {value}" for key, value in row["settings"].items())
     begun = f", begun on {', '.join(row['init'])}" if row.get("init") else ""
     return f"{row['method']}{' + PACE' if 'consistency' in row['options'] else ''}{settings}{begun}"
-
-
-def _spread(found: Sequence[float]) -> str:
-    if not found:
-        return ""
-    mean = format_percent(float(np.mean(found)))
-    return mean if len(found) == 1 else f"{mean} ({format_percent(min(found))} to {format_percent(max(found))})"
 
 
 def _left(result: Mapping[str, Any]) -> str:

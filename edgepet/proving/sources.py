@@ -48,19 +48,10 @@ class Opened:
         return tuple(given[place] for place in self.places) if self.places else (given[0],)
 
 
-class PackSource:
-    """A pack, on the graph that the cache holds for it, or on the network in torch.
+class Meant:
+    """What answers, by the first of its heads."""
 
-    Raises:
-        PackError, InputError: as ``read_pack``.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.pack: Pack = read_pack(path, answers=EVERY)
-        self.preprocess = self.pack.delta.preprocess
-        self._place: int | None = None
-        self.meanings = meanings_of(self.pack.delta)
+    meanings: tuple[Meaning, ...]
 
     @property
     def meaning(self) -> Meaning:
@@ -76,6 +67,21 @@ class PackSource:
     def labels(self) -> tuple[str, ...]:
         """That head's labels."""
         return self.meaning.labels
+
+
+class PackSource(Meant):
+    """A pack, on the graph that the cache holds for it, or on the network in torch.
+
+    Raises:
+        PackError, InputError: as ``read_pack``.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.pack: Pack = read_pack(path, answers=EVERY)
+        self.preprocess = self.pack.delta.preprocess
+        self._place: int | None = None
+        self.meanings = meanings_of(self.pack.delta)
 
     def of_head(self, place: int) -> PackSource:
         """The same with one of its heads alone."""
@@ -182,7 +188,7 @@ class PackSource:
         return Candidate(model=self.path.name, runtime=name, precision=precision, mode=mode, open=opener, device=device)
 
 
-class ArtifactSource:
+class ArtifactSource(Meant):
     """An exported model's folder, on the runtime of its format.
 
     Raises:
@@ -196,21 +202,6 @@ class ArtifactSource:
         self.meanings = tuple(each.meaning for each in self.artifact.heads)
         self.preprocess: Preprocess = self.artifact.preprocess
         self._row = FORMATS[self.artifact.format]
-
-    @property
-    def meaning(self) -> Meaning:
-        """What its first head answers."""
-        return self.meanings[0]
-
-    @property
-    def answer(self) -> Literal["class"] | Answer:
-        """What kind of answer that is."""
-        return self.meaning.answer
-
-    @property
-    def labels(self) -> tuple[str, ...]:
-        """That head's labels."""
-        return self.meaning.labels
 
     def of_head(self, place: int) -> ArtifactSource:
         """The same with one of its heads alone."""
