@@ -79,7 +79,7 @@ def top1(pack: Path, data: Path, plan: Plan) -> tuple[float, float]:
     }
     chosen = calibration_images(data, delta.labels, delta.preprocess, count=plan.calib_images)
     rounded = calibration_of(subject, chosen, model, smooth=smooth).made(Int8Recipe(bits=BITS)).model
-    exact, coarse = (float((answers(m, images).argmax(axis=1) == labels).mean()) for m in (model, rounded))
+    exact, coarse = (float((answers(m, images)[0].argmax(axis=1) == labels).mean()) for m in (model, rounded))
     return exact, coarse
 
 

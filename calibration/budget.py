@@ -4,22 +4,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 
-from edgepet.deltas.heads import mask_of
 from edgepet.device.onnxruntime import open_model
 from edgepet.errors import CheckError, InputError, option
 from edgepet.graphs.base import INPUT
 from edgepet.images.batches import in_batches
-from edgepet.measuring.overlap import confusion, overlap_lost
 from edgepet.measuring.parity import INTERVAL_Z, by_place
 from edgepet.spec import NpArray
 
 if TYPE_CHECKING:
     from onnx import ModelProto
+
+Answers: TypeAlias = tuple[NpArray, ...]  # what each head of a model gives for the same images, in their order
 
 BATCH = 16
 MOST_NAMED = 12  # layers in a message
@@ -29,8 +29,9 @@ MOST_NAMED = 12  # layers in a message
 class Drop:
     """What ``n`` images lose from float to int8.
 
-    ``points`` of top-1, of masks of mIoU, negative for a gain, with the 95 % interval of a paired difference; ``kl`` is
-    the mean Kullback-Leibler divergence of the answers' distributions, in nats.
+    ``points`` of ``metric``, top-1, of masks mIoU, of boxes and labels AP, negative for a gain, with the 95 % interval
+    of a paired difference; ``kl`` is the mean Kullback-Leibler divergence of the answers' distributions, in nats, of
+    boxes how far they are apart, 0..1.
     """
 
     points: float
@@ -38,6 +39,12 @@ class Drop:
     high: float
     kl: float
     n: int
+    metric: str = "top1"
+
+    @property
+    def shown(self) -> list[str]:
+        """The names of what JSON has: ``metric`` where it is not top-1."""
+        return [each.name for each in fields(self) if each.name != "metric" or self.metric != "top1"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,21 +75,6 @@ def drop_between(before: NpArray, after: NpArray, labels: NpArray) -> Drop:
     )
 
 
-def mask_drop(before: NpArray, after: NpArray, truths: NpArray) -> Drop:
-    """``drop_between`` of masks: logits (n, C, h, w) of the same images, whose masks are ``truths`` (n, height, width).
-
-    Pixels that are 255 there are not counted; ``kl`` is of the places of the logits.
-    """
-    classes, size = before.shape[1], (truths.shape[1], truths.shape[2])
-    matrices = [
-        [confusion(mask_of(logits[None], size)[0], truth, classes) for logits, truth in zip(given, truths, strict=True)]
-        for given in (before, after)
-    ]
-    lost, low, high = overlap_lost(*matrices)
-    apart = divergence(before, after)
-    return Drop(points=100 * lost, low=100 * low, high=100 * high, kl=apart, n=len(truths))
-
-
 def divergence(before: NpArray, after: NpArray) -> float:
     """Mean Kullback-Leibler divergence of softmax(``after``) from softmax(``before``), in nats.
 
@@ -100,16 +92,20 @@ def _log_softmax(logits: NpArray) -> NpArray:
     return log
 
 
-def answers(model: ModelProto, images: NpArray) -> NpArray:
-    """Logits (n, C) of an ``onnx.ModelProto`` in ONNX Runtime, for preprocessed float32 ``images`` (n, 3, H, W)."""
-    return answers_of(model, in_batches(images, BATCH))
+def answers(model: ModelProto, images: NpArray, outputs: Sequence[str] = ()) -> Answers:
+    """What an ``onnx.ModelProto`` gives in ONNX Runtime for preprocessed float32 ``images`` (n, 3, H, W).
+
+    ``outputs`` are asked for, without them the first one.
+    """
+    return answers_of(model, in_batches(images, BATCH), outputs)
 
 
-def answers_of(model: ModelProto, batches: Iterable[NpArray]) -> NpArray:
+def answers_of(model: ModelProto, batches: Iterable[NpArray], outputs: Sequence[str] = ()) -> Answers:
     """``answers`` to images that come in batches, of which one is held at a time."""
     session = open_model(model)
-    logits: NpArray = np.concatenate([session.run(None, {INPUT: batch})[0] for batch in batches])
-    return logits
+    asked = list(outputs) or None
+    rows = [session.run(asked, {INPUT: batch})[: len(outputs) or 1] for batch in batches]
+    return tuple(np.concatenate(each) for each in zip(*rows, strict=True))
 
 
 def require_resolution(budget: float, n: int) -> None:

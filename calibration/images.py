@@ -16,7 +16,7 @@ from typing import Literal, TypeAlias
 
 import numpy as np
 
-from edgepet.calibration.budget import Drop, drop_between
+from edgepet.calibration.budget import Answers, Drop, divergence, drop_between
 from edgepet.errors import InputError
 from edgepet.files import sha256_file
 from edgepet.images.folders import class_places, folders_in, split_folders, split_of
@@ -95,14 +95,18 @@ class CalibrationImages:
             "files": dict(self.digests),
         }
 
-    def lost(self, part: Part, before: NpArray, after: NpArray, order: NpArray) -> Drop:
-        """What logits ``after`` of all images of a part lose of those ``before``, both (n, C).
+    def apart(self, before: Answers, after: Answers) -> float:
+        """How far a model's answers to the same images are apart: what recipes are chosen by."""
+        return divergence(before[0], after[0])
+
+    def lost(self, part: Part, before: Answers, after: Answers, order: NpArray) -> Drop:
+        """What answers ``after`` to all images of a part lose of those ``before``: logits (n, C), of one head.
 
         Args:
             order: the model's class for each class of ``images``, integers (C,).
         """
         images = self.judged if part == "judged" else self.held_out
-        return drop_between(before, after, order[np.asarray(images.labels)])
+        return drop_between(before[0], after[0], order[np.asarray(images.labels)])
 
     def _count(self, label: int) -> int:
         return self.measured.labels.count(label) + self.held_out.labels.count(label)

@@ -12,11 +12,11 @@ import numpy as np
 
 from edgepet.calibration.budget import (
     BATCH,
+    Answers,
     Drop,
     LayerDrop,
     answers,
     answers_of,
-    divergence,
     require_resolution,
     within_budget,
 )
@@ -32,6 +32,7 @@ from edgepet.deltas.codes import Range
 from edgepet.device.runtimes import DEFAULT, Format
 from edgepet.errors import InputError
 from edgepet.graphs.int8 import CodedMap
+from edgepet.reports.as_json import to_json
 from edgepet.spec import NpArray
 
 if TYPE_CHECKING:
@@ -71,7 +72,7 @@ class Calibrated:
         return {
             "recipe": {**asdict(self.recipe), "keep": list(self.recipe.keep)},
             "tried": [{"recipe": {**asdict(t.recipe), "keep": []}, "kl": t.kl} for t in self.tried],
-            "drop": asdict(self.drop),
+            "drop": to_json(self.drop),
         }
 
 
@@ -84,12 +85,13 @@ class Calibration:
     def __init__(
         self, model: ModelProto, weights: Collection[str], images: CalibrationImages, order: NpArray, *, where: str,
         smooth: Mapping[str, NpArray] | None = None, against: ModelProto | None = None,
-        held: Mapping[str, Range] = MappingProxyType({}), coded: Sequence[CodedMap] = (),
+        held: Mapping[str, Range] = MappingProxyType({}), coded: Sequence[CodedMap] = (), outputs: Sequence[str] = (),
     ) -> None:  # fmt: skip
         """Fold the model, find its layers, and run both sets of images through it.
 
         Args:
-            model: in fp32; it puts out logits, and its weights are inside.
+            model: in fp32, with its weights inside.
+            outputs: names of what its heads answer; of one head the first output.
             weights: names of the initializers whose layers may become int8.
             order: the model's class for each class of ``images``, integers (C,).
             smooth: fixed divisors behind layer norms, by the tensor: then no strength is tried, and biases stay.
@@ -100,7 +102,7 @@ class Calibration:
         Raises:
             InputError: a weight or an activation is not finite, no layer is one for int8, or an image is unreadable.
         """
-        self._where, self._images, self._order = where, images, order
+        self._where, self._images, self._order, self._outputs = where, images, order, outputs
         _require_finite(model, where)
         self._model = folded(model)
         self._graph = Graph(self._model)
@@ -113,8 +115,8 @@ class Calibration:
         maps = self._maps.axes if self._has_maps else {}
         self._seen = observe(self._model, self.layers, images.images, where=where, also=maps)
         self._held, self._smooth, self._float = held, smooth, self._model if against is None else against
-        self._held_out = answers(self._float, images.held_out_images)
-        self._judged: NpArray | None = None
+        self._held_out = self._answers(self._float)
+        self._judged: Answers | None = None
 
     def for_runtime(self, name: str) -> Calibration:
         """The same, making the graph of the backbone that tasks share as this runtime computes it."""
@@ -156,29 +158,31 @@ class Calibration:
         for candidates in searched:
             for recipe in candidates(best):
                 if recipe not in tried:
-                    tried[recipe] = divergence(
-                        self._held_out, answers(self.made(recipe).model, self._images.held_out_images)
-                    )
+                    tried[recipe] = self._images.apart(self._held_out, self._answers(self.made(recipe).model))
             best = min(tried, key=lambda recipe: tried[recipe])
         return tuple(Tried(recipe=recipe, kl=kl) for recipe, kl in sorted(tried.items(), key=lambda item: item[1]))
 
     def judge(self, int8: Int8) -> Drop:
         """What ``int8`` loses on all of train and val."""
-        return self.judged(lambda batches: answers_of(int8.model, batches))
+        return self.judged(lambda batches: answers_of(int8.model, batches, self._outputs))
 
-    def judged(self, network: Callable[[Iterable[NpArray]], NpArray]) -> Drop:
-        """What ``network``, batches of images to logits, loses on all of train and val."""
+    def judged(self, network: Callable[[Iterable[NpArray]], Answers]) -> Drop:
+        """What ``network``, batches of images to what each head answers, loses on all of train and val."""
         images = self._images
         if self._judged is None:
-            self._judged = answers_of(self._float, images.judged_batches(BATCH))
+            self._judged = answers_of(self._float, images.judged_batches(BATCH), self._outputs)
         return images.lost("judged", self._judged, network(images.judged_batches(BATCH)), self._order)
+
+    def _answers(self, model: ModelProto) -> Answers:
+        """To the held-out images."""
+        return answers(model, self._images.held_out_images, self._outputs)
 
     def sensitivity(self, recipe: Int8Recipe) -> tuple[LayerDrop, ...]:
         """Every layer alone in int8, on the held-out images; that of the largest divergence first."""
         found = []
         for layer in self.layers:
             others = tuple(other.name for other in self.layers if other is not layer)
-            got = answers(self.made(replace(recipe, keep=others)).model, self._images.held_out_images)
+            got = self._answers(self.made(replace(recipe, keep=others)).model)
             drop = self._images.lost("held_out", self._held_out, got, self._order)
             found.append(LayerDrop(name=layer.name, drop=drop.points, kl=drop.kl))
         return tuple(sorted(found, key=lambda layer: -layer.kl))
@@ -190,7 +194,7 @@ class Calibration:
             InputError: a budget finer than the images show, or not between 0 and 100.
             CheckError: half of the layers in float do not hold it.
         """
-        if max_drop is not None and self._held_out.ndim == 2:  # of masks pixels count, not images
+        if max_drop is not None and not self._outputs:  # of masks pixels count, not images, and of boxes objects
             require_resolution(max_drop, len(self._images.judged))
         stage("choose an int8 recipe")
         tried = self.choose()

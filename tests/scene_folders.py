@@ -14,11 +14,12 @@ MASKED = ("ground", *CATEGORIES)
 SPLITS = {"train": 12, "val": 6, "test": 4}
 
 
-def scene_folder(folder: Path, *, size: tuple[int, int] = (64, 64)) -> Path:
+def scene_folder(folder: Path, *, size: tuple[int, int] = (64, 64), train: int = SPLITS["train"]) -> Path:
     """images/, COCO's annotations/, index masks in masks/ with classes.txt, and labels/SPLIT.csv."""
-    coco_folder(folder, **SPLITS, size=size)
+    splits = SPLITS | {"train": train}
+    coco_folder(folder, **splits, size=size)
     (folder / "labels").mkdir()
-    for number, (split, count) in enumerate(SPLITS.items()):
+    for number, (split, count) in enumerate(splits.items()):
         with (folder / f"labels/{split}.csv").open("w", newline="") as file:
             rows = csv.writer(file)
             rows.writerow(["image", *MASKED])

@@ -18,12 +18,12 @@ pytest.importorskip("faster_coco_eval", reason="the package faster-coco-eval is 
 @pytest.mark.slow
 def test_the_guide_of_boxes_is_what_happens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    coco_folder(tmp_path / "DATA", train=24, val=6, test=4, size=(48, 64))
+    coco_folder(tmp_path / "DATA", train=36, val=6, test=4, size=(48, 64))
 
     ran, printed = walked(
         GUIDE, picture(7, (50, 60))[0], few=FEW, program=lambda text: text + "print(len(answer.boxes) > 0)"
     )
 
     assert printed.splitlines()[-1] == "True"
-    assert ran == ["train", "eval", "predict", *["device"] * 3, "export", "verify"]
+    assert ran == ["train", "eval", "predict", *["device"] * 3, *["export"] * 2, "verify", "calibrate", "device"]
     assert Path("seen/field.png").is_file()

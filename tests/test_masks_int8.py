@@ -17,10 +17,11 @@ import pytest
 import timm
 
 import edgepet
-from edgepet.calibration.budget import divergence, drop_between, mask_drop
-from edgepet.calibration.mask_images import mask_calibration_images
+from edgepet.calibration.budget import divergence, drop_between
+from edgepet.calibration.head_drops import mask_drop
+from edgepet.calibration.head_images import head_calibration_images
 from edgepet.canonical import canonical_json
-from edgepet.deltas.heads import mask_of
+from edgepet.deltas.heads import Meaning, mask_of
 from edgepet.device.artifact import open_artifact, read_artifact
 from edgepet.device.runtime import SharedInt8
 from edgepet.device.store import Store
@@ -43,6 +44,7 @@ from tests.mask_folders import index_folder
 from tests.mask_packs import LABELS, mask_backbone, mask_delta, mask_pack
 from tests.tiny import seeded
 
+MASKS = Meaning(name="mask", answer="mask", labels=LABELS)
 FORMATS = ("onnx", *(["openvino"] if has_openvino else []))
 
 
@@ -116,16 +118,16 @@ def test_what_masks_lose_is_the_difference_of_their_miou() -> None:
 
 
 def test_calibration_images_of_masks_are_drawn_and_written_down(data: Path) -> None:
-    made = mask_calibration_images(data, LABELS, Preprocess(image_size=(32, 32)), count=34)
+    made = head_calibration_images(data, [MASKS], Preprocess(image_size=(32, 32)), count=34)
     facts: Any = made.facts
 
     assert (len(made.measured), len(made.held_out), len(made.judged)) == (26, 8, 42)
     assert (facts["images"], facts["per_class"]) == (34, {})
     assert set(made.digests) <= {f"images/train/{n:03}.png" for n in range(36)}
     assert {path.name for path in made.held_out.paths}.isdisjoint(path.name for path in made.measured.paths)
-    assert made.held_out_masks.paths == made.held_out.paths
+    assert made.heads[0].held_out.paths == made.held_out.paths
     assert (
-        made.judged_masks.paths
+        made.heads[0].judged.paths
         == made.judged.paths
         == (*open_masks(data, "train").paths, *open_masks(data, "val").paths)
     )
@@ -134,7 +136,7 @@ def test_calibration_images_of_masks_are_drawn_and_written_down(data: Path) -> N
 @pytest.mark.parametrize(
     ("change", "told"),
     [
-        (lambda folder: (folder / "classes.txt").write_text("a\nb\nc\n"), "needs the 3 classes of the task in their order, red, green, blue, got a, b, c"),
+        (lambda folder: (folder / "classes.txt").write_text("a\nb\nc\n"), "needs the 3 classes of mask in their order, red, green, blue, got a, b, c"),
         (lambda folder: [path.unlink() for path in sorted(folder.glob("*/train/*"))[::2]], "needs at least 32 different images to calibrate on, got 18 in 18 files"),
         (
             lambda folder: (folder / "images/test/000.png").write_bytes((folder / "images/train/001.png").read_bytes()),
@@ -150,7 +152,7 @@ def test_calibration_images_of_masks_that_cannot_be_used_are_refused(
     change(folder)
 
     with pytest.raises(InputError) as error:
-        mask_calibration_images(folder, LABELS, Preprocess(image_size=(32, 32)))
+        head_calibration_images(folder, [MASKS], Preprocess(image_size=(32, 32)))
     assert told.format(folder=folder) in str(error.value)
 
 
@@ -184,6 +186,7 @@ def shared(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("runtime", RUNTIMES)
 @pytest.mark.parametrize("task", ["ssf", "lora", "early"])
 def test_a_task_of_masks_runs_on_the_codes_that_all_share(task: str, runtime: str, shared: Path, data: Path) -> None:
@@ -200,6 +203,7 @@ def test_a_task_of_masks_runs_on_the_codes_that_all_share(task: str, runtime: st
     assert (mask_of(got, (64, 64)) == mask_of(expected, (64, 64))).mean() >= 0.9
 
 
+@pytest.mark.slow
 def test_tasks_of_masks_share_one_network_of_codes(shared: Path) -> None:
     graph = open_int8(mask_backbone(shared).fingerprint, mask_backbone(shared).preprocess)
     deltas = {task: read_pack(shared / f"{task}8.pet", answers=EVERY).delta for task in ("ssf", "early")}
@@ -237,6 +241,7 @@ def test_a_task_of_masks_with_branches_runs_on_the_same_codes(data: Path, tmp_pa
         assert (mask_of(got, (64, 64)) == mask_of(expected, (64, 64))).mean() >= 0.9
 
 
+@pytest.mark.slow
 def test_a_store_whose_int8_backbone_has_no_maps_takes_them(shared: Path, tmp_path: Path) -> None:
     whole = open_int8(mask_backbone(shared).fingerprint, mask_backbone(shared).preprocess)
     folder = tmp_path / "source/backbones" / whole.folder.name

@@ -62,6 +62,11 @@ def scope_of(heads: Sequence[MapHead], head: MapHead) -> str:
     return "" if len(heads) == 1 else f"{head.name}."
 
 
+def answer_names(heads: Sequence[MapHead]) -> tuple[str, ...]:
+    """What the answer of each of ``heads`` is called among a model's outputs; no names of a classifier, its one."""
+    return tuple(scope_of(heads, head) + OUTPUTS[head.answer][0] for head in heads)
+
+
 def head_file(heads: Sequence[MapHead], maps: Sequence[Map], width: int) -> OnnxFile:
     """``heads`` as a model of their own, float32: maps and features by name to what each gives first, in their order.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Literal, TypeAlias, cast
+from typing import Literal, TypeAlias
 
 import numpy as np
 
@@ -92,7 +92,8 @@ FAINT = 0.05  # the score of boxes that are guesses, of which nothing is asked
 BOXES: dict[StoredPrecision, Match] = {
     "fp32": Match(iou=0.99, sides=0.01, score=1e-3, least=0.999),
     "fp16": Match(iou=0.95, sides=0.1, score=1e-2, least=0.99),
-}  # int8 of boxes is judged by AP alone
+    "int8": Match(iou=0.5, sides=2.0, score=0.25, least=0.8),  # what it costs is judged by AP, on many more images
+}
 MASKS: dict[StoredPrecision, float] = {"fp32": 0.999, "fp16": 0.99, "int8": 0.9}  # labels of places that must stay
 STORED: dict[StoredPrecision, Limit] = {
     "fp32": Limit(relative=1e-4),
@@ -156,6 +157,7 @@ class Parity:
 # what it was trained on, a network may amplify that at will: a barely tuned EfficientNet-Lite0 gives noise logits of
 # 10,000, and ONNX Runtime differs from itself without optimisations by half of the largest. So half of the images.
 SAME_CODES = Limit(relative=0.1, images=0.5)
+SAME_BOXES = Match(iou=0.5, sides=2.0, score=0.1, least=0.9)  # of the same codes
 
 
 def compare(
@@ -169,7 +171,8 @@ def compare(
     said as answers must elsewhere.
     """
     if expected.ndim == 3:
-        return compare_boxes(expected, got, stored=cast(StoredPrecision, stored), inputs=inputs, against=against)
+        match = SAME_BOXES if isinstance(stored, Limit) else BOXES[stored]
+        return compare_boxes(expected, got, match=match, inputs=inputs, against=against)
     limit, places = stored if isinstance(stored, Limit) else STORED[stored], expected.ndim == 4
     if places:
         least = limit.top1_agreement if isinstance(stored, Limit) else MASKS[stored]
@@ -207,15 +210,13 @@ def _logit(score: float) -> float:
     return math.log(score / (1 - score))
 
 
-def compare_boxes(
-    expected: NpArray, got: NpArray, *, stored: StoredPrecision, inputs: Inputs, against: Against
-) -> Parity:
-    """Judge boxes ``got`` by ``expected``, both (n, m, 6), by matching: equal scores come in any order.
+def compare_boxes(expected: NpArray, got: NpArray, *, match: Match, inputs: Inputs, against: Against) -> Parity:
+    """Judge boxes ``got`` by ``expected``, both (n, m, 6), as ``match`` allows: equal scores come in any order.
 
     Of each image the boxes above ``FAINT`` must have their like among all boxes of the other network, and the other way
     round. Where the least of m boxes is above ``FAINT``, those that are nearly the least may be left out by either.
     """
-    match, alike, total, apart = BOXES[stored], 0, 0, 0.0
+    alike, total, apart = 0, 0, 0.0
     for one, other in [(e, g) for pair in zip(expected, got, strict=True) for e, g in (pair, pair[::-1])]:
         least = max(FAINT, float(min(one[:, 4].min(), other[:, 4].min())) + match.score)
         there = one[(one[:, 4] > least) & (one[:, 2:4] > one[:, :2]).all(axis=1)]
@@ -229,7 +230,7 @@ def compare_boxes(
         apart = max(apart, float(nearest[same].max(initial=0.0)))
     finite = bool(np.isfinite(got).all())
     return Parity(
-        max_abs=apart if finite else math.inf, limit=match.score, top1_agreement=alike / max(1, total),
+        max_abs=apart if finite else math.inf, limit=match.score, top1_agreement=alike / total if total else 1.0,
         least_agreement=match.least if total else 0.0, n=max(1, total), inputs=inputs, against=against, boxes=True,
     )  # fmt: skip
 

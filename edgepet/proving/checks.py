@@ -49,8 +49,9 @@ def check_probe(artifact: Artifact, got: NpArray) -> Check:
         return _check_places(artifact.probe, artifact.probe.places, got, stored)
     if artifact.answer == "boxes":
         told, expected = told_of(got, artifact.probe.seed, len(artifact.labels)), artifact.probe.logits
-        limit = cast(float, STORED[artifact.precision].relative) * max(1.0, float(np.abs(expected).max()))
-        value = float(np.abs(told - expected).max())
+        limits = stored if isinstance(stored, Limit) else STORED[stored]
+        limit = cast(float, limits.relative) * max(1.0, float(np.abs(expected).max()))
+        value = _nearest(np.abs(told - expected).max(axis=1), limits)
         return Check(name="probe", ok=value <= limit, value=value, limit=limit)
     parity = compare(artifact.probe.logits, got, stored=stored, inputs="synthetic", against="merged",
                      thresholds=artifact.thresholds)  # fmt: skip
@@ -87,15 +88,19 @@ def _check_places(probe: Probe, places: PlacesProbe, got: NpArray, stored: Store
     ``value`` is the largest difference of means; where too many labels changed, the part of them that did.
     """
     limits = stored if isinstance(stored, Limit) else STORED[stored]
-    nearest = math.ceil(limits.images * len(got)) - 1  # the last one of those that are asked for
     limit = (limits.relative or 0.0) * places.largest
-    apart = float(np.sort(np.abs(condensed(got, probe.seed) - probe.logits).max(axis=1))[nearest])
+    apart = _nearest(np.abs(condensed(got, probe.seed) - probe.logits).max(axis=1), limits)
     least = MASKS["int8" if isinstance(stored, Limit) else stored]
     changed = (got.argmax(1) != places.labels).mean(axis=(1, 2))
-    other = float(changed.mean() if limits.images == 1 else np.sort(changed)[nearest])
+    other = float(changed.mean()) if limits.images == 1 else _nearest(changed, limits)
     if not other <= 1 - least:
         return Check(name="probe pixels", ok=False, value=other, limit=1 - least)
     return Check(name="probe", ok=apart <= limit, value=apart, limit=limit)
+
+
+def _nearest(apart: NpArray, limits: Limit) -> float:
+    """The largest of what images are ``apart`` (n,), of those that are asked for: the nearest ones."""
+    return float(np.sort(apart)[math.ceil(limits.images * len(apart)) - 1])
 
 
 def check_data(artifact: Artifact, merged: NpArray, got: NpArray) -> Check:

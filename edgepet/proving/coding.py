@@ -9,7 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
-from edgepet.calibration.budget import Drop, drop_between, mask_drop, require_resolution
+from edgepet.calibration.budget import Drop, drop_between, require_resolution
+from edgepet.calibration.head_drops import mask_drop
 from edgepet.deltas.delta import JudgedHead
 from edgepet.deltas.text import with_classes
 from edgepet.errors import CheckError, InputError, option, require

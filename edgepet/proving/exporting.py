@@ -9,8 +9,9 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from edgepet.calibration.fp16 import stored_types
-from edgepet.device.answers import labels_of, meanings_of
+from edgepet.device.answers import meanings_of
 from edgepet.device.artifact import Artifact, Takes, files_of, open_artifact, write_artifact
+from edgepet.device.map_heads import map_heads_of
 from edgepet.device.model_heads import HeadFacts, Probe
 from edgepet.device.runtimes import Format
 from edgepet.errors import CheckError, MissingError, option
@@ -18,11 +19,12 @@ from edgepet.exporters import EXPORTERS
 from edgepet.exporters.exporter import ExportOptions
 from edgepet.exporters.pixels import taking_pixels
 from edgepet.files import folder_bytes, move_folder, new_folder, require_space, scratch_folder
+from edgepet.graphs.head_graph import answer_names
 from edgepet.graphs.manifest import listing
 from edgepet.proving.checks import prove
 from edgepet.proving.exported import Exported
-from edgepet.proving.precision import Model, fastest, in_precision, unjudged
-from edgepet.proving.subject import Subject, probe_of
+from edgepet.proving.precision import Model, fastest, in_precision
+from edgepet.proving.subject import PROBE_SEED, Subject, probe_of
 from edgepet.spec import StoredPrecision
 
 _ENDS: dict[Takes, str] = {"float32": "", "uint8": "-uint8", "uint8, any size": "-uint8-resize"}
@@ -59,8 +61,6 @@ def _fastest(subject: Subject, folder: Path, options: ExportOptions, stage: Call
     """Of each format the precision that is fastest here, among those that pass their checks."""
     models, unfit = dict[StoredPrecision, dict[Format, Model]](), list[str]()
     precisions: tuple[StoredPrecision, ...] = ("fp32", "fp16", "int8")
-    if unjudged(subject.delta):
-        precisions, unfit = precisions[:2], [f"int8 is out: {unjudged(subject.delta)} are not judged in it yet"]
     for precision in precisions:
         try:
             models[precision] = in_precision(subject, precision, options, stage)
@@ -104,6 +104,7 @@ def _best(made: Mapping[StoredPrecision, Exported]) -> tuple[StoredPrecision, st
 
 def _export_one(subject: Subject, model: Model, name: Format, folder: Path, options: ExportOptions) -> Exported:
     delta, meanings = subject.delta, meanings_of(subject.delta)
+    probe, *probes = _probes(subject, model)
     path = place_of(folder, delta.task, name, model.precision, options.takes)
     with new_folder(path, only=files_of(path)) as scratch:
         began = time.perf_counter()
@@ -123,9 +124,8 @@ def _export_one(subject: Subject, model: Model, name: Format, folder: Path, opti
             thresholds=meanings[0].thresholds,
             head=meanings[0].name,
             further=tuple(
-                HeadFacts(meaning=meaning, probe=subject.of_head(place).probe, parity=None)
-                for place, meaning in enumerate(meanings)
-                if place
+                HeadFacts(meaning=meaning, probe=asked, parity=None)
+                for meaning, asked in zip(meanings[1:], probes, strict=True)
             ),
             preprocess=delta.preprocess,
             backbone=delta.backbone,
@@ -139,7 +139,7 @@ def _export_one(subject: Subject, model: Model, name: Format, folder: Path, opti
             verified=False,
             reason=written.note,
             parity=None,
-            probe=_probe(subject, model),
+            probe=probe,
             evidence={
                 "stored": stored_types(model.proto),
                 "executed": dict(written.layers or {}),
@@ -162,11 +162,15 @@ def _export_one(subject: Subject, model: Model, name: Format, folder: Path, opti
     )
 
 
-def _probe(subject: Subject, model: Model) -> Probe:
-    """Answers to noise: those of the merged network, or where codes decide, those of the same codes in ONNX Runtime."""
+def _probes(subject: Subject, model: Model) -> list[Probe]:
+    """Each head's answers to noise: of the merged network, or where codes decide, of the same codes in ONNX Runtime."""
     if model.precision != "int8":
-        return (subject.of_head(0) if len(subject.delta.heads) > 1 else subject).probe
-    return probe_of(subject.probe.seed, model.logits(subject.probe_images), len(labels_of(subject.delta)))
+        return [of.probe for of in subject.heads]
+    given = model.answers(subject.probe_images, answer_names(map_heads_of(subject.delta)))
+    return [
+        probe_of(PROBE_SEED, answers, len(meaning.labels))
+        for answers, meaning in zip(given, meanings_of(subject.delta), strict=True)
+    ]
 
 
 def _verified(subject: Subject, artifact: Artifact, scratch: Path, path: Path) -> Artifact:

@@ -12,19 +12,19 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from edgepet.calibration.budget import answers
+from edgepet.calibration.budget import Answers, answers
 from edgepet.calibration.fp16 import Kept, to_half
+from edgepet.calibration.head_images import head_calibration_images
 from edgepet.calibration.images import CalibrationImages, calibration_images
-from edgepet.calibration.mask_images import mask_calibration_images
 from edgepet.calibration.qdq import Int8Recipe
 from edgepet.calibration.search import Calibrated, Calibration
 from edgepet.calibration.slot_graphs import int8_graph
 from edgepet.deltas.codes import LOW, Range
 from edgepet.deltas.delta import Delta, Int8Ranges
 from edgepet.deltas.merge import task_tensors
-from edgepet.device.answers import labels_of
+from edgepet.device.answers import meanings_of
 from edgepet.device.artifact import open_artifact, read_artifact
-from edgepet.device.map_heads import map_head_of
+from edgepet.device.map_heads import map_heads_of
 from edgepet.device.runtimes import Format
 from edgepet.errors import InputError, option
 from edgepet.exporters.exporter import ExportOptions
@@ -32,6 +32,7 @@ from edgepet.exporters.onnx import build_model, simplified
 from edgepet.exporters.portable import make_plain
 from edgepet.files import folder_bytes
 from edgepet.graphs.base import BaseGraph
+from edgepet.graphs.head_graph import answer_names
 from edgepet.graphs.int8 import CodedMap, Cut, Int8Graph
 from edgepet.images.folders import class_places
 from edgepet.measuring.latency import Candidate, measure
@@ -68,9 +69,9 @@ class Model:
     int8: Mapping[str, object] | None = None
     warning: str | None = None
 
-    def logits(self, images: NpArray) -> NpArray:
-        """Logits (n, C) that ONNX Runtime makes of preprocessed float32 ``images`` (n, 3, H, W), or clips."""
-        return answers(self.proto, images)
+    def answers(self, images: NpArray, outputs: Sequence[str]) -> Answers:
+        """What ONNX Runtime makes of preprocessed float32 ``images`` (n, 3, H, W), or clips."""
+        return answers(self.proto, images, outputs)
 
 
 def in_precision(
@@ -93,7 +94,6 @@ def in_precision(
         proto = simplified(proto, subject.images[0][:2], where=subject.delta.task)
     began = time.perf_counter()
     if precision == "int8":
-        require_judged(subject.delta, "int8")
         made = _in_int8(subject, proto, options, stage)
     else:
         one = Model(proto=proto, precision=precision) if precision == "fp32" else _in_half(subject, proto, options)
@@ -143,34 +143,17 @@ def _kept(made: Calibrated) -> tuple[Kept, ...]:
     return tuple(Kept(name=name, op="layer", reason=reason.format(costs[name])) for name in made.recipe.keep)
 
 
-def require_judged(delta: Delta, what: str) -> None:
-    """Refuse what would have to be judged by average precision, and is not yet.
-
-    Raises:
-        InputError: ``delta`` answers boxes or labels.
-    """
-    answered = unjudged(delta)
-    if answered:
-        fix = "keep its numbers in fp16, and export it in fp32 or fp16"
-        raise InputError(f"task {delta.task!r}", f"finds {answered}, which are not judged in {what} yet", fix=fix)
-
-
-def unjudged(delta: Delta) -> str:
-    """What of ``delta`` is not judged in int8 or other codings yet, in words; empty where all is."""
-    return " and ".join(answer for answer in delta.answers if answer in ("boxes", "labels"))
-
-
 def task_images(subject: Subject, options: ExportOptions) -> CalibrationImages:
     """The calibration images of a task.
 
     Raises:
         InputError: none are given, or they cannot be used.
     """
-    draw = calibration_images if map_head_of(subject.delta) is None else mask_calibration_images
-    return draw(
-        require_images(options), labels_of(subject.delta), subject.delta.preprocess, evaluation=subject.data,
-        count=options.calib_images,
-    )  # fmt: skip
+    delta, folder, count = subject.delta, require_images(options), options.calib_images
+    if delta.heads:
+        meanings = meanings_of(delta)
+        return head_calibration_images(folder, meanings, delta.preprocess, evaluation=subject.data, count=count)
+    return calibration_images(folder, delta.labels, delta.preprocess, evaluation=subject.data, count=count)
 
 
 def require_images(options: ExportOptions) -> FilePath:
@@ -327,10 +310,13 @@ def _calibration(
     against: ModelProto | None = None, held: Mapping[str, Range] = MappingProxyType({}),
     coded: Sequence[CodedMap] = (),
 ) -> Calibration:  # fmt: skip
-    places = class_places(labels_of(delta))
-    order = np.array([places[name] for name in images.measured.classes])
+    order = np.zeros(0, np.int64)  # heads that read maps have the classes of their images in their order
+    if not delta.heads:
+        places = class_places(delta.labels)
+        order = np.array([places[name] for name in images.measured.classes])
     weights = frozenset(graph.base.tensors) if weights is None else weights
     where = f"task {delta.task!r}"
     return Calibration(
-        proto, weights, images, order, where=where, smooth=smooth, against=against, held=held, coded=coded
-    )
+        proto, weights, images, order, where=where, smooth=smooth, against=against, held=held, coded=coded,
+        outputs=answer_names(map_heads_of(delta)),
+    )  # fmt: skip

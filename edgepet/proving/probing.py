@@ -9,11 +9,14 @@ from functools import partial
 
 import numpy as np
 
-from edgepet.calibration.budget import answers
+from edgepet.calibration.budget import Answers, answers
 from edgepet.deltas.delta import Delta
+from edgepet.deltas.joined import told_apart
 from edgepet.deltas.probe import Probe, probe_images, told_of
-from edgepet.device.answers import labels_of
+from edgepet.device.answers import labels_of, meanings_of
+from edgepet.device.map_heads import map_heads_of
 from edgepet.device.runtime import SharedInt8
+from edgepet.graphs.head_graph import answer_names
 from edgepet.graphs.int8 import Int8Graph
 from edgepet.networks.backbone import Backbone
 from edgepet.proving.precision import Expressed
@@ -51,20 +54,21 @@ def probed_int8(expressed: Expressed, graph: Int8Graph, runtimes: Iterable[str])
         InputError: the file of codes is not what it was.
     """
     delta = expressed.delta
-    classes = len(labels_of(delta))
+    names, classes = answer_names(map_heads_of(delta)), [len(meaning.labels) for meaning in meanings_of(delta)]
     with contextlib.ExitStack() as opened:
-        networks: list[Callable[[NpArray], NpArray]] = [partial(answers, expressed.model)]
+        networks: list[Callable[[NpArray], Answers]] = [partial(answers, expressed.model, outputs=names)]
         for runtime in runtimes:
             shared = SharedInt8(graph, runtime=runtime)
             opened.callback(shared.close)
-            networks.append(shared.bind(delta))
+            networks.append(shared.bind(delta).each)
         tried = []
         for seed in SEEDS:
             images = probe_images(seed, delta.preprocess)
             given = [network(images) for network in networks]
-            largest = float(np.abs(given[0]).max())
-            first, *others = (told_of(each, seed, classes) for each in given)
-            largest = float(np.abs(first).max()) if given[0].ndim == 3 else largest
+            first, *others = (told_apart(each, seed, classes) for each in given)
+            # Corners of boxes are pixels, and are no measure of what is told of them.
+            measured = [np.abs(told_of(each, seed, 1) if each.ndim == 3 else each).max() for each in given[0]]
+            largest = float(max(measured))
             apart = max((float(np.abs(logits - first).max()) for logits in others), default=0.0)
             tried.append((apart / largest, seed, first, apart, largest))
     _, seed, logits, apart, largest = min(tried, key=lambda each: each[:2])

@@ -9,10 +9,12 @@ from typing import cast
 
 import numpy as np
 
-from edgepet.calibration.budget import BATCH, Drop, answers
+from edgepet.calibration.budget import BATCH, Answers, Drop, answers
 from edgepet.calibration.images import CalibrationImages
+from edgepet.device.map_heads import map_heads_of
 from edgepet.device.runtime import SharedInt8
 from edgepet.device.runtimes import RUNTIMES, SHARED_RUNTIMES
+from edgepet.graphs.head_graph import answer_names
 from edgepet.graphs.int8 import Int8Graph
 from edgepet.measuring.machine import runtimes
 from edgepet.measuring.parity import SAME_CODES, Parity, compare, require_parity
@@ -22,7 +24,8 @@ from edgepet.spec import NpArray
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SharedRun:
-    """A task on the int8 backbone on one runtime: what it loses, and how far from the Q/DQ graph its answers are.
+    """A task on the int8 backbone on one runtime: what it loses, and how far from the Q/DQ graph its answers
+    are, of several heads those of the first.
 
     ``bind_ms`` is what it took to make the task ready, once; ``layers`` counts what multiplied codes or floats.
     """
@@ -53,16 +56,22 @@ def run_shared(expressed: Expressed, graph: Int8Graph, runtime: str, chosen: Cal
         network = shared.bind(delta)
         bind_ms = 1e3 * (time.perf_counter() - began)
 
-        def logits(batches: Iterable[NpArray]) -> NpArray:
-            return np.concatenate([network(batch) for batch in batches])
+        def answered(batches: Iterable[NpArray]) -> Answers:
+            rows = [network.each(batch) for batch in batches]
+            return tuple(np.concatenate(each) for each in zip(*rows, strict=True))
 
-        held = chosen.held_out_images
-        expected = answers(expressed.model_for(runtime), held)
-        got = logits(held[start : start + BATCH] for start in range(0, len(held), BATCH))
-        parity = compare(expected, got, stored=SAME_CODES, inputs="data", against="merged")
-        require_parity(parity, f"{delta.task} on the int8 backbone, {runtime}")
-        drop = expressed.calibration.judged(logits)
+        held, heads = chosen.held_out_images, map_heads_of(delta)
+        expected = answers(expressed.model_for(runtime), held, answer_names(heads))
+        got = answered(held[start : start + BATCH] for start in range(0, len(held), BATCH))
+        parities = list[Parity]()
+        for place, (was, now) in enumerate(zip(expected, got, strict=True)):
+            parities.append(compare(was, now, stored=SAME_CODES, inputs="data", against="merged"))
+            named = f", {heads[place].name}" if len(heads) > 1 else ""
+            require_parity(parities[-1], f"{delta.task}{named} on the int8 backbone, {runtime}")
+        drop = expressed.calibration.judged(answered)
         layers = network.evidence.get("layers", {})
     finally:
         shared.close()
-    return SharedRun(runtime=runtime, drop=drop, parity=parity, bind_ms=bind_ms, layers=cast(Mapping[str, int], layers))
+    return SharedRun(
+        runtime=runtime, drop=drop, parity=parities[0], bind_ms=bind_ms, layers=cast(Mapping[str, int], layers)
+    )

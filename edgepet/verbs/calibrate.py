@@ -20,7 +20,7 @@ from edgepet.graphs.slots import task_slots
 from edgepet.jobs.job import MEASURED
 from edgepet.networks.backbone import AnyBackbone
 from edgepet.packs.pack import EVERY, write_pack
-from edgepet.proving.precision import calibration_of, express, int8_of, require_judged, task_images
+from edgepet.proving.precision import calibration_of, express, int8_of, task_images
 from edgepet.proving.probing import probed_int8
 from edgepet.proving.shared_runs import SharedRun, installed, run_shared
 from edgepet.proving.subject import Subject
@@ -61,7 +61,8 @@ if TYPE_CHECKING:
 class CalibrateReport:
     """What int8 costs. ``layers`` are alone in int8, the worst first; ``ranges`` have the tensors' names in the graph.
 
-    ``drop`` is of all layers but those that ``recipe`` keeps, on all of train and val, in points of ``metric``.
+    ``drop`` is of all layers but those that ``recipe`` keeps, on all of train and val, of several heads of the one that
+    loses most.
     """
 
     layers: tuple[LayerDrop, ...]
@@ -72,12 +73,16 @@ class CalibrateReport:
     held_out: int
     calibration: Mapping[str, object]
     warning: str | None
-    metric: str = "top1"
+
+    @property
+    def metric(self) -> str:
+        """What the points are of: "top1", "miou" or "map"."""
+        return self.drop.metric
 
     @property
     def shown(self) -> list[str]:
         """The names of what JSON has: ``metric`` where it is not top-1."""
-        return [each.name for each in fields(self) if each.name != "metric" or self.metric != "top1"]
+        return [*(each.name for each in fields(self)), *(["metric"] if self.metric != "top1" else [])]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -126,7 +131,6 @@ def calibrate(
         CheckError: half of the layers in float do not hold the budget.
     """
     subject = Subject(pack, backbone, data, answers=EVERY)
-    require_judged(subject.delta, "int8")
     chosen = _images(subject, calib, images)
     stage(f"graph of {subject.delta.backbone}")
     calibration = calibration_of(subject, chosen).for_format("onnx")
@@ -141,7 +145,6 @@ def calibrate(
         held_out=len(chosen.held_out),
         calibration=chosen.facts,
         warning=chosen.warning,
-        metric="top1" if subject.delta.labels else "miou",
     )
 
 
@@ -168,7 +171,6 @@ def share(
     """
     subject, output = Subject(pack, backbone, data, answers=EVERY), Path(output)
     require_pack_place(output)
-    require_judged(subject.delta, "int8")
     chosen = _images(subject, calib, images)
     if max_drop is not None and subject.delta.labels:  # of masks pixels count, not images
         require_resolution(max_drop, len(chosen.judged))
@@ -356,7 +358,7 @@ def _own(report: CalibrateReport) -> Screen:
     chosen = report.recipe
     yield lines(
         f"  recipe: {recipe(asdict(chosen))}, of {len(report.tried)} tried on the held-out images",
-        f"  all layers in int8: {lost(report.drop, 'top-1' if report.metric == 'top1' else 'mIoU')}",
+        f"  all layers in int8: {lost(report.drop)}",
         f"  in float for the budget: {', '.join(chosen.keep)}" if chosen.keep else None,
         f"  {report.warning}" if report.warning else None,
     )

@@ -328,8 +328,11 @@ def _int8(artifact: Exported) -> str:
     chosen = cast(Mapping[str, object], (artifact.int8 or {})["recipe"])
     executed = cast(Mapping[str, int], artifact.executed.get("layers", {}))
     ran = f"; {artifact.format} ran {executed.get('int8', 0)} of {sum(executed.values())} products on int8 codes"
-    told = lost(artifact.drop, "top-1" if artifact.artifact.answer == "class" else "mIoU")
+    told = lost(artifact.drop)
     return f"{artifact.task} int8: {told}; {recipe(chosen)}{ran if executed else ''}"
+
+
+_CALLED = {"top1": "top-1", "miou": "mIoU", "map": "AP"}
 
 
 def recipe(facts: Mapping[str, object]) -> str:
@@ -339,12 +342,12 @@ def recipe(facts: Mapping[str, object]) -> str:
     return f"{smooth}, {facts['estimator']} ranges, {corrected}"
 
 
-def lost(drop: Drop | None, of: str = "top-1") -> str:
-    """Points of top-1, or of what else, that int8 loses, the interval, and on how many images."""
+def lost(drop: Drop | None) -> str:
+    """Points of its metric that int8 loses, the interval, and on how many images."""
     if drop is None:
         return "not judged"
     reach = f"{drop.low:.2f} to {drop.high:.2f}"
-    return f"loses {drop.points:.2f} points of {of} ({reach}, n = {drop.n}), divergence {drop.kl:.2g}"
+    return f"loses {drop.points:.2f} points of {_CALLED[drop.metric]} ({reach}, n = {drop.n}), divergence {drop.kl:.2g}"
 
 
 VERB = Verb(options=_options, run=_run, screen=screen)

@@ -29,7 +29,6 @@ from edgepet.packs.pack import EVERY, Pack, PackCodec, encode_pack, read_pack
 from edgepet.packs.signatures import make_keys, require_key, sign
 from edgepet.proving.coding import Recoded, Recoding, reworded
 from edgepet.proving.masks import require_mask_classes
-from edgepet.proving.precision import require_judged
 from edgepet.proving.subject import Subject
 from edgepet.reports.screen import Screen, lines
 from edgepet.reports.tables import Table, format_bytes, format_names, format_number, left, right
@@ -226,7 +225,7 @@ def _recoded(
     if codec is None:
         kept = encode_pack(subject.delta, kept=subject.pack.planes, sequence=number)
         return Recoded(data=kept, codings={}, max_abs=0.0, n=0, drop=None)
-    require_judged(subject.delta, "other codings")
+    _require_coded(subject.delta)
     require("torch", extra="train", purpose="comparing with the network in torch")
     if data is None:
         images, labels = subject.images[0], None
@@ -241,6 +240,18 @@ def _recoded(
         what, got = f"must lose at most {max_drop:g} points in {codec}", f"{made.drop.points:.2f} on {made.n} images"
         raise CheckError(str(source), what, got=got, fix=f"{option('codec', 'auto')}, or a wider {option('max_drop')}")
     return made
+
+
+def _require_coded(delta: Delta) -> None:
+    """Refuse what would have to be judged by average precision, and is not yet.
+
+    Raises:
+        InputError: ``delta`` answers boxes or labels.
+    """
+    answered = " and ".join(answer for answer in delta.answers if answer in ("boxes", "labels"))
+    if answered:
+        what = f"finds {answered}, which are not judged in other codings yet"
+        raise InputError(f"task {delta.task!r}", what, fix="keep its numbers in fp16")
 
 
 def _labelled(data: Path, delta: Delta) -> tuple[NpArray, NpArray]:
