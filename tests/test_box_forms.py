@@ -141,14 +141,14 @@ def test_of_boxes_of_one_class_that_overlap_the_best_is_kept() -> None:
         [0, 0, 10, 10, 0.5, 0],
         [0, 0, 10, 9, 0.9, 0],  # nine tenths of the first
         [0, 0, 10, 10, 0.4, 1],  # of another class
-        [0, 0, 10, 5.4, 0.3, 0],  # exactly 0.6 of the second is not above 0.6
+        [0, 0, 10, 4.5, 0.3, 0],  # exactly half of the second is not above 0.5
         [20, 20, 30, 30, 0.2, 0],
         [5, 5, 5, 5, 0.1, 0],  # no area
     ])  # fmt: skip
 
     np.testing.assert_array_equal(suppressed(found), found[[1, 2, 3, 4, 5]])
     assert suppressed(found[:0]).shape == (0, 6)
-    np.testing.assert_allclose(overlaps(found[:2, :4], found[3:4, :4]), [[0.54], [0.6]])
+    np.testing.assert_allclose(overlaps(found[:2, :4], found[3:4, :4]), [[0.45], [0.5]])
 
 
 def test_suppression_is_torchvisions() -> None:
@@ -161,7 +161,7 @@ def test_suppression_is_torchvisions() -> None:
         ])  # fmt: skip
         boxes, scores, labels = (torch.from_numpy(found[:, part]) for part in (slice(4), 4, 5))
 
-        kept = ops.batched_nms(boxes, scores, labels, 0.6).numpy()
+        kept = ops.batched_nms(boxes, scores, labels, 0.5).numpy()
 
         np.testing.assert_array_equal(suppressed(found), found[kept])
 

@@ -17,7 +17,7 @@ from edgepet.spec import NpArray
 MOST_FOUND, LARGEST_STRIDE = 1000, 64
 SIDES, BESIDE = 4, 5  # of a box; channels of the second map of a level: its sides, then how central a place is
 FOUND = 6  # numbers of one box that was found
-OVERLAP = 0.6  # intersection over union above which the box of the smaller score is left out
+OVERLAP = 0.5  # intersection over union above which the box of the smaller score is left out
 
 
 @dataclass(frozen=True, slots=True, eq=False)
