@@ -58,7 +58,7 @@ FEW_TEST = 500  # test images where many draws are trained
 LONG: tuple[dict[str, Any], ...] = ({}, {"consistency": "cheap,sigma=2,weight=0.5"})
 LONG_EPOCHS = 100  # PACE's authors train for as long
 SITES_TASK, SITES_METHOD = "landcover", "lora"
-FURTHER_TASKS = ("elpv", "materials", "emoji")
+FURTHER_TASKS = ("elpv", "materials", "emoji", "stamps", "clipart", "count")
 GRID = (
     "linear-probe", "full", "bitfit", "ssf", "lora", "consolidator", "fact-tk", "hta", "convpass", "vpt-deep",
 )  # fmt: skip

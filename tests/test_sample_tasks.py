@@ -9,6 +9,7 @@ import itertools
 import json
 import re
 import shutil
+import tarfile
 import tomllib
 import zipfile
 from collections import Counter
@@ -394,6 +395,83 @@ def test_textures_that_look_alike_are_in_one_split() -> None:
     assert len({picture.tobytes() for picture in drawn}) > 7 * 9  # of 7 x 12 places, some may be the same
 
 
+def archive(files: dict[str, Image.Image]) -> bytes:
+    """A tar of PNGs, as ``DebianFolder`` reads them."""
+    made = io.BytesIO()
+    with tarfile.open(fileobj=made, mode="w") as held:
+        for name, picture in files.items():
+            member, data = tarfile.TarInfo(name), png(picture)
+            member.size = len(data)
+            held.addfile(member, io.BytesIO(data))
+    return made.getvalue()
+
+
+def cut_out(seed: int) -> Image.Image:
+    """A photograph of an object: opaque in the middle, and of many colours."""
+    values = np.random.default_rng(seed).integers(0, 256, (60, 40, 4), dtype=np.uint8)
+    values[..., 3] = 0
+    values[10:50, 5:35, 3] = 255
+    return Image.fromarray(values)
+
+
+def stamps_and_places() -> list[bytes]:
+    """Nine birds and nine vehicles, a drawing and a mirrored one of each, and nine places of one level of grey."""
+    folders = ("animals/birds", "vehicles")
+    stamps = {f"{folder}/o{i}.png": cut_out(10 * i + len(folder)) for folder in folders for i in range(9)}
+    for folder in folders:
+        stamps |= {f"{folder}/o1_mirror.png": cut_out(90), f"{folder}/cartoon/o9.png": cut_out(91)}
+        stamps[f"{folder}/flat.png"] = Image.new("RGBA", (60, 60), (10, 20, 30, 255))
+    places = {f"Indoors/{i}.png": Image.new("RGB", (300, 240), (20 * i,) * 3) for i in range(9)}
+    return [archive(stamps), archive(places)]
+
+
+def test_an_object_and_a_place_are_in_one_split() -> None:
+    pools = TASKS["stamps"].collect(stamps_and_places())
+
+    objects = {split: {key.rpartition("_")[0] for key, _, _ in images} for split, images in pools.items()}
+    levels = {split: {draw().getpixel((0, 0)) for _, _, draw in images[::7]} for split, images in pools.items()}
+    assert {split: len(names) for split, names in objects.items()} == {"train": 8, "val": 2, "test": 8}
+    for sets in (objects, levels):
+        assert all(one.isdisjoint(other) for one, other in itertools.combinations(sets.values(), 2))
+    _, label, draw = pools["train"][0]
+    assert (label, len(pools["val"])) == ("bird", 2 * 30)
+    assert draw().size == (224, 224)
+    assert draw().tobytes() == draw().tobytes() != pools["train"][1][2]().tobytes()
+
+
+def test_as_many_objects_are_on_a_place_as_its_class_says() -> None:
+    pools = TASKS["count"].collect(stamps_and_places())
+
+    assert {split: len(images) for split, images in pools.items()} == {"train": 804, "val": 204, "test": 1200}
+    assert Counter(label for _, label, _ in pools["val"]) == dict.fromkeys("123456", 34)
+    for _, label, draw in pools["val"][:6]:
+        values = np.asarray(draw()).astype(int)
+        changed = (values != values[0, 0]).any(axis=2)
+        # Each takes half of a box whose longer side has 40 to 80 pixels, and none hides another.
+        assert 0.5 * int(label) * 1000 < changed.sum() < int(label) * 4200
+
+
+def test_drawings_that_are_variants_of_one_are_in_one_split() -> None:
+    """By name up to digits, or nearly the same when small; what is too thin or has one colour is no drawing."""
+    rng = np.random.default_rng(5)
+    shapes = [Image.fromarray(rng.integers(0, 256, (4, 4, 3), dtype=np.uint8)).resize((80, 80)) for _ in range(20)]
+    files = {f"animals/beast{chr(97 + i)}.png": shape for i, shape in enumerate(shapes[:9])}
+    files |= {"animals/sub/beasta-2.png": shapes[9], "animals/other.png": shapes[1].point(lambda value: value // 2 + 9)}
+    files |= {f"tools/saw{chr(97 + i)}.png": shape for i, shape in enumerate(shapes[10:19])}
+    files |= {"tools/thin.png": shapes[0].resize((50, 400)), "tools/grey.png": Image.new("RGB", (80, 80), (9, 9, 9))}
+
+    pools = TASKS["clipart"].collect([archive(files)])
+
+    of = {key: split for split, images in pools.items() for key, _, _ in images}
+    labels = {key: label for images in pools.values() for key, label, _ in images}
+    assert set(of) == {re.sub(r"\W+", "_", name[:-4]) for name in files if "thin" not in name and "grey" not in name}
+    assert of["animals_beasta"] == of["animals_sub_beasta_2"]
+    assert of["animals_beastb"] == of["animals_other"]
+    assert (labels["animals_other"], labels["tools_sawa"]) == ("animal", "tool_weapon")
+    assert Counter(of[key] for key in of if key.startswith("tools")) == {"train": 4, "val": 1, "test": 4}
+    assert all(draw().size == (160, 160) for images in pools.values() for _, _, draw in images)
+
+
 # The real ones
 
 BUILT = {
@@ -402,6 +480,9 @@ BUILT = {
     "cards": ((800, 200, 936), "692b380786e763d86ebb9e640e329f78ad1b25244ad2dcacd645e7f218db2022"),
     "materials": ((800, 200, 2000), "e8c132fe04a55a860a1bd7cea3e7e0fa7aeadede6183f8bd93a0115dbec57c4b"),
     "emoji": ((800, 200, 1440), "a1bbc97807de1e5be10fbbf69612fc96413302449199b1a42b9e7f5fd840ebe4"),
+    "stamps": ((800, 200, 965), "96488fb0e0748ab40126876b6befa68390bdf202b17d5c736e3fcdb2d787564a"),
+    "clipart": ((800, 200, 1126), "eaa4ccfb28dd38dec2d4f9434f47d9313b51c97a8d636fdd764f0d9f56816291"),
+    "count": ((800, 200, 1200), "fecb4916b5d02867b88bcd325a9d887f0f6d927af5869c0c45a09e3eb0be72a8"),
 }
 # What no two splits may share, as the names of the pictures have it.
 GROUP = {
@@ -410,6 +491,9 @@ GROUP = {
     "cards": r"(.*)_\d_\w+_\d",
     "materials": r"(\w{8})_\d+",
     "emoji": r"(?:google|twitter)_(.*)",
+    "stamps": r"(.*)_\d+",
+    "clipart": r"(.*)",
+    "count": r"(.*)",
 }
 
 

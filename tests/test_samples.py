@@ -452,7 +452,7 @@ def test_an_unknown_task_lists_the_known(tmp_path: Path) -> None:
 
     assert str(refused.value) == (
         "demo:flowers: sample tasks are one of digits, landcover, landcover_seg, fashion, elpv, cards, materials,"
-        " emoji, trees, stamps_scene, got 'flowers'"
+        " emoji, stamps, clipart, count, trees, stamps_scene, got 'flowers'"
     )
 
 

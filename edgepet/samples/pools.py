@@ -9,7 +9,7 @@ from typing import TypeAlias
 import numpy as np
 from PIL import Image
 
-from edgepet.samples.packages import DebianFile, NpmFile, PackageFile
+from edgepet.samples.packages import DebianFile, DebianFolder, NpmFile, PackageFile
 
 # A key unique in its task, which names the PNG; the class; what makes the RGB picture when it is needed.
 LabelledImage: TypeAlias = tuple[str, str, Callable[[], Image.Image]]
@@ -23,7 +23,7 @@ class Task:
 
     classes: tuple[str, ...]
     licence: str
-    files: tuple[PackageFile | DebianFile | NpmFile, ...]
+    files: tuple[PackageFile | DebianFile | DebianFolder | NpmFile, ...]
     seed: int
     collect: Callable[[Sequence[bytes]], Pools]
 

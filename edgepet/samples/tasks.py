@@ -20,8 +20,10 @@ import numpy as np
 from edgepet.canonical import parse_json
 from edgepet.errors import InputError, refusing
 from edgepet.files import new_folder, read_file, write_file
+from edgepet.samples.collect_clipart import CLIPART
 from edgepet.samples.collect_drawings import CARDS, EMOJI
 from edgepet.samples.collect_maps import LANDCOVER, LANDCOVER_SEG
+from edgepet.samples.collect_objects import COUNT, STAMPS
 from edgepet.samples.collect_scans import DIGITS, ELPV, FASHION
 from edgepet.samples.collect_stamps import STAMPS_SCENE
 from edgepet.samples.collect_textures import MATERIALS
@@ -169,6 +171,9 @@ TASKS: dict[str, Task | MaskTask | SceneTask] = {
     "cards": CARDS,
     "materials": MATERIALS,
     "emoji": EMOJI,
+    "stamps": STAMPS,
+    "clipart": CLIPART,
+    "count": COUNT,
     "trees": TREES,
     "stamps_scene": STAMPS_SCENE,
 }
