@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -173,11 +174,13 @@ def missing_channels(graph: Graph, layer: Layer) -> int:
 def quantize_maps(
     graph: Graph, layers: Sequence[Layer], seen: Seen, recipe: Int8Recipe, form: MapForm, *,
     smooth: Mapping[str, NpArray] | None = None, ranges: Mapping[str, Range] | None = None,
+    corrections: Mapping[str, NpArray] = MappingProxyType({}),
 ) -> Int8:  # fmt: skip
     """The model of ``graph`` with codes in its maps; it is not touched. As ``qdq.quantize``.
 
     Args:
         seen: what ``observe`` saw of ``find_maps`` on the calibration images.
+        corrections: what is added to biases (out,), by the layer, in place of what ``recipe`` would add.
     """
     chosen, divisors = chosen_layers(graph, layers, seen, recipe, smooth)
     maps = find_maps(graph, chosen, outputs=form.outputs)
@@ -185,7 +188,8 @@ def quantize_maps(
         smoothed = {**seen, **{name: seen[name].divided(by) for name, by in divisors.items()}}
         ranges = map_ranges(graph, chosen, maps, smoothed, recipe.estimator, form)
     ranges = {name: ranges[name] for name in maps.axes}
-    return Int8(MapWriter(graph, chosen, seen, recipe, divisors, ranges, maps, form).model(), ranges, chosen)
+    writer = MapWriter(graph, chosen, seen, recipe, divisors, ranges, maps, form, corrections)
+    return Int8(writer.model(), ranges, chosen)
 
 
 class MapWriter(QdqWriter):
@@ -194,8 +198,9 @@ class MapWriter(QdqWriter):
     def __init__(
         self, graph: Graph, layers: Sequence[Layer], seen: Seen, recipe: Int8Recipe, smooth: Mapping[str, NpArray],
         ranges: Mapping[str, Range], maps: Maps, form: MapForm,
+        corrections: Mapping[str, NpArray] = MappingProxyType({}),
     ) -> None:  # fmt: skip
-        super().__init__(graph, layers, seen, recipe, smooth, ranges)
+        super().__init__(graph, layers, seen, recipe, smooth, ranges, corrections)
         self._maps, self._form = maps, form
         self._inside |= maps.absorbed
 

@@ -135,8 +135,9 @@ class QdqWriter:
 
     def __init__(
         self, graph: Graph, layers: Sequence[Layer], seen: Seen, recipe: Int8Recipe, smooth: Mapping[str, NpArray],
-        ranges: Mapping[str, Range],
+        ranges: Mapping[str, Range], corrections: Mapping[str, NpArray] = MappingProxyType({}),
     ) -> None:  # fmt: skip
+        self._corrections = corrections
         self._graph, self._recipe, self._writer = graph, recipe, GraphWriter(graph.model, purpose="int8")
         self._seen, self._smooth, self._ranges = seen, smooth, ranges
         self._ends = {layer.places[-1]: layer for layer in layers}
@@ -240,7 +241,9 @@ class QdqWriter:
     def _bias(self, layer: Layer, rounded: NpArray) -> list[str]:
         """The bias with the shift of what the layer reads, if there is any."""
         bias = self._own_bias(layer, rounded)
-        if self._recipe.bias_correction:
+        if layer.name in self._corrections:
+            bias = bias + self._corrections[layer.name]
+        elif self._recipe.bias_correction:
             bias = bias + self._correction(layer, rounded)
         return [self._writer.tensor(f"{layer.name}.bias.int8", bias.astype(np.float32))] if bias.any() else []
 
@@ -254,13 +257,21 @@ class QdqWriter:
         return self._ranges[layer.reads].shift
 
     def _correction(self, layer: Layer, rounded: NpArray) -> NpArray:
-        """What rounding moves each output by on the mean (Nagel et al. 2019, arXiv:1906.04721, section 4.2)."""
         rows = self._seen[layer.reads].rows
         rows = rows / self._smooth[layer.reads] if layer.reads in self._smooth else rows
-        coded = self._ranges[layer.reads].rounded(rows).mean(axis=0, dtype=np.float64)
-        exact = rows.mean(axis=0, dtype=np.float64)
-        lost: NpArray = on_channels(self._dense(layer).astype(np.float64), exact) - on_channels(rounded, coded)
-        return lost
+        return moved_by(self._dense(layer).astype(np.float64), rounded, rows, self._ranges[layer.reads])
+
+
+def moved_by(exact: NpArray, rounded: NpArray, rows: NpArray, of: Range) -> NpArray:
+    """What rounding takes off each output of a layer on the mean (Nagel et al. 2019, arXiv:1906.04721, section 4.2).
+
+    Args:
+        exact, rounded: its weight (out, ...), float64.
+        rows: what it reads (m, in), before that is rounded to codes ``of`` this range.
+    """
+    coded, means = of.rounded(rows).mean(axis=0, dtype=np.float64), rows.mean(axis=0, dtype=np.float64)
+    lost: NpArray = on_channels(exact, means) - on_channels(rounded, coded)
+    return lost
 
 
 def on_channels(weight: NpArray, means: NpArray) -> NpArray:

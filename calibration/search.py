@@ -24,7 +24,7 @@ from edgepet.calibration.coded_maps import MAP_FORMS, MapForm, find_maps, has_ma
 from edgepet.calibration.images import CalibrationImages
 from edgepet.calibration.layers import Graph, Layer, find_layers
 from edgepet.calibration.observe import observe
-from edgepet.calibration.qdq import Int8, Int8Recipe, quantize
+from edgepet.calibration.qdq import Int8, Int8Recipe, moved_by, quantize
 from edgepet.calibration.ranges import ESTIMATORS
 from edgepet.calibration.rewriting import folded
 from edgepet.calibration.shared_maps import SHARED_FORMS, shared_ranges
@@ -97,7 +97,8 @@ class Calibration:
             smooth: fixed divisors behind layer norms, by the tensor: then no strength is tried, and biases stay.
             held: ranges of tensors that every recipe takes as they are.
             coded: what has codes, and which, where that is not for a recipe to say: the backbone's that tasks share.
-            against: a model whose answers are what int8 is judged by, where ``model`` itself is already rounded.
+            against: a model whose answers are what int8 is judged by, where ``model`` itself is already rounded. Where
+                maps have codes, ranges are measured on it, and biases are corrected by its weights.
 
         Raises:
             InputError: a weight or an activation is not finite, no layer is one for int8, or an image is unreadable.
@@ -113,8 +114,9 @@ class Calibration:
         self._has_maps = bool(coded) or (smooth is None and has_maps(self.layers))
         self._form: MapForm | None = SHARED_FORMS[DEFAULT] if coded else None
         maps = self._maps.axes if self._has_maps else {}
-        self._seen = observe(self._model, self.layers, images.images, where=where, also=maps)
         self._held, self._smooth, self._float = held, smooth, self._model if against is None else against
+        self._exact = Graph(folded(self._float)) if coded else self._graph
+        self._seen = observe(self._exact.model, self.layers, images.images, where=where, also=maps)
         self._held_out = self._answers(self._float)
         self._judged: Answers | None = None
 
@@ -134,19 +136,44 @@ class Calibration:
         """Whether both formats have one graph."""
         return not self._has_maps or MAP_FORMS.get(one) == MAP_FORMS.get(other)
 
-    def made(self, recipe: Int8Recipe, ranges: Mapping[str, Range] | None = None) -> Int8:
-        """The model in int8, with ``ranges`` in place of those that the recipe would choose."""
+    def made(
+        self, recipe: Int8Recipe, ranges: Mapping[str, Range] | None = None,
+        corrections: Mapping[str, NpArray] | None = None,
+    ) -> Int8:  # fmt: skip
+        """The model in int8, with ``ranges`` in place of those that the recipe would choose.
+
+        Args:
+            corrections: as of ``self.corrections``, which are meant without; only where tasks share codes of maps.
+        """
         if self._form is not None and self._coded:
             smooth, chosen = self._smooth or {}, ranges
             if chosen is None:
                 chosen = shared_ranges(self._maps, self._coded, self._seen, recipe.estimator, smooth)
                 chosen = {name: self._held.get(name, of) for name, of in chosen.items()}
-            return quantize_maps(self._graph, self.layers, self._seen, recipe, self._form, smooth=smooth, ranges=chosen)
+            mended = self.corrections(chosen) if corrections is None else corrections
+            return quantize_maps(
+                self._graph, self.layers, self._seen, recipe, self._form, smooth=smooth, ranges=chosen,
+                corrections=mended,
+            )  # fmt: skip
         if self._form is not None and ranges is None:
             return quantize_maps(self._graph, self.layers, self._seen, recipe, self._form)
         return quantize(
             self._graph, self.layers, self._seen, recipe, smooth=self._smooth, ranges=ranges, held=self._held
         )
+
+    def corrections(self, ranges: Mapping[str, Range]) -> dict[str, NpArray]:
+        """What rounding to ``ranges`` takes off each output of a layer on the mean, (out,), by the layer.
+
+        Of what is the backbone's own, and so the same for every task, there is none.
+        """
+        found = dict[str, NpArray]()
+        for layer in self.layers if self._coded else ():
+            if layer.reads not in self._held:
+                by = (self._smooth or {}).get(layer.reads, np.float64(1))
+                exact, rounded = (each.value(layer.weight) * by for each in (self._exact, self._graph))
+                rows = self._seen[layer.reads].rows / by
+                found[layer.name] = moved_by(exact, rounded, rows, ranges[layer.reads])
+        return found
 
     def choose(self) -> tuple[Tried, ...]:
         """Recipes by what they lose on the held-out images, the best first."""

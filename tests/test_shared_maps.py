@@ -16,7 +16,7 @@ import onnx
 import pytest
 
 from edgepet import write_pack
-from edgepet.calibration.qdq import Int8Recipe
+from edgepet.calibration.qdq import Int8Recipe, moved_by
 from edgepet.calibration.shared_maps import coded_maps
 from edgepet.calibration.slot_graphs import int8_graph
 from edgepet.deltas.codes import MOST_BIAS, Range
@@ -239,6 +239,43 @@ def test_tasks_on_integers_share_no_batch(shared: Shared) -> None:
 
 
 # --------------------------------------------------------------------------------------------------- what is refused
+
+
+def test_a_pack_brings_what_rounding_takes_off_each_output(shared: Shared) -> None:
+    made = shared.made(3)
+    assert made.delta.int8 is not None
+    bare = replace(made.delta, int8=replace(made.delta.int8, corrections=()))
+    slot = f"{shared.graph.layers[0].name}.shifted"
+
+    found = made.calibration.corrections(made.ranges)
+    mended, before = (task_slots(shared.graph, delta).values[slot] for delta in (made.delta, bare))
+
+    wanted = np.concatenate([found[layer.name] for layer in shared.graph.layers])
+    assert np.abs(wanted).max() > 0
+    np.testing.assert_allclose(made.delta.int8.corrections, wanted, rtol=1e-3, atol=1e-6)  # fp16
+    np.testing.assert_allclose(mended - before, made.delta.int8.corrections[: len(before)], atol=1e-6)
+
+
+def test_corrected_outputs_have_the_means_of_exact_ones() -> None:
+    rng = np.random.default_rng(0)
+    exact, rows = rng.standard_normal((5, 8)), rng.standard_normal((200, 8))
+    rounded, of = np.round(4 * exact) / 4, Range(scale=0.1, shift=0.5)
+
+    lost = moved_by(exact, rounded, rows, of)
+
+    np.testing.assert_allclose((of.rounded(rows) @ rounded.T).mean(axis=0) + lost, (rows @ exact.T).mean(axis=0))
+    assert np.abs(lost).min() > 1e-4
+
+
+def test_another_number_of_corrections_is_refused(shared: Shared) -> None:
+    assert shared.first.int8 is not None
+    fewer = replace(shared.first.int8, corrections=shared.first.int8.corrections[:-1])
+    count = len(fewer.corrections)
+
+    assert refusal(lambda: task_slots(shared.graph, replace(shared.first, int8=fewer))) == (
+        f"task 'ssf3': needs {count + 1} corrections of biases for the int8 backbone, or none, got {count}\n"
+        f"  fix: {OTHER_RANGES}"
+    )
 
 
 def test_a_range_that_begins_elsewhere_is_refused(shared: Shared) -> None:

@@ -80,12 +80,14 @@ class Int8Ranges:
     """What a task's activations need to run on the int8 backbone whose file of codes has the sha256 ``codes``.
 
     ``ranges`` are of the tensors that have codes, in that backbone's order. With ``trunk`` they are of the last of
-    them, behind the task's cut: before it the backbone's own hold, which have that sha256.
+    them, behind the task's cut: before it the backbone's own hold, which have that sha256. ``corrections`` are added to
+    the biases of all layers that read one of these tensors, one layer behind the other; none where nothing is.
     """
 
     codes: str
     ranges: tuple[Range, ...]
     trunk: str | None = None
+    corrections: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

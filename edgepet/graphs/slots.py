@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 
 import numpy as np
 
@@ -55,7 +56,8 @@ def task_slots(graph: Int8Graph, delta: Delta) -> Slots:
     require_structure(graph.structure, delta)
     ranges = task_ranges(graph, delta)
     folded, codes = _folded(graph, delta)
-    return _slots(graph, folded, codes, ranges, named_tensors(delta.branches), f"task {delta.task!r}")
+    branches, corrections = named_tensors(delta.branches), task_corrections(graph, delta)
+    return _slots(graph, folded, codes, ranges, branches, f"task {delta.task!r}", corrections)
 
 
 def backbone_slots(graph: Int8Graph) -> Slots | None:
@@ -70,7 +72,7 @@ def backbone_slots(graph: Int8Graph) -> Slots | None:
 
 def _slots(
     graph: Int8Graph, folded: Mapping[str, NpArray], codes: Mapping[str, CodedWeight], ranges: Mapping[str, Range],
-    branches: Mapping[str, NpArray], where: str,
+    branches: Mapping[str, NpArray], where: str, corrections: Mapping[str, NpArray] = MappingProxyType({}),
 ) -> Slots:  # fmt: skip
     values = {name: folded.get(name, graph.tensors[name]) for name in graph.vectors} | dict(branches)
     maps = {each.name: each for each in graph.coded_maps}
@@ -81,6 +83,8 @@ def _slots(
         of = ranges[layer.reads]
         shift = maps[layer.reads].moved(of) if maps else of.shift
         values |= _layer_slots(layer, made, factor, graph, folded, replace(of, shift=shift), fresh=fresh)
+        if layer.name in corrections:
+            values[f"{layer.name}.shifted"] = values[f"{layer.name}.shifted"] + corrections[layer.name]
     for each in (one for one in graph.coded_maps if one.name in ranges):
         values[f"{each.name}.scale"] = np.array(ranges[each.name].scale, np.float32)
         values[f"{each.name}.shift"] = np.array(each.moved(ranges[each.name]), np.float32)
@@ -123,6 +127,30 @@ def task_ranges(graph: Int8Graph, delta: Delta) -> dict[str, Range]:
             what = f"{layer.reads} is read with zeros around it or behind a layer norm, and can have no shift"
             raise InputError(f"task {delta.task!r}", what, got=ranges[layer.reads].shift, fix=fix)
     return ranges
+
+
+def task_corrections(graph: Int8Graph, delta: Delta) -> dict[str, NpArray]:
+    """What a task adds to the biases of layers, by the layer's name: of those behind its trunk; none in most packs.
+
+    Raises:
+        InputError: it brings another number of them.
+    """
+    if delta.int8 is None or not delta.int8.corrections:
+        return {}
+    before = 0 if delta.int8.trunk is None else graph.trunk_reads(delta)
+    layers, given = corrected_layers(graph, before), np.array(delta.int8.corrections)
+    sizes = [len(graph.coded(layer).scales) for layer in layers]
+    if sum(sizes) != len(given):
+        what, fix = f"needs {sum(sizes)} corrections of biases for the int8 backbone, or none", OTHER_RANGES
+        raise InputError(f"task {delta.task!r}", what, got=len(given), fix=fix)
+    parts = np.split(given, np.cumsum(sizes)[:-1])
+    return {layer.name: part for layer, part in zip(layers, parts, strict=True)}
+
+
+def corrected_layers(graph: Int8Graph, before: int) -> tuple[Int8Layer, ...]:
+    """The layers that corrections are of: those that read none of the first ``before`` tensors, a trunk's."""
+    own = set(graph.reads[before:])
+    return tuple(layer for layer in graph.layers if layer.reads in own)
 
 
 def _trunk_ranges(graph: Int8Graph, delta: Delta, trunk: str | None) -> tuple[Range, ...]:

@@ -51,6 +51,10 @@ class Reader:
         self._updates = self._tensors = 0
         self._per_tensor = Counter[str]()
 
+    def has(self, name: str) -> bool:
+        """Whether there is a plane ``name``."""
+        return name in self._planes
+
     def whole(self, name: str) -> NpArray:
         """The plane ``name`` of floats, which is not cut.
 

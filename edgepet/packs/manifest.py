@@ -33,6 +33,7 @@ Probes: TypeAlias = dict[StoredPrecision, Probe]
 
 FORMAT, VERSION = "edgepet-pack", 1
 HEAD, RANGES, LAYOUT = "head.point", "int8.ranges", "layout"  # planes of a head, of an int8 task, and what is no plane
+CORRECTIONS = "int8.corrections"  # a plane of an int8 task, always fp16
 PROBES: dict[str, dict[StoredPrecision, str]] = {  # planes, by what the head answers
     answer: {"fp32": f"probe.{answer}", "int8": f"probe.{answer}.int8"} for answer in ("class", *ANSWERS)
 }
@@ -189,9 +190,9 @@ def _planes(tensors: Mapping[str, NpArray], codecs: ObjectReader, told: Decoded,
     asked = planes_bytes(said)
     if asked > told.bytes:
         raise PackError(f"{where}.decoded.bytes", f"must be the {asked} that its planes are, or more", got=told.bytes)
-    for name in EXACT & said.keys():
-        if said[name].coding.format != "fp32":
-            raise PackError(f"{where}: {name}", "must be fp32", got=said[name].coding.format)
+    for name, form in (*((name, "fp32") for name in sorted(EXACT)), (CORRECTIONS, "fp16")):
+        if name in said and said[name].coding.format != form:
+            raise PackError(f"{where}: {name}", f"must be {form}", got=said[name].coding.format)
     return {name: read_plane(name, stored[name], said[name], where) for name in stored}
 
 
@@ -293,7 +294,8 @@ def _int8(table: ObjectReader, reader: Reader) -> Int8Ranges:
     codes, trunk = _digest(table, "codes"), _digest(table, "trunk") if table.has("trunk") else None
     table.end()
     ranges = tuple(Range(scale=float(scale), shift=float(shift)) for scale, shift in pairs)
-    return Int8Ranges(codes=codes, ranges=ranges, trunk=trunk)
+    corrections = tuple(reader.whole(CORRECTIONS).tolist()) if reader.has(CORRECTIONS) else ()
+    return Int8Ranges(codes=codes, ranges=ranges, trunk=trunk, corrections=corrections)
 
 
 def _digest(table: ObjectReader, key: str) -> str:

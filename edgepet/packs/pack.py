@@ -24,6 +24,7 @@ from edgepet.files import read_file, write_file
 from edgepet.packs.codecs import CODECS, Codec, Coding, Format, Plane, deflated, write_plane
 from edgepet.packs.container import UNSIGNED, assembled, taken_apart
 from edgepet.packs.manifest import (
+    CORRECTIONS,
     EXACT,
     HEAD,
     LAYOUT,
@@ -102,14 +103,14 @@ def encode_pack(
     flat, counts = planes.flat(), planes.spread(weights)
     if delta.int8 is not None:
         flat[RANGES] = np.array([(each.scale, each.shift) for each in delta.int8.ranges], np.float32).reshape(-1)
+        flat |= {CORRECTIONS: np.array(delta.int8.corrections, np.float32)} if delta.int8.corrections else {}
     for precision, probe in delta.probes.items():
         flat[PROBES[delta.answers[0]][precision]] = probe.logits.astype(np.float32).reshape(-1)
+    codings = {**codings, **dict.fromkeys(EXACT, Coding.of("fp32")), CORRECTIONS: Coding.of("fp16")}
     made = {
         name: kept[name]
         if name in kept and np.array_equal(kept[name].values, values)
-        else write_plane(
-            name, values, "fp32" if name in EXACT else codings.get(name, codec), delta.task, counts.get(name)
-        )
+        else write_plane(name, values, codings.get(name, codec), delta.task, counts.get(name))
         for name, values in flat.items()
     }
     text = canonical_json(layout)

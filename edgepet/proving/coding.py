@@ -16,7 +16,7 @@ from edgepet.deltas.text import with_classes
 from edgepet.errors import CheckError, InputError, option, require
 from edgepet.networks.backbone import AnyBackbone
 from edgepet.packs.codecs import CODECS, Codec, Coding
-from edgepet.packs.manifest import EXACT
+from edgepet.packs.manifest import CORRECTIONS, EXACT
 from edgepet.packs.pack import EVERY, Pack, encode_pack, read_pack
 from edgepet.packs.text_file import read_text
 from edgepet.proving.probing import probed
@@ -96,7 +96,7 @@ class Recoding:
         return [
             name
             for name, plane in self._subject.pack.planes.items()
-            if plane.stored.coding.format in CODECS and name not in EXACT
+            if plane.stored.coding.format in CODECS and name not in (*EXACT, CORRECTIONS)
         ]
 
     def _alone(self, name: str, stage: Callable[[str], None]) -> list[Tried]:

@@ -34,6 +34,7 @@ from edgepet.files import folder_bytes
 from edgepet.graphs.base import BaseGraph
 from edgepet.graphs.head_graph import answer_names
 from edgepet.graphs.int8 import CodedMap, Cut, Int8Graph
+from edgepet.graphs.slots import corrected_layers
 from edgepet.images.folders import class_places
 from edgepet.measuring.latency import Candidate, measure
 from edgepet.measuring.machine import environment
@@ -192,7 +193,8 @@ class Expressed:
     """A task against the int8 backbone that tasks share.
 
     ``delta`` has its ranges: behind ``trunk``, where there is one. ``model`` is the Q/DQ form of the same numbers, by
-    ``recipe``: what ONNX Runtime must answer. ``ranges`` are those of all its tensors.
+    ``recipe``: what ONNX Runtime must answer. ``ranges`` are those of all its tensors, ``corrections`` what its layers
+    add to their biases.
     ``calibration`` judges answers by the task in float.
     """
 
@@ -200,12 +202,13 @@ class Expressed:
     trunk: Cut | None
     model: ModelProto
     ranges: Mapping[str, Range]
+    corrections: Mapping[str, NpArray]
     recipe: Int8Recipe
     calibration: Calibration
 
     def model_for(self, runtime: str) -> ModelProto:
         """``model`` as ``runtime`` computes it: of a ConvNet not all of them have codes in the same maps."""
-        return self.calibration.for_runtime(runtime).made(self.recipe, self.ranges).model
+        return self.calibration.for_runtime(runtime).made(self.recipe, self.ranges, self.corrections).model
 
 
 def express(
@@ -239,16 +242,22 @@ def express(
     recipe = recipe or calibration.choose()[0].recipe
     kinds = {each.name: each.codes for each in codes.coded_maps}
     stored = {name: of.stored for name, of in calibration.made(recipe).ranges.items()}
+    mended = calibration.corrections(stored).items()
+    corrections = {name: by.astype(np.float16).astype(np.float64) for name, by in mended}  # as packs store them
     ranges = Int8Ranges(
         codes=codes.codes_sha256,
         ranges=tuple(stored.get(name, UNREAD[kinds.get(name, "signed")]) for name in codes.reads[before:]),
         trunk=None if trunk is None else codes.ranges_sha256,
+        corrections=tuple(
+            float(by) for layer in corrected_layers(codes, before) if corrections for by in corrections[layer.name]
+        ),
     )
     return Expressed(
         delta=replace(delta, int8=ranges),
         trunk=trunk,
-        model=calibration.made(recipe, stored).model,
+        model=calibration.made(recipe, stored, corrections).model,
         ranges=stored,
+        corrections=corrections,
         recipe=recipe,
         calibration=calibration,
     )
