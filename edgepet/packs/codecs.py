@@ -212,6 +212,12 @@ def write_plane(name: str, values: NpArray, asked: Codec | Coding, task: str, we
     return Plane(Stored(coding, values.size, packed=True), np.frombuffer(packed, np.uint8), values)
 
 
+def as_stored(name: str, values: NpArray, asked: Codec, task: str) -> NpArray:
+    """What a reader makes of ``values`` (n,), float32; arguments and errors as of ``write_plane``."""
+    plane = write_plane(name, values, asked, task)
+    return read_plane(name, plane.tensor, plane.stored, task).values
+
+
 def _coding(name: str, values: NpArray, asked: Codec | Coding) -> Coding:
     if values.dtype.kind != "f":
         return Coding("bits" if values.dtype == np.uint8 else "int32")

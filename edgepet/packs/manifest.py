@@ -22,7 +22,7 @@ from edgepet.deltas.heads import ANSWERS
 from edgepet.deltas.probe import Probe
 from edgepet.deltas.updates import generated_bytes
 from edgepet.errors import PackError
-from edgepet.packs.codecs import Plane, Stored, inflated, read_plane, read_stored
+from edgepet.packs.codecs import Codec, Plane, Stored, inflated, read_plane, read_stored
 from edgepet.packs.container import Container, canonical_value
 from edgepet.packs.layout import MAX_UPDATES, Reader
 from edgepet.packs.map_heads import read_map_head, texts
@@ -33,7 +33,8 @@ Probes: TypeAlias = dict[StoredPrecision, Probe]
 
 FORMAT, VERSION = "edgepet-pack", 1
 HEAD, RANGES, LAYOUT = "head.point", "int8.ranges", "layout"  # planes of a head, of an int8 task, and what is no plane
-CORRECTIONS = "int8.corrections"  # a plane of an int8 task, always fp16
+CORRECTIONS = "int8.corrections"  # a plane of an int8 task
+CORRECTED: Codec = "int8"  # and its codec, where it is not tiny
 PROBES: dict[str, dict[StoredPrecision, str]] = {  # planes, by what the head answers
     answer: {"fp32": f"probe.{answer}", "int8": f"probe.{answer}.int8"} for answer in ("class", *ANSWERS)
 }
@@ -190,9 +191,9 @@ def _planes(tensors: Mapping[str, NpArray], codecs: ObjectReader, told: Decoded,
     asked = planes_bytes(said)
     if asked > told.bytes:
         raise PackError(f"{where}.decoded.bytes", f"must be the {asked} that its planes are, or more", got=told.bytes)
-    for name, form in (*((name, "fp32") for name in sorted(EXACT)), (CORRECTIONS, "fp16")):
-        if name in said and said[name].coding.format != form:
-            raise PackError(f"{where}: {name}", f"must be {form}", got=said[name].coding.format)
+    for name in EXACT & said.keys():
+        if said[name].coding.format != "fp32":
+            raise PackError(f"{where}: {name}", "must be fp32", got=said[name].coding.format)
     return {name: read_plane(name, stored[name], said[name], where) for name in stored}
 
 

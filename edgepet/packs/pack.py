@@ -24,6 +24,7 @@ from edgepet.files import read_file, write_file
 from edgepet.packs.codecs import CODECS, Codec, Coding, Format, Plane, deflated, write_plane
 from edgepet.packs.container import UNSIGNED, assembled, taken_apart
 from edgepet.packs.manifest import (
+    CORRECTED,
     CORRECTIONS,
     EXACT,
     HEAD,
@@ -106,7 +107,7 @@ def encode_pack(
         flat |= {CORRECTIONS: np.array(delta.int8.corrections, np.float32)} if delta.int8.corrections else {}
     for precision, probe in delta.probes.items():
         flat[PROBES[delta.answers[0]][precision]] = probe.logits.astype(np.float32).reshape(-1)
-    codings = {**codings, **dict.fromkeys(EXACT, Coding.of("fp32")), CORRECTIONS: Coding.of("fp16")}
+    codings = {**codings, **dict.fromkeys(EXACT, Coding.of("fp32")), CORRECTIONS: Coding.of(CORRECTED)}
     made = {
         name: kept[name]
         if name in kept and np.array_equal(kept[name].values, values)

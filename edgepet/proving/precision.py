@@ -38,6 +38,8 @@ from edgepet.graphs.slots import corrected_layers
 from edgepet.images.folders import class_places
 from edgepet.measuring.latency import Candidate, measure
 from edgepet.measuring.machine import environment
+from edgepet.packs.codecs import as_stored
+from edgepet.packs.manifest import CORRECTED, CORRECTIONS
 from edgepet.proving.subject import Subject, sample_images
 from edgepet.spec import FilePath, NpArray, StoredPrecision
 
@@ -242,15 +244,14 @@ def express(
     recipe = recipe or calibration.choose()[0].recipe
     kinds = {each.name: each.codes for each in codes.coded_maps}
     stored = {name: of.stored for name, of in calibration.made(recipe).ranges.items()}
-    mended = calibration.corrections(stored).items()
-    corrections = {name: by.astype(np.float16).astype(np.float64) for name, by in mended}  # as packs store them
+    found = calibration.corrections(stored)
+    ordered = {layer.name: found[layer.name] for layer in corrected_layers(codes, before)} if found else {}
+    corrections = _as_packs_store(ordered, delta.task)
     ranges = Int8Ranges(
         codes=codes.codes_sha256,
         ranges=tuple(stored.get(name, UNREAD[kinds.get(name, "signed")]) for name in codes.reads[before:]),
         trunk=None if trunk is None else codes.ranges_sha256,
-        corrections=tuple(
-            float(by) for layer in corrected_layers(codes, before) if corrections for by in corrections[layer.name]
-        ),
+        corrections=tuple(float(each) for by in corrections.values() for each in by),
     )
     return Expressed(
         delta=replace(delta, int8=ranges),
@@ -261,6 +262,15 @@ def express(
         recipe=recipe,
         calibration=calibration,
     )
+
+
+def _as_packs_store(corrections: Mapping[str, NpArray], task: str) -> dict[str, NpArray]:
+    if not corrections:
+        return {}
+    whole = np.concatenate(list(corrections.values())).astype(np.float32)
+    ends = np.cumsum([len(by) for by in corrections.values()])[:-1]
+    stored = as_stored(CORRECTIONS, whole, CORRECTED, task).astype(np.float64)
+    return dict(zip(corrections, np.split(stored, ends), strict=True))
 
 
 def fastest(folders: Mapping[StoredPrecision, Path]) -> tuple[StoredPrecision, str]:
