@@ -43,6 +43,7 @@ bench: $(VENV)/.bench $(if $(findstring --quick,$(ARGS)),bench-methods bench-tri
 	$(BIN)/python benchmarks/half.py $(ARGS)
 	$(BIN)/python benchmarks/int8.py $(ARGS)
 	$(BIN)/python benchmarks/shared_int8.py $(ARGS)
+	$(BIN)/python benchmarks/int8_convnets.py $(ARGS)
 	$(BIN)/python benchmarks/int8_tuning.py $(ARGS)
 	$(BIN)/python benchmarks/timm_sweep.py $(ARGS)
 	$(BIN)/python benchmarks/store.py $(ARGS)
@@ -59,6 +60,7 @@ bench-methods: $(VENV)/.bench
 
 bench-trials: $(VENV)/.bench
 	$(BIN)/python benchmarks/trials.py $(ARGS)
+	$(BIN)/python benchmarks/robustness.py $(ARGS)
 	$(BIN)/python benchmarks/packs.py $(ARGS)
 	$(BIN)/python benchmarks/report.py $(ARGS)
 

@@ -29,7 +29,7 @@ SLACK = {"ratio": 0.05, "top-1": 0.005}  # a part of the ratio; of 1
 HIGHER = ("training",)  # results whose ratios are the better the larger
 KIND = ("machine", "cpu", "cores", "cpu_features")  # of an environment: what times hold for
 # What tells rows of a list apart.
-NAMED = ("backbone", "model", "family", "task", "method", "runtime", "image_size", "training")
+NAMED = ("backbone", "model", "family", "task", "method", "runtime", "image_size", "training", "network")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

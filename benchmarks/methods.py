@@ -102,7 +102,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         for title in titles:
             network = NETWORKS[title]
-            spec = _spec(network, Path(scratch))
+            spec = spec_of(network, Path(scratch))
             for name in names:
                 began = time.perf_counter()
                 cell = examine(configure(name), load(spec, network, name), data, Path(scratch), steps)
@@ -131,7 +131,7 @@ def load(spec: str, network: Network, method: str) -> Backbone:
     return load_backbone(spec, image_size=network.image_size, frames=frames)
 
 
-def _spec(network: Network, folder: Path) -> str:
+def spec_of(network: Network, folder: Path) -> str:
     """What ``load_backbone`` takes; seeded weights have norms and layer scales as trained networks have them."""
     if network.weights == "real":
         return network.architecture

@@ -14,8 +14,10 @@ from typing import Any
 from boxes import box_tables
 from fastest import fastest_table
 from harness import HERE, RESULTS, TABLES, asked, parser_of, source
+from int8_convnets import convnet_table
 from masks import mask_table
 from packs import pack_tables
+from robustness import robustness_table
 from serving import serving_tables
 from storage import storage_table
 from store import store_table
@@ -81,7 +83,8 @@ def method_tables() -> str:
     result = results["methods"]
     parts = [network(title, result) for title in result["cells"]]
     parts.append(f"{source(result)} ConvNeXt and ResNet have seeded weights: no package carries trained ones.\n")
-    return "\n".join([*parts, every(results["accuracy-every"]), branches(results["branches"]), trial_tables(results)])
+    parts += [every(results["accuracy-every"]), branches(results["branches"]), trial_tables(results)]
+    return "\n".join([*parts, *(robustness_table(results[name]) for name in ("robustness",) if name in results)])
 
 
 def network(title: str, result: dict[str, Any]) -> str:
@@ -228,9 +231,9 @@ FORMS = (  # a column of the int8 tables, and what it is called in the results
     ("int8, OpenVINO", "int8 openvino"),
     ("shared, ONNX Runtime", "shared int8 onnxruntime"),
     ("shared, OpenVINO", "shared int8 openvino"),
-    ("NNCF, ONNX Runtime", "nncf default onnxruntime"),
-    ("NNCF, OpenVINO", "nncf default openvino"),
-    ("quantize_static", "onnxruntime default onnxruntime"),
+    ("NNCF, ONNX Runtime", "nncf onnxruntime"),
+    ("NNCF, OpenVINO", "nncf openvino"),
+    ("quantize_static", "quantize_static onnxruntime"),
 )
 
 
@@ -241,13 +244,23 @@ def int8_tables() -> str:
     parts = [int8_accuracy(result, backbone) for backbone in BACKBONES]
     n = " or ".join(str(n) for n in sorted({row["n"] for row in result["rows"]}))
     parts.append(
-        f"Test top-1 on {n} images. One Q/DQ file runs on ONNX Runtime and OpenVINO, and TensorRT-RTX built it in every"
-        " cell; `shared` is the same pack on the int8 backbone of all tasks. NNCF and `quantize_static` at their"
-        " defaults, on the same fp32 model, batch norms folded, and calibration images; why they lose"
-        f" EfficientNet-Lite0, and OpenVINO NNCF's file of the ViT, was not looked into. {source(result)}\n"
+        f"Test top-1 on {n} images. Of a ViT one Q/DQ file runs on ONNX Runtime and OpenVINO, of a ConvNet each has its"
+        " own; TensorRT-RTX built its file in every cell. `shared` is the same pack on the int8 backbone of all tasks."
+        f" {source(result)} NNCF and `quantize_static` had the same fp32 model, batch norms folded, and the same"
+        f" calibration images:\n\n{settings_of(result['neighbours'])}\n"
     )
     parts += [shared_int8(results["shared-int8"], result), repaired(results["int8-tuning"])]
+    parts += [convnet_table(results[name]) for name in ("int8-convnets",) if name in results]
     return "\n".join(parts)
+
+
+def settings_of(neighbours: dict[str, dict[str, dict[str, Any]]]) -> str:
+    """What others' libraries were told, by network: lines of a list."""
+    return "\n".join(
+        f"- {name}, {network}: " + ", ".join(f"`{key}={value}`" for key, value in settings.items())
+        for network, tools in neighbours.items()
+        for name, settings in tools.items()
+    )
 
 
 def int8_accuracy(result: dict[str, Any], backbone: str) -> str:
@@ -306,7 +319,11 @@ def shared_int8(result: dict[str, Any], accuracy: dict[str, Any]) -> str:
         for name, found in result["backbones"].items()
     ]
     rounds = f"Median of {result['runs']} runs of {result['rounds']} interleaved rounds"
-    told.append(f"{rounds}, {result['threads']} threads, batch 1. {source(result)}")
+    told.append(
+        f"{rounds}, {result['threads']} threads, batch 1. Calls on ONNX Runtime are 50 ms apart, for threads of one"
+        " session spin while another's run; a core that slept so long is slower, which small networks show most."
+        f" {source(result)}"
+    )
     return f"{shown}\n{' '.join(told)}\n"
 
 

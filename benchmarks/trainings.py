@@ -55,7 +55,8 @@ class Training:
     """A pack of a demo task on a demo backbone. ``scored`` judges it on the test split as well.
 
     ``few`` is how many images of each class are left in each split, None is all. ``settings`` are the method's, as
-    text, ``options`` further ones of ``train``, and ``init`` is what the method's tensors start from.
+    text, ``options`` further ones of ``train``, and ``init`` is what the method's tensors start from. ``imbalance`` is
+    how many times the training images of the last class the first one has.
     """
 
     task: str
@@ -67,6 +68,7 @@ class Training:
     backbone_precision: str = "fp32"
     test_cap: int = TEST_CAP
     few: int | None = None
+    imbalance: float | None = None
     scored: bool = False
     seed: int = 0
     settings: Mapping[str, str] = field(default_factory=dict)
@@ -186,7 +188,7 @@ def _asked(job: Job) -> str:
 
 def planned(run: Asked, trainings: Sequence[Training]) -> list[tuple[Job, Result]]:
     """The job of each training, and the images that it is of, which are drawn."""
-    pools = [_images_job(each.task, each.test_cap, each.few) for each in trainings]
+    pools = [_images_job(each.task, each.test_cap, each.few, each.imbalance) for each in trainings]
     images = dict(zip((pool.digest for pool in pools), finished(run, pools), strict=True))
     begun = {each.init: _pretraining_job(run, each.init) for each in trainings if each.init is not None}
     return [
@@ -227,8 +229,9 @@ def pack_of(specification: Mapping[str, Any], folder: Path) -> Path:
     return pack
 
 
-def _images_job(task: str, test_cap: int, few: int | None) -> Job:
-    return Job(function="trainings:draw_images", specification={"task": task, "test_cap": test_cap, "few": few})
+def _images_job(task: str, test_cap: int, few: int | None, imbalance: float | None = None) -> Job:
+    told = {} if imbalance is None else {"imbalance": imbalance}
+    return Job(function="trainings:draw_images", specification={"task": task, "test_cap": test_cap, "few": few, **told})
 
 
 def _pretraining_job(run: Asked, asked: Pretraining) -> Job:
@@ -287,6 +290,13 @@ def draw_images(specification: Mapping[str, Any], folder: Path) -> dict[str, obj
     if few is not None:
         for images in drawn.glob("*/*/"):
             for path in sorted(images.iterdir())[few:]:
+                path.unlink()
+    if "imbalance" in specification:
+        classes = sorted((drawn / "train").iterdir())
+        for number, images in enumerate(classes):
+            paths = sorted(images.iterdir())
+            kept = max(1, round(len(paths) * specification["imbalance"] ** (-number / (len(classes) - 1))))
+            for path in paths[kept:]:
                 path.unlink()
     return {"pixel_sha256": summary.pixel_sha256, "counts": summary.counts, "source": summary.source}
 

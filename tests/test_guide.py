@@ -25,6 +25,7 @@ FED = {  # what stands before a pipe
 }  # fmt: skip
 
 
+@pytest.mark.slow
 def test_the_guide_of_the_device_is_what_happens(tasks: Tasks, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("cryptography", reason="the guide signs a pack")
     monkeypatch.chdir(tmp_path)

@@ -213,14 +213,17 @@ def test_no_task_changes_the_shared_codes_and_merged_weights_have_them_too() -> 
 def test_a_further_task_on_the_shared_codes_costs_next_to_nothing() -> None:
     backbones = json.loads((RESULTS / "shared-int8.json").read_text())["backbones"]
 
-    for backbone in backbones.values():
+    limits = {"vit-small": {"onnxruntime": 1.03, "openvino": 1.08}, "efficientnet-lite0": {"onnxruntime": 1.1}}
+    for name, backbone in backbones.items():
         assert all(cell["switch_ms"] <= 1.0 for cell in backbone["latency"].values())
-        assert all(cell["further_bytes"] <= 1e6 for cell in backbone["memory"].values())
-    # A ConvNet pays for steps that are no constants, and ONNX Runtime convolves floats (ADR-0016).
-    for runtime, limit in (("onnxruntime", 1.03), ("openvino", 1.08)):
-        ratios = backbones["vit-small"]["latency"][runtime]["ratios"]
-        assert ratios["shared / own"]["median"] <= limit
-        assert ratios["shared / fp32"]["median"] <= 0.5
+        for runtime, limit in limits[name].items():
+            assert backbone["latency"][runtime]["ratios"]["shared / own"]["median"] <= limit
+        # A ConvNet's task on ONNX Runtime is a session of its own over codes that all share (ADR-0048).
+        for runtime, cell in backbone["memory"].items():
+            own_session = (name, runtime) == ("efficientnet-lite0", "onnxruntime")
+            assert cell["further_bytes"] <= (8e6 if own_session else 1e6)
+    for runtime, limit in (("onnxruntime", 0.55), ("openvino", 0.5)):
+        assert backbones["vit-small"]["latency"][runtime]["ratios"]["shared / fp32"]["median"] <= limit
 
 
 def test_tuning_on_the_codes_recovers_half_of_the_worst_loss() -> None:
