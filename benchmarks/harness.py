@@ -25,8 +25,7 @@ HERE = Path(__file__).parent
 RESULTS = HERE / "results"
 IMAGE_SIZES = {"vit-small": 112, "efficientnet-lite0": 224}
 SMALLER = {"vit-small": 112, "efficientnet-lite0": 128}  # where every method is tried
-# ONNX Runtime's idle threads spin so long that its own next session waits.
-SETTLE_S = {"torch": 0.002, "onnxruntime": 0.05, "openvino": 0.002}
+SETTLE_S = {"torch": 0.002, "onnxruntime": 0.002, "openvino": 0.002}  # a core that slept for longer wakes late
 OF_WHOEVER = ("--dir", "--results", "--ray")  # folders and addresses that a result does not tell
 
 

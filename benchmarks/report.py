@@ -319,11 +319,7 @@ def shared_int8(result: dict[str, Any], accuracy: dict[str, Any]) -> str:
         for name, found in result["backbones"].items()
     ]
     rounds = f"Median of {result['runs']} runs of {result['rounds']} interleaved rounds"
-    told.append(
-        f"{rounds}, {result['threads']} threads, batch 1. Calls on ONNX Runtime are 50 ms apart, for threads of one"
-        " session spin while another's run; a core that slept so long is slower, which small networks show most."
-        f" {source(result)}"
-    )
+    told.append(f"{rounds}, {result['threads']} threads, batch 1. {source(result)}")
     return f"{shown}\n{' '.join(told)}\n"
 
 

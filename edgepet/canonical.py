@@ -36,10 +36,11 @@ def parse_json(text: str | bytes) -> Any:
         number = float(digits)
         return number if math.isfinite(number) else no_constant(digits)
 
-    def short(digits: str) -> int:
-        if len(digits) > _MOST_DIGITS:
-            raise ValueError(f"an integer has {len(digits)} digits")
-        return int(digits)
+    def short(text: str) -> int:
+        count = len(text.lstrip("-"))
+        if count > _MOST_DIGITS:
+            raise ValueError(f"an integer has {count} digits")
+        return int(text)
 
     return json.loads(text, object_pairs_hook=no_twins, parse_constant=no_constant, parse_float=finite, parse_int=short)
 

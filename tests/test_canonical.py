@@ -22,7 +22,7 @@ def test_keys_are_sorted_and_nothing_is_spaced() -> None:
 
 
 JSON = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
+    st.none() | st.booleans() | st.integers(-(10**20) + 1, 10**20 - 1) | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
     max_leaves=8,
 )
@@ -35,6 +35,14 @@ def test_what_was_written_is_read_again_and_written_alike(value: object) -> None
 
     assert parse_json(text) == value
     assert canonical_json(parse_json(text)) == text
+
+
+@pytest.mark.parametrize(("text", "digits"), [(b"100000000000000000000", 21), (b"-100000000000000000000", 21)])
+def test_an_integer_of_more_than_twenty_digits_is_not_read(text: bytes, digits: int) -> None:
+    with pytest.raises(ValueError, match=f"an integer has {digits} digits"):
+        parse_json(text)
+
+    assert parse_json(text[:-1]) == int(text[:-1])
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), {"a": [float("-inf")]}, "\ud800"])
