@@ -39,7 +39,7 @@ from edgepet.networks.loading import load_backbone
 from edgepet.proving.precision import in_precision
 from edgepet.proving.subject import Subject
 from edgepet.reports.tables import Column, Table, format_ms, format_number, format_percent, markdown
-from edgepet.spec import NpArray
+from edgepet.spec import NpArray, StoredPrecision
 
 TASK, THREADS = "digits", (1, 2)
 RUNTIMES: dict[str, Format] = {"onnxruntime": "onnx", "openvino": "openvino"}
@@ -100,10 +100,11 @@ def measured(network: Network, data: Path, folder: Path, amount: Amount) -> list
     fp32 = ExportOptions(to=tuple(RUNTIMES.values()))
     int8 = replace(fp32, precision="int8", calib=data, calib_images=amount.calib_images)
     subject = Subject(pack, backbone, None)
-    for options in (fp32, int8):
-        made = in_precision(subject, options.precision, options, lambda stage: None)
+    asked_for: dict[StoredPrecision, ExportOptions] = {"fp32": fp32, "int8": int8}
+    for precision, options in asked_for.items():
+        made = in_precision(subject, precision, options, lambda stage: None)
         for runtime, name in RUNTIMES.items():
-            place_of(folder, runtime, options.precision).write_bytes(serialize(made[name].proto))
+            place_of(folder, runtime, precision).write_bytes(serialize(made[name].proto))
     images, labels = tested_images(read_pack(pack).delta, data, amount.test_images)
     return [
         {
