@@ -139,8 +139,7 @@ def head_calibration_images(
         trained.append(len(train))
     first = judged[0].at(range(trained[0]))  # the training images come first
     indices, held, digests = drawn(first.images, folder, count, seed)
-    for kind in dict.fromkeys(kinds):
-        _require_apart(folder, evaluation, judged[0].paths, kind.opened)
+    _require_apart(folder, evaluation, judged[0].paths, [kind.opened for kind in dict.fromkeys(kinds)])
     held_out = sorted(indices[:held])
     return HeadCalibrationImages(
         folder=folder,
@@ -168,17 +167,22 @@ def _in_order(truths: Any, first: Any, folder: Path, head: str) -> Any:
 
 
 def _require_apart(
-    folder: Path, evaluation: FilePath | None, mine: Sequence[Path], opened: Callable[[Path, Split], Any]
+    folder: Path, evaluation: FilePath | None, mine: Sequence[Path], opened: Sequence[Callable[[Path, Split], Any]]
 ) -> None:
     """Refuse an image that a test split has too, by its content."""
     digests = {sha256_file(path): path for path in mine}
     for place in dict.fromkeys((folder, *([] if evaluation is None else [Path(evaluation)]))):
-        try:
-            tests = opened(place, "test").paths
-        except InputError:  # it has none
-            continue
+        tests = dict.fromkeys(path for each in opened for path in _tests_of(each, place))
         common = [path for path in tests if sha256_file(path) in digests]
         if common:
             example = f"{digests[sha256_file(common[0])].name} is {common[0].name}"
             what, got = f"must not overlap the test split of {place}", f"{len(common)} of its images: {example}"
             raise InputError(str(folder), what, got=got, fix="calibrate on train, so that test can still judge")
+
+
+def _tests_of(opened: Callable[[Path, Split], Any], place: Path) -> tuple[Path, ...]:
+    try:
+        tests: tuple[Path, ...] = opened(place, "test").paths
+    except InputError:  # it has none
+        return ()
+    return tests
