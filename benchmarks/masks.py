@@ -16,12 +16,13 @@ from __future__ import annotations
 import argparse
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from harness import Asked, asked, parser_of, source, spread
-from trainings import FEW, Rows, Trained, Training, finished, images_of, measuring_job, pack_of, trained
+from harness import Asked, asked, source, spread
+from trainings import FEW, Rows, Trained, Training, finished, images_of, measuring_job, pack_of, rows_parser
 
 from edgepet.reports.tables import Column, Table, format_bytes, format_number, format_percent, markdown
 
@@ -77,9 +78,8 @@ def worded() -> Iterator[Training]:
 
 def parser() -> argparse.ArgumentParser:
     """The arguments of this benchmark."""
-    made = parser_of(__doc__)
+    made = rows_parser(__doc__)
     made.add_argument("--backbone", choices=tuple(HEADS), help="only the rows of one backbone")
-    made.add_argument("--most", type=int, help="end after so many rows (all that are missing)")
     return made
 
 
@@ -90,11 +90,8 @@ def main() -> None:
     if run.quick:
         every = [replace(each, epochs=1, few=FEW, test_cap=10) for each in every[-1:]]
         facts = {"max_drop": 99}
-    rows = Rows(run, "masks", every, facts)
-    wanted = [each for each in rows.missing if run.quick or options.backbone in (None, each.backbone)]
-    for each in wanted[: options.most]:
-        (made,) = trained(run, [each])
-        rows.add(made, row(run, made, facts["max_drop"]))
+    asked_row = partial(row, run, max_drop=facts["max_drop"])
+    Rows(run, "masks", every, facts).fill(asked_row, options.most, None if run.quick else options.backbone)
 
 
 def row(run: Asked, made: Trained, max_drop: float) -> dict[str, object]:

@@ -6,17 +6,18 @@ What ran is kept when a run is interrupted (``edgepet/jobs``). A table that take
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import json
 import os
 import shutil
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from harness import IMAGE_SIZES, Asked, earlier, write_result
+from harness import IMAGE_SIZES, Asked, earlier, parser_of, write_result
 from judging import right_answers, written
 
 from edgepet.canonical import canonical_json
@@ -127,6 +128,15 @@ def trained(run: Asked, trainings: Sequence[Training]) -> tuple[Trained, ...]:
     )
 
 
+def rows_parser(description: str | None, tasks: Iterable[str] = ()) -> argparse.ArgumentParser:
+    """The arguments of a benchmark whose table grows by ``Rows``, of several ``tasks`` or of one."""
+    made = parser_of(description)
+    if tasks:
+        made.add_argument("--task", choices=tuple(tasks), help="only the rows of one task")
+    made.add_argument("--most", type=int, metavar="N", help="end after so many rows (all that are missing)")
+    return made
+
+
 class Rows:
     """The rows of a table that has one for each of ``trainings``, in ``NAME.json``, as many as there are yet.
 
@@ -151,8 +161,19 @@ class Rows:
         known = {row["training"] for row in self._known()}
         return tuple(each for key, each in self._trainings.items() if key not in known)
 
+    def fill(
+        self, row: Callable[[Trained], Mapping[str, object]], most: int | None = None, backbone: str | None = None
+    ) -> None:
+        """Train what is missing, at ``most`` so many and of one ``backbone`` if these are asked for, and write of each
+        its ``row``, with its "task", in its place.
+        """
+        wanted = [each for each in self.missing if backbone in (None, each.backbone)]
+        for each in wanted[:most]:
+            (made,) = trained(self._run, [each])
+            self.add(made, row(made))
+
     def add(self, made: Trained, row: Mapping[str, object]) -> None:
-        """Write the row of a training, with its "task", in its place."""
+        """Write the row of a training."""
         self._write([{"training": _asked(made.result.job), **row}])
 
     def adopt(self, names: Sequence[str]) -> None:
