@@ -19,7 +19,8 @@ from typing import Any
 
 import numpy as np
 from harness import asked, source, spread
-from trainings import Rows, Trained, Training, rows_parser
+from rows import Rows, rows_parser
+from trainings import Trained, Training
 
 from edgepet.reports.tables import Column, Table, format_bytes, format_number, format_percent, markdown
 

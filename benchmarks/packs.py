@@ -24,7 +24,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from harness import IMAGE_SIZES, Asked, asked, source, write_result
 from judging import logits_on_device, tested_images
-from trainings import FEW, Rows, Trained, Training, finished, images_of, measuring_job, pack_of, rows_parser
+from rows import Rows, rows_parser
+from trainings import FEW, Trained, Training, finished, images_of, measuring_job, pack_of
 
 from edgepet.reports.tables import Column, Table, format_bytes, format_percent, markdown
 from edgepet.spec import NpArray, Tensors

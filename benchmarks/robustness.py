@@ -26,7 +26,8 @@ import numpy as np
 from harness import IMAGE_SIZES, Asked, asked, source
 from judging import logits_on_device
 from PIL import Image, ImageFilter
-from trainings import FEW, Rows, Trained, Training, finished, images_of, measuring_job, pack_of, rows_parser
+from rows import Rows, rows_parser
+from trainings import FEW, Trained, Training, finished, images_of, measuring_job, pack_of
 
 from edgepet import read_pack
 from edgepet.deltas.delta import Delta

@@ -26,20 +26,8 @@ from typing import Any
 
 import numpy as np
 from harness import IMAGE_SIZES, SMALLER, Asked, asked, earlier, write_result
-from trainings import (
-    FEW,
-    Pretraining,
-    Rows,
-    Trained,
-    Training,
-    draw,
-    finished,
-    images_of,
-    measuring_job,
-    pack_of,
-    rows_parser,
-    trained,
-)
+from rows import Rows, rows_parser
+from trainings import FEW, Pretraining, Trained, Training, draw, finished, images_of, measuring_job, pack_of, trained
 
 from edgepet import TrainOptions, train
 from edgepet.networks.loading import load_backbone

@@ -24,6 +24,7 @@ PARTS = (
     "harness",
     "judging",
     "neighbours",
+    "rows",
     "serving_many",
     "trainings",
     "trial_pages",
@@ -162,6 +163,7 @@ def test_the_sweeps_table_says_how_far_each_precision_is_and_who_refuses_what() 
 def test_a_table_grows_by_what_no_earlier_run_has_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Wherever that ran: threads and precision are the machine's."""
     trainings: Any = imported("trainings")
+    rows_of: Any = imported("rows")
     harness: Any = imported("harness")
     monkeypatch.setattr(sys, "argv", ["benchmarks/trials.py"])
     run = harness.Asked(command="a", quick=False, folder=tmp_path, results=tmp_path)
@@ -192,26 +194,26 @@ def test_a_table_grows_by_what_no_earlier_run_has_found(tmp_path: Path, monkeypa
     def methods(rows: Any) -> list[tuple[str, str]]:
         return [(each.task, each.method) for each in rows.missing]
 
-    monkeypatch.setattr(trainings, "planned", on_threads(1))
-    first = trainings.Rows(run, "table", asked, {"images": 5})
+    monkeypatch.setattr(rows_of, "planned", on_threads(1))
+    first = rows_of.Rows(run, "table", asked, {"images": 5})
     add(first, 3, 1)
-    monkeypatch.setattr(trainings, "planned", on_threads(2))
-    second = trainings.Rows(run, "table", asked, {"images": 5}, task="digits")
+    monkeypatch.setattr(rows_of, "planned", on_threads(2))
+    second = rows_of.Rows(run, "table", asked, {"images": 5}, task="digits")
     assert methods(second) == [("digits", "ssf"), ("digits", "lora")]
     add(first, 2, 1)  # another run, at the same time
     add(second, 0, 2)
-    assert methods(trainings.Rows(run, "table", asked, {"images": 5})) == [("digits", "lora")]
+    assert methods(rows_of.Rows(run, "table", asked, {"images": 5})) == [("digits", "lora")]
     add(second, 1, 2)
 
     written = json.loads((tmp_path / "table.json").read_text())
     assert [row["n"] for row in written["rows"]] == [0, 1, 3, 2]  # by task, in the order of the table
     assert (written["trainings"], written["images"]) == (4, 5)
-    assert len(trainings.Rows(run, "table", asked, {"images": 6}).missing) == 4
+    assert len(rows_of.Rows(run, "table", asked, {"images": 6}).missing) == 4
 
-    beside = trainings.Rows(run, "beside", [asked[2], *more], task="cards")
+    beside = rows_of.Rows(run, "beside", [asked[2], *more], task="cards")
     beside.adopt(["nowhere", "table"])
     assert methods(beside) == [("cards", "lora")]
-    whole = trainings.Rows(run, "beside", [asked[2], *more])
+    whole = rows_of.Rows(run, "beside", [asked[2], *more])
     assert methods(whole) == [("digits", "ssf"), ("cards", "lora")]
     whole.adopt(["table"])
     assert [row["n"] for row in json.loads((tmp_path / "beside.json").read_text())["rows"]] == [2, 0]
