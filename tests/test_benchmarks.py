@@ -28,6 +28,7 @@ PARTS = (
     "serving_many",
     "trainings",
     "trial_pages",
+    "unseen",
 )  # of other benchmarks
 SCRIPTS = sorted(path.stem for path in (ROOT / "benchmarks").glob("*.py") if path.stem not in PARTS)
 RESULTS = sorted((ROOT / "benchmarks" / "results").glob("*.json"))
