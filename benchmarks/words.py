@@ -54,7 +54,7 @@ FROZEN_HEADS = (
 TUNED_HEADS = ("mlp", *ADDED)
 FORMS = ((VIT, "linear-probe", FROZEN_HEADS), (CONVNET, "linear-probe", FROZEN_HEADS), (CONVNET, "ssf", TUNED_HEADS))
 UNSEEN = ("savanna", "cropland", "snow_ice", "woody_savanna")  # two of which have a word that other classes have too
-ADAPTER, STAGED, STAGE_EPOCHS = "multi-scale-adapter", {"boxes": "fcos", "mask": "mlp", "labels": ""}, 10
+ADAPTER, STAGED, STAGE_EPOCHS = "multi-scale-adapter", {"boxes": "fcos", "mask": "mlp", "labels": ""}, 8
 READS = {"boxes": "fcos,language=1", "mask": "mlp,language=1"}
 ROUNDS, QUICK_SIZE = 100, 64
 
