@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from collections.abc import Mapping
@@ -11,12 +10,11 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
-from safetensors.numpy import save_file
 from trainings import images_of, pack_of
 
 from edgepet import evaluate
 from edgepet.packs.pack import EVERY, read_pack
-from edgepet.packs.text_file import read_text
+from edgepet.packs.text_file import read_text, write_text
 
 WORDS = "tests/golden/text/landcover.safetensors"  # of all classes
 
@@ -39,8 +37,9 @@ def without_pixels(specification: Mapping[str, Any], folder: Path) -> dict[str, 
     words = Path(__file__).parents[1] / WORDS
     delta = read_pack(pack_of(specification, folder), answers=EVERY).delta
     backbone = load_backbone(delta.backbone, image_size=delta.preprocess.image_size)
-    known = _without(drawn, left_out, folder / "data")
-    kept = _rows_of(words, [each for each in _classes(drawn) if each != left_out], folder / "known.safetensors")
+    known = without(drawn, left_out, folder / "data")
+    table, kept = read_text(words).only(_classes(known)), folder / "known.safetensors"
+    write_text(kept, table.classes, table.vectors, table.source)
     options: dict[str, Any] = {
         "task": "mask", "head": "score", "epochs": delta.training["epochs"], "text": kept,
         "precision": delta.training["precision"],
@@ -66,7 +65,7 @@ def share(data: Path, name: str) -> float:
     return hits / counted
 
 
-def _without(drawn: Path, name: str, data: Path) -> Path:
+def without(drawn: Path, name: str, data: Path) -> Path:
     """The train and val images in the folder ``data``, in whose masks a class is not counted, and is no class."""
     classes = _classes(drawn)
     number = classes.index(name)
@@ -81,11 +80,3 @@ def _without(drawn: Path, name: str, data: Path) -> Path:
             Image.fromarray(mask).save(data / "masks" / split / path.name)
     (data / "classes.txt").write_text("".join(f"{each}\n" for each in classes if each != name))
     return data
-
-
-def _rows_of(table: Path, classes: list[str], output: Path) -> Path:
-    """The table with these classes alone."""
-    read = read_text(table)
-    rows = np.stack([read.vectors[read.classes.index(each)] for each in classes])
-    save_file({"text": rows}, output, {"classes": json.dumps(classes), "source": read.source})
-    return output

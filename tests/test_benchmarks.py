@@ -17,6 +17,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
+
+from edgepet.images.mask_folders import open_masks
+from tests.mask_folders import NAMES, index_folder
 
 ROOT = Path(__file__).parent.parent
 PARTS = (
@@ -218,6 +222,22 @@ def test_a_table_grows_by_what_no_earlier_run_has_found(tmp_path: Path, monkeypa
     assert methods(whole) == [("digits", "ssf"), ("cards", "lora")]
     whole.adopt(["table"])
     assert [row["n"] for row in json.loads((tmp_path / "beside.json").read_text())["rows"]] == [2, 0]
+
+
+def test_a_class_is_taken_out_of_all_pixels_that_are_learnt_from(tmp_path: Path) -> None:
+    unseen: Any = imported("unseen")
+    drawn = index_folder(tmp_path / "drawn")
+
+    data = unseen.without(drawn, "green", tmp_path / "data")
+
+    for split in ("train", "val"):
+        for path in sorted((drawn / "masks" / split).iterdir()):
+            before, after = (np.asarray(Image.open(root / "masks" / split / path.name)) for root in (drawn, data))
+            np.testing.assert_array_equal(after, np.array([0, 255, 1])[before])
+    assert not (data / "masks/test").exists()
+    assert [mask.classes for mask in (open_masks(data, "train"), open_masks(data, "val"))] == [("red", "blue")] * 2
+    masks = np.stack([np.asarray(Image.open(path)) for path in (drawn / "masks/test").iterdir()])
+    assert [unseen.share(drawn, name) for name in NAMES] == [np.mean(masks == number) for number in range(3)]
 
 
 def test_what_is_right_is_kept_in_bits_and_compared_in_pairs() -> None:
