@@ -52,7 +52,15 @@ FROZEN_HEADS = (
     "score,mlp=true,context=1,aux=false",
 )  # fmt: skip
 TUNED_HEADS = ("mlp", *ADDED)
-FORMS = ((VIT, "linear-probe", FROZEN_HEADS), (CONVNET, "linear-probe", FROZEN_HEADS), (CONVNET, "ssf", TUNED_HEADS))
+FORMS = (
+    (CONVNET, "linear-probe", FROZEN_HEADS),
+    (VIT, "linear-probe", FROZEN_HEADS[:-2]),
+    (CONVNET, "ssf", TUNED_HEADS),
+)
+DRAWN = (
+    "tests/golden/text/drawn.safetensors"  # vectors that a seed drew: what a head of score maps is worth without words
+)
+WITHOUT_WORDS = ("score", "score,context=1")
 UNSEEN = ("savanna", "cropland", "snow_ice", "woody_savanna")  # two of which have a word that other classes have too
 ADAPTER, STAGED, STAGE_EPOCHS = "multi-scale-adapter", {"boxes": "fcos", "mask": "mlp", "labels": ""}, 8
 READS = {"boxes": "fcos,language=1", "mask": "mlp,language=1"}
@@ -99,10 +107,12 @@ def heads() -> Iterator[Training]:
     for backbone, method, every in FORMS:
         for head in every:
             yield _land(backbone, method, head)
+            if head in WITHOUT_WORDS:
+                yield _land(backbone, method, head, DRAWN)
 
 
-def _land(backbone: str, method: str, head: str) -> Training:
-    text = {} if head in PLAIN else {"text": WORDS}
+def _land(backbone: str, method: str, head: str, table: str = WORDS) -> Training:
+    text = {} if head in PLAIN else {"text": table}
     maps = "" if head == "linear" else MAPS[backbone]  # one product of the last map, as in masks.py
     return Training(
         task=LAND, backbone=backbone, method=method, image_size=SIZE, epochs=EPOCHS, test_cap=TEST_IMAGES, scored=True,
@@ -112,7 +122,8 @@ def _land(backbone: str, method: str, head: str) -> Training:
 
 def head_row(run: Asked, made: Trained) -> dict[str, object]:
     """One head, and what words add to ``mlp``."""
-    found = uncoded(made)
+    text = made.training.options.get("text")
+    found = uncoded(made) | {"text": {None: "", WORDS: "words", DRAWN: "drawn"}[text]}
     head = next(
         (each for each in ADDED if made.training.options["head"] == f"{each}{MAPS[made.training.backbone]}"), ""
     )
@@ -257,17 +268,18 @@ def _left(result: Mapping[str, Any]) -> str:
 def _heads(result: Mapping[str, Any]) -> str:
     rows = [
         (
-            each["backbone"], each["method"], each["head"].removesuffix(MAPS[CONVNET]),
+            each["backbone"], each["method"], each["head"].removesuffix(MAPS[CONVNET]), each["text"],
             format_number(each["head_params"]), format_bytes(each["pack_bytes"]), format_percent(each["test_miou"]),
             f"{format_percent(each['test_low'])} to {format_percent(each['test_high'])}", _added(each.get("added")),
         )
         for each in result["rows"]
     ]  # fmt: skip
     numbers = ("head, values", "pack, fp16", "mIoU", "95 % interval", "words add, points")
-    columns = (*map(Column, ("backbone", "method", "head")), *(Column(name, right=True) for name in numbers))
+    columns = (*map(Column, ("backbone", "method", "head", "text")), *(Column(name, right=True) for name in numbers))
     told = (
         f"Test mIoU of {TEST_IMAGES} images of land cover at {SIZE} px, {EPOCHS} epochs of 800 images without"
-        f" augmentation, one seed. What words add is to `mlp`, paired on {PAIRED} images.{_left(result)}"
+        f" augmentation, one seed. Text is GloVe's vectors of words, or as many numbers that a seed drew. What"
+        f" words add is to `mlp`, paired on {PAIRED} images.{_left(result)}"
     )
     return f"{markdown(Table('Heads with words and without', columns, rows))}\n{told} {source(result)}\n"
 
