@@ -5,7 +5,7 @@
     python benchmarks/words.py --dir DIR --only speed     # milliseconds of the stages, on an idle machine
 
 The text of every class is the vector that GloVe has for its words, as ``edgepet text`` makes it. Heads are of land
-cover, behind a frozen backbone and behind SSF; what words add to the head ``mlp`` is paired, on the same images. For a
+cover, behind a frozen backbone; what words add to the head ``mlp`` is paired, on the same images. For a
 class without training all of its pixels are taken out of train and val, a head of score maps is trained on what is
 left, and ``pack --text`` gives it all classes again. LV-Adapter's second stage tunes the adapters on boxes, masks and
 labels of a scene at once, its third each answer alone. Trainings are jobs below DIR, without augmentation. Writes
@@ -44,19 +44,15 @@ from edgepet.reports.tables import Column, Table, format_bytes, format_ms, forma
 LAND, SCENE = "landcover_seg", "stamps_scene"
 SCENE_WORDS = "tests/golden/text/stamps_scene.safetensors"
 EPOCHS, TEST_IMAGES, PAIRED = 12, 1000, 500
+FROZEN = "linear-probe"
 MAPS = {VIT: "", CONVNET: ",maps=1/2/3"}  # what heads read: a ViT's are four of one stride
 PLAIN = ("linear", "mlp")
 ADDED = ("score,mlp=true", "mlp,language=1")  # words beside what ``mlp`` reads
-FROZEN_HEADS = (
+HEADS = (
     *PLAIN, "score", "score,context=1", *ADDED, "score,mlp=true,aux=false", "score,mlp=true,context=1",
     "score,mlp=true,context=1,aux=false",
 )  # fmt: skip
-TUNED_HEADS = ("mlp", *ADDED)
-FORMS = (
-    (CONVNET, "linear-probe", FROZEN_HEADS),
-    (VIT, "linear-probe", FROZEN_HEADS[:-2]),
-    (CONVNET, "ssf", TUNED_HEADS),
-)
+FORMS = {CONVNET: HEADS, VIT: HEADS[:-2]}
 DRAWN = (
     "tests/golden/text/drawn.safetensors"  # vectors that a seed drew: what a head of score maps is worth without words
 )
@@ -81,7 +77,7 @@ def main() -> None:
     run = asked(options)
     backbone = None if run.quick else options.backbone
     if options.only in (None, "heads"):
-        every = [_smallest(_land(CONVNET, "ssf", ADDED[0]))] if run.quick else list(heads())
+        every = [_smallest(_land(CONVNET, ADDED[0]))] if run.quick else list(heads())
         Rows(run, "words-heads", every).fill(partial(head_row, run), options.most, backbone)
     if options.only in (None, "unseen"):
         unseen(run)
@@ -104,18 +100,18 @@ def _smallest(training: Training) -> Training:
 
 def heads() -> Iterator[Training]:
     """Heads that read text, and those that they are compared with."""
-    for backbone, method, every in FORMS:
+    for backbone, every in FORMS.items():
         for head in every:
-            yield _land(backbone, method, head)
+            yield _land(backbone, head)
             if head in WITHOUT_WORDS:
-                yield _land(backbone, method, head, DRAWN)
+                yield _land(backbone, head, DRAWN)
 
 
-def _land(backbone: str, method: str, head: str, table: str = WORDS) -> Training:
+def _land(backbone: str, head: str, table: str = WORDS) -> Training:
     text = {} if head in PLAIN else {"text": table}
     maps = "" if head == "linear" else MAPS[backbone]  # one product of the last map, as in masks.py
     return Training(
-        task=LAND, backbone=backbone, method=method, image_size=SIZE, epochs=EPOCHS, test_cap=TEST_IMAGES, scored=True,
+        task=LAND, backbone=backbone, method=FROZEN, image_size=SIZE, epochs=EPOCHS, test_cap=TEST_IMAGES, scored=True,
         options={"task": "mask", "head": f"{head}{maps}", **text},
     )  # fmt: skip
 
@@ -168,7 +164,7 @@ def against(specification: Mapping[str, Any], folder: Path) -> dict[str, object]
 
 def unseen(run: Asked) -> None:
     """A row for each class that training has no pixel of."""
-    whole = _land(VIT, "linear-probe", "score")
+    whole = _land(VIT, "score")
     (made,) = trained(run, [replace(whole, epochs=1, few=FEW, test_cap=10, image_size=112) if run.quick else whole])
     (judged,) = finished(run, [measuring_job("unseen:by_class", made)])
     facts = {"backbone": VIT, "epochs": made.training.epochs, "trained": judged.report}
@@ -195,7 +191,7 @@ def stages() -> Iterator[Training]:
     for answer, head in STAGED.items():
         plain = {"task": answer, **({"head": head} if head else {})}
         worded = {"task": answer, "head": READS[answer], "text": SCENE_WORDS} if answer in READS else None
-        for method in ("linear-probe", ADAPTER):
+        for method in (FROZEN, ADAPTER):
             for options in filter(None, (plain, worded)):
                 yield _scene(method, options)
         yield _scene(ADAPTER, worded or plain, adapted)
@@ -268,16 +264,16 @@ def _left(result: Mapping[str, Any]) -> str:
 def _heads(result: Mapping[str, Any]) -> str:
     rows = [
         (
-            each["backbone"], each["method"], each["head"].removesuffix(MAPS[CONVNET]), each["text"],
+            each["backbone"], each["head"].removesuffix(MAPS[CONVNET]), each["text"],
             format_number(each["head_params"]), format_bytes(each["pack_bytes"]), format_percent(each["test_miou"]),
             f"{format_percent(each['test_low'])} to {format_percent(each['test_high'])}", _added(each.get("added")),
         )
         for each in result["rows"]
     ]  # fmt: skip
     numbers = ("head, values", "pack, fp16", "mIoU", "95 % interval", "words add, points")
-    columns = (*map(Column, ("backbone", "method", "head", "text")), *(Column(name, right=True) for name in numbers))
+    columns = (*map(Column, ("backbone", "head", "text")), *(Column(name, right=True) for name in numbers))
     told = (
-        f"Test mIoU of {TEST_IMAGES} images of land cover at {SIZE} px, {EPOCHS} epochs of 800 images without"
+        f"Test mIoU of {TEST_IMAGES} images of land cover at {SIZE} px, frozen backbone, {EPOCHS} epochs of 800 images without"
         f" augmentation, one seed. Text is GloVe's vectors of words, or as many numbers that a seed drew. What"
         f" words add is to `mlp`, paired on {PAIRED} images.{_left(result)}"
     )
