@@ -53,9 +53,7 @@ HEADS = (
     "score,mlp=true,context=1,aux=false",
 )  # fmt: skip
 FORMS = {CONVNET: HEADS, VIT: HEADS[:-2]}
-DRAWN = (
-    "tests/golden/text/drawn.safetensors"  # vectors that a seed drew: what a head of score maps is worth without words
-)
+DRAWN = "tests/golden/text/drawn.safetensors"  # numbers that a seed drew: what such a head is worth without words
 WITHOUT_WORDS = ("score", "score,context=1")
 UNSEEN = ("savanna", "cropland", "snow_ice", "woody_savanna")  # two of which have a word that other classes have too
 ADAPTER, STAGED, STAGE_EPOCHS = "multi-scale-adapter", {"boxes": "fcos", "mask": "mlp", "labels": ""}, 8
@@ -273,8 +271,8 @@ def _heads(result: Mapping[str, Any]) -> str:
     numbers = ("head, values", "pack, fp16", "mIoU", "95 % interval", "words add, points")
     columns = (*map(Column, ("backbone", "head", "text")), *(Column(name, right=True) for name in numbers))
     told = (
-        f"Test mIoU of {TEST_IMAGES} images of land cover at {SIZE} px, frozen backbone, {EPOCHS} epochs of 800 images without"
-        f" augmentation, one seed. Text is GloVe's vectors of words, or as many numbers that a seed drew. What"
+        f"Test mIoU of {TEST_IMAGES} images of land cover at {SIZE} px, frozen backbone, {EPOCHS} epochs of 800 images"
+        f" without augmentation, one seed. Text is GloVe's vectors of words, or as many numbers that a seed drew. What"
         f" words add is to `mlp`, paired on {PAIRED} images.{_left(result)}"
     )
     return f"{markdown(Table('Heads with words and without', columns, rows))}\n{told} {source(result)}\n"
