@@ -131,7 +131,7 @@ def pack(
     Raises:
         PackError, InputError: ``source``, images or options at fault.
         CheckError: it loses more than ``max_drop``.
-        MissingError: torch, to compare with, or cryptography, to sign with, is not installed.
+        MissingError: torch, to compare with, what computes AP of boxes, or cryptography, to sign with, is not there.
     """
     source, output = Path(source), Path(output)
     require_pack_place(output)
