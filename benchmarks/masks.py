@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 from harness import Asked, asked, source, spread
 from rows import Rows, rows_parser
-from trainings import FEW, Trained, Training, finished, images_of, measuring_job, pack_of
+from trainings import FEW, Trained, Training, finished, measuring_job, recoded
 
 from edgepet.reports.tables import Column, Table, format_bytes, format_number, format_percent, markdown
 
@@ -110,20 +110,8 @@ def uncoded(made: Trained) -> dict[str, object]:
 
 def recode(specification: Mapping[str, Any], folder: Path) -> dict[str, object]:
     """A pack in the smallest codes that lose at most so many points on val: its bytes, and its mIoU on test."""
-    import torch
-
-    from edgepet import evaluate, pack
-
-    torch.set_num_threads(specification["threads"])
-    trained_pack, data = pack_of(specification, folder), images_of(specification, folder)
-    output = folder / "coded.pet"
-    report = pack(trained_pack, output, codec="auto", data=data, max_drop=specification["max_drop"])
-    test: Any = evaluate(output, data)  # of masks
-    return {
-        "coded_bytes": report.bytes,
-        "coded_planes": {each.name: each.format for each in report.planes},
-        "coded_test_miou": test.value,
-    }
+    made, test = recoded(specification, folder)
+    return {**made, "coded_test_miou": test["mask"]["value"]}
 
 
 def mask_table(results: Mapping[str, Any]) -> str:

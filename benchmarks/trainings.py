@@ -332,6 +332,22 @@ def train_pack(specification: Mapping[str, Any], folder: Path) -> dict[str, obje
     return found | {"test_top1": float(right.mean()), "test_n": len(right), "test_right": written(right)}
 
 
+def recoded(specification: Mapping[str, Any], folder: Path) -> tuple[dict[str, object], dict[str, dict[str, Any]]]:
+    """A pack in the smallest codes that lose at most so many points on val: its bytes and planes, and by head what
+    ``eval`` says of it on test.
+    """
+    import torch
+
+    from edgepet import evaluate, pack
+
+    torch.set_num_threads(specification["threads"])
+    trained_pack, data = pack_of(specification, folder), images_of(specification, folder)
+    output = folder / "coded.pet"
+    report = pack(trained_pack, output, codec="auto", data=data, max_drop=specification["max_drop"])
+    made = {"coded_bytes": report.bytes, "coded_planes": {each.name: each.format for each in report.planes}}
+    return made, head_scores(evaluate(output, data), report.answers[0])
+
+
 def head_scores(test: Any, name: str) -> dict[str, dict[str, object]]:
     """By head what ``eval`` says of each; that of one head says it of ``name``."""
     heads, told = getattr(test, "heads", {name: test}), [each.name for each in fields(DenseScore)]

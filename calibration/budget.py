@@ -1,4 +1,4 @@
-"""What int8 costs: paired loss of top-1 with its interval, mean divergence, and which layers cost most of it."""
+"""What int8 and codes cost: paired loss of top-1, its interval, mean divergence, and which layers cost most of it."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ MOST_NAMED = 12  # layers in a message
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Drop:
-    """What ``n`` images lose from float to int8.
+    """What ``n`` images lose from float to int8, or from a pack to one in other codings.
 
     ``points`` of ``metric``, top-1, of masks mIoU, of boxes and labels AP, negative for a gain, with the 95 % interval
     of a paired difference; ``kl`` is the mean Kullback-Leibler divergence of the answers' distributions, in nats, of
@@ -45,6 +45,11 @@ class Drop:
     def shown(self) -> list[str]:
         """The names of what JSON has: ``metric`` where it is not top-1."""
         return [each.name for each in fields(self) if each.name != "metric" or self.metric != "top1"]
+
+
+def worst(drops: Iterable[Drop]) -> Drop:
+    """That of the head that loses most, which budgets hold: a mean would let one be ruined."""
+    return max(drops, key=lambda drop: drop.points)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

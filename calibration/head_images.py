@@ -9,10 +9,10 @@ from typing import Any, Generic, TypeVar
 
 import numpy as np
 
-from edgepet.calibration.budget import Answers, Drop, divergence
+from edgepet.calibration.budget import Answers, Drop, divergence, worst
 from edgepet.calibration.head_drops import box_drop, boxes_apart, label_drop, labels_apart, mask_drop
 from edgepet.calibration.images import COUNT, SEED, CalibrationImages, Part, drawn
-from edgepet.deltas.heads import Meaning
+from edgepet.deltas.heads import Answer, Meaning
 from edgepet.errors import InputError
 from edgepet.files import sha256_file
 from edgepet.images.box_folders import open_boxes
@@ -108,11 +108,23 @@ class HeadCalibrationImages(CalibrationImages):
     def lost(self, part: Part, before: Answers, after: Answers, order: NpArray) -> Drop:
         """As of ``CalibrationImages``, in points of each head's metric: of the head that loses most."""
         del order  # each has the classes of its head in their order
-        lost = [
+        return worst(
             head.kind.lost(was, now, head.judged if part == "judged" else head.held_out, self.preprocess)
             for head, was, now in zip(self.heads, before, after, strict=True)
-        ]
-        return max(lost, key=lambda each: each.points)
+        )
+
+
+def head_drop(answer: Answer, before: NpArray, after: NpArray, truths: Any, preprocess: Preprocess) -> Drop:
+    """Points of its metric that a head loses from what it gave ``before`` to ``after``, of the same images.
+
+    Args:
+        truths: what is true of them, a checked ``MaskSet``, ``BoxSet`` or ``LabelSet`` with the head's classes.
+
+    Raises:
+        MissingError: the package that computes AP of boxes is not installed.
+    """
+    drop: Drop = _KINDS[answer].lost(before, after, truths, preprocess)
+    return drop
 
 
 def head_calibration_images(
@@ -135,7 +147,7 @@ def head_calibration_images(
             )
             raise InputError(str(folder), what, got=format_names(train.classes[:5]))
         whole = kind.checked(kind.both(train, val), preprocess)
-        judged.append(_in_order(whole, judged[0], folder, head.name) if judged else whole)
+        judged.append(in_order(whole, judged[0], folder, head.name) if judged else whole)
         trained.append(len(train))
     first = judged[0].at(range(trained[0]))  # the training images come first
     indices, held, digests = drawn(first.images, folder, count, seed)
@@ -156,8 +168,12 @@ def head_calibration_images(
     )
 
 
-def _in_order(truths: Any, first: Any, folder: Path, head: str) -> Any:
-    """``truths`` in the order of the images that the ``first`` head has; refuses other images."""
+def in_order(truths: Any, first: Any, folder: Path, head: str) -> Any:
+    """``truths`` of a ``head`` in the order of the images that the ``first`` head has.
+
+    Raises:
+        InputError: they are of other images.
+    """
     places = {path: place for place, path in enumerate(truths.paths)}
     unlike = sorted(places.keys() ^ set(first.paths))
     if unlike:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import numpy as np
-import torch
-from torch import nn
 
 from edgepet.deltas.delta import Delta
 from edgepet.geometry import overlaps
@@ -13,6 +11,7 @@ from edgepet.networks.backbone import Backbone
 from edgepet.networks.head_settings import Form
 from edgepet.spec import NpArray
 from edgepet.tuning.dense import DenseModel, extract_dense
+from tests.mask_packs import moved_model
 
 LABELS = ("round", "square")
 FCOS = Form(name="fcos", width=8, depth=1)
@@ -22,16 +21,7 @@ def box_delta(backbone: Backbone, method: str, *, form: Form = FCOS, task: str |
     """A task of boxes, its method and its head away from where they start: scores of all sizes."""
     settings = {"length": 3} if method.startswith("vpt") else {}
     model = DenseModel(backbone, METHODS[method](**settings), form, len(LABELS), seed=1)
-    rng = np.random.default_rng(seed)
-    moved = {name: x + 0.05 * rng.standard_normal(x.shape) for name, x in model.arrays().items()}
-    model.take({name: x.astype(np.float32) for name, x in moved.items()})
-    drawn = torch.Generator().manual_seed(seed)
-    for name, parameter in model.form.named_parameters():
-        if parameter.ndim > 1 or name.endswith("gamma"):
-            nn.init.trunc_normal_(parameter, std=parameter[0].numel() ** -0.5, generator=drawn)
-        elif name == "what.bias":
-            nn.init.constant_(parameter, -1.0)
-    return extract_dense(model.eval(), backbone, task=task or method, labels=LABELS)
+    return extract_dense(moved_model(model, seed), backbone, task=task or method, labels=LABELS)
 
 
 def require_same_boxes(got: NpArray, expected: NpArray, *, above: float = 0.05, apart: float = 1e-3) -> None:

@@ -37,14 +37,21 @@ def mask_delta(
     """A task of masks, its method and its head away from where they start."""
     settings = {"length": 3} if method.startswith("vpt") else {}
     model = DenseModel(backbone, METHODS[method](**settings), form or Form(width=8), len(labels), seed=1)
+    return extract_dense(moved_model(model, seed), backbone, task=task or method, labels=tuple(labels))
+
+
+def moved_model(model: DenseModel, seed: int) -> DenseModel:
+    """Itself, its method and its heads away from where they start; scores of boxes are of all sizes."""
     rng = np.random.default_rng(seed)
     moved = {name: x + 0.05 * rng.standard_normal(x.shape) for name, x in model.arrays().items()}
     model.take({name: x.astype(np.float32) for name, x in moved.items()})
     drawn = torch.Generator().manual_seed(seed)
-    for name, parameter in model.form.named_parameters():
+    for name, parameter in (each for form in model.forms for each in form.named_parameters()):
         if parameter.ndim > 1 or name.endswith("gamma"):
             nn.init.trunc_normal_(parameter, std=parameter[0].numel() ** -0.5, generator=drawn)
-    return extract_dense(model.eval(), backbone, task=task or method, labels=tuple(labels))
+        elif name == "what.bias":
+            nn.init.constant_(parameter, -1.0)
+    return model.eval()
 
 
 def mask_pack(path: Path, backbone: Backbone, delta: Delta, *, codec: Codec = "fp16", sequence: int = 0) -> Path:

@@ -224,6 +224,26 @@ def test_a_table_grows_by_what_no_earlier_run_has_found(tmp_path: Path, monkeypa
     assert [row["n"] for row in json.loads((tmp_path / "beside.json").read_text())["rows"]] == [2, 0]
 
 
+def test_the_table_of_boxes_has_packs_in_codes_where_they_are_measured() -> None:
+    score = {"value": 0.5, "map50": 0.75, "low": 0.25, "high": 0.625}
+    first: dict[str, Any] = {
+        "task": "trees", "method": "ssf", "backbone": "demo:efficientnet-lite0", "trainable_params": 7,
+        "head_params": 8, "pack_bytes": 2000, "test": {"boxes": score},
+    }  # fmt: skip
+    rows = [first, {**first, "coded_bytes": 1000, "coded_test": {"boxes": {**score, "value": 0.375}}}]
+    environment = json.loads(RESULTS[0].read_text())["environment"]
+
+    told = imported("boxes").box_tables(
+        {"boxes": {"rows": rows, "trainings": 2, "command": "python benchmarks/boxes.py", "environment": environment}}
+    )
+
+    (shown,) = [line for line in told.splitlines() if line.startswith("| trees")]
+    cells = [cell.strip() for cell in shown.strip("|").split("|")]
+    assert cells[4:6] == ["2.0 kB", "1.0 kB"]
+    ranges = ["50.0 % (50.0 % to 50.0 %)", "75.0 % (75.0 % to 75.0 %)", "25.0 % to 62.5 %"]
+    assert cells[6:] == [*ranges, "37.5 %", "2"]
+
+
 def test_a_class_is_taken_out_of_all_pixels_that_are_learnt_from(tmp_path: Path) -> None:
     unseen: Any = imported("unseen")
     drawn = index_folder(tmp_path / "drawn")

@@ -25,7 +25,7 @@ from edgepet.tuning.dense import MergedHead
 from tests.box_folders import coco_folder
 from tests.box_packs import LABELS, box_delta, require_same_boxes
 from tests.flow import edgepet as command
-from tests.flow import has_openvino, refused
+from tests.flow import has_openvino
 from tests.mask_packs import mask_backbone, mask_pack
 
 FORMATS = ["onnx", *(["openvino"] if has_openvino else [])]
@@ -153,16 +153,3 @@ def test_tensorrt_rtx_builds_a_detector(place: Path, tmp_path: Path) -> None:
     assert said.code == 0, said.err
     assert (tmp_path / "things-tensorrt-fp16" / MANIFEST).is_file()
     assert (tmp_path / "things-tensorrt-fp16/model.engine.json").read_text().count('"name":"labels"') == 1
-
-
-@pytest.mark.parametrize(
-    ("given", "told"),
-    [
-        (["pack", "{pack}", "--codec", "int8", "-o", "{out}/a.pet"], "other codings"),
-    ],
-)
-def test_what_is_not_judged_yet_is_refused(given: list[str], told: str, place: Path, tmp_path: Path) -> None:
-    told = f"task 'things': finds boxes, which are not judged in {told} yet\n  fix: keep its numbers in fp16"
-    arguments = [text.format(pack=place / "things.pet", data=place / "data", out=tmp_path) for text in given]
-
-    assert told in refused(3, *arguments)

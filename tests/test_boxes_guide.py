@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.box_folders import coco_folder, picture
-from tests.guides import walked
+from tests.guides import WIDER, walked
 
 GUIDE = Path(__file__).parents[1] / "docs" / "guide" / "boxes.md"
 FEW = " --epochs 8 --batch-size 8 --lr 0.01 --img-size 64 --train-precision fp32 --device cpu"
@@ -21,9 +21,12 @@ def test_the_guide_of_boxes_is_what_happens(tmp_path: Path, monkeypatch: pytest.
     coco_folder(tmp_path / "DATA", train=36, val=6, test=4, size=(48, 64))
 
     ran, printed = walked(
-        GUIDE, picture(7, (50, 60))[0], few=FEW, program=lambda text: text + "print(len(answer.boxes) > 0)"
-    )
+        GUIDE, picture(7, (50, 60))[0], few=FEW, instead=WIDER,
+        program=lambda text: text + "print(len(answer.boxes) > 0)",
+    )  # fmt: skip
 
     assert printed.splitlines()[-1] == "True"
-    assert ran == ["train", "eval", "predict", *["device"] * 3, *["export"] * 2, "verify", "calibrate", "device"]
+    assert ran == [
+        "train", "eval", "predict", *["device"] * 3, *["export"] * 2, "verify", "pack", "calibrate", "device",
+    ]  # fmt: skip
     assert Path("seen/field.png").is_file()

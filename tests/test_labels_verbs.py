@@ -198,21 +198,6 @@ def test_boxes_stand_in_for_labels(trained: Any, place: Path) -> None:
     assert [each["name"] for each in said.json["classes"]] == ["round", "square"]
 
 
-@pytest.mark.parametrize(
-    ("given", "told"),
-    [
-        (["pack", "{pack}", "--codec", "int8", "-o", "{out}/a.pet"], "other codings"),
-    ],
-)
-def test_what_is_not_judged_yet_is_refused(
-    given: list[str], told: str, trained: Any, place: Path, tmp_path: Path
-) -> None:
-    arguments = [text.format(pack=place / "things.pet", data=place / "data", out=tmp_path) for text in given]
-
-    told = f"task 'things': finds labels, which are not judged in {told} yet\n  fix: keep its numbers in fp16"
-    assert told in refused(3, *arguments)
-
-
 def test_eval_takes_labels_in_any_order_and_no_other_one(trained: Any, place: Path, tmp_path: Path) -> None:
     csv_folder(tmp_path, train=0, val=0, test=6, size=(48, 64))
     file, lines = tmp_path / "labels.csv", (tmp_path / "labels.csv").read_text().splitlines()

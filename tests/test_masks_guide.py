@@ -8,14 +8,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.guides import FORMATS, walked
+from tests.guides import FORMATS, WIDER, walked
 from tests.interpreters import DEVICE, block
 from tests.mask_folders import index_folder, scene
 
 GUIDE = Path(__file__).parents[1] / "docs" / "guide" / "masks.md"
 FEW = " --epochs 2 --batch-size 8 --img-size 64 --train-precision fp32 --device cpu"
-# A network that saw 40 images of noise loses more than the guide's budgets to codes.
-WIDER = {"--max-drop 1": "--max-drop 40", "--max-drop 0.3": "--max-drop 40"}
 
 
 @pytest.mark.slow

@@ -16,6 +16,7 @@ from edgepet.packs.manifest import EXACT
 from edgepet.packs.old import read_old
 from edgepet.packs.pack import encode_pack
 from edgepet.proving.coding import Tried, choices
+from edgepet.verbs import judged_images
 from tests.flow import Tasks, edgepet, refused
 from tests.packs import header_bytes
 from tests.tiny import make_delta, ones, sites_of
@@ -91,10 +92,8 @@ def test_options_that_do_not_go_together(given: dict[str, object], said: str, ta
 def test_a_budget_that_does_not_hold_leaves_nothing(
     tasks: Tasks, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from edgepet.proving import coding
-
-    real = coding.drop_between
-    monkeypatch.setattr(coding, "drop_between", lambda before, after, labels: real(before, -before, labels))
+    real = judged_images.drop_between
+    monkeypatch.setattr(judged_images, "drop_between", lambda before, after, labels: real(before, -before, labels))
 
     for codec, what in (
         ("int4", "must lose at most 9 points in int4"),
@@ -111,6 +110,19 @@ def test_a_budget_finer_than_the_images_show(tasks: Tasks, tmp_path: Path) -> No
     )
 
     assert message.startswith("--max-drop: must be at least 8.3 points: 12 images show no less, got 1.0")
+
+
+def test_classes_without_an_image_are_still_the_tasks_own(tasks: Tasks, tmp_path: Path) -> None:
+    delta, data = read_pack(tasks.shapes).delta, tmp_path / "data"
+    shutil.copytree(tasks.data, data)
+    for split in ("train", "val", "test"):
+        shutil.rmtree(data / split / delta.labels[0])
+
+    images, judge = judged_images.judged_images(data, delta)
+
+    right = np.eye(3, dtype=np.float32)[[1] * 4 + [2] * 4]
+    assert images.shape == (8, 3, 32, 32)
+    assert judge((right,), (-right,))["class"].points == 100
 
 
 # ---------------------------------------------------------------------------------------------- packs of before

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.box_folders import picture
-from tests.guides import walked
+from tests.guides import WIDER, walked
 from tests.scene_folders import scene_folder
 
 GUIDE = Path(__file__).parents[1] / "docs" / "guide" / "several-heads.md"
@@ -25,8 +25,9 @@ def test_the_guide_of_several_heads_is_what_happens(tmp_path: Path, monkeypatch:
         GUIDE,
         picture(7, (50, 60))[0],
         few=FEW,
+        instead=WIDER,
         program=lambda text: text + "print(answer.heads['mask'].mask.shape == (50, 60))",
     )
 
     assert printed.splitlines()[-1] == "True"
-    assert ran == ["train", "eval", "pretrain", "train", "predict", *["device"] * 3, *["export"] * 2, "verify"]
+    assert ran == ["train", "eval", "pretrain", "train", "predict", *["device"] * 3, *["export"] * 2, "verify", "pack"]

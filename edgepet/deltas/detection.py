@@ -5,6 +5,7 @@ A box that was found is six numbers: x1, y1, x2, y2 in pixels of the network's i
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -85,8 +86,15 @@ class Detect(Layer):
 
     def __call__(self, *given: NpArray) -> NpArray:
         """Pairs of (n, classes, h, w) and (n, 5, h, w) become (n, boxes, 6)."""
-        classes, beside = (np.concatenate([places(x) for x in given[side::2]], axis=2) for side in (0, 1))
-        return self.best(classes, beside, *self.grid(*(x.shape[1:] for x in given)))
+        return self.best(*_levels(given), *self.grid(*(x.shape[1:] for x in given)))
+
+    def said(self, *given: NpArray) -> tuple[NpArray, NpArray, NpArray]:
+        """What the maps that ``__call__`` takes say of all places, before any is chosen: logits of the classes
+        (n, classes, places), distances to the sides in strides (n, 4, places), the logit of how central (n, 1, places).
+        """
+        classes, beside = _levels(given)
+        scales = np.repeat(self.scales.astype(classes.dtype), [x.shape[2] * x.shape[3] for x in given[::2]])
+        return classes, np.maximum(beside[:, :SIDES] * scales, 0), beside[:, SIDES:]
 
     def best(self, classes: NpArray, beside: NpArray, points: NpArray, reaches: NpArray) -> NpArray:
         """The boxes (n, boxes, 6) of all places: of (n, classes, places) and (n, 5, places) on what ``grid`` gives."""
@@ -98,6 +106,12 @@ class Detect(Layer):
         rows = np.concatenate([corners, scores[:, None], labels[:, None]], axis=1).swapaxes(1, 2)
         best = np.argsort(-scores, axis=1, kind="stable")[:, : self.top]
         return np.take_along_axis(rows, best[:, :, None], axis=1)
+
+
+def _levels(given: Sequence[NpArray]) -> tuple[NpArray, NpArray]:
+    """Pairs of maps as two of all levels' places: (n, classes, places) and (n, 5, places)."""
+    classes, beside = (np.concatenate([places(x) for x in given[side::2]], axis=2) for side in (0, 1))
+    return classes, beside
 
 
 def suppressed(found: NpArray, *, limit: float = OVERLAP) -> NpArray:

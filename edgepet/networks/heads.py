@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from edgepet.deltas.detection import SIDES, Detect
-from edgepet.deltas.heads import MapHead
+from edgepet.deltas.heads import MapHead, Step
 from edgepet.deltas.layers import Layer, settings, tensors
 
 _Settings: TypeAlias = Mapping[str, Any]  # each kind's own, as ``SETTINGS`` declares them
@@ -40,11 +40,22 @@ class HeadNetwork(nn.Module):
 
     def forward(self, given: Mapping[str, Tensor]) -> Tensor:
         """Maps (n, channels, height, width) by name, and ``features`` (n, width) where the head reads them."""
+        return self.last(self.read_last(given))
+
+    def read_last(self, given: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
+        """What its last step reads, of what ``forward`` takes."""
         known = {name: given[name] for name in self.head.inputs}
-        for step in self.head.steps:
-            held = {name: self.get_buffer(buffer) for name, buffer in self._held[step.gives].items()}
-            known[step.gives] = forward(step.layer, tuple(known[name] for name in step.reads), held)
-        return known[self.head.steps[-1].gives]
+        for step in self.head.steps[:-1]:
+            known[step.gives] = self._step(step, tuple(known[name] for name in step.reads))
+        return tuple(known[name] for name in self.head.steps[-1].reads)
+
+    def last(self, read: tuple[Tensor, ...]) -> Tensor:
+        """What its last step gives for what ``read_last`` gave."""
+        return self._step(self.head.steps[-1], read)
+
+    def _step(self, step: Step, read: tuple[Tensor, ...]) -> Tensor:
+        held = {name: self.get_buffer(buffer) for name, buffer in self._held[step.gives].items()}
+        return forward(step.layer, read, held)
 
 
 def forward(layer: Layer, inputs: tuple[Tensor, ...], held: Mapping[str, Tensor]) -> Tensor:

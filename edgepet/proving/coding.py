@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 
-from edgepet.calibration.budget import Drop, drop_between, require_resolution
-from edgepet.calibration.head_drops import mask_drop
+from edgepet.calibration.budget import Answers, Drop, worst
 from edgepet.deltas.delta import JudgedHead
 from edgepet.deltas.text import with_classes
 from edgepet.errors import CheckError, InputError, option, require
@@ -24,6 +24,11 @@ from edgepet.proving.subject import Subject
 from edgepet.reports.tables import format_names
 from edgepet.spec import NpArray
 
+if TYPE_CHECKING:
+    from edgepet.tuning.dense import Said
+
+Judge: TypeAlias = Callable[[Answers, Answers], Mapping[str, Drop]]  # what each head loses between two answers, by name
+
 LOOKED_AT = 64  # images on which a plane is judged alone
 CANDIDATES: tuple[Codec, ...] = ("int2", "int4", "int8", "fp16")
 
@@ -32,27 +37,39 @@ CANDIDATES: tuple[Codec, ...] = ("int2", "int4", "int8", "fp16")
 class Recoded:
     """A pack in other codings: its bytes, and how far its answers are from the first one's.
 
-    ``max_abs`` is on logits of ``n`` images; ``drop`` is of top-1, or of mIoU, None where no labels are known.
+    ``max_abs`` is of ``n`` images, as ``furthest`` has it; ``drops`` are of the heads by name, none where nothing is
+    known to be true of the images.
     """
 
     data: bytes
-    codings: Mapping[str, Coding]
-    max_abs: float
-    n: int
-    drop: Drop | None
+    codings: Mapping[str, Coding] = field(default_factory=dict)
+    max_abs: float = 0.0
+    n: int = 0
+    drops: Mapping[str, Drop] = field(default_factory=dict)
+
+    @property
+    def drop(self) -> Drop | None:
+        """What the head loses that loses most."""
+        return worst(self.drops.values()) if self.drops else None
+
+    @property
+    def told(self) -> str:
+        """``drop`` in a message."""
+        (head, drop) = max(self.drops.items(), key=lambda each: each[1].points)
+        return f"{drop.points:.2f}{f' of {head}' if len(self.drops) > 1 else ''} on {self.n} images"
 
 
 class Recoding:
     """A pack that is stored otherwise.
 
     Args:
-        labels: classes (n,) of the subject's images, of a task of masks those of their pixels, (n, height, width); None
-            where they have none.
+        images: preprocessed, float32 (n, 3, H, W) or clips.
+        judge: by what is true of ``images``; None where nothing is known.
         sequence: of the pack that is made.
     """
 
-    def __init__(self, subject: Subject, images: NpArray, labels: NpArray | None, sequence: int) -> None:
-        self._subject, self._images, self._labels, self._sequence = subject, images, labels, sequence
+    def __init__(self, subject: Subject, images: NpArray, judge: Judge | None, sequence: int) -> None:
+        self._subject, self._images, self._judge, self._sequence = subject, images, judge, sequence
 
     def in_codec(self, codec: Codec) -> Recoded:
         """Every plane in ``codec``, but what is too small for codes or may not be coded.
@@ -62,19 +79,16 @@ class Recoding:
         """
         return self._asked(self._judged({name: Coding.of(codec) for name in self._planes}))
 
-    def smallest(self, max_drop: float, labels: NpArray, stage: Callable[[str], None]) -> Recoded:
-        """The smallest codings of the planes that lose at most ``max_drop`` points of top-1, or mIoU, by ``labels``.
+    def smallest(self, max_drop: float, stage: Callable[[str], None]) -> Recoded:
+        """The smallest codings of the planes with which no head loses more than ``max_drop`` points of its metric.
 
         Each plane is tried alone in each codec, on some of the images. Taking the codec with the smallest sum of bytes
         and error times a number, for larger and larger numbers, gives a row of choices, of which no other is smaller at
         an equal sum of errors; the first of them that holds the budget on all images is taken.
 
         Raises:
-            InputError: a budget that so few images cannot show.
             CheckError: fp16 does not hold it.
         """
-        if labels.ndim == 1:
-            require_resolution(max_drop, len(labels))
         tried = [self._alone(name, stage) for name in self._planes]
         found, row = None, choices(tried)
         low, high = 0, len(row) - 1
@@ -106,9 +120,8 @@ class Recoding:
             pack = read_pack(self._encoded({name: Coding.of(codec)}), answers=EVERY)
             if pack.planes[name].stored.coding in [each.coding for each in made]:
                 continue  # too small for codes, or may have none
-            error = self._answers(pack, LOOKED_AT) - self._expected[:LOOKED_AT]
             coding, size = pack.planes[name].stored.coding, pack.bytes_by_kind[name]
-            made.append(Tried(name, coding, size, float((error**2).sum())))
+            made.append(Tried(name, coding, size, moved(self._expected, self._said(pack, LOOKED_AT))))
         return made
 
     def _encoded(self, codings: Mapping[str, Coding]) -> bytes:
@@ -119,13 +132,14 @@ class Recoding:
     def _judged(self, codings: Mapping[str, Coding]) -> Recoded:
         data = self._encoded(codings)
         pack = read_pack(data, answers=EVERY)
-        got = self._answers(pack, None)
+        said = self._said(pack, None)
+        before, after = (tuple(head.answer for head in heads) for heads in (self._expected, said))
         return Recoded(
             data=data,
             codings={name: plane.stored.coding for name, plane in pack.planes.items()},
-            max_abs=float(np.abs(got - self._expected).max()),
-            n=len(got),
-            drop=None if self._labels is None else self._lost(got, self._labels),
+            max_abs=furthest(self._expected, said),
+            n=len(self._images),
+            drops={} if self._judge is None else self._judge(before, after),
         )
 
     def _asked(self, made: Recoded) -> Recoded:
@@ -134,17 +148,14 @@ class Recoding:
         delta = probed(self._subject.backbone, pack.delta)
         return replace(made, data=encode_pack(delta, kept=pack.planes, sequence=self._sequence))
 
-    def _answers(self, pack: Pack, count: int | None) -> NpArray:
-        from edgepet.tuning.dense import stored_answers
+    def _said(self, pack: Pack, count: int | None) -> tuple[Said, ...]:
+        from edgepet.tuning.dense import stored_said
 
-        return stored_answers(self._subject.backbone, pack.delta, self._images[:count])
-
-    def _lost(self, got: NpArray, labels: NpArray) -> Drop:
-        return (drop_between if labels.ndim == 1 else mask_drop)(self._expected, got, labels)
+        return stored_said(self._subject.backbone, pack.delta, self._images[:count])
 
     @cached_property
-    def _expected(self) -> NpArray:
-        return self._answers(self._subject.pack, None)
+    def _expected(self) -> tuple[Said, ...]:
+        return self._said(self._subject.pack, None)
 
     @cached_property
     def _weights(self) -> dict[int, NpArray]:
@@ -155,12 +166,37 @@ class Recoding:
 
 @dataclass(frozen=True, slots=True)
 class Tried:
-    """One plane alone in one coding: what it takes, and the sum of squares by which logits moved."""
+    """One plane alone in one coding: what it takes, and how far what heads say has ``moved``."""
 
     plane: str
     coding: Coding
     bytes: int
     error: float
+
+
+def furthest(before: Sequence[Said], after: Sequence[Said]) -> float:
+    """The largest difference of what heads say of the same images: of logits, and of distances of boxes in strides."""
+    heads = zip(before, after, strict=True)
+    pairs = (pair for was, now in heads for pair in zip(was.numbers, now.numbers, strict=True))
+    return max(float(np.abs(now - was).max()) for was, now in pairs)
+
+
+def moved(before: Sequence[Said], after: Sequence[Said]) -> float:
+    """How far heads moved what they say of images, the first ones of ``before``: the sum over heads of mean squares.
+
+    Each is through the variance of what was said before, and the mean over the kinds of numbers of a head. So logits,
+    distances and how central a place is count alike, and a head of a million places no more than one of ten labels.
+    """
+    heads = list[float]()
+    for was, now in zip(before, after, strict=True):
+        kinds = zip(was.numbers, now.numbers, strict=True)
+        heads.append(float(np.mean([_unlike(one[: len(other)], other) for one, other in kinds])))
+    return sum(heads)
+
+
+def _unlike(before: NpArray, after: NpArray) -> float:
+    squares = np.square(after - before).mean(dtype=np.float64)
+    return float(squares / (before.var(dtype=np.float64) or 1.0))
 
 
 def choices(tried: Sequence[Sequence[Tried]]) -> list[list[Tried]]:
@@ -215,4 +251,4 @@ def reworded(source: Path, backbone: AnyBackbone, text: Path, sequence: int | No
     made = probed(subject.backbone, stored.delta)
     number = subject.pack.sequence if sequence is None else sequence
     data = encode_pack(made, kept=stored.planes, sequence=number)
-    return Recoded(data=data, codings={}, max_abs=0.0, n=0, drop=None)
+    return Recoded(data=data)

@@ -12,12 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from edgepet.deltas.delta import NO_CLASSIFIER, Delta, JudgedHead, Score
+from edgepet.deltas.detection import Detect
 from edgepet.deltas.heads import FEATURES, Answer, MapHead
 from edgepet.deltas.joined import answer_shapes, apart, as_rows
 from edgepet.deltas.layers import Shape
 from edgepet.deltas.merge import fold_all, task_tensors
 from edgepet.device.map_heads import map_heads_of
-from edgepet.images.batches import batched
+from edgepet.images.batches import batched, in_batches
 from edgepet.methods import Method
 from edgepet.methods.method import unflatten
 from edgepet.networks.backbone import Backbone
@@ -240,6 +241,34 @@ def stored_answers(backbone: Backbone, delta: Delta, images: NpArray) -> NpArray
     return batched(MergedHead(backbone, delta), images)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Said:
+    """What a head says of images: its ``answer`` (n, …), and of boxes what they are chosen from, ``Detect.said``."""
+
+    answer: NpArray
+    places: tuple[NpArray, ...] = ()
+
+    @property
+    def numbers(self) -> tuple[NpArray, ...]:
+        """What moves little where the network does: logits, and of boxes, whose order jumps, what all places say."""
+        return self.places or (self.answer,)
+
+
+def stored_said(backbone: Backbone, delta: Delta, images: NpArray) -> tuple[Said, ...]:
+    """What each head of ``delta`` says, the classifier or those that read maps; else as ``stored_answers``."""
+    if not map_heads_of(delta):
+        return (Said(answer=merged_logits(backbone, delta, images)),)
+    network = MergedHead(backbone, delta)
+    heads = zip(*(network.said(batch) for batch in in_batches(images)), strict=True)
+    return tuple(
+        Said(
+            answer=np.concatenate([each.answer for each in said]),
+            places=tuple(map(np.concatenate, zip(*(each.places for each in said), strict=True))),
+        )
+        for said in heads
+    )
+
+
 class MergedHead:
     """A pack as stored, run by torch in float32: its delta folded into the backbone, its branches and heads beside it.
 
@@ -258,12 +287,29 @@ class MergedHead:
 
     def __call__(self, images: NpArray) -> NpArray:
         """What the heads give, in ``as_rows``, of preprocessed float32 images (n, 3, H, W)."""
-        module, inputs = self._backbone.module, (torch.from_numpy(images),)
-        with torch.no_grad(), grafted(module, self._branches), taking(module, self._maps) as taken:
-            features = torch.func.functional_call(module, self._state, inputs, tie_weights=False)
-            answers = [head({**taken, FEATURES: features}).numpy() for head in self._heads]
-        return as_rows(answers)
+        maps = self._read(images)
+        with torch.no_grad():
+            return as_rows([head(maps).numpy() for head in self._heads])
 
     def each(self, images: NpArray) -> tuple[NpArray, ...]:
         """What each head gives."""
         return apart(self(images), self.shapes)
+
+    def said(self, images: NpArray) -> tuple[Said, ...]:
+        """What each head says."""
+        maps = self._read(images)
+        with torch.no_grad():
+            return tuple(_said(head, head.read_last(maps)) for head in self._heads)
+
+    def _read(self, images: NpArray) -> dict[str, Tensor]:
+        """What heads read, by name."""
+        module, inputs = self._backbone.module, (torch.from_numpy(images),)
+        with torch.no_grad(), grafted(module, self._branches), taking(module, self._maps) as taken:
+            features = torch.func.functional_call(module, self._state, inputs, tie_weights=False)
+        return {**taken, FEATURES: features}
+
+
+def _said(network: HeadNetwork, read: tuple[Tensor, ...]) -> Said:
+    layer = network.head.steps[-1].layer
+    places = layer.said(*(x.numpy() for x in read)) if isinstance(layer, Detect) else ()
+    return Said(answer=network.last(read).numpy(), places=places)

@@ -10,17 +10,18 @@ import numpy as np
 
 from edgepet.device.runtimes import RUNTIMES
 from edgepet.errors import InputError, option
-from edgepet.images.folders import SPLITS, class_places
+from edgepet.images.folders import SPLITS
 from edgepet.images.notes import Tell, tell_nobody, tell_of
 from edgepet.images.preprocess import normalize
-from edgepet.images.sets import ImageSet, load_batches, open_split
+from edgepet.images.sets import load_batches, open_split
 from edgepet.measuring.machine import TORCH
 from edgepet.measuring.parity import accuracy
 from edgepet.networks.backbone import AnyBackbone
+from edgepet.proving.classes import class_order
 from edgepet.proving.sources import open_source
 from edgepet.reports.screen import Screen, lines
-from edgepet.reports.tables import format_names, format_percent
-from edgepet.spec import FilePath, NpArray
+from edgepet.reports.tables import format_percent
+from edgepet.spec import FilePath
 from edgepet.verbs.evaluate_dense import DenseEvalReport, SeveralEvalReport, dense_eval_screen, evaluate_heads
 from edgepet.verbs.verb import (
     MOST_THREADS,
@@ -99,7 +100,7 @@ def evaluate(
         return evaluate_heads(source, Path(data), split, runtime, precision, backbone, threads, tell)
     clips = source.preprocess.frames > 1
     images = open_split(Path(data), split, clips=clips)
-    order = _order(images, source.labels, data, model)
+    order = class_order(images, source.labels, Path(data), Path(model).name)
     tell_of(Path(data), {split: images}, tell, clips=clips)
     opened = source.open(runtime, precision, backbone, threads)
     try:
@@ -122,20 +123,6 @@ def evaluate(
         classes=source.labels,
         without_images=tuple(name for index, name in enumerate(source.labels) if index not in truth),
     )
-
-
-def _order(images: ImageSet, labels: tuple[str, ...], data: FilePath, model: FilePath) -> NpArray:
-    """Where each class of ``images`` is among the model's ``labels``.
-
-    Raises:
-        InputError: it is not among them.
-    """
-    places = class_places(labels)
-    if not places.keys() >= set(images.classes):
-        unlike = sorted(places.keys() ^ set(images.classes))
-        what = f"needs the {len(labels)} classes of {Path(model).name}"
-        raise InputError(str(data), what, got=f"a difference in {format_names(unlike[:5])}")
-    return np.array([places[name] for name in images.classes])
 
 
 def _options(parser: Parser) -> None:

@@ -332,7 +332,7 @@ def _int8(artifact: Exported) -> str:
     return f"{artifact.task} int8: {told}; {recipe(chosen)}{ran if executed else ''}"
 
 
-_CALLED = {"top1": "top-1", "miou": "mIoU", "map": "AP"}
+CALLED = {"top1": "top-1", "miou": "mIoU", "map": "AP"}
 
 
 def recipe(facts: Mapping[str, object]) -> str:
@@ -347,7 +347,7 @@ def lost(drop: Drop | None) -> str:
     if drop is None:
         return "not judged"
     reach = f"{drop.low:.2f} to {drop.high:.2f}"
-    return f"loses {drop.points:.2f} points of {_CALLED[drop.metric]} ({reach}, n = {drop.n}), divergence {drop.kl:.2g}"
+    return f"loses {drop.points:.2f} points of {CALLED[drop.metric]} ({reach}, n = {drop.n}), divergence {drop.kl:.2g}"
 
 
 VERB = Verb(options=_options, run=_run, screen=screen)

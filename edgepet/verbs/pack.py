@@ -2,24 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, TypeAlias, cast
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, cast
 
 import numpy as np
 
-from edgepet.calibration.budget import Drop
+from edgepet.calibration.budget import Drop, require_resolution
 from edgepet.deltas.delta import Delta
 from edgepet.deltas.heads import METRICS
 from edgepet.device.answers import labels_of
-from edgepet.device.map_heads import map_head_of
 from edgepet.errors import CheckError, InputError, option, require
 from edgepet.files import read_file, write_file
-from edgepet.images.mask_folders import open_masks
-from edgepet.images.masks import check_masks, read_masks
-from edgepet.images.preprocess import normalize
-from edgepet.images.sets import load_set, open_split
 from edgepet.networks.backbone import AnyBackbone
 from edgepet.packs.codecs import CODECS, Codec, Coding
 from edgepet.packs.container import is_old
@@ -28,11 +23,12 @@ from edgepet.packs.old import read_old
 from edgepet.packs.pack import EVERY, Pack, PackCodec, encode_pack, read_pack
 from edgepet.packs.signatures import make_keys, require_key, sign
 from edgepet.proving.coding import Recoded, Recoding, reworded
-from edgepet.proving.masks import require_mask_classes
 from edgepet.proving.subject import Subject
 from edgepet.reports.screen import Screen, lines
 from edgepet.reports.tables import Table, format_bytes, format_names, format_number, left, right
-from edgepet.spec import FilePath, NpArray
+from edgepet.spec import FilePath
+from edgepet.verbs.export import CALLED
+from edgepet.verbs.judged_images import judged_images
 from edgepet.verbs.verb import (
     Options,
     Parser,
@@ -66,10 +62,12 @@ class PlaneReport:
 class PackReport:
     """What ``pack`` wrote.
 
-    ``max_abs_diff`` is on logits of ``n`` images, of the pack that was read and the one that was written; where no
-    number was stored otherwise, both are 0. ``drop`` is in points of ``metric``, "top1" or "miou", with its interval,
-    None where no labels were given; ``top1_drop`` is the same as a fraction of 1, None of a task of masks too.
-    ``classes`` are those that it was given by text, none where it has those that it had.
+    ``max_abs_diff`` is on logits of ``n`` images, of the pack that was read and the one that was written, of boxes also
+    on the distances to their sides from all places, in strides, before any is chosen; of several heads it is the
+    largest. Where no number was stored otherwise, both are 0. ``drop`` is in points of ``metric``, "top1", "miou" or
+    "map", with its interval, of several ``heads`` of the one that loses most, None where no labels were given;
+    ``top1_drop`` is the same as a fraction of 1, None of other metrics too. ``classes`` are those that it was given by
+    text, none where it has those that it had. ``answers`` are of the pack's heads.
     """
 
     path: Path
@@ -85,6 +83,14 @@ class PackReport:
     signed: bool
     metric: str = "top1"
     classes: tuple[str, ...] = ()
+    heads: Mapping[str, Drop] = field(default_factory=dict)
+    answers: tuple[str, ...] = ("class",)
+
+    @property
+    def shown(self) -> list[str]:
+        """The names of what JSON has: ``heads`` where there are several."""
+        left_out = {"answers"} if len(self.answers) > 1 else {"answers", "heads"}
+        return [each.name for each in fields(self) if each.name not in left_out]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -116,7 +122,7 @@ def pack(
 
     Args:
         codec: of every plane, or "auto": the smallest of every plane that together lose at most ``max_drop``.
-        max_drop: points of top-1 that it may lose on ``data``.
+        max_drop: points of its metric that it may lose on ``data``, of several heads the one that loses most.
         key: the file of a private key to sign with; without one the pack is not signed, whatever ``source`` was.
         sequence: the number among the task's packs (default: that of ``source``).
         text: a table with a vector for each class that the task is to have instead, where its head compares places with
@@ -125,7 +131,7 @@ def pack(
     Raises:
         PackError, InputError: ``source``, images or options at fault.
         CheckError: it loses more than ``max_drop``.
-        MissingError: torch, to compare with, or cryptography, to sign with, is not installed.
+        MissingError: torch, to compare with, what computes AP of boxes, or cryptography, to sign with, is not there.
     """
     source, output = Path(source), Path(output)
     require_pack_place(output)
@@ -145,15 +151,25 @@ def pack(
         source_bytes=len(given),
         codec=written.codec,
         planes=_planes(written),
-        max_abs_diff=made.max_abs,
-        top1_drop=None if made.drop is None or not written.delta.labels else made.drop.points / 100,
-        metric="top1" if written.delta.labels else METRICS["mask"],
         classes=() if text is None else labels_of(written.delta),
-        n=made.n,
-        drop=made.drop,
         sequence=written.sequence,
         signed=key is not None,
+        **_compared(made, written.delta),
     )
+
+
+def _compared(made: Recoded, delta: Delta) -> dict[str, Any]:
+    """What a report says of how answers have changed; where nothing was judged, ``metric`` is the first head's."""
+    metric = "top1" if delta.labels else METRICS[delta.heads[0].head.answer]
+    return {
+        "max_abs_diff": made.max_abs,
+        "n": made.n,
+        "drop": made.drop,
+        "top1_drop": None if made.drop is None or not delta.labels else made.drop.points / 100,
+        "metric": metric if made.drop is None else made.drop.metric,
+        "heads": made.drops,
+        "answers": delta.answers,
+    }
 
 
 def _made(
@@ -203,7 +219,7 @@ def _anew(given: bytes, where: str, asked: Asked | None, sequence: int | None) -
     made = encode_pack(delta, codec=codec, sequence=sequence or 0)
     if not _same(read_pack(made), delta):  # a scale far from one: fp16 has its difference from one less exactly
         made = encode_pack(delta, codec=codec, codings={"scale.s": Coding("fp32")}, sequence=sequence or 0)
-    return Recoded(data=made, codings={}, max_abs=0.0, n=0, drop=None)
+    return Recoded(data=made)
 
 
 def _same(pack: Pack, delta: Delta) -> bool:
@@ -224,47 +240,20 @@ def _recoded(
     number = subject.pack.sequence if sequence is None else sequence
     if codec is None:
         kept = encode_pack(subject.delta, kept=subject.pack.planes, sequence=number)
-        return Recoded(data=kept, codings={}, max_abs=0.0, n=0, drop=None)
-    _require_coded(subject.delta)
+        return Recoded(data=kept)
     require("torch", extra="train", purpose="comparing with the network in torch")
-    if data is None:
-        images, labels = subject.images[0], None
-    else:
-        images, labels = _labelled(Path(data), subject.delta)
-    recoding = Recoding(subject, images, labels, number)
-    if codec == "auto" and labels is not None and max_drop is not None:
-        return recoding.smallest(max_drop, labels, stage)
+    images, judge = (subject.images[0], None) if data is None else judged_images(Path(data), subject.delta)
+    if codec == "auto" and max_drop is not None and subject.delta.labels:  # of masks pixels count, of boxes objects
+        require_resolution(max_drop, len(images))
+    recoding = Recoding(subject, images, judge, number)
+    if codec == "auto" and max_drop is not None:
+        return recoding.smallest(max_drop, stage)
     stage(f"all planes in {codec}")
     made = recoding.in_codec(cast(Codec, codec))
     if made.drop is not None and max_drop is not None and made.drop.points > max_drop:
-        what, got = f"must lose at most {max_drop:g} points in {codec}", f"{made.drop.points:.2f} on {made.n} images"
-        raise CheckError(str(source), what, got=got, fix=f"{option('codec', 'auto')}, or a wider {option('max_drop')}")
+        what, fix = f"must lose at most {max_drop:g} points in {codec}", f"{option('codec', 'auto')}, or a wider"
+        raise CheckError(str(source), what, got=made.told, fix=f"{fix} {option('max_drop')}")
     return made
-
-
-def _require_coded(delta: Delta) -> None:
-    """Refuse what would have to be judged by average precision, and is not yet.
-
-    Raises:
-        InputError: ``delta`` answers boxes or labels.
-    """
-    answered = " and ".join(answer for answer in delta.answers if answer in ("boxes", "labels"))
-    if answered:
-        what = f"finds {answered}, which are not judged in other codings yet"
-        raise InputError(f"task {delta.task!r}", what, fix="keep its numbers in fp16")
-
-
-def _labelled(data: Path, delta: Delta) -> tuple[NpArray, NpArray]:
-    """The images of the val split of ``data``, and their classes, or those of all pixels."""
-    preprocess = delta.preprocess
-    if map_head_of(delta) is None:
-        pixels, labels = load_set(open_split(data, "val", clips=preprocess.frames > 1), preprocess)
-        return normalize(pixels, preprocess), labels
-    masks = open_masks(data, "val")
-    require_mask_classes(masks, labels_of(delta), data, f"{delta.task}.pet")
-    check_masks(masks, preprocess)
-    pixels, _ = load_set(masks.images, preprocess)
-    return normalize(pixels, preprocess), read_masks(masks.masks, preprocess.image_size)
 
 
 def _planes(pack: Pack) -> tuple[PlaneReport, ...]:
@@ -289,7 +278,10 @@ def _options(parser: Parser) -> None:
     parser.add_argument("--codec", choices=[*CODECS, "auto"], help=told)
     backbone_option(parser)
     data_option(parser)
-    told = "points of top-1 that it may lose on the val split of --data (default: the loss is reported, not limited)"
+    told = (
+        "points of top-1, mIoU or AP that it may lose on the val split of --data (default: the loss is reported, not"
+        " limited)"
+    )
     parser.add_argument("--max-drop", type=float, metavar="POINTS", help=told)
     told = "sign it with this private key, which `edgepet keygen` makes (default: it is not signed)"
     parser.add_argument("--sign", dest="key", metavar="KEY", help=told)
@@ -317,17 +309,12 @@ def _screen(report: PackReport) -> Screen:
         compared = f"classes {format_names(report.classes)}, judged on no image yet"
     elif report.n == 0:
         compared = "every number is as it was"
-    elif report.drop is None:
-        compared = f"logits differ by at most {report.max_abs_diff:.2g} on {report.n} images"
     else:
-        drop = report.drop
-        of = "" if report.metric == "top1" else " of mIoU"
-        compared = (
-            f"{drop.points:+.2f} points{of} lost ({drop.low:+.2f} to {drop.high:+.2f}) on {drop.n} images,"
-            f" logits differ by at most {report.max_abs_diff:.2g}"
-        )
+        compared = f"{_differ(report)} on {report.n} images"
+    drops = {f"{name}: " if len(report.heads) > 1 else "": drop for name, drop in report.heads.items()}
     yield lines(
         f"pack {report.path}  {format_bytes(report.source_bytes)} → {format_bytes(report.bytes)}",
+        *(f"  {name}{_points(drop)}" for name, drop in drops.items()),
         f"  {compared}",
         f"  sequence {report.sequence}, {'signed' if report.signed else 'not signed'}",
     )
@@ -336,6 +323,16 @@ def _screen(report: PackReport) -> Screen:
         for p in report.planes
     ]
     yield Table("planes", (*left("plane", "stored as"), *right("values of a scale", "values", "size")), rows)
+
+
+def _differ(report: PackReport) -> str:
+    what = "logits and distances" if "boxes" in report.answers else "logits"
+    return f"{what} differ by at most {report.max_abs_diff:.2g}"
+
+
+def _points(drop: Drop) -> str:
+    of = "" if drop.metric == "top1" else f" of {CALLED[drop.metric]}"
+    return f"{drop.points:+.2f} points{of} lost ({drop.low:+.2f} to {drop.high:+.2f}) on {drop.n} images"
 
 
 def _key_options(parser: Parser) -> None:
