@@ -38,7 +38,6 @@ from edgepet.proving.in_torch import tuned_network
 from edgepet.proving.precision import calibration_of
 from edgepet.proving.subject import Subject
 from edgepet.spec import NpArray
-from edgepet.tuning.model import logits_of
 
 if TYPE_CHECKING:
     from edgepet.networks.backbone import Backbone
@@ -168,6 +167,8 @@ def deploy(specification: Mapping[str, Any], folder: Path) -> dict[str, object]:
     """The files of all ways in ``folder``; of each its bytes, test top-1, and how many answers are those of torch."""
     import torch
 
+    from edgepet.tuning.model import logits_of
+
     torch.set_num_threads(specification["threads"])
     data, network = images_of(specification, folder), specification["backbone"]
     backbone = load_backbone(network["name"], image_size=network["image_size"])
@@ -212,6 +213,8 @@ def theirs(adapter: Path, backbone: Backbone, images: NpArray, chosen: Calibrati
     import onnx
     import peft
     import torch
+
+    from edgepet.tuning.model import logits_of
 
     base = timm_network(backbone, len(chosen.measured.classes))
     tuned: Any = peft.PeftModel.from_pretrained(base, str(adapter)).eval()
