@@ -67,6 +67,7 @@ bench-trials: $(VENV)/.bench
 
 bench-masks: $(VENV)/.bench
 	$(BIN)/python benchmarks/masks.py $(ARGS)
+	$(BIN)/python benchmarks/words.py $(ARGS)
 	$(BIN)/python benchmarks/report.py $(ARGS)
 
 bench-boxes: $(VENV)/.bench

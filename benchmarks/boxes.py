@@ -18,8 +18,9 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
-from harness import asked, parser_of, source, spread
-from trainings import Rows, Trained, Training, trained
+from harness import asked, source, spread
+from rows import Rows, rows_parser
+from trainings import Trained, Training
 
 from edgepet.reports.tables import Column, Table, format_bytes, format_number, format_percent, markdown
 
@@ -55,10 +56,7 @@ def _training(task: str, backbone: str, method: str, answers: str, seed: int) ->
 
 def parser() -> argparse.ArgumentParser:
     """The arguments of this benchmark."""
-    made = parser_of(__doc__)
-    made.add_argument("--task", choices=tuple(SEEDS), help="only the rows of one task")
-    made.add_argument("--most", type=int, help="end after so many rows (all that are missing)")
-    return made
+    return rows_parser(__doc__, SEEDS)
 
 
 def main() -> None:
@@ -67,10 +65,7 @@ def main() -> None:
     run, every = asked(options), [*detectors(), *together()]
     if run.quick:
         every = [replace(every[0], method="ssf", epochs=1, image_size=QUICK_SIZE)]
-    rows = Rows(run, "boxes", every, task=None if run.quick else options.task)
-    for each in rows.missing[: options.most]:
-        (made,) = trained(run, [each])
-        rows.add(made, row(made))
+    Rows(run, "boxes", every, task=None if run.quick else options.task).fill(row, options.most)
 
 
 def row(made: Trained) -> dict[str, object]:

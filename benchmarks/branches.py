@@ -12,7 +12,7 @@ import argparse
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from harness import IMAGE_SIZES, SETTLE_S, asked, parser_of, write_result
+from harness import IMAGE_SIZES, asked, parser_of, write_result
 from trainings import short_packs
 
 from edgepet import bench, read_pack
@@ -71,7 +71,6 @@ def measured(packs: dict[str, Path], rounds: int) -> list[dict[str, object]]:
     for runtime in RUNTIMES:
         report = bench(
             list(packs.values()), runtimes=[runtime], rounds=rounds, plain=True,
-            settle_s=SETTLE_S[runtime],
         )  # fmt: skip
         plain = next(row for row in report.rows if (row.mode, row.precision) == ("plain", "fp32"))
         for method, pack in packs.items():

@@ -25,7 +25,7 @@ HERE = Path(__file__).parent
 RESULTS = HERE / "results"
 IMAGE_SIZES = {"vit-small": 112, "efficientnet-lite0": 224}
 SMALLER = {"vit-small": 112, "efficientnet-lite0": 128}  # where every method is tried
-SETTLE_S = {"torch": 0.002, "onnxruntime": 0.002, "openvino": 0.002}  # a core that slept for longer wakes late
+RUNTIMES = ("torch", "onnxruntime", "openvino")  # that packs are timed on, one at a time
 OF_WHOEVER = ("--dir", "--results", "--ray")  # folders and addresses that a result does not tell
 
 

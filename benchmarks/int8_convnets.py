@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from harness import SETTLE_S, asked, earlier, parser_of, source, write_result
+from harness import asked, earlier, parser_of, source, write_result
 from judging import tested_images
 from methods import Network, spec_of
 from trainings import draw
@@ -166,7 +166,7 @@ def latency(folder: Path, runtime: str, threads: int, rounds: int) -> dict[str, 
     ]
     shape = read_pack(folder / f"{TASK}.pet").delta.preprocess.input_shape
     images = np.random.default_rng(0).standard_normal((1, *shape), dtype=np.float32)
-    report = measure(candidates, images, threads=threads, rounds=rounds, settle_s=SETTLE_S[runtime])
+    report = measure(candidates, images, threads=threads, rounds=rounds)
     fp32, int8 = report.rows
     return {"ratio": ratio(report, int8, fp32).median, "p50_ms": {row.model: row.p50_ms for row in report.rows}}
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from statistics import median_high
 from typing import TypedDict
 
-from harness import IMAGE_SIZES, SETTLE_S, asked, parser_of, write_result
+from harness import IMAGE_SIZES, RUNTIMES, asked, parser_of, write_result
 from trainings import short_packs
 
 from edgepet import bench
@@ -79,13 +79,10 @@ class Times(TypedDict):
 
 
 def one_run(pack: Path, rounds: int, threads: int) -> Times:
-    """One interleaved run, one runtime at a time, since idle threads spin."""
+    """One interleaved run, one runtime at a time."""
     found = Times(pack=pack.name, method=pack.stem.rpartition("-")[2], ratios={}, p50_ms={})
-    for runtime, settle_s in SETTLE_S.items():
-        report = bench(
-            [pack], runtimes=[runtime], rounds=rounds, threads=threads, plain=True,
-            settle_s=settle_s,
-        )  # fmt: skip
+    for runtime in RUNTIMES:
+        report = bench([pack], runtimes=[runtime], rounds=rounds, threads=threads, plain=True)
         plain = {row.precision: row for row in report.rows if row.mode == "plain"}
         for row in report.rows:
             name = f"{row.runtime} {row.precision} {row.mode}"

@@ -5,10 +5,9 @@
     python benchmarks/masks.py --dir DIR --most 3                       # three rows that are missing
 
 Rows differ from one another in one thing: the method under one head, or the head over one method; heads that read text
-have the vectors that GloVe has for the words of the classes. The trainings are
-jobs below DIR, without augmentation, and what has a row in ``masks.json`` already is not trained again. A pack is
-trained in fp16; what it is in the smallest codes that hold a budget on val is a job as well. ``report.py`` makes the
-table in docs/guide/masks.md.
+are in ``words.py``. The trainings are jobs below DIR, without augmentation, and what has a row in ``masks.json``
+already is not trained again. A pack is trained in fp16; what it is under one product in the smallest codes that hold a
+budget on val is a job as well. ``report.py`` makes the table in docs/guide/masks.md.
 """
 
 from __future__ import annotations
@@ -16,12 +15,14 @@ from __future__ import annotations
 import argparse
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from harness import Asked, asked, parser_of, source, spread
-from trainings import FEW, Rows, Trained, Training, finished, images_of, measuring_job, pack_of, trained
+from harness import Asked, asked, source, spread
+from rows import Rows, rows_parser
+from trainings import FEW, Trained, Training, finished, images_of, measuring_job, pack_of
 
 from edgepet.reports.tables import Column, Table, format_bytes, format_number, format_percent, markdown
 
@@ -32,11 +33,8 @@ METHODS = {
     VIT: ("linear-probe", "ssf", "lora", "semantic-prompt", "full"),
     CONVNET: ("linear-probe", "ssf", "lora", "semantic-prompt", "conv-adapter", "full"),
 }
-SEPARATED, LINEAR = ("linear-probe", "ssf"), ("linear-probe", "ssf")
+LINEAR, OTHERS = "linear", ("linear-probe", "ssf")  # the head that is coded; methods under other heads
 SEEDS = {VIT: (0,), CONVNET: (0, 1, 2)}
-WORDS = "tests/golden/text/landcover.safetensors"  # GloVe's vectors of the task's classes
-WORDED = ("linear-probe", "ssf")
-MAPS = {VIT: "", CONVNET: ",maps=1/2/3"}  # what score maps that are the answer, or a product, are made of
 MAX_DROP = 0.3  # points of mIoU on val that codes may lose
 
 
@@ -46,8 +44,8 @@ def trainings() -> Iterator[Training]:
         for seed in SEEDS[backbone]:
             heads = {
                 head: METHODS[backbone],
-                f"{head},separation=true": SEPARATED,
-                "linear": LINEAR,
+                f"{head},separation=true": OTHERS,
+                LINEAR: OTHERS,
             }
             for asked_head, methods in heads.items():
                 for method in methods:
@@ -57,53 +55,36 @@ def trainings() -> Iterator[Training]:
                     )  # fmt: skip
 
 
-def worded() -> Iterator[Training]:
-    """Heads that read text: score maps as the answer and beside the maps, with and without what each may do without."""
-    for backbone, head in HEADS.items():
-        decoder = head.replace("mlp", "score,mlp=true")
-        asked = [
-            f"score{MAPS[backbone]}", f"score,context=1{MAPS[backbone]}", f"linear{MAPS[backbone]}", decoder,
-            f"{decoder},aux=false", f"{decoder},context=1", f"{decoder},context=1,aux=false", f"{head},language=1",
-        ]  # fmt: skip
-        for each in asked:
-            for method in WORDED:
-                text = {} if each.startswith("linear") else {"text": WORDS}
-                if each != "linear":  # which is a row already
-                    yield Training(
-                        task=TASK, backbone=backbone, method=method, image_size=SIZE, epochs=EPOCHS, seed=0,
-                        test_cap=TEST_IMAGES, scored=True, options={"task": "mask", "head": each, **text},
-                    )  # fmt: skip
-
-
 def parser() -> argparse.ArgumentParser:
     """The arguments of this benchmark."""
-    made = parser_of(__doc__)
+    made = rows_parser(__doc__)
     made.add_argument("--backbone", choices=tuple(HEADS), help="only the rows of one backbone")
-    made.add_argument("--most", type=int, help="end after so many rows (all that are missing)")
     return made
 
 
 def main() -> None:
     """A row at a time, those that are missing."""
     options = parser().parse_args()
-    run, every, facts = asked(options), [*trainings(), *worded()], {"max_drop": MAX_DROP}
+    run, every, facts = asked(options), list(trainings()), {"max_drop": MAX_DROP}
     if run.quick:
         every = [replace(each, epochs=1, few=FEW, test_cap=10) for each in every[-1:]]
         facts = {"max_drop": 99}
-    rows = Rows(run, "masks", every, facts)
-    wanted = [each for each in rows.missing if run.quick or options.backbone in (None, each.backbone)]
-    for each in wanted[: options.most]:
-        (made,) = trained(run, [each])
-        rows.add(made, row(run, made, facts["max_drop"]))
+    asked_row = partial(row, run, max_drop=facts["max_drop"])
+    Rows(run, "masks", every, facts).fill(asked_row, options.most, None if run.quick else options.backbone)
 
 
 def row(run: Asked, made: Trained, max_drop: float) -> dict[str, object]:
-    """One training; that of all weights is not coded, for it is no pack of kilobytes."""
+    """One training, with its codes where its head is one product."""
+    if made.training.options["head"] != LINEAR:
+        return uncoded(made)
+    (found,) = finished(run, [measuring_job("masks:recode", made, max_drop=max_drop)])
+    return {**uncoded(made), **found.report}
+
+
+def uncoded(made: Trained) -> dict[str, object]:
+    """One training."""
     training, report = made.training, made.result.report
-    test, coded = report["test"]["mask"], dict[str, Any]()
-    if training.method != "full":
-        (found,) = finished(run, [measuring_job("masks:recode", made, max_drop=max_drop)])
-        coded = dict(found.report)
+    test = report["test"]["mask"]
     return {
         "task": training.task,
         "backbone": report["backbone"],
@@ -123,7 +104,6 @@ def row(run: Asked, made: Trained, max_drop: float) -> dict[str, object]:
         "test_high": test["high"],
         "test_pixels": test["pixels"],
         "test_n": test["n"],
-        **coded,
         "seconds": round(made.result.seconds),
     }
 

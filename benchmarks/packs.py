@@ -22,9 +22,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from harness import IMAGE_SIZES, Asked, asked, parser_of, source, write_result
+from harness import IMAGE_SIZES, Asked, asked, source, write_result
 from judging import logits_on_device, tested_images
-from trainings import FEW, Rows, Training, finished, images_of, measuring_job, pack_of, trained
+from rows import Rows, rows_parser
+from trainings import FEW, Trained, Training, finished, images_of, measuring_job, pack_of
 
 from edgepet.reports.tables import Column, Table, format_bytes, format_percent, markdown
 from edgepet.spec import NpArray, Tensors
@@ -47,9 +48,8 @@ FOLDED = ("ssf", "lora", "fact-tt", "fact-tk", "consolidator", "rlrr", "hta", "v
 
 def parser() -> argparse.ArgumentParser:
     """The arguments of this benchmark."""
-    made = parser_of(__doc__)
+    made = rows_parser(__doc__, TASKS)
     made.add_argument("--only", choices=("codecs", "reading"), help="one table")
-    made.add_argument("--task", choices=TASKS, help="only the codecs of one task")
     return made
 
 
@@ -60,7 +60,7 @@ def main() -> None:
     if options.only in (None, "reading"):
         write_result(run, "packs-reading", reading(1 if run.quick else ROUNDS))
     if options.only in (None, "codecs"):
-        codecs(run, options.task)
+        codecs(run, options.task, options.most)
 
 
 # --------------------------------------------------------------------------------------------------------------- codecs
@@ -76,28 +76,30 @@ def trainings() -> Iterator[Training]:
                 yield replace(each, settings=TINY[method])
 
 
-def codecs(run: Asked, task: str | None) -> None:
+def codecs(run: Asked, task: str | None, most: int | None) -> None:
     """A row for each training, of one task or all, with what it is and loses in each codec."""
     every, judging = list(trainings()), dict(JUDGING)
     if run.quick:
         every, judging = [replace(every[1], task="digits", epochs=1, shots=2, few=FEW)], judging | {"max_drop": 99}
     rows = Rows(run, "packs-codecs", every, judging, task=None if run.quick else task)
-    for each in rows.missing:
-        (made,) = trained(run, [each])
-        images = judging["images_ssf"] if each.method == "ssf" else judging["images"]
-        asked = {"codecs": judging["codecs"], "max_drop": judging["max_drop"], "images": images}
-        (coded,) = finished(run, [measuring_job("packs:recode", made, method=each.method, **asked)])
-        report = made.result.report
-        row = {
-            "task": each.task,
-            "method": each.method,
-            "settings": dict(each.settings),
-            "stored_values": report["stored_values"],
-            "test_top1": report["test_top1"],
-            "test_n": report["test_n"],
-            **coded.report,
-        }
-        rows.add(made, row)
+    rows.fill(partial(coded, run, judging), most)
+
+
+def coded(run: Asked, judging: Mapping[str, Any], made: Trained) -> dict[str, object]:
+    """One training, in each codec."""
+    training, report = made.training, made.result.report
+    images = judging["images_ssf"] if training.method == "ssf" else judging["images"]
+    asked = {"codecs": judging["codecs"], "max_drop": judging["max_drop"], "images": images}
+    (found,) = finished(run, [measuring_job("packs:recode", made, method=training.method, **asked)])
+    return {
+        "task": training.task,
+        "method": training.method,
+        "settings": dict(training.settings),
+        "stored_values": report["stored_values"],
+        "test_top1": report["test_top1"],
+        "test_n": report["test_n"],
+        **found.report,
+    }
 
 
 def recode(specification: Mapping[str, Any], folder: Path) -> dict[str, object]:

@@ -33,7 +33,7 @@ from typing import Any
 
 import numpy as np
 from adapters import ON, RANK, peft_lora
-from harness import IMAGE_SIZES, SETTLE_S, Asked, asked, parser_of, source, write_result
+from harness import IMAGE_SIZES, Asked, asked, parser_of, source, write_result
 from neighbours import SETTINGS
 from peer_ways import FP32_FILE, MANY, Network, Way, deploying_job, ways_in
 from trainings import FEW, TEST_CAP, Trained, Training, finished, images_of, trained
@@ -247,7 +247,7 @@ def timed(folder: Path, runtime: str, rounds: int) -> dict[str, dict[str, float]
                   open=partial(opened, way, folder, runtime))
         for name, way in ways.items()
     ]  # fmt: skip
-    report = measure(candidates, image, threads=THREADS, rounds=rounds, settle_s=SETTLE_S[runtime])
+    report = measure(candidates, image, threads=THREADS, rounds=rounds)
     rows = {each.model: each for each in report.rows}
     return {
         name: {"p50_ms": rows[name].p50_ms, "over_file": ratio(report, rows[name], rows[FP32_FILE]).median,

@@ -1,8 +1,9 @@
 """Write the committed results as tables between two marks: ``python benchmarks/report.py``.
 
 README.md gets accuracy, latency, storage and speed, docs/guide/methods.md what was measured of every method,
-docs/guide/int8.md what int8 costs, docs/guide/packs.md what codecs do, docs/guide/on-the-device.md what a store costs,
-and docs/guide/train-export-measure.md what others reach. With ``--quick`` copies of these pages get them.
+docs/guide/int8.md what int8 costs, docs/guide/packs.md what codecs do, docs/guide/masks.md, boxes.md and text.md what
+heads are worth, docs/guide/on-the-device.md what a store costs, and docs/guide/train-export-measure.md what others
+reach. With ``--quick`` copies of these pages get them.
 """
 
 from __future__ import annotations
@@ -23,14 +24,15 @@ from serving import serving_tables
 from storage import storage_table
 from store import store_table
 from trial_pages import trial_tables
+from words import word_tables
 
 from edgepet.reports.tables import Column, Table, format_bytes, format_number, format_percent, markdown
 
 GUIDE = HERE.parent / "docs" / "guide"
 README = HERE.parent / "README.md"
-METHODS, INT8, PACKS, MASKS, BOXES, DEVICE, TRAIN = (
+METHODS, INT8, PACKS, MASKS, BOXES, TEXT, DEVICE, TRAIN = (
     GUIDE / f"{name}.md"
-    for name in ("methods", "int8", "packs", "masks", "boxes", "on-the-device", "train-export-measure")
+    for name in ("methods", "int8", "packs", "masks", "boxes", "text", "on-the-device", "train-export-measure")
 )
 FP32_LIMIT = 1e-4  # edgepet.measuring.parity.STORED["fp32"]
 HALF_LIMIT = 2e-2  # of the largest logit: edgepet.measuring.parity.STORED["fp16"]
@@ -54,6 +56,7 @@ def main() -> None:
         PACKS: pack_tables(committed()),
         MASKS: mask_table(committed()),
         BOXES: box_tables(committed()),
+        TEXT: word_tables(committed()),
         TRAIN: peer_tables(committed()),
         DEVICE: "\n".join(filter(None, (store_table(committed()), serving_tables(committed())))),
     }

@@ -17,15 +17,17 @@ import argparse
 import io
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from harness import IMAGE_SIZES, Asked, asked, parser_of, source
+from harness import IMAGE_SIZES, Asked, asked, source
 from judging import logits_on_device
 from PIL import Image, ImageFilter
-from trainings import FEW, Rows, Trained, Training, finished, images_of, measuring_job, pack_of, trained
+from rows import Rows, rows_parser
+from trainings import FEW, Trained, Training, finished, images_of, measuring_job, pack_of
 
 from edgepet import read_pack
 from edgepet.deltas.delta import Delta
@@ -122,10 +124,7 @@ def trainings() -> Iterator[Training]:
 
 def parser() -> argparse.ArgumentParser:
     """The arguments of this benchmark."""
-    made = parser_of(__doc__)
-    made.add_argument("--task", choices=TASKS, help="only the rows of one task")
-    made.add_argument("--most", type=int, help="end after so many rows (all that are missing)")
-    return made
+    return rows_parser(__doc__, TASKS)
 
 
 def main() -> None:
@@ -134,10 +133,7 @@ def main() -> None:
     run, every = asked(options), list(trainings())
     if run.quick:
         every = [replace(each, epochs=1, few=FEW, test_cap=20) for each in every[1:2]]
-    rows = Rows(run, "robustness", every, task=None if run.quick else options.task)
-    for each in rows.missing[: options.most]:
-        (made,) = trained(run, [each])
-        rows.add(made, row(run, made))
+    Rows(run, "robustness", every, task=None if run.quick else options.task).fill(partial(row, run), options.most)
 
 
 def row(run: Asked, made: Trained) -> dict[str, object]:

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from adapters import OrtAdapters, hotswapped
-from harness import SETTLE_S, Asked, asked, earlier, parser_of, source, write_result
+from harness import Asked, asked, earlier, parser_of, source, write_result
 from serving_many import batch_of_eight, batch_table, many_in_memory, memory_table, on_one_image, one_image_table
 from shared_int8 import resident
 
@@ -304,10 +304,7 @@ def timed(
 ) -> dict[str, dict[str, float]]:
     """Milliseconds of each, in turns, and over those of "plain"."""
     candidates = [Candidate(model=n, runtime=runtime, precision="fp32", mode=n, open=o) for n, o in forms.items()]
-    report = measure(
-        candidates, images, threads=THREADS, rounds=amount.rounds,
-        settle_s=SETTLE_S[runtime],
-    )  # fmt: skip
+    report = measure(candidates, images, threads=THREADS, rounds=amount.rounds)
     rows = {row.model: row for row in report.rows}
     return {
         name: {

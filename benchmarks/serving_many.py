@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from harness import SETTLE_S
 
 from edgepet.deltas.delta import Delta, Int8Ranges
 from edgepet.device.fitting import Fitted, fit, fit_int8, opened, own_slots
@@ -116,7 +115,7 @@ def in_turns(
         Candidate(model=name, runtime=runtime, precision="fp32", mode="slots", open=opener)
         for name, opener in (("first", first), ("second", second))
     ]
-    report = measure(candidates, images, threads=threads, rounds=rounds, settle_s=SETTLE_S[runtime])
+    report = measure(candidates, images, threads=threads, rounds=rounds)
     return ratio(report, *report.rows).median
 
 

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from harness import SETTLE_S, Asked, asked, parser_of, write_result
+from harness import Asked, asked, parser_of, write_result
 from int8 import FULL, QUICK, Plan, written_with_ranges
 from trainings import Trained, trained
 
@@ -159,10 +159,7 @@ def latency(folder: Path, runtime: str, amount: Amount) -> dict[str, object]:
     }
     candidates = [Candidate(model=n, runtime=runtime, precision=n, mode=n, open=o) for n, o in opened.items()]
     images = np.random.default_rng(0).standard_normal((1, *delta.preprocess.input_shape), dtype=np.float32)
-    report = measure(
-        candidates, images, threads=THREADS, rounds=amount.rounds,
-        settle_s=SETTLE_S[runtime],
-    )  # fmt: skip
+    report = measure(candidates, images, threads=THREADS, rounds=amount.rounds)
     rows = {row.model: row for row in report.rows}
     pairs = (("shared", "own"), ("shared", "fp32"), ("own", "fp32"))
     began = time.perf_counter()

@@ -1,12 +1,11 @@
 """The trainings that benchmarks measure, as jobs: images and packs below ``--dir``, made once, whoever asks first.
 
 What ran is kept when a run is interrupted (``edgepet/jobs``). A table that takes longer than a machine lasts grows by
-``Rows``: what its committed result tells of is not trained again, wherever the rest of it is made.
+``rows.py``.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -16,15 +15,13 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from harness import IMAGE_SIZES, Asked, earlier, write_result
+from harness import IMAGE_SIZES, Asked
 from judging import right_answers, written
 
-from edgepet.canonical import canonical_json
 from edgepet.errors import InputError
 from edgepet.files import sha256_file
 from edgepet.jobs.job import MEASURED, Job, Result
 from edgepet.jobs.running import run_jobs
-from edgepet.locks import held_alone
 from edgepet.measuring.machine import environment
 from edgepet.reports.progress import Progress
 from edgepet.samples.tasks import build_task
@@ -34,13 +31,13 @@ from edgepet.verbs.dense_answers import DenseScore
 TEST_CAP, FEW = 2000, 4  # test images of a task at most; images of a class in each split of a quick run
 MODULES = "modules.work"  # what a pretraining leaves
 NATIVE_BF16 = {"amx_bf16", "avx512_bf16", "bf16"}
-OF_MACHINES = ("threads", "precision")  # parts of a job that are as the machine is, and that no table is about
-LOCK_S = 60.0  # how long another run may take to write its row
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Pretraining:
-    """A method's tensors, tuned on the classes of several demo tasks together; all else as in ``Training``."""
+    """A method's tensors, tuned on the classes of several demo tasks together, or with ``options`` of ``pretrain`` on
+    all answers of one; all else as in ``Training``.
+    """
 
     tasks: tuple[str, ...]
     backbone: str
@@ -48,6 +45,7 @@ class Pretraining:
     image_size: int
     epochs: int | None = None
     few: int | None = None
+    options: tuple[tuple[str, str], ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -115,6 +113,12 @@ def draw(run: Asked, task: str) -> Path:
     return images.folder / task
 
 
+def draw_named(run: Asked, task: str, test_cap: int, few: int | None) -> dict[str, object]:
+    """The images of a demo task as a job's specification names them."""
+    (images,) = finished(run, [_images_job(task, test_cap, few)])
+    return _named(task, images)
+
+
 def trained(run: Asked, trainings: Sequence[Training]) -> tuple[Trained, ...]:
     """Train those that are not trained yet."""
     begun = {each.init: _pretraining_job(run, each.init) for each in trainings if each.init is not None}
@@ -125,65 +129,6 @@ def trained(run: Asked, trainings: Sequence[Training]) -> tuple[Trained, ...]:
         Trained(training=each, result=result, data=images.folder / each.task)
         for each, result, (_, images) in zip(trainings, made, jobs, strict=True)
     )
-
-
-class Rows:
-    """The rows of a table that has one for each of ``trainings``, in ``NAME.json``, as many as there are yet.
-
-    Several runs may add to one file. A row of an earlier run counts where the training is the same, whatever
-    ``OF_MACHINES`` were, and ``facts``, which are all else that decides a row, are. With ``task`` only its images are
-    drawn and only its rows are missing; those of other tasks stay.
-    """
-
-    def __init__(
-        self, run: Asked, name: str, trainings: Sequence[Training], facts: Mapping[str, object] | None = None, *,
-        task: str | None = None,
-    ) -> None:  # fmt: skip
-        self._run, self._name, self._facts, self._count = run, name, dict(facts or {}), len(trainings)
-        self._tasks = list(dict.fromkeys(each.task for each in trainings))
-        own = [each for each in trainings if task in (None, each.task)]
-        self._trainings = dict(zip(map(_asked, (job for job, _ in planned(run, own))), own, strict=True))
-        self._kept = set(self._tasks) - {each.task for each in own}
-
-    @property
-    def missing(self) -> tuple[Training, ...]:
-        """The trainings that have no row yet."""
-        known = {row["training"] for row in self._known()}
-        return tuple(each for key, each in self._trainings.items() if key not in known)
-
-    def add(self, made: Trained, row: Mapping[str, object]) -> None:
-        """Write the row of a training, with its "task", in its place."""
-        self._write([{"training": _asked(made.result.job), **row}])
-
-    def adopt(self, names: Sequence[str]) -> None:
-        """Write the rows that are missing here and that tables of these ``names`` have, whose rows are alike."""
-        missing = {key for key, each in self._trainings.items() if each in self.missing}
-        found = {row["training"]: row for name in names for row in earlier(self._run, name).get("rows", ())}
-        if rows := [row for key, row in found.items() if key in missing]:
-            self._write(rows)
-
-    def _write(self, new: Sequence[Mapping[str, Any]]) -> None:
-        with held_alone(self._run.results / f".{self._name}.lock", "is being written", wait_s=LOCK_S):
-            order, keys = list(self._trainings), {row["training"] for row in new}
-            rows = [each for each in self._known() if each["training"] in order and each["training"] not in keys]
-            rows = sorted([*rows, *map(dict, new)], key=lambda each: order.index(each["training"]))
-            rows += [each for each in self._known() if each["task"] in self._kept]
-            rows.sort(key=lambda each: self._tasks.index(each["task"]))
-            write_result(self._run, self._name, {**self._facts, "trainings": self._count, "rows": rows})
-
-    def _known(self) -> list[dict[str, Any]]:
-        before = earlier(self._run, self._name)
-        if any(before.get(key) != json.loads(json.dumps(value)) for key, value in self._facts.items()):
-            return []
-        found: list[dict[str, Any]] = before.get("rows", [])
-        return found
-
-
-def _asked(job: Job) -> str:
-    """What names a training wherever it runs."""
-    asked: dict[str, Any] = {key: value for key, value in job.specification.items() if key not in OF_MACHINES}
-    asked["options"] = {key: value for key, value in asked["options"].items() if key not in OF_MACHINES}
-    return hashlib.sha256(canonical_json(asked)).hexdigest()[:16]
 
 
 def planned(run: Asked, trainings: Sequence[Training]) -> list[tuple[Job, Result]]:
@@ -209,11 +154,15 @@ def short_packs(run: Asked, backbone: str, methods: Sequence[str]) -> list[Path]
 
 def measuring_job(function: str, made: Trained, **settings: object) -> Job:
     """A job that measures a pack, which ``pack_of`` finds there, with its images, which ``images_of`` finds."""
+    data, threads = made.result.job.specification["data"], environment().cores
+    asked = {"pack": named_pack(made), "data": data, "threads": threads, **settings}
+    return Job(function=function, specification=asked)
+
+
+def named_pack(made: Trained) -> dict[str, object]:
+    """A pack as a specification names it, for ``pack_of``."""
     name = made.training.pack_name
-    pack = {"job": made.result.job.digest, "name": name, "sha256": made.result.files[name]}
-    data = made.result.job.specification["data"]
-    threads = environment().cores
-    return Job(function=function, specification={"pack": pack, "data": data, "threads": threads, **settings})
+    return {"job": made.result.job.digest, "name": name, "sha256": made.result.files[name]}
 
 
 def pack_of(specification: Mapping[str, Any], folder: Path) -> Path:
@@ -240,7 +189,7 @@ def _pretraining_job(run: Asked, asked: Pretraining) -> Job:
         "data": [_named(task, pool) for task, pool in zip(asked.tasks, pools, strict=True)],
         "backbone": _network(asked.backbone, asked.image_size),
         "method": asked.method,
-        "options": {"epochs": asked.epochs, "precision": _precision()},
+        "options": {"epochs": asked.epochs, "precision": _precision(), **dict(asked.options)},
         "threads": environment().cores,
     }
     return Job(function="trainings:pretrain_modules", specification=specification)
@@ -309,18 +258,39 @@ def pretrain_modules(specification: Mapping[str, Any], folder: Path) -> dict[str
     from edgepet.networks.loading import load_backbone
 
     torch.set_num_threads(specification["threads"])
-    network, data = specification["backbone"], folder / "data"
+    network, options = specification["backbone"], _options(specification)
+    data = (
+        _classes_of_all(specification, folder)
+        if "task" not in options
+        else images_of({"data": specification["data"][0]}, folder)
+    )
+    with Progress() as progress, progress.training(f"{network['name']} {specification['method']}") as say:
+        report: Any = pretrain(  # on class folders
+            data, load_backbone(network["name"], image_size=network["image_size"]), specification["method"],
+            folder / MODULES, say=say, **options,
+        )  # fmt: skip
+    if "task" in options:
+        return {"val": {each.name: each.val.value for each in report.heads}, "val_n": report.val.n}
+    shutil.rmtree(data)
+    return {"classes": report.classes, "val_top1": report.val.top1, "val_n": report.val.n}
+
+
+def _classes_of_all(specification: Mapping[str, Any], folder: Path) -> Path:
+    """``folder/data``, the train and val images of several tasks."""
+    data = folder / "data"
     for named in specification["data"]:
         drawn = images_of({"data": named}, folder)
         for held in (each for split in ("train", "val") for each in sorted((drawn / split).iterdir())):
             shutil.copytree(held, data / held.parent.name / f"{named['task']}-{held.name}", copy_function=os.link)
-    with Progress() as progress, progress.training(f"{network['name']} {specification['method']}") as say:
-        report: Any = pretrain(  # on class folders
-            data, load_backbone(network["name"], image_size=network["image_size"]), specification["method"],
-            folder / MODULES, say=say, **specification["options"],
-        )  # fmt: skip
-    shutil.rmtree(data)
-    return {"classes": report.classes, "val_top1": report.val.top1, "val_n": report.val.n}
+    return data
+
+
+def _options(specification: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of ``train``; a table of text is the repository's, so that a job is the same wherever it runs."""
+    options = dict(specification["options"])
+    if "text" in options:
+        options["text"] = Path(__file__).parents[1] / options["text"]
+    return options
 
 
 def train_pack(specification: Mapping[str, Any], folder: Path) -> dict[str, object]:
@@ -336,12 +306,9 @@ def train_pack(specification: Mapping[str, Any], folder: Path) -> dict[str, obje
     data, network = images_of(specification, folder), specification["backbone"]
     backbone, pack = load_backbone(network["name"], image_size=network["image_size"]), folder / specification["pack"]
     init = None if specification["init"] is None else folder.parent / specification["init"] / MODULES
-    options = dict(specification["options"])
-    if "text" in options:  # a table of the repository, so that a job is the same wherever it runs
-        options["text"] = Path(__file__).parents[1] / options["text"]
     with Progress() as progress, progress.training(f"{network['name']} {pack.stem}") as say:
         report: Any = train(data, backbone, specification["method"], pack, settings=specification["settings"],
-                            init=init, say=say, **options)  # fmt: skip
+                            init=init, say=say, **_options(specification))  # fmt: skip
     delta = read_pack(pack, answers=EVERY).delta
     found: dict[str, object] = {
         "backbone": backbone.label,

@@ -20,24 +20,14 @@ import json
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from harness import IMAGE_SIZES, SMALLER, Asked, asked, earlier, parser_of, write_result
-from trainings import (
-    FEW,
-    Pretraining,
-    Rows,
-    Trained,
-    Training,
-    draw,
-    finished,
-    images_of,
-    measuring_job,
-    pack_of,
-    trained,
-)
+from harness import IMAGE_SIZES, SMALLER, Asked, asked, earlier, write_result
+from rows import Rows, rows_parser
+from trainings import FEW, Pretraining, Trained, Training, draw, finished, images_of, measuring_job, pack_of, trained
 
 from edgepet import TrainOptions, train
 from edgepet.networks.loading import load_backbone
@@ -163,9 +153,8 @@ SPEED, SITES = "speed", "sites"
 
 def parser() -> argparse.ArgumentParser:
     """The arguments of this benchmark."""
-    made = parser_of(__doc__)
+    made = rows_parser(__doc__, (*TASKS, *FURTHER_TASKS))
     made.add_argument("--only", choices=(*TABLES, SITES, SPEED), help="one table")
-    made.add_argument("--task", choices=(*TASKS, *FURTHER_TASKS), help="only the trainings of one task")
     return made
 
 
@@ -183,9 +172,7 @@ def main() -> None:
             trainings = [_smallest(trainings[-1])]
         rows = Rows(run, f"trials-{table}", trainings, task=None if run.quick else options.task)
         rows.adopt([f"trials-{other}" for other in TABLES if "starts" not in (other, table)])
-        for each in rows.missing:
-            (made,) = trained(run, [each])
-            rows.add(made, {**row(made), **(far(run, made) if table == "starts" else {})})
+        rows.fill(partial(started, run) if table == "starts" else row, options.most)
 
 
 def speed(run: Asked) -> dict[str, object]:
@@ -221,14 +208,14 @@ def speed(run: Asked) -> dict[str, object]:
     }
 
 
-def far(run: Asked, made: Trained) -> Mapping[str, object]:
-    """The largest logit of a pack, of the images of val."""
+def started(run: Asked, made: Trained) -> dict[str, object]:
+    """One training, and the largest logit of its pack, of the images of val."""
     (found,) = finished(run, [measuring_job("trials:largest_logit", made)])
-    return found.report
+    return {**row(made), **found.report}
 
 
 def largest_logit(specification: Mapping[str, Any], folder: Path) -> dict[str, object]:
-    """``far``, as a job."""
+    """That of ``started``, as a job."""
     from edgepet import read_pack
     from edgepet.images.preprocess import normalize
     from edgepet.images.sets import load_set, open_split
@@ -252,9 +239,7 @@ def sites(run: Asked) -> None:
         found = dict(finished(run, [job])[0].report)
     chosen = [replace(each, settings=found["settings"]) for each in own]
     rows = Rows(run, "trials-sites", [*own, *chosen], found)
-    for each in rows.missing:
-        (made,) = trained(run, [each])
-        rows.add(made, row(made))
+    rows.fill(row)
 
 
 def measured_sites(specification: Mapping[str, Any], folder: Path) -> dict[str, object]:

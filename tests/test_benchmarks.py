@@ -18,7 +18,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
+from edgepet.images.mask_folders import open_masks
+from tests.mask_folders import NAMES, index_folder
 from tests.tiny import tiny_vit
 
 ROOT = Path(__file__).parent.parent
@@ -28,9 +31,11 @@ PARTS = (
     "judging",
     "neighbours",
     "peer_ways",
+    "rows",
     "serving_many",
     "trainings",
     "trial_pages",
+    "unseen",
 )  # of other benchmarks
 SCRIPTS = sorted(path.stem for path in (ROOT / "benchmarks").glob("*.py") if path.stem not in PARTS)
 RESULTS = sorted((ROOT / "benchmarks" / "results").glob("*.json"))
@@ -166,6 +171,7 @@ def test_the_sweeps_table_says_how_far_each_precision_is_and_who_refuses_what() 
 def test_a_table_grows_by_what_no_earlier_run_has_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Wherever that ran: threads and precision are the machine's."""
     trainings: Any = imported("trainings")
+    rows_of: Any = imported("rows")
     harness: Any = imported("harness")
     monkeypatch.setattr(sys, "argv", ["benchmarks/trials.py"])
     run = harness.Asked(command="a", quick=False, folder=tmp_path, results=tmp_path)
@@ -196,29 +202,45 @@ def test_a_table_grows_by_what_no_earlier_run_has_found(tmp_path: Path, monkeypa
     def methods(rows: Any) -> list[tuple[str, str]]:
         return [(each.task, each.method) for each in rows.missing]
 
-    monkeypatch.setattr(trainings, "planned", on_threads(1))
-    first = trainings.Rows(run, "table", asked, {"images": 5})
+    monkeypatch.setattr(rows_of, "planned", on_threads(1))
+    first = rows_of.Rows(run, "table", asked, {"images": 5})
     add(first, 3, 1)
-    monkeypatch.setattr(trainings, "planned", on_threads(2))
-    second = trainings.Rows(run, "table", asked, {"images": 5}, task="digits")
+    monkeypatch.setattr(rows_of, "planned", on_threads(2))
+    second = rows_of.Rows(run, "table", asked, {"images": 5}, task="digits")
     assert methods(second) == [("digits", "ssf"), ("digits", "lora")]
     add(first, 2, 1)  # another run, at the same time
     add(second, 0, 2)
-    assert methods(trainings.Rows(run, "table", asked, {"images": 5})) == [("digits", "lora")]
+    assert methods(rows_of.Rows(run, "table", asked, {"images": 5})) == [("digits", "lora")]
     add(second, 1, 2)
 
     written = json.loads((tmp_path / "table.json").read_text())
     assert [row["n"] for row in written["rows"]] == [0, 1, 3, 2]  # by task, in the order of the table
     assert (written["trainings"], written["images"]) == (4, 5)
-    assert len(trainings.Rows(run, "table", asked, {"images": 6}).missing) == 4
+    assert len(rows_of.Rows(run, "table", asked, {"images": 6}).missing) == 4
 
-    beside = trainings.Rows(run, "beside", [asked[2], *more], task="cards")
+    beside = rows_of.Rows(run, "beside", [asked[2], *more], task="cards")
     beside.adopt(["nowhere", "table"])
     assert methods(beside) == [("cards", "lora")]
-    whole = trainings.Rows(run, "beside", [asked[2], *more])
+    whole = rows_of.Rows(run, "beside", [asked[2], *more])
     assert methods(whole) == [("digits", "ssf"), ("cards", "lora")]
     whole.adopt(["table"])
     assert [row["n"] for row in json.loads((tmp_path / "beside.json").read_text())["rows"]] == [2, 0]
+
+
+def test_a_class_is_taken_out_of_all_pixels_that_are_learnt_from(tmp_path: Path) -> None:
+    unseen: Any = imported("unseen")
+    drawn = index_folder(tmp_path / "drawn")
+
+    data = unseen.without(drawn, "green", tmp_path / "data")
+
+    for split in ("train", "val"):
+        for path in sorted((drawn / "masks" / split).iterdir()):
+            before, after = (np.asarray(Image.open(root / "masks" / split / path.name)) for root in (drawn, data))
+            np.testing.assert_array_equal(after, np.array([0, 255, 1])[before])
+    assert not (data / "masks/test").exists()
+    assert [mask.classes for mask in (open_masks(data, "train"), open_masks(data, "val"))] == [("red", "blue")] * 2
+    masks = np.stack([np.asarray(Image.open(path)) for path in (drawn / "masks/test").iterdir()])
+    assert [unseen.share(drawn, name) for name in NAMES] == [np.mean(masks == number) for number in range(3)]
 
 
 def test_what_is_right_is_kept_in_bits_and_compared_in_pairs() -> None:

@@ -29,7 +29,7 @@ NOISY = 0.10  # interquartile range over median: rows that far from steady hide 
 LEAST_FOR_P99 = 100  # below, the 99th percentile is the maximum
 RESAMPLES = 2000
 WARMUP = 20
-SETTLE_S = 0.05  # ONNX Runtime's idle threads spin for tens of milliseconds and slow whatever runs next
+SETTLE_S = 0.002  # for the threads of the call before to fall asleep; a core that slept for longer wakes late
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -115,7 +115,7 @@ def measure(
         threads: written to the rows; a candidate's ``open`` is what sets them.
         rounds: timed rounds; below 100 the rows leave out p99.
         warmup: untimed rounds before the first timed one; None is ``WARMUP``, but no more than timed ones.
-        settle_s: seconds of sleep before each timed call, for the spinning worker threads of the one before.
+        settle_s: seconds of sleep before each timed call, for the worker threads of the one before to stop.
         tick: called after each timed round with the number done, outside of what is timed.
 
     Raises:
