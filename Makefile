@@ -50,6 +50,7 @@ bench: $(VENV)/.bench $(if $(findstring --quick,$(ARGS)),bench-methods bench-tri
 	$(BIN)/python benchmarks/serving.py $(ARGS)
 	$(BIN)/python benchmarks/storage.py $(ARGS)
 	$(BIN)/python benchmarks/fastest.py $(ARGS)
+	$(BIN)/python benchmarks/peers.py $(ARGS)
 	$(BIN)/python benchmarks/compare.py $(ARGS)
 
 bench-methods: $(VENV)/.bench

@@ -1,12 +1,15 @@
-"""LoRA adapters as others switch them: what ``serving.py`` measures beside edgepet. Not a benchmark by itself."""
+"""LoRA as others train and switch it: what benchmarks measure beside edgepet. Not a benchmark by itself."""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from edgepet.deltas.delta import Delta
 from edgepet.device.fitting import Fitted
@@ -18,23 +21,54 @@ if TYPE_CHECKING:
     from edgepet.networks.backbone import Backbone
 
 
-class OrtAdapters:
-    """The graph with slots, which are its defaults as well, and an adapter of ONNX Runtime for each task."""
+RANK, ON = 8, "qkv"  # PEFT cannot name q and v inside timm's fused layer
 
-    def __init__(self, fitted: Sequence[Fitted], folder: Path, threads: int) -> None:
+
+def timm_network(backbone: Backbone, classes: int) -> Any:
+    """timm's network with the weights of ``backbone``, and a classifier as timm begins it.
+
+    Raises:
+        RuntimeError: the backbone has tensors that timm's network has not.
+    """
+    import timm
+    import torch
+
+    network = timm.create_model(backbone.name, num_classes=classes, **backbone.create_args)
+    own = {name: torch.from_numpy(np.array(tensor)) for name, tensor in backbone.tensors.items()}
+    network.load_state_dict({**network.state_dict(), **own}, strict=True)
+    return network
+
+
+def peft_lora(backbone: Backbone, classes: int) -> Any:
+    """PEFT's LoRA around ``timm_network``, to be trained with the classifier."""
+    import peft
+
+    config = peft.LoraConfig(r=RANK, lora_alpha=RANK, target_modules=[ON], modules_to_save=["head"])
+    return peft.get_peft_model(timm_network(backbone, classes), config)
+
+
+class OrtAdapters:
+    """The graph with slots, which are its defaults as well, and an adapter of ONNX Runtime for each task.
+
+    ``graph_bytes`` are the graph's with its defaults, without the backbone's tensors; ``files`` are the adapters.
+    """
+
+    def __init__(self, fitted: Sequence[Fitted], folder: Path, threads: int | None) -> None:
         import onnxruntime
 
         part, self._active, self._options = fitted[0].part, 0, list[Any]()
+        self.files = [(folder / f"{number}.onnx_adapter").absolute() for number in range(len(fitted))]
         defaults = {name: tensor_of(name, value) for name, value in fitted[0].slots.items()}
         file = replace(part.file, tensors={**part.file.tensors, **defaults})
-        self._session = open_session(file.encoded(), threads=threads, folder=part.folder)
-        for number, each in enumerate(fitted):
+        encoded = file.encoded()
+        self.graph_bytes = len(encoded)
+        self._session = open_session(encoded, threads=threads, folder=part.folder)
+        for path, each in zip(self.files, fitted, strict=True):
             made = onnxruntime.AdapterFormat()
             made.set_adapter_version(1)
             made.set_model_version(1)
             values = {name: onnxruntime.OrtValue.ortvalue_from_numpy(value) for name, value in each.slots.items()}
             made.set_parameters(values)
-            path = (folder / f"{number}.onnx_adapter").absolute()
             made.export_adapter(str(path))
             adapter, options = onnxruntime.LoraAdapter(), onnxruntime.RunOptions()
             adapter.Load(str(path))
@@ -45,8 +79,15 @@ class OrtAdapters:
         """The other task from now on."""
         self._active = 1 - self._active
 
+    def of(self, task: int) -> Callable[[NpArray], NpArray]:
+        """The network of one task: images to its features."""
+        return partial(self._run, task)
+
     def __call__(self, images: NpArray) -> NpArray:
-        output: NpArray = self._session.run(None, {"images": images}, self._options[self._active][0])[0]
+        return self._run(self._active, images)
+
+    def _run(self, task: int, images: NpArray) -> NpArray:
+        output: NpArray = self._session.run(None, {"images": images}, self._options[task][0])[0]
         return output
 
 

@@ -20,7 +20,7 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +47,8 @@ SETTINGS: Mapping[str, Mapping[str, Mapping[str, object]]] = {
     },
 }  # fmt: skip
 
+OPENED: Mapping[str, Callable[[Path], Runner]] = {"onnxruntime": OnnxRuntime.of_model, "openvino": OpenVino.of_model}
+
 
 def kind_of(model: Any) -> str:
     """Which ``SETTINGS`` an ONNX model gets: patches are one convolution."""
@@ -54,16 +56,23 @@ def kind_of(model: Any) -> str:
 
 
 def neighbours(fp32: Any, images: NpArray, folder: Path) -> Iterator[tuple[str, Runner]]:
-    """The int8 networks that others make of an fp32 ONNX model and calibration images (n, 3, h, w), opened.
+    """The int8 networks of ``quantised``, opened, each with its tool."""
+    for name, path in quantised(fp32, images, folder):
+        tool, runtime = name.split()
+        yield tool, OPENED[runtime](path)
 
-    Files go into ``folder``. Batch norms are folded into convolutions first, as all of them ask.
+
+def quantised(fp32: Any, images: NpArray, folder: Path) -> Iterator[tuple[str, Path]]:
+    """The int8 files that others make of an fp32 ONNX model and calibration images (n, 3, h, w), by "TOOL RUNTIME".
+
+    They go into ``folder``. Batch norms are folded into convolutions first, as all of them ask.
     """
     settings, model = SETTINGS[kind_of(fp32)], folded(fp32)
     path = folder / "neighbour.onnx"
     onnx.save(model, path)
-    yield "nncf", OpenVino.of_model(_nncf_openvino(path, images, settings["nncf openvino"]))
-    yield "nncf", OnnxRuntime.of_model(_nncf_onnx(model, images, settings["nncf onnxruntime"], folder))
-    yield "quantize_static", OnnxRuntime.of_model(_static(path, images, settings["quantize_static onnxruntime"]))
+    yield (name := "nncf openvino"), _nncf_openvino(path, images, settings[name])
+    yield (name := "nncf onnxruntime"), _nncf_onnx(model, images, settings[name], folder)
+    yield (name := "quantize_static onnxruntime"), _static(path, images, settings[name])
 
 
 def _nncf_openvino(path: Path, images: NpArray, settings: Mapping[str, object]) -> Path:

@@ -2,7 +2,8 @@
 
 README.md gets accuracy, latency, storage and speed, docs/guide/methods.md what was measured of every method,
 docs/guide/int8.md what int8 costs, docs/guide/packs.md what codecs do, docs/guide/masks.md, boxes.md and text.md what
-heads are worth, and docs/guide/on-the-device.md what a store costs. With ``--quick`` copies of these pages get them.
+heads are worth, docs/guide/on-the-device.md what a store costs, and docs/guide/train-export-measure.md what others
+reach. With ``--quick`` copies of these pages get them.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from harness import HERE, RESULTS, TABLES, asked, parser_of, source
 from int8_convnets import convnet_table
 from masks import mask_table
 from packs import pack_tables
+from peers import peer_tables
 from robustness import robustness_table
 from serving import serving_tables
 from storage import storage_table
@@ -28,8 +30,9 @@ from edgepet.reports.tables import Column, Table, format_bytes, format_number, f
 
 GUIDE = HERE.parent / "docs" / "guide"
 README = HERE.parent / "README.md"
-METHODS, INT8, PACKS, MASKS, BOXES, TEXT, DEVICE = (
-    GUIDE / f"{name}.md" for name in ("methods", "int8", "packs", "masks", "boxes", "text", "on-the-device")
+METHODS, INT8, PACKS, MASKS, BOXES, TEXT, DEVICE, TRAIN = (
+    GUIDE / f"{name}.md"
+    for name in ("methods", "int8", "packs", "masks", "boxes", "text", "on-the-device", "train-export-measure")
 )
 FP32_LIMIT = 1e-4  # edgepet.measuring.parity.STORED["fp32"]
 HALF_LIMIT = 2e-2  # of the largest logit: edgepet.measuring.parity.STORED["fp16"]
@@ -54,6 +57,7 @@ def main() -> None:
         MASKS: mask_table(committed()),
         BOXES: box_tables(committed()),
         TEXT: word_tables(committed()),
+        TRAIN: peer_tables(committed()),
         DEVICE: "\n".join(filter(None, (store_table(committed()), serving_tables(committed())))),
     }
     for page, made in pages.items():

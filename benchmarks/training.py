@@ -15,12 +15,12 @@ import argparse
 import time
 from collections.abc import Callable
 from importlib.metadata import version
-from typing import Any
 
 import numpy as np
 import safetensors.torch
 import timm
 import torch
+from adapters import peft_lora
 from harness import IMAGE_SIZES, Asked, asked, parser_of, write_result
 from trainings import draw
 
@@ -124,12 +124,7 @@ def ours(backbone: Backbone, images: LabelledPixels, bf16: bool) -> Callable[[],
 
 def theirs(backbone: Backbone, images: LabelledPixels, bf16: bool) -> Callable[[], float]:
     """The loop of PEFT's own image-classification guide, without its data loader: images are in memory, as ours are."""
-    import peft
-
-    network: Any = timm.create_model(backbone.name, num_classes=10, **backbone.create_args)
-    network.load_state_dict({n: torch.from_numpy(np.array(t)) for n, t in backbone.tensors.items()}, strict=False)
-    config = peft.LoraConfig(r=8, lora_alpha=8, target_modules=["qkv"], modules_to_save=["head"])
-    model = peft.get_peft_model(network, config)
+    model = peft_lora(backbone, 10)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=5e-3)
     labels = torch.from_numpy(images.labels)
 

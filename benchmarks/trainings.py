@@ -20,7 +20,7 @@ from judging import right_answers, written
 
 from edgepet.errors import InputError
 from edgepet.files import sha256_file
-from edgepet.jobs.job import Job, Result
+from edgepet.jobs.job import MEASURED, Job, Result
 from edgepet.jobs.running import run_jobs
 from edgepet.measuring.machine import environment
 from edgepet.reports.progress import Progress
@@ -317,6 +317,7 @@ def train_pack(specification: Mapping[str, Any], folder: Path) -> dict[str, obje
         "epochs": report.epochs,
         "best_epoch": report.best_epoch,
         "precision": report.precision,
+        MEASURED: {"seconds": report.seconds},
     }
     if delta.heads:
         head = {"trainable_params": report.trainable_params, "head_params": report.head_params}

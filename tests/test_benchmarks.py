@@ -17,10 +17,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from edgepet.images.mask_folders import open_masks
 from tests.mask_folders import NAMES, index_folder
+from tests.tiny import tiny_vit
 
 ROOT = Path(__file__).parent.parent
 PARTS = (
@@ -28,6 +30,7 @@ PARTS = (
     "harness",
     "judging",
     "neighbours",
+    "peer_ways",
     "rows",
     "serving_many",
     "trainings",
@@ -274,3 +277,74 @@ def test_what_is_right_is_kept_in_bits_and_compared_in_pairs() -> None:
     gained = (second.mean(axis=0) - first.mean(axis=0)) * 100
     assert mean == pytest.approx(gained.mean() / 2)
     assert high - mean == pytest.approx(mean - low) == pytest.approx(1.96 * gained.std(ddof=1) / 500**0.5 / 2, rel=1e-4)
+
+
+def test_a_peer_learns_and_is_left_at_its_best_epoch_by_val(tmp_path: Path) -> None:
+    """The loop that PEFT's LoRA is trained by: one that learns nothing would flatter edgepet."""
+    peers: Any = imported("peers")
+    adapters: Any = imported("adapters")
+    backbone, rng = tiny_vit(tmp_path, seed=3), np.random.default_rng(0)
+    truth = np.arange(48) % 2
+    images = rng.normal(truth[:, None, None, None] - 0.5, 1.0, (48, 3, 32, 32)).astype(np.float32)
+    train, val = (images[:32], truth[:32]), (images[32:], truth[32:])
+    torch.manual_seed(0)
+    model = adapters.peft_lora(backbone, 2)
+    before = {name: each.clone() for name, each in model.named_parameters() if not each.requires_grad}
+    plan = {"epochs": 6, "batch_size": 8, "lr": 5e-3, "seed": 0, "precision": "fp32"}
+
+    top1, loss, epoch = peers.tune(model, train, val, plan)
+
+    with torch.no_grad():
+        logits = model.eval()(torch.from_numpy(val[0]))
+    assert top1 == float((logits.argmax(1).numpy() == val[1]).mean()) == 1.0
+    assert loss == pytest.approx(float(torch.nn.functional.cross_entropy(logits, torch.from_numpy(val[1]))), rel=1e-4)
+    assert 1 <= epoch <= 6
+    assert all(torch.equal(each, dict(model.named_parameters())[name]) for name, each in before.items())
+
+
+def test_a_peer_begins_with_the_weights_of_the_backbone(tmp_path: Path) -> None:
+    adapters: Any = imported("adapters")
+    backbone = tiny_vit(tmp_path, seed=3)
+    images = torch.from_numpy(np.random.default_rng(0).standard_normal((2, 3, 32, 32)).astype(np.float32))
+
+    with torch.no_grad():
+        network = adapters.peft_lora(backbone, 2).eval().base_model.model
+        features = network.forward_head(network.forward_features(images), pre_logits=True)
+
+        torch.testing.assert_close(features, backbone.module(images))
+
+
+def test_the_table_of_peers_has_what_each_way_costs_where_it_runs() -> None:
+    peers: Any = imported("peers")
+    row = {
+        "model": "ssf pack",
+        "who": "edgepet",
+        "trained": "ssf",
+        "kept_as": "pack, fp32 backbone",
+        "training_seconds": 609,
+        "test_top1": 0.6665,
+        "test_n": 2000,
+        "same_answers": 1999,
+        "task_bytes": 199_236,
+        "many_bytes": 90_412_000,
+        "times": {"onnxruntime": {"p50_ms": 12.34, "switch_ms": -0.01}, "openvino": {"p50_ms": 11.0, "switch_ms": 1}},
+    }
+    other = row | {"who": "PEFT, NNCF", "trained": "peft", "kept_as": "file, int8",
+                   "times": {"openvino": {"p50_ms": 5.55, "switch_ms": 900.0}}}  # fmt: skip
+    result = {"command": "python benchmarks/peers.py --dir DIR", "task": "landcover", "backbone": "demo:vit-small",
+              "image_size": 112, "epochs": 8, "batch_size": 32, "precision": "bf16", "calib_images": 128, "runs": 3,
+              "rounds": 60, "threads": 1, "peft": {"val_top1": {"0.0002": 0.5, "0.005": 0.61}}, "rows": [row, other],
+              "environment": {"versions": {}, "cpu": "Tiny", "cores": 2, "date": "2026-11-28"}}  # fmt: skip
+
+    shown = peers.peer_tables({"fastest": {}, "peers": result, "peers-digits": result | {"task": "digits"}})
+
+    assert peers.peer_tables({"fastest": {}}) == "Not measured yet.\n"
+    assert [line for line in shown.splitlines() if line.startswith("**")] == [
+        "**landcover on demo:vit-small, 112 px**", "**digits on demo:vit-small, 112 px**"
+    ]  # fmt: skip
+    both = "10 min 9 s | 66.6 % | 1,999 | 199.2 kB | 90.4 MB"
+    assert shown.splitlines()[4:6] == [
+        f"| edgepet | ssf | pack, fp32 backbone | {both} | 12.3 | 0.00 | 11.0 | 1.00 |",
+        f"| PEFT, NNCF | lora | file, int8 | {both} | – | – | 5.5 | 900.00 |",
+    ]
+    assert "PEFT's learning rates by val: 0.0002 50.0 %, 0.005 61.0 %." in shown

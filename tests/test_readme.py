@@ -150,13 +150,22 @@ def test_the_tables_of_int8_are_the_committed_ones(monkeypatch: pytest.MonkeyPat
     assert shown == f"\n\n{report.int8_tables()}\n"
 
 
-@pytest.mark.parametrize(("page", "made"), [("masks", "mask_table"), ("boxes", "box_tables")])
-def test_a_table_of_heads_is_the_committed_one(page: str, made: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("page", "module", "made"),
+    [
+        ("masks", "masks", "mask_table"),
+        ("boxes", "boxes", "box_tables"),
+        ("train-export-measure", "peers", "peer_tables"),
+    ],
+)
+def test_a_benchmarks_own_table_is_the_committed_one(
+    page: str, module: str, made: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     monkeypatch.delitem(sys.modules, "report", raising=False)
     import report
 
-    table = getattr(importlib.import_module(page), made)
+    table = getattr(importlib.import_module(module), made)
     shown = between((ROOT / "docs" / "guide" / f"{page}.md").read_text(), report.BEGIN, report.END)
 
     assert shown == f"\n\n{table(report.committed())}\n"
