@@ -14,8 +14,13 @@ import pytest
 from PIL import Image
 
 import edgepet
+from edgepet.device.answers import boxed
+from edgepet.images.inputs import Input
+from edgepet.images.masks import class_colours, squashed
 from edgepet.packs.pack import EVERY, read_pack
+from edgepet.spec import Preprocess
 from edgepet.tuning.work_folder import read_work
+from edgepet.verbs.drawings import Drawings
 from tests.box_folders import CATEGORIES, coco_folder
 from tests.flow import RUNTIMES, refused
 from tests.flow import edgepet as command
@@ -141,6 +146,20 @@ def test_predict_tells_boxes_in_pixels_of_the_image_and_draws_them(trained: Any,
             assert y + height <= 48 + 1e-6
         with Image.open(told["drawn"]) as drawn:
             assert drawn.size == (64, 48)
+
+
+def test_a_class_is_drawn_in_one_colour_whatever_else_is_on_an_image(tmp_path: Path) -> None:
+    preprocess, picture = squashed(Preprocess(image_size=(16, 16))), np.zeros((16, 16, 3), np.uint8)
+    square, round_one = [4, 4, 12, 12, 0.9, 1], [0, 0, 3, 3, 0.8, 0]
+    colours = []
+    for name, found in (("alone", [square]), ("both", [square, round_one])):
+        answer = boxed(name, "things", ("round", "square"), np.array(found, np.float32), preprocess, (16, 16))
+        _, drawn = Drawings(draw=tmp_path).write(answer, Input(name, picture))
+        assert drawn is not None
+        with Image.open(drawn) as shown:
+            colours.append(shown.convert("RGB").getpixel((8, 11)))  # the lower edge of the square
+
+    assert colours == [class_colours(2)[1]] * 2
 
 
 def test_a_device_answers_as_predict_does(trained: Any, place: Path, tmp_path: Path) -> None:

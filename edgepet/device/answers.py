@@ -80,12 +80,13 @@ class FoundBox:
 class BoxesAnswer:
     """The objects that ``task`` finds on an image, those of the largest scores first; at least LEAST_SCORE each.
 
-    ``image`` is as of ``Answer``, ``preprocess`` how it was prepared.
+    ``image`` is as of ``Answer``, ``preprocess`` how it was prepared; ``labels`` are all classes of the task.
     """
 
     image: str
     task: str
     boxes: tuple[FoundBox, ...]
+    labels: tuple[str, ...]
     preprocess: Preprocess
 
     shown: ClassVar[tuple[str, ...]] = ("image", "task", "boxes")
@@ -142,7 +143,7 @@ def boxed(
         FoundBox(label=labels[int(label)], score=score, box=(x1, y1, x2 - x1, y2 - y1))
         for x1, y1, x2, y2, score, label in kept.tolist()
     )
-    return BoxesAnswer(image=image, task=task, boxes=boxes, preprocess=preprocess)
+    return BoxesAnswer(image=image, task=task, boxes=boxes, labels=tuple(labels), preprocess=preprocess)
 
 
 def labelled(image: str, task: str, meaning: Meaning, logits: NpArray) -> LabelsAnswer:

@@ -130,11 +130,10 @@ def told_labels(labels: Sequence[Guess]) -> str:
 
 def _drawn_boxes(answer: BoxesAnswer, picture: Input) -> bytes:
     sure = [each for each in answer.boxes if each.score >= SURE][::-1]  # the best ones on top
-    names = sorted({each.label for each in answer.boxes})
     return boxes_png(
         picture.upright(answer.preprocess), [each.box for each in sure],
         [f"{each.label} {format_percent(each.score)}" for each in sure],
-        [_COLOURS[names.index(each.label)] for each in sure],
+        [_COLOURS[answer.labels.index(each.label)] for each in sure],
     )  # fmt: skip
 
 
