@@ -5,7 +5,7 @@
     python benchmarks/words.py --dir DIR --only speed     # milliseconds of the stages, on an idle machine
 
 The text of every class is the vector that GloVe has for its words, as ``edgepet text`` makes it. Heads are of land
-cover, behind a frozen backbone; what words add to the head ``mlp`` is paired, on the same images. For a
+cover, behind a frozen backbone; what text adds to the head ``mlp`` is paired, on the same images. For a
 class without training all of its pixels are taken out of train and val, a head of score maps is trained on what is
 left, and ``pack --text`` gives it all classes again. LV-Adapter's second stage tunes the adapters on boxes, masks and
 labels of a scene at once, its third each answer alone. Trainings are jobs below DIR, without augmentation. Writes
@@ -270,12 +270,12 @@ def _heads(result: Mapping[str, Any]) -> str:
         )
         for each in result["rows"]
     ]  # fmt: skip
-    numbers = ("head, values", "pack, fp16", "mIoU", "95 % interval", "words add, points")
+    numbers = ("head, values", "pack, fp16", "mIoU", "95 % interval", "above mlp, points")
     columns = (*map(Column, ("backbone", "head", "text")), *(Column(name, right=True) for name in numbers))
     told = (
         f"Test mIoU of {TEST_IMAGES} images of land cover at {SIZE} px, frozen backbone, {EPOCHS} epochs of 800 images"
-        f" without augmentation, one seed. Text is GloVe's vectors of words, or as many numbers that a seed drew. What"
-        f" words add is to `mlp`, paired on {PAIRED} images.{_left(result)}"
+        f" without augmentation, one seed. Text is GloVe's vectors of words, or as many numbers that a seed drew. Points"
+        f" above `mlp` are paired on {PAIRED} images.{_left(result)}"
     )
     return f"{markdown(Table('Heads with words and without', columns, rows))}\n{told} {source(result)}\n"
 
