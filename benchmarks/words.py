@@ -274,8 +274,8 @@ def _heads(result: Mapping[str, Any]) -> str:
     columns = (*map(Column, ("backbone", "head", "text")), *(Column(name, right=True) for name in numbers))
     told = (
         f"Test mIoU of {TEST_IMAGES} images of land cover at {SIZE} px, frozen backbone, {EPOCHS} epochs of 800 images"
-        f" without augmentation, one seed. Text is GloVe's vectors of words, or as many numbers that a seed drew. Points"
-        f" above `mlp` are paired on {PAIRED} images.{_left(result)}"
+        f" without augmentation, one seed. Text is GloVe's vectors of words, or as many numbers that a seed drew."
+        f" Points above `mlp` are paired on {PAIRED} images.{_left(result)}"
     )
     return f"{markdown(Table('Heads with words and without', columns, rows))}\n{told} {source(result)}\n"
 
