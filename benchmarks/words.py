@@ -59,6 +59,7 @@ DRAWN = "tests/golden/text/drawn.safetensors"  # numbers that a seed drew: what 
 WITHOUT_WORDS = ("score", "score,context=1")
 UNSEEN = ("savanna", "cropland", "snow_ice")  # the first has a word that another class has too
 ADAPTER, STAGED, STAGE_EPOCHS = "multi-scale-adapter", {"boxes": "fcos", "mask": "mlp", "labels": ""}, 8
+BALANCED = {"balance": "weights"}  # of masks, nine tenths of which are background: without it that is all there is
 READS = {"boxes": "fcos,language=1", "mask": "mlp,language=1"}
 ROUNDS, QUICK_SIZE = 100, 64
 
@@ -186,11 +187,13 @@ def stages() -> Iterator[Training]:
     """Each answer behind the frozen backbone and behind adapters, without and with words, and after adapting on all."""
     adapted = Pretraining(
         tasks=(SCENE,), backbone=CONVNET, method=ADAPTER, image_size=SIZE, epochs=STAGE_EPOCHS,
-        options=(("task", ",".join(STAGED)), ("head", "+".join(READS.values())), ("text", SCENE_WORDS["mask"])),
+        options=(("task", ",".join(STAGED)), ("head", "+".join(READS.values())), ("text", SCENE_WORDS["mask"]),
+                 *BALANCED.items()),
     )  # fmt: skip
     for answer, head in STAGED.items():
-        plain = {"task": answer, **({"head": head} if head else {})}
-        worded = {"task": answer, "head": READS[answer], "text": SCENE_WORDS[answer]} if answer in READS else None
+        common = {"task": answer, **(BALANCED if answer == "mask" else {})}
+        plain = {**common, **({"head": head} if head else {})}
+        worded = {**common, "head": READS[answer], "text": SCENE_WORDS[answer]} if answer in READS else None
         for method in (FROZEN, ADAPTER):
             for options in filter(None, (plain, worded)):
                 yield _scene(method, options)

@@ -20,6 +20,8 @@ from edgepet.proving.masks import judge_masks
 from edgepet.reports.as_json import to_json
 from edgepet.tuning.recipes import head_form
 from edgepet.tuning.work_folder import read_work
+from edgepet.verbs.dense_answers import ClassScore, DenseScore
+from edgepet.verbs.train_dense import HeadReport, head_lines
 from tests.flow import RUNTIMES, refused
 from tests.flow import edgepet as command
 from tests.mask_folders import NAMES, index_folder, scene
@@ -281,3 +283,19 @@ def test_judging_brings_masks_to_the_size_of_images(trained: Any, place: Path) -
 
     assert judged.n == 5
     assert 0.9 < judged.miou < 1
+
+
+def test_a_mask_that_has_one_class_everywhere_is_told_what_to_do() -> None:
+    def told(ious: tuple[float | None, ...]) -> list[str]:
+        scores = tuple(
+            ClassScore(name=name, value=value, count=9, value_is="iou", count_is="pixels")
+            for name, value in zip(("ground", "bird", "fish"), ious, strict=True)
+        )
+        val = DenseScore(metric="miou", value=0.3, n=4, low=0.2, high=0.4, pixels=0.9)
+        head = HeadReport(name="mask", answer="mask", head="mlp", head_params=1, val=val, scores=scores)
+        return [line for line in head_lines([head], "epoch 1 of 1") if "every pixel" in line]
+
+    assert told((0.9, 0.0, None)) == [
+        "  every pixel is answered as ground: try --balance weights, or --dice 1, for classes that are rare"
+    ]
+    assert told((0.9, 0.1, None)) == told((0.9, None, None)) == []

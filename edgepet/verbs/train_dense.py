@@ -247,8 +247,18 @@ def head_lines(heads: Sequence[HeadReport], epoch: str, stored: str = ", as stor
             *([] if val.low is None or val.high is None else
               [f"  95 % interval {format_percent(val.low)} to {format_percent(val.high)}"]),
             *row.lines(each.scores),
+            *_one_for_all(each),
         ]  # fmt: skip
     return told
+
+
+def _one_for_all(head: HeadReport) -> list[str]:
+    """What to do where a mask has one class everywhere: the others are too rare for their part of the loss."""
+    judged = [each for each in head.scores if each.value is not None]
+    found = [each.name for each in judged if each.value]
+    if head.answer != "mask" or len(found) != 1 or len(judged) < 2:
+        return []
+    return [f"  every pixel is answered as {found[0]}: try --balance weights, or --dice 1, for classes that are rare"]
 
 
 def dense_screen(report: DenseTrainReport) -> Screen:
