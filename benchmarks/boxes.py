@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 from harness import Asked, asked, source, spread
-from rows import Rows, rows_parser
+from rows import Rows, rows_parser, tuned
 from trainings import Trained, Training, finished, measuring_job, recoded
 
 from edgepet.reports.tables import Column, Table, format_bytes, format_number, format_percent, markdown
@@ -99,12 +99,7 @@ def uncoded(made: Trained) -> dict[str, object]:
         "method": training.method,
         "answers": training.options["task"],
         "seed": training.seed,
-        "epochs": report["epochs"],
-        "best_epoch": report["best_epoch"],
-        "precision": report["precision"],
-        "trainable_params": report["trainable_params"],
-        "head_params": report["head_params"],
-        "pack_bytes": report["pack_bytes"],
+        **tuned(made),
         "val": report["val"],
         "test": report["test"],
         "seconds": round(made.result.seconds),

@@ -69,9 +69,7 @@ def measured(packs: dict[str, Path], rounds: int) -> list[dict[str, object]]:
     """A row for each method: kilobytes, and p50 and its ratio to the plain backbone, by runtime."""
     found = {method: _Cells() for method in packs}
     for runtime in RUNTIMES:
-        report = bench(
-            list(packs.values()), runtimes=[runtime], rounds=rounds, plain=True,
-        )  # fmt: skip
+        report = bench(list(packs.values()), runtimes=[runtime], rounds=rounds, plain=True)
         plain = next(row for row in report.rows if (row.mode, row.precision) == ("plain", "fp32"))
         for method, pack in packs.items():
             (row,) = (r for r in report.rows if (r.model, r.precision) == (pack.name, "fp32") and r.mode != "plain")

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping
@@ -20,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from harness import IMAGE_SIZES, asked, parser_of, source, write_result
+from harness import IMAGE_SIZES, alone, asked, parser_of, source, write_result
 from trainings import draw, short_packs
 
 from edgepet import bench, export
@@ -76,9 +75,8 @@ def main() -> None:
                 )
                 artefact = export([pack], Path(folder) / "out", options=coded).artifacts[0].path
                 for threads in amount.threads:
-                    line = [sys.executable, __file__, *(["--quick"] if run.quick else []), "--only"]
-                    line += [str(pack), str(artefact), runtime, str(threads)]
-                    every = [json.loads(subprocess.check_output(line)) for _ in range(amount.runs)]
+                    given = ("--only", pack, artefact, runtime, threads)
+                    every = [alone(__file__, *given, quick=run.quick) for _ in range(amount.runs)]
                     rows += over_runs(every, name, threads)
                     print(f"{name} {runtime} {threads}", flush=True)
     write_result(run, "fastest", {"method": "ssf", "runs": amount.runs, "rounds": amount.rounds, "rows": rows})

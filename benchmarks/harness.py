@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import shlex
+import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -25,7 +26,6 @@ HERE = Path(__file__).parent
 RESULTS = HERE / "results"
 IMAGE_SIZES = {"vit-small": 112, "efficientnet-lite0": 224}
 SMALLER = {"vit-small": 112, "efficientnet-lite0": 128}  # where every method is tried
-RUNTIMES = ("torch", "onnxruntime", "openvino")  # that packs are timed on, one at a time
 OF_WHOEVER = ("--dir", "--results", "--ray")  # folders and addresses that a result does not tell
 
 
@@ -88,6 +88,12 @@ def write_result(run: Asked, name: str, facts: Mapping[str, object]) -> Path:
     write_file(path, json.dumps(to_json(result), indent=1, allow_nan=False).encode() + b"\n")
     print(f"{path} is written", flush=True)
     return path
+
+
+def alone(script: str, *given: object, quick: bool = False) -> Any:
+    """What a benchmark writes as JSON to its screen, in a process of its own."""
+    line = [sys.executable, script, *(["--quick"] if quick else []), *map(str, given)]
+    return json.loads(subprocess.check_output(line))
 
 
 def earlier(run: Asked, name: str) -> dict[str, Any]:

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping
@@ -22,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from harness import asked, earlier, parser_of, source, write_result
+from harness import alone, asked, earlier, parser_of, source, write_result
 from judging import tested_images
 from methods import Network, spec_of
 from trainings import draw
@@ -147,8 +146,8 @@ def agreement(folder: Path, runtime: str, images: NpArray, labels: NpArray) -> d
 
 def runs(folder: Path, runtime: str, threads: int, amount: Amount) -> dict[str, object]:
     """Latency in several processes, one after another."""
-    line = [sys.executable, __file__, *(["--quick"] if amount is SHORT else []), "--only", str(folder), runtime]
-    every = [json.loads(subprocess.check_output([*line, str(threads)])) for _ in range(amount.runs)]
+    given = ("--only", folder, runtime, threads)
+    every = [alone(__file__, *given, quick=amount is SHORT) for _ in range(amount.runs)]
     return {
         "ratio": ratio_of_runs([each["ratio"] for each in every]),
         "p50_ms": {name: float(np.median([each["p50_ms"][name] for each in every])) for name in every[0]["p50_ms"]},

@@ -11,13 +11,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
 import sys
 from pathlib import Path
 from statistics import median_high
 from typing import TypedDict
 
-from harness import IMAGE_SIZES, RUNTIMES, asked, parser_of, write_result
+from harness import IMAGE_SIZES, alone, asked, parser_of, write_result
 from trainings import short_packs
 
 from edgepet import bench
@@ -26,6 +25,7 @@ from edgepet.measuring.latency import ratio, ratio_of_runs
 from edgepet.measuring.machine import environment
 from edgepet.networks.loading import load_backbone
 
+RUNTIMES = ("torch", "onnxruntime", "openvino")  # one at a time
 RUNS = 5
 QUICK_RUNS, QUICK_ROUNDS = 2, 2
 
@@ -54,9 +54,7 @@ def main() -> None:
     base_graph(backbone)
     arguments = ["--one-run", "--rounds", str(rounds), "--threads", str(options.threads)]
     arguments += [part for pack in packs for part in ("--pack", str(pack))]
-    every: list[list[Times]] = [
-        json.loads(subprocess.check_output([sys.executable, __file__, *arguments])) for _ in range(runs)
-    ]
+    every: list[list[Times]] = [alone(__file__, *arguments) for _ in range(runs)]
     facts = {
         "backbone": backbone.label,
         "what": "p50 of the merged (or tuned) task over the plain backbone's, same runtime, batch 1",

@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 from harness import Asked, asked, source, spread
-from rows import Rows, rows_parser
+from rows import Rows, rows_parser, tuned
 from trainings import FEW, Trained, Training, finished, measuring_job, recoded
 
 from edgepet.reports.tables import Column, Table, format_bytes, format_number, format_percent, markdown
@@ -92,12 +92,7 @@ def uncoded(made: Trained) -> dict[str, object]:
         "method": training.method,
         "head": training.options["head"],
         "seed": training.seed,
-        "epochs": report["epochs"],
-        "best_epoch": report["best_epoch"],
-        "precision": report["precision"],
-        "trainable_params": report["trainable_params"],
-        "head_params": report["head_params"],
-        "pack_bytes": report["pack_bytes"],
+        **tuned(made),
         "val_miou": report["val"]["mask"],
         "test_miou": test["value"],
         "test_low": test["low"],

@@ -17,7 +17,7 @@ from int8 import written_with_ranges
 from judging import tested_images
 from neighbours import quantised
 from shared_int8 import graph_of
-from trainings import Trained, images_of, pack_of
+from trainings import Trained, images_of, named_file, named_pack, pack_of
 
 from edgepet import import_peft, read_pack
 from edgepet.calibration.images import CalibrationImages, calibration_images
@@ -151,16 +151,12 @@ def ways_in(folder: Path) -> list[Way]:
 def deploying_job(own: Mapping[str, Trained], peft: Result, calib: int) -> Job:
     """The files of all ways, of edgepet's trainings by method and PEFT's, and what they answer."""
     given: Any = own["ssf"].result.job.specification
-    packs = {name: _named(each.result, each.training.pack_name) for name, each in own.items()}
+    packs = {name: named_pack(each) for name, each in own.items()}
     shared = {key: given[key] for key in ("data", "backbone", "threads")}
     return Job(
         function="peer_ways:deploy",
-        specification={**shared, "packs": packs, "adapter": _named(peft, ADAPTER), "calib": calib},
+        specification={**shared, "packs": packs, "adapter": named_file(peft, ADAPTER), "calib": calib},
     )
-
-
-def _named(result: Result, name: str) -> dict[str, str]:
-    return {"job": result.job.digest, "name": name, "sha256": result.files[name]}
 
 
 def deploy(specification: Mapping[str, Any], folder: Path) -> dict[str, object]:

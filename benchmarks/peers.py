@@ -22,7 +22,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import subprocess
 import sys
 import time
 from collections.abc import Mapping
@@ -33,7 +32,7 @@ from typing import Any
 
 import numpy as np
 from adapters import ON, RANK, peft_lora
-from harness import IMAGE_SIZES, Asked, asked, parser_of, source, write_result
+from harness import IMAGE_SIZES, Asked, alone, asked, parser_of, source, write_result
 from neighbours import SETTINGS
 from peer_ways import FP32_FILE, MANY, Network, Way, deploying_job, ways_in
 from trainings import FEW, TEST_CAP, Trained, Training, finished, images_of, trained
@@ -232,8 +231,7 @@ def warmup_and_cosine(step: int, *, steps: int, rising: int) -> float:
 
 def process(folder: Path, runtime: str, run: Asked) -> dict[str, Any]:
     """``timed`` in a process of its own."""
-    line = [sys.executable, __file__, *(["--quick"] if run.quick else []), "--only", str(folder), runtime]
-    found: dict[str, Any] = json.loads(subprocess.check_output(line))
+    found: dict[str, Any] = alone(__file__, "--only", folder, runtime, quick=run.quick)
     return found
 
 

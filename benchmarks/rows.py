@@ -94,6 +94,12 @@ class Rows:
         return found
 
 
+def tuned(made: Trained) -> dict[str, object]:
+    """What a row says of how a pack with heads was trained, and of what size it is."""
+    told = ("epochs", "best_epoch", "precision", "trainable_params", "head_params", "pack_bytes")
+    return {key: made.result.report[key] for key in told}
+
+
 def _asked(job: Job) -> str:
     """What names a training wherever it runs."""
     asked: dict[str, Any] = {key: value for key, value in job.specification.items() if key not in OF_MACHINES}

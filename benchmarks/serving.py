@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
 import sys
 import tempfile
 import time
@@ -25,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from adapters import OrtAdapters, hotswapped
-from harness import Asked, asked, earlier, parser_of, source, write_result
+from harness import Asked, alone, asked, earlier, parser_of, source, write_result
 from serving_many import batch_of_eight, batch_table, many_in_memory, memory_table, on_one_image, one_image_table
 from shared_int8 import resident
 
@@ -136,8 +135,7 @@ def several(what: str, size: int, runtime: str, run: Asked, amount: Amount) -> l
 
 def process(what: str, size: int, runtime: str, quick: bool) -> dict[str, Any]:
     """One cell, in a process of its own."""
-    line = [sys.executable, __file__, *(["--quick"] if quick else []), "--only", what, str(size), runtime]
-    found: dict[str, Any] = json.loads(subprocess.check_output(line))
+    found: dict[str, Any] = alone(__file__, "--only", what, size, runtime, quick=quick)
     return found
 
 

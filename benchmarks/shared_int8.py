@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
 import sys
 import tempfile
 import time
@@ -22,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from harness import Asked, asked, parser_of, write_result
+from harness import Asked, alone, asked, parser_of, write_result
 from int8 import FULL, QUICK, Plan, written_with_ranges
 from trainings import Trained, trained
 
@@ -126,9 +125,7 @@ def graph_of(pack: Path) -> Int8Graph:
 
 def process(what: str, runtime: str, folder: Path, amount: Amount) -> dict[str, Any]:
     """``latency`` or ``memory`` in a process of its own."""
-    quick = ["--quick"] if amount is SHORT else []
-    command = [sys.executable, __file__, *quick, "--only", what, runtime, str(folder)]
-    found: dict[str, Any] = json.loads(subprocess.check_output(command))
+    found: dict[str, Any] = alone(__file__, "--only", what, runtime, folder, quick=amount is SHORT)
     return found
 
 

@@ -161,8 +161,12 @@ def measuring_job(function: str, made: Trained, **settings: object) -> Job:
 
 def named_pack(made: Trained) -> dict[str, object]:
     """A pack as a specification names it, for ``pack_of``."""
-    name = made.training.pack_name
-    return {"job": made.result.job.digest, "name": name, "sha256": made.result.files[name]}
+    return named_file(made.result, made.training.pack_name)
+
+
+def named_file(result: Result, name: str) -> dict[str, object]:
+    """A file of a job as a specification names it, for ``pack_of``."""
+    return {"job": result.job.digest, "name": name, "sha256": result.files[name]}
 
 
 def pack_of(specification: Mapping[str, Any], folder: Path) -> Path:

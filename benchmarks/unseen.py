@@ -20,13 +20,18 @@ WORDS = "tests/golden/text/landcover.safetensors"  # of all classes
 
 
 def by_class(specification: Mapping[str, Any], folder: Path) -> dict[str, object]:
-    """A pack on the test images: mIoU, and the IoU of every class."""
-    test: Any = evaluate(pack_of(specification, folder), images_of(specification, folder), split="test")
+    """``judged``, as a job."""
+    return judged(pack_of(specification, folder), images_of(specification, folder))
+
+
+def judged(path: Path, data: Path) -> dict[str, object]:
+    """A pack on the test images of ``data``: mIoU, and the IoU of every class."""
+    test: Any = evaluate(path, data, split="test")
     return {"miou": test.value, "ious": {each.name: each.value for each in test.scores}}
 
 
 def without_pixels(specification: Mapping[str, Any], folder: Path) -> dict[str, object]:
-    """The training of a pack of score maps without a class, which is then given its words: ``by_class``."""
+    """The training of a pack of score maps without a class, which is then given its words: ``judged``."""
     import torch
 
     from edgepet import pack, train
@@ -47,9 +52,7 @@ def without_pixels(specification: Mapping[str, Any], folder: Path) -> dict[str, 
     train(known, backbone, "linear-probe", folder / "known.pet", **options)
     shutil.rmtree(known)
     pack(folder / "known.pet", folder / "given.pet", backbone=backbone, text=words)
-    test: Any = evaluate(folder / "given.pet", drawn, split="test")
-    ious = {each.name: each.value for each in test.scores}
-    return {"share": share(drawn, left_out), "miou": test.value, "ious": ious}
+    return {"share": share(drawn, left_out), **judged(folder / "given.pet", drawn)}
 
 
 def _classes(data: Path) -> list[str]:

@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 from harness import Asked, asked, earlier, source, write_result
 from masks import CONVNET, SIZE, VIT, uncoded
-from rows import Rows, rows_parser
+from rows import Rows, rows_parser, tuned
 from trainings import (
     FEW,
     Pretraining,
@@ -217,12 +217,7 @@ def stage_row(made: Trained) -> dict[str, object]:
         "method": training.method,
         "words": "text" in training.options,
         "adapted": training.init is not None,
-        "epochs": report["epochs"],
-        "best_epoch": report["best_epoch"],
-        "precision": report["precision"],
-        "trainable_params": report["trainable_params"],
-        "head_params": report["head_params"],
-        "pack_bytes": report["pack_bytes"],
+        **tuned(made),
         "val": report["val"][answer],
         "test": report["test"][answer],
         "seconds": round(made.result.seconds),

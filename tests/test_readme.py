@@ -155,6 +155,7 @@ def test_the_tables_of_int8_are_the_committed_ones(monkeypatch: pytest.MonkeyPat
     [
         ("masks", "masks", "mask_table"),
         ("boxes", "boxes", "box_tables"),
+        ("text", "words", "word_tables"),
         ("train-export-measure", "peers", "peer_tables"),
     ],
 )
