@@ -34,13 +34,16 @@ OF_WHOEVER = ("--dir", "--results", "--ray")  # folders and addresses that a res
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Asked:
-    """What was asked of a run: ``folder`` holds its jobs, ``results`` takes what it writes, ``ray`` is who trains."""
+    """What was asked of a run: ``folder`` holds its jobs, ``results`` takes what it writes, ``ray`` is who trains;
+    here so many ``processes`` do at the same time.
+    """
 
     command: str
     quick: bool
     folder: Path
     results: Path
     ray: str | None = None
+    processes: int = 1
 
 
 def parser_of(description: str | None) -> argparse.ArgumentParser:
@@ -63,7 +66,10 @@ def asked(options: argparse.Namespace) -> Asked:
     quick: bool = options.quick
     results: Path = options.results or (Path(tempfile.mkdtemp(prefix="edgepet-bench-")) if quick else RESULTS)
     results.mkdir(parents=True, exist_ok=True)
-    return Asked(command=command(sys.argv), quick=quick, folder=options.dir, results=results, ray=options.ray)
+    return Asked(
+        command=command(sys.argv), quick=quick, folder=options.dir, results=results, ray=options.ray,
+        processes=getattr(options, "processes", 1),
+    )  # fmt: skip
 
 
 def command(argv: Sequence[str]) -> str:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from harness import Asked, earlier, parser_of, write_result
-from trainings import Trained, Training, planned, trained
+from trainings import GPU, Trained, Training, planned, trained
 
 from edgepet.canonical import canonical_json
 from edgepet.jobs.job import Job
@@ -27,6 +27,10 @@ def rows_parser(description: str | None, tasks: Iterable[str] = ()) -> argparse.
     made = parser_of(description)
     if tasks:
         made.add_argument("--task", choices=tuple(tasks), help="only the rows of one task")
+    made.add_argument(
+        "--processes", type=int, default=1, metavar="N",
+        help="trainings at the same time, of a thread each and more: as many as cores where a GPU trains (1)",
+    )  # fmt: skip
     made.add_argument("--most", type=int, metavar="N", help="end after so many rows (all that are missing)")
     return made
 
@@ -62,13 +66,15 @@ class Rows:
         its ``row``, with its "task", in its place.
         """
         wanted = [each for each in self.missing if backbone in (None, each.backbone)]
-        for each in wanted[:most]:
-            (made,) = trained(self._run, [each])
-            self.add(made, row(made))
+        wanted, at_once = wanted[:most], self._run.processes
+        for start in range(0, len(wanted), at_once):
+            for made in trained(self._run, wanted[start : start + at_once]):
+                self.add(made, row(made))
 
     def add(self, made: Trained, row: Mapping[str, object]) -> None:
-        """Write the row of a training."""
-        self._write([{"training": _asked(made.result.job), **row}])
+        """Write the row of a training, with the GPU that made it where one did."""
+        gpu = {GPU: made.result.measured[GPU]} if GPU in made.result.measured else {}
+        self._write([{"training": _asked(made.result.job), **row, **gpu}])
 
     def adopt(self, names: Sequence[str]) -> None:
         """Write the rows that are missing here and that tables of these ``names`` have, whose rows are alike."""

@@ -30,6 +30,7 @@ from edgepet.verbs.dense_answers import DenseScore
 
 TEST_CAP, FEW = 2000, 4  # test images of a task at most; images of a class in each split of a quick run
 MODULES = "modules.work"  # what a pretraining leaves
+GPU = "gpu"  # a measured fact of a training
 NATIVE_BF16 = {"amx_bf16", "avx512_bf16", "bf16"}
 
 
@@ -104,7 +105,14 @@ def finished(run: Asked, jobs: Sequence[Job], ray: str | None = None) -> tuple[R
 
     What measures times stays here.
     """
-    return run_jobs(jobs, jobs_folder(run), ray=ray, tell=lambda line: print(line, file=sys.stderr, flush=True))
+    return _finished(run, jobs, ray=ray)
+
+
+def _finished(run: Asked, jobs: Sequence[Job], *, processes: int = 1, ray: str | None = None) -> tuple[Result, ...]:
+    return run_jobs(
+        jobs, jobs_folder(run), processes=processes, ray=ray,
+        tell=lambda line: print(line, file=sys.stderr, flush=True),
+    )  # fmt: skip
 
 
 def draw(run: Asked, task: str) -> Path:
@@ -120,11 +128,11 @@ def draw_named(run: Asked, task: str, test_cap: int, few: int | None) -> dict[st
 
 
 def trained(run: Asked, trainings: Sequence[Training]) -> tuple[Trained, ...]:
-    """Train those that are not trained yet."""
+    """Train those that are not trained yet, ``run.processes`` at the same time."""
     begun = {each.init: _pretraining_job(run, each.init) for each in trainings if each.init is not None}
-    finished(run, list(begun.values()), run.ray)
+    _finished(run, list(begun.values()), processes=run.processes, ray=run.ray)
     jobs = planned(run, trainings)
-    made = finished(run, [job for job, _ in jobs], run.ray)
+    made = _finished(run, [job for job, _ in jobs], processes=run.processes, ray=run.ray)
     return tuple(
         Trained(training=each, result=result, data=images.folder / each.task)
         for each, result, (_, images) in zip(trainings, made, jobs, strict=True)
@@ -137,7 +145,7 @@ def planned(run: Asked, trainings: Sequence[Training]) -> list[tuple[Job, Result
     images = dict(zip((pool.digest for pool in pools), finished(run, pools), strict=True))
     begun = {each.init: _pretraining_job(run, each.init) for each in trainings if each.init is not None}
     return [
-        (_training_job(each, drawn, None if each.init is None else begun[each.init]), drawn)
+        (_training_job(run, each, drawn, None if each.init is None else begun[each.init]), drawn)
         for each, drawn in zip(trainings, (images[pool.digest] for pool in pools), strict=True)
     ]
 
@@ -194,12 +202,12 @@ def _pretraining_job(run: Asked, asked: Pretraining) -> Job:
         "backbone": _network(asked.backbone, asked.image_size),
         "method": asked.method,
         "options": {"epochs": asked.epochs, "precision": _precision(), **dict(asked.options)},
-        "threads": environment().cores,
+        "threads": _threads(run),
     }
     return Job(function="trainings:pretrain_modules", specification=specification)
 
 
-def _training_job(training: Training, images: Result, init: Job | None) -> Job:
+def _training_job(run: Asked, training: Training, images: Result, init: Job | None) -> Job:
     return Job(
         function="trainings:train_pack",
         specification={
@@ -218,7 +226,7 @@ def _training_job(training: Training, images: Result, init: Job | None) -> Job:
             "init": None if init is None else init.digest,
             "pack": training.pack_name,
             "scored": training.scored,
-            "threads": environment().cores,
+            "threads": _threads(run),
         },
     )
 
@@ -229,6 +237,10 @@ def _named(task: str, images: Result) -> dict[str, object]:
 
 def _network(name: str, image_size: int) -> dict[str, object]:
     return {"name": f"demo:{name}", "sha256": WEIGHTS[name].sha256, "image_size": image_size}
+
+
+def _threads(run: Asked) -> int:
+    return max(1, environment().cores // run.processes)
 
 
 def _precision() -> str:
@@ -321,7 +333,7 @@ def train_pack(specification: Mapping[str, Any], folder: Path) -> dict[str, obje
         "epochs": report.epochs,
         "best_epoch": report.best_epoch,
         "precision": report.precision,
-        MEASURED: {"seconds": report.seconds},
+        MEASURED: {"seconds": report.seconds, **_gpu()},
     }
     if delta.heads:
         head = {"trainable_params": report.trainable_params, "head_params": report.head_params}
@@ -335,6 +347,13 @@ def train_pack(specification: Mapping[str, Any], folder: Path) -> dict[str, obje
         return found | {"test": head_scores(evaluate(pack, data), report.heads[0].name)}
     right = right_answers(backbone, delta, data)
     return found | {"test_top1": float(right.mean()), "test_n": len(right), "test_right": written(right)}
+
+
+def _gpu() -> dict[str, str]:
+    """The GPU that trainings run on here; empty where the CPU does."""
+    import torch
+
+    return {GPU: torch.cuda.get_device_name()} if torch.cuda.is_available() else {}
 
 
 def recoded(specification: Mapping[str, Any], folder: Path) -> tuple[dict[str, object], dict[str, dict[str, Any]]]:

@@ -196,7 +196,8 @@ def test_a_table_grows_by_what_no_earlier_run_has_found(tmp_path: Path, monkeypa
     def add(rows: Any, number: int, threads: int) -> None:
         (job, _), *_ = on_threads(threads)(None, [asked[number]])
         rows.add(
-            types.SimpleNamespace(result=types.SimpleNamespace(job=job)), {"task": asked[number].task, "n": number}
+            types.SimpleNamespace(result=types.SimpleNamespace(job=job, measured={})),
+            {"task": asked[number].task, "n": number},
         )
 
     def methods(rows: Any) -> list[tuple[str, str]]:
@@ -225,6 +226,42 @@ def test_a_table_grows_by_what_no_earlier_run_has_found(tmp_path: Path, monkeypa
     assert methods(whole) == [("digits", "ssf"), ("cards", "lora")]
     whole.adopt(["table"])
     assert [row["n"] for row in json.loads((tmp_path / "beside.json").read_text())["rows"]] == [2, 0]
+
+
+def test_a_table_takes_several_trainings_at_a_time_and_tells_of_the_gpu_that_made_a_row(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainings: Any = imported("trainings")
+    rows_of: Any = imported("rows")
+    monkeypatch.setattr(sys, "argv", ["benchmarks/trials.py"])
+    options = rows_of.rows_parser("of a table").parse_args(["--results", str(tmp_path), "--processes", "2"])
+    run = imported("harness").asked(options)
+    every = [
+        trainings.Training(task="digits", backbone="vit-small", method=method, image_size=112)
+        for method in ("ssf", "lora", "hta")
+    ]
+    begun = list[list[str]]()
+
+    def planned(_: object, each: Any) -> list[tuple[Any, None]]:
+        asked_for = [{"of": one.method, "options": {}} for one in each]
+        return [(trainings.Job(function="trainings:train_pack", specification=one), None) for one in asked_for]
+
+    def trained(_: object, each: Any) -> list[Any]:
+        begun.append([one.method for one in each])
+        gpu = {"ssf": {"gpu": "H200"}}
+        jobs = [job for job, _ in planned(None, each)]
+        return [
+            types.SimpleNamespace(training=one, result=types.SimpleNamespace(job=job, measured=gpu.get(one.method, {})))
+            for one, job in zip(each, jobs, strict=True)
+        ]
+
+    monkeypatch.setattr(rows_of, "planned", planned)
+    monkeypatch.setattr(rows_of, "trained", trained)
+    rows_of.Rows(run, "table", every).fill(lambda made: {"task": made.training.task, "method": made.training.method})
+
+    assert begun == [["ssf", "lora"], ["hta"]]
+    written = json.loads((tmp_path / "table.json").read_text())["rows"]
+    assert [row.get("gpu") for row in written] == ["H200", None, None]
 
 
 def test_the_table_of_boxes_has_packs_in_codes_where_they_are_measured() -> None:
