@@ -50,11 +50,12 @@ class TaskSummary:
 
 
 def build_task(name: str, folder: Path, *, test_cap: int | None = 2000) -> TaskSummary:
-    """Write ``folder/{train,val,test}/CLASS/*.png`` and ``folder/meta.json``: the same pixels every time.
+    """Write ``folder/{train,val,test}/CLASS/*.png`` and ``folder/meta.json``: the same pixels by one Pillow.
 
-    A task of masks is ``folder/{images,masks}/{train,val,test}/*.png`` and ``folder/classes.txt``; one of boxes has
-    ``folder/annotations/instances_{train,val,test}.json``, and may have masks too. The same task, whole
-    and with this ``test_cap`` (None: no cap), is left as it is; another built task is replaced.
+    Releases scale and turn cut-out pictures a little differently (12.3 and 13.0 do): ``pixel_sha256`` tells. A task of
+    masks is ``folder/{images,masks}/{train,val,test}/*.png`` and ``folder/classes.txt``; one of boxes has
+    ``folder/annotations/instances_{train,val,test}.json``, and may have masks too. The same task, whole and with this
+    ``test_cap`` (None: no cap), is left as it is; another built task is replaced.
 
     Raises:
         InputError: no such task, a cap below one image a class, a package file of another release, or a ``folder`` that
