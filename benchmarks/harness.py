@@ -110,12 +110,15 @@ def earlier(run: Asked, name: str) -> dict[str, Any]:
 
 
 def source(result: Mapping[str, Any]) -> str:
-    """The command that found a result, where and when."""
+    """The command that found a result, where and when, and what GPU trained rows of it."""
     here = result["environment"]
     versions = ", ".join(
         f"{name} {here['versions'][name]}" for name in ("torch", "onnxruntime", "openvino") if name in here["versions"]
     )
-    return f"`{result['command']}` on {here['cpu']} ({here['cores']} cores), {versions}, {here['date']}."
+    rows = result.get("rows", ())
+    on = [row["gpu"] for row in rows if "gpu" in row]  # by rows.py
+    trained = f"; {len(on)} of {len(rows)} trainings on {' and '.join(sorted(set(on)))}" if on else ""
+    return f"`{result['command']}` on {here['cpu']} ({here['cores']} cores), {versions}, {here['date']}{trained}."
 
 
 def spread(found: Sequence[float]) -> str:

@@ -262,6 +262,11 @@ def test_a_table_takes_several_trainings_at_a_time_and_tells_of_the_gpu_that_mad
     assert begun == [["ssf", "lora"], ["hta"]]
     written = json.loads((tmp_path / "table.json").read_text())["rows"]
     assert [row.get("gpu") for row in written] == ["H200", None, None]
+    assert (
+        imported("harness")
+        .source(json.loads((tmp_path / "table.json").read_text()))
+        .endswith("; 1 of 3 trainings on H200.")
+    )
 
 
 def test_the_table_of_boxes_has_packs_in_codes_where_they_are_measured() -> None:
