@@ -6,6 +6,7 @@ import random
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from torch import Tensor
 import edgepet as package
 from edgepet.errors import InputError
 from edgepet.images.preprocess import normalize
+from edgepet.networks import merged
 from edgepet.networks.backbone import Backbone
 from edgepet.packs.pack import read_pack
 from edgepet.reports.progress import Step
@@ -119,6 +121,25 @@ def test_a_training_ends_when_its_patience_does(backbone: Backbone, tmp_path: Pa
     state, resumed = run(backbone, plan, tmp_path, judge=judge)
     assert (resumed.epochs, resumed.best_epoch) == (4, 2)
     assert same_bits(state, expected)
+
+
+def test_a_training_judges_its_val_images_once_for_its_pack_and_its_report(
+    tasks: Tasks, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    judge, judged = merged.merged_answers, list[int]()
+
+    def counted(*given: Any) -> NpArray:
+        answers = judge(*given)
+        judged.append(len(answers))
+        return answers
+
+    monkeypatch.setattr(merged, "merged_answers", counted)
+    pack = tmp_path / "flowers.pet"
+    report = package.train(tasks.data, tasks.spec, "linear-probe", pack, image_size=32, epochs=1, precision="fp32")
+    stored = read_pack(pack).delta.val
+
+    assert (report.val.top1, report.val.n) == (stored.top1, stored.n)
+    assert judged.count(stored.n) == 1
 
 
 def test_what_was_asked_of_a_training_is_in_its_pack_and_its_report(tasks: Tasks, tmp_path: Path) -> None:

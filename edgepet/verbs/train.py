@@ -158,8 +158,9 @@ def train(
         return _train_dense(training, task, codec)
     from edgepet.tuning.training import run
 
-    made, seconds = run_training(training, lambda made: _write(output, made, codec), run)
-    return _report(training, made, seconds)
+    judged = _Judged()
+    made, seconds = run_training(training, lambda made: _write(output, made, codec, judged), run)
+    return _report(training, made, judged, seconds)
 
 
 def _train_dense(training: Training, task: str, codec: Rounding) -> DenseTrainReport:
@@ -239,15 +240,27 @@ def val_accuracy(made: Made, delta: Delta) -> Accuracy:
     return accuracy(logits.argmax(1), made.val.labels, len(delta.labels))
 
 
-def _write(output: Path, made: Made, codec: Rounding) -> None:
+class _Judged:
+    """What a training's pack comes to on its val images, as stored; judged once, as ``train_dense.Judged``."""
+
+    def __init__(self) -> None:
+        self._found: Accuracy | None = None
+
+    def accuracy(self, made: Made, delta: Delta) -> Accuracy:
+        if self._found is None:
+            self._found = val_accuracy(made, delta)
+        return self._found
+
+
+def _write(output: Path, made: Made, codec: Rounding, judged: _Judged) -> None:
     """The pack, with the val accuracy of what it stores and not of what was trained, and its work folder."""
     stored = read_pack(encode_pack(made.delta, codec=codec))
-    judged, delta = val_accuracy(made, stored.delta), probed(made.backbone, stored.delta)
-    write_pack(output, replace(delta, val=Score(top1=judged.top1, n=judged.n)), kept=stored.planes)
+    found, delta = judged.accuracy(made, stored.delta), probed(made.backbone, stored.delta)
+    write_pack(output, replace(delta, val=Score(top1=found.top1, n=found.n)), kept=stored.planes)
     keep_work(work_folder(output), made)
 
 
-def _report(training: Training, made: Made, seconds: float) -> TrainReport:
+def _report(training: Training, made: Made, judged: _Judged, seconds: float) -> TrainReport:
     output, backbone, model, fitted = training.output, made.backbone, made.model, made.fitted
     counts = np.bincount(made.train.labels, minlength=len(made.delta.labels))
     return TrainReport(
@@ -265,7 +278,7 @@ def _report(training: Training, made: Made, seconds: float) -> TrainReport:
         precision="bf16" if made.plan.autocast else "fp32",
         backbone_precision=model.backbone_precision,
         images_per_class=(int(counts.min()), int(counts.max())),
-        val=val_accuracy(made, read_pack(output).delta),
+        val=judged.accuracy(made, read_pack(output).delta),
         val_rounded=None if model.fake_quant is None else _rounded(model, backbone, made.val),
         probe=fitted.probe,
         algebra_max_abs=made.proof[0],
