@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -51,7 +54,24 @@ def test_a_path_and_the_bytes_of_a_model_answer_alike(threads: int | None, tmp_p
         session = open_session(source, threads=threads)
         assert np.array_equal(session.run(None, {"images": ROWS})[0], ROWS @ WEIGHT)
         assert session.get_providers() == ["CPUExecutionProvider"]
-        assert session.get_session_options().intra_op_num_threads == (threads or 0)
+        assert threads is None or session.get_session_options().intra_op_num_threads == threads
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="needs Linux, where a process has cores of its own")
+def test_a_process_that_is_kept_to_some_cores_is_left_on_them(tmp_path: Path) -> None:
+    """ONNX Runtime by itself binds a thread to every core of the machine."""
+    (tmp_path / "model.onnx").write_bytes(model().SerializeToString())
+    script = (
+        "import os, sys, time; from edgepet.device.onnxruntime import open_session;"
+        "os.sched_setaffinity(0, {0}); before = set(os.listdir('/proc/self/task'));"
+        "session = open_session(sys.argv[1]); time.sleep(0.5); threads = set(os.listdir('/proc/self/task')) - before;"
+        "print([each for each in threads if not os.sched_getaffinity(int(each)) <= {0}])"
+    )
+    ended = subprocess.run(
+        [sys.executable, "-c", script, str(tmp_path / "model.onnx")], capture_output=True, text=True, check=True
+    )
+
+    assert ended.stdout.strip() == "[]", ended.stdout
 
 
 def test_a_tensor_stands_in_place_of_the_models_own(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import tempfile
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -78,7 +79,7 @@ def open_session(
 
     Args:
         model: an ONNX file, or the bytes of one, whose weights are then inside or in ``folder``.
-        threads: None for all cores.
+        threads: None for all cores that this process may use.
         tensors: in place of initializers of the same names, little-endian and C-contiguous. The session reads them
             where they lie: the caller keeps them for as long as it runs. They go through
             ``add_external_initializers``: ``add_initializer`` is silently ignored for a weight whose consumer is folded
@@ -95,8 +96,8 @@ def open_session(
     options = onnxruntime.SessionOptions()
     options.log_severity_level = _SILENT
     options.add_session_config_entry(_STOP_SPINNING, "1")
+    options.intra_op_num_threads = _own_cores() if threads is None else threads
     if threads is not None:
-        options.intra_op_num_threads = threads
         options.inter_op_num_threads = 1
     if profile is not None:
         options.enable_profiling, options.profile_file_prefix = True, str(profile)
@@ -121,6 +122,15 @@ def open_session(
         what = "does not start on this machine"
         raise InputError(provider, what, fix="install its driver and libraries, or run on the CPU")
     return session
+
+
+def _own_cores() -> int:
+    """The cores that this process may use, where those are not all; else 0, which has ONNX Runtime count them.
+
+    It counts all of the machine and binds a thread to each, also to those that the process was kept from.
+    """
+    own = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 0
+    return own if own < (os.cpu_count() or 1) else 0
 
 
 def devices() -> dict[str, str]:
