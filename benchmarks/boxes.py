@@ -3,6 +3,7 @@
     python benchmarks/boxes.py --dir DIR                # all rows; many hours on 2 cores
     python benchmarks/boxes.py --dir DIR --task trees   # those of one task
     python benchmarks/boxes.py --dir DIR --most 3       # three rows that are missing
+    python benchmarks/boxes.py --dir DIR --only speed   # milliseconds of heads alone and together, on an idle machine
 
 One detector on EfficientNet-Lite0 behind each method; and on ViT-S with SSF boxes, a mask and labels, each alone and
 all three at once. The trainings are jobs below DIR, without augmentation, and what has a row in ``boxes.json`` already
@@ -21,11 +22,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from harness import Asked, asked, source, spread
+from harness import Asked, asked, source, spread, write_result
 from rows import Rows, rows_parser, tuned
-from trainings import Trained, Training, finished, measuring_job, recoded
+from trainings import Trained, Training, finished, measuring_job, recoded, trained
 
-from edgepet.reports.tables import Column, Table, format_bytes, format_number, format_percent, markdown
+from edgepet.reports.tables import Column, Table, format_bytes, format_ms, format_number, format_percent, markdown
 
 CONVNET, VIT = "efficientnet-lite0", "vit-small"
 SIZES = {CONVNET: 256, VIT: 224}
@@ -36,6 +37,7 @@ EPOCHS, TEST_IMAGES = 20, 1000
 BALANCED = {"balance": "weights"}  # of masks, nine tenths of which are background: without it that is all there is
 MAX_DROP = 1.0  # points on val that codes may lose: on a few dozen images AP moves by half a point for nothing
 QUICK_SIZE, QUICK_DROP = 64, 99.0
+ROUNDS = 100
 
 
 def detectors() -> Iterator[Training]:
@@ -62,17 +64,35 @@ def _training(task: str, backbone: str, method: str, answers: str, seed: int) ->
 
 def parser() -> argparse.ArgumentParser:
     """The arguments of this benchmark."""
-    return rows_parser(__doc__, SEEDS)
+    made = rows_parser(__doc__, SEEDS)
+    made.add_argument("--only", choices=("worth", "speed"), help="one part")
+    return made
 
 
 def main() -> None:
-    """A row at a time, those that are missing."""
+    """A row at a time, those that are missing; then the milliseconds."""
     options = parser().parse_args()
     run, every = asked(options), [*detectors(), *together()]
     if run.quick:
         every = [replace(every[0], method="ssf", epochs=1, image_size=QUICK_SIZE)]
-    asked_row = partial(row, run, max_drop=QUICK_DROP if run.quick else MAX_DROP)
-    Rows(run, "boxes", every, task=None if run.quick else options.task).fill(asked_row, options.most)
+    if options.only in (None, "worth"):
+        asked_row = partial(row, run, max_drop=QUICK_DROP if run.quick else MAX_DROP)
+        Rows(run, "boxes", every, task=None if run.quick else options.task).fill(asked_row, options.most)
+    if options.only in (None, "speed"):
+        write_result(run, "boxes-speed", speed(run, every if run.quick else list(together())))
+
+
+def speed(run: Asked, trainings: list[Training]) -> dict[str, object]:
+    """Milliseconds of each training's network with its heads on ONNX Runtime, interleaved."""
+    from edgepet import bench
+
+    made, rounds = trained(run, trainings), 2 if run.quick else ROUNDS
+    report = bench([each.pack for each in made], runtimes=["onnxruntime"], threads=1, rounds=rounds)
+    rows = [
+        {"answers": each.training.options["task"], "p50_ms": found.p50_ms}
+        for each, found in zip(made, report.rows, strict=True)
+    ]
+    return {"threads": 1, "rounds": rounds, "rows": rows}
 
 
 def row(run: Asked, made: Trained, max_drop: float) -> dict[str, object]:
@@ -125,7 +145,7 @@ def box_tables(results: Mapping[str, Any]) -> str:
         f" {MAX_DROP:.1f} points on val.{f' {left} trainings are still to be made.' if left else ''}"
     )
     tables = [_detectors(alone)] if alone else []
-    tables += [_together(scene)] if scene else []
+    tables += [_together(scene, results.get("boxes-speed"))] if scene else []
     return "\n".join([*tables, f"{told} {source(result)}\n"])
 
 
@@ -158,10 +178,11 @@ def _numbers(rows: list[dict[str, Any]]) -> tuple[str, ...]:
     )
 
 
-def _together(rows: list[dict[str, Any]]) -> str:
+def _together(rows: list[dict[str, Any]], timed: Mapping[str, Any] | None) -> str:
+    times = {each["answers"]: format_ms(each["p50_ms"]) for each in timed["rows"]} if timed else {}
     shown = [
         (
-            each["answers"].replace(",", ", "), format_bytes(each["pack_bytes"]),
+            each["answers"].replace(",", ", "), format_bytes(each["pack_bytes"]), times.get(each["answers"], ""),
             *_values(each["test"]),
             format_bytes(each["coded_bytes"]) if "coded_bytes" in each else "",
             *_values(each.get("coded_test", {})),
@@ -169,10 +190,15 @@ def _together(rows: list[dict[str, Any]]) -> str:
         for each in rows
     ]  # fmt: skip
     numbers = (
-        "pack, fp16", "boxes, AP", "mask, mIoU", "labels, mean AP", "coded", "its AP", "its mIoU", "its mean AP",
+        "pack, fp16", "p50 ms", "boxes, AP", "mask, mIoU", "labels, mean AP", "coded", "its AP", "its mIoU",
+        "its mean AP",
     )  # fmt: skip
     columns = (Column("heads"), *(Column(name, right=True) for name in numbers))
-    return markdown(Table(f"Heads of {SCENE} on one run, SSF, demo:{VIT} at {SIZES[VIT]} px", columns, shown))
+    title = f"Heads of {SCENE} on one run, SSF, demo:{VIT} at {SIZES[VIT]} px"
+    table = markdown(Table(title, columns, shown))
+    if timed is None:
+        return table
+    return f"{table}\nMilliseconds on ONNX Runtime, fp32, one thread: {source(timed)}\n"
 
 
 def _values(test: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
