@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 from harness import Asked, asked, source, spread, write_result
 from rows import Rows, rows_parser, tuned
-from trainings import Trained, Training, finished, measuring_job, recoded, trained
+from trainings import BALANCED, Trained, Training, finished, in_turns, measuring_job, recoded, trained
 
 from edgepet.reports.tables import Column, Table, format_bytes, format_ms, format_number, format_percent, markdown
 
@@ -34,7 +34,6 @@ SEEDS = {"trees": (0, 1, 2), "stamps_scene": (0,)}
 METHODS = ("linear-probe", "ssf", "lora", "conv-adapter", "full")
 SCENE, HEADS = "stamps_scene", ("boxes", "mask", "labels")
 EPOCHS, TEST_IMAGES = 20, 1000
-BALANCED = {"balance": "weights"}  # of masks, nine tenths of which are background: without it that is all there is
 MAX_DROP = 1.0  # points on val that codes may lose: on a few dozen images AP moves by half a point for nothing
 QUICK_SIZE, QUICK_DROP = 64, 99.0
 ROUNDS = 100
@@ -84,13 +83,10 @@ def main() -> None:
 
 def speed(run: Asked, trainings: list[Training]) -> dict[str, object]:
     """Milliseconds of each training's network with its heads on ONNX Runtime, interleaved."""
-    from edgepet import bench
-
     made, rounds = trained(run, trainings), 2 if run.quick else ROUNDS
-    report = bench([each.pack for each in made], runtimes=["onnxruntime"], threads=1, rounds=rounds)
     rows = [
-        {"answers": each.training.options["task"], "p50_ms": found.p50_ms}
-        for each, found in zip(made, report.rows, strict=True)
+        {"answers": each.training.options["task"], "p50_ms": p50_ms}
+        for each, p50_ms in zip(made, in_turns(made, rounds), strict=True)
     ]
     return {"threads": 1, "rounds": rounds, "rows": rows}
 

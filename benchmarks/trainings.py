@@ -29,6 +29,9 @@ from edgepet.samples.weights import WEIGHTS
 from edgepet.verbs.dense_answers import DenseScore
 
 TEST_CAP, FEW = 2000, 4  # test images of a task at most; images of a class in each split of a quick run
+BALANCED = {
+    "balance": "weights"
+}  # of masks of scenes, nine tenths of which are background: without it that is all there is
 MODULES = "modules.work"  # what a pretraining leaves
 GPU = "gpu"  # a measured fact of a training
 NATIVE_BF16 = {"amx_bf16", "avx512_bf16", "bf16"}
@@ -158,6 +161,14 @@ def short_packs(run: Asked, backbone: str, methods: Sequence[str]) -> list[Path]
         for each in methods
     ]
     return [each.pack for each in trained(run, trainings)]
+
+
+def in_turns(every: Sequence[Trained], rounds: int) -> list[float]:
+    """The p50 of each pack's network with its heads in ms, on ONNX Runtime in one thread, interleaved."""
+    from edgepet import bench
+
+    report = bench([made.pack for made in every], runtimes=["onnxruntime"], threads=1, rounds=rounds)
+    return [row.p50_ms for row in report.rows]
 
 
 def measuring_job(function: str, made: Trained, **settings: object) -> Job:

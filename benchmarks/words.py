@@ -26,12 +26,14 @@ from harness import Asked, asked, earlier, source, write_result
 from masks import CONVNET, SIZE, VIT, uncoded
 from rows import Rows, rows_parser, tuned
 from trainings import (
+    BALANCED,
     FEW,
     Pretraining,
     Trained,
     Training,
     finished,
     images_of,
+    in_turns,
     measuring_job,
     named_pack,
     pack_of,
@@ -59,7 +61,6 @@ DRAWN = "tests/golden/text/drawn.safetensors"  # numbers that a seed drew: what 
 WITHOUT_WORDS = ("score", "score,context=1")
 UNSEEN = ("savanna", "cropland", "snow_ice")  # the first has a word that another class has too
 ADAPTER, STAGED, STAGE_EPOCHS = "multi-scale-adapter", {"boxes": "fcos", "mask": "mlp", "labels": ""}, 8
-BALANCED = {"balance": "weights"}  # of masks, nine tenths of which are background: without it that is all there is
 READS = {"boxes": "fcos,language=1", "mask": "mlp,language=1"}
 ROUNDS, QUICK_SIZE = 100, 64
 
@@ -226,20 +227,17 @@ def stage_row(made: Trained) -> dict[str, object]:
 
 def speed(run: Asked) -> dict[str, object]:
     """Milliseconds of each stage's network on ONNX Runtime, of one answer interleaved."""
-    from edgepet import bench
-
-    rows = list[dict[str, object]]()
+    rows, rounds = list[dict[str, object]](), 2 if run.quick else ROUNDS
     every = list(stages())
     for answer in list(STAGED)[-1:] if run.quick else STAGED:
         asked_for = [each for each in every if each.options["task"] == answer and each.init is None]
         if run.quick:
             asked_for = [_smallest(each) for each in asked_for[-1:]]
-        packs = {each.pack: each for each in trained(run, asked_for)}
-        report = bench(list(packs), runtimes=["onnxruntime"], threads=1, rounds=2 if run.quick else ROUNDS)
-        for made, found in zip(packs.values(), report.rows, strict=True):
+        every_made = trained(run, asked_for)
+        for made, p50_ms in zip(every_made, in_turns(every_made, rounds), strict=True):
             kind = {"method": made.training.method, "words": "text" in made.training.options}
-            rows.append({"answer": answer, **kind, "p50_ms": found.p50_ms})
-    return {"threads": 1, "rounds": 2 if run.quick else ROUNDS, "rows": rows}
+            rows.append({"answer": answer, **kind, "p50_ms": p50_ms})
+    return {"threads": 1, "rounds": rounds, "rows": rows}
 
 
 # ---------------------------------------------------------------------------------------------------------------- pages
