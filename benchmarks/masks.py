@@ -3,16 +3,23 @@
     python benchmarks/masks.py --dir DIR                                # all rows; many hours on 2 cores
     python benchmarks/masks.py --dir DIR --backbone efficientnet-lite0  # those of one backbone
     python benchmarks/masks.py --dir DIR --most 3                       # three rows that are missing
+    python benchmarks/masks.py --dir DIR --only memory                  # what an epoch of large images takes, alone
 
 Rows differ from one another in one thing: the method under one head, or the head over one method; heads that read text
 are in ``words.py``. The trainings are jobs below DIR, without augmentation, and what has a row in ``masks.json``
 already is not trained again. A pack is trained in fp16; what it is under one product in the smallest codes that hold a
-budget on val is a job as well. ``report.py`` makes the table in docs/guide/masks.md.
+budget on val is a job as well. ``masks-memory.json`` is of an epoch at 512 px: its seconds, and the most memory that it
+had. ``report.py`` makes the tables in docs/guide/masks.md.
 """
 
 from __future__ import annotations
 
 import argparse
+import re
+import subprocess
+import sys
+import tempfile
+import time
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from functools import partial
@@ -20,11 +27,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from harness import Asked, asked, source, spread
+from harness import Asked, asked, source, spread, write_result
 from rows import Rows, rows_parser, tuned
-from trainings import FEW, Trained, Training, finished, measuring_job, recoded
+from trainings import FEW, Trained, Training, draw, finished, measuring_job, recoded
 
-from edgepet.reports.tables import Column, Table, format_bytes, format_number, format_percent, markdown
+from edgepet.reports.tables import Column, Table, format_bytes, format_number, format_percent, format_seconds, markdown
 
 TASK, TEST_IMAGES, EPOCHS = "landcover_seg", 1000, 12
 VIT, CONVNET, SIZE = "vit-small", "efficientnet-lite0", 224
@@ -33,8 +40,10 @@ METHODS = {
     VIT: ("linear-probe", "ssf", "lora", "semantic-prompt", "full"),
     CONVNET: ("linear-probe", "ssf", "lora", "semantic-prompt", "conv-adapter", "full"),
 }
-LINEAR, OTHERS = "linear", ("linear-probe", "ssf")  # the head that is coded; methods under other heads
+LINEAR, OTHERS = "linear", ("linear-probe", "ssf")  # the head that is coded; methods under other heads, and in large
 SEEDS = {VIT: (0,), CONVNET: (0, 1, 2)}
+LARGE, QUICK_LARGE = 512, 64  # px
+EACH_S = 0.05  # between two looks at what a process has
 MAX_DROP = 0.3  # points of mIoU on val that codes may lose
 
 
@@ -59,18 +68,62 @@ def parser() -> argparse.ArgumentParser:
     """The arguments of this benchmark."""
     made = rows_parser(__doc__)
     made.add_argument("--backbone", choices=tuple(HEADS), help="only the rows of one backbone")
+    made.add_argument("--only", choices=("worth", "memory"), help="one part")
     return made
 
 
 def main() -> None:
-    """A row at a time, those that are missing."""
+    """A row at a time, those that are missing; then what large images take."""
     options = parser().parse_args()
     run, every, facts = asked(options), list(trainings()), {"max_drop": MAX_DROP}
     if run.quick:
         every = [replace(each, epochs=1, few=FEW, test_cap=10) for each in every[-1:]]
         facts = {"max_drop": 99}
     asked_row = partial(row, run, max_drop=facts["max_drop"])
-    Rows(run, "masks", every, facts).fill(asked_row, options.most, None if run.quick else options.backbone)
+    if options.only in (None, "worth"):
+        Rows(run, "masks", every, facts).fill(asked_row, options.most, None if run.quick else options.backbone)
+    if options.only in (None, "memory"):
+        write_result(run, "masks-memory", memory(run))
+
+
+def memory(run: Asked) -> dict[str, object]:
+    """What one epoch of images at ``LARGE`` px takes: seconds, and the most memory that its process had."""
+    data, size = draw(run, TASK), QUICK_LARGE if run.quick else LARGE
+    asked_of = [(backbone, method) for backbone in HEADS for method in OTHERS]
+    rows = [
+        {"backbone": f"demo:{backbone}", "method": method, "head": HEADS[backbone]}
+        | one_epoch(data, backbone, method, size)
+        for backbone, method in (asked_of[-1:] if run.quick else asked_of)
+    ]
+    images = {split: len(list((data / "images" / split).iterdir())) for split in ("train", "val")}
+    return {"task": TASK, "image_size": size, "images": images, "rows": rows}
+
+
+def one_epoch(data: Path, backbone: str, method: str, size: int) -> dict[str, object]:
+    """``edgepet train`` at its defaults for one epoch, in a process of its own.
+
+    ``anonymous_bytes`` is the most that it had besides mapped files, which the system drops when others want memory.
+    """
+    asked_of = ("--task", "mask", "--head", HEADS[backbone], "--backbone", f"demo:{backbone}", "--method", method)
+    with tempfile.TemporaryDirectory(prefix="edgepet-bench-") as scratch, (Path(scratch) / "said").open("w+") as said:
+        line = [sys.executable, "-m", "edgepet", "train", str(data), *asked_of, "--img-size", str(size)]
+        began, most = time.perf_counter(), {"RssAnon": 0, "VmHWM": 0}
+        with subprocess.Popen(
+            [*line, "--epochs", "1", "-o", f"{scratch}/land.pet"], stdout=said, stderr=said
+        ) as training:
+            while training.poll() is None:
+                status = Path(f"/proc/{training.pid}/status").read_text()
+                for name, kilobytes in re.findall(r"^(RssAnon|VmHWM):\s+(\d+) kB", status, re.MULTILINE):
+                    most[name] = max(most[name], 1024 * int(kilobytes))
+                time.sleep(EACH_S)
+        if training.returncode:
+            said.seek(0)
+            raise SystemExit(f"{method} on {backbone} failed:\n{said.read()}")
+    return {
+        "seconds": round(time.perf_counter() - began),
+        "anonymous_bytes": most["RssAnon"],
+        "resident_bytes": most["VmHWM"],
+    }
 
 
 def row(run: Asked, made: Trained, max_drop: float) -> dict[str, object]:
@@ -120,14 +173,35 @@ def mask_table(results: Mapping[str, Any]) -> str:
     shown = [(*named, *_numbers(rows)) for named, rows in groups.items()]
     numbers = ("values trained", "head", "pack, fp16", "coded", "mIoU", "95 % interval", "coded mIoU", "seeds")
     columns = (*map(Column, ("backbone", "method", "head")), *(Column(name, right=True) for name in numbers))
-    first, left = result["rows"][0], result["trainings"] - len(result["rows"])
+    first = result["rows"][0]
     told = (
         f"Test mIoU of {first['test_n']} images at {first['image_size']} px, {first['epochs']} epochs of 800 images"
         " without augmentation; of several seeds the mean, and the lowest and highest. Intervals are of images drawn"
         f" anew. Codes are the smallest that lose at most {result['max_drop']} points on val. No package carries"
-        f" weights of a Swin.{f' {left} trainings are still to be made.' if left else ''}"
+        " weights of a Swin."
     )
-    return f"{markdown(Table('Land cover of every pixel', columns, shown))}\n{told} {source(result)}\n"
+    table = f"{markdown(Table('Land cover of every pixel', columns, shown))}\n{told} {source(result)}\n"
+    return f"{table}\n{_memory_table(results['masks-memory'])}" if "masks-memory" in results else table
+
+
+def _memory_table(result: Mapping[str, Any]) -> str:
+    shown = [
+        (
+            *(row[name] for name in ("backbone", "method", "head")),
+            format_bytes(row["anonymous_bytes"]),
+            format_bytes(row["resident_bytes"]),
+            format_seconds(row["seconds"]),
+        )
+        for row in result["rows"]
+    ]
+    numbers = (Column(name, right=True) for name in ("memory", "with mapped files", "time"))
+    title = f"An epoch of {sum(result['images'].values())} images at {result['image_size']} px"
+    table = markdown(Table(title, (*map(Column, ("backbone", "method", "head")), *numbers), shown))
+    told = (
+        "`train` at its defaults, from its first line to its last: the most memory that its process had, without and"
+        " with files that are mapped, which the system drops when others want memory."
+    )
+    return f"{table}\n{told} {source(result)}\n"
 
 
 def _numbers(rows: list[dict[str, Any]]) -> tuple[str, ...]:

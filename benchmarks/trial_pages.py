@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from harness import source, spread
+from harness import missing, source, spread
 from judging import points_between, read
 
 from edgepet.reports.tables import Column, Table, format_bytes, format_percent, markdown
@@ -52,7 +52,7 @@ def grid_table(result: Mapping[str, Any], timed: Mapping[str, Any] | None) -> st
         title = f"The grid, {backbone} at {rows[0]['image_size']} px"
         told = "Test top-1 after 800 images at defaults; of several seeds the mean, and the lowest and highest."
         parts += [_by_task(title, told, {**result, "rows": rows, "trainings": len(rows)}, timed), _points(rows)]
-    return "\n".join([*parts, f"{_left(result).strip()}\n"])
+    return "\n".join([*parts, f"{missing(result).strip()}\n"])
 
 
 def _points(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -92,7 +92,7 @@ def _by_task(title: str, told: str, result: Mapping[str, Any], timed: Mapping[st
     numbers = (*tasks, "mean", "largest pack", "images/s")
     columns = (Column("method"), *(Column(name, right=True) for name in numbers))
     sources = " ".join(source(each) for each in (result, timed) if each)
-    return f"{markdown(Table(title, columns, shown))}\n{told}{_left(result)} {sources}\n"
+    return f"{markdown(Table(title, columns, shown))}\n{told} {sources}\n"
 
 
 def shots_table(result: Mapping[str, Any], timed: Mapping[str, Any] | None) -> str:
@@ -107,7 +107,7 @@ def shots_table(result: Mapping[str, Any], timed: Mapping[str, Any] | None) -> s
     title = f"Images of each class, {first['backbone']} at {first['image_size']} px"
     columns = (Column("task"), Column("method"), *(Column(str(n), right=True) for n in shots))
     told = f"Test top-1 of {first['test_n']} images; mean of the draws of images, and the lowest and highest."
-    return f"{markdown(Table(title, columns, shown))}\n{told}{_left(result)} {source(result)}\n"
+    return f"{markdown(Table(title, columns, shown))}\n{told} {source(result)}\n"
 
 
 def starts_table(result: Mapping[str, Any], timed: Mapping[str, Any] | None) -> str:
@@ -119,7 +119,7 @@ def starts_table(result: Mapping[str, Any], timed: Mapping[str, Any] | None) -> 
     shown = [(*name, *(far.get((*name, count), "") for count in shots)) for name in names]
     columns = (Column("task"), Column("method"), *(Column(str(n), right=True) for n in shots))
     title = f"The largest logit after one epoch of that many images of each class, {rows[0]['backbone']}"
-    return f"{markdown(Table(title, columns, shown))}\nOf the images of val.{_left(result)} {source(result)}\n"
+    return f"{markdown(Table(title, columns, shown))}\nOf the images of val. {source(result)}\n"
 
 
 def long_table(result: Mapping[str, Any], timed: Mapping[str, Any] | None) -> str:
@@ -155,8 +155,3 @@ def _name(row: Mapping[str, Any]) -> str:
     settings = "".join(f", {key} {value}" for key, value in row["settings"].items())
     begun = f", begun on {', '.join(row['init'])}" if row.get("init") else ""
     return f"{row['method']}{' + PACE' if 'consistency' in row['options'] else ''}{settings}{begun}"
-
-
-def _left(result: Mapping[str, Any]) -> str:
-    left = result["trainings"] - len(result["rows"])
-    return f" {left} of {result['trainings']} trainings are still to be made." if left else ""

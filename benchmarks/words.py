@@ -252,11 +252,6 @@ def word_tables(results: Mapping[str, Any]) -> str:
     return "\n".join(parts) or "Not measured yet.\n"
 
 
-def _left(result: Mapping[str, Any]) -> str:
-    left = result["trainings"] - len(result["rows"])
-    return f" {left} trainings are still to be made." if left else ""
-
-
 def _heads(result: Mapping[str, Any]) -> str:
     rows = [
         (
@@ -271,7 +266,7 @@ def _heads(result: Mapping[str, Any]) -> str:
     told = (
         f"Test mIoU of {TEST_IMAGES} images of land cover at {SIZE} px, frozen backbone, {EPOCHS} epochs of 800 images"
         f" without augmentation, one seed. Text is GloVe's vectors of words, or as many numbers that a seed drew."
-        f" Points above `mlp` are paired on {PAIRED} images.{_left(result)}"
+        f" Points above `mlp` are paired on {PAIRED} images."
     )
     return f"{markdown(Table('Heads with words and without', columns, rows))}\n{told} {source(result)}\n"
 
@@ -321,7 +316,7 @@ def _stages(results: Mapping[str, Any], result: Mapping[str, Any]) -> str:
     )
     told = (
         f"Test split of {SCENE}, demo:{CONVNET} at {SIZE} px, {STAGE_EPOCHS} epochs of 800 images in each stage without"
-        f" augmentation, one seed; milliseconds on ONNX Runtime, fp32, one thread.{_left(result)}"
+        f" augmentation, one seed; milliseconds on ONNX Runtime, fp32, one thread."
     )
     return f"{markdown(Table('LV-Adapter: its stages', columns, rows))}\n{told} {source(result)}\n"
 

@@ -251,6 +251,13 @@ def test_free_memory_is_that_of_the_machine_or_of_the_container(
     assert free_memory_bytes() == 2_000_000
     (tmp_path / "memory.max").write_text("900000\n")
     assert free_memory_bytes() == 0
+    (tmp_path / "memory.max").unlink()
+    (tmp_path / "memory").mkdir()
+    (tmp_path / "memory" / "memory.stat").write_text("cache 7\nrss 9\ntotal_rss 1500000\n")
+    (tmp_path / "memory" / "memory.limit_in_bytes").write_text("9223372036854771712\n")
+    assert free_memory_bytes() == 8000 * 1024
+    (tmp_path / "memory" / "memory.limit_in_bytes").write_text("4000000\n")
+    assert free_memory_bytes() == 2_500_000
 
 
 def anonymous_bytes(pid: int) -> int:

@@ -23,10 +23,13 @@ from edgepet.measuring.parity import Accuracy, accuracy, interval
 from edgepet.methods import SSF, Consolidator, LinearProbe, Method
 from edgepet.networks.backbone import Backbone
 from edgepet.reports.progress import Step
-from edgepet.spec import NpArray
+from edgepet.spec import NpArray, Preprocess
 from edgepet.tuning.checkpoint import Checkpoint, Keeper, checkpoint_file, ends_when_asked
 from edgepet.tuning.fit import Fit, Judge, Plan, fit, top1_and_loss
 from edgepet.tuning.model import TunedModel
+from edgepet.tuning.options import TrainOptions
+from edgepet.tuning.processes import ALONE
+from edgepet.tuning.training import Training, plan_of
 from tests.fits import StopError, images, keeper, stepping
 from tests.flow import Tasks, draw_shapes, edgepet, refused
 from tests.tiny import same_bits
@@ -279,6 +282,30 @@ def test_a_batch_in_parts_is_the_whole_batch_up_to_rounding(parts: int, backbone
     far = {name: float(np.abs(got[name] - whole[name]).max()) for name in whole}
     assert max(far.values()) <= 3 * plan.lr
     assert np.median([np.median(np.abs(got[name] - whole[name])) for name in whole]) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "size", "frames", "device", "asked", "parts"),
+    [
+        (32, 224, 1, "cpu", None, 1),
+        (83, 224, 1, "cpu", None, 1),
+        (84, 224, 1, "cpu", None, 2),
+        (32, 512, 1, "cpu", None, 2),
+        (33, 512, 1, "cpu", None, 3),
+        (32, 224, 8, "cpu", None, 4),
+        (2, 4096, 1, "cpu", None, 2),  # a part has an image at least
+        (32, 512, 1, "cpu", 1, 1),
+        (32, 512, 1, "cuda", None, 1),
+    ],
+)
+def test_a_step_goes_through_large_images_in_parts(
+    batch_size: int, size: int, frames: int, device: str, asked: int | None, parts: int, tmp_path: Path
+) -> None:
+    options = TrainOptions(batch_size=batch_size, accumulate=asked, precision="fp32")
+    training = Training(data=tmp_path, backbone="", method=SSF(), output=tmp_path / "t.pet", options=options)
+    preprocess = Preprocess(image_size=(size, size), frames=frames)
+
+    assert plan_of(training, SSF(), preprocess, device, ALONE, {}).accumulate == parts
 
 
 # ----------------------------------------------------------------------------------------------------- the command

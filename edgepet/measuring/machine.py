@@ -13,6 +13,11 @@ from importlib.util import find_spec
 from pathlib import Path
 
 CPUINFO, MEMINFO, CGROUP = Path("/proc/cpuinfo"), Path("/proc/meminfo"), Path("/sys/fs/cgroup")
+# Of either version of control groups: the limit, and the file and the name that say what of it is taken for good.
+CGROUP_MEMORY = (
+    ("memory.max", "memory.stat", "anon"),
+    ("memory/memory.limit_in_bytes", "memory/memory.stat", "total_rss"),
+)
 CPUS = Path("/sys/devices/system/cpu")
 PACKAGES = ("edgepet", "numpy", "onnxruntime", "openvino", "tensorrt", "tensorrt-rtx", "torch", "timm", "nncf")
 
@@ -111,10 +116,11 @@ def free_memory_bytes() -> int:
     Where neither tells, 4 GB.
     """
     available = re.search(r"MemAvailable:\s+(\d+) kB", _read(MEMINFO) or "")
-    limit = re.fullmatch(r"(\d+)\s*", _read(CGROUP / "memory.max") or "")
-    used = re.search(r"^anon (\d+)$", _read(CGROUP / "memory.stat") or "", re.MULTILINE)  # the rest can be dropped
     told = [int(available[1]) * 1024] if available else []
-    told += [max(0, int(limit[1]) - int(used[1]))] if limit and used else []
+    for name, statistics, anonymous in CGROUP_MEMORY:  # what is not anonymous can be dropped
+        limit = re.fullmatch(r"(\d+)\s*", _read(CGROUP / name) or "")
+        used = re.search(rf"^{anonymous} (\d+)$", _read(CGROUP / statistics) or "", re.MULTILINE)
+        told += [max(0, int(limit[1]) - int(used[1]))] if limit and used else []
     return min(told, default=4 * 10**9)
 
 

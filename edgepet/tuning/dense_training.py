@@ -22,7 +22,6 @@ from edgepet.images.held import Shape, Turn, features_folder, hold, load_held, p
 from edgepet.images.masks import squashed
 from edgepet.images.notes import passed_over, tell_nobody
 from edgepet.images.preprocess import normalize
-from edgepet.measuring.machine import free_memory_bytes
 from edgepet.methods import Method, configure
 from edgepet.methods.settings import stored
 from edgepet.networks.backbone import Backbone
@@ -46,6 +45,7 @@ from edgepet.tuning.training import (
     check_asked,
     chosen_of,
     held_bytes,
+    most_held,
     plan_of,
     provenance_of,
     start_model,
@@ -112,7 +112,7 @@ def run_dense(training: Training, processes: Processes, tasks: Sequence[DenseTas
         _tell(training, each)
     stage("read images")
     before = identity_of(checkpoint_file(training.output))
-    plan = replace(plan_of(training, method, device, processes, before), label_smoothing=0.0)
+    plan = replace(plan_of(training, method, backbone.preprocess, device, processes, before), label_smoothing=0.0)
     return _run(training, processes, backbone, model, plan, learnt, began_with)
 
 
@@ -122,7 +122,7 @@ def _run(
 ) -> MadeDense:  # fmt: skip
     """Read what is checked, tune by it, and prove what was tuned."""
     options, stage = training.options, training.stage
-    budget_bytes = free_memory_bytes() // (2 * processes.size) if options.memory is None else options.memory
+    budget_bytes = most_held(processes) if options.memory is None else options.memory
     turn = Turn(anywhere=processes.any, makes=processes.leads, wait=processes.wait)
     train, val = _read(training, backbone.preprocess, learnt, budget_bytes, turn)
     losses: dict[str, object] = {}

@@ -41,7 +41,8 @@ class TrainOptions:
         image_size: the side of a square input in pixels, or its height and width; None is the checkpoint's own.
         frames: above 1, the data are clips, folders of images: so many are taken of each, spread evenly.
         epochs, lr: None is what the method's recipe says.
-        batch_size: images of one step, over all processes; each goes through its share in ``accumulate`` parts.
+        batch_size: images of one step, over all processes; each goes through its share in ``accumulate`` parts. None
+            is 1 on a GPU, and on a CPU as many as keep a part to 16 images of 512 px.
         shots: images of each class to train on, chosen by ``seed``; None is all.
         seed: of every random choice.
         val_fraction: the part of each class that is held out where there is no val/.
@@ -67,7 +68,8 @@ class TrainOptions:
         resume: go on from the checkpoint of an interrupted training, or begin where there is none.
         checkpoint_s: seconds between two checkpoints within an epoch.
         memory: bytes that decoded images may take, and what enters the first tuned block of them; more are kept in
-            ``TASK.pixels`` and ``TASK.features`` beside the pack until it is there. None is half of what is free.
+            ``TASK.pixels`` and ``TASK.features`` beside the pack until it is there. None is half of what is free, and
+            at most 2 GB.
         task: "class" for a folder of class folders, "mask" for images with masks, "boxes" for images with boxes,
             "labels" for images of several labels each, or several of these three, as "boxes,mask,labels": their heads
             see one run of the network; None is what lies in the folder.
@@ -90,7 +92,7 @@ class TrainOptions:
     frames: int = 1
     epochs: int | None = None
     batch_size: int = 32
-    accumulate: int = 1
+    accumulate: int | None = None
     lr: float | None = None
     shots: int | None = None
     seed: int = 0
@@ -132,7 +134,7 @@ class TrainOptions:
             raise InputError(option("epochs"), "must be at least 1", got=self.epochs)
         if self.batch_size < 1:
             raise InputError(option("batch_size"), "must be at least 1", got=self.batch_size)
-        if not 1 <= self.accumulate <= self.batch_size:
+        if self.accumulate is not None and not 1 <= self.accumulate <= self.batch_size:
             what = f"must be between 1 and the batch size, {self.batch_size}"
             raise InputError(option("accumulate"), what, got=self.accumulate)
         for field, rate in (("lr", self.lr), ("head_lr", self.head_lr)):

@@ -31,7 +31,7 @@ from edgepet.networks.backbone import Backbone
 from edgepet.networks.loading import load_backbone
 from edgepet.packs.pack import encode_pack, read_pack
 from edgepet.reports.progress import Say
-from edgepet.spec import FilePath, NpArray
+from edgepet.spec import FilePath, NpArray, Preprocess
 from edgepet.tuning.augmenting import require_augmentations
 from edgepet.tuning.checkpoint import Keeper, checkpoint_file, ends_when_asked, identity_of
 from edgepet.tuning.computing import device_of
@@ -41,13 +41,15 @@ from edgepet.tuning.fit import Fit, LabelledPixels, Plan, fit
 from edgepet.tuning.model import TunedModel, algebra_error, extract, require_algebra
 from edgepet.tuning.optimizers import require_optimizer, require_schedule
 from edgepet.tuning.options import TrainOptions
-from edgepet.tuning.processes import Processes
+from edgepet.tuning.processes import ALONE, Processes
 from edgepet.tuning.recipes import consistency
 from edgepet.tuning.remembered import Place, remember
 from edgepet.tuning.work_folder import FILES, HELD_OUT, Work, read_work, work_folder
 
 # Of a plan: told where they are not what they always were.
 _LATER = ("optimizer", "schedule", "balance", "consistency", "patience")
+MOST_PIXELS = 16 * 512 * 512  # of what goes through the network at once: 4 GB are enough for a small one
+MOST_HELD = 2 * 10**9  # bytes; training is as fast on files that are mapped
 ALGEBRA_IMAGES = 8  # float64 is slow, and one image already exercises every tensor
 
 
@@ -116,14 +118,14 @@ def run(training: Training, processes: Processes) -> Made:
     began_with = {} if work is None else {"init": start_model(model, backbone, work, str(options.init))}
     _rehearse(training, backbone, model, train_set)
     stage("read images")
-    budget_bytes = free_memory_bytes() // (2 * processes.size) if options.memory is None else options.memory
+    budget_bytes = most_held(processes) if options.memory is None else options.memory
     turn = Turn(anywhere=processes.any, makes=processes.leads, wait=processes.wait)
     held = load_held(
         {"train": train_set, "val": val_set}, backbone.preprocess, pixels_folder(training.output),
         budget_bytes=budget_bytes, turn=turn, stage=stage,
     )  # fmt: skip
     train_images, val_images = (LabelledPixels(*held[name]) for name in ("train", "val"))
-    plan = plan_of(training, method, device, processes, before)
+    plan = plan_of(training, method, backbone.preprocess, device, processes, before)
     identity = _identity(backbone, model, plan, processes, train_set.classes, train_images, val_images) | began_with
     keeper = Keeper(path=checkpoint_file(training.output), identity=identity, every_s=options.checkpoint_s,
                     writes=processes.leads)  # fmt: skip
@@ -145,6 +147,11 @@ def run(training: Training, processes: Processes) -> Made:
     )
     return Made(backbone=backbone, model=model, plan=plan, train=train_images, val=val_images, fitted=fitted,
                 proof=proof, delta=delta, keeper=keeper)  # fmt: skip
+
+
+def most_held(processes: Processes = ALONE) -> int:
+    """Bytes of images and features that this process holds in memory: half of what is free, at most ``MOST_HELD``."""
+    return min(MOST_HELD, free_memory_bytes() // (2 * processes.size))
 
 
 def held_bytes(*sets: LabelledPixels) -> int:
@@ -184,8 +191,9 @@ def backbone_of(training: Training) -> Backbone:
 
 
 def plan_of(
-    training: Training, method: Method, device: str, processes: Processes, before: Mapping[str, object]
-) -> Plan:
+    training: Training, method: Method, preprocess: Preprocess, device: str, processes: Processes,
+    before: Mapping[str, object],
+) -> Plan:  # fmt: skip
     """What is asked for, and where nothing is, the method's recipe."""
     options, recipe = training.options, method.recipe
     pace = consistency(options.consistency)
@@ -194,7 +202,7 @@ def plan_of(
         lr=options.lr or recipe.lr,
         head_lr=options.head_lr or recipe.head_lr,
         batch_size=options.batch_size,
-        accumulate=options.accumulate,
+        accumulate=options.accumulate or _parts(options.batch_size, preprocess, device),
         weight_decay=recipe.weight_decay if options.weight_decay is None else options.weight_decay,
         warmup=recipe.warmup,
         label_smoothing=recipe.label_smoothing,
@@ -208,6 +216,15 @@ def plan_of(
         device=device,
         seed=options.seed,
     )
+
+
+def _parts(batch_size: int, preprocess: Preprocess, device: str) -> int:
+    """In how many parts a step goes through its images, so that what is kept of a part fits where memory is small.
+
+    A GPU refuses by itself what it cannot hold, and is slower in parts.
+    """
+    values = batch_size * preprocess.frames * math.prod(preprocess.input_shape[-2:])
+    return min(batch_size, math.ceil(values / MOST_PIXELS)) if device == "cpu" else 1
 
 
 def started_from(init: FilePath | None) -> Work | None:

@@ -20,7 +20,7 @@ from edgepet.images.folders import Split
 from edgepet.images.held import ALONE, forget
 from edgepet.images.notes import Tell, tell_nobody, tell_of
 from edgepet.images.sets import ImageSet, draw, load_sets
-from edgepet.measuring.machine import environment, free_memory_bytes
+from edgepet.measuring.machine import environment
 from edgepet.methods.method import fp16_bytes
 from edgepet.reports.screen import Screen, lines, program
 from edgepet.reports.tables import (
@@ -239,6 +239,7 @@ def _measured(
     """Every submodule, those that the cache lacks measured now; and how long these were to take."""
     from edgepet.tuning.intrinsic import DIMENSIONS, Group, Measured, most_seconds
     from edgepet.tuning.remembered import Place as Remembering
+    from edgepet.tuning.training import most_held
 
     asked = _asked(ground)
     files = {each: _file({**asked, "on": each.on, "blocks": each.blocks}) for each in found}
@@ -251,7 +252,7 @@ def _measured(
         told = f"{len(missing)} submodules{before}: up to {1 + len(DIMENSIONS)} short fits each"
         tell(f"{told}, at most {format_seconds(estimate)} at the speed of now", ())
     place = Remembering(
-        folder=_file(asked).with_suffix(".features"), budget_bytes=free_memory_bytes() // 2, identity=asked, turn=ALONE,
+        folder=_file(asked).with_suffix(".features"), budget_bytes=most_held(), identity=asked, turn=ALONE,
         tell=tell, stage=lambda name: None,
     )  # fmt: skip
     blocks, group = "", None

@@ -38,8 +38,8 @@ def training_options(parser: Parser) -> None:
     add("--frames", type=int, default=own.frames, metavar="N", help=told)
     add("--epochs", type=int, metavar="N", help="times that every image is seen (default: the method's)")
     add("--batch-size", type=int, default=own.batch_size, metavar="N", help="images of one step (default: %(default)s)")
-    told = "go through a batch in N parts, for less memory (default: %(default)s)"
-    add("--accumulate", type=int, default=own.accumulate, metavar="N", help=told)
+    told = "go through a batch in N parts, for less memory (default: 1, on a CPU more of images above 384 px)"
+    add("--accumulate", type=int, metavar="N", help=told)
     add("--lr", type=float, metavar="X", help="largest learning rate of the method's tensors (default: the method's)")
     add("--shots", type=int, metavar="K", help="train on K images of each class (default: all)")
     told = "of every random choice: equal seeds give equal packs (default: %(default)s)"
@@ -57,7 +57,10 @@ def training_options(parser: Parser) -> None:
     add("--resume", action="store_true", help="go on from TASK.checkpoint, if there is one (default: begin)")
     told = "seconds between two checkpoints within an epoch (default: %(default)s)"
     add("--checkpoint-every", dest="checkpoint_s", type=float, default=own.checkpoint_s, metavar="SECONDS", help=told)
-    told = "of decoded images, 2GB say; more lie in TASK.pixels until the pack is there (default: half of what is free)"
+    told = (
+        "of decoded images, 4GB say; more lie in TASK.pixels until the pack is there (default: half of what is free, at"
+        " most 2GB)"
+    )
     add("--memory", type=size_bytes, metavar="SIZE", help=told)
     told = f"write every step to {', '.join(LOGS)}, with a comma between (default: none)"
     add("--log", type=names, default=own.log, metavar=",".join(LOGS), help=told)
