@@ -63,12 +63,28 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return index_folder(tmp_path_factory.mktemp("calib"), train=36, val=6, test=4, size=(40, 48))
 
 
-@pytest.mark.parametrize("network", [pytest.param("vit", marks=pytest.mark.slow), "convnet"])
-def test_int8_of_masks_is_judged_by_pixels_and_by_miou(network: str, data: Path, tmp_path: Path) -> None:
+MLP, SEPARATING, LINEAR = (
+    Form(width=8, maps=(2, 3)), Form(width=8, maps=(2, 3), separation=True), Form(name="linear", maps=(3,)),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("network", "form"),
+    [
+        ("convnet", MLP),
+        *(
+            pytest.param(network, form, marks=pytest.mark.slow)
+            for network, form in (
+                ("vit", MLP), ("vit", SEPARATING), ("vit", LINEAR), ("convnet", SEPARATING), ("convnet", LINEAR)
+            )
+        ),
+    ],
+)  # fmt: skip
+def test_int8_of_masks_is_judged_by_pixels_and_by_miou(network: str, form: Form, data: Path, tmp_path: Path) -> None:
     """All layers of the backbone multiply codes, and none of the head."""
     backbone = MAKERS[network](tmp_path)
     base_graph(backbone)
-    mask_pack(tmp_path / "ssf.pet", backbone, mask_delta(backbone, "ssf", form=Form(width=8, maps=(2, 3))))
+    mask_pack(tmp_path / "ssf.pet", backbone, mask_delta(backbone, "ssf", form=form))
     options = ExportOptions(to=FORMATS, precision="int8", calib=data)  # type: ignore[arg-type]
 
     report = edgepet.export([tmp_path / "ssf.pet"], tmp_path / "out", backbone=backbone, data=data, options=options)
