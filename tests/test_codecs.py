@@ -48,6 +48,21 @@ def test_numbers_come_back_as_near_as_the_codec_holds_them(codec: Codec, plane: 
     assert error <= {"fp32": 1e-12, "fp16": 1e-6, "int8": 2e-4, "int4": 2.5e-2, "int2": 0.2}[codec]
 
 
+@pytest.mark.parametrize("codec", ["int8", "int4", "int2"])
+def test_a_small_layer_of_a_head_has_scales_of_its_own(codec: Codec) -> None:
+    """What says where boxes are is 320 numbers among a hundred thousand of other layers."""
+    small = np.float32(0.01) * normal(320, 2)
+    values = np.concatenate([normal(640), small, normal(576, 3)])
+    plane = write_plane("head.point.weight", values, codec, "t")
+
+    read = decode("head.point.weight", inflated(plane.tensor.tobytes(), plane.stored.coding.stored_bytes(1536), "t"),
+                  plane.stored.coding, 1536, "t")[640:960]  # fmt: skip
+
+    assert plane.stored.coding.group == 64
+    error = float(np.square(read - small).sum() / np.square(small).sum())
+    assert error <= {"int8": 2e-4, "int4": 2.5e-2, "int2": 0.2}[codec]
+
+
 @pytest.mark.parametrize(("codec", "levels"), [("int8", 127), ("int4", 7)])
 def test_multiples_of_one_step_come_back_exactly(codec: Codec, levels: int) -> None:
     values = np.tile(np.arange(-levels, levels + 1), 8).astype(np.float32) * np.float32(0.125)

@@ -23,6 +23,7 @@ Format: TypeAlias = Codec | Literal["int32", "bits"]  # what a plane may be stor
 CODECS: tuple[Codec, ...] = ("fp32", "fp16", "int8", "int4", "int2")
 FORMATS: tuple[Format, ...] = (*CODECS, "int32", "bits")
 GROUPS: dict[Format, int] = {"int8": 512, "int4": 128, "int2": 64}  # values of a scale, where nothing else is asked
+HEADS, HEAD_GROUP = "head.", 64  # planes of heads, whose layers are of unlike sizes: a small one has scales of its own
 
 _TYPES: dict[Format, np.dtype[np.generic]] = {
     "fp32": np.dtype("<f4"), "fp16": np.dtype("<f2"), "int32": np.dtype("<i4"), "bits": np.dtype(np.uint8),
@@ -43,9 +44,10 @@ class Coding:
     group: int = 0
 
     @classmethod
-    def of(cls, codec: Codec) -> Coding:
-        """A codec with its usual group."""
-        return cls(codec, GROUPS.get(codec, 0))
+    def of(cls, codec: Codec, plane: str = "") -> Coding:
+        """A codec with its usual group in ``plane``."""
+        group = GROUPS.get(codec, 0)
+        return cls(codec, min(group, HEAD_GROUP) if plane.startswith(HEADS) else group)
 
     @property
     def has_codes(self) -> bool:
@@ -221,7 +223,7 @@ def as_stored(name: str, values: NpArray, asked: Codec, task: str) -> NpArray:
 def _coding(name: str, values: NpArray, asked: Codec | Coding) -> Coding:
     if values.dtype.kind != "f":
         return Coding("bits" if values.dtype == np.uint8 else "int32")
-    coding = asked if isinstance(asked, Coding) else Coding.of(asked)
+    coding = asked if isinstance(asked, Coding) else Coding.of(asked, name)
     exact = values.size < _SMALL or name.endswith(".levels")
     return Coding("fp16") if coding.has_codes and exact else coding
 

@@ -77,7 +77,7 @@ class Recoding:
         Raises:
             InputError: a value that it cannot hold.
         """
-        return self._asked(self._judged({name: Coding.of(codec) for name in self._planes}))
+        return self._asked(self._judged({name: Coding.of(codec, name) for name in self._planes}))
 
     def smallest(self, max_drop: float, stage: Callable[[str], None]) -> Recoded:
         """The smallest codings of the planes with which no head loses more than ``max_drop`` points of its metric.
@@ -117,7 +117,7 @@ class Recoding:
         stage(f"{name} alone")
         made = list[Tried]()
         for codec in CANDIDATES:
-            pack = read_pack(self._encoded({name: Coding.of(codec)}), answers=EVERY)
+            pack = read_pack(self._encoded({name: Coding.of(codec, name)}), answers=EVERY)
             if pack.planes[name].stored.coding in [each.coding for each in made]:
                 continue  # too small for codes, or may have none
             coding, size = pack.planes[name].stored.coding, pack.bytes_by_kind[name]
