@@ -6,6 +6,7 @@ Needs the ``train`` extra.
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from edgepet.tuning.fit import Plan
 
 AT_ONCE = 64  # images that go through the network where nothing is learnt
+MOST_PIXELS = 16 * 512 * 512  # that go through the network together where it learns: a small one takes 2 GB for them
 MANY_TOKENS = 512  # from here on a matrix of all pairs of tokens is too large to keep for the backward pass
 
 
@@ -72,6 +74,15 @@ def features_of(
     with torch.no_grad(), autocast(plan):
         parts = (inputs_of(model, pixels[at : at + step], preprocess) for at in range(0, len(pixels), step))
         return torch.cat([model.features(part.to(plan.device)).float() for part in parts])
+
+
+def parts_of(batch_size: int, preprocess: Preprocess, device: str) -> int:
+    """In how many parts a step goes through its images, so that what is kept of a part fits where memory is small.
+
+    A GPU refuses by itself what it cannot hold, and is slower in parts.
+    """
+    pixels = batch_size * preprocess.frames * math.prod(preprocess.input_shape[-2:])
+    return min(batch_size, math.ceil(pixels / MOST_PIXELS)) if device == "cpu" else 1
 
 
 def device_of(name: str | None) -> str:

@@ -38,14 +38,13 @@ from edgepet.tuning.fit import Fit, Plan
 from edgepet.tuning.model import require_algebra
 from edgepet.tuning.processes import Processes
 from edgepet.tuning.recipes import task_weights
-from edgepet.tuning.remembered import Place, no_room
+from edgepet.tuning.remembered import Place, most_held, no_room
 from edgepet.tuning.training import (
     Training,
     backbone_of,
     check_asked,
     chosen_of,
     held_bytes,
-    most_held,
     plan_of,
     provenance_of,
     start_model,

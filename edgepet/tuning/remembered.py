@@ -19,6 +19,7 @@ from edgepet.files import require_space
 from edgepet.images.held import Shape, Turn, hold
 from edgepet.images.notes import Tell
 from edgepet.images.sets import batches
+from edgepet.measuring.machine import free_memory_bytes
 from edgepet.methods.depth import first_block
 from edgepet.networks.backbone import Backbone
 from edgepet.networks.sizes import REFUSALS
@@ -29,9 +30,16 @@ from edgepet.tuning.computing import AT_ONCE, computing
 from edgepet.tuning.fit import LabelledPixels, Plan
 from edgepet.tuning.front import Front
 from edgepet.tuning.model import TunedModel
+from edgepet.tuning.processes import ALONE, Processes
 
 _EACH = "every step runs what lies before"
+MOST_HELD = 2 * 10**9  # bytes; training is as fast on files that are mapped
 PROVED = 8  # images: of one batch, on which the network that is cut must answer bit for bit as the whole one
+
+
+def most_held(processes: Processes = ALONE) -> int:
+    """Bytes of images and features that this process holds in memory: half of what is free, at most ``MOST_HELD``."""
+    return min(MOST_HELD, free_memory_bytes() // (2 * processes.size))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -24,7 +24,6 @@ from edgepet.images.held import Turn, features_folder, load_held, pixels_folder
 from edgepet.images.notes import Tell, tell_nobody, tell_of
 from edgepet.images.preprocess import normalize
 from edgepet.images.sets import ImageSet, few_shots, open_split
-from edgepet.measuring.machine import free_memory_bytes
 from edgepet.methods import Method, STAdapter, configure
 from edgepet.methods.settings import stored
 from edgepet.networks.backbone import Backbone
@@ -34,22 +33,20 @@ from edgepet.reports.progress import Say
 from edgepet.spec import FilePath, NpArray, Preprocess
 from edgepet.tuning.augmenting import require_augmentations
 from edgepet.tuning.checkpoint import Keeper, checkpoint_file, ends_when_asked, identity_of
-from edgepet.tuning.computing import device_of
+from edgepet.tuning.computing import device_of, parts_of
 from edgepet.tuning.consistency import require_differences, table_bytes
 from edgepet.tuning.fake_quant import FakeQuant
 from edgepet.tuning.fit import Fit, LabelledPixels, Plan, fit
 from edgepet.tuning.model import TunedModel, algebra_error, extract, require_algebra
 from edgepet.tuning.optimizers import require_optimizer, require_schedule
 from edgepet.tuning.options import TrainOptions
-from edgepet.tuning.processes import ALONE, Processes
+from edgepet.tuning.processes import Processes
 from edgepet.tuning.recipes import consistency
-from edgepet.tuning.remembered import Place, remember
+from edgepet.tuning.remembered import Place, most_held, remember
 from edgepet.tuning.work_folder import FILES, HELD_OUT, Work, read_work, work_folder
 
 # Of a plan: told where they are not what they always were.
 _LATER = ("optimizer", "schedule", "balance", "consistency", "patience")
-MOST_PIXELS = 16 * 512 * 512  # of what goes through the network at once: 4 GB are enough for a small one
-MOST_HELD = 2 * 10**9  # bytes; training is as fast on files that are mapped
 ALGEBRA_IMAGES = 8  # float64 is slow, and one image already exercises every tensor
 
 
@@ -149,11 +146,6 @@ def run(training: Training, processes: Processes) -> Made:
                 proof=proof, delta=delta, keeper=keeper)  # fmt: skip
 
 
-def most_held(processes: Processes = ALONE) -> int:
-    """Bytes of images and features that this process holds in memory: half of what is free, at most ``MOST_HELD``."""
-    return min(MOST_HELD, free_memory_bytes() // (2 * processes.size))
-
-
 def held_bytes(*sets: LabelledPixels) -> int:
     """Bytes of the pixels that lie in memory."""
     return sum(images.pixels.nbytes for images in sets if not isinstance(images.pixels, np.memmap))
@@ -202,7 +194,7 @@ def plan_of(
         lr=options.lr or recipe.lr,
         head_lr=options.head_lr or recipe.head_lr,
         batch_size=options.batch_size,
-        accumulate=options.accumulate or _parts(options.batch_size, preprocess, device),
+        accumulate=options.accumulate or parts_of(options.batch_size, preprocess, device),
         weight_decay=recipe.weight_decay if options.weight_decay is None else options.weight_decay,
         warmup=recipe.warmup,
         label_smoothing=recipe.label_smoothing,
@@ -216,15 +208,6 @@ def plan_of(
         device=device,
         seed=options.seed,
     )
-
-
-def _parts(batch_size: int, preprocess: Preprocess, device: str) -> int:
-    """In how many parts a step goes through its images, so that what is kept of a part fits where memory is small.
-
-    A GPU refuses by itself what it cannot hold, and is slower in parts.
-    """
-    values = batch_size * preprocess.frames * math.prod(preprocess.input_shape[-2:])
-    return min(batch_size, math.ceil(values / MOST_PIXELS)) if device == "cpu" else 1
 
 
 def started_from(init: FilePath | None) -> Work | None:

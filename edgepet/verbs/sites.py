@@ -239,7 +239,7 @@ def _measured(
     """Every submodule, those that the cache lacks measured now; and how long these were to take."""
     from edgepet.tuning.intrinsic import DIMENSIONS, Group, Measured, most_seconds
     from edgepet.tuning.remembered import Place as Remembering
-    from edgepet.tuning.training import most_held
+    from edgepet.tuning.remembered import most_held
 
     asked = _asked(ground)
     files = {each: _file({**asked, "on": each.on, "blocks": each.blocks}) for each in found}
