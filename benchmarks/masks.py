@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from harness import Asked, asked, source, spread, write_result
+from harness import Asked, asked, earlier, source, spread, write_result
 from rows import Rows, rows_parser, tuned
 from trainings import FEW, Trained, Training, draw, finished, measuring_job, recoded
 
@@ -83,18 +83,22 @@ def main() -> None:
     if options.only in (None, "worth"):
         Rows(run, "masks", every, facts).fill(asked_row, options.most, None if run.quick else options.backbone)
     if options.only in (None, "memory"):
-        write_result(run, "masks-memory", memory(run))
+        write_result(run, "masks-memory", memory(run, options.backbone))
 
 
-def memory(run: Asked) -> dict[str, object]:
-    """What one epoch of images at ``LARGE`` px takes: seconds, and the most memory that its process had."""
+def memory(run: Asked, only: str | None) -> dict[str, object]:
+    """What one epoch of images at ``LARGE`` px takes: seconds, and the most memory that its process had; with ``only``
+    rows of one backbone are made, and those of the other kept.
+    """
     data, sizes = draw(run, TASK), QUICK_LARGE if run.quick else LARGE
     rows = [
         {"backbone": f"demo:{backbone}", "image_size": size, "method": method, "head": HEADS[backbone]}
         | one_epoch(data, backbone, method, size)
         for backbone, size in sizes.items()
         for method in (OTHERS[-1:] if run.quick else OTHERS)
+        if only in (None, backbone)
     ]
+    rows += [row for row in earlier(run, "masks-memory").get("rows", ()) if only not in (None, row["backbone"][5:])]
     images = {split: len(list((data / "images" / split).iterdir())) for split in ("train", "val")}
     return {"task": TASK, "images": images, "rows": rows}
 
