@@ -22,8 +22,8 @@ from edgepet.tuning.model import TunedModel
 if TYPE_CHECKING:
     from edgepet.tuning.fit import Plan
 
-AT_ONCE = 64  # images that go through the network where nothing is learnt
-MOST_PIXELS = 16 * 512 * 512  # that go through the network together where it learns: a small one takes 2 GB for them
+AT_ONCE = 64  # images that go through the network where nothing is learnt, and fewer large ones
+MOST_PIXELS = 16 * 512 * 512  # that go through the network together: a small one takes 2 GB for them where it learns
 MANY_TOKENS = 512  # from here on a matrix of all pairs of tokens is too large to keep for the backward pass
 
 
@@ -74,6 +74,11 @@ def features_of(
     with torch.no_grad(), autocast(plan):
         parts = (inputs_of(model, pixels[at : at + step], preprocess) for at in range(0, len(pixels), step))
         return torch.cat([model.features(part.to(plan.device)).float() for part in parts])
+
+
+def at_once(preprocess: Preprocess) -> int:
+    """How many images go through the network together where nothing is learnt."""
+    return max(1, min(AT_ONCE, MOST_PIXELS // math.prod(preprocess.input_shape[-2:])))
 
 
 def parts_of(batch_size: int, preprocess: Preprocess, device: str) -> int:

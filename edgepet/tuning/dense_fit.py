@@ -19,7 +19,7 @@ from edgepet.networks.head_forms import MapForm
 from edgepet.reports.progress import Say
 from edgepet.spec import NpArray, Preprocess
 from edgepet.tuning.checkpoint import Keeper
-from edgepet.tuning.computing import AT_ONCE, autocast, computing, inputs_of
+from edgepet.tuning.computing import AT_ONCE, at_once, autocast, computing, inputs_of
 from edgepet.tuning.dense import DenseModel
 from edgepet.tuning.fit import Fit, Judge, LabelledPixels, Plan, Run
 from edgepet.tuning.joint import JointAugmenter, Move
@@ -105,7 +105,7 @@ def _all_maps(
 ) -> Iterator[dict[str, Tensor]]:
     """The maps of all images, a few at a time, in eval mode and without gradients."""
     model.eval()
-    step = max(1, min(AT_ONCE, VALUES_AT_ONCE // model.row_values))
+    step = max(1, min(at_once(preprocess), VALUES_AT_ONCE // model.row_values))
     for at in range(0, len(images), step):
         with torch.no_grad(), autocast(plan):
             maps = maps_of(model, images, slice(at, at + step), preprocess, plan)
@@ -169,7 +169,7 @@ def judged_by(objectives: Sequence[Objective[Any]]) -> Judge:
         model.eval()
         dense, images = cast(DenseModel, model), cast(DensePixels, val)
         meters = [each.meter(images.truths[each.answer]) for each in objectives]
-        step = min(each.at_once for each in objectives)
+        step = min(at_once(preprocess), *(each.at_once for each in objectives))
         for at in range(0, len(images), step):
             chosen = slice(at, at + step)
             with torch.no_grad(), autocast(plan):
