@@ -70,15 +70,15 @@ def features_of(
     model.eval()
     if model.fake_quant is not None:
         model.fake_quant.train(follow)
-    step = max(1, AT_ONCE // preprocess.frames)
+    step = at_once(preprocess)
     with torch.no_grad(), autocast(plan):
         parts = (inputs_of(model, pixels[at : at + step], preprocess) for at in range(0, len(pixels), step))
         return torch.cat([model.features(part.to(plan.device)).float() for part in parts])
 
 
 def at_once(preprocess: Preprocess) -> int:
-    """How many images go through the network together where nothing is learnt."""
-    return max(1, min(AT_ONCE, MOST_PIXELS // math.prod(preprocess.input_shape[-2:])))
+    """How many images, or clips, go through the network together where nothing is learnt."""
+    return max(1, min(AT_ONCE, MOST_PIXELS // math.prod(preprocess.image_size)) // preprocess.frames)
 
 
 def parts_of(batch_size: int, preprocess: Preprocess, device: str) -> int:
@@ -86,7 +86,7 @@ def parts_of(batch_size: int, preprocess: Preprocess, device: str) -> int:
 
     A GPU refuses by itself what it cannot hold, and is slower in parts.
     """
-    pixels = batch_size * preprocess.frames * math.prod(preprocess.input_shape[-2:])
+    pixels = batch_size * preprocess.frames * math.prod(preprocess.image_size)
     return min(batch_size, math.ceil(pixels / MOST_PIXELS)) if device == "cpu" else 1
 
 

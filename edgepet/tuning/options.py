@@ -41,8 +41,8 @@ class TrainOptions:
         image_size: the side of a square input in pixels, or its height and width; None is the checkpoint's own.
         frames: above 1, the data are clips, folders of images: so many are taken of each, spread evenly.
         epochs, lr: None is what the method's recipe says.
-        batch_size: images of one step, over all processes; each goes through its share in ``accumulate`` parts. None
-            is 1 on a GPU, and on a CPU as many as keep a part to 16 images of 512 px.
+        batch_size: images of one step, over all processes; each goes through its share in ``accumulate`` parts: of
+            None there is 1 on a GPU, and on a CPU as many as keep each to 16 images of 512 px.
         shots: images of each class to train on, chosen by ``seed``; None is all.
         seed: of every random choice.
         val_fraction: the part of each class that is held out where there is no val/.

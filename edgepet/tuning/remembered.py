@@ -26,7 +26,7 @@ from edgepet.networks.sizes import REFUSALS
 from edgepet.networks.split import split_at
 from edgepet.reports.tables import format_bytes
 from edgepet.spec import NpArray
-from edgepet.tuning.computing import AT_ONCE, computing
+from edgepet.tuning.computing import at_once, computing
 from edgepet.tuning.fit import LabelledPixels, Plan
 from edgepet.tuning.front import Front
 from edgepet.tuning.model import TunedModel
@@ -148,5 +148,5 @@ def _fill(array: NpArray, model: TunedModel, front: Front, pixels: NpArray, back
 
 def _images(pixels: NpArray, backbone: Backbone, plan: Plan) -> Iterator[Tensor]:
     """As ``fit`` goes through a set to judge it: what comes of an image may depend on its batch in the last bit."""
-    step = max(1, AT_ONCE // backbone.preprocess.frames)
-    return (torch.from_numpy(part).to(plan.device) for part in batches(pixels, backbone.preprocess, step))
+    parts = batches(pixels, backbone.preprocess, at_once(backbone.preprocess))
+    return (torch.from_numpy(part).to(plan.device) for part in parts)
