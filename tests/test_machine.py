@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 import platform
 import re
 import subprocess
@@ -223,3 +224,27 @@ def test_asking_what_is_here_does_not_import_what_devices_do_without() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
 
     assert done.stdout == "set()\n"
+
+
+HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+TENSOR = """\
+import re, torch, edgepet.networks.backbone
+tensor = torch.empty(2**24)
+for block in re.split("^(?=[0-9a-f]+-[0-9a-f]+ )", open("/proc/self/smaps").read(), flags=re.MULTILINE):
+    low, high = (int(end, 16) for end in block.partition(" ")[0].split("-")) if block else (0, 0)
+    if low <= tensor.data_ptr() < high:
+        print(re.search("VmFlags:(.*)", block)[1])
+"""
+
+
+@pytest.mark.parametrize(("said", "huge"), [({}, True), ({"THP_MEM_ALLOC_ENABLE": "0"}, False)])
+def test_large_tensors_lie_in_huge_pages_unless_the_environment_says_otherwise(
+    said: dict[str, str], huge: bool
+) -> None:
+    if not HUGE_PAGES.is_file() or "[madvise]" not in HUGE_PAGES.read_text():
+        pytest.skip("this system gives no huge pages to who asks for them")
+    kept = {key: value for key, value in os.environ.items() if key != "THP_MEM_ALLOC_ENABLE"}
+    flags = subprocess.run(
+        [sys.executable, "-c", TENSOR], env=kept | said, capture_output=True, text=True, check=True
+    ).stdout
+    assert ("hg" in flags.split()) == huge, flags
