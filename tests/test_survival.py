@@ -19,17 +19,17 @@ import safetensors.numpy
 import torch
 
 from edgepet.errors import InputError
+from edgepet.exporters.trace import base_graph
 from edgepet.measuring.parity import Accuracy, accuracy, interval
 from edgepet.methods import SSF, Consolidator, LinearProbe, Method
 from edgepet.networks.backbone import Backbone
 from edgepet.reports.progress import Step
-from edgepet.spec import NpArray, Preprocess
+from edgepet.spec import NpArray
 from edgepet.tuning.checkpoint import Checkpoint, Keeper, checkpoint_file, ends_when_asked
+from edgepet.tuning.fake_quant import FakeQuant
 from edgepet.tuning.fit import Fit, Judge, Plan, fit, top1_and_loss
 from edgepet.tuning.model import TunedModel
-from edgepet.tuning.options import TrainOptions
-from edgepet.tuning.processes import ALONE
-from edgepet.tuning.training import Training, plan_of
+from edgepet.tuning.parts import Parts
 from tests.fits import StopError, images, keeper, stepping
 from tests.flow import Tasks, draw_shapes, edgepet, refused
 from tests.tiny import same_bits
@@ -284,28 +284,45 @@ def test_a_batch_in_parts_is_the_whole_batch_up_to_rounding(parts: int, backbone
     assert np.median([np.median(np.abs(got[name] - whole[name])) for name in whole]) < 1e-5
 
 
-@pytest.mark.parametrize(
-    ("batch_size", "size", "frames", "device", "asked", "parts"),
-    [
-        (32, 224, 1, "cpu", None, 1),
-        (83, 224, 1, "cpu", None, 1),
-        (84, 224, 1, "cpu", None, 2),
-        (32, 512, 1, "cpu", None, 2),
-        (33, 512, 1, "cpu", None, 3),
-        (32, 224, 8, "cpu", None, 4),
-        (2, 4096, 1, "cpu", None, 2),  # a part has an image at least
-        (32, 512, 1, "cpu", 1, 1),
-        (32, 512, 1, "cuda", None, 1),
-    ],
-)
-def test_a_step_goes_through_large_images_in_parts(
-    batch_size: int, size: int, frames: int, device: str, asked: int | None, parts: int, tmp_path: Path
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize(("most", "parts"), [(4000 * 12, 1), (4000 * 12 - 1, 2), (4000 * 3, 4), (1, 12)])
+def test_a_step_has_as_few_parts_as_keep_within_what_memory_bears(
+    most: int, parts: int, device: str, backbone: Backbone, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    options = TrainOptions(batch_size=batch_size, accumulate=asked, precision="fp32")
-    training = Training(data=tmp_path, backbone="", method=SSF(), output=tmp_path / "t.pet", options=options)
-    preprocess = Preprocess(image_size=(size, size), frames=frames)
+    monkeypatch.setattr("edgepet.tuning.parts.MOST_KEPT", most)
+    found, values = Parts(TunedModel(backbone, SSF(), 3), replace(PLAN, device=device)), torch.ones(12, 1000)
+    shared = torch.ones(1000, requires_grad=True)  # is kept once, however many images there are
 
-    assert plan_of(training, SSF(), preprocess, device, ALONE, {}).accumulate == parts
+    def there_and_back(part: torch.Tensor) -> None:
+        torch.autograd.backward((values[part] * shared).sum())
+
+    assert found.of(torch.arange(12), there_and_back) == (parts if device == "cpu" else 1)
+    assert found.each == (4000 if device == "cpu" else 0)
+    assert found.of(torch.arange(1), there_and_back) == 1  # a part has an image at least
+
+
+@pytest.mark.parametrize("precision", ["fp32", "int8"])
+def test_measuring_what_an_image_keeps_moves_no_bit(precision: str, backbone: Backbone) -> None:
+    def trained(accumulate: int | None) -> dict[str, NpArray]:
+        rounding = None if precision == "fp32" else FakeQuant(base_graph(backbone), precision)
+        model = TunedModel(backbone, METHOD, 3, seed=1, fake_quant=rounding)
+        stepping(model, backbone, replace(PLAN, accumulate=accumulate), None, after=None)
+        return {name: tensor.detach().numpy().copy() for name, tensor in model.state_dict().items()}
+
+    assert same_bits(trained(None), trained(1))
+
+
+def test_parts_that_were_measured_stand_when_a_training_is_resumed(
+    backbone: Backbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("edgepet.tuning.parts.MOST_KEPT", 1)
+    expected, _ = run(backbone, None)
+    assert same_bits(expected, run(backbone, None, plan=replace(PLAN, accumulate=PLAN.batch_size))[0])
+    with pytest.raises(StopError):
+        run(backbone, keeper(tmp_path), after=2)
+    monkeypatch.setattr(torch.autograd.graph, "saved_tensors_hooks", lambda *asked: pytest.fail("measured again"))
+
+    assert same_bits(run(backbone, keeper(tmp_path))[0], expected)
 
 
 # ----------------------------------------------------------------------------------------------------- the command

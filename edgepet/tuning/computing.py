@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from edgepet.tuning.fit import Plan
 
 AT_ONCE = 64  # images that go through the network where nothing is learnt, and fewer large ones
-MOST_PIXELS = 16 * 512 * 512  # that go through the network together: a small one takes 2 GB for them where it learns
+MOST_PIXELS = 16 * 512 * 512  # of them: a small network takes 1 GB for what lies between two layers
 MANY_TOKENS = 512  # from here on a matrix of all pairs of tokens is too large to keep for the backward pass
 
 
@@ -79,15 +79,6 @@ def features_of(
 def at_once(preprocess: Preprocess) -> int:
     """How many images, or clips, go through the network together where nothing is learnt."""
     return max(1, min(AT_ONCE, MOST_PIXELS // math.prod(preprocess.image_size)) // preprocess.frames)
-
-
-def parts_of(batch_size: int, preprocess: Preprocess, device: str) -> int:
-    """In how many parts a step goes through its images, so that what is kept of a part fits where memory is small.
-
-    A GPU refuses by itself what it cannot hold, and is slower in parts.
-    """
-    pixels = batch_size * preprocess.frames * math.prod(preprocess.image_size)
-    return min(batch_size, math.ceil(pixels / MOST_PIXELS)) if device == "cpu" else 1
 
 
 def device_of(name: str | None) -> str:

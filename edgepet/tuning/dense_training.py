@@ -111,7 +111,7 @@ def run_dense(training: Training, processes: Processes, tasks: Sequence[DenseTas
         _tell(training, each)
     stage("read images")
     before = identity_of(checkpoint_file(training.output))
-    plan = replace(plan_of(training, method, backbone.preprocess, device, processes, before), label_smoothing=0.0)
+    plan = replace(plan_of(training, method, device, processes, before), label_smoothing=0.0)
     return _run(training, processes, backbone, model, plan, learnt, began_with)
 
 

@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -24,6 +25,7 @@ from edgepet.tuning.computing import autocast, computing, features_of
 from edgepet.tuning.consistency import Pace, pace_of
 from edgepet.tuning.model import TunedModel
 from edgepet.tuning.optimizers import Schedule, optimizer_of, schedule_of, set_state, state_of
+from edgepet.tuning.parts import Parts
 from edgepet.tuning.processes import ALONE, Processes
 from edgepet.tuning.recipes import OWN_OPTIMIZER, OWN_SCHEDULE, Balance
 
@@ -33,16 +35,17 @@ class Plan:
     """Everything that decides a fit besides method, backbone and images.
 
     ``batch_size`` images make one step of the optimiser, however many processes share them and in however many parts
-    (``accumulate``) a process goes through its own. Learning rates, ``lr`` of the method's tensors and ``head_lr`` of
-    the head, rise over ``warmup``, a fraction of all steps, and fall as ``schedule`` says. With ``autocast`` the
-    network computes in bf16. ``device`` is torch's name. What is not told here is as in ``TrainOptions``.
+    (``accumulate``; of None there are as few as memory bears) a process goes through its own. Learning rates, ``lr`` of
+    the method's tensors and ``head_lr`` of the head, rise over ``warmup``, a fraction of all steps, and fall as
+    ``schedule`` says. With ``autocast`` the network computes in bf16. ``device`` is torch's name. What is not told here
+    is as in ``TrainOptions``.
     """
 
     epochs: int
     lr: float
     head_lr: float
     batch_size: int = 32
-    accumulate: int = 1
+    accumulate: int | None = None
     weight_decay: float = 1e-4
     warmup: float = 0.1
     label_smoothing: float = 0.1
@@ -158,6 +161,7 @@ class Run:
         self.labels = torch.from_numpy(train.labels)
         self.optimizer = _optimizer(model, plan)
         self.schedule = _schedule(self.optimizer, plan, len(train))
+        self.parts = Parts(model, plan)
         self.pace: Pace | None = None
         self.weights: Tensor | None = None
         self.prepare()
@@ -276,11 +280,12 @@ class Run:
 
     def step(self, index: Tensor) -> float:
         """One step of the optimiser on the images ``index``: this process's share of them, in ``accumulate`` parts."""
-        self.schedule(self.steps)
-        self.optimizer.zero_grad(set_to_none=True)
         places, total = torch.arange(len(index)), torch.zeros((), dtype=torch.float64)
         share = places[self.processes.rank :: self.processes.size]
-        for part in torch.tensor_split(share, min(self.plan.accumulate, max(1, len(share)))):
+        parts = self.parts.of(share, partial(self.backward, index))
+        self.schedule(self.steps)
+        self.optimizer.zero_grad(set_to_none=True)
+        for part in torch.tensor_split(share, parts):
             if len(part):
                 total += self.backward(index, part)
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
@@ -343,6 +348,7 @@ class Run:
         progress = {
             "epoch": self.epoch, "position": self.position, "steps": self.steps, "done": self.done, "busy": self.busy,
             "loss": self.loss, "best": list(self.best), "best_epoch": self.best_epoch, "probe": self.probed,
+            "each": self.parts.each,
         }  # fmt: skip
         arrays = {name: value.detach().cpu().numpy() for name, value in tensors.items()}
         return Checkpoint(progress=progress, tensors=arrays | self.processes.random_states(self.plan.device))
@@ -360,7 +366,7 @@ class Run:
         self.epoch, self.position, self.steps = progress["epoch"], progress["position"], progress["steps"]
         self.done, self.busy, self.loss = progress["done"], progress["busy"], progress["loss"]
         self.best, self.best_epoch = tuple(progress["best"]), progress["best_epoch"]
-        self.probed = progress.get("probe")  # edgepet 0.1 before it was measured wrote none
+        self.probed, self.parts.each = progress.get("probe"), progress.get("each")  # some were written without them
         self.processes.set_random_state(saved.tensors, self.plan.device)
 
 

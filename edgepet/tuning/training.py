@@ -30,10 +30,10 @@ from edgepet.networks.backbone import Backbone
 from edgepet.networks.loading import load_backbone
 from edgepet.packs.pack import encode_pack, read_pack
 from edgepet.reports.progress import Say
-from edgepet.spec import FilePath, NpArray, Preprocess
+from edgepet.spec import FilePath, NpArray
 from edgepet.tuning.augmenting import require_augmentations
 from edgepet.tuning.checkpoint import Keeper, checkpoint_file, ends_when_asked, identity_of
-from edgepet.tuning.computing import device_of, parts_of
+from edgepet.tuning.computing import device_of
 from edgepet.tuning.consistency import require_differences, table_bytes
 from edgepet.tuning.fake_quant import FakeQuant
 from edgepet.tuning.fit import Fit, LabelledPixels, Plan, fit
@@ -122,7 +122,7 @@ def run(training: Training, processes: Processes) -> Made:
         budget_bytes=budget_bytes, turn=turn, stage=stage,
     )  # fmt: skip
     train_images, val_images = (LabelledPixels(*held[name]) for name in ("train", "val"))
-    plan = plan_of(training, method, backbone.preprocess, device, processes, before)
+    plan = plan_of(training, method, device, processes, before)
     identity = _identity(backbone, model, plan, processes, train_set.classes, train_images, val_images) | began_with
     keeper = Keeper(path=checkpoint_file(training.output), identity=identity, every_s=options.checkpoint_s,
                     writes=processes.leads)  # fmt: skip
@@ -183,9 +183,8 @@ def backbone_of(training: Training) -> Backbone:
 
 
 def plan_of(
-    training: Training, method: Method, preprocess: Preprocess, device: str, processes: Processes,
-    before: Mapping[str, object],
-) -> Plan:  # fmt: skip
+    training: Training, method: Method, device: str, processes: Processes, before: Mapping[str, object]
+) -> Plan:
     """What is asked for, and where nothing is, the method's recipe."""
     options, recipe = training.options, method.recipe
     pace = consistency(options.consistency)
@@ -194,7 +193,7 @@ def plan_of(
         lr=options.lr or recipe.lr,
         head_lr=options.head_lr or recipe.head_lr,
         batch_size=options.batch_size,
-        accumulate=options.accumulate or parts_of(options.batch_size, preprocess, device),
+        accumulate=options.accumulate,
         weight_decay=recipe.weight_decay if options.weight_decay is None else options.weight_decay,
         warmup=recipe.warmup,
         label_smoothing=recipe.label_smoothing,
