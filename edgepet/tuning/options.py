@@ -42,7 +42,7 @@ class TrainOptions:
         frames: above 1, the data are clips, folders of images: so many are taken of each, spread evenly.
         epochs, lr: None is what the method's recipe says.
         batch_size: images of one step, over all processes; each goes through its share in ``accumulate`` parts: of
-            None there is 1 on a GPU, and on a CPU as few as keep no more than 2 GB each for the way back.
+            None there is 1 on a GPU, and on a CPU as few as keep no more than 600 MB each for the way back.
         shots: images of each class to train on, chosen by ``seed``; None is all.
         seed: of every random choice.
         val_fraction: the part of each class that is held out where there is no val/.

@@ -15,7 +15,7 @@ from edgepet.tuning.model import TunedModel
 if TYPE_CHECKING:
     from edgepet.tuning.fit import Plan
 
-MOST_KEPT = 2 * 10**9  # bytes that a part keeps for the way back
+MOST_KEPT = 600_000_000  # bytes that a part keeps for the way back: with more a ViT-S and Lite0 are slower as well
 
 
 class Parts:

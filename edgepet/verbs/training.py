@@ -38,7 +38,7 @@ def training_options(parser: Parser) -> None:
     add("--frames", type=int, default=own.frames, metavar="N", help=told)
     add("--epochs", type=int, metavar="N", help="times that every image is seen (default: the method's)")
     add("--batch-size", type=int, default=own.batch_size, metavar="N", help="images of one step (default: %(default)s)")
-    told = "go through a batch in N parts, for less memory (default: on a CPU as few as keep 2 GB each, on a GPU 1)"
+    told = "go through a batch in N parts, for less memory (default: on a CPU as few as keep 600 MB each, on a GPU 1)"
     add("--accumulate", type=int, metavar="N", help=told)
     add("--lr", type=float, metavar="X", help="largest learning rate of the method's tensors (default: the method's)")
     add("--shots", type=int, metavar="K", help="train on K images of each class (default: all)")
