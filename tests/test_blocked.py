@@ -32,7 +32,7 @@ NEED_TORCH = {
     "edgepet.tuning.counted", "edgepet.tuning.dense", "edgepet.tuning.fake_quant", "edgepet.tuning.fit",
     "edgepet.tuning.front", "edgepet.tuning.intrinsic", "edgepet.tuning.joint", "edgepet.tuning.mask_fit",
     "edgepet.tuning.mask_losses", "edgepet.tuning.mask_training", "edgepet.tuning.model", "edgepet.tuning.noise",
-    "edgepet.tuning.optimizers",
+    "edgepet.tuning.optimizers", "edgepet.tuning.parts",
     "edgepet.tuning.placing", "edgepet.tuning.processes", "edgepet.tuning.remembered", "edgepet.tuning.subspaces",
     "edgepet.tuning.training", "edgepet.tuning.words",
 }  # fmt: skip

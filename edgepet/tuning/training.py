@@ -193,7 +193,7 @@ def plan_of(
         lr=options.lr or recipe.lr,
         head_lr=options.head_lr or recipe.head_lr,
         batch_size=options.batch_size,
-        accumulate=options.accumulate,
+        accumulate=_accumulate(options.accumulate, before),
         weight_decay=recipe.weight_decay if options.weight_decay is None else options.weight_decay,
         warmup=recipe.warmup,
         label_smoothing=recipe.label_smoothing,
@@ -249,6 +249,12 @@ def start_model(model: TunedModel, backbone: Backbone, work: Work, where: str) -
     for name in sorted(work.tensors):
         digest.update(np.ascontiguousarray(work.tensors[name]).data)
     return f"sha256:{digest.hexdigest()}"
+
+
+def _accumulate(asked: int | None, before: Mapping[str, object]) -> int | None:
+    """The parts that are asked for; where none are, a training that began with a number of them goes on with it."""
+    known = before.get("accumulate")
+    return known if asked is None and isinstance(known, int) else asked
 
 
 def _autocast(precision: str, device: str, processes: Processes, before: Mapping[str, object]) -> bool:
