@@ -81,7 +81,8 @@ class TrainOptions:
         text: a table with a vector for each class, ``TABLE.safetensors`` or ``TABLE.npy`` beside ``classes.txt``, for
             heads that read text: "score", with settings as "score,mlp=true,context=1", "mlp,language=1" and
             "fcos,scores=true".
-        dice: of masks: how much Dice's loss, which sees rare classes, counts beside cross entropy.
+        dice: of masks: how much Dice's loss, which sees rare classes, counts beside cross entropy; its sums are over
+            the images of a part.
         log: where every step is written to: "csv", "tensorboard", "mlflow" and "wandb", the last two on this machine
             unless ``MLFLOW_TRACKING_URI`` or ``WANDB_MODE`` says otherwise.
         log_dir: the folder of what they write; None is ``logs`` beside the output.
